@@ -1,0 +1,599 @@
+"""compare: measure mlx-make beside mlx_lm.convert, both in one run, and print a Markdown table.
+
+    python benchmarks/compare.py                                # every scenario, 5 repeats
+    python benchmarks/compare.py cold-safetensors --repeats 3
+    python benchmarks/compare.py --layers 2 --repeats 1         # quick: is everything in order?
+
+Of each scenario every side runs once as a warm-up, then the sides take turns. A figure is the
+median of the repeats; (0.40×) behind it is its ratio to the scenario's first row. What is taken:
+
+- wall: seconds from start to exit of the command, the interpreter's start included.
+- peak RSS, peak anonymous: resident memory summed over the process and its descendants, sampled
+  every few milliseconds (a process's own high-water mark stands in where it is higher). Anonymous
+  is what cannot be dropped; the rest are pages of mapped files, which the system takes back freely.
+- written: bytes that the kernel saw dirtied on their way to a disk (write_bytes), by the command
+  and every descendant that was waited for; ÷ output: as a multiple of what the command leaves.
+- write calls, read calls: bytes through such system calls (wchar, rchar). Mapped files pass by.
+
+Linux only, as the figures come from /proc. Checkpoints are made by checkpoint.py on the first run
+and kept in the scratch folder, which needs some 20 GB for the default size. It should be on a disk:
+what is written to memory (tmpfs) is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import mmap
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from measure import ROOT, BenchmarkError, Usage, measure, proc_fields
+
+PACK_ALLOWANCE_SECONDS = 0.4  # what a changed max_shard_size may take over a plain copy
+NOTHING_TO_DO_SECONDS = 0.4  # what a run without work may take
+# 80 layers, as many as any common model has; small, as only their number matters.
+MANY_LAYERS = {
+    "layers": 80,
+    "hidden": 128,
+    "intermediate": 256,
+    "heads": 4,
+    "kv-heads": 2,
+    "vocab": 512,
+}
+
+
+def nothing(_repeat: int) -> None:
+    """The preparation of a side that needs none."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to get the scenario's work done, to be set beside the others."""
+
+    name: str
+    commands: Sequence[Sequence[str]]  # measured, one after the other
+    prepare: Callable[[int], None] = nothing  # told the repeat's number; not measured
+    outputs: Sequence[Path] = ()  # what the commands leave
+    allowance_seconds: float = 0  # added to the measured time, where that is the target
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Sides to measure beside each other; the first is what the others are compared with."""
+
+    title: str
+    sides: Sequence[Side]
+    limit_seconds: float | None = None  # the ratio's base, where there is only one side
+    set_up: Callable[[], object] = lambda: None  # once, not measured
+    # Folders of models whose weights must be equal to the bit afterwards.
+    equal: Sequence[tuple[Path, Path]] = ()
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with a models.toml, where mlx-make builds."""
+
+    folder: Path
+    python: str
+
+    @property
+    def models_toml(self) -> Path:
+        """The file that says what to build."""
+        return self.folder / "models.toml"
+
+    @property
+    def command(self) -> list[str]:
+        """What builds it."""
+        return [self.python, "-m", "doit", f"models={self.models_toml}"]
+
+    def built(self, target: str) -> Path:
+        """The folder of a finished model."""
+        return self.folder / "build" / target
+
+    def describe(self, source: Path, variants: dict[str, int] | None = None, **keys: str) -> None:
+        """Writes models.toml: one model named `model`, and variants of other bits.
+
+        Args:
+            source: the checkpoint's folder.
+            variants: bits of each variant's name.
+            keys: the model's other keys, their values in TOML.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = ["[models.model]", f'source = "{os.path.relpath(source, self.folder)}"']
+        lines += [f"{key} = {value}" for key, value in keys.items()]
+        for name, bits in (variants or {}).items():
+            lines += [f"[models.model.variants.{name}]", f"quantize = {{ bits = {bits} }}"]
+        self.models_toml.write_text("\n".join(lines) + "\n")
+
+    def wipe(self, _repeat: int = 0) -> None:
+        """Removes everything built and remembered; models.toml stays."""
+        for name in ("build", ".mlx-make"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and with what to measure; makes the scenarios."""
+
+    scratch: Path
+    python: str
+    shape: Sequence[str]  # checkpoint.py's options for the model of the cold scenarios
+    mlx_examples: Path | None
+
+    def checkpoint(self, options: Sequence[str]) -> tuple[Path, Path]:
+        """A checkpoint's Hugging Face folder and its Meta twin, made if they are not yet there."""
+        name = "llama" + "".join(options).replace("--", "-").replace("=", "")
+        folder = self.scratch / "checkpoints" / name
+        if not folder.exists():
+            unfinished = folder.with_name(f"{name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            print(f"writing the checkpoint {folder}", file=sys.stderr)
+            script = Path(__file__).with_name("checkpoint.py")
+            subprocess.run(
+                [
+                    *(self.python, str(script), str(unfinished / "transformers")),
+                    *(f"--meta={unfinished / 'meta'}", *options),
+                ],
+                check=True,
+            )
+            unfinished.rename(folder)
+        return folder / "transformers", folder / "meta"
+
+    def model(self) -> tuple[Path, Path]:
+        """The checkpoint of most scenarios, in both formats."""
+        return self.checkpoint(self.shape)
+
+    def workspace(self, name: str) -> Workspace:
+        """A fresh folder for mlx-make to build in."""
+        shutil.rmtree(self.scratch / "work" / name, ignore_errors=True)
+        return Workspace(self.scratch / "work" / name, self.python)
+
+    def convert(self, source: Path, *bits: int, dtype: str | None = None) -> Side:
+        """mlx_lm.convert, once for each number of bits."""
+        outputs = [self.scratch / "work" / f"convert-{n}bit" for n in bits]
+        commands = [
+            [
+                *(self.python, "-m", "mlx_lm", "convert"),
+                *("--hf-path", str(source), "--mlx-path", str(output)),
+                *("-q", "--q-bits", str(n)),
+                *(("--dtype", dtype) if dtype else ()),
+            ]
+            for n, output in zip(bits, outputs, strict=True)
+        ]
+
+        def prepare(_repeat: int) -> None:
+            for output in outputs:  # which must not exist
+                shutil.rmtree(output, ignore_errors=True)
+
+        return Side("mlx_lm.convert", commands, prepare, outputs)
+
+    def convert_examples(self, source: Path) -> Iterator[Side]:
+        """mlx-examples' convert.py on a Meta checkpoint, if it is at hand."""
+        if self.mlx_examples is None:
+            return
+        output = self.scratch / "work" / "convert-examples"
+        script = str(self.mlx_examples / "convert.py")
+        command = [
+            self.python,
+            script,
+            "--torch-path",
+            str(source),
+            "--mlx-path",
+            str(output),
+            "-q",
+        ]
+        yield Side(
+            "convert.py",
+            [command],
+            lambda _repeat: shutil.rmtree(output, ignore_errors=True),
+            [output],
+        )
+
+    # Each scenario is a method here and a line of SCENARIOS.
+
+    def cold_safetensors(self) -> Scenario:
+        """Nothing built, nothing cached: a Hugging Face folder to 4 bits."""
+        source, _ = self.model()
+        work = self.workspace("cold-safetensors")
+        work.describe(source, quantize="{ bits = 4 }")
+        convert = self.convert(source, 4)
+        return Scenario(
+            "cold, safetensors → 4 bit",
+            [
+                convert,
+                Side("doit", [work.command], work.wipe, [work.built("model")]),
+            ],
+            equal=[(convert.outputs[0], work.built("model"))],
+        )
+
+    def cold_meta(self) -> Scenario:
+        """Nothing built, nothing cached: Meta's two shards to float16, to 4 bits, in either layout.
+
+        mlx_lm.convert cannot read Meta's format; it is given the twin.
+        """
+        source, meta = self.model()
+        convert = self.convert(source, 4, dtype="float16")
+        sides, equal = [convert, *self.convert_examples(meta)], []
+        for layout in ("mlx-lm", "mlx-examples"):
+            work = self.workspace(f"cold-meta-{layout}")
+            work.describe(meta, layout=f'"{layout}"', dtype='"float16"', quantize="{ bits = 4 }")
+            sides.append(
+                Side(
+                    f"doit, layout {layout}",
+                    [work.command],
+                    work.wipe,
+                    [work.built("model")],
+                )
+            )
+            if layout == "mlx-lm":
+                equal.append((convert.outputs[0], work.built("model")))
+        return Scenario("cold, Meta, 2 shards → float16 → 4 bit", sides, equal=equal)
+
+    def four_variants(self) -> Scenario:
+        """Nothing built: 3, 4, 6 and 8 bits of one checkpoint."""
+        source, _ = self.model()
+        work = self.workspace("four-variants")
+        work.describe(source, {"3bit": 3, "6bit": 6, "8bit": 8}, quantize="{ bits = 4 }")
+        targets = [work.built(name) for name in ("model-3bit", "model", "model-6bit", "model-8bit")]
+        convert = self.convert(source, 3, 4, 6, 8)
+        return Scenario(
+            "cold, 3, 4, 6 and 8 bit",
+            [convert, Side("doit", [work.command], work.wipe, targets)],
+            equal=list(zip(convert.outputs, targets, strict=True)),
+        )
+
+    def changed_bits(self) -> Scenario:
+        """4 bits are built, 8 are asked for."""
+        source, _ = self.model()
+        work = self.workspace("changed-bits")
+
+        def prepare(_repeat: int) -> None:
+            work.wipe()
+            work.describe(source, quantize="{ bits = 4 }")
+            measure(work.command)
+            work.describe(source, quantize="{ bits = 8 }")
+
+        convert = self.convert(source, 8)
+        return Scenario(
+            "4 bit is built, 8 bit is asked for",
+            [convert, Side("doit", [work.command], prepare, [work.built("model")])],
+            equal=[(convert.outputs[0], work.built("model"))],
+        )
+
+    def changed_shard_size(self) -> Scenario:
+        """Another max_shard_size for what is built: hardly more than a copy."""
+        source, _ = self.model()
+        work = self.workspace("changed-shard-size")
+        built, copy = work.built("model"), work.folder / "copy"
+
+        def set_up() -> None:
+            work.describe(source, quantize="{ bits = 4 }")
+            measure(work.command)
+
+        def prepare(repeat: int) -> None:  # a size that was never built before
+            size_kb = folder_bytes(built) // 3000 + repeat
+            work.describe(source, quantize="{ bits = 4 }", max_shard_size=f'"{size_kb}kB"')
+
+        return Scenario(
+            f"max_shard_size changed (first row: a copy, its wall + {PACK_ALLOWANCE_SECONDS} s)",
+            [
+                Side(
+                    "cp -r",
+                    [["cp", "-r", str(built), str(copy)]],
+                    lambda _: shutil.rmtree(copy, ignore_errors=True),
+                    [copy],
+                    allowance_seconds=PACK_ALLOWANCE_SECONDS,
+                ),
+                Side("doit", [work.command], prepare, [built]),
+            ],
+            set_up=set_up,
+        )
+
+    def nothing_to_do(self) -> Scenario:
+        """One target of 80 layers is up to date."""
+        work = self.workspace("nothing-to-do")
+        return self.up_to_date(work, {}, "nothing to do, 1 target of 80 layers")
+
+    def nothing_to_do_five(self) -> Scenario:
+        """Five targets of 80 layers each are up to date."""
+        work = self.workspace("nothing-to-do-five")
+        variants = {f"{bits}bit": bits for bits in (2, 3, 6, 8)}
+        return self.up_to_date(work, variants, "nothing to do, 5 targets of 80 layers")
+
+    def up_to_date(self, work: Workspace, variants: dict[str, int], title: str) -> Scenario:
+        """A scenario of one side, held against a fixed limit."""
+        source, _ = self.checkpoint([f"--{name}={value}" for name, value in MANY_LAYERS.items()])
+
+        def set_up() -> None:
+            work.describe(source, variants, quantize="{ bits = 4 }")
+            measure(work.command)
+
+        return Scenario(
+            f"{title} (ratio: to {NOTHING_TO_DO_SECONDS} s)",
+            [Side("doit", [work.command])],
+            limit_seconds=NOTHING_TO_DO_SECONDS,
+            set_up=set_up,
+        )
+
+
+SCENARIOS: dict[str, Callable[[Bench], Scenario]] = {
+    "cold-safetensors": Bench.cold_safetensors,
+    "cold-meta": Bench.cold_meta,
+    "four-variants": Bench.four_variants,
+    "changed-bits": Bench.changed_bits,
+    "changed-shard-size": Bench.changed_shard_size,
+    "nothing-to-do": Bench.nothing_to_do,
+    "nothing-to-do-five": Bench.nothing_to_do_five,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the repeats of one side of one scenario took."""
+
+    scenario: str
+    side: str
+    commands: Sequence[str]
+    usages: Sequence[Usage]
+    output_bytes: int
+
+    @property
+    def median(self) -> Usage:
+        """The median of each figure by itself."""
+        return Usage(
+            *(
+                statistics.median(getattr(usage, of.name) for usage in self.usages)
+                for of in dataclasses.fields(Usage)
+            )
+        )
+
+
+def run(scenario: Scenario, *, repeats: int, only: Sequence[str]) -> list[Result]:
+    """Measures a scenario's sides in turn.
+
+    Raises:
+        BenchmarkError: if a command fails or outputs that must be equal are not.
+    """
+    sides = [side for side in scenario.sides if not only or side.name.startswith(tuple(only))]
+    if not sides:
+        return []
+    scenario.set_up()
+    usages: dict[str, list[Usage]] = {side.name: [] for side in sides}
+    for repeat in range(repeats + 1):
+        for side in sides:
+            side.prepare(repeat)
+            usage = Usage(side.allowance_seconds)
+            for command in side.commands:
+                usage = usage.then(measure(command))
+            kind = f"repeat {repeat}" if repeat else "warm-up"
+            print(f"{scenario.title}: {side.name}: {kind}: {usage.seconds:.2f} s", file=sys.stderr)
+            if repeat:  # 0 is the warm-up
+                usages[side.name].append(usage)
+    if len(sides) == len(scenario.sides):
+        for one, other in scenario.equal:
+            check_equal_weights(one, other)
+    return [
+        Result(
+            scenario.title,
+            side.name,
+            [shlex.join(command) for command in side.commands],
+            usages[side.name],
+            sum(map(folder_bytes, side.outputs)),
+        )
+        for side in sides
+    ]
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def safetensors_of(folder: Path) -> dict[str, tuple[str, list[int], memoryview]]:
+    """Each tensor's dtype, shape and bytes, of all the folder's safetensors files."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        (header_bytes,) = struct.unpack("<Q", mapped[:8])
+        data = mapped[8 + header_bytes :]
+        header = json.loads(bytes(mapped[8 : 8 + header_bytes]))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            found[name] = (entry["dtype"], entry["shape"], data[begin:end])
+    return found
+
+
+def check_equal_weights(one: Path, other: Path) -> None:
+    """Compares two models' weights to the bit: a fast build of something else proves nothing.
+
+    Raises:
+        BenchmarkError: naming the first tensors that differ.
+    """
+    ours, theirs = safetensors_of(one), safetensors_of(other)
+    differing = [
+        name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)
+    ]
+    if differing or not ours:
+        names = ", ".join(differing[:3]) or "there are none"
+        raise BenchmarkError(f"{one} and {other} differ in {len(differing)} tensors: {names}")
+
+
+def table(results: Sequence[Result], limits: dict[str, float | None]) -> Iterator[str]:
+    """The lines of the Markdown table; a ratio is to the first row of the same scenario."""
+    yield (
+        "| scenario | command | wall, s | min–max | peak RSS, MB | peak anonymous, MB "
+        "| written, MB | ÷ output | write calls, MB | read calls, MB |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    base: Result | None = None
+    for result in results:
+        first = base is None or base.scenario != result.scenario
+        if first:
+            base = result
+        assert base is not None
+        median, reference = result.median, base.median
+        limit = limits.get(result.scenario)
+
+        def figure(
+            of: str, median: Usage = median, reference: Usage = reference, first: bool = first
+        ) -> str:
+            value, against = getattr(median, of), getattr(reference, of)
+            text = f"{value:.2f}" if of == "seconds" else f"{value / 1e6:.0f}"
+            return text if first or not against else f"{text} ({value / against:.2f}×)"
+
+        wall = figure("seconds")
+        if first and limit:
+            wall += f" ({median.seconds / limit:.2f}×)"
+        seconds = [usage.seconds for usage in result.usages]
+        multiple = f"{median.written / result.output_bytes:.2f}" if result.output_bytes else "–"
+        cells = [
+            result.scenario if first else "",
+            result.side,
+            wall,
+            f"{min(seconds):.2f}–{max(seconds):.2f}",
+            figure("peak_rss"),
+            figure("peak_anonymous"),
+            figure("written"),
+            multiple,
+            figure("write_calls"),
+            figure("read_calls"),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def machine(scratch: Path) -> str:
+    """Hardware and system in one line."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory_bytes = proc_fields("/proc/meminfo")["MemTotal"]
+    file_system = subprocess.run(
+        ["df", "--output=fstype", str(scratch)], check=True, capture_output=True, text=True
+    ).stdout.split()[-1]
+    return (
+        f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
+        f"{memory_bytes / 2**30:.0f} GiB of memory, Linux {platform.release()}, {file_system}"
+    )
+
+
+def versions(python: str) -> str:
+    """The versions that were measured, in one line."""
+    script = (
+        "import platform, importlib.metadata as of\n"
+        "names = ['mlx', 'mlx-lm', 'torch', 'transformers', 'doit', 'xxhash']\n"
+        "print('Python', platform.python_version(), *(f', {n} {of.version(n)}' for n in names))"
+    )
+    printed = subprocess.run([python, "-c", script], check=True, capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+        check=False,  # an unpacked archive has no commit
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    return printed.stdout.strip().replace(" ,", ",") + f", mlx-make {commit or 'of no commit'}"
+
+
+def report(
+    results: Sequence[Result], limits: dict[str, float | None], bench: Bench, repeats: int
+) -> Iterator[str]:
+    """The lines of the whole record: what, on what, with which commands, and the figures."""
+    yield f"Command: `{shlex.join(['python', 'benchmarks/compare.py', *sys.argv[1:]])}`"
+    yield ""
+    yield f"Machine: {machine(bench.scratch)}"
+    yield ""
+    yield f"Versions: {versions(bench.python)}"
+    yield ""
+    yield f"Medians of {repeats} after a warm-up, a scenario's sides in turn. MB are 10⁶ bytes."
+    yield ""
+    yield from table(results, limits)
+    yield ""
+    yield "What was run, in the repository root:"
+    yield ""
+    for result in results:
+        for command in result.commands:
+            shown = command.replace(str(bench.scratch), "$SCRATCH").replace(bench.python, "python")
+            yield f"- {result.scenario}, {result.side}: `{shown}`"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "scenarios",
+        nargs="*",
+        metavar="SCENARIO",
+        help=f"which to measure (default: all): {', '.join(SCENARIOS)}",
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="SIDE",
+        help="only the sides whose name begins so, such as doit or mlx_lm.convert",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(tempfile.gettempdir(), "mlx-make-benchmarks"),
+        help="folder for checkpoints and outputs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mlx-examples",
+        type=Path,
+        metavar="FOLDER",
+        help="mlx-examples' llms/llama: measures its convert.py as well",
+    )
+    parser.add_argument("--python", default=sys.executable, help="interpreter to measure with")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single figure there")
+    for name in MANY_LAYERS:
+        parser.add_argument(f"--{name}", type=int, help="of the checkpoint (see checkpoint.py)")
+    arguments = parser.parse_args()
+    if sys.platform != "linux":
+        sys.exit("compare.py: measures by /proc, which only Linux has")
+    if arguments.repeats < 1:
+        sys.exit("compare.py: --repeats must be at least 1")
+    if unknown := [name for name in arguments.scenarios if name not in SCENARIOS]:
+        sys.exit(f"compare.py: no scenario {unknown[0]!r}; there are: {', '.join(SCENARIOS)}")
+
+    sizes = {name: getattr(arguments, name.replace("-", "_")) for name in MANY_LAYERS}
+    bench = Bench(
+        scratch=arguments.scratch.resolve(),
+        python=arguments.python,
+        shape=[f"--{name}={value}" for name, value in sizes.items() if value is not None],
+        mlx_examples=arguments.mlx_examples and arguments.mlx_examples.resolve(),
+    )
+    results: list[Result] = []
+    limits: dict[str, float | None] = {}
+    try:
+        for name in arguments.scenarios or SCENARIOS:
+            scenario = SCENARIOS[name](bench)
+            limits[scenario.title] = scenario.limit_seconds
+            results += run(scenario, repeats=arguments.repeats, only=arguments.only)
+            shutil.rmtree(bench.scratch / "work", ignore_errors=True)
+    except BenchmarkError as error:
+        sys.exit(f"compare.py: {error}")
+    for line in report(results, limits, bench, arguments.repeats):
+        print(line)
+    if arguments.json:
+        records = [dataclasses.asdict(result) for result in results]
+        arguments.json.write_text(json.dumps(records, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""cache: results kept by content. Knows no stage, no model and no build tool."""

@@ -1,0 +1,183 @@
+"""blobs: bytes under their digest.
+
+A blob is a file of its own, or a *reference*: runs of bytes in files that the store does not
+own (a tensor in a checkpoint) or that other blobs own (experts stacked one after another), so
+that nothing is copied that already lies on the disk.
+
+```
+blobs/ab/cdef…        the bytes
+blobs/ab/cdef….parts  or where they lie: JSON, [[path, offset, length, size, mtime_ns, inode], …]
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from cache import files
+from cache.digest import canonical, digest_parts
+from cache.errors import BlobLost
+from cache.files import Stamp
+
+_CHUNK = 8 << 20  # bytes read at once where a buffer is ours to choose
+
+
+class Part(NamedTuple):
+    """One run of bytes in a file that is expected to stay as it is.
+
+    Attributes:
+        path: absolute path of the file.
+        offset: first byte.
+        length: bytes.
+        stamp: the file's, when the run was digested.
+    """
+
+    path: str
+    offset: int
+    length: int
+    stamp: Stamp
+
+
+class Meter(threading.local):
+    """Bytes this thread has read and written through the store."""
+
+    read = 0
+    written = 0
+
+
+class Blobs:
+    """The blobs under ``root``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.meter = Meter()
+
+    def path(self, digest: str) -> Path:
+        """Return where the bytes of ``digest`` lie if the store owns them."""
+        return self.root / digest[:2] / digest[2:]
+
+    def locate(self, digest: str, length: int) -> list[Part]:
+        """Return the runs of bytes that make up ``digest``, in order.
+
+        Args:
+            digest: the blob.
+            length: its size in bytes. A file of another size was cut short and is no blob.
+
+        Raises:
+            BlobLost: it is nowhere, or the file it was a part of has changed.
+        """
+        path = self.path(digest)
+        try:
+            stamp = Stamp.of(path)
+        except FileNotFoundError:
+            return self._locate_reference(digest, length)
+        if stamp.size != length:
+            raise BlobLost(digest, f"{path} has {stamp.size} bytes, expected {length}")
+        return [Part(str(path), 0, length, stamp)]
+
+    def has(self, digest: str, length: int) -> bool:
+        """Tell whether ``locate`` finds the blob."""
+        try:
+            self.locate(digest, length)
+        except BlobLost:
+            return False
+        return True
+
+    def write(self, digest: str, data: memoryview) -> None:
+        """Keep ``data``, whose digest the caller knows, unless it is kept already."""
+        if self.has(digest, data.nbytes):
+            return
+        files.write(self.path(digest), data)
+        self.meter.written += data.nbytes
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Give a folder beside the blobs for files that may become blobs; it goes afterwards."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=self.root) as folder:
+            yield Path(folder)
+
+    def adopt(self, path: Path) -> str:
+        """Make a file of the scratch folder a blob, and return its digest."""
+        length = path.stat().st_size
+        whole = [Part(str(path), 0, length, Stamp.of(path))]
+        digest = digest_parts(self.chunks(whole))
+        self.path(digest).parent.mkdir(parents=True, exist_ok=True)
+        path.replace(self.path(digest))
+        self.meter.written += length
+        return digest
+
+    def refer(self, digest: str, parts: Sequence[Part]) -> None:
+        """Keep where ``digest`` lies, unless the store holds the bytes themselves."""
+        if not self.path(digest).exists():
+            record = [[p.path, p.offset, p.length, *p.stamp] for p in parts]
+            files.write(self._reference(digest), canonical(record))
+
+    def read_into(self, parts: Sequence[Part], buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of ``parts``, one after another.
+
+        Raises:
+            BlobLost: a file ended early: it was cut while it was being read.
+        """
+        start = 0
+        for part in parts:
+            with open(part.path, "rb", buffering=0) as file:
+                self._fill(file.fileno(), part, buffer[start : start + part.length])
+            start += part.length
+        self.meter.read += start
+
+    def _fill(self, descriptor: int, part: Part, buffer: memoryview) -> None:
+        done = 0
+        while done < part.length:  # one call reads 2 GiB at most
+            count = os.preadv(descriptor, [buffer[done:]], part.offset + done)
+            if not count:
+                raise BlobLost("", f"{part.path} ends at byte {part.offset + done}")
+            done += count
+
+    def chunks(self, parts: Sequence[Part]) -> Iterator[memoryview]:
+        """Yield the bytes of ``parts`` in pieces; each is valid until the next is asked for."""
+        buffer = memoryview(bytearray(min(_CHUNK, max((p.length for p in parts), default=0))))
+        for part in parts:
+            for start in range(0, part.length, _CHUNK):
+                length = min(_CHUNK, part.length - start)
+                piece = part._replace(offset=part.offset + start, length=length)
+                self.read_into([piece], buffer[:length])
+                yield buffer[:length]
+
+    def _reference(self, digest: str) -> Path:
+        path = self.path(digest)
+        return path.with_name(path.name + ".parts")
+
+    def _locate_reference(self, digest: str, length: int) -> list[Part]:
+        reference = self._reference(digest)
+        try:
+            record = json.loads(reference.read_bytes())
+            parts = [Part(p, offset, n, Stamp(*stamp)) for p, offset, n, *stamp in record]
+        except FileNotFoundError:
+            raise BlobLost(digest, "not in the store") from None
+        except (ValueError, TypeError) as error:
+            raise BlobLost(digest, f"{reference} is corrupt ({error})") from error
+        if sum(part.length for part in parts) != length:
+            raise BlobLost(digest, f"{reference} has not {length} bytes")
+        stamps: dict[str, Stamp] = {}
+        for path in dict.fromkeys(part.path for part in parts):
+            try:
+                stamps[path] = Stamp.of(path)
+            except OSError as error:
+                raise BlobLost(digest, f"{path}: {error.strerror}") from error
+        now = [part._replace(stamp=stamps[part.path]) for part in parts]
+        if now != parts:
+            # A copied or touched file may still hold the same bytes, so look before giving up.
+            if any(p.offset + p.length > p.stamp.size for p in now) or digest != digest_parts(
+                self.chunks(now)
+            ):
+                raise BlobLost(digest, f"{', '.join(stamps)} changed since it was read")
+            self.refer(digest, now)
+        return now

@@ -1,0 +1,46 @@
+"""digest: xxh3-128 of content, and the canonical bytes of a record.
+
+xxh3 finds changes; it is no defence against somebody who makes collisions on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # collections.abc has it from 3.12 on
+
+HEX_DIGITS = 32
+
+
+def digest(data: Buffer) -> str:
+    """Return the xxh3-128 of ``data`` as 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def digest_parts(parts: Iterable[Buffer]) -> str:
+    """Return the digest of all ``parts`` as if they were one run of bytes."""
+    state = xxhash.xxh3_128()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
+
+
+def canonical(record: Any) -> bytes:
+    """Return the one JSON spelling of ``record``: sorted keys, no spaces, UTF-8.
+
+    Raises:
+        ValueError: a number that JSON cannot hold (NaN, infinity).
+    """
+    return json.dumps(
+        record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def digest_record(record: Any) -> str:
+    """Return the digest of a record's canonical bytes."""
+    return digest(canonical(record))

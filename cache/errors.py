@@ -1,0 +1,23 @@
+"""errors: what can go wrong in the store."""
+
+
+class CacheError(Exception):
+    """Base of the store's errors. The message is one a user can act on."""
+
+
+class BlobLost(CacheError):
+    """A blob's bytes are not where the store last had them.
+
+    Attributes:
+        digest: the blob that was asked for.
+        cause: what was found instead, for people.
+    """
+
+    def __init__(self, digest: str, cause: str) -> None:
+        super().__init__(f"blob {digest}: {cause}")
+        self.digest = digest
+        self.cause = cause
+
+
+class NoRoom(CacheError):
+    """The disk cannot take what has to be written."""

@@ -1,0 +1,132 @@
+"""manifests: the small record of what one stage made of one layer.
+
+A manifest is a Merkle node: per tensor its name, dtype, shape and digest, and the action that
+made it, which names its inputs by digest in turn. It is what a build tool compares, the
+provenance record, and enough to make a lost blob again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from cache.digest import canonical, digest_record
+from cache.errors import CacheError
+
+SCHEMA = 1
+
+DTYPE_BYTES = {
+    "bool_": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "float16": 2, "bfloat16": 2,
+    "uint32": 4, "int32": 4, "float32": 4, "uint64": 8, "int64": 8, "complex64": 8,
+}  # fmt: skip
+
+
+class ManifestError(CacheError):
+    """Bytes that are no manifest of a schema this version reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor by content.
+
+    Attributes:
+        dtype: as MLX spells it.
+        shape: whole, of the tensor as the stage left it.
+        digest: of its bytes, row-major, little-endian.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Action:
+    """One stage run on one layer: everything that its result depends on, and nothing else.
+
+    Attributes:
+        stage: the stage's name.
+        version: the stage's own version, raised when its results change.
+        params: what it was told, JSON.
+        inputs: digests of the tensors it reads, by name.
+    """
+
+    stage: str
+    version: int
+    params: Any
+    inputs: dict[str, str]
+
+    @cached_property
+    def key(self) -> str:
+        """The action cache's key."""
+        return digest_record([SCHEMA, self.stage, self.version, self.params, self.inputs])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an action made.
+
+    Attributes:
+        action: the action.
+        tensors: by name, in the layer's own order.
+        notes: what people should know of the result, e.g. tensors that hold NaN.
+    """
+
+    action: Action
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def result(self) -> str:
+        """Digest of what was made, whoever made it: equal results stop a rebuild."""
+        return digest_record([[n, t.dtype, t.shape, t.digest] for n, t in self.tensors.items()])
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical bytes."""
+        record = {
+            "schema": SCHEMA,
+            "action": {
+                "stage": self.action.stage,
+                "version": self.action.version,
+                "params": self.action.params,
+                "inputs": self.action.inputs,
+            },
+            "tensors": [[n, t.dtype, list(t.shape), t.digest] for n, t in self.tensors.items()],
+            "notes": list(self.notes),
+            "result": self.result,
+        }
+        return canonical(record)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Read a manifest back.
+
+        Raises:
+            ManifestError: the bytes are damaged, or a newer version wrote them.
+        """
+        try:
+            record = json.loads(data)
+            schema = record["schema"]
+            if schema != SCHEMA:
+                raise ManifestError(
+                    f"manifest of schema {schema}, this version reads {SCHEMA}: "
+                    "update mlx-make, or use another cache folder"
+                )
+            manifest = cls(
+                Action(**record["action"]),
+                {n: Tensor(d, tuple(s), g) for n, d, s, g in record["tensors"]},
+                tuple(record["notes"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ManifestError(f"not a manifest: {error}") from error
+        if manifest.result != record["result"]:
+            raise ManifestError("manifest does not match its own digest")
+        return manifest

@@ -1,0 +1,39 @@
+"""memos: answers worth remembering that are no stage's result: a file's table, a model's plan.
+
+```
+memos/KIND/ab/cdef….json
+```
+A memo can always be worked out again, so one that cannot be read is simply not there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cache import files
+from cache.digest import digest_record
+
+
+class Memos:
+    """The memos under ``root``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def get(self, kind: str, question: Any) -> Any | None:
+        """Return the answer to ``question`` (JSON), or None."""
+        try:
+            return json.loads(self._path(kind, question).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def put(self, kind: str, question: Any, answer: Any) -> None:
+        """Remember the ``answer`` (JSON, None excepted) to ``question``."""
+        data = json.dumps(answer, separators=(",", ":")).encode()
+        files.write(self._path(kind, question), data)
+
+    def _path(self, kind: str, question: Any) -> Path:
+        key = digest_record(question)
+        return self.root / kind / key[:2] / f"{key[2:]}.json"

@@ -1,0 +1,258 @@
+"""ask_mlx_lm: what mlx-lm would do with a checkpoint, worked out from its headers alone.
+
+Runs as a process of its own (``python -m tasks.ask_mlx_lm``), since it replaces modules that
+a conversion does not need and that take seconds to import (transformers and torch), and gives
+mlx-lm's own ``load_model`` arrays that hold no data. Question on standard input, answer on
+standard output, both JSON; see ``tasks.architecture`` for what they hold.
+
+Asked to ``compute``, it is given some tensors' data and writes the parameters made of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+STUBS = ("mlx_lm.tokenizer_utils", "huggingface_hub")
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+
+
+class StubUsed(Exception):
+    """mlx-lm used a module that was left out; ask again with everything imported."""
+
+
+def main() -> None:
+    """Answer one question."""
+    question = json.load(sys.stdin)
+    answer: dict[str, Any]
+    try:
+        answer = _answer(question)
+    except StubUsed as error:
+        answer = {"stub": str(error)}
+    except Exception as error:  # whatever mlx-lm raises is its verdict on the checkpoint
+        answer = {"error": str(error), "kind": type(error).__name__}
+    json.dump(answer, sys.stdout)
+
+
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    if question["light"]:
+        _leave_out_heavy_modules()
+    import mlx.core as mx
+
+    nn: Any = importlib.import_module("mlx.nn")
+
+    convert = importlib.import_module("mlx_lm.convert")
+    utils = importlib.import_module("mlx_lm.utils")
+
+    tensors = {name: (dtype, shape) for name, dtype, shape in question["tensors"]}
+    given = {name: _hollow(mx, dtype, shape) for name, (dtype, shape) in tensors.items()}
+    compute = question.get("compute")
+    if compute:
+        for name, parts in compute["inputs"].items():
+            given[name] = _read(parts, *tensors[name])
+    joins = _record_joins(mx)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, text in question["files"].items():
+            (folder / file).write_text(text)
+        (folder / "model.safetensors").touch()
+        mx.load = lambda *_, **__: dict(given)  # the only reader load_model knows
+        model, config = utils.load_model(folder, lazy=True)
+
+    if compute:
+        return _write(dict(_flat(model.parameters())), compute["outputs"])
+    names = {id(array): name for name, array in given.items()}
+    cast_predicate = getattr(model, "cast_predicate", lambda _: True)
+    parameters: list[list[Any]] = []
+    computed: dict[str, Any] = {}
+    for name, array in _flat(model.parameters()):
+        steps: list[Any] = []
+        if (origin := names.get(id(array))) is not None:
+            inputs = [origin]
+        elif (join := joins.get(id(array))) and all(id(a) in names for a in join[2]):
+            inputs, steps = [names[id(a)] for a in join[2]], [[join[0], join[1]]]
+        else:
+            inputs = []
+            computed[name] = array
+        dtype = str(array.dtype).removeprefix("mlx.core.")
+        floating = bool(mx.issubdtype(array.dtype, mx.floating))
+        cast = bool(floating and cast_predicate(name))
+        parameters.append([name, dtype, list(array.shape), cast, inputs, steps])
+    reach = _inputs_reached(mx, given, computed) if computed else {}
+    for parameter in parameters:
+        if (name := parameter[0]) in computed:
+            parameter[4], parameter[5] = reach[name], [["sanitize", name]]
+
+    modules: list[list[Any]] = []
+    leaves = _flat(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))
+    own = getattr(model, "quant_predicate", None)
+    for path, module in leaves:
+        held = [name for name, _ in _flat(module.parameters())]
+        after = _after_quantizing(mx, module) if hasattr(module, "to_quantized") else None
+        verdict = own(path, module) if own and after is not None else True
+        modules.append([path, held, after, verdict, _count(module)])
+    if sum(m[4] for m in modules) != utils.get_total_parameters(model):
+        raise AssertionError("mlx-lm counts parameters in another way than expected")
+
+    recipes: dict[str, Any] = {}
+    for recipe in RECIPES:
+        try:
+            predicate = convert.mixed_quant_predicate_builder(recipe, model, 64)
+            recipes[recipe] = {
+                path: predicate(path, module)["bits"]
+                for path, module in leaves
+                if hasattr(module, "to_quantized")
+            }
+        except Exception as error:  # mlx_lm.convert would raise the very same
+            recipes[recipe] = str(error)
+
+    used = {i for p in parameters for i in p[4]}
+    encode = getattr(utils, "_encode_tagged_floats", lambda c: c)
+    return {
+        "parameters": parameters,
+        "modules": modules,
+        "recipes": recipes,
+        "config": encode(config),
+        "keep_vision_config": "vision_tower" in getattr(model, "model", {}),
+        "dropped": sorted(set(tensors) - used),
+    }
+
+
+def _flat(tree: Any, **options: Any) -> list[tuple[str, Any]]:
+    from mlx.utils import tree_flatten
+
+    return list(cast("list[tuple[str, Any]]", tree_flatten(tree, **options)))
+
+
+def _leave_out_heavy_modules() -> None:
+    spec = importlib.util.find_spec("mlx_lm")  # finds the package without running it
+    if spec is None or spec.submodule_search_locations is None:
+        raise ImportError("mlx-lm is not installed: pip install mlx-lm")
+    package = types.ModuleType("mlx_lm")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["mlx_lm"] = package
+    for name in STUBS:
+        sys.modules[name] = _Stub(name)
+
+
+class _Stub(types.ModuleType):
+    """A module whose names can be imported but not used."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def used(*_: Any, **__: Any) -> Any:
+            raise StubUsed(f"{self.__name__}.{name}")
+
+        return used
+
+
+def _hollow(mx: Any, dtype: str, shape: Sequence[int]) -> Any:
+    """Return an array of this shape that takes no memory, even if it is evaluated."""
+    return mx.broadcast_to(mx.array(0, getattr(mx, dtype)), shape)
+
+
+def _read(parts: list[list[Any]], dtype: str, shape: Sequence[int]) -> Any:
+    from cache.blobs import Blobs, Part
+    from cache.files import Stamp
+    from tasks import arrays
+
+    found = [Part(path, offset, length, Stamp(*stamp)) for path, offset, length, *stamp in parts]
+    return arrays.read(Blobs(Path()), found, dtype, shape)
+
+
+def _write(parameters: dict[str, Any], outputs: dict[str, str]) -> dict[str, Any]:
+    from tasks import arrays
+
+    for name, path in outputs.items():
+        Path(path).write_bytes(arrays.view(parameters.pop(name)))
+    return {"written": len(outputs)}
+
+
+def _record_joins(mx: Any) -> dict[int, tuple[str, int, list[Any], Any]]:
+    """Watch ``mx.stack`` and ``mx.concatenate``: a join of whole tensors needs no computing.
+
+    Returns:
+        By the ``id`` of a result: what was done, the axis, the arrays joined, the result (held,
+        so that no other array gets its ``id``).
+    """
+    seen: dict[int, tuple[str, int, list[Any], Any]] = {}
+
+    def watch(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def joined(arrays: Sequence[Any], axis: int = 0, **more: Any) -> Any:
+            arrays = list(arrays)
+            result = original(arrays, axis, **more)
+            seen[id(result)] = (name, axis, arrays, result)
+            return result
+
+        return joined
+
+    mx.stack = watch("stack", mx.stack)
+    mx.concatenate = watch("concatenate", mx.concatenate)
+    return seen
+
+
+def _count(module: Any) -> int:
+    """Count a module's weights as mlx-lm does, those already packed included."""
+    if hasattr(module, "bits"):
+        bias = module.bias.size if hasattr(module, "bias") else 0
+        return int(bias + module.weight.size * 32 // module.bits)
+    return sum(value.size for _, value in _flat(module.parameters()))
+
+
+def _after_quantizing(mx: Any, module: Any) -> list[str]:
+    """Return the names of a module's parameters once quantized, in order, biases included.
+
+    Empty if it would not be quantized as ``mx.quantize`` of its weight: not ours to guess.
+    """
+    if module.weight.ndim < 2 or module.weight.shape[-1] % 32:
+        names = [n for n, _ in _flat(module.parameters())]
+        at = names.index("weight") + 1
+        return [*names[:at], "scales", "biases", *names[at:]]
+    names = [n for n, _ in _flat(module.to_quantized(group_size=32, bits=4).parameters())]
+    held = {n for n, _ in _flat(module.parameters())}
+    return names if set(names) == held | {"scales", "biases"} else []
+
+
+def _inputs_reached(
+    mx: Any, given: dict[str, Any], computed: dict[str, Any]
+) -> dict[str, list[str]]:
+    """Return, for each computed array, the checkpoint's tensors it is made of."""
+    labels = {f"in{i}": name for i, name in enumerate(given)}
+    outputs = {f"out{i}": name for i, name in enumerate(computed)}
+    named = {label: given[name] for label, name in labels.items()}
+    named |= {label: computed[name] for label, name in outputs.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        dot = Path(folder) / "graph.dot"
+        mx.export_to_dot(str(dot), *computed.values(), **named)
+        edges: dict[str, list[str]] = {}
+        for source, target in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', dot.read_text(), re.M):
+            edges.setdefault(target, []).append(source)
+    found = {}
+    for label, name in outputs.items():
+        stack, seen, inputs = [label], {label}, set()
+        while stack:
+            node = stack.pop()
+            if node in labels:
+                inputs.add(node)
+                continue
+            for source in edges.get(node, ()):
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        found[name] = [labels[i] for i in sorted(inputs, key=lambda i: int(i[2:]))]
+    return found
+
+
+if __name__ == "__main__":
+    main()

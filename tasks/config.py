@@ -1,0 +1,375 @@
+"""config: models.toml, read into targets or refused with the mend."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tasks.errors import ConfigError
+
+LOADERS = ("llama", "transformers")
+LAYOUTS = ("mlx-lm", "mlx-examples")
+DTYPES = ("float16", "bfloat16", "float32")
+DEVICES = ("cpu", "gpu")
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+# What mx.quantize takes: mode -> (group sizes, bits), the first of each being MLX's default.
+MODES = {
+    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
+UNITS = {
+    "": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9,
+    "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30,
+}  # fmt: skip
+MAX_SHARD = {"mlx-lm": 5 << 30, "mlx-examples": 15 << 30}  # bytes: the peers' own limits
+CACHE_DIR = ".mlx-make/cache"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the modules whose path ``match`` covers are quantized, where it differs.
+
+    Attributes:
+        match: shell pattern (``*``, ``?``, ``[…]``) over the whole module path.
+        bits: bits per weight, or None for the target's.
+        group_size: weights that share a scale, or None for the target's.
+        mode: quantization mode, or None for the target's.
+        skip: leave the module unquantized.
+    """
+
+    match: str
+    bits: int | None = None
+    group_size: int | None = None
+    mode: str | None = None
+    skip: bool = False
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """What ``quantize`` asks for; None is MLX's default for the mode.
+
+    Attributes:
+        bits: bits per weight.
+        group_size: weights that share a scale.
+        mode: quantization mode, as MLX spells it.
+        recipe: one of mlx-lm's mixed recipes, in place of ``bits``.
+        rules: exceptions, the first that matches wins.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    mode: str = "affine"
+    recipe: str | None = None
+    rules: tuple[Rule, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model, or one variant of it, to build.
+
+    Attributes:
+        name: name of its folder under build/.
+        source: the checkpoint's folder, absolute.
+        loader: which loader reads it, or None to tell from the folder.
+        layout: how the built model's files are laid out.
+        dtype: what floating tensors are cast to, or None for the layout's default.
+        quantize: how it is quantized, or None.
+        device: where quantize computes, or None for MLX's default device.
+        max_shard_bytes: largest size of a weight file's tensors together, in bytes.
+    """
+
+    name: str
+    source: Path
+    loader: str | None
+    layout: str
+    dtype: str | None
+    quantize: Quantize | None
+    device: str | None
+    max_shard_bytes: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """models.toml.
+
+    Attributes:
+        path: the file, absolute.
+        cache: the cache's folder, absolute.
+        targets: by name, in the file's order.
+    """
+
+    path: Path
+    cache: Path
+    targets: dict[str, Target]
+
+
+def load(path: Path) -> Config:
+    """Read models.toml.
+
+    Raises:
+        ConfigError: it is missing, empty, or says what cannot be built.
+    """
+    path = path.absolute()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist: it lists the models to build. Make one that says\n"
+            '    [models.NAME]\n    source = "FOLDER OF THE CHECKPOINT"\n'
+            "or name another with: doit models=PATH"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    try:
+        record = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    return _Reader(path, text).config(record)
+
+
+class _Reader:
+    """Checks one file's tables; knows the text, so that errors can name a line."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path = path
+        self.text = text
+
+    def config(self, record: dict[str, Any]) -> Config:
+        self.keys(record, ("cache", "defaults", "models"), ())
+        cache = self.table(record, "cache", ())
+        self.keys(cache, ("dir",), ("cache",))
+        folder = self.path.parent / Path(self.text_of(cache, "dir", ("cache",)) or CACHE_DIR)
+        defaults = self.table(record, "defaults", ())
+        self.keys(defaults, MODEL_KEYS, ("defaults",))
+        models = self.table(record, "models", ())
+        if not models:
+            self.refuse(
+                "lists no model",
+                (),
+                mend='add [models.NAME] with source = "FOLDER OF THE CHECKPOINT"',
+            )
+        targets: dict[str, Target] = {}
+        for name in models:
+            model = self.table(models, name, ("models",))
+            at: tuple[str, ...] = ("models", name)
+            variants = self.table(model, "variants", at)
+            model = {key: value for key, value in model.items() if key != "variants"}
+            self.keys(model, MODEL_KEYS, at, more=("variants",))
+            self.add(targets, name, {**defaults, **model}, at)
+            for variant in variants:
+                over = self.table(variants, variant, (*at, "variants"))
+                where = (*at, "variants", variant)
+                self.keys(over, MODEL_KEYS, where)
+                self.add(targets, f"{name}-{variant}", {**defaults, **model, **over}, where)
+        return Config(self.path, folder.expanduser().absolute(), targets)
+
+    def add(
+        self, targets: dict[str, Target], name: str, model: dict[str, Any], at: tuple[str, ...]
+    ) -> None:
+        if not re.fullmatch(r"\w[\w.+-]*", name) or name.endswith("."):
+            self.refuse(
+                f"target name {name!r} is no plain folder name",
+                at,
+                mend="use letters, digits, '-', '_', '+' and '.', a letter, digit or '_' first",
+            )
+        for other in targets:
+            if other.casefold() == name.casefold():  # as file systems of macOS compare names
+                self.refuse(
+                    f"two targets would both be build/{name}"
+                    + (f" (the other is {other!r})" if other != name else ""),
+                    at,
+                    mend="rename the model or the variant",
+                )
+        targets[name] = self.target(name, model, at)
+
+    def target(self, name: str, model: dict[str, Any], at: tuple[str, ...]) -> Target:
+        source = self.text_of(model, "source", at)
+        if not source:
+            self.refuse("has no source", at, mend='add source = "FOLDER", relative to this file')
+        layout = self.one_of(model, "layout", LAYOUTS, at) or LAYOUTS[0]
+        size = model.get("max_shard_size")
+        return Target(
+            name,
+            (self.path.parent / Path(source).expanduser()).absolute(),
+            self.one_of(model, "loader", LOADERS, at),
+            layout,
+            self.one_of(model, "dtype", DTYPES, at),
+            self.quantize(model.get("quantize", False), (*at, "quantize")),
+            self.one_of(model, "device", DEVICES, at),
+            MAX_SHARD[layout] if size is None else self.size(size, (*at, "max_shard_size")),
+        )
+
+    def quantize(self, value: Any, at: tuple[str, ...]) -> Quantize | None:
+        if value is False:  # so that a variant can take back what its model asks for
+            return None
+        if not isinstance(value, dict):
+            self.wrong_type(value, "a table such as { bits = 4 }", at)
+        self.keys(value, [field.name for field in fields(Quantize)], at)
+        mode = self.one_of(value, "mode", MODES, at) or "affine"
+        recipe = self.one_of(value, "recipe", RECIPES, at)
+        if recipe and "bits" in value:
+            self.refuse("has both recipe and bits", at, mend="a recipe sets bits itself: drop one")
+        if recipe and mode != "affine":
+            self.refuse(
+                f"has recipe {recipe!r} with mode {mode!r}",
+                at,
+                mend="mlx-lm's recipes are for mode 'affine'",
+            )
+        bits, group_size = self.numbers(value, mode, at)
+        rules = value.get("rules", [])
+        if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+            self.wrong_type(rules, 'a list such as [{ match = "lm_head", skip = true }]', at)
+        return Quantize(
+            bits, group_size, mode, recipe, tuple(self.rule(r, mode, at) for r in rules)
+        )
+
+    def rule(self, value: dict[str, Any], mode: str, at: tuple[str, ...]) -> Rule:
+        at = (*at, "rules")
+        self.keys(value, [field.name for field in fields(Rule)], at)
+        match = self.text_of(value, "match", at)
+        if not match:
+            self.refuse("has no match", at, mend='add match = "*.mlp.down_proj"')
+        skip = value.get("skip", False)
+        if not isinstance(skip, bool):
+            self.wrong_type(skip, "true or false", (*at, "skip"))
+        own_mode = self.one_of(value, "mode", MODES, at)
+        bits, group_size = self.numbers(value, own_mode or mode, at)
+        if not skip and not (own_mode or bits or group_size):
+            self.refuse(
+                f"for {match!r} changes nothing", at, mend="add bits, group_size, mode or skip"
+            )
+        if skip and (own_mode or bits or group_size):
+            self.refuse(f"for {match!r} skips and quantizes", at, mend="drop skip or the rest")
+        return Rule(match, bits, group_size, own_mode, skip)
+
+    def numbers(
+        self, value: dict[str, Any], mode: str, at: tuple[str, ...]
+    ) -> tuple[int | None, int | None]:
+        group_sizes, all_bits = MODES[mode]
+        return (
+            self.number(value, "bits", all_bits, f"mode {mode!r}", at),
+            self.number(value, "group_size", group_sizes, f"mode {mode!r}", at),
+        )
+
+    def number(
+        self, value: dict[str, Any], key: str, valid: Iterable[int], what: str, at: tuple[str, ...]
+    ) -> int | None:
+        number = value.get(key)
+        if number is None:
+            return None
+        if not isinstance(number, int) or isinstance(number, bool):
+            self.wrong_type(number, "a whole number", (*at, key))
+        if number not in valid:
+            known = sorted(valid)
+            near = min(known, key=lambda n: abs(n - number))
+            self.refuse(
+                f"is {number}; {what} takes {', '.join(map(str, known))}",
+                (*at, key),
+                mend=f"use {near}" if near != number else "",
+            )
+        return number
+
+    def size(self, value: Any, at: tuple[str, ...]) -> int:
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            self.wrong_type(value, 'bytes or a size such as "5GiB"', at)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+        if not match or match[2] not in UNITS:
+            units = ", ".join(unit for unit in UNITS if len(unit) > 1)
+            alike = [u for u in UNITS if u and match and u.casefold() == match[2].casefold()]
+            self.refuse(
+                f"{value!r} is no size; units are {units}",
+                at,
+                mend=f'write "{match[1]}{alike[0]}"' if match and alike else 'write "5GiB"',
+            )
+        size = int(float(match[1]) * UNITS[match[2]])
+        if size < 1:
+            self.refuse(f"{value!r} leaves no room for a tensor", at, mend='write "5GiB"')
+        return size
+
+    def table(self, record: dict[str, Any], key: str, at: tuple[str, ...]) -> dict[str, Any]:
+        value = record.get(key, {})
+        if not isinstance(value, dict):
+            self.wrong_type(value, "a table", (*at, key))
+        return value
+
+    def text_of(self, record: dict[str, Any], key: str, at: tuple[str, ...]) -> str:
+        value = record.get(key, "")
+        if not isinstance(value, str):
+            self.wrong_type(value, "a string", (*at, key))
+        return value
+
+    def one_of(
+        self, record: dict[str, Any], key: str, valid: Iterable[str], at: tuple[str, ...]
+    ) -> str | None:
+        if key not in record:
+            return None
+        value = self.text_of(record, key, at)
+        if value not in valid:
+            self.refuse(
+                f"is {value!r}; valid: {', '.join(valid)}", (*at, key), mend=_nearest(value, valid)
+            )
+        return value
+
+    def keys(
+        self,
+        record: dict[str, Any],
+        valid: Iterable[str],
+        at: tuple[str, ...],
+        more: tuple[str, ...] = (),
+    ) -> None:
+        known = (*valid, *more)
+        for key in record:
+            if key not in known:
+                self.refuse(
+                    f"unknown key; valid: {', '.join(known)}",
+                    (*at, key),
+                    mend=_nearest(key, known),
+                )
+
+    def wrong_type(self, value: Any, wanted: str, at: tuple[str, ...]) -> NoReturn:
+        self.refuse(f"is {value!r}, must be {wanted}", at)
+
+    def refuse(self, fact: str, at: tuple[str, ...], mend: str = "") -> NoReturn:
+        line = self.line(at)
+        where = f"{self.path}:{line}" if line else str(self.path)
+        key = f"{'.'.join(at)} " if at else ""
+        raise ConfigError(f"{where}: {key}{fact}" + (f". {mend[0].upper()}{mend[1:]}" * bool(mend)))
+
+    def line(self, at: tuple[str, ...]) -> int | None:
+        """Return the line where the key ``at`` stands, as far as plain text tells."""
+        table: tuple[str, ...] = ()
+        found = None
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if match := re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line):
+                table = tuple(part.strip(" \"'") for part in _split_dots(match[1]))
+                here = table
+            elif match := re.match(r"\s*([\w\"'.-]+)\s*=", line):
+                here = (*table, *(part.strip("\"'") for part in _split_dots(match[1])))
+            else:
+                continue
+            # The deepest key that the text names on its own: inline tables share a line.
+            if here == at[: len(here)] and (found is None or len(here) >= found[1]):
+                found = (number, len(here))
+        return found[0] if found else None
+
+
+def _split_dots(key: str) -> list[str]:
+    return re.findall(r"\"[^\"]*\"|'[^']*'|[^.]+", key)
+
+
+def _nearest(word: str, valid: Iterable[str]) -> str:
+    from difflib import get_close_matches  # 5 ms that only a mistake pays
+
+    close = get_close_matches(word, list(valid), 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+MODEL_KEYS = (
+    "source", "loader", "layout", "dtype", "quantize", "device", "max_shard_size",
+)  # fmt: skip

@@ -1,0 +1,227 @@
+"""graph: doit's tasks from plans: one for each stage and layer, and one that packs a target."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from doit.exceptions import InvalidDodoFile, TaskFailed
+
+from cache.errors import CacheError
+from cache.log import Log
+from cache.store import Store
+from tasks import config, pack
+from tasks.build import Builder
+from tasks.errors import BuildError
+from tasks.layouts import LAYOUTS
+from tasks.plan import Node, Plan, plan
+
+STATE = ".mlx-make"
+BUILD = "build"
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All targets of one models.toml.
+
+    Attributes:
+        folder: where models.toml lies; all state and output lie beside it.
+        builder: runs the tasks.
+        plans: by target.
+    """
+
+    folder: Path
+    builder: Builder
+    plans: dict[str, Plan]
+
+    def stage(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Yield a stage's tasks: one a layer, and a group a target."""
+        for target, found in self.plans.items():
+            nodes = found.stages[stage]
+            for node in nodes:
+                yield self._layer_task(found, node)
+            yield {
+                "basename": stage,
+                "name": target,
+                "actions": None,
+                "task_dep": [node.name for node in reversed(nodes)],
+            }
+
+    def pack(self) -> Iterator[dict[str, Any]]:
+        """Yield the tasks that write the built models' folders."""
+        for target, found in self.plans.items():
+            yield self._pack_task(target, found)
+
+    def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
+        told = Told(node.digest)
+
+        def act(changed: list[str]) -> Any:
+            return _reported(
+                lambda: self.builder.run(found, node, told.why(changed)), {"told": node.digest}
+            )
+
+        return {
+            "basename": node.stage,
+            "name": f"{node.target}:{node.layer}",
+            "actions": [act],
+            "file_dep": [str(self.builder.manifest_path(need)) for need in node.needs],
+            "targets": [str(self.builder.manifest_path(node))],
+            "uptodate": [told],
+            "clean": True,
+            "io": {"capture": False},
+        }
+
+    def _pack_task(self, target: str, found: Plan) -> dict[str, Any]:
+        folder = self.folder / BUILD / target
+        manifest_path = self.builder.state / "manifests" / target / "pack.json"
+        last = found.stages["quantize"]
+        layout = LAYOUTS[found.target.layout]
+        told = Told(
+            [pack.VERSION, found.target.layout, found.target.max_shard_bytes, found.config,
+             found.names, found.notes], folder
+        )  # fmt: skip
+
+        def build(why: str) -> dict[str, Any]:
+            start = time.perf_counter()
+            made = pack.run(self.builder, found, folder, manifest_path, why)
+            size = sum(tensor.nbytes for tensor in made.tensors.values())
+            bits = sum(
+                tensor.nbytes for name, tensor in made.tensors.items()
+                if name.endswith((".safetensors", ".npz"))
+            ) * 8 / found.parameters  # fmt: skip
+            return {
+                "told": told.digest,
+                "outputs": pack.stamps(folder, list(made.tensors)),
+                "summary": f"{BUILD}/{target}: {_size(size)}, {bits:.3g} bits per weight, packed "
+                f"in {time.perf_counter() - start:.1f} s",
+                "notes": list(made.notes),
+            }
+
+        def act(changed: list[str]) -> Any:
+            made: dict[str, Any] = {}
+            return _reported(lambda: made.update(build(told.why(changed))), made)
+
+        return {
+            "basename": "pack",
+            "name": target,
+            "actions": [act],
+            "file_dep": [
+                *(str(self.builder.manifest_path(node)) for node in last),
+                *(str(path) for path in layout.sources(found.checkpoint)),
+            ],
+            # In reverse: doit is made to run the newest ready task first.
+            "task_dep": [node.name for node in reversed(last)],
+            "targets": [str(manifest_path)],
+            "uptodate": [told],
+            "clean": [(_remove, [folder, manifest_path])],
+            "io": {"capture": False},
+        }
+
+
+class Told:
+    """Tells doit whether a task is still told what it was told when it last ran.
+
+    Attributes:
+        digest: of what it is told now.
+        folder: if given, of the files it made, which must still be as it left them.
+    """
+
+    def __init__(self, told: Any, folder: Path | None = None) -> None:
+        from cache.digest import digest_record
+
+        self.digest = told if isinstance(told, str) else digest_record(told)
+        self.folder = folder
+        self._why = ""
+
+    def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
+        """Answer doit, which passes what the task returned the last time."""
+        if not values:
+            self._why = "never built here"
+        elif values.get("told") != self.digest:
+            self._why = "settings or sources changed"
+        elif self.folder is not None and not self._intact(values.get("outputs") or {}):
+            self._why = f"{self.folder} is not as it was built"
+        return not self._why
+
+    def why(self, changed: list[str]) -> str:
+        """Return why the task runs, given the file_deps that doit found changed."""
+        if self._why or not changed:
+            return self._why or "its manifest is missing"
+        names = [Path(path).stem for path in changed[:3]]
+        return f"changed: {', '.join(names)}" + (", …" if len(changed) > 3 else "")
+
+    def _intact(self, outputs: dict[str, list[int]]) -> bool:
+        assert self.folder is not None
+        return pack.stamps(self.folder, list(outputs)) == outputs
+
+
+def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
+    """Read models.toml and plan every target.
+
+    Args:
+        models: the file.
+        make: checkpoints that the project makes itself, if they are asked for.
+
+    Raises:
+        InvalidDodoFile: something in it cannot be built; doit prints the message.
+    """
+    try:
+        read = config.load(models)
+        store = Store.at(read.cache)
+        for target in read.targets.values():
+            if target.source in make:
+                make[target.source](target.source)
+        plans = {name: plan(target, store.memos) for name, target in read.targets.items()}
+    except (BuildError, CacheError) as error:
+        raise InvalidDodoFile(str(error)) from error
+    folder = read.path.parent
+    state = folder / STATE
+    run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
+    return Graph(folder, Builder(store, state, Log(state / "log.jsonl"), run_id), plans)
+
+
+def doit_config(models: Path) -> dict[str, Any]:
+    """Return DOIT_CONFIG: threads, one a core, and all state beside models.toml."""
+    from tasks.plugins import Checker, Reporter
+
+    state = models.absolute().parent / STATE
+    return {
+        "default_tasks": ["pack"],
+        "dep_file": str(state / "doit.json"),
+        "backend": "mlx-make",
+        "check_file_uptodate": Checker,
+        "reporter": Reporter,
+        "num_process": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "par_type": "thread",
+        "verbosity": 2,
+    }
+
+
+def _reported(act: Callable[[], None], values: dict[str, Any]) -> Any:
+    """Run ``act``; what a user can mend is a failure with a message and no traceback."""
+    try:
+        act()
+    except (BuildError, CacheError) as error:
+        return TaskFailed(str(error))
+    return values
+
+
+def _remove(folder: Path, manifest_path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    manifest_path.unlink(missing_ok=True)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"

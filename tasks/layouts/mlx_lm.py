@@ -1,0 +1,184 @@
+"""mlx_lm: the layout that mlx_lm.convert writes and mlx_lm.load reads."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cache.digest import digest
+from cache.files import Stamp
+from cache.memos import Memos
+from tasks import architecture, tokenizer
+from tasks.checkpoint import Checkpoint
+from tasks.config import Target
+from tasks.errors import CheckpointError
+from tasks.model import Model
+from tasks.names import to_huggingface
+
+FORMAT = "safetensors"
+_MAKING = threading.Lock()  # transformers cannot be imported by two threads at once
+# What a tokenizer may be made of, by transformers' own file names, and code that goes with it.
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "*.tiktoken", "tiktoken.model", "sentencepiece*.model", "spiece.model",
+    "*.py",
+)  # fmt: skip
+ENOUGH = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken",
+    "tiktoken.model", "sentencepiece*.model", "spiece.model", "tokenizer_config.json",
+)  # fmt: skip
+
+
+def model(checkpoint: Checkpoint, memos: Memos) -> Model:
+    """Return the model by Hugging Face's names, as mlx-lm's classes take it."""
+    if checkpoint.names == "meta":
+        checkpoint = to_huggingface(checkpoint, _token_ids(checkpoint, memos))
+    return architecture.model(checkpoint, memos)
+
+
+def default_dtype(checkpoint: Checkpoint, model: Model) -> str | None:
+    """Return what mlx_lm.convert casts to when it is not told: what config.json says, if any."""
+    config = model.config
+    dtype = config.get("torch_dtype")
+    if dtype is None and (text := config.get("text_config")):
+        dtype = text.get("dtype")
+    return dtype if isinstance(dtype, str) else None
+
+
+def check(target: Target, model: Model) -> None:
+    """Every setting is possible in this layout."""
+
+
+def config(target: Target, model: Model, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """Return config.json as mlx_lm.convert writes it."""
+    config = dict(model.config)
+    if quantization is not None:
+        config["quantization"] = quantization
+    if "quantization" in config:
+        config["quantization_config"] = config["quantization"]  # for Hugging Face's model tree
+    return dict(sorted(config.items()))
+
+
+def sources(checkpoint: Checkpoint) -> list[Path]:
+    """Return the checkpoint's small files that go into the built model, as they are or changed.
+
+    Raises:
+        CheckpointError: it has no tokenizer.
+    """
+    folder = checkpoint.folder
+    if checkpoint.names == "meta":
+        return [tokenizer_model(folder)]
+    if not any(True for pattern in ENOUGH for _ in folder.glob(pattern)):
+        raise CheckpointError(
+            f"{folder} has no tokenizer ({', '.join(ENOUGH[:3])}, …), so that nothing could load "
+            "the built model. Fetch it from where the checkpoint came from."
+        )
+    patterns = (*TOKENIZER, "generation_config.json")
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def tokenizer_model(folder: Path) -> Path:
+    """Return Meta's tokenizer file.
+
+    Raises:
+        CheckpointError: there is none. Meta ships it beside the folders of its models.
+    """
+    path = folder / "tokenizer.model"
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is missing. Meta ships it beside the models' folders: copy it there."
+        )
+    return path
+
+
+def files(
+    checkpoint: Checkpoint,
+    memos: Memos,
+    shards: Sequence[Sequence[tuple[str, int]]],
+    parameters: int,
+) -> dict[str, bytes]:
+    """Return the files that the layout has besides config.json and the weights.
+
+    Args:
+        checkpoint: what the model is built from.
+        memos: where a tokenizer is remembered that had to be made.
+        shards: the tensors of each weight file: name and size in bytes.
+        parameters: weights of the model, as mlx-lm counts them.
+    """
+    names = shard_names(len(shards))
+    weight_map = {
+        name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard
+    }
+    index = {
+        "metadata": {
+            "total_size": sum(size for shard in shards for _, size in shard),
+            "total_parameters": parameters,
+        },
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    if checkpoint.names == "meta":
+        found = _made_tokenizer(checkpoint, memos)
+    else:
+        found = {path.name: path.read_bytes() for path in sources(checkpoint)}
+    return found | {
+        "model.safetensors.index.json": json.dumps(index, indent=4).encode(),
+        "README.md": CARD.encode(),
+    }
+
+
+def _token_ids(checkpoint: Checkpoint, memos: Memos) -> dict[str, Any]:
+    path = tokenizer_model(checkpoint.folder)
+    release = tokenizer.release_of(checkpoint.config)
+    question = [str(path), *Stamp.of(path), release]
+    answer = memos.get("token_ids", question)
+    if answer is None:
+        answer = tokenizer.token_ids(path, release=release)
+        memos.put("token_ids", question, answer)
+    return dict(answer)
+
+
+def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
+    """Return Hugging Face's tokenizer files, made once: that takes seconds of imports."""
+    path = checkpoint.folder / "tokenizer.model"
+    release = tokenizer.release_of(checkpoint.config)
+    versions = [version(name) for name in ("transformers", "tokenizers")]
+    question = [digest(path.read_bytes()), release, versions]
+    with _MAKING:
+        answer = memos.get("tokenizers", question)
+        if answer is None:
+            made = tokenizer.files(path, release=release)
+            answer = {name: data.decode("latin-1") for name, data in made.items()}
+            memos.put("tokenizers", question, answer)
+    return {name: text.encode("latin-1") for name, text in answer.items()}
+
+
+def shard_names(count: int) -> list[str]:
+    """Return the names of ``count`` weight files."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+CARD = """\
+---
+language: en
+library_name: mlx
+pipeline_tag: text-generation
+tags:
+- mlx
+---
+
+This model was built in MLX format by mlx-make.
+
+```python
+from mlx_lm import load, generate
+
+model, tokenizer = load("path/to/this/folder")
+print(generate(model, tokenizer, prompt="hello"))
+```
+"""

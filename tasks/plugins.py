@@ -1,0 +1,210 @@
+"""plugins: how doit is fitted to long builds of large files: see [tool.doit] in pyproject.toml."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from doit import cmd_run, get_var
+from doit.cmd_run import Run as DoitRun
+from doit.control import TaskControl, TaskDispatcher
+from doit.dependency import FileChangedChecker, JsonDB
+from doit.reporter import ConsoleReporter
+
+from cache import files
+from cache.digest import digest_parts
+from cache.manifests import Manifest, ManifestError
+
+INTERRUPTED = 130  # as shells report SIGINT
+
+
+class Checker(FileChangedChecker):  # type: ignore[misc]
+    """Compares manifests by what was made, and other files by digest; a stamp saves both.
+
+    A state is [size, mtime_ns, inode, digest].
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, files.Stamp], str] = {}
+
+    def check_modified(self, path: str, stat: os.stat_result, state: list[Any]) -> bool:
+        """Tell whether a file is another than the ``state`` saved says."""
+        *stamp, digest = state
+        now = files.Stamp(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        return list(now) != stamp and self._digest(path, now) != digest
+
+    def get_state(self, path: str, current: list[Any] | None) -> list[Any] | None:
+        """Return the state to save, or None where the saved one still holds."""
+        now = files.Stamp.of(path)
+        if current and list(now) == current[:-1]:
+            return None
+        return [*now, self._digest(path, now)]
+
+    def _digest(self, path: str, stamp: files.Stamp) -> str:
+        if (path, stamp) not in self._known:
+            self._known[path, stamp] = _content(Path(path))
+        return self._known[path, stamp]
+
+
+def _content(path: Path) -> str:
+    if path.suffix == ".json":
+        try:
+            return Manifest.from_bytes(path.read_bytes()).result
+        except ManifestError:
+            pass  # a checkpoint's own JSON file
+    with path.open("rb") as file:
+        return digest_parts(iter(lambda: file.read(8 << 20), b""))
+
+
+class Database(JsonDB):  # type: ignore[misc]
+    """doit's database: one JSON file, replaced whole, and only if something changed.
+
+    A damaged one is as good as none: the action cache remembers what was built.
+    """
+
+    desc = "JSON, written whole"
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            loaded = json.loads(Path(self.name).read_bytes())
+        except ValueError:
+            return {}
+        return loaded if isinstance(loaded, dict) else {}
+
+    def __init__(self, name: str, codec: Any, *, module_name: str | None = None) -> None:
+        super().__init__(name, codec, module_name=module_name)
+        self._changed = False
+
+    def set(self, task_id: str, dependency: str, value: Any) -> None:
+        """Store a value."""
+        self._changed = True
+        super().set(task_id, dependency, value)
+
+    def remove(self, task_id: str) -> None:
+        """Forget a task."""
+        self._changed = True
+        super().remove(task_id)
+
+    def remove_all(self) -> None:
+        """Forget all tasks."""
+        self._changed = True
+        super().remove_all()
+
+    def dump(self) -> None:
+        """Write the file."""
+        if self._changed:
+            files.write(Path(self.name), json.dumps(self._db, separators=(",", ":")).encode())
+            self._changed = False
+
+
+class DepthFirst(TaskDispatcher):  # type: ignore[misc]
+    """Finishes a layer before it begins the next, so that what is in memory stays small."""
+
+    def _get_next_node(self, ready: Any, tasks_to_run: Any) -> Any:
+        return ready.pop() if ready else super()._get_next_node(ready, tasks_to_run)
+
+
+class Control(TaskControl):  # type: ignore[misc]
+    """doit's control, with our dispatcher."""
+
+    def task_dispatcher(self) -> DepthFirst:
+        """Return what hands tasks to the runner."""
+        return DepthFirst(self.tasks, self.targets, self.selected_tasks)
+
+
+class Run(DoitRun):  # type: ignore[misc]
+    """doit's ``run``: one at a time on one state, layer by layer, and tidy when interrupted."""
+
+    name = "run"
+
+    def execute(self, params: Any, args: list[str]) -> int:
+        """Run the tasks named in ``args``."""
+        models = Path(get_var("models", "models.toml"))
+        if not models.exists():  # loading the tasks says so, and must leave no state behind
+            return int(super().execute(params, args))
+        signal.signal(signal.SIGTERM, _interrupt)
+        cmd_run.TaskControl = Control  # doit looks the class up there, and has no hook for it
+        try:
+            with _alone(models.absolute().parent / ".mlx-make"):
+                return int(super().execute(params, args))
+        except KeyboardInterrupt:
+            print(
+                "\ninterrupted: layers that are done are kept; run doit again to go on",
+                file=sys.stderr,
+                flush=True,
+            )
+            # Threads may still be deep in a computation: do not wait for them.
+            os._exit(INTERRUPTED)
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """Hold the lock of a state folder; wait for whoever holds it, and say who."""
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            print(f"waiting for doit, process {holder}, which builds here", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+class Reporter(ConsoleReporter):  # type: ignore[misc]
+    """Says what is built, and nothing of what is up to date but how many targets are."""
+
+    desc = "mlx-make: a line a target and stage"
+
+    def __init__(self, outstream: Any, options: dict[str, Any]) -> None:
+        super().__init__(outstream, options)
+        self._said: set[str] = set()
+        self._fresh = 0
+        self._built = 0
+
+    def execute_task(self, task: Any) -> None:
+        """Say a stage of a target when its first layer begins."""
+        if not task.actions:
+            return
+        stage, target, *_ = task.name.split(":")
+        line = f"{target}: {stage}"
+        if line not in self._said:
+            self._said.add(line)
+            self.write(f"{line}\n")
+
+    def add_success(self, task: Any) -> None:
+        """Say what a target has become."""
+        if summary := task.values.get("summary"):
+            self._built += 1
+            for note in task.values["notes"]:
+                self.write(f"note: {note}\n")
+            self.write(f"{summary}\n")
+
+    def skip_uptodate(self, task: Any) -> None:
+        """Count targets that are up to date."""
+        self._fresh += task.name.startswith("pack:")
+
+    def _write_failure(self, result: dict[str, Any], write_exception: bool = True) -> None:
+        self.write(f"ERROR: {result['task'].name}: {result['exception'].get_msg()}\n")
+
+    def complete_run(self) -> None:
+        """Say that there was nothing to do, if so."""
+        if self._fresh and not self._said and not self.failures:
+            self.write(f"nothing to do: {self._fresh} targets are up to date\n")
+        for message in self.runtime_errors:
+            self.write(f"ERROR: {message}\n")

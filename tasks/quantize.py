@@ -1,0 +1,197 @@
+"""quantize: the modules that the target says, and mlx-lm would, as ``mx.quantize`` packs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from tasks.config import MODES, Quantize, Rule
+from tasks.errors import ConfigError
+from tasks.model import Model, Module
+
+VERSION = 1
+# Bit patterns, sign aside, from which on a value is infinite or no number.
+NOT_FINITE = {"float16": (mx.uint16, 0x7C00), "bfloat16": (mx.uint16, 0x7F80),
+              "float32": (mx.uint32, 0x7F800000)}  # fmt: skip
+
+
+class Setting(NamedTuple):
+    """How one weight is quantized: ``mx.quantize``'s arguments."""
+
+    group_size: int
+    bits: int
+    mode: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is quantized, and what config.json says of it.
+
+    Attributes:
+        settings: by the module's path; modules that stay as they are have none.
+        config: the table ``quantization``, None if nothing is to be quantized.
+        notes: what people should know: modules that were to be quantized and cannot be.
+    """
+
+    settings: dict[str, Setting]
+    config: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
+
+
+def plan(model: Model, quantize: Quantize | None) -> Plan:
+    """Decide how each module is quantized, as ``mlx_lm.utils.quantize_model`` does.
+
+    On top of mlx-lm's verdict (the model's own or the recipe's) the first rule that matches a
+    module's path wins.
+
+    Raises:
+        ConfigError: the recipe does not fit the model, or a rule matches nothing.
+    """
+    given = model.config.get("quantization")
+    if quantize is None:
+        return Plan({}, None)
+    recipe = model.recipes.get(quantize.recipe) if quantize.recipe else None
+    if isinstance(recipe, str):
+        raise ConfigError(
+            f"recipe {quantize.recipe!r} does not fit the model: {recipe} Use bits instead."
+        )
+    default = _complete(quantize.mode, quantize.group_size, quantize.bits)
+    # A checkpoint that is quantized already keeps its settings; the new ones stand per module.
+    config: dict[str, Any] = dict(given) if given else default._asdict()
+    settings: dict[str, Setting] = {}
+    narrow: dict[int, list[str]] = {}
+    unused = set(quantize.rules)
+    for module in model.modules:
+        if module.quantized_names is None:
+            continue
+        rule = next((r for r in quantize.rules if fnmatchcase(module.path, r.match)), None)
+        if rule:
+            unused.discard(rule)
+        width = model.parameters[_weight(module)].shape[-1]
+        group_size = (rule and rule.group_size) or default.group_size
+        if rule and rule.skip:
+            continue
+        if width % group_size:
+            narrow.setdefault(width, []).append(module.path)
+            continue
+        verdict = module.verdict
+        if recipe is not None:
+            bits = recipe[module.path]
+            # mlx_lm.convert writes a group size that nobody gave as null, and reads it so.
+            verdict = {"group_size": quantize.group_size, "bits": bits, "mode": "affine"}
+        if rule:
+            verdict = _apply(rule, verdict, default)
+        if not verdict:
+            continue
+        if isinstance(verdict, dict):
+            config[module.path] = verdict
+            setting = _complete(
+                verdict.get("mode", "affine"), verdict.get("group_size"), verdict.get("bits")
+            )
+        else:
+            setting = default
+            if given:
+                config[module.path] = default._asdict()
+        if not module.quantized_names:
+            raise ConfigError(
+                f"{module.path} is quantized by mlx-lm in a way of its own, which mlx-make does "
+                f'not know. Skip it: rules = [{{ match = "{module.path}", skip = true }}]'
+            )
+        settings[module.path] = setting
+    if unused:
+        rule = min(unused, key=quantize.rules.index)
+        paths = [module.path for module in model.modules if module.quantized_names]
+        raise ConfigError(
+            f"rule {rule.match!r} matches no module that can be quantized, or none that an "
+            f"earlier rule left. There are {', '.join(paths[:3])}, … ({len(paths)} in all); "
+            "'*' matches any run of characters."
+        )
+    notes = tuple(
+        f"{len(paths)} modules stay unquantized: their last axis, {width}, is not a multiple of "
+        f"the group size ({', '.join(paths[:3])}{', …' if len(paths) > 3 else ''})"
+        for width, paths in narrow.items()
+    )
+    return Plan(settings, config, notes)
+
+
+def backend(device: str | None) -> str:
+    """Return what computes on ``device``: ``cpu``, ``metal``, ``cuda``. They differ in the bits.
+
+    Args:
+        device: ``cpu``, ``gpu``, or None for MLX's default device.
+
+    Raises:
+        ConfigError: MLX has no GPU here.
+    """
+    if device == "cpu" or (device is None and mx.default_device().type == mx.cpu):
+        return "cpu"
+    if mx.metal.is_available():
+        return "metal"
+    if mx.cuda.is_available():
+        return "cuda"
+    raise ConfigError(
+        'device = "gpu", but MLX finds no GPU on this machine. Use device = "cpu", or leave it '
+        "out for MLX's own default."
+    )
+
+
+def names(module: Module, setting: Setting | None) -> list[str]:
+    """Return a module's parameters in the order of the built model, quantized or not."""
+    if setting is None:
+        held = module.names
+    else:
+        held = tuple(
+            name
+            for name in module.quantized_names or ()
+            if name != "biases" or setting.mode == "affine"
+        )
+    return [f"{module.path}.{name}" if module.path else name for name in held]
+
+
+def quantize(
+    weight: mx.array, *, group_size: int, bits: int, mode: str, stream: mx.Stream
+) -> tuple[mx.array, ...]:
+    """Quantize a weight.
+
+    Args:
+        weight: (…, rows, columns), columns a multiple of ``group_size``.
+        group_size: weights that share a scale.
+        bits: bits per weight.
+        mode: ``affine``, ``mxfp4``, ``mxfp8``, ``nvfp4``.
+        stream: where it is computed.
+
+    Returns:
+        The packed weight, uint32 (…, rows, columns · bits / 32); scales (…, rows,
+        columns / group_size); and for ``affine`` biases, shaped as the scales.
+    """
+    return tuple(mx.quantize(weight, group_size, bits, mode, stream=stream))
+
+
+def not_finite(weight: mx.array, *, dtype: str) -> mx.array:
+    """Return, lazily, how many elements are infinite or NaN. Ten times faster than isfinite."""
+    unsigned, limit = NOT_FINITE[dtype]
+    bits = weight.view(unsigned)
+    largest = mx.array((1 << (8 * unsigned.size - 1)) - 1, unsigned)
+    return mx.max(mx.bitwise_and(bits, largest)) >= limit
+
+
+def _weight(module: Module) -> str:
+    return f"{module.path}.weight" if module.path else "weight"
+
+
+def _complete(mode: str, group_size: int | None, bits: int | None) -> Setting:
+    group_sizes, all_bits = MODES[mode]
+    return Setting(group_size or group_sizes[0], bits or all_bits[0], mode)
+
+
+def _apply(rule: Rule, verdict: bool | dict[str, Any], default: Setting) -> dict[str, Any]:
+    base = dict(verdict) if isinstance(verdict, dict) else default._asdict()
+    if rule.mode and rule.mode != base.get("mode", "affine"):
+        base = {"group_size": None, "bits": None}  # another mode's numbers mean nothing here
+    mode = rule.mode or base.get("mode", "affine")
+    return _complete(
+        mode, rule.group_size or base.get("group_size"), rule.bits or base.get("bits")
+    )._asdict()
