@@ -139,7 +139,7 @@ def raw(tensor: torch.Tensor) -> memoryview:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Trains a sentencepiece tokenizer with byte fallback on the license's text; writes its files.
+    """Trains a sentencepiece tokenizer on the license's text, as Llama's was; writes its files.
 
     tokenizer.model is Meta's file, tokenizer.json and tokenizer_config.json are Hugging Face's.
     """
@@ -153,7 +153,10 @@ def write_tokenizer(folder: Path) -> None:
             model_type="bpe",
             vocab_size=TOKENS,
             byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
             normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
             num_threads=1,
             minloglevel=2,
         )

@@ -19,7 +19,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
+
+import xxhash
 
 from cache import files
 from cache.digest import canonical, digest_parts
@@ -50,6 +52,28 @@ class Meter(threading.local):
 
     read = 0
     written = 0
+
+
+class Writer:
+    """Takes a blob's bytes, in order."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._state = xxhash.xxh3_128()
+        self.length = 0
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes."""
+        self._state.update(data)
+        left = data
+        while left:  # one call writes 2 GiB at most
+            left = left[self._file.write(left) :]
+        self.length += data.nbytes
+
+    @property
+    def digest(self) -> str:
+        """The digest of what was written so far."""
+        return self._state.hexdigest()
 
 
 class Blobs:
@@ -90,12 +114,22 @@ class Blobs:
             return False
         return True
 
-    def write(self, digest: str, data: memoryview) -> None:
-        """Keep ``data``, whose digest the caller knows, unless it is kept already."""
-        if self.has(digest, data.nbytes):
-            return
-        files.write(self.path(digest), data)
-        self.meter.written += data.nbytes
+    @contextmanager
+    def writing(self) -> Iterator[Writer]:
+        """Give a writer whose bytes become a blob when the block ends well.
+
+        Raises:
+            NoRoom: the disk is full.
+        """
+        with files.temporary(self.root) as (file, path):
+            writer = Writer(file)
+            yield writer
+            file.flush()
+            self.meter.written += writer.length
+            if not self.has(writer.digest, writer.length):
+                target = self.path(writer.digest)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -109,6 +143,7 @@ class Blobs:
         length = path.stat().st_size
         whole = [Part(str(path), 0, length, Stamp.of(path))]
         digest = digest_parts(self.chunks(whole))
+        path.chmod(files.MODE)
         self.path(digest).parent.mkdir(parents=True, exist_ok=True)
         path.replace(self.path(digest))
         self.meter.written += length

@@ -14,6 +14,10 @@ from typing import IO, NamedTuple
 from cache.errors import NoRoom
 
 TEMPORARY = ".tmp-"
+# There is no call that only reads the umask, and setting it is not safe in threads: read it once.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+MODE = 0o666 & ~_UMASK
 
 
 class Stamp(NamedTuple):
@@ -31,48 +35,43 @@ class Stamp(NamedTuple):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file that takes the place of ``path`` when the block ends well.
-
-    It lies in the same folder, since only a rename within one file system is atomic. No fsync:
-    a power cut can leave a short file, which readers notice by its size or its contents.
+def temporary(folder: Path) -> Iterator[tuple[IO[bytes], str]]:
+    """Open a new file in ``folder``; unless it was renamed meanwhile, it is gone afterwards.
 
     Raises:
         NoRoom: the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        # mkstemp makes files private; what is built is as readable as any other file.
-        os.chmod(name, 0o666 & ~_UMASK)
-        os.replace(name, path)
+        os.fchmod(handle, MODE)  # mkstemp makes files that nobody else can read
+        with open(handle, "wb", buffering=0) as file:
+            yield file, name
     except OSError as error:
-        _unlink(name)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path.parent).free
+            free = shutil.disk_usage(folder).free
             raise NoRoom(
-                f"{path}: the disk is full ({free:,} bytes free). Make room and run again: "
+                f"{folder}: the disk is full ({free:,} bytes free). Make room and run again: "
                 "what is already built is kept."
             ) from error
         raise
-    except BaseException:
-        _unlink(name)
-        raise
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
 
 
 def write(path: Path, data: bytes | memoryview) -> None:
-    """Make ``path`` hold exactly ``data``, or leave it as it was."""
-    with replacing(path) as file:
-        file.write(data)
+    """Make ``path`` hold exactly ``data``, or leave it as it was.
 
+    The temporary file lies in the same folder, since only a rename within one file system is
+    atomic. No fsync: a power cut can leave a short file, which readers notice by its size or
+    its contents.
 
-def _unlink(name: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(name)
-
-
-# There is no call that only reads it, and setting it is not safe in threads: read once.
-_UMASK = os.umask(0)
-os.umask(_UMASK)
+    Raises:
+        NoRoom: the disk is full.
+    """
+    with temporary(path.parent) as (file, name):
+        left = memoryview(data)
+        while left:  # one call writes 2 GiB at most
+            left = left[file.write(left) :]
+        os.replace(name, path)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,46 +19,16 @@ import mlx.core as mx
 from cache import files
 from cache.actions import Corrupt, Hit
 from cache.blobs import Part
-from cache.digest import digest, digest_parts
+from cache.digest import digest_parts
 from cache.errors import BlobLost
 from cache.log import Entry, Log
 from cache.manifests import Action, Manifest, ManifestError, Tensor
 from cache.store import Store
-from tasks import architecture, arrays, cast, quantize, unshard
+from tasks import architecture, arrays, cast, quantize, rows, unshard
 from tasks.checkpoint import TORCH, load_with_torch
 from tasks.errors import BuildError, CheckpointError
 from tasks.plan import Node, Plan
-
-HANDOVER_BYTES = 192 << 20
-
-
-class Handover:
-    """Arrays that one stage leaves in memory for the next: the oldest go when it is full."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self._held: OrderedDict[str, mx.array] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def put(self, digest: str, array: mx.array) -> None:
-        """Leave an array, unless it alone would fill the place."""
-        with self._lock:
-            if digest in self._held or array.nbytes > self.limit_bytes:
-                return
-            self._held[digest] = array
-            self._bytes += array.nbytes
-            while self._bytes > self.limit_bytes:
-                _, old = self._held.popitem(last=False)
-                self._bytes -= old.nbytes
-
-    def take(self, digest: str) -> mx.array | None:
-        """Take an array away, if it is still there."""
-        with self._lock:
-            array = self._held.pop(digest, None)
-            if array is not None:
-                self._bytes -= array.nbytes
-            return array
+from tasks.rows import Rows
 
 
 @dataclass
@@ -77,7 +46,6 @@ class Builder:
     state: Path
     log: Log
     run_id: str
-    handover: Handover = field(default_factory=lambda: Handover(HANDOVER_BYTES))
     streams: arrays.Streams = field(default_factory=arrays.Streams)
     _torch_lock: threading.Lock = field(default_factory=threading.Lock)
     _torch_file: dict[Path, dict[str, Any]] = field(default_factory=dict)
@@ -171,29 +139,33 @@ class Builder:
             tensors, notes = stages[node.stage](plan, node, needed)
         return Manifest(action, tensors, tuple(notes))
 
-    def fetch(self, plan: Plan, maker: Node, name: str, tensor: Tensor) -> mx.array:
-        """Return a tensor's array: from memory, from the store, or by making it again.
+    def rows(self, plan: Plan, maker: Node, name: str, tensor: Tensor) -> Rows:
+        """Return a tensor to read: from the store, or made again from what it was made of.
 
         Raises:
             BuildError: it is lost for good, e.g. the checkpoint changed under it.
         """
-        array = self.handover.take(tensor.digest)
-        if array is not None:
-            return array
-        parts = self.locate(plan, maker, name, tensor)
-        if isinstance(parts, mx.array):
-            return parts
-        return arrays.read(self.store.blobs, parts, tensor.dtype, tensor.shape)
+        blobs = self.store.blobs
+        if maker.stage == "unshard" and not blobs.has(tensor.digest, tensor.nbytes):
+            # Not kept: cast keeps what it makes of it, and it is cheap to make again.
+            _, _, inputs, steps = maker.params["tensors"][name]
+            if not unshard.sanitized(steps):
+                needed = self.needed(maker)
+                return rows.apply([self.rows(plan, *_source(needed, key)) for key in inputs], steps)
+        return rows.Stored(
+            blobs, self.locate(plan, maker, name, tensor), tensor.dtype, tensor.shape
+        )
 
-    def locate(self, plan: Plan, maker: Node, name: str, tensor: Tensor) -> list[Part] | mx.array:
-        """Return where a tensor's bytes lie, or its array if it is kept nowhere."""
+    def locate(self, plan: Plan, maker: Node, name: str, tensor: Tensor) -> list[Part]:
+        """Return where the bytes of a tensor lie that is kept, made again if they are lost.
+
+        Raises:
+            BuildError: they come out differently.
+        """
         try:
             return self.store.blobs.locate(tensor.digest, tensor.nbytes)
         except BlobLost as lost:
             self.remake(plan, maker, name, tensor, lost)
-        array = self.handover.take(tensor.digest)
-        if array is not None and not self.store.blobs.has(tensor.digest, tensor.nbytes):
-            return array
         return self.store.blobs.locate(tensor.digest, tensor.nbytes)
 
     def remake(self, plan: Plan, node: Node, name: str, tensor: Tensor, lost: BlobLost) -> None:
@@ -207,7 +179,9 @@ class Builder:
         else:
             needed = self.needed(node)
             for key, (maker, passed) in needed.items():
-                if passed == tensor:  # only passed on here: whoever made it makes it again
+                # Only passed on here: whoever made it makes it again. Not so what unshard made,
+                # which is kept from cast on.
+                if passed == tensor and maker.stage != "unshard":
                     self.remake(plan, maker, key, tensor, lost)
                     return
             old = Manifest.from_bytes(self.manifest_path(node).read_bytes())
@@ -234,9 +208,9 @@ class Builder:
                 continue
             try:
                 if stored.offset == TORCH:
-                    value = self._extract_with_torch(path, stored.name)
-                    found = digest(value)
-                    blobs.write(found, value)
+                    with blobs.writing() as writer:
+                        writer.write(self._extract_with_torch(path, stored.name))
+                    found = writer.digest
                 else:
                     stamp = plan.checkpoint.stamps[stored.file]
                     part = Part(str(path), stored.offset, stored.nbytes, stamp)
@@ -274,7 +248,7 @@ class Builder:
         blobs = self.store.blobs
         made: dict[str, Tensor] = {}
         for name, (dtype, shape, inputs, steps) in node.params["tensors"].items():
-            if steps and steps[-1][0] == "sanitize":
+            if unshard.sanitized(steps):
                 continue  # all at once, below
             sources = [needed[key] for key in inputs]
             first = sources[0][1].digest
@@ -287,20 +261,13 @@ class Builder:
                 sources, steps = sources[:1], steps[1:]
             if not steps:
                 made[name] = Tensor(dtype, tuple(shape), first)
-            elif unshard.only_joins(steps):
-                parts = []
-                for key, (maker, tensor) in zip(inputs, sources, strict=True):
-                    located = self.locate(plan, maker, key, tensor)
-                    assert isinstance(located, list), "extract keeps what it makes"
-                    parts += located
-                made[name] = Tensor(dtype, tuple(shape), digest_parts(blobs.chunks(parts)))
-                blobs.refer(made[name].digest, parts)
             else:
-                read = [
-                    self.fetch(plan, maker, key, tensor)
-                    for key, (maker, tensor) in zip(inputs, sources, strict=True)
-                ]
-                made[name] = self._made(unshard.unshard(read, steps))
+                stored = [self.rows(plan, *_source(needed, key)) for key in inputs]
+                whole = rows.apply(stored, steps)
+                found = digest_parts(arrays.view(block) for block in rows.blocks(whole))
+                made[name] = Tensor(dtype, tuple(shape), found)
+                if isinstance(whole, rows.Stored):  # just the inputs, end to end
+                    blobs.refer(found, whole.parts)
         made |= self._sanitize(plan, node, needed)
         return {name: made[name] for name in node.params["tensors"]}, []
 
@@ -311,15 +278,13 @@ class Builder:
         told = {
             name: (dtype, shape, inputs)
             for name, (dtype, shape, inputs, steps) in node.params["tensors"].items()
-            if steps and steps[-1][0] == "sanitize"
+            if unshard.sanitized(steps)
         }
         if not told:
             return {}
         inputs = {}
         for key in dict.fromkeys(i for _, _, keys in told.values() for i in keys):
-            parts = self.locate(plan, needed[key][0], key, needed[key][1])
-            assert isinstance(parts, list), "extract keeps what it makes"
-            inputs[key] = parts
+            inputs[key] = self.locate(plan, *_source(needed, key))
         made = {}
         with self.store.blobs.scratch() as folder:
             outputs = {name: folder / str(number) for number, name in enumerate(told)}
@@ -332,17 +297,18 @@ class Builder:
         self, plan: Plan, node: Node, needed: dict[str, tuple[Node, Tensor]]
     ) -> tuple[dict[str, Tensor], list[str]]:
         made: dict[str, Tensor] = {}
-        for name, (maker, tensor) in needed.items():
-            dtype = node.params["dtypes"].get(name)
-            if dtype:
-                array = self.fetch(plan, maker, name, tensor)
-                made[name] = self._made(cast.cast(array, dtype=dtype), keep=True)
+        for name, (_, tensor) in needed.items():
+            dtype = node.params["dtypes"].get(name, tensor.dtype)
+            # What the checkpoint or the store holds stays where it is. What unshard only
+            # digested is kept from here on, so that later stages need no checkpoint.
+            if dtype == tensor.dtype and self.store.blobs.has(tensor.digest, tensor.nbytes):
+                made[name] = tensor
                 continue
-            made[name] = tensor
-            # What the checkpoint or the store holds stays where it is; what unshard only left
-            # in memory is kept from here on.
-            if not self.store.blobs.has(tensor.digest, tensor.nbytes):
-                self._made(self.fetch(plan, maker, name, tensor), keep=True)
+            source = self.rows(plan, *_source(needed, name))
+            with self.store.blobs.writing() as writer:
+                for block in rows.blocks(source):
+                    writer.write(arrays.view(cast.cast(block, dtype=dtype)))
+            made[name] = Tensor(dtype, tensor.shape, writer.digest)
         return made, []
 
     def _quantize(
@@ -350,35 +316,43 @@ class Builder:
     ) -> tuple[dict[str, Tensor], list[str]]:
         made: dict[str, Tensor] = {}
         notes = []
-        for name, (maker, tensor) in needed.items():
+        for name, (_, tensor) in needed.items():
             if name not in node.params["settings"]:
                 made[name] = tensor
                 continue
-            group_size, bits, mode = node.params["settings"][name]
-            weight = self.fetch(plan, maker, name, tensor)
-            device = "cpu" if node.params["device"] == "cpu" else "gpu"
-            odd = quantize.not_finite(weight, dtype=tensor.dtype)
-            packed = quantize.quantize(
-                weight,
-                group_size=group_size,
-                bits=bits,
-                mode=mode,
-                stream=self.streams.get(device),
-            )
-            mx.eval(odd, packed)
-            del weight
-            if odd.item():
+            setting = quantize.Setting(*node.params["settings"][name])
+            source = self.rows(plan, *_source(needed, name))
+            parts, finite = self._quantize_rows(source, setting, node.params["device"])
+            if not finite:
                 notes.append(f"{name} holds NaN or infinity, which no quantized weight can show")
             prefix = name.removesuffix("weight")
-            for part, array in zip(("weight", "scales", "biases"), packed, strict=False):
-                made[prefix + part] = self._made(array, keep=True, hand_over=False)
+            made |= {prefix + part: tensor for part, tensor in parts.items()}
         return made, notes
 
-    def _made(self, array: mx.array, *, keep: bool = False, hand_over: bool = True) -> Tensor:
-        data = arrays.view(array)
-        tensor = Tensor(arrays.dtype_name(array), tuple(array.shape), digest(data))
-        if keep:
-            self.store.blobs.write(tensor.digest, data)
-        if hand_over:
-            self.handover.put(tensor.digest, array)
-        return tensor
+    def _quantize_rows(
+        self, source: Rows, setting: quantize.Setting, backend: str
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Quantize a weight; return its parts, and whether all of it was finite."""
+        stream = self.streams.get("cpu" if backend == "cpu" else "gpu")
+        names = quantize.PARTS[: 3 if setting.mode == "affine" else 2]
+        finite = True
+        shapes: dict[str, tuple[str, int]] = {}
+        with ExitStack() as stack:
+            writers = [stack.enter_context(self.store.blobs.writing()) for _ in names]
+            for block in rows.blocks(source):
+                odd = quantize.not_finite(block, dtype=source.dtype)
+                packed = quantize.quantize(block, **setting._asdict(), stream=stream)
+                mx.eval(odd, packed)
+                finite = finite and not odd.item()
+                for name, writer, array in zip(names, writers, packed, strict=True):
+                    writer.write(arrays.view(array))
+                    shapes[name] = (arrays.dtype_name(array), array.shape[-1])
+        return {
+            name: Tensor(shapes[name][0], (*source.shape[:-1], shapes[name][1]), writer.digest)
+            for name, writer in zip(names, writers, strict=True)
+        }, finite
+
+
+def _source(needed: dict[str, tuple[Node, Tensor]], name: str) -> tuple[Node, str, Tensor]:
+    maker, tensor = needed[name]
+    return maker, name, tensor

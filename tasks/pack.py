@@ -168,9 +168,7 @@ def _write(
         for name, shard in weights.items():
             located = []
             for packed in shard:
-                parts = builder.locate(plan, *_maker(needed, packed.name))
-                assert isinstance(parts, list), "what is packed is kept"
-                located.append(parts)
+                located.append(builder.locate(plan, *_maker(needed, packed.name)))
             with (new / name).open("wb") as file:
                 _WRITERS[form](builder, file, shard, located)
         for name, data in small.items():

@@ -13,6 +13,7 @@ from tasks.errors import ConfigError
 from tasks.model import Model, Module
 
 VERSION = 1
+PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them
 # Bit patterns, sign aside, from which on a value is infinite or no number.
 NOT_FINITE = {"float16": (mx.uint16, 0x7C00), "bfloat16": (mx.uint16, 0x7F80),
               "float32": (mx.uint32, 0x7F800000)}  # fmt: skip

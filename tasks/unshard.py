@@ -8,7 +8,8 @@ A parameter is made by *steps*, each a JSON list:
 ``["half_split", h]``   rows of ``h`` heads, from interleaved to half-split rotary order
 ``["sanitize", name]``  what mlx-lm's ``sanitize`` computes for that parameter
 
-The last is done in ``tasks.architecture``, by mlx-lm itself.
+The last is done in ``tasks.architecture``, by mlx-lm itself; ``tasks.rows`` does the others,
+block by block.
 """
 
 from __future__ import annotations
@@ -21,32 +22,9 @@ import mlx.core as mx
 VERSION = 1
 
 
-def only_joins(steps: Sequence[Any]) -> bool:
-    """Tell whether the result is just the inputs' bytes, one after another."""
-    return all(step[0] in ("concatenate", "stack") and step[1] == 0 for step in steps)
-
-
-def unshard(arrays: Sequence[mx.array], steps: Sequence[Any]) -> mx.array:
-    """Return the parameter that ``steps`` make of stored tensors.
-
-    Args:
-        arrays: the stored tensors, in order.
-        steps: what to do, in order.
-    """
-    arrays = list(arrays)
-    for name, *args in steps:
-        if name == "same":
-            arrays = arrays[:1]
-        elif name == "concatenate":
-            arrays = [mx.concatenate(arrays, args[0])]
-        elif name == "stack":
-            arrays = [mx.stack(arrays, args[0])]
-        elif name == "half_split":
-            arrays = [half_split(arrays[0], heads=args[0])]
-        else:
-            raise ValueError(f"unknown step {name!r}")
-    (array,) = arrays
-    return array
+def sanitized(steps: Sequence[Any]) -> bool:
+    """Tell whether mlx-lm has to make the parameter."""
+    return any(step[0] == "sanitize" for step in steps)
 
 
 def half_split(weight: mx.array, *, heads: int) -> mx.array:

@@ -1,0 +1,194 @@
+"""rows: tensors read block by block of rows, so that memory does not grow with their size.
+
+A *row* is one run along the last axis. Casting and quantizing look at no more than one row at a
+time, so working block by block gives the same bits as working on the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from cache.blobs import Blobs, Part
+from cache.manifests import DTYPE_BYTES
+from tasks import arrays
+from tasks.unshard import half_split
+
+BLOCK_BYTES = 16 << 20
+
+
+class Rows(Protocol):
+    """A tensor that can be read by rows."""
+
+    @property
+    def dtype(self) -> str:
+        """As MLX spells it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+
+    @property
+    def unit(self) -> int:
+        """Number of rows that must be read together: blocks begin at multiples of it."""
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``: (stop - start, columns)."""
+
+
+def count(rows: Rows) -> int:
+    """Return the number of rows; a vector is one row."""
+    return prod(rows.shape[:-1])
+
+
+def blocks(rows: Rows, block_bytes: int = BLOCK_BYTES) -> Iterator[mx.array]:
+    """Yield all rows, in blocks of about ``block_bytes`` bytes: (some, columns) each."""
+    row_bytes = max(1, (rows.shape[-1] if rows.shape else 1) * DTYPE_BYTES[rows.dtype])
+    step = max(1, block_bytes // (row_bytes * rows.unit)) * rows.unit
+    total = count(rows)
+    for start in range(0, total, step):
+        yield rows.read(start, min(start + step, total))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor whose bytes lie in files, in order."""
+
+    blobs: Blobs
+    parts: Sequence[Part]
+    dtype: str
+    shape: tuple[int, ...]
+    unit: int = 1
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        columns = self.shape[-1] if self.shape else 1
+        row_bytes = columns * DTYPE_BYTES[self.dtype]
+        parts = slice_parts(self.parts, start * row_bytes, stop * row_bytes)
+        return arrays.read(self.blobs, parts, self.dtype, (stop - start, columns))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Matrices of as many rows each, joined on the last axis."""
+
+    sources: Sequence[Rows]
+    unit: int = 1
+
+    @property
+    def dtype(self) -> str:
+        """As MLX spells it."""
+        return self.sources[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return (*self.sources[0].shape[:-1], sum(s.shape[-1] for s in self.sources))
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        return mx.concatenate([source.read(start, stop) for source in self.sources], axis=-1)
+
+
+@dataclass(frozen=True)
+class HalfSplit:
+    """Rows of wq or wk, from interleaved to half-split rotary order."""
+
+    source: Rows
+    heads: int
+
+    @property
+    def dtype(self) -> str:
+        """As MLX spells it."""
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.source.shape
+
+    @property
+    def unit(self) -> int:
+        """A head."""
+        return self.source.shape[0] // self.heads
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        return half_split(self.source.read(start, stop), heads=(stop - start) // self.unit)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Tensors joined on an axis that rows do not follow: made as a whole."""
+
+    sources: Sequence[Rows]
+    step: str
+    axis: int
+    unit: int = 1
+
+    @property
+    def dtype(self) -> str:
+        """As MLX spells it."""
+        return self.sources[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self._array.shape)
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        return self._array.reshape(-1, self.shape[-1])[start:stop]
+
+    @cached_property
+    def _array(self) -> mx.array:
+        whole = [s.read(0, count(s)).reshape(s.shape) for s in self.sources]
+        join = mx.concatenate if self.step == "concatenate" else mx.stack
+        return join(whole, self.axis)
+
+
+def slice_parts(parts: Sequence[Part], start: int, stop: int) -> list[Part]:
+    """Return the parts that hold bytes ``start`` to ``stop`` of what ``parts`` hold together."""
+    found = []
+    at = 0
+    for part in parts:
+        first, last = max(start, at), min(stop, at + part.length)
+        if first < last:
+            found.append(part._replace(offset=part.offset + first - at, length=last - first))
+        at += part.length
+    return found
+
+
+def apply(sources: Sequence[Rows], steps: Sequence[Any]) -> Rows:
+    """Return the tensor that ``steps`` make of ``sources``, see ``tasks.unshard``."""
+    made = list(sources)
+    for name, *args in steps:
+        if name == "same":
+            made = made[:1]
+        elif name == "half_split":
+            made = [HalfSplit(made[0], args[0])]
+        elif name == "concatenate" and args[0] == len(made[0].shape) - 1 > 0:
+            made = [Joined(made)]
+        elif name == "concatenate" and args[0] == 0:
+            made = [_end_to_end(made, (sum(s.shape[0] for s in made), *made[0].shape[1:]))]
+        elif name == "stack" and args[0] == 0:
+            made = [_end_to_end(made, (len(made), *made[0].shape))]
+        elif name in ("concatenate", "stack"):
+            made = [Whole(made, name, args[0])]
+        else:
+            raise ValueError(f"unknown step {name!r}")
+    (rows,) = made
+    return rows
+
+
+def _end_to_end(sources: Sequence[Rows], shape: tuple[int, ...]) -> Rows:
+    stored = [source for source in sources if isinstance(source, Stored)]
+    if len(stored) != len(sources):
+        raise ValueError("only stored tensors can be joined end to end")
+    parts = [part for source in stored for part in source.parts]
+    return Stored(stored[0].blobs, parts, stored[0].dtype, shape)
