@@ -50,9 +50,9 @@ class Builder:
     _torch_lock: threading.Lock = field(default_factory=threading.Lock)
     _torch_file: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
-    def manifest_path(self, node: Node) -> Path:
-        """Return where a node's manifest lies."""
-        return self.state / "manifests" / node.target / node.stage / f"{node.layer}.json"
+    def manifest_path(self, node: Node) -> str:
+        """Return where a node's manifest lies. A string: doit wants thousands of them."""
+        return f"{self.state}/manifests/{node.target}/{node.stage}/{node.layer}.json"
 
     def run(self, plan: Plan, node: Node, why: str) -> None:
         """Bring a node's manifest up to date.
@@ -65,7 +65,7 @@ class Builder:
                 manifest, record["outcome"] = self._extract(plan, node)
             else:
                 manifest, record["outcome"] = self._run(plan, node)
-            self.publish(self.manifest_path(node), manifest)
+            self.publish(Path(self.manifest_path(node)), manifest)
 
     def publish(self, path: Path, manifest: Manifest) -> None:
         """Write a manifest where the build tool looks, unless it says the same already."""
@@ -105,7 +105,7 @@ class Builder:
         """Return the tensors that a node reads: who made each, and what it is."""
         found = {}
         for need in node.needs:
-            path = self.manifest_path(need)
+            path = Path(self.manifest_path(need))
             try:
                 manifest = Manifest.from_bytes(path.read_bytes())
             except (FileNotFoundError, ManifestError) as error:
@@ -184,7 +184,7 @@ class Builder:
                 if passed == tensor and maker.stage != "unshard":
                     self.remake(plan, maker, key, tensor, lost)
                     return
-            old = Manifest.from_bytes(self.manifest_path(node).read_bytes())
+            old = Manifest.from_bytes(Path(self.manifest_path(node)).read_bytes())
             with self.logged(node.name, f"blob lost: {lost.cause}") as record:
                 again = self._compute(plan, node, old.action, needed)
                 record["outcome"] = "computed"

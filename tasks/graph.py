@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 import uuid
@@ -19,7 +20,7 @@ from tasks import config, pack
 from tasks.build import Builder
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
-from tasks.plan import Node, Plan, plan
+from tasks.plan import Node, Plan, Planner
 
 STATE = ".mlx-make"
 BUILD = "build"
@@ -69,8 +70,8 @@ class Graph:
             "basename": node.stage,
             "name": f"{node.target}:{node.layer}",
             "actions": [act],
-            "file_dep": [str(self.builder.manifest_path(need)) for need in node.needs],
-            "targets": [str(self.builder.manifest_path(node))],
+            "file_dep": [self.builder.manifest_path(need) for need in node.needs],
+            "targets": [self.builder.manifest_path(node)],
             "uptodate": [told],
             "clean": True,
             "io": {"capture": False},
@@ -93,7 +94,7 @@ class Graph:
             bits = sum(
                 tensor.nbytes for name, tensor in made.tensors.items()
                 if name.endswith((".safetensors", ".npz"))
-            ) * 8 / found.parameters  # fmt: skip
+            ) * 8 / found.weights  # fmt: skip
             return {
                 "told": told.digest,
                 "outputs": pack.stamps(folder, list(made.tensors)),
@@ -111,7 +112,7 @@ class Graph:
             "name": target,
             "actions": [act],
             "file_dep": [
-                *(str(self.builder.manifest_path(node)) for node in last),
+                *(self.builder.manifest_path(node) for node in last),
                 *(str(path) for path in layout.sources(found.checkpoint)),
             ],
             # In reverse: doit is made to run the newest ready task first.
@@ -130,6 +131,11 @@ class Told:
         digest: of what it is told now.
         folder: if given, of the files it made, which must still be as it left them.
     """
+
+    # doit asks for the signature of each task's, at 50 µs a time if it must be worked out.
+    __signature__ = inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("task", "values")]
+    )
 
     def __init__(self, told: Any, folder: Path | None = None) -> None:
         from cache.digest import digest_record
@@ -176,7 +182,8 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
         for target in read.targets.values():
             if target.source in make:
                 make[target.source](target.source)
-        plans = {name: plan(target, store.memos) for name, target in read.targets.items()}
+        planner = Planner(store.memos)
+        plans = {name: planner.plan(target) for name, target in read.targets.items()}
     except (BuildError, CacheError) as error:
         raise InvalidDodoFile(str(error)) from error
     folder = read.path.parent

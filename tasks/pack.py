@@ -87,7 +87,7 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
         needed: dict[str, tuple[Node, Tensor]] = {}
         notes = list(plan.notes)
         for node in plan.stages["quantize"]:
-            manifest = Manifest.from_bytes(builder.manifest_path(node).read_bytes())
+            manifest = Manifest.from_bytes(Path(builder.manifest_path(node)).read_bytes())
             needed.update({name: (node, tensor) for name, tensor in manifest.tensors.items()})
             notes += manifest.notes
         if missing := set(plan.names) ^ needed.keys():
@@ -98,7 +98,7 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
         tensors = [Packed(name, needed[name][1]) for name in plan.names]
         split = shards(tensors, plan.target.max_shard_bytes)
         sizes = [[(p.name, p.tensor.nbytes) for p in shard] for shard in split]
-        small = layout.files(plan.checkpoint, builder.store.memos, sizes, plan.parameters)
+        small = layout.files(plan.checkpoint, builder.store.memos, sizes, plan.weights)
         small["config.json"] = json.dumps(plan.config, indent=4).encode()
         weights = dict(zip(layout.shard_names(len(split)), split, strict=True))
         params = {

@@ -63,7 +63,7 @@ class Plan:
         stages: the nodes of each per-layer stage, in the order of layers.
         names: the built model's tensors, in the order in which they are written.
         config: config.json.
-        parameters: weights of the model, as mlx-lm counts them.
+        weights: how many the model has, as mlx-lm counts them.
         notes: what people should know.
     """
 
@@ -73,7 +73,7 @@ class Plan:
     stages: dict[str, list[Node]]
     names: list[str]
     config: dict[str, Any]
-    parameters: int
+    weights: int
     notes: tuple[str, ...] = field(default=())
 
     def stored(self, key: str) -> tuple[Path, Stored]:
@@ -82,38 +82,45 @@ class Plan:
         return self.checkpoint.folder / stored.file, stored
 
 
-def plan(target: Target, memos: Memos) -> Plan:
-    """Work a target out.
+class Planner:
+    """Plans targets; what several have in common is read once."""
 
-    Raises:
-        BuildError: the checkpoint, the model or a setting makes it impossible. The message
-            begins with the target's name.
-    """
-    try:
-        return _plan(target, memos)
-    except BuildError as error:
-        raise type(error)(f"{target.name}: {error}") from error
+    def __init__(self, memos: Memos) -> None:
+        self.memos = memos
+        self._checkpoints: dict[tuple[Path, str | None], Checkpoint] = {}
+        self._models: dict[tuple[Path, str | None, str], Model] = {}
 
+    def plan(self, target: Target) -> Plan:
+        """Work a target out.
 
-def _plan(target: Target, memos: Memos) -> Plan:
-    checkpoint = loaders.read(target.source, target.loader, memos)
-    layout = LAYOUTS[target.layout]
-    model = layout.model(checkpoint, memos)
-    layout.check(target, model)
-    layout.sources(checkpoint)  # refuses a checkpoint without tokenizer
-    packed = quantize.plan(model, target.quantize)
-    config = layout.config(target, model, packed.config)
-    casts = cast.plan(model, target.dtype or layout.default_dtype(checkpoint, model))
-    stages = _nodes(target, checkpoint, model, casts, packed)
-    names = [
-        name
-        for module_names in _ordered(model, packed)
-        for name in module_names
-    ]  # fmt: skip
-    count = sum(_count(model, module, packed) for module in model.modules)
-    return Plan(
-        target, checkpoint, model, stages, names, config, count, (*model.notes, *packed.notes)
-    )
+        Raises:
+            BuildError: the checkpoint, the model or a setting makes it impossible. The message
+                begins with the target's name.
+        """
+        try:
+            return self._plan(target)
+        except BuildError as error:
+            raise type(error)(f"{target.name}: {error}") from error
+
+    def _plan(self, target: Target) -> Plan:
+        layout = LAYOUTS[target.layout]
+        source = (target.source, target.loader)
+        if source not in self._checkpoints:
+            self._checkpoints[source] = loaders.read(*source, self.memos)
+        checkpoint = self._checkpoints[source]
+        if (*source, target.layout) not in self._models:
+            layout.sources(checkpoint)  # refuses a checkpoint without tokenizer
+            self._models[*source, target.layout] = layout.model(checkpoint, self.memos)
+        model = self._models[*source, target.layout]
+        layout.check(target, model)
+        packed = quantize.plan(model, target.quantize)
+        config = layout.config(target, model, packed.config)
+        casts = cast.plan(model, target.dtype or layout.default_dtype(checkpoint, model))
+        stages = _nodes(target, checkpoint, model, casts, packed)
+        names = [name for names in _ordered(model, packed) for name in names]
+        weights = sum(_weights(model, module, packed) for module in model.modules)
+        notes = (*model.notes, *packed.notes)
+        return Plan(target, checkpoint, model, stages, names, config, weights, notes)
 
 
 def _nodes(
@@ -192,7 +199,7 @@ def _ordered(model: Model, packed: quantize.Plan) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def _count(model: Model, module: Module, packed: quantize.Plan) -> int:
+def _weights(model: Model, module: Module, packed: quantize.Plan) -> int:
     if module.path not in packed.settings:
         return module.weights
     prefix = f"{module.path}." if module.path else ""

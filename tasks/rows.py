@@ -19,7 +19,7 @@ from cache.manifests import DTYPE_BYTES
 from tasks import arrays
 from tasks.unshard import half_split
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 
 
 class Rows(Protocol):
