@@ -205,6 +205,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
     def complete_run(self) -> None:
         """Say that there was nothing to do, if so."""
         if self._fresh and not self._said and not self.failures:
-            self.write(f"nothing to do: {self._fresh} targets are up to date\n")
+            plural = "s are" if self._fresh > 1 else " is"
+            self.write(f"nothing to do: {self._fresh} target{plural} up to date\n")
         for message in self.runtime_errors:
             self.write(f"ERROR: {message}\n")
