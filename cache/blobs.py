@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -115,13 +116,16 @@ class Blobs:
         return True
 
     @contextmanager
-    def writing(self) -> Iterator[Writer]:
+    def writing(self, length: int = 0) -> Iterator[Writer]:
         """Give a writer whose bytes become a blob when the block ends well.
+
+        Args:
+            length: how many bytes it will be, if known.
 
         Raises:
             NoRoom: the disk is full.
         """
-        with files.temporary(self.root) as (file, path):
+        with files.temporary(self.root, length) as (file, path):
             writer = Writer(file)
             yield writer
             file.flush()
@@ -135,7 +139,8 @@ class Blobs:
     def scratch(self) -> Iterator[Path]:
         """Give a folder beside the blobs for files that may become blobs; it goes afterwards."""
         self.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=self.root) as folder:
+        prefix = f"{files.TEMPORARY}{platform.node()}-{os.getpid()}-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=self.root) as folder:
             yield Path(folder)
 
     def adopt(self, path: Path) -> str:

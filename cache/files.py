@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -35,25 +36,28 @@ class Stamp(NamedTuple):
 
 
 @contextmanager
-def temporary(folder: Path) -> Iterator[tuple[IO[bytes], str]]:
+def temporary(folder: Path, need: int = 0) -> Iterator[tuple[IO[bytes], str]]:
     """Open a new file in ``folder``; unless it was renamed meanwhile, it is gone afterwards.
+
+    Args:
+        folder: made if it is not there.
+        need: bytes that will be written, if known: refused at once where there is no room.
 
     Raises:
         NoRoom: the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
+    if need:
+        room(folder, need)
+    prefix = f"{TEMPORARY}{platform.node()}-{os.getpid()}-"
+    handle, name = tempfile.mkstemp(prefix=prefix, dir=folder)
     try:
         os.fchmod(handle, MODE)  # mkstemp makes files that nobody else can read
         with open(handle, "wb", buffering=0) as file:
             yield file, name
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(folder).free
-            raise NoRoom(
-                f"{folder}: the disk is full ({free:,} bytes free). Make room and run again: "
-                "what is already built is kept."
-            ) from error
+            raise no_room(folder, need) from error
         raise
     finally:
         with suppress(FileNotFoundError):
@@ -75,3 +79,48 @@ def write(path: Path, data: bytes | memoryview) -> None:
         while left:  # one call writes 2 GiB at most
             left = left[file.write(left) :]
         os.replace(name, path)
+
+
+def room(folder: Path, need: int) -> None:
+    """Refuse to begin what the disk cannot take.
+
+    Args:
+        folder: where it will be written.
+        need: bytes.
+
+    Raises:
+        NoRoom: there is less free.
+    """
+    if need > shutil.disk_usage(folder).free:
+        raise no_room(folder, need)
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that processes of this machine left when they were killed."""
+    for path in folder.glob(f"{TEMPORARY}{platform.node()}-*"):
+        process = path.name.removeprefix(f"{TEMPORARY}{platform.node()}-").split("-")[0]
+        if process.isdigit() and not _runs(int(process)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def no_room(folder: Path, need: int) -> NoRoom:
+    """Return the error that says so."""
+    free = shutil.disk_usage(folder).free
+    needed = f"{need:,} bytes are needed, " if need else ""
+    return NoRoom(
+        f"{folder}: the disk is full: {needed}{free:,} are free. Make room and run doit again: "
+        "what is already built is kept."
+    )

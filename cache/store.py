@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache import files
 from cache.actions import Actions
 from cache.blobs import Blobs
 from cache.memos import Memos
@@ -21,4 +22,5 @@ class Store:
     @classmethod
     def at(cls, root: Path) -> Store:
         """Return the store in folder ``root``, which need not exist yet."""
+        files.sweep(root / "blobs")
         return cls(Blobs(root / "blobs"), Actions(root / "actions"), Memos(root / "memos"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import json
 import os
@@ -17,13 +18,12 @@ from cache import files
 from cache.actions import Hit
 from cache.blobs import Part
 from cache.digest import digest, digest_parts
-from cache.errors import NoRoom
 from cache.files import Stamp
 from cache.manifests import Action, Manifest, Tensor
-from tasks.build import Builder
+from tasks.build import Builder, Needed
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
-from tasks.plan import Node, Plan
+from tasks.plan import Plan
 
 VERSION = 1
 SAFETENSORS_DTYPES = {
@@ -84,7 +84,7 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
     """
     with builder.logged(f"pack:{plan.target.name}", why) as record:
         layout = LAYOUTS[plan.target.layout]
-        needed: dict[str, tuple[Node, Tensor]] = {}
+        needed: Needed = {}
         notes = list(plan.notes)
         for node in plan.stages["quantize"]:
             manifest = Manifest.from_bytes(Path(builder.manifest_path(node)).read_bytes())
@@ -145,7 +145,7 @@ def _digest(path: Path) -> str:
 def _write(
     builder: Builder,
     plan: Plan,
-    needed: dict[str, tuple[Node, Tensor]],
+    needed: Needed,
     folder: Path,
     weights: dict[str, list[Packed]],
     small: dict[str, bytes],
@@ -156,19 +156,14 @@ def _write(
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f"{files.TEMPORARY}{folder.name}")
     shutil.rmtree(new, ignore_errors=True)  # of a build that was cut off
-    free = shutil.disk_usage(folder.parent).free
-    if need > free:
-        raise NoRoom(
-            f"{folder} needs {need:,} bytes, {folder.parent} has {free:,} free. Make room and "
-            "run again: what is already built is kept."
-        )
+    files.room(folder.parent, need)
     new.mkdir()
     try:
         made = {}
         for name, shard in weights.items():
             located = []
             for packed in shard:
-                located.append(builder.locate(plan, *_maker(needed, packed.name)))
+                located.append(builder.locate(plan, needed, packed.name))
             with (new / name).open("wb") as file:
                 _WRITERS[form](builder, file, shard, located)
         for name, data in small.items():
@@ -179,15 +174,12 @@ def _write(
             made[name] = Tensor("uint8", (path.stat().st_size,), _digest(path))
         _exchange(new, folder)
     except OSError as error:
-        raise NoRoom(f"{folder} needs {need:,} bytes: {error}") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise files.no_room(folder.parent, need) from error
+        raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return made
-
-
-def _maker(needed: dict[str, tuple[Node, Tensor]], name: str) -> tuple[Node, str, Tensor]:
-    node, tensor = needed[name]
-    return node, name, tensor
 
 
 def _write_safetensors(

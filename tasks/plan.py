@@ -9,14 +9,12 @@ from typing import Any
 
 from cache.digest import digest_record
 from cache.memos import Memos
-from tasks import architecture, cast, loaders, quantize, unshard
+from tasks import architecture, cast, extract, loaders, quantize, unshard
 from tasks.checkpoint import Checkpoint, Stored
 from tasks.config import Target
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
 from tasks.model import Model, Module, layer_names
-
-EXTRACT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Node:
         version: the stage's version.
         params: what the stage is told, JSON; a part of the action's key.
         needs: the nodes whose tensors it reads.
+        reads: names of the tensors that it reads of them, or None for all.
         look: what else decides whether there is anything to look at (a file's stamp), JSON.
     """
 
@@ -39,6 +38,7 @@ class Node:
     version: int
     params: dict[str, Any]
     needs: tuple[Node, ...] = ()
+    reads: frozenset[str] | None = None
     look: Any = None
 
     @property
@@ -128,19 +128,19 @@ def _nodes(
     checkpoint: Checkpoint,
     model: Model,
     casts: dict[str, str],
-    packed: quantize.Plan,
+    packed: quantize.Scheme,
 ) -> dict[str, list[Node]]:
     layer_of = layer_names(list(model.parameters))
     stored_layer = layer_names(sorted({k.split("#")[0] for k in checkpoint.stored}))
     used = {key for p in model.parameters.values() for key in p.inputs}
-    extract: dict[str, dict[str, Any]] = {}
+    stored_layers: dict[str, dict[str, Any]] = {}
     for key, stored in checkpoint.stored.items():
         if key in used:
             entry = [stored.dtype, list(stored.shape)]
-            extract.setdefault(stored_layer[key.split("#")[0]], {})[key] = (entry, stored)
+            stored_layers.setdefault(stored_layer[key.split("#")[0]], {})[key] = (entry, stored)
     nodes: dict[str, list[Node]] = {"extract": [], "unshard": [], "cast": [], "quantize": []}
     maker: dict[str, Node] = {}
-    for layer, entries in extract.items():
+    for layer, entries in stored_layers.items():
         files = sorted({stored.file for _, stored in entries.values()})
         look = [
             str(checkpoint.folder),
@@ -148,7 +148,7 @@ def _nodes(
             [stored.offset for _, stored in entries.values()],
         ]
         tensors = {key: entry for key, (entry, _) in entries.items()}
-        node = Node("extract", target.name, layer, EXTRACT_VERSION, {"tensors": tensors}, (), look)
+        node = Node("extract", target.name, layer, extract.VERSION, {"tensors": tensors}, look=look)
         nodes["extract"].append(node)
         maker.update(dict.fromkeys(tensors, node))
 
@@ -163,13 +163,14 @@ def _nodes(
     for layer, names in layers.items():
         parameters = [model.parameters[name] for name in names]
         needs = tuple({maker[i].name: maker[i] for p in parameters for i in p.inputs}.values())
+        reads = frozenset(i for p in parameters for i in p.inputs)
         tensors = {
             p.name: [p.dtype, list(p.shape), list(p.inputs), list(p.steps)] for p in parameters
         }
         told: dict[str, Any] = {"tensors": tensors}
         if any(step[0] == "sanitize" for p in parameters for step in p.steps):
             told["sanitize"] = architecture.identity(checkpoint)
-        unsharded = Node("unshard", target.name, layer, unshard.VERSION, told, needs)
+        unsharded = Node("unshard", target.name, layer, unshard.VERSION, told, needs, reads)
         nodes["unshard"].append(unsharded)
         dtypes = {p.name: casts[p.name] for p in parameters if casts[p.name] != p.dtype}
         casted = Node("cast", target.name, layer, cast.VERSION, {"dtypes": dtypes}, (unsharded,))
@@ -184,7 +185,7 @@ def _nodes(
     return nodes
 
 
-def _ordered(model: Model, packed: quantize.Plan) -> list[list[str]]:
+def _ordered(model: Model, packed: quantize.Scheme) -> list[list[str]]:
     """Return the built model's tensor names, in runs, in the order of its parameters."""
     by_first: dict[str, list[str]] = {}
     covered: set[str] = set()
@@ -199,7 +200,7 @@ def _ordered(model: Model, packed: quantize.Plan) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def _weights(model: Model, module: Module, packed: quantize.Plan) -> int:
+def _weights(model: Model, module: Module, packed: quantize.Scheme) -> int:
     if module.path not in packed.settings:
         return module.weights
     prefix = f"{module.path}." if module.path else ""

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
+from cache.manifests import Tensor
+from tasks import arrays, rows
 from tasks.config import MODES, Quantize, Rule
 from tasks.errors import ConfigError
 from tasks.model import Model, Module
+from tasks.rows import Rows
+
+if TYPE_CHECKING:
+    from tasks.build import Builder, Made, Needed
+    from tasks.plan import Node, Plan
 
 VERSION = 1
 PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them
@@ -28,7 +37,7 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Scheme:
     """What is quantized, and what config.json says of it.
 
     Attributes:
@@ -42,7 +51,7 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def plan(model: Model, quantize: Quantize | None) -> Plan:
+def plan(model: Model, quantize: Quantize | None) -> Scheme:
     """Decide how each module is quantized, as ``mlx_lm.utils.quantize_model`` does.
 
     On top of mlx-lm's verdict (the model's own or the recipe's) the first rule that matches a
@@ -53,7 +62,7 @@ def plan(model: Model, quantize: Quantize | None) -> Plan:
     """
     given = model.config.get("quantization")
     if quantize is None:
-        return Plan({}, None)
+        return Scheme({}, None)
     recipe = model.recipes.get(quantize.recipe) if quantize.recipe else None
     if isinstance(recipe, str):
         raise ConfigError(
@@ -115,7 +124,7 @@ def plan(model: Model, quantize: Quantize | None) -> Plan:
         f"the group size ({', '.join(paths[:3])}{', …' if len(paths) > 3 else ''})"
         for width, paths in narrow.items()
     )
-    return Plan(settings, config, notes)
+    return Scheme(settings, config, notes)
 
 
 def backend(device: str | None) -> str:
@@ -177,6 +186,49 @@ def not_finite(weight: mx.array, *, dtype: str) -> mx.array:
     bits = weight.view(unsigned)
     largest = mx.array((1 << (8 * unsigned.size - 1)) - 1, unsigned)
     return mx.max(mx.bitwise_and(bits, largest)) >= limit
+
+
+def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
+    """Quantize a layer."""
+    made: dict[str, Tensor] = {}
+    notes = []
+    for name, (_, tensor) in needed.items():
+        if name not in node.params["settings"]:
+            made[name] = tensor
+            continue
+        setting = Setting(*node.params["settings"][name])
+        whole = builder.rows(plan, needed, name)
+        parts, finite = _quantize_rows(builder, whole, setting, node.params["device"])
+        if not finite:
+            notes.append(f"{name} holds NaN or infinity, which no quantized weight can show")
+        prefix = name.removesuffix("weight")
+        made |= {prefix + part: tensor for part, tensor in parts.items()}
+    return made, notes
+
+
+def _quantize_rows(
+    builder: Builder, whole: Rows, setting: Setting, backend: str
+) -> tuple[dict[str, Tensor], bool]:
+    """Quantize a weight; return its parts, and whether all of it was finite."""
+    stream = builder.streams.get("cpu" if backend == "cpu" else "gpu")
+    names = PARTS[: 3 if setting.mode == "affine" else 2]
+    finite = True
+    shapes: dict[str, tuple[str, int]] = {}
+    with ExitStack() as stack:
+        packed_bytes = prod(whole.shape) * setting.bits // 8
+        writers = [stack.enter_context(builder.store.blobs.writing(packed_bytes)) for _ in names]
+        for block in rows.blocks(whole):
+            odd = not_finite(block, dtype=whole.dtype)
+            packed = quantize(block, **setting._asdict(), stream=stream)
+            mx.eval(odd, packed)
+            finite = finite and not odd.item()
+            for name, writer, array in zip(names, writers, packed, strict=True):
+                writer.write(arrays.view(array))
+                shapes[name] = (arrays.dtype_name(array), array.shape[-1])
+    return {
+        name: Tensor(shapes[name][0], (*whole.shape[:-1], shapes[name][1]), writer.digest)
+        for name, writer in zip(names, writers, strict=True)
+    }, finite
 
 
 def _weight(module: Module) -> str:

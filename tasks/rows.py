@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 
 from cache.blobs import Blobs, Part
 from cache.manifests import DTYPE_BYTES
 from tasks import arrays
-from tasks.unshard import half_split
 
 BLOCK_BYTES = 4 << 20
 
@@ -152,6 +151,33 @@ class Whole:
         return join(whole, self.axis)
 
 
+def half_split(weight: mx.array, *, heads: int) -> mx.array:
+    """Reorder the rows of wq or wk from interleaved to half-split rotary order.
+
+    Meta rotates rows 2i and 2i + 1 of a head together, Hugging Face rows i and i + d / 2
+    (transformers, ``convert_llama_weights_to_hf.py``).
+
+    Args:
+        weight: (heads · d, width).
+        heads: number of heads.
+
+    Returns:
+        (heads · d, width).
+    """
+    rows, width = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, width)  # heads, d / 2, 2, width
+    return pairs.swapaxes(1, 2).reshape(rows, width)
+
+
+def end_to_end(sources: Sequence[Rows], shape: tuple[int, ...]) -> Stored:
+    """Return stored tensors as one, their bytes one after another."""
+    stored = [source for source in sources if isinstance(source, Stored)]
+    if len(stored) != len(sources):
+        raise ValueError("only stored tensors can be joined end to end")
+    parts = [part for source in stored for part in source.parts]
+    return Stored(stored[0].blobs, parts, stored[0].dtype, shape)
+
+
 def slice_parts(parts: Sequence[Part], start: int, stop: int) -> list[Part]:
     """Return the parts that hold bytes ``start`` to ``stop`` of what ``parts`` hold together."""
     found = []
@@ -162,33 +188,3 @@ def slice_parts(parts: Sequence[Part], start: int, stop: int) -> list[Part]:
             found.append(part._replace(offset=part.offset + first - at, length=last - first))
         at += part.length
     return found
-
-
-def apply(sources: Sequence[Rows], steps: Sequence[Any]) -> Rows:
-    """Return the tensor that ``steps`` make of ``sources``, see ``tasks.unshard``."""
-    made = list(sources)
-    for name, *args in steps:
-        if name == "same":
-            made = made[:1]
-        elif name == "half_split":
-            made = [HalfSplit(made[0], args[0])]
-        elif name == "concatenate" and args[0] == len(made[0].shape) - 1 > 0:
-            made = [Joined(made)]
-        elif name == "concatenate" and args[0] == 0:
-            made = [_end_to_end(made, (sum(s.shape[0] for s in made), *made[0].shape[1:]))]
-        elif name == "stack" and args[0] == 0:
-            made = [_end_to_end(made, (len(made), *made[0].shape))]
-        elif name in ("concatenate", "stack"):
-            made = [Whole(made, name, args[0])]
-        else:
-            raise ValueError(f"unknown step {name!r}")
-    (rows,) = made
-    return rows
-
-
-def _end_to_end(sources: Sequence[Rows], shape: tuple[int, ...]) -> Rows:
-    stored = [source for source in sources if isinstance(source, Stored)]
-    if len(stored) != len(sources):
-        raise ValueError("only stored tensors can be joined end to end")
-    parts = [part for source in stored for part in source.parts]
-    return Stored(stored[0].blobs, parts, stored[0].dtype, shape)
