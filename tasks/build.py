@@ -61,7 +61,7 @@ class Builder:
 
     def manifest_path(self, node: Node) -> str:
         """Return where a node's manifest lies. A string: doit wants thousands of them."""
-        return f"{self.state}/manifests/{node.target}/{node.stage}/{node.layer}.json"
+        return f"{self.state}/manifests/{node.target}/{node.stage}/{node.order.layer}.json"
 
     def run(self, plan: Plan, node: Node, why: str) -> None:
         """Bring a node's manifest up to date.
@@ -119,7 +119,7 @@ class Builder:
             found |= {
                 name: (need, tensor)
                 for name, tensor in manifest.tensors.items()
-                if node.reads is None or name in node.reads
+                if node.order.reads is None or name in node.order.reads
             }
         return found
 
@@ -155,7 +155,7 @@ class Builder:
 
     def _action(self, node: Node, inputs: Needed) -> Action:
         digests = {name: tensor.digest for name, (_, tensor) in inputs.items()}
-        return Action(node.stage, node.version, node.params, digests)
+        return Action(node.stage, node.order.version, node.params, digests)
 
     def rows(self, plan: Plan, needed: Needed, name: str) -> Rows:
         """Return a tensor to read: from the store, or made again from what it was made of.

@@ -40,7 +40,7 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
         CheckpointError: a file cannot be read, or changes meanwhile.
     """
     blobs = builder.store.blobs
-    known = None if look else builder.store.memos.get("extracts", node.look)
+    known = None if look else builder.store.memos.get("extracts", node.order.look)
     tensors: dict[str, Tensor] = {}
     for index, (key, (dtype, shape)) in enumerate(node.params["tensors"].items()):
         path, stored = plan.stored(key)
@@ -66,7 +66,7 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
         tensors[key] = Tensor(dtype, tuple(shape), found)
     digests = [tensor.digest for tensor in tensors.values()]
     if digests != known:
-        builder.store.memos.put("extracts", node.look, digests)
+        builder.store.memos.put("extracts", node.order.look, digests)
     return tensors
 
 

@@ -59,16 +59,16 @@ class Graph:
             yield self._pack_task(target, found)
 
     def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
-        told = Told(node.digest)
+        told = Told(node.order.digest)
 
         def act(changed: list[str]) -> Any:
             return _reported(
-                lambda: self.builder.run(found, node, told.why(changed)), {"told": node.digest}
+                lambda: self.builder.run(found, node, told.why(changed)), {"told": told.digest}
             )
 
         return {
             "basename": node.stage,
-            "name": f"{node.target}:{node.layer}",
+            "name": f"{node.target}:{node.order.layer}",
             "actions": [act],
             "file_dep": [self.builder.manifest_path(need) for need in node.needs],
             "targets": [self.builder.manifest_path(node)],

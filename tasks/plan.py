@@ -14,42 +14,84 @@ from tasks.checkpoint import Checkpoint, Stored
 from tasks.config import Target
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
-from tasks.model import Model, Module, layer_names
+from tasks.model import Model, Module, Parameter, layer_names
 
 
 @dataclass(frozen=True)
-class Node:
-    """One stage of one layer of one target.
+class Order:
+    """What one stage of one layer is told. Targets that have it in common share it.
 
     Attributes:
         stage: the stage's name.
-        target: the target's name.
         layer: the layer's name.
         version: the stage's version.
         params: what the stage is told, JSON; a part of the action's key.
-        needs: the nodes whose tensors it reads.
-        reads: names of the tensors that it reads of them, or None for all.
+        reads: names of the tensors that it reads of the stage before, or None for all.
         look: what else decides whether there is anything to look at (a file's stamp), JSON.
     """
 
     stage: str
-    target: str
     layer: str
     version: int
     params: dict[str, Any]
-    needs: tuple[Node, ...] = ()
     reads: frozenset[str] | None = None
     look: Any = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all of it."""
+        return digest_record([self.version, self.params, self.look])
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One stage of one layer of one target.
+
+    Attributes:
+        order: what it is told.
+        target: the target's name.
+        needs: the nodes whose tensors it reads.
+    """
+
+    order: Order
+    target: str
+    needs: tuple[Node, ...] = ()
+
+    @property
+    def stage(self) -> str:
+        """The stage's name."""
+        return self.order.stage
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What the stage is told."""
+        return self.order.params
 
     @property
     def name(self) -> str:
         """The task's name."""
-        return f"{self.stage}:{self.target}:{self.layer}"
+        return f"{self.order.stage}:{self.target}:{self.order.layer}"
 
-    @cached_property
-    def digest(self) -> str:
-        """Digest of what this node is told."""
-        return digest_record([self.version, self.params, self.look])
+
+@dataclass(frozen=True)
+class Outline:
+    """What all targets of one checkpoint and layout have in common.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        model: the model in the layout.
+        extract: orders by layer of the checkpoint.
+        unshard: orders by layer of the model.
+        needs: for each of ``unshard``, the layers of ``extract`` that it reads.
+        layers: for each of ``unshard``, its parameters.
+    """
+
+    checkpoint: Checkpoint
+    model: Model
+    extract: dict[str, Order]
+    unshard: dict[str, Order]
+    needs: dict[str, list[str]]
+    layers: dict[str, list[Parameter]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +101,6 @@ class Plan:
     Attributes:
         target: what was asked for.
         checkpoint: what it is made from.
-        model: the model in the target's layout.
         stages: the nodes of each per-layer stage, in the order of layers.
         names: the built model's tensors, in the order in which they are written.
         config: config.json.
@@ -69,7 +110,6 @@ class Plan:
 
     target: Target
     checkpoint: Checkpoint
-    model: Model
     stages: dict[str, list[Node]]
     names: list[str]
     config: dict[str, Any]
@@ -88,7 +128,7 @@ class Planner:
     def __init__(self, memos: Memos) -> None:
         self.memos = memos
         self._checkpoints: dict[tuple[Path, str | None], Checkpoint] = {}
-        self._models: dict[tuple[Path, str | None, str], Model] = {}
+        self._outlines: dict[tuple[Path, str | None, str], Outline] = {}
 
     def plan(self, target: Target) -> Plan:
         """Work a target out.
@@ -104,93 +144,110 @@ class Planner:
 
     def _plan(self, target: Target) -> Plan:
         layout = LAYOUTS[target.layout]
-        source = (target.source, target.loader)
-        if source not in self._checkpoints:
-            self._checkpoints[source] = loaders.read(*source, self.memos)
-        checkpoint = self._checkpoints[source]
-        if (*source, target.layout) not in self._models:
-            layout.sources(checkpoint)  # refuses a checkpoint without tokenizer
-            self._models[*source, target.layout] = layout.model(checkpoint, self.memos)
-        model = self._models[*source, target.layout]
+        outline = self._outline(target)
+        checkpoint, model = outline.checkpoint, outline.model
         layout.check(target, model)
-        packed = quantize.plan(model, target.quantize)
-        config = layout.config(target, model, packed.config)
-        casts = cast.plan(model, target.dtype or layout.default_dtype(checkpoint, model))
-        stages = _nodes(target, checkpoint, model, casts, packed)
-        names = [name for names in _ordered(model, packed) for name in names]
-        weights = sum(_weights(model, module, packed) for module in model.modules)
-        notes = (*model.notes, *packed.notes)
-        return Plan(target, checkpoint, model, stages, names, config, weights, notes)
+        scheme = quantize.plan(model, target.quantize)
+        config = layout.config(target, model, scheme.config)
+        dtype = target.dtype or layout.default_dtype(checkpoint, model)
+        stages = _nodes(target, outline, dtype, scheme)
+        names = [name for names in _ordered(model, scheme) for name in names]
+        weights = sum(_weights(model, module, scheme) for module in model.modules)
+        notes = (*model.notes, *scheme.notes)
+        return Plan(target, checkpoint, stages, names, config, weights, notes)
+
+    def _outline(self, target: Target) -> Outline:
+        source = (target.source, target.loader)
+        if (*source, target.layout) not in self._outlines:
+            if source not in self._checkpoints:
+                self._checkpoints[source] = loaders.read(*source, self.memos)
+            checkpoint = self._checkpoints[source]
+            layout = LAYOUTS[target.layout]
+            layout.sources(checkpoint)  # refuses a checkpoint without tokenizer
+            model = layout.model(checkpoint, self.memos)
+            self._outlines[*source, target.layout] = _outline(checkpoint, model)
+        return self._outlines[*source, target.layout]
 
 
-def _nodes(
-    target: Target,
-    checkpoint: Checkpoint,
-    model: Model,
-    casts: dict[str, str],
-    packed: quantize.Scheme,
-) -> dict[str, list[Node]]:
-    layer_of = layer_names(list(model.parameters))
-    stored_layer = layer_names(sorted({k.split("#")[0] for k in checkpoint.stored}))
+def _outline(checkpoint: Checkpoint, model: Model) -> Outline:
     used = {key for p in model.parameters.values() for key in p.inputs}
-    stored_layers: dict[str, dict[str, Any]] = {}
-    for key, stored in checkpoint.stored.items():
-        if key in used:
-            entry = [stored.dtype, list(stored.shape)]
-            stored_layers.setdefault(stored_layer[key.split("#")[0]], {})[key] = (entry, stored)
-    nodes: dict[str, list[Node]] = {"extract": [], "unshard": [], "cast": [], "quantize": []}
-    maker: dict[str, Node] = {}
-    for layer, entries in stored_layers.items():
-        files = sorted({stored.file for _, stored in entries.values()})
+    stored_layers = _by_layer({key: key.split("#")[0] for key in checkpoint.stored if key in used})
+    extracts = {}
+    layer_of = {}
+    for layer, keys in stored_layers.items():
+        stored = [checkpoint.stored[key] for key in keys]
+        tensors = {key: [s.dtype, list(s.shape)] for key, s in zip(keys, stored, strict=True)}
+        files = sorted({s.file for s in stored})
         look = [
             str(checkpoint.folder),
             [[file, *checkpoint.stamps[file]] for file in files],
-            [stored.offset for _, stored in entries.values()],
+            [[s.file, s.offset] for s in stored],
         ]
-        tensors = {key: entry for key, (entry, _) in entries.items()}
-        node = Node("extract", target.name, layer, extract.VERSION, {"tensors": tensors}, look=look)
-        nodes["extract"].append(node)
-        maker.update(dict.fromkeys(tensors, node))
+        extracts[layer] = Order("extract", layer, extract.VERSION, {"tensors": tensors}, look=look)
+        layer_of.update(dict.fromkeys(keys, layer))
 
-    layers: dict[str, list[str]] = {}
-    for name in model.parameters:
-        layers.setdefault(layer_of[name], []).append(name)
-    settings = {
-        (f"{path}.weight" if path else "weight"): setting
-        for path, setting in packed.settings.items()
-    }
-    computer = {"mlx": architecture.versions()["mlx"], "device": quantize.backend(target.device)}
-    for layer, names in layers.items():
-        parameters = [model.parameters[name] for name in names]
-        needs = tuple({maker[i].name: maker[i] for p in parameters for i in p.inputs}.values())
-        reads = frozenset(i for p in parameters for i in p.inputs)
-        tensors = {
-            p.name: [p.dtype, list(p.shape), list(p.inputs), list(p.steps)] for p in parameters
+    unshards, needs, layers = {}, {}, {}
+    for layer, names in _by_layer({name: name for name in model.parameters}).items():
+        layers[layer] = [model.parameters[name] for name in names]
+        reads = {key: layer_of[key] for p in layers[layer] for key in p.inputs}
+        told: dict[str, Any] = {
+            "tensors": {
+                p.name: [p.dtype, list(p.shape), list(p.inputs), list(p.steps)]
+                for p in layers[layer]
+            }
         }
-        told: dict[str, Any] = {"tensors": tensors}
-        if any(step[0] == "sanitize" for p in parameters for step in p.steps):
+        if any(unshard.sanitized(p.steps) for p in layers[layer]):
             told["sanitize"] = architecture.identity(checkpoint)
-        unsharded = Node("unshard", target.name, layer, unshard.VERSION, told, needs, reads)
-        nodes["unshard"].append(unsharded)
-        dtypes = {p.name: casts[p.name] for p in parameters if casts[p.name] != p.dtype}
-        casted = Node("cast", target.name, layer, cast.VERSION, {"dtypes": dtypes}, (unsharded,))
-        nodes["cast"].append(casted)
-        chosen = {name: list(settings[name]) for name in names if name in settings}
-        told = {"settings": chosen}
-        if chosen:
-            told |= computer
-        nodes["quantize"].append(
-            Node("quantize", target.name, layer, quantize.VERSION, told, (casted,))
-        )
-    return nodes
+        unshards[layer] = Order("unshard", layer, unshard.VERSION, told, frozenset(reads))
+        needs[layer] = list(dict.fromkeys(reads.values()))
+    return Outline(checkpoint, model, extracts, unshards, needs, layers)
 
 
-def _ordered(model: Model, packed: quantize.Scheme) -> list[list[str]]:
+def _by_layer(names: dict[str, str]) -> dict[str, list[str]]:
+    """Group keys by the layer of the name that each goes by."""
+    layer_of = layer_names(list(dict.fromkeys(names.values())))
+    layers: dict[str, list[str]] = {}
+    for key, name in names.items():
+        layers.setdefault(layer_of[name], []).append(key)
+    return layers
+
+
+def _nodes(
+    target: Target, outline: Outline, dtype: str | None, scheme: quantize.Scheme
+) -> dict[str, list[Node]]:
+    casts = cast.plan(outline.model, dtype)
+    settings = {quantize.weight_name(path): s for path, s in scheme.settings.items()}
+    computer = {"mlx": architecture.versions()["mlx"], "device": quantize.backend(target.device)}
+    extracts = {layer: Node(order, target.name) for layer, order in outline.extract.items()}
+    unshards, casted, quantized = [], [], []
+    for layer, parameters in outline.layers.items():
+        needs = tuple(extracts[need] for need in outline.needs[layer])
+        unshards.append(Node(outline.unshard[layer], target.name, needs))
+
+        told: dict[str, Any] = {
+            "dtypes": {p.name: casts[p.name] for p in parameters if casts[p.name] != p.dtype}
+        }
+        order = Order("cast", layer, cast.VERSION, told)
+        casted.append(Node(order, target.name, (unshards[-1],)))
+
+        chosen = {p.name: list(settings[p.name]) for p in parameters if p.name in settings}
+        told = {"settings": chosen, **(computer if chosen else {})}
+        order = Order("quantize", layer, quantize.VERSION, told)
+        quantized.append(Node(order, target.name, (casted[-1],)))
+    return {
+        "extract": list(extracts.values()),
+        "unshard": unshards,
+        "cast": casted,
+        "quantize": quantized,
+    }
+
+
+def _ordered(model: Model, scheme: quantize.Scheme) -> list[list[str]]:
     """Return the built model's tensor names, in runs, in the order of its parameters."""
     by_first: dict[str, list[str]] = {}
     covered: set[str] = set()
     for module in model.modules:
-        setting = packed.settings.get(module.path)
+        setting = scheme.settings.get(module.path)
         held = quantize.names(module, None)
         if held:
             by_first[held[0]] = quantize.names(module, setting)
@@ -200,8 +257,8 @@ def _ordered(model: Model, packed: quantize.Scheme) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def _weights(model: Model, module: Module, packed: quantize.Scheme) -> int:
-    if module.path not in packed.settings:
+def _weights(model: Model, module: Module, scheme: quantize.Scheme) -> int:
+    if module.path not in scheme.settings:
         return module.weights
     prefix = f"{module.path}." if module.path else ""
     held = [model.parameters[prefix + name] for name in ("weight", "bias") if name in module.names]

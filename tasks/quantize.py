@@ -80,7 +80,7 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
         rule = next((r for r in quantize.rules if fnmatchcase(module.path, r.match)), None)
         if rule:
             unused.discard(rule)
-        width = model.parameters[_weight(module)].shape[-1]
+        width = model.parameters[weight_name(module.path)].shape[-1]
         group_size = (rule and rule.group_size) or default.group_size
         if rule and rule.skip:
             continue
@@ -161,23 +161,20 @@ def names(module: Module, setting: Setting | None) -> list[str]:
     return [f"{module.path}.{name}" if module.path else name for name in held]
 
 
-def quantize(
-    weight: mx.array, *, group_size: int, bits: int, mode: str, stream: mx.Stream
-) -> tuple[mx.array, ...]:
-    """Quantize a weight.
+def quantize(weight: mx.array, *, group_size: int, bits: int, mode: str) -> tuple[mx.array, ...]:
+    """Quantize a weight, on the current stream.
 
     Args:
         weight: (…, rows, columns), columns a multiple of ``group_size``.
         group_size: weights that share a scale.
         bits: bits per weight.
         mode: ``affine``, ``mxfp4``, ``mxfp8``, ``nvfp4``.
-        stream: where it is computed.
 
     Returns:
         The packed weight, uint32 (…, rows, columns · bits / 32); scales (…, rows,
         columns / group_size); and for ``affine`` biases, shaped as the scales.
     """
-    return tuple(mx.quantize(weight, group_size, bits, mode, stream=stream))
+    return tuple(mx.quantize(weight, group_size, bits, mode))
 
 
 def not_finite(weight: mx.array, *, dtype: str) -> mx.array:
@@ -218,9 +215,10 @@ def _quantize_rows(
         packed_bytes = prod(whole.shape) * setting.bits // 8
         writers = [stack.enter_context(builder.store.blobs.writing(packed_bytes)) for _ in names]
         for block in rows.blocks(whole):
-            odd = not_finite(block, dtype=whole.dtype)
-            packed = quantize(block, **setting._asdict(), stream=stream)
-            mx.eval(odd, packed)
+            with mx.stream(stream):
+                odd = not_finite(block, dtype=whole.dtype)
+                packed = quantize(block, **setting._asdict())
+                mx.eval(odd, packed)
             finite = finite and not odd.item()
             for name, writer, array in zip(names, writers, packed, strict=True):
                 writer.write(arrays.view(array))
@@ -231,8 +229,9 @@ def _quantize_rows(
     }, finite
 
 
-def _weight(module: Module) -> str:
-    return f"{module.path}.weight" if module.path else "weight"
+def weight_name(path: str) -> str:
+    """Return the name of the weight of the module at ``path``."""
+    return f"{path}.weight" if path else "weight"
 
 
 def _complete(mode: str, group_size: int | None, bits: int | None) -> Setting:
