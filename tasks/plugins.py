@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -116,6 +117,8 @@ class Control(TaskControl):  # type: ignore[misc]
 
     def task_dispatcher(self) -> DepthFirst:
         """Return what hands tasks to the runner."""
+        gc.freeze()  # the tasks stay: no need to look through them again
+        gc.enable()
         return DepthFirst(self.tasks, self.targets, self.selected_tasks)
 
 
@@ -130,6 +133,7 @@ class Run(DoitRun):  # type: ignore[misc]
         if not models.exists():  # loading the tasks says so, and must leave no state behind
             return int(super().execute(params, args))
         signal.signal(signal.SIGTERM, _interrupt)
+        gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         cmd_run.TaskControl = Control  # doit looks the class up there, and has no hook for it
         try:
             with _alone(models.absolute().parent / ".mlx-make"):
