@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import io
 import json
 import os
 import platform
 import shutil
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
 
 from cache import files
 from cache.actions import Hit
-from cache.blobs import Part
 from cache.digest import digest, digest_parts
 from cache.files import Stamp
 from cache.manifests import Action, Manifest, Tensor
@@ -24,45 +20,30 @@ from tasks.build import Builder, Needed
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
 from tasks.plan import Plan
+from tasks.weights import Packed, write
 
 VERSION = 1
-SAFETENSORS_DTYPES = {
-    "bool_": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16",
-    "uint32": "U32", "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16",
-    "bfloat16": "BF16", "float32": "F32", "complex64": "C64",
-}  # fmt: skip
-# As mx.savez spells them; NumPy has no bfloat16, MLX reads two raw bytes as one.
-NPY_DTYPES = {
-    "bool_": "|b1", "uint8": "|u1", "int8": "|i1", "uint16": "<u2", "int16": "<i2",
-    "uint32": "<u4", "int32": "<i4", "uint64": "<u8", "int64": "<i8", "float16": "<f2",
-    "bfloat16": "<V2", "float32": "<f4", "complex64": "<c8",
-}  # fmt: skip
 
 
-class Packed(NamedTuple):
-    """One tensor of a weight file."""
-
-    name: str
-    tensor: Tensor
-
-
-def shards(tensors: Sequence[Packed], max_shard_bytes: int) -> list[list[Packed]]:
+def shards(
+    tensors: Sequence[tuple[str, Tensor]], max_shard_bytes: int
+) -> list[list[tuple[str, Tensor]]]:
     """Split tensors into weight files, greedily and in order, as the peers do.
 
     A tensor over the limit gets a file of its own; no file is empty.
 
     Args:
-        tensors: all of the model's, in order.
+        tensors: all of the model's, by name, in order.
         max_shard_bytes: most that a file's tensors have together.
     """
-    found: list[list[Packed]] = []
+    found: list[list[tuple[str, Tensor]]] = []
     size = 0
-    for packed in tensors:
-        if not found or size + packed.tensor.nbytes > max_shard_bytes:
+    for name, tensor in tensors:
+        if not found or size + tensor.nbytes > max_shard_bytes:
             found.append([])
             size = 0
-        found[-1].append(packed)
-        size += packed.tensor.nbytes
+        found[-1].append((name, tensor))
+        size += tensor.nbytes
     return found
 
 
@@ -95,18 +76,18 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
                 f"{plan.target.name}: the plan and the built layers disagree on "
                 f"{', '.join(sorted(missing)[:3])}. Run doit forget, then doit."
             )
-        tensors = [Packed(name, needed[name][1]) for name in plan.names]
+        tensors = [(name, needed[name][1]) for name in plan.names]
         split = shards(tensors, plan.target.max_shard_bytes)
-        sizes = [[(p.name, p.tensor.nbytes) for p in shard] for shard in split]
+        sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in split]
         small = layout.files(plan.checkpoint, builder.store.memos, sizes, plan.weights)
         small["config.json"] = json.dumps(plan.config, indent=4).encode()
         weights = dict(zip(layout.shard_names(len(split)), split, strict=True))
         params = {
             "format": layout.FORMAT,
-            "weights": {name: [p.name for p in shard] for name, shard in weights.items()},
+            "weights": {file: [name for name, _ in shard] for file, shard in weights.items()},
             "files": {name: digest(data) for name, data in small.items()},
         }
-        action = Action("pack", VERSION, params, {p.name: p.tensor.digest for p in tensors})
+        action = Action("pack", VERSION, params, {name: tensor.digest for name, tensor in tensors})
         found = builder.store.actions.get(action)
         record["outcome"] = "reused" if isinstance(found, Hit) else "computed"
         if isinstance(found, Hit) and _holds(folder, found.manifest.tensors):
@@ -147,11 +128,11 @@ def _write(
     plan: Plan,
     needed: Needed,
     folder: Path,
-    weights: dict[str, list[Packed]],
+    weights: dict[str, list[tuple[str, Tensor]]],
     small: dict[str, bytes],
     form: str,
 ) -> dict[str, Tensor]:
-    need = sum(p.tensor.nbytes for shard in weights.values() for p in shard)
+    need = sum(tensor.nbytes for shard in weights.values() for _, tensor in shard)
     need += sum(map(len, small.values()))
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f"{files.TEMPORARY}{folder.name}")
@@ -160,12 +141,12 @@ def _write(
     new.mkdir()
     try:
         made = {}
-        for name, shard in weights.items():
-            located = []
-            for packed in shard:
-                located.append(builder.locate(plan, needed, packed.name))
-            with (new / name).open("wb") as file:
-                _WRITERS[form](builder, file, shard, located)
+        threads = os.cpu_count() or 1
+        for file, shard in weights.items():
+            packed = [
+                Packed(name, tensor, builder.locate(plan, needed, name)) for name, tensor in shard
+            ]
+            write(new / file, packed, form, builder.store.blobs, threads)
         for name, data in small.items():
             (new / name).write_bytes(data)
             builder.store.blobs.meter.written += len(data)
@@ -180,78 +161,6 @@ def _write(
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return made
-
-
-def _write_safetensors(
-    builder: Builder, file: IO[bytes], shard: Sequence[Packed], located: Sequence[Sequence[Part]]
-) -> None:
-    """Write a safetensors file (https://github.com/huggingface/safetensors)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    offset = 0
-    for name, tensor in shard:
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)  # so that tensors begin on a multiple of 8
-    file.write(len(raw).to_bytes(8, "little") + raw)
-    file.flush()
-    for parts in located:
-        for part in parts:
-            _copy(builder, part, file)
-
-
-def _write_npz(
-    builder: Builder, file: IO[bytes], shard: Sequence[Packed], located: Sequence[Sequence[Part]]
-) -> None:
-    """Write an .npz file as mx.savez does: a zip archive of uncompressed .npy files."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for (name, tensor), parts in zip(shard, located, strict=True):
-            member = zipfile.ZipInfo(f"{name}.npy")  # dated 1980: equal weights, equal files
-            with archive.open(member, "w", force_zip64=tensor.nbytes >= 1 << 31) as out:
-                out.write(_npy_header(tensor))
-                for chunk in builder.store.blobs.chunks(parts):
-                    out.write(chunk)
-            builder.store.blobs.meter.written += tensor.nbytes
-
-
-def _npy_header(tensor: Tensor) -> bytes:
-    shape = "".join(f"{size}, " for size in tensor.shape)
-    text = (
-        f"{{'descr': '{NPY_DTYPES[tensor.dtype]}', 'fortran_order': False, 'shape': ({shape}), }}"
-    )
-    space = -(10 + len(text) + 1) % 64
-    header = io.BytesIO()
-    header.write(b"\x93NUMPY\x01\x00")
-    header.write((len(text) + space + 1).to_bytes(2, "little"))
-    header.write(text.encode() + b" " * space + b"\n")
-    return header.getvalue()
-
-
-def _copy(builder: Builder, part: Part, file: IO[bytes]) -> None:
-    """Append a run of bytes, within the kernel where it can."""
-    if not hasattr(os, "copy_file_range"):
-        for chunk in builder.store.blobs.chunks([part]):
-            file.write(chunk)
-        file.flush()
-    else:
-        with open(part.path, "rb", buffering=0) as source:
-            done = 0
-            while done < part.length:
-                count = os.copy_file_range(
-                    source.fileno(), file.fileno(), part.length - done, part.offset + done
-                )
-                if not count:
-                    raise OSError(f"{part.path} ends at byte {part.offset + done}")
-                done += count
-    builder.store.blobs.meter.written += part.length
-
-
-_WRITERS = {"safetensors": _write_safetensors, "npz": _write_npz}
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -1,0 +1,183 @@
+"""weights: weight files, safetensors and .npz, put together from blobs within the kernel.
+
+A file is laid out first: runs of bytes of its own (headers) between runs of other files (blobs).
+Then all of it is written at once, each run at its place, by as many threads as there are cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from struct import pack
+from typing import Any, NamedTuple
+
+from cache.blobs import Blobs, Part
+from cache.manifests import Tensor
+
+COPY_BYTES = 64 << 20  # most that one thread copies at a time
+SAFETENSORS_DTYPES = {
+    "bool_": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16",
+    "uint32": "U32", "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16",
+    "bfloat16": "BF16", "float32": "F32", "complex64": "C64",
+}  # fmt: skip
+# As mx.savez spells them; NumPy has no bfloat16, MLX reads two raw bytes as one.
+NPY_DTYPES = {
+    "bool_": "|b1", "uint8": "|u1", "int8": "|i1", "uint16": "<u2", "int16": "<i2",
+    "uint32": "<u4", "int32": "<i4", "uint64": "<u8", "int64": "<i8", "float16": "<f2",
+    "bfloat16": "<V2", "float32": "<f4", "complex64": "<c8",
+}  # fmt: skip
+ZIP32_LIMIT = 0xFFFFFFFF
+
+
+class Packed(NamedTuple):
+    """One tensor of a weight file, and where its bytes lie."""
+
+    name: str
+    tensor: Tensor
+    parts: Sequence[Part]
+
+
+Run = bytes | Part
+
+
+def write(path: Path, shard: Sequence[Packed], form: str, blobs: Blobs, threads: int) -> None:
+    """Write a weight file.
+
+    Args:
+        path: the file.
+        shard: its tensors, in order.
+        form: ``safetensors`` or ``npz``.
+        blobs: the store, which counts the bytes.
+        threads: how many to copy with.
+    """
+    with ThreadPoolExecutor(threads) as pool, path.open("wb", buffering=0) as file:
+        jobs = []
+        at = 0
+        for run in FORMATS[form](shard, blobs, pool):
+            length = len(run) if isinstance(run, bytes) else run.length
+            for start in range(0, length, COPY_BYTES):
+                size = min(COPY_BYTES, length - start)
+                if isinstance(run, bytes):
+                    piece: Run = run[start : start + size]
+                else:
+                    piece = run._replace(offset=run.offset + start, length=size)
+                jobs.append(pool.submit(_put, file.fileno(), at + start, piece, blobs))
+            at += length
+        for job in jobs:
+            job.result()
+    blobs.meter.written += at
+
+
+def _put(descriptor: int, at: int, run: Run, blobs: Blobs) -> None:
+    if isinstance(run, Part) and hasattr(os, "copy_file_range"):
+        with open(run.path, "rb", buffering=0) as source:
+            done = 0
+            while done < run.length:
+                count = os.copy_file_range(
+                    source.fileno(), descriptor, run.length - done, run.offset + done, at + done
+                )
+                if not count:
+                    raise OSError(f"{run.path} ends at byte {run.offset + done}")
+                done += count
+        return
+    for chunk in [memoryview(run)] if isinstance(run, bytes) else blobs.chunks([run]):
+        left = chunk
+        while left:
+            count = os.pwrite(descriptor, left, at)
+            at, left = at + count, left[count:]
+
+
+def _safetensors(shard: Sequence[Packed], blobs: Blobs, pool: ThreadPoolExecutor) -> Iterator[Run]:
+    """Lay out a safetensors file (https://github.com/huggingface/safetensors)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    offset = 0
+    for name, tensor, _ in shard:
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)  # so that tensors begin on a multiple of 8
+    yield len(raw).to_bytes(8, "little") + raw
+    for packed in shard:
+        yield from packed.parts
+
+
+def _npz(shard: Sequence[Packed], blobs: Blobs, pool: ThreadPoolExecutor) -> Iterator[Run]:
+    """Lay out an .npz file as mx.savez does: a zip archive of uncompressed .npy files.
+
+    Dated 1980, so that equal weights are equal files. The format is PKWARE's APPNOTE 6.3.10,
+    ZIP64 where a size or an offset needs it.
+    """
+
+    def check(packed: Packed) -> int:
+        crc = zlib.crc32(_npy_header(packed.tensor))
+        for chunk in blobs.chunks(packed.parts):
+            crc = zlib.crc32(chunk, crc)
+        return crc
+
+    directory = []
+    at = 0
+    for packed, crc in zip(shard, list(pool.map(check, shard)), strict=True):
+        name = f"{packed.name}.npy".encode()
+        npy = _npy_header(packed.tensor)
+        size = len(npy) + packed.tensor.nbytes
+        local, central = _zip_entry(name, crc, size, at)
+        directory.append(central)
+        yield local + npy
+        yield from packed.parts
+        at += len(local) + size
+    yield b"".join(directory) + _zip_end(len(directory), sum(map(len, directory)), at)
+
+
+def _zip_entry(name: bytes, crc: int, size: int, at: int) -> tuple[bytes, bytes]:
+    """Return a member's header before its data, and its entry in the directory."""
+    large = size >= ZIP32_LIMIT
+    extra = pack("<HHQQ", 1, 16, size, size) if large else b""
+    short = ZIP32_LIMIT if large else size
+    version = 45 if large else 20
+    flags = 0 if name.isascii() else 0x800  # UTF-8
+    common = pack("<HHHHHLLL", version, flags, 0, 0, 0x21, crc, short, short)
+    local = b"PK\x03\x04" + common + pack("<HH", len(name), len(extra)) + name + extra
+
+    far = at >= ZIP32_LIMIT
+    fields = ((size, size) if large else ()) + ((at,) if far else ())
+    extra = pack(f"<HH{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
+    short_at = ZIP32_LIMIT if far else at
+    made_by = 0x0300 | (45 if fields else 20)  # Unix
+    needs = 45 if fields else 20
+    common = pack("<HHHHHHLLL", made_by, needs, flags, 0, 0, 0x21, crc, short, short)
+    tail = pack("<HHHHHLL", len(name), len(extra), 0, 0, 0, 0o600 << 16, short_at)
+    return local, b"PK\x01\x02" + common + tail + name + extra
+
+
+def _zip_end(count: int, size: int, at: int) -> bytes:
+    """Return what ends a zip archive whose directory of ``size`` bytes begins at ``at``."""
+    end = b""
+    if at >= ZIP32_LIMIT or count >= 0xFFFF:
+        record = pack("<QHHLLQQQQ", 44, 45, 45, 0, 0, count, count, size, at)
+        end = b"PK\x06\x06" + record + b"PK\x06\x07" + pack("<LQL", 0, at + size, 1)
+    count, at = min(count, 0xFFFF), min(at, ZIP32_LIMIT)
+    return end + b"PK\x05\x06" + pack("<HHHHLLH", 0, 0, count, count, size, at, 0)
+
+
+def _npy_header(tensor: Tensor) -> bytes:
+    """Return what comes before the data in a .npy file, version 1.0 (numpy.lib.format)."""
+    shape = "".join(f"{size}, " for size in tensor.shape)
+    dtype = NPY_DTYPES[tensor.dtype]
+    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({shape}), }}"
+    text += " " * (-(len(text) + 11) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + pack("<H", len(text)) + text.encode()
+
+
+FORMATS: dict[str, Callable[[Sequence[Packed], Blobs, ThreadPoolExecutor], Iterator[Run]]] = {
+    "safetensors": _safetensors,
+    "npz": _npz,
+}
