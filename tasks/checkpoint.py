@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -11,13 +14,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from cache.files import Stamp
 from cache.manifests import DTYPE_BYTES
 from cache.memos import Memos
 from tasks.errors import CheckpointError
 
+MAX_HEADER_BYTES = 100_000_000  # as the safetensors library allows
+
+LFS = b"version https://git-lfs"
+ZIP = b"PK\x03\x04"  # what a zip archive, and each of its members, begins with
 TORCH = -1  # offset of a tensor that does not lie in its file as plain bytes: torch must read it
 
 # Both spelled as mx.load gives them back; MLX has no eight-bit floats, models unpack the bytes.
@@ -112,12 +119,18 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
     """
     found = {}
     for path in paths:
-        stamp = Stamp.of(path)
+        try:
+            stamp = Stamp.of(path)
+        except OSError as error:  # a link to nowhere, as a moved download cache leaves
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         question = [str(path.absolute()), *stamp]
         answer = memos.get("headers", question)
         if answer is None:
             read = read_safetensors if path.suffix == ".safetensors" else read_torch
-            answer = [[s.name, s.dtype, s.shape, s.offset] for s in read(path)]
+            try:
+                answer = [[s.name, s.dtype, s.shape, s.offset] for s in read(path)]
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
             memos.put("headers", question, answer)
         tensors = [Stored(n, d, tuple(s), path.name, o) for n, d, s, o in answer]
         found[path.name] = (stamp, tensors)
@@ -133,15 +146,20 @@ def read_safetensors(path: Path) -> list[Stored]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise _damaged(path, f"its header should have {length:,} bytes, the file has {size:,}")
         raw = file.read(length)
+    begin = 8 + length
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         tensors = []
-        for name, entry in header.items():
+        filled = 0  # as the format asks: one tensor after the other, nothing between or after
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
+            if start != filled:
+                raise _damaged(path, f"{name} begins at byte {start:,} of the data, not {filled:,}")
+            filled = end
             if entry["dtype"] not in SAFETENSORS_DTYPES:
                 raise CheckpointError(
                     f"{path}: {name} has dtype {entry['dtype']}, which MLX does not have. "
@@ -151,17 +169,16 @@ def read_safetensors(path: Path) -> list[Stored]:
             shape = tuple(entry["shape"])
             if entry["dtype"] == "F4":  # two to a byte
                 shape = (*shape[:-1], shape[-1] // 2)
-            stored = Stored(name, dtype, shape, path.name, 8 + length + start)
+            stored = Stored(name, dtype, _sizes(shape), path.name, begin + start)
             if stored.nbytes != end - start:
                 raise _damaged(path, f"{name} has {end - start:,} bytes for shape {shape}")
-            if 8 + length + end > size:
-                raise _damaged(
-                    path, f"{name} ends at byte {8 + length + end:,}, the file at {size:,}"
-                )
             tensors.append(stored)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON of that format ({error!r})") from error
-    return tensors
+    if begin + filled != size:
+        raise _damaged(path, f"its tensors end at byte {begin + filled:,}, the file at {size:,}")
+    order = {name: number for number, name in enumerate(header)}
+    return sorted(tensors, key=lambda tensor: order[tensor.name])
 
 
 def read_torch(path: Path) -> list[Stored]:
@@ -176,15 +193,17 @@ def read_torch(path: Path) -> list[Stored]:
     """
     with path.open("rb") as file:
         magic = file.read(4)
-    if magic != b"PK\x03\x04":
+    if magic != ZIP:
         return _read_with_torch(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return _read_zip(path, archive)
+    except (CheckpointError, OSError):
+        raise
     except _NotPlain:
         return _read_with_torch(path)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+    except Exception as error:  # whatever a damaged archive or pickle leads to
+        raise _damaged(path, _cause(error)) from error
 
 
 class _NotPlain(Exception):
@@ -205,8 +224,7 @@ def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
         raise _damaged(path, "a zip archive without data.pkl")
     if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
         raise _NotPlain
-    with archive.open(members["data.pkl"]) as file:
-        state = _Unpickler(file).load()
+    state = _Unpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
     if not isinstance(state, dict) or not all(isinstance(t, _Tensor) for t in state.values()):
         raise _NotPlain
     starts: dict[str, int] = {}
@@ -215,21 +233,34 @@ def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
         for name, tensor in state.items():
             info = members[f"data/{tensor.key}"]
             if tensor.key not in starts:
-                file.seek(info.header_offset)
-                local = file.read(30)  # the local header has its own lengths of name and extra
-                lengths = (
-                    int.from_bytes(local[26:28], "little"),
-                    int.from_bytes(local[28:30], "little"),
-                )
-                starts[tensor.key] = info.header_offset + 30 + sum(lengths)
+                starts[tensor.key] = _storage_start(path, file, info)
             start = tensor.offset * DTYPE_BYTES[tensor.dtype]
             plain = tensor.plain and info.compress_type == zipfile.ZIP_STORED
             offset = starts[tensor.key] + start if plain else TORCH
             stored = Stored(str(name), tensor.dtype, tensor.shape, path.name, offset)
-            if start + stored.nbytes > info.file_size:
+            if plain and not 0 <= start <= info.file_size - stored.nbytes:
                 raise _damaged(path, f"{name} reaches past the end of its storage")
             tensors.append(stored)
     return tensors
+
+
+def _storage_start(path: Path, file: IO[bytes], info: zipfile.ZipInfo) -> int:
+    """Return where the bytes of a member of the archive begin."""
+    file.seek(info.header_offset)
+    local = file.read(30)  # the local header has its own lengths of name and extra
+    lengths = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
+    start = info.header_offset + 30 + sum(lengths)
+    if local[:4] != ZIP or start + info.compress_size > path.stat().st_size:
+        raise _damaged(path, f"{info.filename} is not where the archive says")
+    return start
+
+
+def _sizes(shape: Iterable[Any]) -> tuple[int, ...]:
+    """Return a shape; raise ValueError for what is none."""
+    shape = tuple(shape)
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"shape {shape}")
+    return shape
 
 
 class _Unpickler(pickle.Unpickler):
@@ -265,7 +296,7 @@ def _rebuild_tensor(
         size <= 1 or have == want
         for size, have, want in zip(shape, stride, reversed(expected), strict=True)
     )
-    return _Tensor(storage[1], storage[0], tuple(shape), offset, contiguous)
+    return _Tensor(storage[1], storage[0], _sizes(shape), offset, contiguous)
 
 
 def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
@@ -277,6 +308,8 @@ def _read_with_torch(path: Path) -> list[Stored]:
     for name, tensor in load_with_torch(path).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         dtype = {"bool": "bool_"}.get(dtype, dtype)
+        if str(tensor.layout) != "torch.strided":
+            dtype = f"{dtype} ({tensor.layout})"
         if dtype not in DTYPE_BYTES:
             raise CheckpointError(
                 f"{path}: {name} has dtype {dtype}, which MLX does not have. "
@@ -295,18 +328,19 @@ def load_with_torch(path: Path) -> dict[str, Any]:
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of how the file was once written
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        refused = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line]
+        refused = re.search(r"GLOBAL (\S+)", str(error))
         if not refused:
-            raise _damaged(path, "torch finds no tensors in it") from error
+            raise _damaged(path, "it is no plain pickle of tensors, all that is read") from error
         raise CheckpointError(
-            f"{path} is refused: its pickle asks for more than tensors ({refused[0]}), which would "
+            f"{path} is refused: its pickle asks for more than tensors ({refused[1]}), which would "
             "run its author's code on this machine; nothing of it was run. Get the checkpoint as "
             "safetensors, or save its state_dict alone."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise _damaged(path, str(error).splitlines()[0]) from error
+    except Exception as error:  # whatever a damaged file leads to
+        raise _damaged(path, _cause(error)) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors.")
     for name, value in state.items():
@@ -318,5 +352,14 @@ def load_with_torch(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in state.items()}
 
 
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _damaged(path: Path, fact: str) -> CheckpointError:
+    with path.open("rb") as file:
+        if file.read(len(LFS)) == LFS:
+            return CheckpointError(
+                f"{path} is a Git LFS pointer, not the file itself. Run git lfs pull in its folder."
+            )
     return CheckpointError(f"{path} is damaged or incomplete: {fact}. Fetch it again.")

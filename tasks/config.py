@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +31,12 @@ UNITS = {
 }  # fmt: skip
 MAX_SHARD = {"mlx-lm": 5 << 30, "mlx-examples": 15 << 30}  # bytes: the peers' own limits
 CACHE_DIR = ".mlx-make/cache"
+MAX_NAME_BYTES = 200  # file systems take 255, and temporary names are longer
+BARE = r"[\w-]+"
+PART = rf"{BARE}|\"[^\"]*\"|'[^']*'"
+KEY = rf"(?:{PART})(?:\s*\.\s*(?:{PART}))*"
+
+At = tuple[str | int, ...]  # where in the file: keys, and indices of array elements
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ class Target:
         quantize: how it is quantized, or None.
         device: where quantize computes, or None for MLX's default device.
         max_shard_bytes: largest size of a weight file's tensors together, in bytes.
+        where: the file and the line that ask for it, for messages.
     """
 
     name: str
@@ -92,6 +101,7 @@ class Target:
     quantize: Quantize | None
     device: str | None
     max_shard_bytes: int
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     try:
         record = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: a number too long
         raise ConfigError(f"{path} is not TOML: {error}") from error
     return _Reader(path, text).config(record)
 
@@ -144,9 +154,16 @@ class _Reader:
         self.keys(record, ("cache", "defaults", "models"), ())
         cache = self.table(record, "cache", ())
         self.keys(cache, ("dir",), ("cache",))
-        folder = self.path.parent / Path(self.text_of(cache, "dir", ("cache",)) or CACHE_DIR)
+        folder = self.folder(self.text_of(cache, "dir", ("cache",), CACHE_DIR), ("cache", "dir"))
+        there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+        if not there.is_dir():
+            self.refuse(
+                f"is {folder}, but {there} is a file", ("cache", "dir"), mend="name another"
+            )
         defaults = self.table(record, "defaults", ())
         self.keys(defaults, MODEL_KEYS, ("defaults",))
+        # By themselves, so that a mistake in them is shown there and not in the first model.
+        self.target("defaults", {"source": ".", **defaults}, ("defaults",))
         models = self.table(record, "models", ())
         if not models:
             self.refuse(
@@ -157,7 +174,7 @@ class _Reader:
         targets: dict[str, Target] = {}
         for name in models:
             model = self.table(models, name, ("models",))
-            at: tuple[str, ...] = ("models", name)
+            at: At = ("models", name)
             variants = self.table(model, "variants", at)
             model = {key: value for key, value in model.items() if key != "variants"}
             self.keys(model, MODEL_KEYS, at, more=("variants",))
@@ -167,28 +184,32 @@ class _Reader:
                 where = (*at, "variants", variant)
                 self.keys(over, MODEL_KEYS, where)
                 self.add(targets, f"{name}-{variant}", {**defaults, **model, **over}, where)
-        return Config(self.path, folder.expanduser().absolute(), targets)
+        return Config(self.path, folder, targets)
 
-    def add(
-        self, targets: dict[str, Target], name: str, model: dict[str, Any], at: tuple[str, ...]
-    ) -> None:
+    def add(self, targets: dict[str, Target], name: str, model: dict[str, Any], at: At) -> None:
         if not re.fullmatch(r"\w[\w.+-]*", name) or name.endswith("."):
             self.refuse(
-                f"target name {name!r} is no plain folder name",
+                f"makes the target name {name!r}, which is no plain folder name",
                 at,
                 mend="use letters, digits, '-', '_', '+' and '.', a letter, digit or '_' first",
+            )
+        if len(name.encode()) > MAX_NAME_BYTES:
+            self.refuse(
+                f"makes a target name of {len(name.encode())} bytes, more than {MAX_NAME_BYTES}",
+                at,
+                mend="use a shorter one",
             )
         for other in targets:
             if other.casefold() == name.casefold():  # as file systems of macOS compare names
                 self.refuse(
-                    f"two targets would both be build/{name}"
-                    + (f" (the other is {other!r})" if other != name else ""),
+                    f"would be a second build/{name}"
+                    + (f" (the first is {other!r})" if other != name else ""),
                     at,
                     mend="rename the model or the variant",
                 )
         targets[name] = self.target(name, model, at)
 
-    def target(self, name: str, model: dict[str, Any], at: tuple[str, ...]) -> Target:
+    def target(self, name: str, model: dict[str, Any], at: At) -> Target:
         source = self.text_of(model, "source", at)
         if not source:
             self.refuse("has no source", at, mend='add source = "FOLDER", relative to this file')
@@ -196,16 +217,26 @@ class _Reader:
         size = model.get("max_shard_size")
         return Target(
             name,
-            (self.path.parent / Path(source).expanduser()).absolute(),
+            self.folder(source, (*at, "source")),
             self.one_of(model, "loader", LOADERS, at),
             layout,
             self.one_of(model, "dtype", DTYPES, at),
             self.quantize(model.get("quantize", False), (*at, "quantize")),
             self.one_of(model, "device", DEVICES, at),
             MAX_SHARD[layout] if size is None else self.size(size, (*at, "max_shard_size")),
+            self.where(at),
         )
 
-    def quantize(self, value: Any, at: tuple[str, ...]) -> Quantize | None:
+    def folder(self, text: str, at: At) -> Path:
+        try:
+            path = Path(text).expanduser()
+        except RuntimeError:
+            self.refuse(f"is {text!r}, but there is no such user", at, mend="write the folder out")
+        if not text or "\0" in text:
+            self.refuse(f"is {text!r}, which no folder can be called", at, mend="name a folder")
+        return (self.path.parent / path).absolute()
+
+    def quantize(self, value: Any, at: At) -> Quantize | None:
         if value is False:  # so that a variant can take back what its model asks for
             return None
         if not isinstance(value, dict):
@@ -219,18 +250,17 @@ class _Reader:
             self.refuse(
                 f"has recipe {recipe!r} with mode {mode!r}",
                 at,
-                mend="mlx-lm's recipes are for mode 'affine'",
+                mend="drop one: mlx-lm's recipes are for mode 'affine'",
             )
         bits, group_size = self.numbers(value, mode, at)
         rules = value.get("rules", [])
         if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
-            self.wrong_type(rules, 'a list such as [{ match = "lm_head", skip = true }]', at)
-        return Quantize(
-            bits, group_size, mode, recipe, tuple(self.rule(r, mode, at) for r in rules)
-        )
+            wanted = 'a list such as [{ match = "lm_head", skip = true }]'
+            self.wrong_type(rules, wanted, (*at, "rules"))
+        found = [self.rule(rule, mode, (*at, "rules", i)) for i, rule in enumerate(rules)]
+        return Quantize(bits, group_size, mode, recipe, tuple(found))
 
-    def rule(self, value: dict[str, Any], mode: str, at: tuple[str, ...]) -> Rule:
-        at = (*at, "rules")
+    def rule(self, value: dict[str, Any], mode: str, at: At) -> Rule:
         self.keys(value, [field.name for field in fields(Rule)], at)
         match = self.text_of(value, "match", at)
         if not match:
@@ -242,15 +272,13 @@ class _Reader:
         bits, group_size = self.numbers(value, own_mode or mode, at)
         if not skip and not (own_mode or bits or group_size):
             self.refuse(
-                f"for {match!r} changes nothing", at, mend="add bits, group_size, mode or skip"
+                f"({match!r}) changes nothing", at, mend="add bits, group_size, mode or skip = true"
             )
         if skip and (own_mode or bits or group_size):
-            self.refuse(f"for {match!r} skips and quantizes", at, mend="drop skip or the rest")
+            self.refuse(f"({match!r}) skips and quantizes", at, mend="drop skip or the rest")
         return Rule(match, bits, group_size, own_mode, skip)
 
-    def numbers(
-        self, value: dict[str, Any], mode: str, at: tuple[str, ...]
-    ) -> tuple[int | None, int | None]:
+    def numbers(self, value: dict[str, Any], mode: str, at: At) -> tuple[int | None, int | None]:
         group_sizes, all_bits = MODES[mode]
         return (
             self.number(value, "bits", all_bits, f"mode {mode!r}", at),
@@ -258,7 +286,7 @@ class _Reader:
         )
 
     def number(
-        self, value: dict[str, Any], key: str, valid: Iterable[int], what: str, at: tuple[str, ...]
+        self, value: dict[str, Any], key: str, valid: Iterable[int], what: str, at: At
     ) -> int | None:
         number = value.get(key)
         if number is None:
@@ -275,44 +303,48 @@ class _Reader:
             )
         return number
 
-    def size(self, value: Any, at: tuple[str, ...]) -> int:
+    def size(self, value: Any, at: At) -> int:
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             self.wrong_type(value, 'bytes or a size such as "5GiB"', at)
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
-        if not match or match[2] not in UNITS:
+        text = value if isinstance(value, str) else _show(value)
+        match = re.fullmatch(r"\s*([0-9]{1,18})(?:\.([0-9]{1,18}))?\s*([A-Za-z]*)\s*", text)
+        if not match or match[3] not in UNITS:
             units = ", ".join(unit for unit in UNITS if len(unit) > 1)
-            alike = [u for u in UNITS if u and match and u.casefold() == match[2].casefold()]
+            alike = [u for u in UNITS if u and match and u.casefold() == match[3].casefold()]
             self.refuse(
-                f"{value!r} is no size; units are {units}",
+                f"is {_show(value)}, which is no size; units are {units}",
                 at,
-                mend=f'write "{match[1]}{alike[0]}"' if match and alike else 'write "5GiB"',
+                mend=f'write "{match[0].strip().removesuffix(match[3])}{alike[0]}"'
+                if match and alike
+                else 'write "5GiB"',
             )
-        size = int(float(match[1]) * UNITS[match[2]])
+        part = int((match[2] or "").ljust(18, "0"))  # in 10⁻¹⁸, since a float would round
+        size = int(match[1]) * UNITS[match[3]] + part * UNITS[match[3]] // 10**18
         if size < 1:
-            self.refuse(f"{value!r} leaves no room for a tensor", at, mend='write "5GiB"')
+            self.refuse(f"is {value!r}: no room for a tensor", at, mend='write "5GiB"')
         return size
 
-    def table(self, record: dict[str, Any], key: str, at: tuple[str, ...]) -> dict[str, Any]:
+    def table(self, record: dict[str, Any], key: str, at: At) -> dict[str, Any]:
         value = record.get(key, {})
         if not isinstance(value, dict):
             self.wrong_type(value, "a table", (*at, key))
         return value
 
-    def text_of(self, record: dict[str, Any], key: str, at: tuple[str, ...]) -> str:
-        value = record.get(key, "")
+    def text_of(self, record: dict[str, Any], key: str, at: At, default: str = "") -> str:
+        value = record.get(key, default)
         if not isinstance(value, str):
             self.wrong_type(value, "a string", (*at, key))
         return value
 
-    def one_of(
-        self, record: dict[str, Any], key: str, valid: Iterable[str], at: tuple[str, ...]
-    ) -> str | None:
+    def one_of(self, record: dict[str, Any], key: str, valid: Iterable[str], at: At) -> str | None:
         if key not in record:
             return None
         value = self.text_of(record, key, at)
         if value not in valid:
             self.refuse(
-                f"is {value!r}; valid: {', '.join(valid)}", (*at, key), mend=_nearest(value, valid)
+                f"is {_show(value)}; valid: {', '.join(valid)}",
+                (*at, key),
+                mend=_nearest(value, valid),
             )
         return value
 
@@ -320,53 +352,83 @@ class _Reader:
         self,
         record: dict[str, Any],
         valid: Iterable[str],
-        at: tuple[str, ...],
+        at: At,
         more: tuple[str, ...] = (),
     ) -> None:
         known = (*valid, *more)
         for key in record:
             if key not in known:
                 self.refuse(
-                    f"unknown key; valid: {', '.join(known)}",
+                    f"is an unknown key; valid: {', '.join(known)}",
                     (*at, key),
                     mend=_nearest(key, known),
                 )
 
-    def wrong_type(self, value: Any, wanted: str, at: tuple[str, ...]) -> NoReturn:
-        self.refuse(f"is {value!r}, must be {wanted}", at)
+    def wrong_type(self, value: Any, wanted: str, at: At) -> NoReturn:
+        self.refuse(f"is {_show(value)}, must be {wanted}", at)
 
-    def refuse(self, fact: str, at: tuple[str, ...], mend: str = "") -> NoReturn:
-        line = self.line(at)
-        where = f"{self.path}:{line}" if line else str(self.path)
-        key = f"{'.'.join(at)} " if at else ""
-        raise ConfigError(f"{where}: {key}{fact}" + (f". {mend[0].upper()}{mend[1:]}" * bool(mend)))
-
-    def line(self, at: tuple[str, ...]) -> int | None:
-        """Return the line where the key ``at`` stands, as far as plain text tells."""
-        table: tuple[str, ...] = ()
-        found = None
-        for number, line in enumerate(self.text.splitlines(), 1):
-            if match := re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line):
-                table = tuple(part.strip(" \"'") for part in _split_dots(match[1]))
-                here = table
-            elif match := re.match(r"\s*([\w\"'.-]+)\s*=", line):
-                here = (*table, *(part.strip("\"'") for part in _split_dots(match[1])))
+    def refuse(self, fact: str, at: At, mend: str = "") -> NoReturn:
+        key = ""
+        for part in at:
+            if isinstance(part, int):
+                key += f"[{part}]"
             else:
-                continue
+                key += "." * bool(key) + (part if re.fullmatch(BARE, part) else f'"{part}"')
+        text = " ".join(filter(None, [f"{self.where(at)}:", key, fact]))
+        raise ConfigError(f"{text}. {mend[0].upper()}{mend[1:]}" if mend else text)
+
+    def where(self, at: At) -> str:
+        line = self.line(at)
+        return f"{self.path}:{line}" if line else str(self.path)
+
+    def line(self, at: At) -> int | None:
+        """Return the line where the key ``at`` stands, as far as plain text tells."""
+        found, depth = None, 0
+        for key, number in self.lines:
             # The deepest key that the text names on its own: inline tables share a line.
-            if here == at[: len(here)] and (found is None or len(here) >= found[1]):
-                found = (number, len(here))
-        return found[0] if found else None
+            if len(key) >= depth and key == at[: len(key)]:
+                found, depth = number, len(key)
+        inside = (number for key, number in self.lines if at and key[: len(at)] == at)
+        return found or next(inside, None)
+
+    @cached_property
+    def lines(self) -> list[tuple[At, int]]:
+        """The keys that begin a line, tables' included, and the line."""
+        table: At = ()
+        elements: dict[At, int] = {}  # of arrays of tables, how many so far
+        found = []
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if match := re.match(rf"\s*(\[\[?)\s*({KEY})\s*\]", line):
+                table = tuple(_parts(match[2]))
+                if match[1] == "[[":
+                    elements[table] = elements.get(table, -1) + 1
+                    table = (*table, elements[table])
+                found.append((table, number))
+            elif match := re.match(rf"\s*({KEY})\s*=", line):
+                found.append(((*table, *_parts(match[1])), number))
+        return found
 
 
-def _split_dots(key: str) -> list[str]:
-    return re.findall(r"\"[^\"]*\"|'[^']*'|[^.]+", key)
+def _parts(key: str) -> list[str]:
+    """Split a dotted key."""
+    return [part.strip("\"'") for part in re.findall(PART, key)]
+
+
+def _show(value: Any) -> str:
+    """Return a value as the file may spell it, cut where it is long."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    try:
+        text = repr(value)
+    except ValueError:  # thousands of digits
+        return "a number too long to show"
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def _nearest(word: str, valid: Iterable[str]) -> str:
     from difflib import get_close_matches  # 5 ms that only a mistake pays
 
-    close = get_close_matches(word, list(valid), 1, 0.5)
+    close = get_close_matches(word.lower(), list(valid), 1, 0.5)
     return f"did you mean {close[0]!r}?" if close else ""
 
 

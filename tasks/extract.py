@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _TORCH = threading.Lock()
-_torch_file: dict[Path, dict[str, Any]] = {}  # the last file that torch read, under the lock
+_torch_file: dict[
+    tuple[Path, files.Stamp], dict[str, Any]
+] = {}  # the last file that torch read, under the lock
 
 
 def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dict[str, Tensor]:
@@ -48,19 +50,19 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
             tensors[key] = Tensor(dtype, tuple(shape), known[index])
             continue
         try:
+            stamp = plan.checkpoint.stamps[stored.file]
             if stored.offset == TORCH:
-                with blobs.writing() as writer:
-                    writer.write(_with_torch(path, stored.name))
+                with blobs.writing(stored.nbytes) as writer:
+                    writer.write(_with_torch(path, stamp, stored.name))
                 found = writer.digest
             else:
-                stamp = plan.checkpoint.stamps[stored.file]
                 part = Part(str(path), stored.offset, stored.nbytes, stamp)
                 found = digest_parts(blobs.chunks([part]))
-                if files.Stamp.of(path) != stamp:
-                    raise CheckpointError(
-                        f"{path} changed while it was read. Run doit again when it is whole."
-                    )
                 blobs.refer(found, [part])
+            if files.Stamp.of(path) != stamp:
+                raise CheckpointError(
+                    f"{path} changed while it was read. Run doit again when it is whole."
+                )
         except (OSError, BlobLost) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         tensors[key] = Tensor(dtype, tuple(shape), found)
@@ -70,12 +72,12 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
     return tensors
 
 
-def _with_torch(path: Path, name: str) -> memoryview:
+def _with_torch(path: Path, stamp: files.Stamp, name: str) -> memoryview:
     import torch
 
     with _TORCH:
-        if path not in _torch_file:
+        if (path, stamp) not in _torch_file:
             _torch_file.clear()  # one file's tensors at a time fit in memory
-            _torch_file[path] = load_with_torch(path)
-        tensor = _torch_file[path][name]
+            _torch_file[path, stamp] = load_with_torch(path)
+        tensor = _torch_file[path, stamp][name]
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from tasks.checkpoint import Checkpoint
@@ -94,20 +97,55 @@ def to_meta(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return ``rope_theta`` and ``rope_scaling`` where config.json has them elsewhere only.
+    """Return the rotary settings of config.json that it gives elsewhere only, by their old keys.
 
-    A folder saved by transformers 5 keeps them under ``rope_parameters``, where mlx-lm's llama
-    does not look: it would convert without a word and speak nonsense.
+    A folder saved by transformers 5 keeps them under ``rope_parameters``, for each kind of
+    attention if they differ, and in ``text_config`` for a model that also sees. Most of mlx-lm's
+    classes do not look there: they would convert without a word and speak nonsense. Those that
+    do get nothing.
     """
-    inner = config.get("rope_parameters")
-    if not isinstance(inner, dict) or any(isinstance(value, dict) for value in inner.values()):
-        return {}
     found: dict[str, Any] = {}
-    if "rope_theta" in inner and "rope_theta" not in config:
-        found["rope_theta"] = inner["rope_theta"]
-    if inner.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
-        found["rope_scaling"] = {key: inner[key] for key in inner if key != "rope_theta"}
+    inner = config.get("rope_parameters")
+    if isinstance(inner, dict) and not _reads_rope_parameters(str(config.get("model_type"))):
+        kinds = {kind: table for kind, table in inner.items() if isinstance(table, dict)}
+        table = kinds.get("full_attention", {}) if kinds else inner
+        told = {
+            "rope_theta": table.get("rope_theta"),
+            "rope_local_base_freq": kinds.get("sliding_attention", {}).get("rope_theta"),
+            "partial_rotary_factor": None if kinds else table.get("partial_rotary_factor"),
+        }
+        found = {k: v for k, v in told.items() if v is not None and k not in config}
+        if table.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+            found["rope_scaling"] = {key: table[key] for key in table if key != "rope_theta"}
+    text = config.get("text_config")
+    if isinstance(text, dict) and (more := rope(text)):
+        found["text_config"] = {**text, **more}
     return found
+
+
+@cache
+def _reads_rope_parameters(model_type: str) -> bool:
+    """Tell whether mlx-lm's class looks into ``rope_parameters``.
+
+    Told from its source and from the modules that it builds on, since importing them takes
+    seconds.
+    """
+    spec = find_spec("mlx_lm")  # finds the package without running it
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    models = Path(spec.submodule_search_locations[0], "models")
+    names = (model_type, model_type.removesuffix("_text"))
+    found = [path for name in names if (path := models / f"{name}.py").is_file()]
+    if not found:  # mlx-lm has another class do for it, such as llama for mistral
+        return False
+    source = found[0].read_text(encoding="utf-8")
+    used = [
+        name
+        for module, several in re.findall(r"^from \.(\w*) import (.+)$", source, re.MULTILINE)
+        for name in ([module] if module else re.split(r", *", several))
+    ]
+    paths = [found[0], *(path for name in used if (path := models / f"{name}.py").is_file())]
+    return any("rope_parameters" in path.read_text(encoding="utf-8") for path in paths)
 
 
 def _rename(name: str, table: dict[str, str], prefix: str) -> str:
@@ -128,7 +166,7 @@ def _meta_order(params: dict[str, Any]) -> list[str]:
 def _huggingface_config(checkpoint: Checkpoint) -> dict[str, Any]:
     params, wholes = checkpoint.config, checkpoint.wholes
     heads = params["n_heads"]
-    theta = params.get("rope_theta", 10000.0)
+    theta = params.get("rope_theta") or 10000.0
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -149,7 +187,10 @@ def _huggingface_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "torch_dtype": wholes["tok_embeddings.weight"].dtype,
     }
     # params.json does not say how long a context was trained; these are the published lengths.
-    context = {1e6: 16384, 500000.0: 8192}.get(theta, 2048 if params["norm_eps"] < 1e-5 else 4096)
+    # Llama 1 is told from 2 by norm_eps, its 65B from 2's 70B by the heads, which are not grouped.
+    large = params["dim"] == 8192 and not params.get("n_kv_heads")
+    context = 2048 if params["norm_eps"] < 1e-5 or large else 4096
+    context = {1e6: 16384, 500000.0: 8192}.get(theta, context)
     if params.get("use_scaled_rope"):
         # Llama 3.1 scales by 8; 3.2's text models, told by their widths, by 32.
         factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] < 4096 else 8.0)

@@ -181,7 +181,7 @@ def _outline(checkpoint: Checkpoint, model: Model) -> Outline:
         look = [
             str(checkpoint.folder),
             [[file, *checkpoint.stamps[file]] for file in files],
-            [[s.file, s.offset] for s in stored],
+            [[key, s.file, s.offset] for key, s in zip(keys, stored, strict=True)],
         ]
         extracts[layer] = Order("extract", layer, extract.VERSION, {"tensors": tensors}, look=look)
         layer_of.update(dict.fromkeys(keys, layer))

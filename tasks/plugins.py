@@ -195,8 +195,9 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         """Say what a target has become."""
         if summary := task.values.get("summary"):
             self._built += 1
+            target = task.name.partition(":")[2]
             for note in task.values["notes"]:
-                self.write(f"note: {note}\n")
+                self.write(f"note: {target}: {note}\n")
             self.write(f"{summary}\n")
 
     def skip_uptodate(self, task: Any) -> None:

@@ -80,8 +80,7 @@ def kind(model_file: Path) -> Kind:
     Raises:
         TokenizerError: it is neither a sentencepiece model nor tiktoken's ranks.
     """
-    with model_file.open("rb") as file:
-        head = file.read(4096)
+    head = _head(model_file)
     if _TIKTOKEN_LINE.match(head):
         return "tiktoken"
     if _begins_as_sentencepiece(head):
@@ -91,6 +90,11 @@ def kind(model_file: Path) -> Kind:
         f"sentencepiece model nor tiktoken's lines of base64 and rank; {_likely_cause(head)}; "
         f"{_REPLACE}"
     )
+
+
+def is_tiktoken(model_file: Path) -> bool:
+    """Tell whether a tokenizer.model holds tiktoken's ranks, as Llama 3's do."""
+    return _TIKTOKEN_LINE.match(_head(model_file)) is not None
 
 
 def release_of(params: Mapping[str, object]) -> Release:
@@ -307,6 +311,11 @@ def _read_ranks(model_file: Path) -> dict[bytes, int]:
             "from the model's Hugging Face folder, which has a tokenizer.json"
         )
     return ranks
+
+
+def _head(model_file: Path) -> bytes:
+    with model_file.open("rb") as file:
+        return file.read(4096)
 
 
 def _begins_as_sentencepiece(head: bytes) -> bool:

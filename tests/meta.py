@@ -1,9 +1,9 @@
-"""meta: small random checkpoints in Meta's format, one per release of Llama, in as many shards as asked.
+"""meta: small random checkpoints in Meta's format, one per release of Llama, in any row of shards.
 
-A folder holds what Meta ships: `consolidated.NN.pth`, `params.json`, `tokenizer.model`. `wholes` gives
-the very tensors before they are split, so that a test knows what a build must come to. What differs
-from one release to the next differs here too: the axis that the embedding is split along, grouped
-heads, the dtype, the rotary buffers that lie among the weights, a tied head, what `params.json` says.
+A folder holds what Meta ships: `consolidated.NN.pth`, `params.json`, `tokenizer.model`. `wholes`
+gives the very tensors before they are split, so that a test knows what a build must come to. What
+differs from one release to the next differs here too: the axis that the embedding is split along,
+grouped heads, the dtype, rotary buffers among the weights, a tied head, what `params.json` says.
 """
 
 import base64
@@ -11,7 +11,7 @@ import functools
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,6 @@ from tasks import example
 
 VOCABULARY = 528  # a multiple of 8 and of 3; like Code Llama's, more than its tokenizer has
 SPECIAL_TOKENS = 256  # that follow the ranks of Llama 3's tokenizer.model
-LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Release:
         embedding_axis: The axis along which `tok_embeddings` is split.
         dtype: Of all tensors.
         buffers: Rotary buffers among the weights: none, one, or one a layer.
-        head: "own"; "none": `output.weight` is not in the file; "alias": it is the embedding itself.
+        head: "own"; "none": no `output.weight` in the file; "alias": it is the embedding itself.
         tokenizer: The format of `tokenizer.model`.
     """
 
@@ -46,7 +45,6 @@ class Release:
     buffers: Literal["none", "one", "each layer"] = "one"
     head: Literal["own", "none", "alias"] = "own"
     tokenizer: Literal["sentencepiece", "tiktoken"] = "sentencepiece"
-    changes: Mapping = field(default_factory=dict)
 
     def but(self, *, params: Mapping | None = None, **changes: object) -> "Release":
         """The same with some things otherwise; `params` are laid over those there are."""
@@ -61,6 +59,10 @@ class Release:
         return self.params.get("n_kv_heads") or self.heads
 
     @property
+    def layers(self) -> int:
+        return self.params["n_layers"]
+
+    @property
     def hidden(self) -> int:
         """The feed-forward width, as Meta's model code works it out."""
         hidden = int(2 * 4 * self.params["dim"] / 3)
@@ -70,7 +72,7 @@ class Release:
 
     @property
     def axes(self) -> dict[str, int | None]:
-        """By the last part of a module's path, the axis it is split along; None: each shard has all."""
+        """By a module's own name, the axis it is split along; None: each shard has all of it."""
         rows = dict.fromkeys(("wq", "wk", "wv", "w1", "w3", "output"), 0)
         columns = dict.fromkeys(("wo", "w2"), 1)
         whole = dict.fromkeys(("attention_norm", "ffn_norm", "norm"))
@@ -84,7 +86,7 @@ _LLAMA_2 = Release(
         "multiple_of": 64,
         "n_heads": 16,
         "n_kv_heads": 8,
-        "n_layers": LAYERS,
+        "n_layers": 2,
         "norm_eps": 1e-05,
         "vocab_size": -1,
     }
@@ -96,7 +98,7 @@ _LLAMA_3 = Release(
         "multiple_of": 64,
         "n_heads": 16,
         "n_kv_heads": 8,
-        "n_layers": LAYERS,
+        "n_layers": 2,
         "norm_eps": 1e-05,
         "rope_theta": 500000.0,
         "vocab_size": VOCABULARY,
@@ -116,7 +118,7 @@ RELEASES = {
             "dim": 128,
             "multiple_of": 64,
             "n_heads": 8,
-            "n_layers": LAYERS,
+            "n_layers": 2,
             "norm_eps": 1e-06,
             "vocab_size": -1,
         },
@@ -125,6 +127,10 @@ RELEASES = {
     "llama-2": _LLAMA_2,
     "llama-2-threefold": _LLAMA_2.but(params=_THREEFOLD),
     "llama-2-float32": _LLAMA_2.but(params={"n_kv_heads": None}, dtype="float32"),
+    # Matrices of 4.7 and 12.6 MB, which a build works through in several blocks of rows.
+    "llama-2-large": _LLAMA_2.but(
+        params={"dim": 1536, "multiple_of": 192, "n_heads": 12, "n_kv_heads": 6, "n_layers": 1}
+    ),
     # No vocab_size at all.
     "code-llama": Release(
         {
@@ -132,7 +138,7 @@ RELEASES = {
             "ffn_dim_multiplier": 1.0,
             "multiple_of": 64,
             "n_heads": 8,
-            "n_layers": LAYERS,
+            "n_layers": 2,
             "norm_eps": 1e-05,
             "rope_theta": 1000000,
         }
@@ -145,12 +151,13 @@ RELEASES = {
 }
 # The 7B of Llama 1 alone has a buffer in each layer.
 RELEASES["llama-1-7b"] = RELEASES["llama-1"].but(buffers="each layer")
+RELEASES["llama-3-tied"] = RELEASES["llama-3"].but(head="none")
 # 3.2 as Meta saved it: two names for one tensor, which the file holds once.
 RELEASES["llama-3.2-alias"] = RELEASES["llama-3.2"].but(head="alias")
 
 
 def wholes(name: str) -> dict[str, mx.array]:
-    """The model's tensors before they are split, in Meta's order. Equal names have equal tensors."""
+    """A release's tensors before they are split, in Meta's order; the same ones each time."""
     release = RELEASES[name]
     dim = release.params["dim"]
     head_dim = dim // release.heads
@@ -161,7 +168,7 @@ def wholes(name: str) -> dict[str, mx.array]:
     }
     if release.head != "own":
         del shapes["output.weight"]
-    for layer in range(LAYERS):
+    for layer in range(release.layers):
         block = {
             "attention.wq": (release.heads * head_dim, dim),
             "attention.wk": (release.kv_heads * head_dim, dim),
@@ -178,7 +185,7 @@ def wholes(name: str) -> dict[str, mx.array]:
     for tensor, shape in shapes.items():
         array = random_array(tensor, shape, dtype="float32")
         if tensor.endswith(("wq.weight", "wk.weight")):
-            array = array * 4  # attention that looks somewhere: positions must matter
+            array = array * 2  # attention that looks somewhere: positions must matter
         made[tensor] = array.astype(getattr(mx, release.dtype))
     return made
 
@@ -236,7 +243,8 @@ def _buffers(release: Release) -> list[str]:
         "none": [],
         "one": ["rope.freqs"],
         "each layer": [
-            f"layers.{layer}.attention.inner_attention.rope.freqs" for layer in range(LAYERS)
+            f"layers.{layer}.attention.inner_attention.rope.freqs"
+            for layer in range(release.layers)
         ],
     }[release.buffers]
 

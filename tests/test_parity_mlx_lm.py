@@ -16,12 +16,12 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm.utils
 import pytest
-from front_door import doit
 from huggingface_hub import ModelCard
 from mlx_lm.convert import convert
 from safetensors import safe_open
 
 from checkpoints import ARCHITECTURES, make
+from front_door import doit
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = {

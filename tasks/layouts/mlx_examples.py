@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.memos import Memos
+from tasks import tokenizer
 from tasks.checkpoint import Checkpoint
 from tasks.config import Target
 from tasks.errors import CheckpointError, ConfigError
@@ -49,10 +50,12 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
         quantized = ("weight", "scales", "biases") if matrix else None
         path = name.removesuffix(".weight")
         modules.append(Module(path, ("weight",), quantized, True, parameter.size))
-    config = {key: value for key, value in params.items() if key in KEYS}
+    # llama.py has a default for a key that is left out, none for null.
+    config = {k: value for k, value in params.items() if k in KEYS and value is not None}
     why = "mlx-examples' llama.py quantizes all modules alike."
     recipes = dict.fromkeys(("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"), why)
-    return Model(parameters, tuple(modules), config, dict(recipes), checkpoint.notes)
+    notes = (*checkpoint.notes, *_tokenizer_notes(checkpoint.folder))
+    return Model(parameters, tuple(modules), config, dict(recipes), notes)
 
 
 def default_dtype(checkpoint: Checkpoint, model: Model) -> str | None:
@@ -114,6 +117,17 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
             'where the checkpoint came from, or use layout = "mlx-lm".'
         )
     return [path]
+
+
+def _tokenizer_notes(folder: Path) -> tuple[str, ...]:
+    path = folder / "tokenizer.model"
+    if not path.exists() or not tokenizer.is_tiktoken(path):
+        return ()
+    return (
+        "tokenizer.model is tiktoken's, as Llama 3's are; mlx-examples' llama.py reads only "
+        "sentencepiece's, so the weights load there and the tokenizer does not. Layout mlx-lm "
+        "has one made of it.",
+    )
 
 
 def files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -27,8 +28,8 @@ def read(folder: Path, loader: str | None, memos: Memos) -> Checkpoint:
     Raises:
         CheckpointError: it is missing, incomplete or damaged, or no loader knows it.
     """
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):  # Path.is_dir raises for a name too long
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise CheckpointError(f"source {folder} {what}. Name the checkpoint's folder.")
     if not loader:
         fit = [name for name, module in LOADERS.items() if module.fits(folder)]

@@ -17,17 +17,29 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or no JSON object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise CheckpointError(
             f"{path} is missing: {what}. Fetch it from where the checkpoint came from."
-        ) from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+        )
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}. Fetch it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object. Fetch it again.")
     return value
+
+
+def read_text(path: Path) -> str:
+    """Return the text of one of a checkpoint's small files.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Fetch it again.") from error
 
 
 def numbered(paths: Iterable[Path], pattern: str) -> list[Path]:
@@ -41,27 +53,33 @@ def numbered(paths: Iterable[Path], pattern: str) -> list[Path]:
     Raises:
         CheckpointError: the row has a gap.
     """
-    rows: dict[int, Path] = {}
-    counts = set()
-    for path in paths:
-        match = re.fullmatch(pattern, path.name)
+    rows: dict[int, re.Match[str]] = {}
+    counts: set[int] = set()
+    for path in sorted(paths):
+        folder, match = path.parent, re.fullmatch(pattern, path.name)
         if not match:
             continue
-        rows[int(match[1])] = path
+        if other := rows.get(int(match[1])):
+            raise CheckpointError(f"{folder}: {other[0]} and {match[0]} are one shard. Remove one.")
+        rows[int(match[1])] = match
         if match.re.groups > 1:
             counts.add(int(match[2]))
+    if not rows:
+        return []
     if len(counts) > 1:
         raise CheckpointError(
-            f"{next(iter(rows.values())).parent} mixes shards of {len(counts)} checkpoints "
+            f"{folder} mixes shards of {len(counts)} checkpoints "
             f"(of {' and of '.join(map(str, sorted(counts)))}). Remove those of the other."
         )
-    first = min(rows, default=0) if counts else 0
-    last = first + counts.pop() if counts else max(rows, default=-1) + 1
-    missing = [number for number in range(first, last) if number not in rows]
-    if missing:
-        have = ", ".join(path.name for _, path in sorted(rows.items()))
-        raise CheckpointError(
-            f"{next(iter(rows.values())).parent}: shard {missing[0]} is missing (there are "
-            f"{have}). Fetch the missing files."
-        )
-    return [path for _, path in sorted(rows.items())]
+    first = 1 if counts and 0 not in rows else 0  # numbered from 1 where the count is told
+    last = first + counts.pop() if counts else max(rows) + 1
+    for number in range(first, last):
+        if number not in rows:
+            match = next(iter(rows.values()))
+            name = match[0][: match.start(1)] + str(number).zfill(len(match[1]))
+            have = ", ".join(found[0] for _, found in sorted(rows.items()))
+            raise CheckpointError(
+                f"{folder}: {name}{match[0][match.end(1) :]} is missing (there are {have}). "
+                "Fetch the missing files."
+            )
+    return [folder / found[0] for _, found in sorted(rows.items())]

@@ -8,11 +8,11 @@ from typing import Any
 from cache.memos import Memos
 from tasks.checkpoint import TORCH, Checkpoint, Stored, Whole, headers
 from tasks.errors import CheckpointError
-from tasks.loaders.files import numbered, read_json
+from tasks.loaders.files import numbered, read_json, read_text
 
 # The kinds of weight file, the first that is there wins: (all of them, a numbered row, index).
 KINDS = (
-    ("model*.safetensors", r"model-(\d+)-of-(\d+)\.safetensors", "model.safetensors.index.json"),
+    ("model*.safetensors", r"model.*-(\d+)-of-(\d+)\.safetensors", "model.safetensors.index.json"),
     ("*.safetensors", r".*-(\d+)-of-(\d+)\.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", r"pytorch_model-(\d+)-of-(\d+)\.bin", "pytorch_model.bin.index.json"),
 )
@@ -53,7 +53,7 @@ def read(folder: Path, memos: Memos) -> Checkpoint:
     if not stored:
         raise CheckpointError(f"{folder}: its weight files hold no tensor. Fetch them again.")
     files = {
-        name: (folder / name).read_text(encoding="utf-8")
+        name: read_text(folder / name)
         for name in ("config.json", *SIDE_FILES)
         if (folder / name).exists()
     }
@@ -79,8 +79,12 @@ def _weight_files(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
             continue
         if (folder / index).exists():
             weight_map = read_json(folder / index, "it lists the shards").get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{folder / index} has no weight_map. Fetch it again.")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+            ):
+                raise CheckpointError(
+                    f"{folder / index} has no weight_map from tensors to files. Fetch it again."
+                )
             named = sorted(set(weight_map.values()))
             if missing := [name for name in named if not (folder / name).exists()]:
                 raise CheckpointError(

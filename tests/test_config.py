@@ -1,0 +1,359 @@
+"""tests of tasks/config.py: what models.toml may say, and that nothing else gets through."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks import config
+from tasks.config import Config, Quantize, Rule, Target
+from tasks.errors import ConfigError
+
+# On a busy machine any example may seem slow.
+calm = settings(deadline=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all examples: each overwrites its `models.toml`."""
+    return tmp_path_factory.mktemp("config")
+
+
+def read(folder: Path, text: str | bytes) -> Config:
+    data = text if isinstance(text, bytes) else text.encode()
+    (folder / "models.toml").write_bytes(data)
+    return config.load(folder / "models.toml")
+
+
+def refused(folder: Path, text: str | bytes) -> str | None:
+    """The message, which names the file; None if nothing is wrong."""
+    try:
+        read(folder, text)
+    except ConfigError as error:
+        message = str(error)
+        assert message.startswith(str(folder / "models.toml"))
+        return message
+    return None
+
+
+# Accepted forms
+
+
+def target(folder: Path, lines: str, name: str = "a") -> Target:
+    return read(folder, f'[models.a]\nsource = "b"\n{lines}').targets[name]
+
+
+def test_what_is_not_said(folder: Path) -> None:
+    found = read(folder, '[models.a]\nsource = "b"')
+    assert found.path == folder / "models.toml"
+    assert found.cache == folder / ".mlx-make/cache"
+    assert found.targets == {
+        "a": Target("a", folder / "b", None, "mlx-lm", None, None, None, 5 << 30)
+    }
+    assert target(folder, 'layout = "mlx-examples"').max_shard_bytes == 15 << 30
+
+
+def test_all_that_can_be_said(folder: Path) -> None:
+    found = target(
+        folder,
+        'loader = "transformers"\nlayout = "mlx-lm"\ndtype = "bfloat16"\ndevice = "cpu"\n'
+        'max_shard_size = "2GiB"\n[models.a.quantize]\nbits = 3\ngroup_size = 32\nmode = "affine"\n'
+        '[[models.a.quantize.rules]]\nmatch = "lm_head"\nskip = true\n'
+        '[[models.a.quantize.rules]]\nmatch = "*.mlp.*"\nmode = "mxfp4"\n'
+        '[[models.a.quantize.rules]]\nmatch = "*"\nbits = 6\ngroup_size = 128\n',
+    )
+    rules = (
+        Rule("lm_head", skip=True),
+        Rule("*.mlp.*", mode="mxfp4"),
+        Rule("*", bits=6, group_size=128),
+    )
+    quantize = Quantize(3, 32, "affine", None, rules)
+    assert found == Target(
+        "a", folder / "b", "transformers", "mlx-lm", "bfloat16", quantize, "cpu", 2 << 30
+    )
+
+
+def test_an_empty_quantize_asks_for_mlx_s_default(folder: Path) -> None:
+    assert target(folder, "quantize = {}").quantize == Quantize()
+
+
+def test_variants_lie_over_their_model(folder: Path) -> None:
+    """Key by key; a table is one key's value, and false takes it back."""
+    found = read(
+        folder,
+        '[models.a]\nsource = "b"\ndtype = "float16"\nquantize = { bits = 4, group_size = 32 }\n'
+        "[models.a.variants.8bit]\nquantize = { bits = 8 }\n"
+        "[models.a.variants.plain]\nquantize = false\n"
+        '[models.a.variants.same]\n[models.a.variants.other]\nsource = "c"\ndtype = "float32"\n',
+    ).targets
+    assert list(found) == ["a", "a-8bit", "a-plain", "a-same", "a-other"]
+    assert {name: one.quantize for name, one in found.items()} == {
+        "a": Quantize(4, 32),
+        "a-8bit": Quantize(8),
+        "a-plain": None,
+        "a-same": Quantize(4, 32),
+        "a-other": Quantize(4, 32),
+    }
+    assert [one.dtype for one in found.values()] == ["float16"] * 4 + ["float32"]
+    assert {one.source.name for one in found.values()} == {"b", "c"}
+    assert found["a-other"].source == folder / "c"
+
+
+def test_defaults_lie_under_all_models(folder: Path) -> None:
+    found = read(
+        folder,
+        '[defaults]\nsource = "b"\nlayout = "mlx-examples"\nquantize = { bits = 4 }\n'
+        'max_shard_size = "1GiB"\n[models.a]\n[models.c]\nsource = "d"\nquantize = false\n'
+        '[models.c.variants.lm]\nlayout = "mlx-lm"\n',
+    ).targets
+    assert [one.source.name for one in found.values()] == ["b", "d", "d"]
+    assert [one.layout for one in found.values()] == ["mlx-examples", "mlx-examples", "mlx-lm"]
+    assert [one.quantize for one in found.values()] == [Quantize(4), None, None]
+    assert {one.max_shard_bytes for one in found.values()} == {1 << 30}
+
+
+def test_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for text, path in {
+        "b": folder / "b",
+        "b/c d": folder / "b/c d",
+        "./b": folder / "b",
+        "../b": folder / "../b",
+        "~/b": Path("/home/somebody/b"),
+        "/b/c": Path("/b/c"),
+        "β": folder / "β",
+    }.items():
+        text = json.dumps(text, ensure_ascii=False)
+        found = read(folder, f"[models.a]\nsource = {text}\n[cache]\ndir = {text}\n")
+        assert (found.targets["a"].source, found.cache) == (path, path)
+
+
+def test_paths_are_of_the_file_s_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the one that doit is run in; and absolute, since doit may go elsewhere."""
+    (tmp_path / "models.toml").write_text('[models.a]\nsource = "b"')
+    monkeypatch.chdir(tmp_path.parent)
+    found = config.load(Path(tmp_path.name) / "models.toml")
+    assert found.targets["a"].source == tmp_path / "b"
+    assert found.cache == tmp_path / ".mlx-make/cache"
+
+
+@pytest.mark.parametrize("name", ["a", "A_b-1.5+x", "_a", "3", "llama-3.1-8b", "größe", "a" * 200])
+def test_names(folder: Path, name: str) -> None:
+    assert list(read(folder, f'[models."{name}"]\nsource = "b"').targets) == [name]
+
+
+def test_where_a_target_is_asked_for(folder: Path) -> None:
+    found = read(
+        folder,
+        '# A comment\n[ models . "a" ]  # another\nsource = "b"\n\n[models.a.variants.c]\n',
+    ).targets
+    assert found["a"].where == f"{folder}/models.toml:2"
+    assert found["a-c"].where == f"{folder}/models.toml:5"
+
+
+# Sizes
+
+
+UNITS = {
+    "B": 1,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+}
+counts = st.integers(1, 10**18 - 1)
+
+
+def size(folder: Path, value: str) -> int:
+    return target(folder, f"max_shard_size = {value}").max_shard_bytes
+
+
+@given(count=counts, unit=st.sampled_from(list(UNITS)), space=st.sampled_from(["", " ", "  "]))
+@calm
+def test_sizes(folder: Path, count: int, unit: str, space: str) -> None:
+    assert size(folder, str(count)) == count
+    assert size(folder, f'"{count}"') == count
+    assert size(folder, f'"{count}{space}{unit}"') == count * UNITS[unit]
+
+
+@given(
+    whole=st.integers(0, 10**6),
+    part=st.from_regex(r"[0-9]{1,18}", fullmatch=True),
+    unit=st.sampled_from(list(UNITS)),
+)
+@calm
+def test_sizes_with_a_point(folder: Path, whole: int, part: str, unit: str) -> None:
+    """Rounded down to whole bytes, not to what a float can hold."""
+    text = f"{whole}.{part}{unit}"
+    exact = math.floor(Fraction(f"{whole}.{part}") * UNITS[unit])
+    if exact:
+        assert size(folder, f'"{text}"') == exact
+    else:
+        message = refused(folder, f'[models.a]\nsource = "b"\nmax_shard_size = "{text}"')
+        assert message is not None
+        assert f"a.max_shard_size is '{text}': no room for a tensor" in message
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["0", "-1", "true", "1e9", "[]", "''", "' '", "'GiB'", "'-1GiB'", "'1,5GiB'", "'.5GiB'",
+     "'1.GiB'", "'1 G'", "'1gib'", "'1TiB'", "'1GiB 1MiB'", "'1e3MB'", "'٣GiB'", "'nan'",
+     f"'{10**18}GiB'", "0x" + "f" * 5000],
+)  # fmt: skip
+def test_what_is_no_size(folder: Path, value: str) -> None:
+    message = refused(folder, f'[models.a]\nsource = "b"\nmax_shard_size = {value}')
+    assert message is not None
+    assert "/models.toml:3: models.a.max_shard_size is " in message
+
+
+# Anything at all
+
+
+WORDS = (
+    *("models", "cache", "defaults", "variants", "dir", "a", "b", "A", "", "a/b", ".."),
+    *config.MODEL_KEYS,
+    *("bits", "group_size", "mode", "recipe", "rules", "match", "skip"),
+    *config.LOADERS,
+    *config.LAYOUTS,
+    *config.DTYPES,
+    *config.DEVICES,
+    *config.RECIPES,
+    *config.MODES,
+    *("5GiB", "0", "~", "~nobody-of-that-name", "*", "\0", "\x7f"),
+)
+texts = st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"]))
+numbers = st.sampled_from([4, 8, 32, 64]) | st.integers(-(2**63), 2**63 - 1) | st.floats()
+values = st.recursive(
+    texts | numbers | st.booleans(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def mostly(good: st.SearchStrategy[Any], other: st.SearchStrategy[Any] = values) -> Any:
+    """One of `good`, but for one in ten: else hardly any document would be right throughout."""
+    return st.integers(0, 9).flatmap(lambda number: good if number else other)
+
+
+def table(**keys: st.SearchStrategy[Any]) -> Any:
+    """A table of some of these keys; rarely, of any."""
+    return mostly(st.fixed_dictionaries({}, optional=keys), st.dictionaries(texts, values))
+
+
+bits, group_sizes = st.sampled_from([4, 8]), st.sampled_from([32, 64])
+modes = mostly(st.just("affine"), st.sampled_from(list(config.MODES)) | texts)
+quantizations = mostly(
+    table(
+        bits=mostly(bits),
+        group_size=mostly(group_sizes),
+        mode=modes,
+        rules=st.lists(
+            st.fixed_dictionaries(
+                {"match": mostly(st.just("*"))},
+                optional={"bits": mostly(bits), "mode": modes, "skip": mostly(st.booleans())},
+            ),
+            max_size=2,
+        ),
+    )
+    | st.fixed_dictionaries({"recipe": mostly(st.sampled_from(config.RECIPES))}),
+)
+keys_of_a_model = {
+    "loader": mostly(st.sampled_from(config.LOADERS)),
+    "layout": mostly(st.sampled_from(config.LAYOUTS)),
+    "dtype": mostly(st.sampled_from(config.DTYPES)),
+    "quantize": quantizations,
+    "device": mostly(st.sampled_from(config.DEVICES)),
+    "max_shard_size": mostly(st.sampled_from(["5GiB", "1 MB", "7"]), values | numbers | texts),
+}
+names = mostly(st.sampled_from(["a", "b", "llama-7b", "c.d"]), texts)
+models = st.fixed_dictionaries(
+    {"source": mostly(st.sampled_from(["b", "~", "/", "../c d"]), texts)},
+    optional={
+        **keys_of_a_model,
+        "variants": mostly(st.dictionaries(names, table(**keys_of_a_model), max_size=2)),
+    },
+)
+documents = mostly(
+    st.fixed_dictionaries(
+        {"models": mostly(st.dictionaries(names, models, min_size=1, max_size=2))},
+        optional={"cache": table(dir=texts), "defaults": table(**keys_of_a_model)},
+    ),
+    st.dictionaries(texts, values, max_size=3),
+)
+
+
+def toml(value: object) -> str:
+    """A value as TOML spells it, tables in one line."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{quoted(k)} = {toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, str):
+        return quoted(value)
+    return str(value).lower()
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+@given(document=documents)
+@settings(calm, max_examples=600)
+def test_any_table(folder: Path, document: dict[str, Any]) -> None:
+    """It is read, or refused with a message that names the file; nothing else ever happens."""
+    text = "\n".join(f"{quoted(key)} = {toml(value)}" for key, value in document.items())
+    if refused(folder, text) is None:
+        assert read(folder, text).targets
+
+
+@given(data=st.binary(max_size=200) | st.text().map(lambda text: text.encode(errors="replace")))
+@calm
+def test_any_file(folder: Path, data: bytes) -> None:
+    assert refused(folder, data) is not None
+
+
+GOOD = """\
+[cache]
+dir = "cache"
+[defaults]
+dtype = "float16"
+[models.a]
+source = "b"
+quantize = { bits = 4, group_size = 64, mode = "affine", rules = [{ match = "*", skip = true }] }
+max_shard_size = "5GiB"
+[models.a.variants.c]
+device = "cpu"
+[[models.a.variants.c.quantize.rules]]
+match = "lm_head"
+bits = 8
+"""
+
+
+@given(start=st.integers(0, len(GOOD)), length=st.integers(0, 20), other=st.text(max_size=3))
+@settings(calm, max_examples=400)
+def test_a_file_with_a_slip(folder: Path, start: int, length: int, other: str) -> None:
+    assert refused(folder, GOOD) is None
+    refused(folder, (GOOD[:start] + other + GOOD[start + length :]).encode(errors="replace"))
+
+
+def test_a_message_names_the_line(folder: Path) -> None:
+    """Whatever is wrong there."""
+    lines = GOOD.splitlines()
+    for i, line in enumerate(lines):
+        key, equals, _ = line.partition(" = ")
+        for wrong in (f"{key}x = 1", f"{key} = 1.5") if equals else ():
+            message = refused(folder, "\n".join([*lines[:i], wrong, *lines[i + 1 :]]))
+            assert message is not None
+            assert f"/models.toml:{i + 1}: " in message
