@@ -30,7 +30,8 @@ NPY_DTYPES = {
     "uint32": "<u4", "int32": "<i4", "uint64": "<u8", "int64": "<i8", "float16": "<f2",
     "bfloat16": "<V2", "float32": "<f4", "complex64": "<c8",
 }  # fmt: skip
-ZIP32_LIMIT = 0xFFFFFFFF
+ZIP32_LIMIT = 0xFFFFFFFF  # sizes and offsets from here on are in ZIP64 records
+_IN_ZIP64 = 0xFFFFFFFF  # stands in their place
 
 
 class Packed(NamedTuple):
@@ -141,7 +142,7 @@ def _zip_entry(name: bytes, crc: int, size: int, at: int) -> tuple[bytes, bytes]
     """Return a member's header before its data, and its entry in the directory."""
     large = size >= ZIP32_LIMIT
     extra = pack("<HHQQ", 1, 16, size, size) if large else b""
-    short = ZIP32_LIMIT if large else size
+    short = _IN_ZIP64 if large else size
     version = 45 if large else 20
     flags = 0 if name.isascii() else 0x800  # UTF-8
     common = pack("<HHHHHLLL", version, flags, 0, 0, 0x21, crc, short, short)
@@ -150,7 +151,7 @@ def _zip_entry(name: bytes, crc: int, size: int, at: int) -> tuple[bytes, bytes]
     far = at >= ZIP32_LIMIT
     fields = ((size, size) if large else ()) + ((at,) if far else ())
     extra = pack(f"<HH{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
-    short_at = ZIP32_LIMIT if far else at
+    short_at = _IN_ZIP64 if far else at
     made_by = 0x0300 | (45 if fields else 20)  # Unix
     needs = 45 if fields else 20
     common = pack("<HHHHHHLLL", made_by, needs, flags, 0, 0, 0x21, crc, short, short)
@@ -164,7 +165,7 @@ def _zip_end(count: int, size: int, at: int) -> bytes:
     if at >= ZIP32_LIMIT or count >= 0xFFFF:
         record = pack("<QHHLLQQQQ", 44, 45, 45, 0, 0, count, count, size, at)
         end = b"PK\x06\x06" + record + b"PK\x06\x07" + pack("<LQL", 0, at + size, 1)
-    count, at = min(count, 0xFFFF), min(at, ZIP32_LIMIT)
+        count, at = 0xFFFF, _IN_ZIP64
     return end + b"PK\x05\x06" + pack("<HHHHLLH", 0, 0, count, count, size, at, 0)
 
 

@@ -1,0 +1,100 @@
+"""Weight files, read by the clients that will read them."""
+
+import zipfile
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from cache.blobs import Blobs
+from cache.manifests import DTYPE_BYTES, Tensor
+from tasks import weights
+
+NUMPY_HAS = [dtype for dtype in DTYPE_BYTES if dtype not in ("bfloat16", "complex64", "bool_")]
+TENSORS = st.lists(
+    st.tuples(st.sampled_from(NUMPY_HAS), st.lists(st.integers(0, 5), max_size=3)), min_size=1
+)
+
+
+def packed(blobs: Blobs, name: str, array: np.ndarray) -> weights.Packed:
+    with blobs.writing() as writer:
+        writer.write(memoryview(array.tobytes()))
+    tensor = Tensor(str(array.dtype), array.shape, writer.digest)
+    return weights.Packed(name, tensor, blobs.locate(tensor.digest, tensor.nbytes))
+
+
+def arrays(told: list[tuple[str, list[int]]]) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {
+        f"layers.{i}.ä.weight": random.integers(0, 100, shape).astype(dtype)
+        for i, (dtype, shape) in enumerate(told)
+    }
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(told=TENSORS, limit=st.sampled_from([weights.ZIP32_LIMIT, 300, 0]))
+def test_npz_is_what_numpy_and_zipfile_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list, limit: int
+) -> None:
+    """Also with ZIP64 records, which the limit brings on where it is small."""
+    monkeypatch.setattr(weights, "ZIP32_LIMIT", limit)
+    blobs, path = Blobs(tmp_path / "blobs"), tmp_path / "weights.npz"
+    made = arrays(told)
+    weights.write(path, [packed(blobs, *item) for item in made.items()], "npz", blobs, 2)
+
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == [f"{name}.npy" for name in made]
+    with np.load(path) as read:
+        for name, array in made.items():
+            assert read[name].dtype == array.dtype
+            np.testing.assert_array_equal(read[name], array)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(told=TENSORS)
+def test_safetensors_is_what_safetensors_and_mlx_read(tmp_path: Path, told: list) -> None:
+    blobs, path = Blobs(tmp_path / "blobs"), tmp_path / "model.safetensors"
+    made = arrays(told)
+    weights.write(path, [packed(blobs, *item) for item in made.items()], "safetensors", blobs, 2)
+
+    with safe_open(path, "numpy") as read:
+        assert read.metadata() == {"format": "mlx"}
+        for name, array in made.items():
+            np.testing.assert_array_equal(read.get_tensor(name), array)
+    loaded = mx.load(str(path))
+    assert {name: array.shape for name, array in made.items()} == {
+        name: tuple(array.shape) for name, array in loaded.items()
+    }
+
+
+def test_long_runs_are_copied_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "COPY_BYTES", 1000)
+    blobs = Blobs(tmp_path / "blobs")
+    made = {"a": np.arange(12345, dtype=np.uint8), "b": np.arange(777, dtype=np.float32)}
+    shard = [packed(blobs, *item) for item in made.items()]
+    for form, name in (("npz", "w.npz"), ("safetensors", "w.safetensors")):
+        weights.write(tmp_path / name, shard, form, blobs, 3)
+    # Where the kernel does not copy, the same comes out by reading and writing.
+    monkeypatch.delattr("os.copy_file_range", raising=False)
+    for form, name in (("npz", "w.npz"), ("safetensors", "w.safetensors")):
+        weights.write(tmp_path / f"plain-{name}", shard, form, blobs, 3)
+        assert (tmp_path / f"plain-{name}").read_bytes() == (tmp_path / name).read_bytes()
+    loaded = mx.load(str(tmp_path / "w.safetensors"))
+    assert all(np.array_equal(np.array(loaded[name]), array) for name, array in made.items())
+
+
+def test_bfloat16_goes_through_npz(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path / "blobs")
+    array = mx.random.normal((3, 64)).astype(mx.bfloat16)
+    raw = np.array(array.view(mx.uint16))
+    plain = packed(blobs, "w", raw)
+    tensor = Tensor("bfloat16", (3, 64), plain.tensor.digest)
+    weights.write(tmp_path / "w.npz", [plain._replace(tensor=tensor)], "npz", blobs, 1)
+    read = mx.load(str(tmp_path / "w.npz"))["w"]
+    assert read.dtype == mx.bfloat16
+    assert mx.array_equal(read, array).item()
