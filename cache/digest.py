@@ -36,9 +36,10 @@ def canonical(record: Any) -> bytes:
     Raises:
         ValueError: a number that JSON cannot hold (NaN, infinity).
     """
-    return json.dumps(
+    text = json.dumps(
         record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    )
+    return text.encode("utf-8", "surrogatepass")  # JSON may hold half a surrogate pair
 
 
 def digest_record(record: Any) -> str:

@@ -125,8 +125,9 @@ class Manifest:
                 {n: Tensor(d, tuple(s), g) for n, d, s, g in record["tensors"]},
                 tuple(record["notes"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+            again = manifest.to_bytes()
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ManifestError(f"not a manifest: {error}") from error
-        if manifest.result != record["result"]:
-            raise ManifestError("manifest does not match its own digest")
+        if again != data:
+            raise ManifestError("not what a manifest with its contents would be")
         return manifest

@@ -147,7 +147,12 @@ def _ask(question: dict[str, Any], folder: Path) -> dict[str, Any]:
                 f"{folder}: asking mlx-lm failed (exit status {done.returncode}):\n"
                 f"{done.stderr[-2000:]}"
             ) from None
-        # Left-out modules can show as any error, so only the full answer is final.
-        if "parameters" in answer or "written" in answer:
+        if "error" not in answer:
             return answer
-    raise ArchitectureError(f"{folder}: mlx-lm {versions()['mlx-lm']} says: {answer['error']}")
+        # mlx-lm's own verdicts are ValueErrors; left-out modules can show as any other.
+        if answer["kind"] == "ValueError":
+            break
+    raise ArchitectureError(
+        f"{folder}: mlx-lm {versions()['mlx-lm']} says: {answer['error']} "
+        "If the checkpoint is whole, a newer one may know it: pip install -U mlx-lm"
+    )

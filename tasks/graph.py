@@ -186,6 +186,8 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
         plans = {name: planner.plan(target) for name, target in read.targets.items()}
     except (BuildError, CacheError) as error:
         raise InvalidDodoFile(str(error)) from error
+    except OSError as error:
+        raise InvalidDodoFile(_told(error)) from error
     folder = read.path.parent
     state = folder / STATE
     run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
@@ -217,7 +219,17 @@ def _reported(act: Callable[[], None], values: dict[str, Any]) -> Any:
         act()
     except (BuildError, CacheError) as error:
         return TaskFailed(str(error))
+    except OSError as error:
+        return TaskFailed(_told(error))
     return values
+
+
+def _told(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{where}{error.strerror or error}. Mend that and run doit again: what is already built "
+        "is kept."
+    )
 
 
 def _remove(folder: Path, manifest_path: Path) -> None:

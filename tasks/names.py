@@ -12,6 +12,7 @@ from typing import Any
 
 from tasks.checkpoint import Checkpoint
 from tasks.errors import CheckpointError
+from tasks.loaders import llama
 
 META_TO_HUGGINGFACE = {
     "tok_embeddings": "model.embed_tokens",
@@ -86,9 +87,21 @@ def to_meta(checkpoint: Checkpoint) -> Checkpoint:
             ) from None
     if "output.weight" not in wholes and "tok_embeddings.weight" in wholes:
         wholes["output.weight"] = wholes["tok_embeddings.weight"]  # tied: llama.py has no ties
-    params = _meta_params(checkpoint)
-    ordered = {name: wholes[name] for name in _meta_order(params) if name in wholes}
-    if odd := wholes.keys() ^ set(_meta_order(params)):
+    try:
+        params = _meta_params(checkpoint)
+        shapes = llama.shapes(params, hidden=params["hidden_dim"], vocab=params["vocab_size"])
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not describe a Llama: {error!r}. Fetch it again."
+        ) from error
+    ordered = {name: wholes[name] for name in shapes if name in wholes}
+    for name, whole in ordered.items():
+        if whole.shape != shapes[name]:
+            raise CheckpointError(
+                f"{folder}: {name} is {whole.shape}, where config.json calls for {shapes[name]}. "
+                "One of them is of another model."
+            )
+    if odd := wholes.keys() ^ shapes.keys():
         raise CheckpointError(
             f"{folder}: {min(odd)} is {'not expected' if min(odd) in wholes else 'missing'} "
             f"({len(odd)} such) for a Llama of {params['n_layers']} layers. Fetch it again."
@@ -155,12 +168,6 @@ def _rename(name: str, table: dict[str, str], prefix: str) -> str:
     if kind != "weight":
         raise KeyError(name)
     return f"{table[path]}.weight"
-
-
-def _meta_order(params: dict[str, Any]) -> list[str]:
-    block = [name for name in META_TO_HUGGINGFACE if "." in name or name.endswith("_norm")]
-    layers = [f"layers.{i}.{name}.weight" for i in range(params["n_layers"]) for name in block]
-    return ["tok_embeddings.weight", *layers, "norm.weight", "output.weight"]
 
 
 def _huggingface_config(checkpoint: Checkpoint) -> dict[str, Any]:

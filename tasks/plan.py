@@ -140,7 +140,7 @@ class Planner:
         try:
             return self._plan(target)
         except BuildError as error:
-            raise type(error)(f"{target.name}: {error}") from error
+            raise type(error)(f"{target.where}: {target.name}: {error}") from error
 
     def _plan(self, target: Target) -> Plan:
         layout = LAYOUTS[target.layout]
@@ -163,8 +163,8 @@ class Planner:
                 self._checkpoints[source] = loaders.read(*source, self.memos)
             checkpoint = self._checkpoints[source]
             layout = LAYOUTS[target.layout]
-            layout.sources(checkpoint)  # refuses a checkpoint without tokenizer
             model = layout.model(checkpoint, self.memos)
+            layout.sources(checkpoint)  # refuses a checkpoint without tokenizer
             self._outlines[*source, target.layout] = _outline(checkpoint, model)
         return self._outlines[*source, target.layout]
 

@@ -72,7 +72,7 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
     # A checkpoint that is quantized already keeps its settings; the new ones stand per module.
     config: dict[str, Any] = dict(given) if given else default._asdict()
     settings: dict[str, Setting] = {}
-    narrow: dict[int, list[str]] = {}
+    narrow: dict[tuple[int, int], list[str]] = {}
     unused = set(quantize.rules)
     for module in model.modules:
         if module.quantized_names is None:
@@ -80,31 +80,32 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
         rule = next((r for r in quantize.rules if fnmatchcase(module.path, r.match)), None)
         if rule:
             unused.discard(rule)
-        width = model.parameters[weight_name(module.path)].shape[-1]
-        group_size = (rule and rule.group_size) or default.group_size
         if rule and rule.skip:
-            continue
-        if width % group_size:
-            narrow.setdefault(width, []).append(module.path)
             continue
         verdict = module.verdict
         if recipe is not None:
             bits = recipe[module.path]
             # mlx_lm.convert writes a group size that nobody gave as null, and reads it so.
             verdict = {"group_size": quantize.group_size, "bits": bits, "mode": "affine"}
+        setting = default
         if rule:
             verdict = _apply(rule, verdict, default)
+        if isinstance(verdict, dict):
+            setting = _complete(
+                verdict.get("mode", "affine"), verdict.get("group_size"), verdict.get("bits")
+            )
+        width = model.parameters[weight_name(module.path)].shape[-1]
+        # mlx-lm asks this of the target's own group size first, unless a rule brings another.
+        group_sizes = {setting.group_size} if rule else {default.group_size, setting.group_size}
+        if odd := [size for size in group_sizes if width % size]:
+            narrow.setdefault((width, odd[0]), []).append(module.path)
+            continue
         if not verdict:
             continue
         if isinstance(verdict, dict):
             config[module.path] = verdict
-            setting = _complete(
-                verdict.get("mode", "affine"), verdict.get("group_size"), verdict.get("bits")
-            )
-        else:
-            setting = default
-            if given:
-                config[module.path] = default._asdict()
+        elif given:
+            config[module.path] = default._asdict()
         if not module.quantized_names:
             raise ConfigError(
                 f"{module.path} is quantized by mlx-lm in a way of its own, which mlx-make does "
@@ -119,12 +120,14 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
             f"earlier rule left. There are {', '.join(paths[:3])}, … ({len(paths)} in all); "
             "'*' matches any run of characters."
         )
-    notes = tuple(
+    notes = [
         f"{len(paths)} modules stay unquantized: their last axis, {width}, is not a multiple of "
-        f"the group size ({', '.join(paths[:3])}{', …' if len(paths) > 3 else ''})"
-        for width, paths in narrow.items()
-    )
-    return Scheme(settings, config, notes)
+        f"the group size, {size} ({', '.join(paths[:3])}{', …' if len(paths) > 3 else ''})"
+        for (width, size), paths in narrow.items()
+    ]
+    if not settings and not notes:
+        notes.append("nothing is quantized: the checkpoint has no module that can be")
+    return Scheme(settings, config, tuple(notes))
 
 
 def backend(device: str | None) -> str:
@@ -241,9 +244,9 @@ def _complete(mode: str, group_size: int | None, bits: int | None) -> Setting:
 
 def _apply(rule: Rule, verdict: bool | dict[str, Any], default: Setting) -> dict[str, Any]:
     base = dict(verdict) if isinstance(verdict, dict) else default._asdict()
-    if rule.mode and rule.mode != base.get("mode", "affine"):
-        base = {"group_size": None, "bits": None}  # another mode's numbers mean nothing here
-    mode = rule.mode or base.get("mode", "affine")
+    mode = rule.mode or default.mode  # what the rule's numbers were checked against
+    if mode != base.get("mode", "affine"):
+        base = {}  # another mode's numbers mean nothing here
     return _complete(
         mode, rule.group_size or base.get("group_size"), rule.bits or base.get("bits")
     )._asdict()

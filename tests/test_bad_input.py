@@ -830,7 +830,7 @@ def test_files_that_the_index_does_not_name_are_said(project: Project) -> None:
     folder = project.copies("llama")
     shutil.copy(folder / ST(1), folder / "model-old.safetensors")
     said = output(doit(project.folder))
-    assert f"note: model-old.safetensors left out: not in {INDEX}\n" in said
+    assert f"note: a: model-old.safetensors left out: not in {INDEX}\n" in said
 
 
 def test_shards_that_disagree_on_a_norm(project: Project) -> None:
@@ -1039,7 +1039,7 @@ def with_special(folder: Path, values: Mapping[str, float], *, at: int = -1) -> 
 
 def warned(said: str) -> set[str]:
     """The tensors that are said to hold NaN or infinity, each once."""
-    names = re.findall(r"^note: (\S+) holds NaN or infinity", said, re.MULTILINE)
+    names = re.findall(r"^note: \S+: (\S+) holds NaN or infinity", said, re.MULTILINE)
     assert len(names) == len(set(names))
     return set(names)
 
@@ -1080,6 +1080,6 @@ def test_modules_that_stay_are_said_once(project: Project) -> None:
     project.says(MODEL.replace("llama", "llama-odd") + "quantize = { bits = 4 }")
     said = output(doit(project.folder))
     (note,) = [line for line in said.splitlines() if "unquantized" in line]
-    assert note.startswith("note: 12 modules stay unquantized: their last axis, 80, is not a mult")
+    assert note.startswith("note: a: 12 modules stay unquantized: their last axis, 80, is not a ")
     assert "(model.embed_tokens, model.layers.0.self_attn.q_proj, " in note
     assert "unquantized" not in output(doit(project.folder))
