@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -103,9 +102,11 @@ class Blobs:
             stamp = Stamp.of(path)
         except FileNotFoundError:
             return self._locate_reference(digest, length)
-        if stamp.size != length:
-            raise BlobLost(digest, f"{path} has {stamp.size} bytes, expected {length}")
-        return [Part(str(path), 0, length, stamp)]
+        if stamp.size == length:
+            return [Part(str(path), 0, length, stamp)]
+        if self._reference(digest).exists():
+            return self._locate_reference(digest, length)
+        raise BlobLost(digest, f"{path} has {stamp.size} bytes, expected {length}")
 
     def has(self, digest: str, length: int) -> bool:
         """Tell whether ``locate`` finds the blob."""
@@ -139,8 +140,7 @@ class Blobs:
     def scratch(self) -> Iterator[Path]:
         """Give a folder beside the blobs for files that may become blobs; it goes afterwards."""
         self.root.mkdir(parents=True, exist_ok=True)
-        prefix = f"{files.TEMPORARY}{platform.node()}-{os.getpid()}-"
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=self.root) as folder:
+        with tempfile.TemporaryDirectory(prefix=files.own_prefix(), dir=self.root) as folder:
             yield Path(folder)
 
     def adopt(self, path: Path) -> str:
@@ -156,7 +156,9 @@ class Blobs:
 
     def refer(self, digest: str, parts: Sequence[Part]) -> None:
         """Keep where ``digest`` lies, unless the store holds the bytes themselves."""
-        if not self.path(digest).exists():
+        path = self.path(digest)
+        length = sum(part.length for part in parts)
+        if not path.exists() or path.stat().st_size != length:
             record = [[p.path, p.offset, p.length, *p.stamp] for p in parts]
             files.write(self._reference(digest), canonical(record))
 

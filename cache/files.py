@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import IO, NamedTuple
 from cache.errors import NoRoom
 
 TEMPORARY = ".tmp-"
+SWEEP_SECONDS = 3600
 # There is no call that only reads the umask, and setting it is not safe in threads: read it once.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -46,22 +48,23 @@ def temporary(folder: Path, need: int = 0) -> Iterator[tuple[IO[bytes], str]]:
     Raises:
         NoRoom: the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if need:
-        room(folder, need)
-    prefix = f"{TEMPORARY}{platform.node()}-{os.getpid()}-"
-    handle, name = tempfile.mkstemp(prefix=prefix, dir=folder)
+    name = ""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if need:
+            room(folder, need)
+        handle, name = tempfile.mkstemp(prefix=own_prefix(), dir=folder)
         os.fchmod(handle, MODE)  # mkstemp makes files that nobody else can read
         with open(handle, "wb", buffering=0) as file:
             yield file, name
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise no_room(folder, need) from error
         raise
     finally:
-        with suppress(FileNotFoundError):
-            os.unlink(name)
+        if name:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
 
 
 def write(path: Path, data: bytes | memoryview) -> None:
@@ -74,7 +77,7 @@ def write(path: Path, data: bytes | memoryview) -> None:
     Raises:
         NoRoom: the disk is full.
     """
-    with temporary(path.parent) as (file, name):
+    with temporary(path.parent, len(data)) as (file, name):
         left = memoryview(data)
         while left:  # one call writes 2 GiB at most
             left = left[file.write(left) :]
@@ -95,15 +98,28 @@ def room(folder: Path, need: int) -> None:
         raise no_room(folder, need)
 
 
+def own_prefix() -> str:
+    """Return how this process's temporary names begin, so that others can tell whose they are."""
+    return f"{TEMPORARY}{platform.node()}-{os.getpid()}-"
+
+
 def sweep(folder: Path) -> None:
-    """Remove temporary files that processes of this machine left when they were killed."""
-    for path in folder.glob(f"{TEMPORARY}{platform.node()}-*"):
-        process = path.name.removeprefix(f"{TEMPORARY}{platform.node()}-").split("-")[0]
-        if process.isdigit() and not _runs(int(process)):
+    """Remove temporary files that processes of this machine left when they were killed.
+
+    Not within the hour: two containers can go by one machine's name.
+    """
+    begin = f"{TEMPORARY}{platform.node()}-"
+    for path in folder.glob(f"{TEMPORARY}*"):
+        process = path.name.removeprefix(begin).split("-")[0]
+        if not path.name.startswith(begin) or not process.isdigit() or _runs(int(process)):
+            continue
+        with suppress(FileNotFoundError):  # somebody else sweeps
+            if time.time() - path.stat().st_mtime < SWEEP_SECONDS:
+                continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                path.unlink()
 
 
 def _runs(process: int) -> bool:
@@ -116,11 +132,17 @@ def _runs(process: int) -> bool:
     return True
 
 
-def no_room(folder: Path, need: int) -> NoRoom:
+def is_full(error: OSError) -> bool:
+    """Tell whether an error means that there is no room."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def no_room(folder: Path, need: int = 0) -> NoRoom:
     """Return the error that says so."""
-    free = shutil.disk_usage(folder).free
-    needed = f"{need:,} bytes are needed, " if need else ""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    fact = f"{need:,} bytes are needed, {free:,} are free" if need else f"{free:,} bytes are free"
     return NoRoom(
-        f"{folder}: the disk is full: {needed}{free:,} are free. Make room and run doit again: "
-        "what is already built is kept."
+        f"{folder}: the disk is full: {fact}. Make room and run doit again: what is already built "
+        "is kept."
     )

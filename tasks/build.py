@@ -6,6 +6,7 @@ so that whoever finds a record finds what it speaks of.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -92,8 +93,11 @@ class Builder:
         read, written = meter.read, meter.written
         try:
             yield record
+        except BaseException:
+            record["outcome"] = "failed"
+            raise
         finally:
-            self.log.add(
+            self._log(
                 Entry(
                     self.run_id,
                     task,
@@ -107,18 +111,28 @@ class Builder:
                 )
             )
 
-    def needed(self, node: Node) -> Needed:
+    def _log(self, entry: Entry) -> None:
+        try:
+            self.log.add(entry)
+        except OSError as error:  # no build fails for its log
+            print(f"warning: {self.log.path} is not written: {error.strerror}", file=sys.stderr)
+
+    def manifest(self, plan: Plan, node: Node) -> Manifest:
+        """Return what a node made; it is made again if its record is lost or damaged."""
+        path = Path(self.manifest_path(node))
+        try:
+            return Manifest.from_bytes(path.read_bytes())
+        except (FileNotFoundError, ManifestError) as error:
+            self.run(plan, node, f"its manifest is damaged: {error}")
+        return Manifest.from_bytes(path.read_bytes())
+
+    def needed(self, plan: Plan, node: Node) -> Needed:
         """Return the tensors that a node reads: who made each, and what it is."""
         found: Needed = {}
         for need in node.needs:
-            path = Path(self.manifest_path(need))
-            try:
-                manifest = Manifest.from_bytes(path.read_bytes())
-            except (FileNotFoundError, ManifestError) as error:
-                raise BuildError(f"{path}: {error}. Run doit again.") from error
             found |= {
                 name: (need, tensor)
-                for name, tensor in manifest.tensors.items()
+                for name, tensor in self.manifest(plan, need).tensors.items()
                 if node.order.reads is None or name in node.order.reads
             }
         return found
@@ -126,12 +140,13 @@ class Builder:
     def _run(self, plan: Plan, node: Node) -> tuple[Manifest, str]:
         if node.stage == "extract":
             # What it reads is what it makes: looking means digesting the checkpoint's tensors.
-            manifest = self._make(plan, node)
-            if isinstance(self.store.actions.get(manifest.action), Hit):
-                return manifest, "reused"
-            self.store.actions.put(manifest)
-            return manifest, "computed"
-        action = self._action(node, self.needed(node))
+            with self.store.actions.running(node.order.digest):
+                manifest = self._make(plan, node)
+                if isinstance(self.store.actions.get(manifest.action), Hit):
+                    return manifest, "reused"
+                self.store.actions.put(manifest)
+                return manifest, "computed"
+        action = self._action(node, self.needed(plan, node))
         with self.store.actions.running(action.key):
             found = self.store.actions.get(action)
             if isinstance(found, Hit):
@@ -148,7 +163,7 @@ class Builder:
             tensors = extract.make(self, plan, node, look=lost)
             made = {name: (node, tensor) for name, tensor in tensors.items()}
             return Manifest(self._action(node, made), tensors)
-        needed = self.needed(node)
+        needed = self.needed(plan, node)
         with mx.stream(self.streams.get("cpu")):
             tensors, notes = STAGES[node.stage].make(self, plan, node, needed)
         return Manifest(self._action(node, needed), tensors, tuple(notes))
@@ -169,7 +184,7 @@ class Builder:
             # Not kept: cast keeps what it makes of it, and it is cheap to make again.
             _, _, inputs, steps = maker.params["tensors"][name]
             if not unshard.sanitized(steps):
-                sources = self.needed(maker)
+                sources = self.needed(plan, maker)
                 return unshard.apply([self.rows(plan, sources, key) for key in inputs], steps)
         return rows.Stored(blobs, self.locate(plan, needed, name), tensor.dtype, tensor.shape)
 
@@ -192,7 +207,7 @@ class Builder:
         Raises:
             BuildError: it made something else.
         """
-        for key, (maker, passed) in self.needed(node).items():
+        for key, (maker, passed) in self.needed(plan, node).items():
             # Only passed on here: whoever made it makes it again. Not so what unshard made, which
             # is kept from cast on.
             if passed == tensor and maker.stage != "unshard":

@@ -13,6 +13,7 @@ from typing import Any
 
 from doit.exceptions import InvalidDodoFile, TaskFailed
 
+from cache import files
 from cache.errors import CacheError
 from cache.log import Log
 from cache.store import Store
@@ -42,16 +43,11 @@ class Graph:
 
     def stage(self, stage: str) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""
-        for target, found in self.plans.items():
-            nodes = found.stages[stage]
-            for node in nodes:
+        for found in self.plans.values():
+            for node in found.stages[stage]:
                 yield self._layer_task(found, node)
-            yield {
-                "basename": stage,
-                "name": target,
-                "actions": None,
-                "task_dep": [node.name for node in reversed(nodes)],
-            }
+        groups = [f"{stage}:{target}" for target in self.plans]
+        yield {"basename": stage, "actions": None, "task_dep": groups}
 
     def pack(self) -> Iterator[dict[str, Any]]:
         """Yield the tasks that write the built models' folders."""
@@ -67,8 +63,8 @@ class Graph:
             )
 
         return {
-            "basename": node.stage,
-            "name": f"{node.target}:{node.order.layer}",
+            "basename": f"{node.stage}:{node.target}",
+            "name": node.order.layer,
             "actions": [act],
             "file_dep": [self.builder.manifest_path(need) for need in node.needs],
             "targets": [self.builder.manifest_path(node)],
@@ -225,6 +221,8 @@ def _reported(act: Callable[[], None], values: dict[str, Any]) -> Any:
 
 
 def _told(error: OSError) -> str:
+    if files.is_full(error):
+        return str(files.no_room(Path(error.filename or ".")))
     where = f"{error.filename}: " if error.filename else ""
     return (
         f"{where}{error.strerror or error}. Mend that and run doit again: what is already built "

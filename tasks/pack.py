@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import json
 import os
 import platform
@@ -68,7 +67,7 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
         needed: Needed = {}
         notes = list(plan.notes)
         for node in plan.stages["quantize"]:
-            manifest = Manifest.from_bytes(Path(builder.manifest_path(node)).read_bytes())
+            manifest = builder.manifest(plan, node)
             needed.update({name: (node, tensor) for name, tensor in manifest.tensors.items()})
             notes += manifest.notes
         if missing := set(plan.names) ^ needed.keys():
@@ -155,7 +154,7 @@ def _write(
             made[name] = Tensor("uint8", (path.stat().st_size,), _digest(path))
         _exchange(new, folder)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if files.is_full(error):
             raise files.no_room(folder.parent, need) from error
         raise
     finally:

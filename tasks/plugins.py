@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from doit import cmd_run, get_var
+from doit.cmd_clean import Clean as DoitClean
+from doit.cmd_forget import Forget as DoitForget
 from doit.cmd_run import Run as DoitRun
 from doit.control import TaskControl, TaskDispatcher
 from doit.dependency import FileChangedChecker, JsonDB
@@ -21,6 +23,7 @@ from doit.reporter import ConsoleReporter
 
 from cache import files
 from cache.digest import digest_parts
+from cache.errors import NoRoom
 from cache.manifests import Manifest, ManifestError
 
 INTERRUPTED = 130  # as shells report SIGINT
@@ -77,7 +80,9 @@ class Database(JsonDB):  # type: ignore[misc]
             loaded = json.loads(Path(self.name).read_bytes())
         except ValueError:
             return {}
-        return loaded if isinstance(loaded, dict) else {}
+        if not isinstance(loaded, dict) or not all(isinstance(v, dict) for v in loaded.values()):
+            return {}
+        return loaded
 
     def __init__(self, name: str, codec: Any, *, module_name: str | None = None) -> None:
         super().__init__(name, codec, module_name=module_name)
@@ -101,7 +106,11 @@ class Database(JsonDB):  # type: ignore[misc]
     def dump(self) -> None:
         """Write the file."""
         if self._changed:
-            files.write(Path(self.name), json.dumps(self._db, separators=(",", ":")).encode())
+            data = json.dumps(self._db, separators=(",", ":")).encode()
+            try:
+                files.write(Path(self.name), data)
+            except NoRoom as error:  # the action cache remembers what was built
+                print(f"warning: {error}", file=sys.stderr)
             self._changed = False
 
 
@@ -146,6 +155,33 @@ class Run(DoitRun):  # type: ignore[misc]
             )
             # Threads may still be deep in a computation: do not wait for them.
             os._exit(INTERRUPTED)
+
+
+class Clean(DoitClean):  # type: ignore[misc]
+    """doit's ``clean``; naming a stage, or one of a target, means all of its layers."""
+
+    name = "clean"
+
+    def _expand(self, clean_list: list[str]) -> list[str]:
+        return _with_layers(self.task_list, super()._expand(clean_list))
+
+
+class Forget(DoitForget):  # type: ignore[misc]
+    """doit's ``forget``; naming a stage, or one of a target, means all of its layers."""
+
+    name = "forget"
+    sel_tasks: Any
+
+    def _execute(self, forget_sub: bool, forget_disable_default: bool, forget_all: bool) -> None:
+        if not forget_all and (names := list(self.sel_tasks)):
+            self.sel_tasks = _with_layers(self.task_list, names)
+        super()._execute(forget_sub, forget_disable_default, forget_all)
+
+
+def _with_layers(tasks: list[Any], names: list[str]) -> list[str]:
+    """Return task names and those of all tasks below them."""
+    begins = tuple(f"{name}:" for name in names)
+    return [*names, *(task.name for task in tasks if task.name.startswith(begins))]
 
 
 def _interrupt(*_: Any) -> NoReturn:
@@ -208,9 +244,10 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self.write(f"ERROR: {result['task'].name}: {result['exception'].get_msg()}\n")
 
     def complete_run(self) -> None:
-        """Say that there was nothing to do, if so."""
-        if self._fresh and not self._said and not self.failures:
+        """Say how many targets needed nothing."""
+        if self._fresh and not self.failures:
+            prefix = "" if self._said else "nothing to do: "
             plural = "s are" if self._fresh > 1 else " is"
-            self.write(f"nothing to do: {self._fresh} target{plural} up to date\n")
+            self.write(f"{prefix}{self._fresh} target{plural} up to date\n")
         for message in self.runtime_errors:
             self.write(f"ERROR: {message}\n")

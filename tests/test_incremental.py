@@ -708,7 +708,8 @@ def test_list_and_info(tmp_path: Path) -> None:
     project = built(tmp_path, "huggingface", **FOUR_BIT)
     before = contents(project.folder)
     listed = [line.split()[0] for line in project.doit("list").stdout.splitlines()]
-    assert listed == ["cast", "extract", "pack", "quantize", "unshard"]
+    stages = ["cast", "extract", "pack", "quantize", "unshard"]
+    assert listed == sorted([*stages, *(f"{s}:model" for s in stages if s != "pack")])
     listed = {line.split()[0] for line in project.doit("list", "--all").stdout.splitlines()}
     assert project.tasks() <= listed
     info = project.doit("info", "pack:model").stdout
