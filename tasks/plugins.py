@@ -221,8 +221,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         """Say a stage of a target when its first layer begins."""
         if not task.actions:
             return
-        stage, target, *_ = task.name.split(":")
-        line = f"{target}: {stage}"
+        stage, _, rest = task.name.partition(":")
+        line = f"{rest.partition(':')[0]}: {stage}" if rest else stage
         if line not in self._said:
             self._said.add(line)
             self.write(f"{line}\n")
