@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 VERSION = 1
 PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them
+# A core's cache holds the one; a GPU pays by the call, though not for so long that Metal's
+# watchdog minds.
+BLOCK_BYTES = {"cpu": rows.BLOCK_BYTES, "gpu": 16 << 20}
 # Bit patterns, sign aside, from which on a value is infinite or no number.
 NOT_FINITE = {"float16": (mx.uint16, 0x7C00), "bfloat16": (mx.uint16, 0x7F80),
               "float32": (mx.uint32, 0x7F800000)}  # fmt: skip
@@ -217,7 +220,7 @@ def _quantize_rows(
     with ExitStack() as stack:
         packed_bytes = prod(whole.shape) * setting.bits // 8
         writers = [stack.enter_context(builder.store.blobs.writing(packed_bytes)) for _ in names]
-        for block in rows.blocks(whole):
+        for block in rows.blocks(whole, BLOCK_BYTES["cpu" if backend == "cpu" else "gpu"]):
             with mx.stream(stream):
                 odd = not_finite(block, dtype=whole.dtype)
                 packed = quantize(block, **setting._asdict())
