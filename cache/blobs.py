@@ -25,26 +25,36 @@ import xxhash
 
 from cache import files
 from cache.digest import canonical, digest_parts
-from cache.errors import BlobLost
+from cache.errors import BlobLost, FileChanged
 from cache.files import Stamp
 
 _CHUNK = 8 << 20  # bytes read at once where a buffer is ours to choose
 
 
 class Part(NamedTuple):
-    """One run of bytes in a file that is expected to stay as it is.
+    """One run of bytes in a file.
 
     Attributes:
         path: absolute path of the file.
         offset: first byte.
         length: bytes.
-        stamp: the file's, when the run was digested.
+        stamp: the file's, when the run was digested; None for a blob's own file, which its name
+            vouches for.
     """
 
     path: str
     offset: int
     length: int
-    stamp: Stamp
+    stamp: Stamp | None
+
+    def check(self, descriptor: int) -> None:
+        """Make sure, after reading, that what was read is what was found.
+
+        Raises:
+            FileChanged: the file has another stamp.
+        """
+        if self.stamp is not None and Stamp.of(descriptor) != self.stamp:
+            raise FileChanged(self.path)
 
 
 class Meter(threading.local):
@@ -103,10 +113,21 @@ class Blobs:
         except FileNotFoundError:
             return self._locate_reference(digest, length)
         if stamp.size == length:
-            return [Part(str(path), 0, length, stamp)]
+            return [Part(str(path), 0, length, None)]
         if self._reference(digest).exists():
             return self._locate_reference(digest, length)
         raise BlobLost(digest, f"{path} has {stamp.size} bytes, expected {length}")
+
+    def verify(self, digest: str, length: int) -> bool:
+        """Digest a blob's own file again, and remove it if it is not what its name says."""
+        path = self.path(digest)
+        if not path.exists():
+            return True
+        whole = [Part(str(path), 0, length, None)]
+        if path.stat().st_size == length and digest_parts(self.chunks(whole)) == digest:
+            return True
+        path.unlink()
+        return False
 
     def has(self, digest: str, length: int) -> bool:
         """Tell whether ``locate`` finds the blob."""
@@ -137,16 +158,24 @@ class Blobs:
                 os.replace(path, target)
 
     @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """Give a folder beside the blobs for files that may become blobs; it goes afterwards."""
+    def scratch(self, need: int) -> Iterator[Path]:
+        """Give a folder beside the blobs for files that may become blobs; it goes afterwards.
+
+        Args:
+            need: bytes that will be written there.
+
+        Raises:
+            NoRoom: there is less free.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
+        files.room(self.root, need)
         with tempfile.TemporaryDirectory(prefix=files.own_prefix(), dir=self.root) as folder:
             yield Path(folder)
 
     def adopt(self, path: Path) -> str:
         """Make a file of the scratch folder a blob, and return its digest."""
         length = path.stat().st_size
-        whole = [Part(str(path), 0, length, Stamp.of(path))]
+        whole = [Part(str(path), 0, length, None)]
         digest = digest_parts(self.chunks(whole))
         path.chmod(files.MODE)
         self.path(digest).parent.mkdir(parents=True, exist_ok=True)
@@ -159,19 +188,20 @@ class Blobs:
         path = self.path(digest)
         length = sum(part.length for part in parts)
         if not path.exists() or path.stat().st_size != length:
-            record = [[p.path, p.offset, p.length, *p.stamp] for p in parts]
+            record = [[p.path, p.offset, p.length, *(p.stamp or ())] for p in parts]
             files.write(self._reference(digest), canonical(record))
 
     def read_into(self, parts: Sequence[Part], buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of ``parts``, one after another.
 
         Raises:
-            BlobLost: a file ended early: it was cut while it was being read.
+            FileChanged: a file is not, or no longer, the one that the part was found in.
         """
         start = 0
         for part in parts:
             with open(part.path, "rb", buffering=0) as file:
                 self._fill(file.fileno(), part, buffer[start : start + part.length])
+                part.check(file.fileno())
             start += part.length
         self.meter.read += start
 
@@ -180,7 +210,7 @@ class Blobs:
         while done < part.length:  # one call reads 2 GiB at most
             count = os.preadv(descriptor, [buffer[done:]], part.offset + done)
             if not count:
-                raise BlobLost("", f"{part.path} ends at byte {part.offset + done}")
+                raise FileChanged(part.path)
             done += count
 
     def chunks(self, parts: Sequence[Part]) -> Iterator[memoryview]:
@@ -201,7 +231,9 @@ class Blobs:
         reference = self._reference(digest)
         try:
             record = json.loads(reference.read_bytes())
-            parts = [Part(p, offset, n, Stamp(*stamp)) for p, offset, n, *stamp in record]
+            parts = [
+                Part(p, at, n, Stamp(*stamp) if stamp else None) for p, at, n, *stamp in record
+            ]
         except FileNotFoundError:
             raise BlobLost(digest, "not in the store") from None
         except (ValueError, TypeError) as error:
@@ -214,12 +246,11 @@ class Blobs:
                 stamps[path] = Stamp.of(path)
             except OSError as error:
                 raise BlobLost(digest, f"{path}: {error.strerror}") from error
-        now = [part._replace(stamp=stamps[part.path]) for part in parts]
+        now = [p._replace(stamp=p.stamp and stamps[p.path]) for p in parts]
         if now != parts:
             # A copied or touched file may still hold the same bytes, so look before giving up.
-            if any(p.offset + p.length > p.stamp.size for p in now) or digest != digest_parts(
-                self.chunks(now)
-            ):
+            short = any(p.offset + p.length > stamps[p.path].size for p in now)
+            if short or digest != digest_parts(self.chunks(now)):
                 raise BlobLost(digest, f"{', '.join(stamps)} changed since it was read")
             self.refer(digest, now)
         return now

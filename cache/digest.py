@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
-
-HEX_DIGITS = 32
 
 
 def digest(data: Buffer) -> str:
@@ -28,6 +27,12 @@ def digest_parts(parts: Iterable[Buffer]) -> str:
     for part in parts:
         state.update(part)
     return state.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """Return the digest of a file's bytes."""
+    with path.open("rb") as file:
+        return digest_parts(iter(lambda: file.read(8 << 20), b""))
 
 
 def canonical(record: Any) -> bytes:

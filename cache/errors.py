@@ -19,5 +19,12 @@ class BlobLost(CacheError):
         self.cause = cause
 
 
+class FileChanged(CacheError):
+    """A file that the store refers to, or reads, is another than when it was looked at."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path} changed while it was read. Run doit again when it is whole.")
+
+
 class NoRoom(CacheError):
     """The disk cannot take what has to be written."""

@@ -31,8 +31,8 @@ class Stamp(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, path: str | Path) -> Stamp:
-        """Return the stamp of the file at ``path``, links followed."""
+    def of(cls, path: str | Path | int) -> Stamp:
+        """Return the stamp of the file at ``path``, links followed, or of an open one."""
         stat = os.stat(path)
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 

@@ -7,7 +7,6 @@ import os
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cache import files
 
@@ -64,20 +63,6 @@ class Log:
                 os.close(descriptor)
             if size > MAX_BYTES:
                 self._trim()
-
-    def entries(self) -> list[dict[str, Any]]:
-        """Return the lines, oldest first; torn ones are passed over."""
-        found = []
-        try:
-            lines = self.path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
 
     def _trim(self) -> None:
         data = self.path.read_bytes()

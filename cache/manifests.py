@@ -43,6 +43,11 @@ class Tensor:
     digest: str
 
     @property
+    def record(self) -> list[Any]:
+        """The tensor as JSON."""
+        return [self.dtype, list(self.shape), self.digest]
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes."""
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
@@ -56,13 +61,13 @@ class Action:
         stage: the stage's name.
         version: the stage's own version, raised when its results change.
         params: what it was told, JSON.
-        inputs: digests of the tensors it reads, by name.
+        inputs: the tensors it reads, by name: dtype, shape, digest.
     """
 
     stage: str
     version: int
     params: Any
-    inputs: dict[str, str]
+    inputs: dict[str, list[Any]]
 
     @cached_property
     def key(self) -> str:
@@ -87,7 +92,7 @@ class Manifest:
     @cached_property
     def result(self) -> str:
         """Digest of what was made, whoever made it: equal results stop a rebuild."""
-        return digest_record([[n, t.dtype, t.shape, t.digest] for n, t in self.tensors.items()])
+        return digest_record([[name, *tensor.record] for name, tensor in self.tensors.items()])
 
     def to_bytes(self) -> bytes:
         """Return the canonical bytes."""
@@ -99,7 +104,7 @@ class Manifest:
                 "params": self.action.params,
                 "inputs": self.action.inputs,
             },
-            "tensors": [[n, t.dtype, list(t.shape), t.digest] for n, t in self.tensors.items()],
+            "tensors": [[name, *tensor.record] for name, tensor in self.tensors.items()],
             "notes": list(self.notes),
             "result": self.result,
         }

@@ -16,7 +16,7 @@ from cache.blobs import Part
 from cache.digest import digest_record
 from cache.memos import Memos
 from tasks.checkpoint import Checkpoint
-from tasks.errors import ArchitectureError
+from tasks.errors import ArchitectureError, BuildError
 from tasks.model import Model, Module, Parameter
 from tasks.names import rope
 
@@ -96,7 +96,7 @@ def compute(
     """
     told = {
         "inputs": {
-            name: [[p.path, p.offset, p.length, *p.stamp] for p in parts]
+            name: [[p.path, p.offset, p.length, *(p.stamp or ())] for p in parts]
             for name, parts in inputs.items()
         },
         "outputs": {name: str(path) for name, path in outputs.items()},
@@ -149,6 +149,8 @@ def _ask(question: dict[str, Any], folder: Path) -> dict[str, Any]:
             ) from None
         if "error" not in answer:
             return answer
+        if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict of mlx-lm's
+            raise BuildError(f"{folder}: {answer['error']}")
         # mlx-lm's own verdicts are ValueErrors; left-out modules can show as any other.
         if answer["kind"] == "ValueError":
             break

@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from tasks.config import RECIPES
+
 STUBS = ("mlx_lm.tokenizer_utils", "huggingface_hub")
-RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
 
 class StubUsed(Exception):
@@ -165,7 +166,7 @@ def _read(parts: list[list[Any]], dtype: str, shape: Sequence[int]) -> Any:
     from cache.files import Stamp
     from tasks import arrays
 
-    found = [Part(path, offset, length, Stamp(*stamp)) for path, offset, length, *stamp in parts]
+    found = [Part(p, at, n, Stamp(*stamp) if stamp else None) for p, at, n, *stamp in parts]
     return arrays.read(Blobs(Path()), found, dtype, shape)
 
 

@@ -21,6 +21,7 @@ from cache import files
 from cache.actions import Corrupt, Hit
 from cache.blobs import Part
 from cache.errors import BlobLost
+from cache.files import Stamp
 from cache.log import Entry, Log
 from cache.manifests import Action, Manifest, ManifestError, Tensor
 from cache.store import Store
@@ -52,6 +53,9 @@ class Builder:
         state: folder of what belongs to this models.toml alone (manifests).
         log: the build log.
         run_id: of this invocation.
+        streams: MLX's, of each thread.
+        torch_lock: held while torch reads a file.
+        torch_digests: of the tensors that torch had to read, by file and name.
     """
 
     store: Store
@@ -59,6 +63,8 @@ class Builder:
     log: Log
     run_id: str
     streams: arrays.Streams = field(default_factory=arrays.Streams)
+    torch_lock: threading.Lock = field(default_factory=threading.Lock)
+    torch_digests: dict[tuple[Path, Stamp], dict[str, str]] = field(default_factory=dict)
 
     def manifest_path(self, node: Node) -> str:
         """Return where a node's manifest lies. A string: doit wants thousands of them."""
@@ -169,8 +175,8 @@ class Builder:
         return Manifest(self._action(node, needed), tensors, tuple(notes))
 
     def _action(self, node: Node, inputs: Needed) -> Action:
-        digests = {name: tensor.digest for name, (_, tensor) in inputs.items()}
-        return Action(node.stage, node.order.version, node.params, digests)
+        read = {name: tensor.record for name, (_, tensor) in inputs.items()}
+        return Action(node.stage, node.order.version, node.params, read)
 
     def rows(self, plan: Plan, needed: Needed, name: str) -> Rows:
         """Return a tensor to read: from the store, or made again from what it was made of.
@@ -217,6 +223,7 @@ class Builder:
             again = self._make(plan, node, lost=True)
             record["outcome"] = "computed"
         if again.tensors.get(name) != tensor:
+            self.publish(Path(self.manifest_path(node)), again)  # so that the next run sees it
             raise BuildError(
                 f"{node.name}: {name} is lost ({lost.cause}) and comes out differently now. "
                 "Run doit again: what depends on it is then built anew."

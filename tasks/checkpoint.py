@@ -25,6 +25,7 @@ MAX_HEADER_BYTES = 100_000_000  # as the safetensors library allows
 
 LFS = b"version https://git-lfs"
 ZIP = b"PK\x03\x04"  # what a zip archive, and each of its members, begins with
+HEADERS_VERSION = 1  # raised when what is read of a header changes
 TORCH = -1  # offset of a tensor that does not lie in its file as plain bytes: torch must read it
 
 # Both spelled as mx.load gives them back; MLX has no eight-bit floats, models unpack the bytes.
@@ -123,7 +124,7 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
             stamp = Stamp.of(path)
         except OSError as error:  # a link to nowhere, as a moved download cache leaves
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-        question = [str(path.absolute()), *stamp]
+        question = [HEADERS_VERSION, str(path.absolute()), *stamp]
         answer = memos.get("headers", question)
         if answer is None:
             read = read_safetensors if path.suffix == ".safetensors" else read_torch

@@ -6,14 +6,13 @@ and views that are not row-major.
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cache import files
 from cache.blobs import Part
 from cache.digest import digest_parts
-from cache.errors import BlobLost
+from cache.errors import BlobLost, FileChanged
 from cache.manifests import Tensor
 from tasks.checkpoint import TORCH, load_with_torch
 from tasks.errors import CheckpointError
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
     from tasks.plan import Node, Plan
 
 VERSION = 1
-_TORCH = threading.Lock()
-_torch_file: dict[
-    tuple[Path, files.Stamp], dict[str, Any]
-] = {}  # the last file that torch read, under the lock
 
 
 def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dict[str, Tensor]:
@@ -42,7 +37,7 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
         CheckpointError: a file cannot be read, or changes meanwhile.
     """
     blobs = builder.store.blobs
-    known = None if look else builder.store.memos.get("extracts", node.order.look)
+    known = None if look else builder.store.memos.get("extracts", [VERSION, node.order.look])
     tensors: dict[str, Tensor] = {}
     for index, (key, (dtype, shape)) in enumerate(node.params["tensors"].items()):
         path, stored = plan.stored(key)
@@ -52,32 +47,38 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
         try:
             stamp = plan.checkpoint.stamps[stored.file]
             if stored.offset == TORCH:
-                with blobs.writing(stored.nbytes) as writer:
-                    writer.write(_with_torch(path, stamp, stored.name))
-                found = writer.digest
+                found = _with_torch(builder, plan, path, stamp)[stored.name]
             else:
                 part = Part(str(path), stored.offset, stored.nbytes, stamp)
                 found = digest_parts(blobs.chunks([part]))
                 blobs.refer(found, [part])
-            if files.Stamp.of(path) != stamp:
-                raise CheckpointError(
-                    f"{path} changed while it was read. Run doit again when it is whole."
-                )
         except (OSError, BlobLost) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         tensors[key] = Tensor(dtype, tuple(shape), found)
     digests = [tensor.digest for tensor in tensors.values()]
     if digests != known:
-        builder.store.memos.put("extracts", node.order.look, digests)
+        builder.store.memos.put("extracts", [VERSION, node.order.look], digests)
     return tensors
 
 
-def _with_torch(path: Path, stamp: files.Stamp, name: str) -> memoryview:
+def _with_torch(builder: Builder, plan: Plan, path: Path, stamp: files.Stamp) -> dict[str, str]:
+    """Return the digests of a file's tensors that only torch can read, kept as blobs.
+
+    All of them at once, since torch reads such a file as a whole.
+    """
     import torch
 
-    with _TORCH:
-        if (path, stamp) not in _torch_file:
-            _torch_file.clear()  # one file's tensors at a time fit in memory
-            _torch_file[path, stamp] = load_with_torch(path)
-        tensor = _torch_file[path, stamp][name]
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    with builder.torch_lock:
+        if (path, stamp) not in builder.torch_digests:
+            loaded = load_with_torch(path)
+            if files.Stamp.of(path) != stamp:
+                raise FileChanged(str(path))
+            digests = {}
+            for stored in plan.checkpoint.stored.values():
+                if (stored.file, stored.offset) == (path.name, TORCH):
+                    flat = loaded[stored.name].contiguous().reshape(-1)
+                    with builder.store.blobs.writing(stored.nbytes) as writer:
+                        writer.write(memoryview(flat.view(torch.uint8).numpy()))
+                    digests[stored.name] = writer.digest
+            builder.torch_digests[path, stamp] = digests
+        return builder.torch_digests[path, stamp]

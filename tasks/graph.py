@@ -233,7 +233,8 @@ def _told(error: OSError) -> str:
 def _remove(folder: Path, manifest_path: Path) -> None:
     import shutil
 
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     manifest_path.unlink(missing_ok=True)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cache import files
 from cache.actions import Hit
-from cache.digest import digest, digest_parts
+from cache.digest import digest, digest_file
 from cache.files import Stamp
 from cache.manifests import Action, Manifest, Tensor
 from tasks.build import Builder, Needed
@@ -73,7 +73,7 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
         if missing := set(plan.names) ^ needed.keys():
             raise BuildError(
                 f"{plan.target.name}: the plan and the built layers disagree on "
-                f"{', '.join(sorted(missing)[:3])}. Run doit forget, then doit."
+                f"{', '.join(sorted(missing)[:3])}. Run doit forget -a, then doit."
             )
         tensors = [(name, needed[name][1]) for name in plan.names]
         split = shards(tensors, plan.target.max_shard_bytes)
@@ -86,13 +86,14 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
             "weights": {file: [name for name, _ in shard] for file, shard in weights.items()},
             "files": {name: digest(data) for name, data in small.items()},
         }
-        action = Action("pack", VERSION, params, {name: tensor.digest for name, tensor in tensors})
+        action = Action("pack", VERSION, params, {name: tensor.record for name, tensor in tensors})
         found = builder.store.actions.get(action)
         record["outcome"] = "reused" if isinstance(found, Hit) else "computed"
         if isinstance(found, Hit) and _holds(folder, found.manifest.tensors):
             result = found.manifest
         else:
-            made = _write(builder, plan, needed, folder, weights, small, layout.FORMAT)
+            expected = found.manifest.tensors if isinstance(found, Hit) else None
+            made = _write(builder, plan, needed, folder, weights, small, expected)
             result = Manifest(action, made, tuple(dict.fromkeys(notes)))
             builder.store.actions.put(result)
         builder.publish(manifest_path, result)
@@ -112,14 +113,10 @@ def _holds(folder: Path, tensors: dict[str, Tensor]) -> bool:
     if not folder.is_dir() or {p.name for p in folder.iterdir()} != set(tensors):
         return False
     return all(
-        (folder / name).stat().st_size == tensor.nbytes and _digest(folder / name) == tensor.digest
+        (folder / name).stat().st_size == tensor.nbytes
+        and digest_file(folder / name) == tensor.digest
         for name, tensor in tensors.items()
     )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return digest_parts(iter(lambda: file.read(8 << 20), b""))
 
 
 def _write(
@@ -129,8 +126,9 @@ def _write(
     folder: Path,
     weights: dict[str, list[tuple[str, Tensor]]],
     small: dict[str, bytes],
-    form: str,
+    expected: dict[str, Tensor] | None,
 ) -> dict[str, Tensor]:
+    """Write the folder anew; if it was built before, it must come out as ``expected``."""
     need = sum(tensor.nbytes for shard in weights.values() for _, tensor in shard)
     need += sum(map(len, small.values()))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -139,19 +137,12 @@ def _write(
     files.room(folder.parent, need)
     new.mkdir()
     try:
-        made = {}
-        threads = os.cpu_count() or 1
-        for file, shard in weights.items():
-            packed = [
-                Packed(name, tensor, builder.locate(plan, needed, name)) for name, tensor in shard
-            ]
-            write(new / file, packed, form, builder.store.blobs, threads)
-        for name, data in small.items():
-            (new / name).write_bytes(data)
-            builder.store.blobs.meter.written += len(data)
-        for name in (*weights, *small):
-            path = new / name
-            made[name] = Tensor("uint8", (path.stat().st_size,), _digest(path))
+        made = _fill(builder, plan, needed, new, weights, small)
+        if expected is not None and made != expected:
+            # A blob is not what its name says. It goes, and what it should be is made again.
+            for _, tensor in needed.values():
+                builder.store.blobs.verify(tensor.digest, tensor.nbytes)
+            made = _fill(builder, plan, needed, new, weights, small)
         _exchange(new, folder)
     except OSError as error:
         if files.is_full(error):
@@ -162,13 +153,34 @@ def _write(
     return made
 
 
+def _fill(
+    builder: Builder,
+    plan: Plan,
+    needed: Needed,
+    new: Path,
+    weights: dict[str, list[tuple[str, Tensor]]],
+    small: dict[str, bytes],
+) -> dict[str, Tensor]:
+    form = LAYOUTS[plan.target.layout].FORMAT
+    for file, shard in weights.items():
+        packed = [
+            Packed(name, tensor, builder.locate(plan, needed, name)) for name, tensor in shard
+        ]
+        write(new / file, packed, form, builder.store.blobs, os.cpu_count() or 1)
+    for name, data in small.items():
+        (new / name).write_bytes(data)
+        builder.store.blobs.meter.written += len(data)
+    paths = [new / name for name in (*weights, *small)]
+    return {p.name: Tensor("uint8", (p.stat().st_size,), digest_file(p)) for p in paths}
+
+
 def _exchange(new: Path, old: Path) -> None:
     """Put ``new`` in the place of ``old`` in one step, where the system has one."""
     if not old.exists():
         new.rename(old)
         return
     if not _exchange_in_one(os.fsencode(new), os.fsencode(old)):
-        aside = old.with_name(f"{files.TEMPORARY}{old.name}-old")
+        aside = old.with_name(f"{files.TEMPORARY}{old.name}~")  # no target's name has a '~'
         shutil.rmtree(aside, ignore_errors=True)
         old.rename(aside)
         new.rename(old)

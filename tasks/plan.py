@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -217,7 +218,11 @@ def _nodes(
 ) -> dict[str, list[Node]]:
     casts = cast.plan(outline.model, dtype)
     settings = {quantize.weight_name(path): s for path, s in scheme.settings.items()}
-    computer = {"mlx": architecture.versions()["mlx"], "device": quantize.backend(target.device)}
+    computer = {
+        "mlx": architecture.versions()["mlx"],
+        "device": quantize.backend(target.device),
+        "machine": platform.machine(),  # compilers need not round alike on x86-64 and arm64
+    }
     extracts = {layer: Node(order, target.name) for layer, order in outline.extract.items()}
     unshards, casted, quantized = [], [], []
     for layer, parameters in outline.layers.items():

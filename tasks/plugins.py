@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from doit import cmd_run, get_var
 from doit.cmd_clean import Clean as DoitClean
@@ -22,7 +22,7 @@ from doit.dependency import FileChangedChecker, JsonDB
 from doit.reporter import ConsoleReporter
 
 from cache import files
-from cache.digest import digest_parts
+from cache.digest import digest_file
 from cache.errors import NoRoom
 from cache.manifests import Manifest, ManifestError
 
@@ -63,8 +63,7 @@ def _content(path: Path) -> str:
             return Manifest.from_bytes(path.read_bytes()).result
         except ManifestError:
             pass  # a checkpoint's own JSON file
-    with path.open("rb") as file:
-        return digest_parts(iter(lambda: file.read(8 << 20), b""))
+    return digest_file(path)
 
 
 class Database(JsonDB):  # type: ignore[misc]
@@ -138,14 +137,11 @@ class Run(DoitRun):  # type: ignore[misc]
 
     def execute(self, params: Any, args: list[str]) -> int:
         """Run the tasks named in ``args``."""
-        models = Path(get_var("models", "models.toml"))
-        if not models.exists():  # loading the tasks says so, and must leave no state behind
-            return int(super().execute(params, args))
         signal.signal(signal.SIGTERM, _interrupt)
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         cmd_run.TaskControl = Control  # doit looks the class up there, and has no hook for it
         try:
-            with _alone(models.absolute().parent / ".mlx-make"):
+            with _alone():
                 return int(super().execute(params, args))
         except KeyboardInterrupt:
             print(
@@ -162,6 +158,11 @@ class Clean(DoitClean):  # type: ignore[misc]
 
     name = "clean"
 
+    def execute(self, params: Any, args: list[str]) -> int | None:
+        """Clean the tasks named in ``args``; not beside a build."""
+        with _alone():
+            return cast("int | None", super().execute(params, args))
+
     def _expand(self, clean_list: list[str]) -> list[str]:
         return _with_layers(self.task_list, super()._expand(clean_list))
 
@@ -171,6 +172,11 @@ class Forget(DoitForget):  # type: ignore[misc]
 
     name = "forget"
     sel_tasks: Any
+
+    def execute(self, params: Any, args: list[str]) -> int | None:
+        """Forget the tasks named in ``args``; not beside a build."""
+        with _alone():
+            return cast("int | None", super().execute(params, args))
 
     def _execute(self, forget_sub: bool, forget_disable_default: bool, forget_all: bool) -> None:
         if not forget_all and (names := list(self.sel_tasks)):
@@ -189,8 +195,13 @@ def _interrupt(*_: Any) -> NoReturn:
 
 
 @contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """Hold the lock of a state folder; wait for whoever holds it, and say who."""
+def _alone() -> Iterator[None]:
+    """Hold the lock of the state beside models.toml; wait for whoever holds it, and say who."""
+    models = Path(get_var("models", "models.toml"))
+    if not models.exists():  # loading the tasks says so, and must leave no state behind
+        yield
+        return
+    state = models.absolute().parent / ".mlx-make"
     state.mkdir(parents=True, exist_ok=True)
     with (state / "lock").open("a+") as lock:
         try:
@@ -198,7 +209,7 @@ def _alone(state: Path) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
-            print(f"waiting for doit, process {holder}, which builds here", file=sys.stderr)
+            print(f"waiting for doit, process {holder}, which works here", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")

@@ -184,7 +184,7 @@ def quantize(weight: mx.array, *, group_size: int, bits: int, mode: str) -> tupl
 
 
 def not_finite(weight: mx.array, *, dtype: str) -> mx.array:
-    """Return, lazily, how many elements are infinite or NaN. Ten times faster than isfinite."""
+    """Return, lazily, whether an element is infinite or NaN. Ten times faster than isfinite."""
     unsigned, limit = NOT_FINITE[dtype]
     bits = weight.view(unsigned)
     largest = mx.array((1 << (8 * unsigned.size - 1)) - 1, unsigned)

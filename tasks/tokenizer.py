@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Kind = Literal["sentencepiece", "tiktoken"]
 Release = Literal["3", "3.1"]
 
+VERSION = 1  # raised when what is made of a tokenizer.model changes
 _SPECIAL_COUNT = 256
 # How the special tokens that follow the ranks begin, by release, as in transformers'
 # convert_llama_weights_to_hf.py (not part of its wheel); the rest is reserved. 3.1 stands for 3.2

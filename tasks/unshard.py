@@ -98,7 +98,8 @@ def _sanitize(builder: Builder, plan: Plan, node: Node, needed: Needed) -> dict[
     for key in dict.fromkeys(i for _, _, keys in told.values() for i in keys):
         inputs[key] = builder.locate(plan, needed, key)
     made = {}
-    with builder.store.blobs.scratch() as folder:
+    need = sum(Tensor(dtype, tuple(shape), "").nbytes for dtype, shape, _ in told.values())
+    with builder.store.blobs.scratch(need) as folder:
         outputs = {name: folder / str(number) for number, name in enumerate(told)}
         architecture.compute(plan.checkpoint, inputs, outputs)
         for name, (dtype, shape, _) in told.items():

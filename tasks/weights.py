@@ -6,6 +6,7 @@ Then all of it is written at once, each run at its place, by as many threads as 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -16,6 +17,7 @@ from struct import pack
 from typing import Any, NamedTuple
 
 from cache.blobs import Blobs, Part
+from cache.errors import FileChanged
 from cache.manifests import Tensor
 
 COPY_BYTES = 64 << 20  # most that one thread copies at a time
@@ -74,16 +76,7 @@ def write(path: Path, shard: Sequence[Packed], form: str, blobs: Blobs, threads:
 
 
 def _put(descriptor: int, at: int, run: Run, blobs: Blobs) -> None:
-    if isinstance(run, Part) and hasattr(os, "copy_file_range"):
-        with open(run.path, "rb", buffering=0) as source:
-            done = 0
-            while done < run.length:
-                count = os.copy_file_range(
-                    source.fileno(), descriptor, run.length - done, run.offset + done, at + done
-                )
-                if not count:
-                    raise OSError(f"{run.path} ends at byte {run.offset + done}")
-                done += count
+    if isinstance(run, Part) and _copy_within_kernel(descriptor, at, run):
         return
     for chunk in [memoryview(run)] if isinstance(run, bytes) else blobs.chunks([run]):
         left = chunk
@@ -92,7 +85,31 @@ def _put(descriptor: int, at: int, run: Run, blobs: Blobs) -> None:
             at, left = at + count, left[count:]
 
 
-def _safetensors(shard: Sequence[Packed], blobs: Blobs, pool: ThreadPoolExecutor) -> Iterator[Run]:
+def _copy_within_kernel(descriptor: int, at: int, part: Part) -> bool:
+    """Copy a part if the system can: not on macOS, and not between file systems of two kinds."""
+    if not hasattr(os, "copy_file_range"):
+        return False
+    with open(part.path, "rb", buffering=0) as source:
+        done = 0
+        while done < part.length:
+            try:
+                count = os.copy_file_range(
+                    source.fileno(), descriptor, part.length - done, part.offset + done, at + done
+                )
+            except OSError as error:
+                if error.errno in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                    return False
+                raise
+            if not count:
+                raise FileChanged(part.path)
+            done += count
+        part.check(source.fileno())
+    return True
+
+
+def _safetensors(
+    shard: Sequence[Packed], _blobs: Blobs, _pool: ThreadPoolExecutor
+) -> Iterator[Run]:
     """Lay out a safetensors file (https://github.com/huggingface/safetensors)."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offset = 0

@@ -709,7 +709,9 @@ def test_list_and_info(tmp_path: Path) -> None:
     before = contents(project.folder)
     listed = [line.split()[0] for line in project.doit("list").stdout.splitlines()]
     stages = ["cast", "extract", "pack", "quantize", "unshard"]
-    assert listed == sorted([*stages, *(f"{s}:model" for s in stages if s != "pack")])
+    tools = ["bench", "lint", "test"]
+    by_target = [f"{s}:model" for s in stages if s != "pack"]
+    assert listed == sorted([*stages, *by_target, *tools])
     listed = {line.split()[0] for line in project.doit("list", "--all").stdout.splitlines()}
     assert project.tasks() <= listed
     info = project.doit("info", "pack:model").stdout

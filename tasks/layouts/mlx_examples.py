@@ -9,7 +9,7 @@ from typing import Any
 from cache.memos import Memos
 from tasks import tokenizer
 from tasks.checkpoint import Checkpoint
-from tasks.config import Target
+from tasks.config import RECIPES, Target
 from tasks.errors import CheckpointError, ConfigError
 from tasks.model import Model, Module, Parameter
 from tasks.names import to_meta
@@ -53,7 +53,7 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     # llama.py has a default for a key that is left out, none for null.
     config = {k: value for k, value in params.items() if k in KEYS and value is not None}
     why = "mlx-examples' llama.py quantizes all modules alike."
-    recipes = dict.fromkeys(("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"), why)
+    recipes = dict.fromkeys(RECIPES, why)
     notes = (*checkpoint.notes, *_tokenizer_notes(checkpoint.folder))
     return Model(parameters, tuple(modules), config, dict(recipes), notes)
 
@@ -67,7 +67,7 @@ def check(target: Target, model: Model) -> None:
     """Refuse what llama.py could not load.
 
     Raises:
-        ConfigError: modules would be quantized differently, or some not at all.
+        ConfigError: modules would be quantized differently.
     """
     if target.quantize is None:
         return

@@ -134,7 +134,7 @@ def files(
 def _token_ids(checkpoint: Checkpoint, memos: Memos) -> dict[str, Any]:
     path = tokenizer_model(checkpoint.folder)
     release = tokenizer.release_of(checkpoint.config)
-    question = [str(path), *Stamp.of(path), release]
+    question = [tokenizer.VERSION, str(path), *Stamp.of(path), release]
     answer = memos.get("token_ids", question)
     if answer is None:
         answer = tokenizer.token_ids(path, release=release)
@@ -146,8 +146,8 @@ def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
     """Return Hugging Face's tokenizer files, made once: that takes seconds of imports."""
     path = checkpoint.folder / "tokenizer.model"
     release = tokenizer.release_of(checkpoint.config)
-    versions = [version(name) for name in ("transformers", "tokenizers")]
-    question = [digest(path.read_bytes()), release, versions]
+    versions = [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
+    question = [tokenizer.VERSION, digest(path.read_bytes()), release, versions]
     with _MAKING:
         answer = memos.get("tokenizers", question)
         if answer is None:

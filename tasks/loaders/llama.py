@@ -28,7 +28,8 @@ OPTIONAL = {"n_kv_heads": int, "head_dim": int, "rope_theta": float, "rope_scali
 
 def fits(folder: Path) -> bool:
     """Tell whether ``folder`` looks like one of these."""
-    return any(folder.glob("consolidated.*.pth")) or (folder / "params.json").exists()
+    params, config = folder / "params.json", folder / "config.json"
+    return any(folder.glob("consolidated.*.pth")) or (params.exists() and not config.exists())
 
 
 def read(folder: Path, memos: Memos) -> Checkpoint:
