@@ -57,6 +57,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     if compute:
         for name, parts in compute["inputs"].items():
             given[name] = _read(parts, *tensors[name])
+    kept = {name: a.astype(a.dtype) for name, a in given.items()}  # stay as they are
     joins = _record_joins(mx)
 
     with tempfile.TemporaryDirectory() as name:
@@ -69,7 +70,8 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
 
     if compute:
         return _write(dict(_flat(model.parameters())), compute["outputs"])
-    names = {id(array): name for name, array in given.items()}
+    changed = _changed(mx, given, kept)
+    names = {id(a): name for name, a in given.items() if name not in changed}
     cast_predicate = getattr(model, "cast_predicate", lambda _: True)
     parameters: list[list[Any]] = []
     computed: dict[str, Any] = {}
@@ -77,7 +79,9 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         steps: list[Any] = []
         if (origin := names.get(id(array))) is not None:
             inputs = [origin]
-        elif (join := joins.get(id(array))) and all(id(a) in names for a in join[2]):
+        elif (join := joins.get(id(array))) and all(
+            id(a) in names and a.dtype == array.dtype for a in join[2]
+        ):
             inputs, steps = [names[id(a)] for a in join[2]], [[join[0], join[1]]]
         else:
             inputs = []
@@ -86,7 +90,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
         floating = bool(mx.issubdtype(array.dtype, mx.floating))
         cast = bool(floating and cast_predicate(name))
         parameters.append([name, dtype, list(array.shape), cast, inputs, steps])
-    reach = _inputs_reached(mx, given, computed) if computed else {}
+    reach = _inputs_reached(mx, kept, computed) if computed else {}
     for parameter in parameters:
         if (name := parameter[0]) in computed:
             parameter[4], parameter[5] = reach[name], [["sanitize", name]]
@@ -214,6 +218,8 @@ def _after_quantizing(mx: Any, module: Any) -> list[str]:
 
     Empty if it would not be quantized as ``mx.quantize`` of its weight: not ours to guess.
     """
+    if not mx.issubdtype(module.weight.dtype, mx.floating):
+        return []
     if module.weight.ndim < 2 or module.weight.shape[-1] % 32:
         names = [n for n, _ in _flat(module.parameters())]
         at = names.index("weight") + 1
@@ -223,23 +229,46 @@ def _after_quantizing(mx: Any, module: Any) -> list[str]:
     return names if set(names) == held | {"scales", "biases"} else []
 
 
+def _changed(mx: Any, given: dict[str, Any], kept: dict[str, Any]) -> set[str]:
+    """Return the tensors that ``sanitize`` changed in place: the objects are the same still.
+
+    A cast to its own dtype is the array itself under another Python object, and an array has one
+    label, the last that it is given: where ``now`` is left, the two have parted.
+    """
+    named = {f"now{i}": a for i, a in enumerate(given.values())}
+    named |= {f"in{i}": a for i, a in enumerate(kept.values())}
+    with tempfile.TemporaryDirectory() as folder:
+        dot = Path(folder) / "graph.dot"
+        mx.export_to_dot(str(dot), *given.values(), **named)
+        found = set(re.findall(r"\bnow\d+\b", dot.read_text()))
+    return {name for i, name in enumerate(given) if f"now{i}" in found}
+
+
 def _inputs_reached(
     mx: Any, given: dict[str, Any], computed: dict[str, Any]
 ) -> dict[str, list[str]]:
     """Return, for each computed array, the checkpoint's tensors it is made of."""
     labels = {f"in{i}": name for i, name in enumerate(given)}
     outputs = {f"out{i}": name for i, name in enumerate(computed)}
-    named = {label: given[name] for label, name in labels.items()}
-    named |= {label: computed[name] for label, name in outputs.items()}
+    named = {label: computed[name] for label, name in outputs.items()}
+    named |= {label: given[name] for label, name in labels.items()}
     with tempfile.TemporaryDirectory() as folder:
         dot = Path(folder) / "graph.dot"
         mx.export_to_dot(str(dot), *computed.values(), **named)
         edges: dict[str, list[str]] = {}
-        for source, target in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', dot.read_text(), re.M):
+        text = dot.read_text()
+        inputs_only = {label: given[name] for label, name in labels.items()}
+        same = {}
+        for label, name in outputs.items():
+            if not re.search(rf"\b{label}\b", text):  # an input itself, under another name
+                one = Path(folder) / "one.dot"
+                mx.export_to_dot(str(one), computed[name], **inputs_only)
+                same[label] = set(re.findall(r"\bin\d+\b", one.read_text()))
+        for source, target in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', text, re.M):
             edges.setdefault(target, []).append(source)
     found = {}
     for label, name in outputs.items():
-        stack, seen, inputs = [label], {label}, set()
+        stack, seen, inputs = [label], {label}, set(same.get(label, ()))
         while stack:
             node = stack.pop()
             if node in labels:

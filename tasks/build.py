@@ -126,10 +126,16 @@ class Builder:
     def manifest(self, plan: Plan, node: Node) -> Manifest:
         """Return what a node made; it is made again if its record is lost or damaged."""
         path = Path(self.manifest_path(node))
+        told = (node.stage, node.order.version, node.params)
         try:
-            return Manifest.from_bytes(path.read_bytes())
+            manifest = Manifest.from_bytes(path.read_bytes())
+            action = manifest.action
+            if (action.stage, action.version, action.params) == told:
+                return manifest
+            why = "its manifest is of other settings"
         except (FileNotFoundError, ManifestError) as error:
-            self.run(plan, node, f"its manifest is damaged: {error}")
+            why = f"its manifest is damaged: {error}"
+        self.run(plan, node, why)
         return Manifest.from_bytes(path.read_bytes())
 
     def needed(self, plan: Plan, node: Node) -> Needed:

@@ -184,6 +184,15 @@ class _Reader:
                 where = (*at, "variants", variant)
                 self.keys(over, MODEL_KEYS, where)
                 self.add(targets, f"{name}-{variant}", {**defaults, **model, **over}, where)
+        build = (self.path.parent / "build").resolve()
+        for place, at in [
+            (folder, ("cache",)),
+            *((t.source, ("models",)) for t in targets.values()),
+        ]:
+            if place.resolve().is_relative_to(build):  # removed as targets are built
+                self.refuse(
+                    f"{place} lies in build/, which doit writes", at, mend="move it elsewhere"
+                )
         return Config(self.path, folder, targets)
 
     def add(self, targets: dict[str, Target], name: str, model: dict[str, Any], at: At) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from doit.exceptions import InvalidDodoFile, TaskFailed
 
 from cache import files
+from cache.digest import digest_file
 from cache.errors import CacheError
 from cache.log import Log
 from cache.store import Store
@@ -55,12 +56,18 @@ class Graph:
             yield self._pack_task(target, found)
 
     def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
-        told = Told(node.order.digest)
+        path = self.builder.manifest_path(node)
+        told = Told(node.order.digest, os.path.dirname(path))
 
         def act(changed: list[str]) -> Any:
-            return _reported(
-                lambda: self.builder.run(found, node, told.why(changed)), {"told": told.digest}
-            )
+            made: dict[str, Any] = {"told": told.digest}
+
+            def run() -> None:
+                self.builder.run(found, node, told.why(changed))
+                made["outputs"] = pack.stamps(told.folder, [os.path.basename(path)])
+                made["digest"] = digest_file(Path(path))
+
+            return _reported(run, made)
 
         return {
             "basename": f"{node.stage}:{node.target}",
@@ -80,7 +87,7 @@ class Graph:
         layout = LAYOUTS[found.target.layout]
         told = Told(
             [pack.VERSION, found.target.layout, found.target.max_shard_bytes, found.config,
-             found.names, found.notes], folder
+             found.names, found.notes], str(folder)
         )  # fmt: skip
 
         def build(why: str) -> dict[str, Any]:
@@ -93,7 +100,7 @@ class Graph:
             ) * 8 / found.weights  # fmt: skip
             return {
                 "told": told.digest,
-                "outputs": pack.stamps(folder, list(made.tensors)),
+                "outputs": pack.stamps(str(folder), list(made.tensors)),
                 "summary": f"{BUILD}/{target}: {_size(size)}, {bits:.3g} bits per weight, packed "
                 f"in {time.perf_counter() - start:.1f} s",
                 "notes": list(made.notes),
@@ -125,7 +132,8 @@ class Told:
 
     Attributes:
         digest: of what it is told now.
-        folder: if given, of the files it made, which must still be as it left them.
+        folder: of the files it made, which must still be as it left them. A build that was cut
+            off changes manifests before doit's database, which then speaks of older ones.
     """
 
     # doit asks for the signature of each task's, at 50 µs a time if it must be worked out.
@@ -133,7 +141,7 @@ class Told:
         [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("task", "values")]
     )
 
-    def __init__(self, told: Any, folder: Path | None = None) -> None:
+    def __init__(self, told: Any, folder: str) -> None:
         from cache.digest import digest_record
 
         self.digest = told if isinstance(told, str) else digest_record(told)
@@ -146,7 +154,7 @@ class Told:
             self._why = "never built here"
         elif values.get("told") != self.digest:
             self._why = "settings or sources changed"
-        elif self.folder is not None and not self._intact(values.get("outputs") or {}):
+        elif not self._intact(values.get("outputs") or {}, values.get("digest")):
             self._why = f"{self.folder} is not as it was built"
         return not self._why
 
@@ -157,9 +165,12 @@ class Told:
         names = [Path(path).stem for path in changed[:3]]
         return f"changed: {', '.join(names)}" + (", …" if len(changed) > 3 else "")
 
-    def _intact(self, outputs: dict[str, list[int]]) -> bool:
-        assert self.folder is not None
-        return pack.stamps(self.folder, list(outputs)) == outputs
+    def _intact(self, outputs: dict[str, list[int]], digest: str | None) -> bool:
+        now = pack.stamps(self.folder, list(outputs))
+        if now != outputs and now and digest:  # a manifest: touched only, or another one?
+            (name,) = now
+            return digest_file(Path(self.folder, name)) == digest
+        return now == outputs and not pack.strays(self.folder, outputs)
 
 
 def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from cache import files
@@ -92,6 +92,8 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
         if isinstance(found, Hit) and _holds(folder, found.manifest.tensors):
             result = found.manifest
         else:
+            if folder.exists() and not manifest_path.exists():
+                _refuse_to_replace(folder)
             expected = found.manifest.tensors if isinstance(found, Hit) else None
             made = _write(builder, plan, needed, folder, weights, small, expected)
             result = Manifest(action, made, tuple(dict.fromkeys(notes)))
@@ -100,12 +102,35 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
         return result
 
 
-def stamps(folder: Path, names: Sequence[str]) -> dict[str, list[int]] | None:
-    """Return the stamp of each file of a built model, or None if one is missing."""
+def stamps(folder: str, names: Sequence[str]) -> dict[str, list[int]] | None:
+    """Return the stamp of each file that a task made, or None if one is missing."""
     try:
-        return {name: list(Stamp.of(folder / name)) for name in names}
+        return {name: list(Stamp.of(f"{folder}/{name}")) for name in names}
     except OSError:
         return None
+
+
+def strays(folder: str, outputs: Container[str]) -> list[str]:
+    """Return weight files that the build did not write, and clients would load beside its own."""
+    if "config.json" not in outputs:  # a layer's manifest
+        return []
+    return [
+        name
+        for name in os.listdir(folder)
+        if name.endswith((".safetensors", ".npz")) and name not in outputs
+    ]
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    """Refuse to remove what was never built here.
+
+    Raises:
+        BuildError: the folder holds something, and no model.
+    """
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists()):
+        raise BuildError(
+            f"{folder} is in the way: it is no model that was built. Move it, or rename the target."
+        )
 
 
 def _holds(folder: Path, tensors: dict[str, Tensor]) -> bool:

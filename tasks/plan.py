@@ -198,7 +198,7 @@ def _outline(checkpoint: Checkpoint, model: Model) -> Outline:
             }
         }
         if any(unshard.sanitized(p.steps) for p in layers[layer]):
-            told["sanitize"] = architecture.identity(checkpoint)
+            told["sanitize"] = [architecture.identity(checkpoint), platform.machine()]
         unshards[layer] = Order("unshard", layer, unshard.VERSION, told, frozenset(reads))
         needs[layer] = list(dict.fromkeys(reads.values()))
     return Outline(checkpoint, model, extracts, unshards, needs, layers)

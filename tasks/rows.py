@@ -174,6 +174,8 @@ def end_to_end(sources: Sequence[Rows], shape: tuple[int, ...]) -> Stored:
     stored = [source for source in sources if isinstance(source, Stored)]
     if len(stored) != len(sources):
         raise ValueError("only stored tensors can be joined end to end")
+    if any(source.dtype != stored[0].dtype for source in stored):
+        raise ValueError("only tensors of one dtype can be joined end to end")
     parts = [part for source in stored for part in source.parts]
     return Stored(stored[0].blobs, parts, stored[0].dtype, shape)
 

@@ -25,7 +25,8 @@ _MAKING = threading.Lock()  # transformers cannot be imported by two threads at 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "*.tiktoken", "tiktoken.model", "sentencepiece*.model", "spiece.model",
+    "chat_template.json", "*.jsonl", "*vocab*.txt", "tekken.json",
+    "*.tiktoken", "tiktoken.model", "sentencepiece*.model", "spiece.model",
     "*.py",
 )  # fmt: skip
 ENOUGH = (
