@@ -58,6 +58,7 @@ class Project:
     def __post_init__(self) -> None:
         (self.folder / "build" / "a").mkdir(parents=True)
         (self.folder / "build" / "a" / "model.safetensors").write_bytes(OLD)
+        (self.folder / "build" / "a" / "config.json").write_bytes(b"{}")
 
     def says(self, toml: str) -> None:
         """Write `models.toml`; `@NAME` is the folder of a shared checkpoint.
@@ -1083,3 +1084,25 @@ def test_modules_that_stay_are_said_once(project: Project) -> None:
     assert note.startswith("note: a: 12 modules stay unquantized: their last axis, 80, is not a ")
     assert "(model.embed_tokens, model.layers.0.self_attn.q_proj, " in note
     assert "unquantized" not in output(doit(project.folder))
+
+
+# What lies where doit writes.
+
+
+@pytest.mark.parametrize("source", ["build/a", "build/other/inner"])
+def test_a_source_that_a_build_would_replace(project: Project, source: str) -> None:
+    shutil.copytree(project.shared / "llama", project.folder / source, dirs_exist_ok=True)
+    project.says(f'[models.a]\nsource = "{source}"')
+    project.refuses(source, "lies in build/, which doit writes. Move it elsewhere")
+
+
+def test_a_cache_that_a_build_would_remove(project: Project) -> None:
+    project.says(MODEL + '\n[cache]\ndir = "build/a"')
+    project.refuses("cache", "lies in build/, which doit writes. Move it elsewhere")
+
+
+def test_a_folder_that_was_never_built(project: Project) -> None:
+    (project.folder / "build" / "a" / "config.json").unlink()
+    (project.folder / "build" / "a" / "thesis.txt").write_text("years of work")
+    project.says(MODEL)
+    project.refuses("build/a is in the way", "Move it, or rename the target", status=1)

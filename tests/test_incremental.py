@@ -772,3 +772,16 @@ def test_forget(tmp_path: Path) -> None:
         assert contents(project.folder / "build") == before
         assert outcomes(project.doit()) == {"reused": forgotten}, names
     assert project.doit().entries == []
+
+
+def test_a_weight_file_that_is_not_of_the_build(tmp_path: Path) -> None:
+    """mlx_lm.load would read it: it takes every model*.safetensors."""
+    project = built(tmp_path, "huggingface", **FOUR_BIT)
+    before = project.built()
+    shutil.copy(
+        project.folder / "build" / "model" / "model.safetensors",
+        project.folder / "build" / "model" / "model-00001-of-00002.safetensors",
+    )
+    assert outcomes(project.doit()) == {"reused": {"pack:model"}}
+    assert project.built() == before
+    assert project.doit().entries == []

@@ -349,3 +349,23 @@ def test_a_small_disk(spare_kib: int, tmp_path: Path) -> None:
     assert doit(place).returncode == 0
     assert contents(place / "build" / "model") == project.anew()
     assert outcomes(doit(place)) == {}
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("lines", [1, 4])
+def test_a_setting_taken_back_after_a_killed_build(
+    tmp_path: Path, kill: signal.Signals, lines: int
+) -> None:
+    """The killed build's manifests are newer than doit's database, which knows the first's."""
+    project = create(tmp_path, "huggingface", **FOUR_BIT)
+    project.doit()
+    before = project.built()
+    project.configure(**{**FOUR_BIT, "quantize": {"bits": 8}})
+    had = len(log(project.folder))
+    process = start(project)
+    wait_for(lambda: len(log(project.folder)) >= had + lines, process)
+    process.send_signal(kill)
+    process.communicate()
+    project.configure(**FOUR_BIT)
+    project.doit()
+    assert project.built() == before == project.anew()

@@ -394,3 +394,25 @@ def test_differences_are_seen(references: References, tmp_path: Path, alteration
     seen = differences(copy, references[case], source)
     assert len(seen) == (expected is not None)
     assert all(expected in line for line in seen)
+
+
+@pytest.mark.parametrize("expert", [0, 2])
+def test_experts_of_two_dtypes(tmp_path: Path, expert: int) -> None:
+    """MLX promotes what it stacks, so that the stack is not the experts' bytes end to end."""
+    folder = make("qwen3-moe", tmp_path / "checkpoint", files=1)
+    (file,) = folder.glob("*.safetensors")
+    arrays = dict(mx.load(str(file)))
+    name = f"model.layers.0.mlp.experts.{expert}.up_proj.weight"
+    arrays[name] = arrays[name].astype(mx.float32)
+    mx.eval(arrays)
+    mx.save_safetensors(str(file), arrays)
+    (tmp_path / "models.toml").write_text('[models.a]\nsource = "checkpoint"\n')
+    doit(tmp_path)
+    convert(str(folder), str(tmp_path / "reference"))
+    ours, theirs = (
+        mx.load(str(tmp_path / path / "model.safetensors")) for path in ("build/a", "reference")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        assert ours[name].dtype == array.dtype, name
+        assert mx.array_equal(ours[name].view(mx.uint8), array.view(mx.uint8)).item(), name
