@@ -66,4 +66,5 @@ def task_bench() -> dict[str, Any]:
 
 def _python(*calls: str) -> dict[str, Any]:
     root = Path(__file__).parent
-    return {"actions": [CmdAction(f"{sys.executable} {c}", cwd=root) for c in calls]}
+    commands = [[sys.executable, *call.split()] for call in calls]
+    return {"actions": [CmdAction(command, shell=False, cwd=root) for command in commands]}

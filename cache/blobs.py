@@ -24,7 +24,7 @@ from typing import IO, NamedTuple
 import xxhash
 
 from cache import files
-from cache.digest import canonical, digest_parts
+from cache.digest import canonical, digest_file, digest_parts
 from cache.errors import BlobLost, FileChanged
 from cache.files import Stamp
 
@@ -75,9 +75,7 @@ class Writer:
     def write(self, data: memoryview) -> None:
         """Append bytes."""
         self._state.update(data)
-        left = data
-        while left:  # one call writes 2 GiB at most
-            left = left[self._file.write(left) :]
+        files.write_all(self._file, data)
         self.length += data.nbytes
 
     @property
@@ -118,16 +116,11 @@ class Blobs:
             return self._locate_reference(digest, length)
         raise BlobLost(digest, f"{path} has {stamp.size} bytes, expected {length}")
 
-    def verify(self, digest: str, length: int) -> bool:
+    def drop_if_wrong(self, digest: str) -> None:
         """Digest a blob's own file again, and remove it if it is not what its name says."""
         path = self.path(digest)
-        if not path.exists():
-            return True
-        whole = [Part(str(path), 0, length, None)]
-        if path.stat().st_size == length and digest_parts(self.chunks(whole)) == digest:
-            return True
-        path.unlink()
-        return False
+        if path.exists() and digest_file(path) != digest:
+            path.unlink()
 
     def has(self, digest: str, length: int) -> bool:
         """Tell whether ``locate`` finds the blob."""
@@ -150,7 +143,6 @@ class Blobs:
         with files.temporary(self.root, length) as (file, path):
             writer = Writer(file)
             yield writer
-            file.flush()
             self.meter.written += writer.length
             if not self.has(writer.digest, writer.length):
                 target = self.path(writer.digest)
@@ -175,8 +167,7 @@ class Blobs:
     def adopt(self, path: Path) -> str:
         """Make a file of the scratch folder a blob, and return its digest."""
         length = path.stat().st_size
-        whole = [Part(str(path), 0, length, None)]
-        digest = digest_parts(self.chunks(whole))
+        digest = digest_file(path)
         path.chmod(files.MODE)
         self.path(digest).parent.mkdir(parents=True, exist_ok=True)
         path.replace(self.path(digest))

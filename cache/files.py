@@ -33,7 +33,11 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, path: str | Path | int) -> Stamp:
         """Return the stamp of the file at ``path``, links followed, or of an open one."""
-        stat = os.stat(path)
+        return cls.of_stat(os.stat(path))
+
+    @classmethod
+    def of_stat(cls, stat: os.stat_result) -> Stamp:
+        """Return the stamp in what ``os.stat`` told."""
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
@@ -78,10 +82,14 @@ def write(path: Path, data: bytes | memoryview) -> None:
         NoRoom: the disk is full.
     """
     with temporary(path.parent, len(data)) as (file, name):
-        left = memoryview(data)
-        while left:  # one call writes 2 GiB at most
-            left = left[file.write(left) :]
+        write_all(file, memoryview(data))
         os.replace(name, path)
+
+
+def write_all(file: IO[bytes], data: memoryview) -> None:
+    """Write all of ``data`` to an unbuffered file: one call writes 2 GiB at most."""
+    while data:
+        data = data[file.write(data) :]
 
 
 def room(folder: Path, need: int) -> None:

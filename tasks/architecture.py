@@ -20,7 +20,7 @@ from tasks.errors import ArchitectureError, BuildError
 from tasks.model import Model, Module, Parameter
 from tasks.names import rope
 
-SCHEMA = 2  # of ask_mlx_lm's answers; raised when they change
+SCHEMA = 3  # of ask_mlx_lm's answers; raised when they change
 
 
 @cache

@@ -21,7 +21,7 @@ def read(blobs: Blobs, parts: Sequence[Part], dtype: str, shape: Sequence[int]) 
         shape: of the array.
 
     Raises:
-        BlobLost: a file was cut meanwhile.
+        FileChanged: a file is another than when it was found.
     """
     count = sum(part.length for part in parts)
     with mx.stream(mx.cpu):

@@ -235,51 +235,53 @@ def _changed(mx: Any, given: dict[str, Any], kept: dict[str, Any]) -> set[str]:
     A cast to its own dtype is the array itself under another Python object, and an array has one
     label, the last that it is given: where ``now`` is left, the two have parted.
     """
-    named = {f"now{i}": a for i, a in enumerate(given.values())}
-    named |= {f"in{i}": a for i, a in enumerate(kept.values())}
-    with tempfile.TemporaryDirectory() as folder:
-        dot = Path(folder) / "graph.dot"
-        mx.export_to_dot(str(dot), *given.values(), **named)
-        found = set(re.findall(r"\bnow\d+\b", dot.read_text()))
-    return {name for i, name in enumerate(given) if f"now{i}" in found}
+    labels = {f"now{i}": array for i, array in enumerate(given.values())}
+    labels |= {f"in{i}": array for i, array in enumerate(kept.values())}
+    seen = set(re.findall(r"\bnow\d+\b", _graph(mx, labels)))
+    return {name for i, name in enumerate(given) if f"now{i}" in seen}
 
 
 def _inputs_reached(
     mx: Any, given: dict[str, Any], computed: dict[str, Any]
 ) -> dict[str, list[str]]:
     """Return, for each computed array, the checkpoint's tensors it is made of."""
-    labels = {f"in{i}": name for i, name in enumerate(given)}
-    outputs = {f"out{i}": name for i, name in enumerate(computed)}
-    named = {label: computed[name] for label, name in outputs.items()}
-    named |= {label: given[name] for label, name in labels.items()}
+    names = {f"in{i}": name for i, name in enumerate(given)}
+    inputs = {label: given[name] for label, name in names.items()}
+    outputs = {f"out{i}": array for i, array in enumerate(computed.values())}
+    text = _graph(mx, outputs | inputs)
+    edges: dict[str, list[str]] = {}
+    for source, target in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', text, re.M):
+        edges.setdefault(target, []).append(source)
+    left = set(re.findall(r"\bout\d+\b", text))
+    found = {}
+    for (label, array), name in zip(outputs.items(), computed, strict=True):
+        if label in left:
+            reached = _reachable(label, edges, inputs)
+        else:  # an input itself under another name, whose label it takes if it comes last
+            told = set(re.findall(r"\bin\d+\b", _graph(mx, {**inputs, label: array})))
+            reached = inputs.keys() - told
+        found[name] = [names[i] for i in sorted(reached, key=lambda i: int(i[2:]))]
+    return found
+
+
+def _reachable(label: str, edges: dict[str, list[str]], ends: dict[str, Any]) -> set[str]:
+    """Return which of ``ends`` the edges lead to from a label."""
+    stack, seen = [label], {label}
+    while stack:
+        node = stack.pop()
+        if node not in ends:
+            new = [source for source in edges.get(node, ()) if source not in seen]
+            seen.update(new)
+            stack += new
+    return seen & ends.keys()
+
+
+def _graph(mx: Any, labels: dict[str, Any]) -> str:
+    """Return the graph that computes arrays, in DOT; each has the last label that it is given."""
     with tempfile.TemporaryDirectory() as folder:
         dot = Path(folder) / "graph.dot"
-        mx.export_to_dot(str(dot), *computed.values(), **named)
-        edges: dict[str, list[str]] = {}
-        text = dot.read_text()
-        inputs_only = {label: given[name] for label, name in labels.items()}
-        same = {}
-        for label, name in outputs.items():
-            if not re.search(rf"\b{label}\b", text):  # an input itself, under another name
-                one = Path(folder) / "one.dot"
-                mx.export_to_dot(str(one), computed[name], **inputs_only)
-                same[label] = set(re.findall(r"\bin\d+\b", one.read_text()))
-        for source, target in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', text, re.M):
-            edges.setdefault(target, []).append(source)
-    found = {}
-    for label, name in outputs.items():
-        stack, seen, inputs = [label], {label}, set(same.get(label, ()))
-        while stack:
-            node = stack.pop()
-            if node in labels:
-                inputs.add(node)
-                continue
-            for source in edges.get(node, ()):
-                if source not in seen:
-                    seen.add(source)
-                    stack.append(source)
-        found[name] = [labels[i] for i in sorted(inputs, key=lambda i: int(i[2:]))]
-    return found
+        mx.export_to_dot(str(dot), *labels.values(), **labels)
+        return dot.read_text()
 
 
 if __name__ == "__main__":

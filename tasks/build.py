@@ -6,6 +6,7 @@ so that whoever finds a record finds what it speaks of.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -32,6 +33,13 @@ from tasks.rows import Rows
 
 Needed = dict[str, tuple[Node, Tensor]]  # tensors by name: who made each, and what it is
 Made = tuple[dict[str, Tensor], list[str]]  # tensors by name, and notes for people
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Stage(Protocol):
@@ -153,29 +161,30 @@ class Builder:
         if node.stage == "extract":
             # What it reads is what it makes: looking means digesting the checkpoint's tensors.
             with self.store.actions.running(node.order.digest):
-                manifest = self._make(plan, node)
+                manifest = self._look(plan, node)
                 if isinstance(self.store.actions.get(manifest.action), Hit):
                     return manifest, "reused"
                 self.store.actions.put(manifest)
                 return manifest, "computed"
-        action = self._action(node, self.needed(plan, node))
+        needed = self.needed(plan, node)
+        action = self._action(node, needed)
         with self.store.actions.running(action.key):
             found = self.store.actions.get(action)
             if isinstance(found, Hit):
                 return found.manifest, "reused"
-            manifest = self._make(plan, node)
+            manifest = self._make(plan, node, needed)
             if isinstance(found, Corrupt):
                 note = f"{found.path} was corrupt ({found.cause}); it is made again"
                 manifest = replace(manifest, notes=(*manifest.notes, note))
             self.store.actions.put(manifest)
         return manifest, "computed"
 
-    def _make(self, plan: Plan, node: Node, *, lost: bool = False) -> Manifest:
-        if node.stage == "extract":
-            tensors = extract.make(self, plan, node, look=lost)
-            made = {name: (node, tensor) for name, tensor in tensors.items()}
-            return Manifest(self._action(node, made), tensors)
-        needed = self.needed(plan, node)
+    def _look(self, plan: Plan, node: Node, *, lost: bool = False) -> Manifest:
+        tensors = extract.make(self, plan, node, look=lost)
+        made = {name: (node, tensor) for name, tensor in tensors.items()}
+        return Manifest(self._action(node, made), tensors)
+
+    def _make(self, plan: Plan, node: Node, needed: Needed) -> Manifest:
         with mx.stream(self.streams.get("cpu")):
             tensors, notes = STAGES[node.stage].make(self, plan, node, needed)
         return Manifest(self._action(node, needed), tensors, tuple(notes))
@@ -219,14 +228,18 @@ class Builder:
         Raises:
             BuildError: it made something else.
         """
-        for key, (maker, passed) in self.needed(plan, node).items():
+        needed = self.needed(plan, node)
+        for key, (maker, passed) in needed.items():
             # Only passed on here: whoever made it makes it again. Not so what unshard made, which
             # is kept from cast on.
             if passed == tensor and maker.stage != "unshard":
                 self.remake(plan, maker, key, tensor, lost)
                 return
         with self.logged(node.name, f"blob lost: {lost.cause}") as record:
-            again = self._make(plan, node, lost=True)
+            if node.stage == "extract":
+                again = self._look(plan, node, lost=True)
+            else:
+                again = self._make(plan, node, needed)
             record["outcome"] = "computed"
         if again.tensors.get(name) != tensor:
             self.publish(Path(self.manifest_path(node)), again)  # so that the next run sees it

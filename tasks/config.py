@@ -30,7 +30,10 @@ UNITS = {
     "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30,
 }  # fmt: skip
 MAX_SHARD = {"mlx-lm": 5 << 30, "mlx-examples": 15 << 30}  # bytes: the peers' own limits
-CACHE_DIR = ".mlx-make/cache"
+# Beside models.toml: what is built, and all the rest.
+BUILD = "build"
+STATE = ".mlx-make"
+CACHE_DIR = f"{STATE}/cache"
 MAX_NAME_BYTES = 200  # file systems take 255, and temporary names are longer
 BARE = r"[\w-]+"
 PART = rf"{BARE}|\"[^\"]*\"|'[^']*'"
@@ -184,14 +187,14 @@ class _Reader:
                 where = (*at, "variants", variant)
                 self.keys(over, MODEL_KEYS, where)
                 self.add(targets, f"{name}-{variant}", {**defaults, **model, **over}, where)
-        build = (self.path.parent / "build").resolve()
+        build = (self.path.parent / BUILD).resolve()
         for place, at in [
             (folder, ("cache",)),
             *((t.source, ("models",)) for t in targets.values()),
         ]:
             if place.resolve().is_relative_to(build):  # removed as targets are built
                 self.refuse(
-                    f"{place} lies in build/, which doit writes", at, mend="move it elsewhere"
+                    f"{place} lies in {BUILD}/, which doit writes", at, mend="move it elsewhere"
                 )
         return Config(self.path, folder, targets)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cache import files
 from cache.blobs import Part
 from cache.digest import digest_parts
-from cache.errors import BlobLost, FileChanged
+from cache.errors import FileChanged
 from cache.manifests import Tensor
 from tasks.checkpoint import TORCH, load_with_torch
 from tasks.errors import CheckpointError
@@ -34,7 +34,8 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
         look: read them even if files of these stamps were digested before.
 
     Raises:
-        CheckpointError: a file cannot be read, or changes meanwhile.
+        CheckpointError: a file cannot be read.
+        FileChanged: a file changes meanwhile.
     """
     blobs = builder.store.blobs
     known = None if look else builder.store.memos.get("extracts", [VERSION, node.order.look])
@@ -52,7 +53,7 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
                 part = Part(str(path), stored.offset, stored.nbytes, stamp)
                 found = digest_parts(blobs.chunks([part]))
                 blobs.refer(found, [part])
-        except (OSError, BlobLost) as error:
+        except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         tensors[key] = Tensor(dtype, tuple(shape), found)
     digests = [tensor.digest for tensor in tensors.values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -14,18 +14,16 @@ from typing import Any
 from doit.exceptions import InvalidDodoFile, TaskFailed
 
 from cache import files
-from cache.digest import digest_file
+from cache.digest import digest_file, digest_record
 from cache.errors import CacheError
 from cache.log import Log
 from cache.store import Store
 from tasks import config, pack
-from tasks.build import Builder
+from tasks.build import Builder, cores
+from tasks.config import BUILD, STATE
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
 from tasks.plan import Node, Plan, Planner
-
-STATE = ".mlx-make"
-BUILD = "build"
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,16 @@ class Graph:
 
     def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
         path = self.builder.manifest_path(node)
-        told = Told(node.order.digest, os.path.dirname(path))
+        # A build that was cut off changes manifests before doit's database, which then speaks of
+        # older ones.
+        told = Told(node.order.digest, path, lambda values: _as_left(path, values.get("left")))
 
         def act(changed: list[str]) -> Any:
             made: dict[str, Any] = {"told": told.digest}
 
             def run() -> None:
                 self.builder.run(found, node, told.why(changed))
-                made["outputs"] = pack.stamps(told.folder, [os.path.basename(path)])
-                made["digest"] = digest_file(Path(path))
+                made["left"] = [*files.Stamp.of(path), digest_file(Path(path))]
 
             return _reported(run, made)
 
@@ -74,7 +73,7 @@ class Graph:
             "name": node.order.layer,
             "actions": [act],
             "file_dep": [self.builder.manifest_path(need) for need in node.needs],
-            "targets": [self.builder.manifest_path(node)],
+            "targets": [path],
             "uptodate": [told],
             "clean": True,
             "io": {"capture": False},
@@ -86,8 +85,12 @@ class Graph:
         last = found.stages["quantize"]
         layout = LAYOUTS[found.target.layout]
         told = Told(
-            [pack.VERSION, found.target.layout, found.target.max_shard_bytes, found.config,
-             found.names, found.notes], str(folder)
+            digest_record(
+                [pack.VERSION, found.target.layout, found.target.max_shard_bytes, found.config,
+                 found.names, found.notes]
+            ),
+            str(folder),
+            lambda values: pack.intact(str(folder), values.get("outputs") or {}),
         )  # fmt: skip
 
         def build(why: str) -> dict[str, Any]:
@@ -132,8 +135,8 @@ class Told:
 
     Attributes:
         digest: of what it is told now.
-        folder: of the files it made, which must still be as it left them. A build that was cut
-            off changes manifests before doit's database, which then speaks of older ones.
+        made: what it makes, for people.
+        intact: tells, from what it returned the last time, whether that is still as it left it.
     """
 
     # doit asks for the signature of each task's, at 50 µs a time if it must be worked out.
@@ -141,11 +144,10 @@ class Told:
         [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("task", "values")]
     )
 
-    def __init__(self, told: Any, folder: str) -> None:
-        from cache.digest import digest_record
-
-        self.digest = told if isinstance(told, str) else digest_record(told)
-        self.folder = folder
+    def __init__(self, digest: str, made: str, intact: Callable[[Mapping[str, Any]], bool]) -> None:
+        self.digest = digest
+        self.made = made
+        self.intact = intact
         self._why = ""
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
@@ -154,8 +156,8 @@ class Told:
             self._why = "never built here"
         elif values.get("told") != self.digest:
             self._why = "settings or sources changed"
-        elif not self._intact(values.get("outputs") or {}, values.get("digest")):
-            self._why = f"{self.folder} is not as it was built"
+        elif not self.intact(values):
+            self._why = f"{self.made} is not as it was built"
         return not self._why
 
     def why(self, changed: list[str]) -> str:
@@ -165,12 +167,16 @@ class Told:
         names = [Path(path).stem for path in changed[:3]]
         return f"changed: {', '.join(names)}" + (", …" if len(changed) > 3 else "")
 
-    def _intact(self, outputs: dict[str, list[int]], digest: str | None) -> bool:
-        now = pack.stamps(self.folder, list(outputs))
-        if now != outputs and now and digest:  # a manifest: touched only, or another one?
-            (name,) = now
-            return digest_file(Path(self.folder, name)) == digest
-        return now == outputs and not pack.strays(self.folder, outputs)
+
+def _as_left(path: str, left: list[Any] | None) -> bool:
+    """Tell whether a manifest is the one that was left, touched or not."""
+    if not left:  # by another version
+        return False
+    *stamp, digest = left
+    try:
+        return list(files.Stamp.of(path)) == stamp or digest_file(Path(path)) == digest
+    except FileNotFoundError:
+        return False
 
 
 def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
@@ -212,9 +218,7 @@ def doit_config(models: Path) -> dict[str, Any]:
         "backend": "mlx-make",
         "check_file_uptodate": Checker,
         "reporter": Reporter,
-        "num_process": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "num_process": cores(),
         "par_type": "thread",
         "verbosity": 2,
     }
@@ -242,8 +246,6 @@ def _told(error: OSError) -> str:
 
 
 def _remove(folder: Path, manifest_path: Path) -> None:
-    import shutil
-
     if folder.exists():
         shutil.rmtree(folder)
     manifest_path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cache import files
@@ -15,7 +15,7 @@ from cache.actions import Hit
 from cache.digest import digest, digest_file
 from cache.files import Stamp
 from cache.manifests import Action, Manifest, Tensor
-from tasks.build import Builder, Needed
+from tasks.build import Builder, Needed, cores
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
 from tasks.plan import Plan
@@ -103,22 +103,30 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
 
 
 def stamps(folder: str, names: Sequence[str]) -> dict[str, list[int]] | None:
-    """Return the stamp of each file that a task made, or None if one is missing."""
+    """Return the stamp of each file of a built model, or None if one is missing."""
     try:
         return {name: list(Stamp.of(f"{folder}/{name}")) for name in names}
     except OSError:
         return None
 
 
-def strays(folder: str, outputs: Container[str]) -> list[str]:
-    """Return weight files that the build did not write, and clients would load beside its own."""
-    if "config.json" not in outputs:  # a layer's manifest
-        return []
-    return [
-        name
-        for name in os.listdir(folder)
-        if name.endswith((".safetensors", ".npz")) and name not in outputs
-    ]
+def intact(folder: str, outputs: dict[str, list[int]]) -> bool:
+    """Tell whether a built model is as it was left, with no weight file besides.
+
+    Clients would load such a file too: mlx_lm.load takes every model*.safetensors.
+
+    Args:
+        folder: build/TARGET.
+        outputs: the files' stamps when they were built.
+    """
+    return (
+        bool(outputs)
+        and stamps(folder, list(outputs)) == outputs
+        and not any(
+            name.endswith((".safetensors", ".npz")) and name not in outputs
+            for name in os.listdir(folder)
+        )
+    )
 
 
 def _refuse_to_replace(folder: Path) -> None:
@@ -166,7 +174,7 @@ def _write(
         if expected is not None and made != expected:
             # A blob is not what its name says. It goes, and what it should be is made again.
             for _, tensor in needed.values():
-                builder.store.blobs.verify(tensor.digest, tensor.nbytes)
+                builder.store.blobs.drop_if_wrong(tensor.digest)
             made = _fill(builder, plan, needed, new, weights, small)
         _exchange(new, folder)
     except OSError as error:
@@ -191,7 +199,7 @@ def _fill(
         packed = [
             Packed(name, tensor, builder.locate(plan, needed, name)) for name, tensor in shard
         ]
-        write(new / file, packed, form, builder.store.blobs, os.cpu_count() or 1)
+        write(new / file, packed, form, builder.store.blobs, cores())
     for name, data in small.items():
         (new / name).write_bytes(data)
         builder.store.blobs.meter.written += len(data)

@@ -25,6 +25,7 @@ from cache import files
 from cache.digest import digest_file
 from cache.errors import NoRoom
 from cache.manifests import Manifest, ManifestError
+from tasks.config import STATE
 
 INTERRUPTED = 130  # as shells report SIGINT
 
@@ -41,7 +42,7 @@ class Checker(FileChangedChecker):  # type: ignore[misc]
     def check_modified(self, path: str, stat: os.stat_result, state: list[Any]) -> bool:
         """Tell whether a file is another than the ``state`` saved says."""
         *stamp, digest = state
-        now = files.Stamp(stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        now = files.Stamp.of_stat(stat)
         return list(now) != stamp and self._digest(path, now) != digest
 
     def get_state(self, path: str, current: list[Any] | None) -> list[Any] | None:
@@ -201,7 +202,7 @@ def _alone() -> Iterator[None]:
     if not models.exists():  # loading the tasks says so, and must leave no state behind
         yield
         return
-    state = models.absolute().parent / ".mlx-make"
+    state = models.absolute().parent / STATE
     state.mkdir(parents=True, exist_ok=True)
     with (state / "lock").open("a+") as lock:
         try:
@@ -226,7 +227,6 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         super().__init__(outstream, options)
         self._said: set[str] = set()
         self._fresh = 0
-        self._built = 0
 
     def execute_task(self, task: Any) -> None:
         """Say a stage of a target when its first layer begins."""
@@ -241,7 +241,6 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
     def add_success(self, task: Any) -> None:
         """Say what a target has become."""
         if summary := task.values.get("summary"):
-            self._built += 1
             target = task.name.partition(":")[2]
             for note in task.values["notes"]:
                 self.write(f"note: {target}: {note}\n")

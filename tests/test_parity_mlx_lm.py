@@ -396,6 +396,9 @@ def test_differences_are_seen(references: References, tmp_path: Path, alteration
     assert all(expected in line for line in seen)
 
 
+TWO_BYTES = ("bfloat16", "float16")
+
+
 @pytest.mark.parametrize("expert", [0, 2])
 def test_experts_of_two_dtypes(tmp_path: Path, expert: int) -> None:
     """MLX promotes what it stacks, so that the stack is not the experts' bytes end to end."""
@@ -415,4 +418,40 @@ def test_experts_of_two_dtypes(tmp_path: Path, expert: int) -> None:
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():
         assert ours[name].dtype == array.dtype, name
+        assert mx.array_equal(ours[name].view(mx.uint8), array.view(mx.uint8)).item(), name
+
+
+def test_equal_bytes_of_two_dtypes(tmp_path: Path) -> None:
+    """A norm of zeros is the same bytes in bfloat16 and float16, and not the same tensor."""
+    folder = make("llama", tmp_path / "checkpoint", files=1)
+    (file,) = folder.glob("*.safetensors")
+    arrays = dict(mx.load(str(file)))
+    arrays["model.norm.weight"] = mx.zeros_like(arrays["model.norm.weight"])
+    mx.eval(arrays)
+    mx.save_safetensors(str(file), arrays)
+    (tmp_path / "models.toml").write_text(
+        "".join(f'[models.{d}]\nsource = "checkpoint"\ndtype = "{d}"\n' for d in TWO_BYTES)
+    )
+    doit(tmp_path)
+    for dtype in TWO_BYTES:
+        built = mx.load(str(tmp_path / "build" / dtype / "model.safetensors"))
+        assert {str(array.dtype) for array in built.values()} == {f"mlx.core.{dtype}"}
+
+
+def test_a_file_said_to_be_of_another_dtype(tmp_path: Path) -> None:
+    """The same bytes under another header are other weights."""
+    folder = make("llama", tmp_path / "checkpoint", files=1)
+    (file,) = folder.glob("*.safetensors")
+    settings = 'dtype = "float32"\nquantize = { bits = 4 }'
+    (tmp_path / "models.toml").write_text(f'[models.a]\nsource = "checkpoint"\n{settings}')
+    doit(tmp_path)
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b'"BF16"', b'"F16" '))
+    doit(tmp_path)
+    with redirect_stdout(StringIO()):
+        convert(str(folder), str(tmp_path / "reference"), quantize=True, q_bits=4, dtype="float32")
+    ours, theirs = (
+        mx.load(str(tmp_path / path / "model.safetensors")) for path in ("build/a", "reference")
+    )
+    for name, array in theirs.items():
         assert mx.array_equal(ours[name].view(mx.uint8), array.view(mx.uint8)).item(), name

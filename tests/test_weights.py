@@ -1,5 +1,6 @@
 """Weight files, read by the clients that will read them."""
 
+import errno
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from cache.blobs import Blobs
+from cache.blobs import Blobs, Part
+from cache.digest import digest
+from cache.errors import BlobLost, FileChanged
+from cache.files import Stamp
 from cache.manifests import DTYPE_BYTES, Tensor
 from tasks import weights
 
@@ -79,11 +83,20 @@ def test_long_runs_are_copied_in_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     shard = [packed(blobs, *item) for item in made.items()]
     for form, name in (("npz", "w.npz"), ("safetensors", "w.safetensors")):
         weights.write(tmp_path / name, shard, form, blobs, 3)
-    # Where the kernel does not copy, the same comes out by reading and writing.
-    monkeypatch.delattr("os.copy_file_range", raising=False)
-    for form, name in (("npz", "w.npz"), ("safetensors", "w.safetensors")):
-        weights.write(tmp_path / f"plain-{name}", shard, form, blobs, 3)
-        assert (tmp_path / f"plain-{name}").read_bytes() == (tmp_path / name).read_bytes()
+
+    def refuse(*_: int) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    # Where the kernel does not copy, between file systems or at all, the same comes out by
+    # reading and writing.
+    for without in (
+        lambda: monkeypatch.setattr("os.copy_file_range", refuse, raising=False),
+        lambda: monkeypatch.delattr("os.copy_file_range", raising=False),
+    ):
+        without()
+        for form, name in (("npz", "w.npz"), ("safetensors", "w.safetensors")):
+            weights.write(tmp_path / f"plain-{name}", shard, form, blobs, 3)
+            assert (tmp_path / f"plain-{name}").read_bytes() == (tmp_path / name).read_bytes()
     loaded = mx.load(str(tmp_path / "w.safetensors"))
     assert all(np.array_equal(np.array(loaded[name]), array) for name, array in made.items())
 
@@ -98,3 +111,21 @@ def test_bfloat16_goes_through_npz(tmp_path: Path) -> None:
     read = mx.load(str(tmp_path / "w.npz"))["w"]
     assert read.dtype == mx.bfloat16
     assert mx.array_equal(read, array).item()
+
+
+@pytest.mark.parametrize("change", ["overwritten", "cut"])
+def test_a_file_that_changes_after_it_was_found(tmp_path: Path, change: str) -> None:
+    """Bytes of a changed checkpoint must not be taken for those that its digest names."""
+    blobs, checkpoint = Blobs(tmp_path / "blobs"), tmp_path / "checkpoint"
+    checkpoint.write_bytes(b"a" * 1000)
+    part = Part(str(checkpoint), 0, 1000, Stamp.of(checkpoint))
+    blobs.refer(digest(b"a" * 1000), [part])
+    found = blobs.locate(digest(b"a" * 1000), 1000)
+    checkpoint.write_bytes(b"b" * (1000 if change == "overwritten" else 10))
+    packed = weights.Packed("w", Tensor("uint8", (1000,), digest(b"a" * 1000)), found)
+    with pytest.raises(FileChanged, match="changed while it was read"):
+        blobs.read_into(found, memoryview(bytearray(1000)))
+    with pytest.raises(FileChanged, match="changed while it was read"):
+        weights.write(tmp_path / "w.safetensors", [packed], "safetensors", blobs, 1)
+    with pytest.raises(BlobLost, match="changed since it was read"):
+        blobs.locate(digest(b"a" * 1000), 1000)
