@@ -17,12 +17,14 @@ import re
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from tasks.config import RECIPES
+from tasks.model import layer_names
 
+LABELS = 500  # arrays at once: MLX's functions take 1024 names, and two sorts are compared
 STUBS = ("mlx_lm.tokenizer_utils", "huggingface_hub")
 
 
@@ -161,8 +163,11 @@ class _Stub(types.ModuleType):
 
 
 def _hollow(mx: Any, dtype: str, shape: Sequence[int]) -> Any:
-    """Return an array of this shape that takes no memory, even if it is evaluated."""
-    return mx.broadcast_to(mx.array(0, getattr(mx, dtype)), shape)
+    """Return an array of this shape that takes no memory, even if it is evaluated.
+
+    What makes it is an operation that no model uses, by which a graph shows where its inputs are.
+    """
+    return mx.stop_gradient(mx.broadcast_to(mx.array(0, getattr(mx, dtype)), shape))
 
 
 def _read(parts: list[list[Any]], dtype: str, shape: Sequence[int]) -> Any:
@@ -235,45 +240,78 @@ def _changed(mx: Any, given: dict[str, Any], kept: dict[str, Any]) -> set[str]:
     A cast to its own dtype is the array itself under another Python object, and an array has one
     label, the last that it is given: where ``now`` is left, the two have parted.
     """
-    labels = {f"now{i}": array for i, array in enumerate(given.values())}
-    labels |= {f"in{i}": array for i, array in enumerate(kept.values())}
-    seen = set(re.findall(r"\bnow\d+\b", _graph(mx, labels)))
-    return {name for i, name in enumerate(given) if f"now{i}" in seen}
+    changed = set()
+    for batch in _batches(given):
+        labels = {f"now{i}": given[name] for i, name in enumerate(batch)}
+        labels |= {f"in{i}": kept[name] for i, name in enumerate(batch)}
+        seen = set(re.findall(r"\bnow\d+\b", _graph(mx, labels)))
+        changed |= {name for i, name in enumerate(batch) if f"now{i}" in seen}
+    return changed
 
 
 def _inputs_reached(
     mx: Any, given: dict[str, Any], computed: dict[str, Any]
 ) -> dict[str, list[str]]:
     """Return, for each computed array, the checkpoint's tensors it is made of."""
-    names = {f"in{i}": name for i, name in enumerate(given)}
-    inputs = {label: given[name] for label, name in names.items()}
-    outputs = {f"out{i}": array for i, array in enumerate(computed.values())}
-    text = _graph(mx, outputs | inputs)
-    edges: dict[str, list[str]] = {}
-    for source, target in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', text, re.M):
-        edges.setdefault(target, []).append(source)
-    left = set(re.findall(r"\bout\d+\b", text))
-    found = {}
-    for (label, array), name in zip(outputs.items(), computed, strict=True):
-        if label in left:
-            reached = _reachable(label, edges, inputs)
-        else:  # an input itself under another name, whose label it takes if it comes last
-            told = set(re.findall(r"\bin\d+\b", _graph(mx, {**inputs, label: array})))
-            reached = inputs.keys() - told
-        found[name] = [names[i] for i in sorted(reached, key=lambda i: int(i[2:]))]
-    return found
+    place = {name: i for i, name in enumerate(given)}
+    layer_of = layer_names([*given, *computed])
+    layers: dict[str, list[str]] = {}
+    for name in computed:
+        layers.setdefault(layer_of[name], []).append(name)
+    found: dict[str, set[str]] = {name: set() for name in computed}
+    for layer, names in layers.items():
+        # Most layers are made of themselves: label those first, and others only as needed.
+        own = [name for name in given if layer_of[name] == layer]
+        likely = [*own, *(name for name in given if layer_of[name] != layer)]
+        for outputs in _batches(names):
+            left = {f"out{i}": name for i, name in enumerate(outputs)}
+            for batch in _batches(likely):
+                name_of = {f"in{place[name]}": name for name in batch}
+                inputs = {label: given[name] for label, name in name_of.items()}
+                arrays = {label: computed[name] for label, name in left.items()}
+                graph = _Graph(_graph(mx, arrays | inputs))
+                for label, array in arrays.items():
+                    if label in graph.labels:
+                        reached, whole = graph.reach(label, inputs)
+                    else:  # another's array by a second name: it takes the label if it comes last
+                        other = _Graph(_graph(mx, {**inputs, label: array}))
+                        reached, whole = inputs.keys() - other.labels, True
+                        if not reached:  # not an input's
+                            reached, whole = other.reach(label, inputs)
+                    found[left[label]] |= {name_of[i] for i in reached}
+                    if whole:
+                        del left[label]
+                if not left:
+                    break
+    return {name: sorted(reached, key=place.__getitem__) for name, reached in found.items()}
 
 
-def _reachable(label: str, edges: dict[str, list[str]], ends: dict[str, Any]) -> set[str]:
-    """Return which of ``ends`` the edges lead to from a label."""
-    stack, seen = [label], {label}
-    while stack:
-        node = stack.pop()
-        if node not in ends:
-            new = [source for source in edges.get(node, ()) if source not in seen]
-            seen.update(new)
-            stack += new
-    return seen & ends.keys()
+def _batches(names: Iterable[str]) -> Iterator[list[str]]:
+    names = list(names)
+    for start in range(0, len(names), LABELS):
+        yield names[start : start + LABELS]
+
+
+class _Graph:
+    """A graph as ``mx.export_to_dot`` writes it."""
+
+    def __init__(self, text: str) -> None:
+        self.sources: dict[str, list[str]] = {}
+        for source, target in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', text, re.M):
+            self.sources.setdefault(target, []).append(source)
+        self.labels = {*self.sources, *(s for found in self.sources.values() for s in found)}
+        self.hollow = set(re.findall(r'(\d+) \[label ="StopGradient"', text))
+
+    def reach(self, label: str, inputs: Container[str]) -> tuple[set[str], bool]:
+        """Return the inputs that an array is made of, and whether there are no others."""
+        stack, seen = [label], {label}
+        while stack:
+            node = stack.pop()
+            if node not in inputs:
+                new = [source for source in self.sources.get(node, ()) if source not in seen]
+                seen.update(new)
+                stack += new
+        return {node for node in seen if node in inputs}, not seen & self.hollow
 
 
 def _graph(mx: Any, labels: dict[str, Any]) -> str:

@@ -30,9 +30,37 @@ def test_what_computed_tensors_are_made_of(given: dict[str, mx.array]) -> None:
         "both": mx.stack([given["b"], given["d"] * 2]),
         "half": given["d"][:2],
     }
+    computed["twice"] = computed["sum"].reshape(4, 6)
     assert ask_mlx_lm._inputs_reached(mx, kept, computed) == {
         "sum": ["a", "c"],
         "itself": ["b"],
         "both": ["b", "d"],
         "half": ["d"],
+        "twice": ["a", "c"],
     }
+
+
+@pytest.fixture
+def many() -> dict[str, mx.array]:
+    """More tensors than MLX's functions take arguments."""
+    names = [f"layers.{i}.{name}" for i in range(50) for name in range(50)]
+    return {name: ask_mlx_lm._hollow(mx, "bfloat16", (2, 2)) for name in names}
+
+
+def test_many_tensors_changed_in_place(many: dict[str, mx.array]) -> None:
+    kept = {name: array.astype(array.dtype) for name, array in many.items()}
+    changed = {"layers.0.0", "layers.25.7", "layers.49.49"}
+    for name in changed:
+        many[name] += 1
+    assert ask_mlx_lm._changed(mx, many, kept) == changed
+
+
+def test_what_many_computed_tensors_are_made_of(many: dict[str, mx.array]) -> None:
+    """Of their own layer, of the next, of all layers, and an input as it is."""
+    made_of = {f"layers.{i}.own.weight": [f"layers.{i}.3", f"layers.{i}.4"] for i in range(50)}
+    made_of["layers.0.next.weight"] = ["layers.0.1", "layers.49.49"]
+    made_of["all.weight"] = [f"layers.{i}.49" for i in range(50)]
+    computed = {name: mx.stack([many[i] for i in ids]) * 2 for name, ids in made_of.items()}
+    computed["renamed.weight"] = many["layers.48.2"].reshape(2, 2)
+    made_of["renamed.weight"] = ["layers.48.2"]
+    assert ask_mlx_lm._inputs_reached(mx, many, computed) == made_of

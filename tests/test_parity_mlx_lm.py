@@ -7,6 +7,8 @@ targets. Where the peer refuses a combination, the target is left out, and a tes
 import functools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ from mlx_lm.convert import convert
 from safetensors import safe_open
 
 from checkpoints import ARCHITECTURES, make
-from front_door import doit
+from front_door import REPOSITORY, doit
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = {
@@ -455,3 +457,26 @@ def test_a_file_said_to_be_of_another_dtype(tmp_path: Path) -> None:
     )
     for name, array in theirs.items():
         assert mx.array_equal(ours[name].view(mx.uint8), array.view(mx.uint8)).item(), name
+
+
+def test_a_model_of_many_tensors(tmp_path: Path) -> None:
+    """130 layers, 1173 tensors: more than some functions of MLX take arguments."""
+    script = REPOSITORY / "benchmarks" / "checkpoint.py"
+    shape = "--layers 130 --hidden 64 --intermediate 64 --heads 2 --kv-heads 1 --vocab 512"
+    folder = tmp_path / "checkpoint"
+    subprocess.run(
+        [sys.executable, script, folder, *shape.split()], check=True, capture_output=True
+    )
+    (tmp_path / "models.toml").write_text(
+        '[models.a]\nsource = "checkpoint"\nquantize = { bits = 4 }\n'
+    )
+    doit(tmp_path)
+    with redirect_stdout(StringIO()):
+        convert(str(folder), str(tmp_path / "reference"), quantize=True, q_bits=4)
+    ours, theirs = (
+        mx.load(str(tmp_path / path / "model.safetensors")) for path in ("build/a", "reference")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        assert mx.array_equal(ours[name].view(mx.uint8), array.view(mx.uint8)).item(), name
+    assert doit(tmp_path).entries == []
