@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cache import files
@@ -195,16 +196,23 @@ def _fill(
     small: dict[str, bytes],
 ) -> dict[str, Tensor]:
     form = LAYOUTS[plan.target.layout].FORMAT
-    for file, shard in weights.items():
-        packed = [
-            Packed(name, tensor, builder.locate(plan, needed, name)) for name, tensor in shard
-        ]
-        write(new / file, packed, form, builder.store.blobs, cores())
+    blobs = builder.store.blobs
+    packed = {
+        file: [Packed(name, tensor, builder.locate(plan, needed, name)) for name, tensor in shard]
+        for file, shard in weights.items()
+    }
+    threads = max(1, cores() // len(packed))
+
+    def put(file: str) -> Tensor:
+        return write(new / file, packed[file], form, blobs, threads)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        made = dict(zip(packed, pool.map(put, packed), strict=True))
     for name, data in small.items():
         (new / name).write_bytes(data)
-        builder.store.blobs.meter.written += len(data)
-    paths = [new / name for name in (*weights, *small)]
-    return {p.name: Tensor("uint8", (p.stat().st_size,), digest_file(p)) for p in paths}
+        made[name] = Tensor("uint8", (len(data),), digest(data))
+    blobs.meter.written += sum(tensor.nbytes for tensor in made.values())
+    return made
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,10 +26,10 @@ VERSION = 1
 PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them
 # A core's cache holds the one; a GPU pays by the call, though not for so long that Metal's
 # watchdog minds.
-BLOCK_BYTES = {"cpu": rows.BLOCK_BYTES, "gpu": 16 << 20}
+BLOCK_BYTES = {"cpu": 2 << 20, "gpu": 16 << 20}
 # Bit patterns, sign aside, from which on a value is infinite or no number.
-NOT_FINITE = {"float16": (mx.uint16, 0x7C00), "bfloat16": (mx.uint16, 0x7F80),
-              "float32": (mx.uint32, 0x7F800000)}  # fmt: skip
+NOT_FINITE = {mx.float16: (mx.uint16, 0x7C00), mx.bfloat16: (mx.uint16, 0x7F80),
+              mx.float32: (mx.uint32, 0x7F800000)}  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -183,12 +184,38 @@ def quantize(weight: mx.array, *, group_size: int, bits: int, mode: str) -> tupl
     return tuple(mx.quantize(weight, group_size, bits, mode))
 
 
-def not_finite(weight: mx.array, *, dtype: str) -> mx.array:
-    """Return, lazily, whether an element is infinite or NaN. Ten times faster than isfinite."""
-    unsigned, limit = NOT_FINITE[dtype]
-    bits = weight.view(unsigned)
+def quantize_wide(weight: mx.array, wide: mx.array, setting: Setting) -> tuple[mx.array, ...]:
+    """Return what ``quantize`` makes of ``weight``, given the same weights in float32.
+
+    MLX's CPU kernel widens each 16-bit weight by itself, as often as it looks at it, and rounds
+    only scales and biases to the weight's dtype. Widening all of them first, in one fast pass,
+    saves a sixth of the time.
+    """
+    if not _may_widen(weight.dtype, setting):
+        return quantize(weight, **setting._asdict())
+    packed, *parts = quantize(wide, **setting._asdict())
+    # The scales of mxfp4 and its like are bytes, whatever the weight's dtype.
+    return packed, *(p.astype(weight.dtype) if p.dtype == mx.float32 else p for p in parts)
+
+
+@lru_cache
+def _may_widen(dtype: mx.Dtype, setting: Setting) -> bool:
+    """Tell, by a sample, whether the MLX that is installed computes so."""
+    spread = mx.power(2.0, mx.arange(-12, 4, 0.25))[:, None]  # a magnitude a row
+    sample = (mx.random.normal((64, 512), key=mx.random.key(0)) * spread).astype(dtype)
+    packed, *parts = quantize(sample, **setting._asdict())
+    wide, *wide_parts = quantize(sample.astype(mx.float32), **setting._asdict())
+    return mx.array_equal(packed, wide).item() is True and all(
+        mx.array_equal(one, other.astype(one.dtype)).item()
+        for one, other in zip(parts, wide_parts, strict=True)
+    )
+
+
+def not_finite(weight: mx.array) -> bool:
+    """Tell whether an element is infinite or NaN. Ten times faster than isfinite."""
+    unsigned, limit = NOT_FINITE[weight.dtype]
     largest = mx.array((1 << (8 * unsigned.size - 1)) - 1, unsigned)
-    return mx.max(mx.bitwise_and(bits, largest)) >= limit
+    return bool((mx.max(mx.bitwise_and(weight.view(unsigned), largest)) >= limit).item())
 
 
 def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
@@ -213,19 +240,25 @@ def _quantize_rows(
     builder: Builder, whole: Rows, setting: Setting, backend: str
 ) -> tuple[dict[str, Tensor], bool]:
     """Quantize a weight; return its parts, and whether all of it was finite."""
-    stream = builder.streams.get("cpu" if backend == "cpu" else "gpu")
+    device = "cpu" if backend == "cpu" else "gpu"
     names = PARTS[: 3 if setting.mode == "affine" else 2]
     finite = True
     shapes: dict[str, tuple[str, int]] = {}
     with ExitStack() as stack:
         packed_bytes = prod(whole.shape) * setting.bits // 8
         writers = [stack.enter_context(builder.store.blobs.writing(packed_bytes)) for _ in names]
-        for block in rows.blocks(whole, BLOCK_BYTES["cpu" if backend == "cpu" else "gpu"]):
-            with mx.stream(stream):
-                odd = not_finite(block, dtype=whole.dtype)
-                packed = quantize(block, **setting._asdict())
-                mx.eval(odd, packed)
-            finite = finite and not odd.item()
+        for block in rows.blocks(whole, BLOCK_BYTES[device]):
+            with mx.stream(builder.streams.get(device)):
+                if device == "cpu":
+                    wide = block.astype(mx.float32)
+                    packed = quantize_wide(block, wide, setting)
+                    fine = mx.isfinite(mx.sum(wide))
+                else:
+                    packed = quantize(block, **setting._asdict())
+                    fine = mx.isfinite(mx.sum(block))
+                mx.eval(fine, packed)
+                # Finite sums are of finite weights, and cheaper; others may just be too large.
+                finite = finite and (bool(fine.item()) or not not_finite(block))
             for name, writer, array in zip(names, writers, packed, strict=True):
                 writer.write(arrays.view(array))
                 shapes[name] = (arrays.dtype_name(array), array.shape[-1])

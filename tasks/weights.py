@@ -1,7 +1,7 @@
 """weights: weight files, safetensors and .npz, put together from blobs within the kernel.
 
 A file is laid out first: runs of bytes of its own (headers) between runs of other files (blobs).
-Then all of it is written at once, each run at its place, by as many threads as there are cores.
+Then each run is written at its place, and read back behind it for the file's digest.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from pathlib import Path
 from struct import pack
 from typing import Any, NamedTuple
 
+import xxhash
+
 from cache.blobs import Blobs, Part
 from cache.errors import FileChanged
 from cache.manifests import Tensor
 
-COPY_BYTES = 64 << 20  # most that one thread copies at a time
+COPY_BYTES = 8 << 20  # at a time
 SAFETENSORS_DTYPES = {
     "bool_": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16",
     "uint32": "U32", "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16",
@@ -47,32 +49,52 @@ class Packed(NamedTuple):
 Run = bytes | Part
 
 
-def write(path: Path, shard: Sequence[Packed], form: str, blobs: Blobs, threads: int) -> None:
-    """Write a weight file.
+def write(path: Path, shard: Sequence[Packed], form: str, blobs: Blobs, threads: int) -> Tensor:
+    """Write a weight file, and return it as a tensor of bytes.
+
+    Its digest is of what was read back, so that it vouches for the file and not for the blobs.
+    One thread copies, since two that write to one file wait for each other in the kernel; this
+    one reads behind it.
 
     Args:
         path: the file.
         shard: its tensors, in order.
         form: ``safetensors`` or ``npz``.
-        blobs: the store, which counts the bytes.
-        threads: how many to copy with.
+        blobs: the store.
+        threads: how many may work out checksums.
     """
-    with ThreadPoolExecutor(threads) as pool, path.open("wb", buffering=0) as file:
-        jobs = []
-        at = 0
-        for run in FORMATS[form](shard, blobs, pool):
-            length = len(run) if isinstance(run, bytes) else run.length
-            for start in range(0, length, COPY_BYTES):
-                size = min(COPY_BYTES, length - start)
-                if isinstance(run, bytes):
-                    piece: Run = run[start : start + size]
-                else:
-                    piece = run._replace(offset=run.offset + start, length=size)
-                jobs.append(pool.submit(_put, file.fileno(), at + start, piece, blobs))
-            at += length
-        for job in jobs:
-            job.result()
-    blobs.meter.written += at
+    with ThreadPoolExecutor(threads) as pool:
+        pieces = list(_pieces(FORMATS[form](shard, blobs, pool)))
+    state = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(COPY_BYTES))
+    with path.open("w+b", buffering=0) as file, ThreadPoolExecutor(1) as copier:
+        jobs = [copier.submit(_put, file.fileno(), at, piece, blobs) for at, piece in pieces]
+        try:
+            for (at, piece), job in zip(pieces, jobs, strict=True):
+                job.result()
+                blobs.read_into([Part(str(path), at, _length(piece), None)], buffer)
+                state.update(buffer[: _length(piece)])
+        finally:
+            copier.shutdown(cancel_futures=True)
+        size = file.seek(0, os.SEEK_END)
+    return Tensor("uint8", (size,), state.hexdigest())
+
+
+def _pieces(runs: Iterator[Run]) -> Iterator[tuple[int, Run]]:
+    """Yield what is copied at once, and where it belongs."""
+    at = 0
+    for run in runs:
+        for start in range(0, _length(run), COPY_BYTES):
+            size = min(COPY_BYTES, _length(run) - start)
+            if isinstance(run, bytes):
+                yield at, run[start : start + size]
+            else:
+                yield at, run._replace(offset=run.offset + start, length=size)
+            at += size
+
+
+def _length(run: Run) -> int:
+    return len(run) if isinstance(run, bytes) else run.length
 
 
 def _put(descriptor: int, at: int, run: Run, blobs: Blobs) -> None:
