@@ -28,7 +28,7 @@ from cache.digest import canonical, digest_file, digest_parts
 from cache.errors import BlobLost, FileChanged
 from cache.files import Stamp
 
-_CHUNK = 8 << 20  # bytes read at once where a buffer is ours to choose
+_CHUNK = 2 << 20  # bytes read at once where a buffer is ours to choose
 
 
 class Part(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any
 from cache.blobs import Part
 from cache.digest import digest_record
 from cache.memos import Memos
+from tasks import ask_mlx_lm
 from tasks.checkpoint import Checkpoint
 from tasks.errors import ArchitectureError, BuildError
 from tasks.model import Model, Module, Parameter
@@ -39,7 +40,7 @@ def versions() -> dict[str, str]:
 def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     """Return what mlx-lm makes of a checkpoint with Hugging Face's names.
 
-    mlx-lm is asked in a process of its own, once for a checkpoint: ``memos`` keeps the answer.
+    mlx-lm is asked once for a checkpoint: ``memos`` keeps the answer.
 
     Raises:
         ArchitectureError: mlx-lm does not know the architecture or refuses the checkpoint.
@@ -130,25 +131,15 @@ def _dropped(names: list[str]) -> tuple[str, ...]:
 
 
 def _ask(question: dict[str, Any], folder: Path) -> dict[str, Any]:
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     for light in (True, False):
-        done = subprocess.run(
-            [sys.executable, "-m", "tasks.ask_mlx_lm"],
-            input=json.dumps({**question, "light": light}),
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        try:
-            answer: dict[str, Any] = json.loads(done.stdout)
-        except ValueError:
-            raise ArchitectureError(
-                f"{folder}: asking mlx-lm failed (exit status {done.returncode}):\n"
-                f"{done.stderr[-2000:]}"
-            ) from None
+        asked = {**question, "light": light}
+        # Starting a process costs more than the answer, most of all where MLX brings up a GPU.
+        if light and "compute" not in question:
+            answer = json.loads(json.dumps(ask_mlx_lm.answer(asked)))
+        else:
+            answer = _ask_process(asked, folder)
         if "error" not in answer:
-            return answer
+            return dict(answer)
         if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict of mlx-lm's
             raise BuildError(f"{folder}: {answer['error']}")
         # mlx-lm's own verdicts are ValueErrors; left-out modules can show as any other.
@@ -158,3 +149,22 @@ def _ask(question: dict[str, Any], folder: Path) -> dict[str, Any]:
         f"{folder}: mlx-lm {versions()['mlx-lm']} says: {answer['error']} "
         "If the checkpoint is whole, a newer one may know it: pip install -U mlx-lm"
     )
+
+
+def _ask_process(question: dict[str, Any], folder: Path) -> Any:
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.ask_mlx_lm"],
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        raise ArchitectureError(
+            f"{folder}: asking mlx-lm failed (exit status {done.returncode}):\n"
+            f"{done.stderr[-2000:]}"
+        ) from None

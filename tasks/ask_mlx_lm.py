@@ -1,11 +1,12 @@
 """ask_mlx_lm: what mlx-lm would do with a checkpoint, worked out from its headers alone.
 
-Runs as a process of its own (``python -m tasks.ask_mlx_lm``), since it replaces modules that
-a conversion does not need and that take seconds to import (transformers and torch), and gives
-mlx-lm's own ``load_model`` arrays that hold no data. Question on standard input, answer on
-standard output, both JSON; see ``tasks.architecture`` for what they hold.
+It gives mlx-lm's own ``load_model`` arrays that hold no data, and asked for a ``light`` answer it
+leaves out modules that a conversion does not need and that take seconds to import (transformers
+and torch). Question and answer are JSON; see ``tasks.architecture`` for what they hold.
 
-Asked to ``compute``, it is given some tensors' data and writes the parameters made of them.
+Asked to ``compute``, it is given some tensors' data and writes the parameters made of them. That,
+and whatever needs the heavy modules, is for a process of its own (``python -m tasks.ask_mlx_lm``,
+question on standard input, answer on standard output).
 """
 
 from __future__ import annotations
@@ -34,20 +35,36 @@ class StubUsed(Exception):
 
 def main() -> None:
     """Answer one question."""
-    question = json.load(sys.stdin)
-    answer: dict[str, Any]
-    try:
-        answer = _answer(question)
-    except Exception as error:  # whatever mlx-lm raises is its verdict on the checkpoint
-        answer = {"error": str(error), "kind": type(error).__name__}
-    json.dump(answer, sys.stdout)
+    answered = answer(json.load(sys.stdin))
+    json.dump(answered, sys.stdout)
 
 
-def _answer(question: dict[str, Any]) -> dict[str, Any]:
-    if question["light"]:
-        _leave_out_heavy_modules()
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """Answer a question; all that is replaced meanwhile is put back. Not safe beside threads."""
     import mlx.core as mx
 
+    replaced = {name: getattr(mx, name) for name in ("load", "stack", "concatenate")}
+    modules = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_replaced(name)}
+    try:
+        if question["light"]:
+            _leave_out_heavy_modules()
+        return _answer(question, mx)
+    except Exception as error:  # whatever mlx-lm raises is its verdict on the checkpoint
+        return {"error": str(error), "kind": type(error).__name__}
+    finally:
+        for name, original in replaced.items():
+            setattr(mx, name, original)
+        for name in list(sys.modules):
+            if _is_replaced(name):
+                del sys.modules[name]
+        sys.modules.update(modules)
+
+
+def _is_replaced(name: str) -> bool:
+    return name in STUBS or name.partition(".")[0] == "mlx_lm"
+
+
+def _answer(question: dict[str, Any], mx: Any) -> dict[str, Any]:
     nn: Any = importlib.import_module("mlx.nn")
 
     convert = importlib.import_module("mlx_lm.convert")

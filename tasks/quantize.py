@@ -27,9 +27,9 @@ PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modul
 # A core's cache holds the one; a GPU pays by the call, though not for so long that Metal's
 # watchdog minds.
 BLOCK_BYTES = {"cpu": 2 << 20, "gpu": 16 << 20}
-# Bit patterns, sign aside, from which on a value is infinite or no number.
-NOT_FINITE = {mx.float16: (mx.uint16, 0x7C00), mx.bfloat16: (mx.uint16, 0x7F80),
-              mx.float32: (mx.uint32, 0x7F800000)}  # fmt: skip
+# Integers of a dtype's size, and the bits of +infinity: more of them is NaN.
+INFINITY = {mx.float16: (mx.int16, mx.uint16, 0x7C00), mx.bfloat16: (mx.int16, mx.uint16, 0x7F80),
+            mx.float32: (mx.int32, mx.uint32, 0x7F800000)}  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -211,11 +211,13 @@ def _may_widen(dtype: mx.Dtype, setting: Setting) -> bool:
     )
 
 
-def not_finite(weight: mx.array) -> bool:
-    """Tell whether an element is infinite or NaN. Ten times faster than isfinite."""
-    unsigned, limit = NOT_FINITE[weight.dtype]
-    largest = mx.array((1 << (8 * unsigned.size - 1)) - 1, unsigned)
-    return bool((mx.max(mx.bitwise_and(weight.view(unsigned), largest)) >= limit).item())
+def not_finite(weight: mx.array) -> mx.array:
+    """Return, lazily, whether an element is infinite or NaN. Twenty times faster than isfinite."""
+    signed, unsigned, infinity = INFINITY[weight.dtype]
+    sign = 1 << (8 * weight.itemsize - 1)
+    # The largest as signed numbers has no sign bit, the largest as unsigned ones has it.
+    positive = mx.max(weight.view(signed)) >= mx.array(infinity, signed)
+    return mx.logical_or(positive, mx.max(weight.view(unsigned)) >= sign + infinity)
 
 
 def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
@@ -249,16 +251,13 @@ def _quantize_rows(
         writers = [stack.enter_context(builder.store.blobs.writing(packed_bytes)) for _ in names]
         for block in rows.blocks(whole, BLOCK_BYTES[device]):
             with mx.stream(builder.streams.get(device)):
+                odd = not_finite(block)
                 if device == "cpu":
-                    wide = block.astype(mx.float32)
-                    packed = quantize_wide(block, wide, setting)
-                    fine = mx.isfinite(mx.sum(wide))
+                    packed = quantize_wide(block, block.astype(mx.float32), setting)
                 else:
                     packed = quantize(block, **setting._asdict())
-                    fine = mx.isfinite(mx.sum(block))
-                mx.eval(fine, packed)
-                # Finite sums are of finite weights, and cheaper; others may just be too large.
-                finite = finite and (bool(fine.item()) or not not_finite(block))
+                mx.eval(odd, packed)
+            finite = finite and not odd.item()
             for name, writer, array in zip(names, writers, packed, strict=True):
                 writer.write(arrays.view(array))
                 shapes[name] = (arrays.dtype_name(array), array.shape[-1])
