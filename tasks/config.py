@@ -17,6 +17,8 @@ LOADERS = ("llama", "transformers")
 LAYOUTS = ("mlx-lm", "mlx-examples")
 DTYPES = ("float16", "bfloat16", "float32")
 DEVICES = ("cpu", "gpu")
+KEPT = ("unshard", "cast")  # stages whose results need not be kept: what follows may be enough
+REMOTE_MODES = ("read-write", "read-only", "off")
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 # What mx.quantize takes: mode -> (group sizes, bits), the first of each being MLX's default.
 MODES = {
@@ -34,6 +36,20 @@ MAX_SHARD = {"mlx-lm": 5 << 30, "mlx-examples": 15 << 30}  # bytes: the peers' o
 BUILD = "build"
 STATE = ".mlx-make"
 CACHE_DIR = f"{STATE}/cache"
+# What a remote may be, by its URL's scheme.
+REMOTES = {
+    "s3": "s3://BUCKET/PREFIX",
+    "gs": "gs://BUCKET/PREFIX",
+    "az": "az://CONTAINER/PREFIX",
+    "https": "https://HOST/PATH",
+    "http": "http://HOST/PATH",
+    "file": "file:///ABSOLUTE/PATH",
+}
+# Credentials and tokens (``user:password@``, ``?sig=``) have no place in it.
+REMOTE = (
+    r"(?:(?:s3|gs|az)://[A-Za-z0-9_.-]+|https?://(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?)"
+    r"(?:/[^\x00-\x20\x7f?#]*)?|file:///[^\x00-\x20\x7f?#]*"
+)
 MAX_NAME_BYTES = 200  # file systems take 255, and temporary names are longer
 BARE = r"[\w-]+"
 PART = rf"{BARE}|\"[^\"]*\"|'[^']*'"
@@ -113,13 +129,23 @@ class Config:
 
     Attributes:
         path: the file, absolute.
-        cache: the cache's folder, absolute.
         targets: by name, in the file's order.
+        cache: the cache's folder, absolute.
+        keep: stages whose results the cache keeps; those of quantize it always does.
+        remote: URL of the store shared with other machines, or None.
+        mode: what is done with the remote.
+        max_bytes: what ``doit cache gc`` leaves in the cache, in bytes, or None for no bound.
+        memory_bytes: what the layers in flight may take together, in bytes, or None if not said.
     """
 
     path: Path
-    cache: Path
     targets: dict[str, Target]
+    cache: Path
+    keep: frozenset[str] = frozenset({"cast"})
+    remote: str | None = None
+    mode: str = REMOTE_MODES[0]
+    max_bytes: int | None = None
+    memory_bytes: int | None = None
 
 
 def load(path: Path) -> Config:
@@ -152,17 +178,75 @@ class _Reader:
     def __init__(self, path: Path, text: str) -> None:
         self.path = path
         self.text = text
+        self.variables: dict[At, str] = {}  # of the environment, by the key that they set
 
     def config(self, record: dict[str, Any]) -> Config:
-        self.keys(record, ("cache", "defaults", "models"), ())
-        cache = self.table(record, "cache", ())
-        self.keys(cache, ("dir",), ("cache",))
-        folder = self.folder(self.text_of(cache, "dir", ("cache",), CACHE_DIR), ("cache", "dir"))
+        self.keys(record, ("cache", "build", "defaults", "models"), ())
+        cache = self.settings(record, "cache", CACHE_KEYS)
+        build = self.settings(record, "build", BUILD_KEYS)
+        folder = self.cache_dir(cache)
+        targets = self.targets(record)
+        built = (self.path.parent / BUILD).resolve()
+        for place, at in [
+            (folder, ("cache", "dir")),
+            *((t.source, ("models",)) for t in targets.values()),
+        ]:
+            if place.resolve().is_relative_to(built):  # removed as targets are built
+                self.refuse(
+                    f"{place} lies in {BUILD}/, which doit writes", at, mend="move it elsewhere"
+                )
+        return Config(
+            self.path,
+            targets,
+            folder,
+            self.keep(cache),
+            self.remote(cache),
+            self.one_of(cache, "mode", REMOTE_MODES, ("cache",)) or REMOTE_MODES[0],
+            self.size(cache, "max_size", ("cache",)),
+            self.size(build, "memory", ("build",)),
+        )
+
+    def settings(self, record: dict[str, Any], name: str, keys: tuple[str, ...]) -> dict[str, Any]:
+        """Return the table ``name``, with what the environment says laid over it."""
+        table = self.table(record, name, ())
+        self.keys(table, keys, (name,))
+        said: dict[str, Any] = {}
+        for key in keys:
+            variable = f"MLX_MAKE_{name}_{key}".upper()
+            if value := os.environ.get(variable):  # CI sets what it does not know to ""
+                self.variables[name, key] = variable
+                words = [word.strip() for word in value.split(",")]
+                said[key] = list(filter(None, words)) if key == "keep" else value
+        return {**table, **said}
+
+    def cache_dir(self, cache: dict[str, Any]) -> Path:
+        at: At = ("cache", "dir")
+        folder = self.folder(self.text_of(cache, "dir", ("cache",), CACHE_DIR), at)
         there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
         if not there.is_dir():
-            self.refuse(
-                f"is {folder}, but {there} is a file", ("cache", "dir"), mend="name another"
-            )
+            self.refuse(f"is {folder}, but {there} is a file", at, mend="name another")
+        return folder
+
+    def keep(self, cache: dict[str, Any]) -> frozenset[str]:
+        at: At = ("cache", "keep")
+        stages = cache.get("keep", ["cast"])
+        if not isinstance(stages, list) or not all(isinstance(stage, str) for stage in stages):
+            self.wrong_type(stages, 'a list such as ["cast"]', at)
+        for i, stage in enumerate(stages):
+            self.check(stage, KEPT, (*at, i))
+        return frozenset(stages)
+
+    def remote(self, cache: dict[str, Any]) -> str | None:
+        at: At = ("cache", "remote")
+        url = cache.get("remote")
+        if url is not None and not isinstance(url, str):
+            self.refuse("is no string", at, mend=f'write "{REMOTES["s3"]}"')
+        if url is not None and not re.fullmatch(REMOTE, url):
+            fact, mend = _no_remote(url)
+            self.refuse(fact, at, mend)
+        return url
+
+    def targets(self, record: dict[str, Any]) -> dict[str, Target]:
         defaults = self.table(record, "defaults", ())
         self.keys(defaults, MODEL_KEYS, ("defaults",))
         # By themselves, so that a mistake in them is shown there and not in the first model.
@@ -187,16 +271,7 @@ class _Reader:
                 where = (*at, "variants", variant)
                 self.keys(over, MODEL_KEYS, where)
                 self.add(targets, f"{name}-{variant}", {**defaults, **model, **over}, where)
-        build = (self.path.parent / BUILD).resolve()
-        for place, at in [
-            (folder, ("cache",)),
-            *((t.source, ("models",)) for t in targets.values()),
-        ]:
-            if place.resolve().is_relative_to(build):  # removed as targets are built
-                self.refuse(
-                    f"{place} lies in {BUILD}/, which doit writes", at, mend="move it elsewhere"
-                )
-        return Config(self.path, folder, targets)
+        return targets
 
     def add(self, targets: dict[str, Target], name: str, model: dict[str, Any], at: At) -> None:
         if not re.fullmatch(r"\w[\w.+-]*", name) or name.endswith("."):
@@ -226,7 +301,6 @@ class _Reader:
         if not source:
             self.refuse("has no source", at, mend='add source = "FOLDER", relative to this file')
         layout = self.one_of(model, "layout", LAYOUTS, at) or LAYOUTS[0]
-        size = model.get("max_shard_size")
         return Target(
             name,
             self.folder(source, (*at, "source")),
@@ -235,7 +309,7 @@ class _Reader:
             self.one_of(model, "dtype", DTYPES, at),
             self.quantize(model.get("quantize", False), (*at, "quantize")),
             self.one_of(model, "device", DEVICES, at),
-            MAX_SHARD[layout] if size is None else self.size(size, (*at, "max_shard_size")),
+            self.size(model, "max_shard_size", at) or MAX_SHARD[layout],
             self.where(at),
         )
 
@@ -315,7 +389,10 @@ class _Reader:
             )
         return number
 
-    def size(self, value: Any, at: At) -> int:
+    def size(self, record: dict[str, Any], key: str, at: At) -> int | None:
+        if key not in record:
+            return None
+        value, at = record[key], (*at, key)
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             self.wrong_type(value, 'bytes or a size such as "5GiB"', at)
         text = value if isinstance(value, str) else _show(value)
@@ -352,13 +429,14 @@ class _Reader:
         if key not in record:
             return None
         value = self.text_of(record, key, at)
+        self.check(value, valid, (*at, key))
+        return value
+
+    def check(self, value: str, valid: Iterable[str], at: At) -> None:
         if value not in valid:
             self.refuse(
-                f"is {_show(value)}; valid: {', '.join(valid)}",
-                (*at, key),
-                mend=_nearest(value, valid),
+                f"is {_show(value)}; valid: {', '.join(valid)}", at, mend=_nearest(value, valid)
             )
-        return value
 
     def keys(
         self,
@@ -390,6 +468,8 @@ class _Reader:
         raise ConfigError(f"{text}. {mend[0].upper()}{mend[1:]}" if mend else text)
 
     def where(self, at: At) -> str:
+        if variable := self.variables.get(at[:2]):
+            return variable
         line = self.line(at)
         return f"{self.path}:{line}" if line else str(self.path)
 
@@ -437,6 +517,30 @@ def _show(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:99]}…"
 
 
+def _no_remote(url: str) -> tuple[str, str]:
+    """Return what is wrong with a remote's URL and the mend.
+
+    Neither shows more of it than the scheme, since the rest may hold a password.
+    """
+    match = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", url, re.DOTALL)
+    forms = ", ".join(REMOTES.values())
+    if not match:
+        return f"is no URL; valid: {forms}", ""
+    scheme, host, rest = match.groups()
+    if "@" in host:
+        return "holds credentials", "take them out: credentials come from the environment"
+    if scheme not in REMOTES:
+        return f"has the scheme {scheme!r}; valid: {forms}", _nearest(scheme, REMOTES)
+    if "?" in rest or "#" in rest:
+        mend = "drop it: credentials come from the environment ('?' in a path is %3F, '#' %23)"
+        return "has a query or a fragment", mend
+    if re.search(r"[\x00-\x20\x7f]", url):
+        return "has a space or a control character", "write a space as %20"
+    wanted = {"s3": "bucket", "gs": "bucket", "az": "container", "file": "absolute path"}
+    fact = f"has no {wanted.get(scheme, 'host')} after {scheme}://"
+    return fact, f'write "{REMOTES[scheme]}"'
+
+
 def _nearest(word: str, valid: Iterable[str]) -> str:
     from difflib import get_close_matches  # 5 ms that only a mistake pays
 
@@ -444,6 +548,8 @@ def _nearest(word: str, valid: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else ""
 
 
+CACHE_KEYS = ("dir", "keep", "remote", "mode", "max_size")
+BUILD_KEYS = ("memory",)
 MODEL_KEYS = (
     "source", "loader", "layout", "dtype", "quantize", "device", "max_shard_size",
 )  # fmt: skip

@@ -139,12 +139,18 @@ TOML = {
     # Keys that are none
     "unknown at the top": Case(
         MODEL.replace("models", "model"),
-        ("models.toml:1: model is an unknown key; valid: cache, defaults, models.", "'models'?"),
+        (
+            "models.toml:1: model is an unknown key; valid: cache, build, defaults, models.",
+            "'models'?",
+        ),
         MODEL,
     ),
     "unknown in cache": Case(
         '[cache]\ndri = ".cache"\n' + MODEL,
-        ("models.toml:2: cache.dri is an unknown key; valid: dir. Did you mean 'dir'?",),
+        (
+            "models.toml:2: cache.dri is an unknown key;",
+            "valid: dir, keep, remote, mode, max_size. Did you mean 'dir'?",
+        ),
         '[cache]\ndir = ".cache"\n' + MODEL,
     ),
     "unknown in defaults": Case(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ calm = settings(deadline=None)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all examples: each overwrites its `models.toml`."""
-    return tmp_path_factory.mktemp("config")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One for all examples: each overwrites its `models.toml`. The environment says nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in [name for name in os.environ if name.startswith("MLX_MAKE_")]:
+            patch.delenv(variable)
+        yield tmp_path_factory.mktemp("config")
 
 
 def read(folder: Path, text: str | bytes) -> Config:
@@ -53,11 +57,17 @@ def target(folder: Path, lines: str, name: str = "a") -> Target:
 
 def test_what_is_not_said(folder: Path) -> None:
     found = read(folder, '[models.a]\nsource = "b"')
-    assert found.path == folder / "models.toml"
-    assert found.cache == folder / ".mlx-make/cache"
-    assert found.targets == {
-        "a": Target("a", folder / "b", None, "mlx-lm", None, None, None, 5 << 30)
-    }
+    model = Target("a", folder / "b", None, "mlx-lm", None, None, None, 5 << 30)
+    assert found == Config(
+        path=folder / "models.toml",
+        targets={"a": model},
+        cache=folder / ".mlx-make/cache",
+        keep=frozenset({"cast"}),
+        remote=None,
+        mode="read-write",
+        max_bytes=None,
+        memory_bytes=None,
+    )
     assert target(folder, 'layout = "mlx-examples"').max_shard_bytes == 15 << 30
 
 
@@ -159,6 +169,152 @@ def test_where_a_target_is_asked_for(folder: Path) -> None:
     ).targets
     assert found["a"].where == f"{folder}/models.toml:2"
     assert found["a-c"].where == f"{folder}/models.toml:5"
+
+
+# The cache and the build
+
+
+def settings_of(folder: Path, lines: str) -> Config:
+    return read(folder, f'[models.a]\nsource = "b"\n{lines}')
+
+
+def test_cache_and_build(folder: Path) -> None:
+    found = settings_of(
+        folder,
+        '[cache]\ndir = "c"\nkeep = ["unshard", "cast"]\nremote = "s3://bucket/a/b"\n'
+        'mode = "read-only"\nmax_size = "20GB"\n[build]\nmemory = "4GiB"\n',
+    )
+    assert found.cache == folder / "c"
+    assert found.keep == {"unshard", "cast"}
+    assert (found.remote, found.mode) == ("s3://bucket/a/b", "read-only")
+    assert (found.max_bytes, found.memory_bytes) == (20 * 10**9, 4 << 30)
+    assert settings_of(folder, "[cache]\nkeep = []").keep == frozenset()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://b", "s3://my-bucket.eu/", "gs://my_bucket/a/b", "az://container/größe", "https://host",
+     "https://host:8443/a%20b/", "http://127.0.0.1:9000/a", "http://[::1]:80/a@b", "file:///",
+     "file:///a/b%23c"],
+)  # fmt: skip
+def test_remotes(folder: Path, url: str) -> None:
+    assert settings_of(folder, f'[cache]\nremote = "{url}"').remote == url
+
+
+@pytest.mark.parametrize(
+    ("url", "fact", "mend"),
+    [
+        ("bucket/a", "is no URL; valid: s3://BUCKET/PREFIX, gs://", "file:///ABSOLUTE/PATH"),
+        ("", "is no URL; valid: ", ""),
+        ("s3:/b", "is no URL; valid: ", ""),
+        ("user:secret@host/a", "is no URL; valid: ", ""),
+        ("ftp://host/a", "has the scheme 'ftp'; valid: s3://BUCKET", "Did you mean 'http'?"),
+        ("S3://b", "has the scheme 'S3'; valid: ", "Did you mean 's3'?"),
+        ("s3:///a", "has no bucket after s3://", 'Write "s3://BUCKET/PREFIX"'),
+        ("gs://", "has no bucket after gs://", 'Write "gs://BUCKET/PREFIX"'),
+        ("az:///a", "has no container after az://", 'Write "az://CONTAINER/PREFIX"'),
+        ("https://", "has no host after https://", 'Write "https://HOST/PATH"'),
+        ("http://:80/", "has no host after http://", 'Write "http://HOST/PATH"'),
+        ("http://host:port/", "has no host after http://", ""),
+        ("file://a/b", "has no absolute path after file://", 'Write "file:///ABSOLUTE/PATH"'),
+        ("https://user:secret@host/a", "holds credentials", "come from the environment"),
+        ("s3://secret@b/a", "holds credentials", "come from the environment"),
+        ("ftp://user:secret@host/a", "holds credentials", "come from the environment"),
+        ("s3://user:sec/ret@host/a", "has no bucket after s3://", ""),
+        ("az://c/a?sig=secret", "has a query or a fragment", "come from the environment"),
+        ("https://host/a#b", "has a query or a fragment", "'#' %23"),
+        ("s3://b/a c", "has a space or a control character", "Write a space as %20"),
+        ("s3://b/\\u0000", "has a space or a control character", ""),
+    ],
+)
+def test_what_is_no_remote(folder: Path, url: str, fact: str, mend: str) -> None:
+    message = refused(folder, f'[models.a]\nsource = "b"\n[cache]\nremote = "{url}"')
+    assert message is not None
+    assert f"/models.toml:4: cache.remote {fact}" in message
+    assert mend in message
+    assert "sec" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('keep = "cast"', "keep is 'cast', must be a list such as [\"cast\"]"),
+        ("keep = [1]", "keep is [1], must be a list such as"),
+        ('keep = ["cast", "Unshard"]', "keep[1] is 'Unshard'; valid: unshard, cast. Did you mean"),
+        ('keep = ["quantize"]', "keep[0] is 'quantize'; valid: unshard, cast"),
+        ('remote = ["https://u:secret@h"]', 'remote is no string. Write "s3://BUCKET/PREFIX"'),
+        ('mode = "readonly"', "mode is 'readonly'; valid: read-write, read-only, off. Did you"),
+        ("max_size = 0", "max_size is 0: no room for a tensor"),
+        ('max_size = "5 gb"', "max_size is '5 gb', which is no size; units are"),
+    ],
+)
+def test_what_is_no_setting_of_the_cache(folder: Path, line: str, words: str) -> None:
+    message = refused(folder, f'[models.a]\nsource = "b"\n[cache]\n{line}')
+    assert message is not None
+    assert f"/models.toml:4: cache.{words}" in message
+    assert "secret" not in message
+
+
+ENVIRONMENT = {
+    "MLX_MAKE_CACHE_DIR": "other",
+    "MLX_MAKE_CACHE_KEEP": "unshard, cast",
+    "MLX_MAKE_CACHE_REMOTE": "file:///a",
+    "MLX_MAKE_CACHE_MODE": "off",
+    "MLX_MAKE_CACHE_MAX_SIZE": "1000",
+    "MLX_MAKE_BUILD_MEMORY": "1GiB",
+}
+SAID = """\
+[cache]
+dir = "c"
+keep = []
+remote = "s3://b"
+mode = "read-only"
+max_size = "1MB"
+[build]
+memory = "2GiB"
+"""
+
+
+@pytest.mark.parametrize("lines", ["", SAID])
+def test_the_environment_wins(folder: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    found = settings_of(folder, lines)
+    assert found.cache == folder / "other"
+    assert found.keep == {"unshard", "cast"}
+    assert (found.remote, found.mode) == ("file:///a", "off")
+    assert (found.max_bytes, found.memory_bytes) == (1000, 1 << 30)
+    monkeypatch.setenv("MLX_MAKE_CACHE_KEEP", ",")
+    assert settings_of(folder, lines).keep == frozenset()
+
+
+def test_an_empty_variable_says_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = settings_of(folder, SAID)
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, "")
+    assert settings_of(folder, SAID) == before
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("MLX_MAKE_CACHE_DIR", "models.toml", "cache.dir is "),
+        ("MLX_MAKE_CACHE_DIR", "build/c", "cache.dir "),
+        ("MLX_MAKE_CACHE_KEEP", "cast,caste", "cache.keep[1] is 'caste'; valid: unshard, cast. "),
+        ("MLX_MAKE_CACHE_REMOTE", "s3://u:secret@b", "cache.remote holds credentials. Take"),
+        ("MLX_MAKE_CACHE_MODE", "of", "cache.mode is 'of'; valid: read-write, read-only, off. Did"),
+        ("MLX_MAKE_CACHE_MAX_SIZE", "lots", "cache.max_size is 'lots', which is no size"),
+        ("MLX_MAKE_BUILD_MEMORY", "0", "build.memory is '0': no room"),
+    ],
+)
+def test_a_message_names_the_variable(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as refusal:
+        settings_of(folder, SAID)
+    assert str(refusal.value).startswith(f"{variable}: {words}")
+    assert "secret" not in str(refusal.value)
 
 
 # Sizes
@@ -327,6 +483,12 @@ def test_any_file(folder: Path, data: bytes) -> None:
 GOOD = """\
 [cache]
 dir = "cache"
+keep = ["cast"]
+remote = "s3://bucket/prefix"
+mode = "read-only"
+max_size = "20GB"
+[build]
+memory = "4GiB"
 [defaults]
 dtype = "float16"
 [models.a]
