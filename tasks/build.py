@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -50,6 +50,55 @@ class Stage(Protocol):
 
 
 STAGES: dict[str, Stage] = {"unshard": unshard, "cast": cast, "quantize": quantize}
+AGAIN = {"unshard": unshard.again, "cast": cast.again}  # makes a result that was not kept
+ALWAYS_KEPT = ("extract", "quantize")  # what is the checkpoint's, and what pack copies
+
+
+class Memory:
+    """Bytes that actions hold at once, so that few large layers run together and many small ones.
+
+    Args:
+        limit: bytes; one action that needs more runs alone.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._held = 0
+        self._changed = threading.Condition()
+        self._mine = threading.local()
+
+    @contextmanager
+    def held(self, need: int) -> Iterator[None]:
+        """Hold ``need`` bytes, when they are free. An action within another does not wait."""
+        need = min(need, self.limit)
+        nested = getattr(self._mine, "depth", 0)
+        self._mine.depth = nested + 1
+        with self._changed:
+            self._changed.wait_for(lambda: nested or self._held + need <= self.limit)
+            self._held += need
+        try:
+            yield
+        finally:
+            self._mine.depth = nested
+            with self._changed:
+                self._held -= need
+                self._changed.notify_all()
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory that this process may use."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # a container's limit; "max" if there is none
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
+
+
+def _not_kept(builder: Builder, node: Node) -> Iterator[Node]:
+    """Yield the nodes that are made again whenever ``node`` reads them."""
+    for need in node.needs:
+        if not builder.keeps(need.stage):
+            yield need
+            yield from _not_kept(builder, need)
 
 
 @dataclass
@@ -61,6 +110,8 @@ class Builder:
         state: folder of what belongs to this models.toml alone (manifests).
         log: the build log.
         run_id: of this invocation.
+        keep: stages whose results are kept, besides ``ALWAYS_KEPT``.
+        memory: what tensors in work may take together.
         streams: MLX's, of each thread.
         torch_lock: held while torch reads a file.
         torch_digests: of the tensors that torch had to read, by file and name.
@@ -70,6 +121,8 @@ class Builder:
     state: Path
     log: Log
     run_id: str
+    keep: frozenset[str]
+    memory: Memory
     streams: arrays.Streams = field(default_factory=arrays.Streams)
     torch_lock: threading.Lock = field(default_factory=threading.Lock)
     torch_digests: dict[tuple[Path, Stamp], dict[str, str]] = field(default_factory=dict)
@@ -180,18 +233,44 @@ class Builder:
         return manifest, "computed"
 
     def _look(self, plan: Plan, node: Node, *, lost: bool = False) -> Manifest:
-        tensors = extract.make(self, plan, node, look=lost)
+        with self.memory.held(self._memory(plan, node)):
+            tensors = extract.make(self, plan, node, look=lost)
         made = {name: (node, tensor) for name, tensor in tensors.items()}
         return Manifest(self._action(node, made), tensors)
 
     def _make(self, plan: Plan, node: Node, needed: Needed) -> Manifest:
-        with mx.stream(self.streams.get("cpu")):
+        with self.memory.held(self._memory(plan, node)), mx.stream(self.streams.get("cpu")):
             tensors, notes = STAGES[node.stage].make(self, plan, node, needed)
         return Manifest(self._action(node, needed), tensors, tuple(notes))
 
     def _action(self, node: Node, inputs: Needed) -> Action:
         read = {name: tensor.record for name, (_, tensor) in inputs.items()}
         return Action(node.stage, node.order.version, node.params, read)
+
+    def _memory(self, plan: Plan, node: Node) -> int:
+        """Return how many bytes a node's action holds at once."""
+        whole = 0
+        if node.stage == "extract":
+            whole = extract.memory(plan.checkpoint, node.params["tensors"])
+        if node.stage == "unshard":
+            whole = unshard.memory(plan.checkpoint, node.params["tensors"])
+        for need in _not_kept(self, node):
+            if need.stage == "unshard":
+                tensors = need.params["tensors"]
+                whole = max(whole, unshard.memory(plan.checkpoint, tensors, again=True))
+        return whole + rows.IN_FLIGHT_BYTES
+
+    def keeps(self, stage: str) -> bool:
+        """Tell whether a stage's results are kept; what is not is made again as it is read."""
+        return stage in ALWAYS_KEPT or stage in self.keep
+
+    def kept(self, plan: Plan, needed: Needed, name: str) -> Tensor:
+        """Return a tensor that a stage passes on, in the store from now on if it was not."""
+        _, tensor = needed[name]
+        blobs = self.store.blobs
+        if blobs.has(tensor.digest, tensor.nbytes):
+            return tensor
+        return rows.digest(blobs, self.rows(plan, needed, name), keep=True)
 
     def rows(self, plan: Plan, needed: Needed, name: str) -> Rows:
         """Return a tensor to read: from the store, or made again from what it was made of.
@@ -201,12 +280,10 @@ class Builder:
         """
         maker, tensor = needed[name]
         blobs = self.store.blobs
-        if maker.stage == "unshard" and not blobs.has(tensor.digest, tensor.nbytes):
-            # Not kept: cast keeps what it makes of it, and it is cheap to make again.
-            _, _, inputs, steps = maker.params["tensors"][name]
-            if not unshard.sanitized(steps):
-                sources = self.needed(plan, maker)
-                return unshard.apply([self.rows(plan, sources, key) for key in inputs], steps)
+        if not self.keeps(maker.stage) and not blobs.has(tensor.digest, tensor.nbytes):
+            again = AGAIN[maker.stage](self, plan, maker, self.needed(plan, maker), name)
+            if again is not None:
+                return again
         return rows.Stored(blobs, self.locate(plan, needed, name), tensor.dtype, tensor.shape)
 
     def locate(self, plan: Plan, needed: Needed, name: str) -> list[Part]:
@@ -230,9 +307,8 @@ class Builder:
         """
         needed = self.needed(plan, node)
         for key, (maker, passed) in needed.items():
-            # Only passed on here: whoever made it makes it again. Not so what unshard made, which
-            # is kept from cast on.
-            if passed == tensor and maker.stage != "unshard":
+            # Only passed on here: whoever keeps it makes it again.
+            if passed == tensor and self.keeps(maker.stage):
                 self.remake(plan, maker, key, tensor, lost)
                 return
         with self.logged(node.name, f"blob lost: {lost.cause}") as record:

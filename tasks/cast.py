@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
 from cache.manifests import Tensor
-from tasks import arrays, rows
+from tasks import rows
 from tasks.model import Model
+from tasks.rows import Rows
 
 if TYPE_CHECKING:
     from tasks.build import Builder, Made, Needed
@@ -31,25 +30,23 @@ def plan(model: Model, dtype: str | None) -> dict[str, str]:
     }  # fmt: skip
 
 
-def cast(array: mx.array, *, dtype: str) -> mx.array:
-    """Return ``array`` in another dtype, rounded to nearest, ties to even."""
-    return array.astype(getattr(mx, dtype))
-
-
 def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
-    """Cast a layer, and keep what is kept nowhere yet."""
+    """Cast a layer."""
+    keep = builder.keeps("cast")
     made: dict[str, Tensor] = {}
     for name, (_, tensor) in needed.items():
-        dtype = node.params["dtypes"].get(name, tensor.dtype)
-        # What the checkpoint or the store holds stays where it is. What unshard only
-        # digested is kept from here on, so that later stages need no checkpoint.
-        if dtype == tensor.dtype and builder.store.blobs.has(tensor.digest, tensor.nbytes):
+        if name in node.params["dtypes"]:
+            whole = again(builder, plan, node, needed, name)
+            made[name] = rows.digest(builder.store.blobs, whole, keep=keep)
+        elif keep:
+            made[name] = builder.kept(plan, needed, name)
+        else:
             made[name] = tensor
-            continue
-        whole = builder.rows(plan, needed, name)
-        length = Tensor(dtype, tensor.shape, "").nbytes
-        with builder.store.blobs.writing(length) as writer:
-            for block in rows.blocks(whole):
-                writer.write(arrays.view(cast(block, dtype=dtype)))
-        made[name] = Tensor(dtype, tensor.shape, writer.digest)
     return made, []
+
+
+def again(builder: Builder, plan: Plan, node: Node, needed: Needed, name: str) -> Rows:
+    """Return a tensor, cast as it is read."""
+    whole = builder.rows(plan, needed, name)
+    dtype = node.params["dtypes"].get(name)
+    return rows.Cast(whole, dtype) if dtype else whole

@@ -6,6 +6,7 @@ and views that are not row-major.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from cache.blobs import Part
 from cache.digest import digest_parts
 from cache.errors import FileChanged
 from cache.manifests import Tensor
-from tasks.checkpoint import TORCH, load_with_torch
+from tasks.checkpoint import TORCH, Checkpoint, load_with_torch
 from tasks.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -60,6 +61,12 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
     if digests != known:
         builder.store.memos.put("extracts", [VERSION, node.order.look], digests)
     return tensors
+
+
+def memory(checkpoint: Checkpoint, told: Iterable[str]) -> int:
+    """Return how many bytes are held at once: a file that torch must read is read whole."""
+    stored = [checkpoint.stored[key] for key in told]
+    return max((checkpoint.stamps[s.file].size for s in stored if s.offset == TORCH), default=0)
 
 
 def _with_torch(builder: Builder, plan: Plan, path: Path, stamp: files.Stamp) -> dict[str, str]:

@@ -19,7 +19,7 @@ from cache.errors import CacheError
 from cache.log import Log
 from cache.store import Store
 from tasks import config, pack
-from tasks.build import Builder, cores
+from tasks.build import Builder, Memory, cores, machine_memory
 from tasks.config import BUILD, STATE
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
@@ -204,7 +204,9 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
     folder = read.path.parent
     state = folder / STATE
     run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
-    return Graph(folder, Builder(store, state, Log(state / "log.jsonl"), run_id), plans)
+    memory = Memory(read.memory_bytes or machine_memory() // 2)
+    log = Log(state / "log.jsonl")
+    return Graph(folder, Builder(store, state, log, run_id, read.keep, memory), plans)
 
 
 def doit_config(models: Path) -> dict[str, Any]:

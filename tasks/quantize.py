@@ -224,9 +224,9 @@ def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
     """Quantize a layer."""
     made: dict[str, Tensor] = {}
     notes = []
-    for name, (_, tensor) in needed.items():
+    for name in needed:
         if name not in node.params["settings"]:
-            made[name] = tensor
+            made[name] = builder.kept(plan, needed, name)
             continue
         setting = Setting(*node.params["settings"][name])
         whole = builder.rows(plan, needed, name)

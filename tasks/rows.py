@@ -15,10 +15,12 @@ from typing import Protocol
 import mlx.core as mx
 
 from cache.blobs import Blobs, Part
-from cache.manifests import DTYPE_BYTES
+from cache.digest import digest_parts
+from cache.manifests import DTYPE_BYTES, Tensor
 from tasks import arrays
 
 BLOCK_BYTES = 4 << 20
+IN_FLIGHT_BYTES = 32 << 20  # what working on blocks of one tensor takes, copies included
 
 
 class Rows(Protocol):
@@ -92,6 +94,28 @@ class Joined:
     def read(self, start: int, stop: int) -> mx.array:
         """Return rows ``start`` to ``stop``."""
         return mx.concatenate([source.read(start, stop) for source in self.sources], axis=-1)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A tensor in another dtype, rounded to nearest, ties to even."""
+
+    source: Rows
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.source.shape
+
+    @property
+    def unit(self) -> int:
+        """As of the source."""
+        return self.source.unit
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        return self.source.read(start, stop).astype(getattr(mx, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -178,6 +202,29 @@ def end_to_end(sources: Sequence[Rows], shape: tuple[int, ...]) -> Stored:
         raise ValueError("only tensors of one dtype can be joined end to end")
     parts = [part for source in stored for part in source.parts]
     return Stored(stored[0].blobs, parts, stored[0].dtype, shape)
+
+
+def digest(blobs: Blobs, whole: Rows, *, keep: bool) -> Tensor:
+    """Read a tensor through, and return it by its digest.
+
+    Args:
+        blobs: the store.
+        whole: the tensor.
+        keep: whether the store must have its bytes afterwards. What only lies elsewhere in one
+            piece after another is never copied.
+    """
+    if isinstance(whole, Stored):
+        found = digest_parts(blobs.chunks(whole.parts))
+        blobs.refer(found, whole.parts)
+    elif keep:
+        length = Tensor(whole.dtype, whole.shape, "").nbytes
+        with blobs.writing(length) as writer:
+            for block in blocks(whole):
+                writer.write(arrays.view(block))
+        found = writer.digest
+    else:
+        found = digest_parts(arrays.view(block) for block in blocks(whole))
+    return Tensor(whole.dtype, whole.shape, found)
 
 
 def slice_parts(parts: Sequence[Part], start: int, stop: int) -> list[Part]:

@@ -11,12 +11,13 @@ A parameter is made by *steps*, each a JSON list:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cache.digest import digest_parts
 from cache.manifests import Tensor
-from tasks import architecture, arrays, rows
+from tasks import architecture, rows
+from tasks.checkpoint import Checkpoint
 from tasks.errors import CheckpointError
 from tasks.rows import Rows
 
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
     from tasks.plan import Node, Plan
 
 VERSION = 1
+SANITIZE_BYTES = 256 << 20  # what mlx-lm is given and makes at once, unless one parameter is more
 
 
 def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
-    """Make a layer's parameters; what is not just stored bytes is digested and not kept."""
-    blobs = builder.store.blobs
+    """Make a layer's parameters."""
+    keep = builder.keeps("unshard")
     made: dict[str, Tensor] = {}
     for name, (dtype, shape, inputs, steps) in node.params["tensors"].items():
         if sanitized(steps):
@@ -46,16 +48,18 @@ def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
         if not steps:
             made[name] = Tensor(dtype, tuple(shape), first)
         else:
-            stored = [builder.rows(plan, needed, key) for key in inputs]
-            whole = apply(stored, steps)
-            if isinstance(whole, rows.Stored):  # just the inputs, end to end
-                found = digest_parts(blobs.chunks(whole.parts))
-                blobs.refer(found, whole.parts)
-            else:
-                found = digest_parts(arrays.view(block) for block in rows.blocks(whole))
-            made[name] = Tensor(dtype, tuple(shape), found)
+            whole = apply([builder.rows(plan, needed, key) for key in inputs], steps)
+            made[name] = rows.digest(builder.store.blobs, whole, keep=keep)
     made |= _sanitize(builder, plan, node, needed)
     return {name: made[name] for name in node.params["tensors"]}, []
+
+
+def again(builder: Builder, plan: Plan, node: Node, needed: Needed, name: str) -> Rows | None:
+    """Return a parameter, joined as it is read; None for one that mlx-lm made, which is kept."""
+    _, _, inputs, steps = node.params["tensors"][name]
+    if sanitized(steps):
+        return None
+    return apply([builder.rows(plan, needed, key) for key in inputs], steps)
 
 
 def sanitized(steps: Sequence[Any]) -> bool:
@@ -85,23 +89,58 @@ def apply(sources: Sequence[Rows], steps: Sequence[Any]) -> Rows:
     return whole
 
 
+def memory(checkpoint: Checkpoint, told: Mapping[str, Any], *, again: bool = False) -> int:
+    """Return how many bytes are held at once besides blocks.
+
+    Args:
+        checkpoint: what the parameters are made of.
+        told: the layer's tensors, as the action is told.
+        again: of what is made again as it is read, not of ``make``.
+    """
+    whole = [_nbytes(checkpoint, told, [name]) for name in told if _whole(*told[name])]
+    batches = [] if again else [_nbytes(checkpoint, told, b) for b in _batches(checkpoint, told)]
+    return max([*whole, *batches], default=0)
+
+
+def _whole(_dtype: str, shape: Sequence[int], _inputs: Sequence[str], steps: Sequence[Any]) -> bool:
+    """Tell whether ``apply`` joins on an axis that cannot be read by rows."""
+    by_rows = {"stack": (0,), "concatenate": (0, len(shape) - 1)}
+    return any(step[1] not in by_rows.get(step[0], step[1:]) for step in steps if len(step) > 1)
+
+
+def _batches(checkpoint: Checkpoint, told: Mapping[str, Any]) -> list[list[str]]:
+    """Return the parameters that mlx-lm has to make, those that it makes at once together."""
+    batches: list[list[str]] = []
+    for name, (_, _, _, steps) in told.items():
+        if not sanitized(steps):
+            continue
+        if batches and _nbytes(checkpoint, told, [*batches[-1], name]) <= SANITIZE_BYTES:
+            batches[-1].append(name)
+        else:
+            batches.append([name])
+    return batches
+
+
+def _nbytes(checkpoint: Checkpoint, told: Mapping[str, Any], names: Sequence[str]) -> int:
+    """Return the size of parameters and of all that they are made of."""
+    made = [Tensor(told[name][0], told[name][1], "").nbytes for name in names]
+    inputs = {key for name in names for key in told[name][2]}
+    return sum(made) + sum(checkpoint.stored[key].nbytes for key in inputs)
+
+
 def _sanitize(builder: Builder, plan: Plan, node: Node, needed: Needed) -> dict[str, Tensor]:
     """Have mlx-lm make what is no plain tensor of the checkpoint."""
-    told = {
-        name: (dtype, shape, inputs)
-        for name, (dtype, shape, inputs, steps) in node.params["tensors"].items()
-        if sanitized(steps)
-    }
-    if not told:
-        return {}
-    inputs = {}
-    for key in dict.fromkeys(i for _, _, keys in told.values() for i in keys):
-        inputs[key] = builder.locate(plan, needed, key)
+    told = node.params["tensors"]
     made = {}
-    need = sum(Tensor(dtype, tuple(shape), "").nbytes for dtype, shape, _ in told.values())
-    with builder.store.blobs.scratch(need) as folder:
-        outputs = {name: folder / str(number) for number, name in enumerate(told)}
-        architecture.compute(plan.checkpoint, inputs, outputs)
-        for name, (dtype, shape, _) in told.items():
-            made[name] = Tensor(dtype, tuple(shape), builder.store.blobs.adopt(outputs[name]))
+    for batch in _batches(plan.checkpoint, told):
+        keys = dict.fromkeys(key for name in batch for key in told[name][2])
+        inputs = {key: builder.locate(plan, needed, key) for key in keys}
+        tensors = {name: Tensor(told[name][0], tuple(told[name][1]), "") for name in batch}
+        need = sum(tensor.nbytes for tensor in tensors.values())
+        with builder.store.blobs.scratch(need) as folder:
+            outputs = {name: folder / str(number) for number, name in enumerate(batch)}
+            architecture.compute(plan.checkpoint, inputs, outputs)
+            for name, tensor in tensors.items():
+                found = builder.store.blobs.adopt(outputs[name])
+                made[name] = replace(tensor, digest=found)
     return made
