@@ -22,7 +22,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from tasks.config import RECIPES
+from tasks.keys import RECIPES
 from tasks.model import layer_names
 
 LABELS = 500  # arrays at once: MLX's functions take 1024 names, and two sorts are compared

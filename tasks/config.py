@@ -6,51 +6,19 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tasks import keys
 from tasks.errors import ConfigError
+from tasks.keys import MAX_NAME_BYTES, MAX_SHARD, MODES, REMOTES, UNITS, Key
 
-LOADERS = ("llama", "transformers")
-LAYOUTS = ("mlx-lm", "mlx-examples")
-DTYPES = ("float16", "bfloat16", "float32")
-DEVICES = ("cpu", "gpu")
-KEPT = ("unshard", "cast")  # stages whose results need not be kept: what follows may be enough
-REMOTE_MODES = ("read-write", "read-only", "off")
-RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
-# What mx.quantize takes: mode -> (group sizes, bits), the first of each being MLX's default.
-MODES = {
-    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
-UNITS = {
-    "": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9,
-    "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30,
-}  # fmt: skip
-MAX_SHARD = {"mlx-lm": 5 << 30, "mlx-examples": 15 << 30}  # bytes: the peers' own limits
 # Beside models.toml: what is built, and all the rest.
 BUILD = "build"
 STATE = ".mlx-make"
 CACHE_DIR = f"{STATE}/cache"
-# What a remote may be, by its URL's scheme.
-REMOTES = {
-    "s3": "s3://BUCKET/PREFIX",
-    "gs": "gs://BUCKET/PREFIX",
-    "az": "az://CONTAINER/PREFIX",
-    "https": "https://HOST/PATH",
-    "http": "http://HOST/PATH",
-    "file": "file:///ABSOLUTE/PATH",
-}
-# Credentials and tokens (``user:password@``, ``?sig=``) have no place in it.
-REMOTE = (
-    r"(?:(?:s3|gs|az)://[A-Za-z0-9_.-]+|https?://(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?)"
-    r"(?:/[^\x00-\x20\x7f?#]*)?|file:///[^\x00-\x20\x7f?#]*"
-)
-MAX_NAME_BYTES = 200  # file systems take 255, and temporary names are longer
 BARE = r"[\w-]+"
 PART = rf"{BARE}|\"[^\"]*\"|'[^']*'"
 KEY = rf"(?:{PART})(?:\s*\.\s*(?:{PART}))*"
@@ -143,7 +111,7 @@ class Config:
     cache: Path
     keep: frozenset[str] = frozenset({"cast"})
     remote: str | None = None
-    mode: str = REMOTE_MODES[0]
+    mode: str = "read-write"
     max_bytes: int | None = None
     memory_bytes: int | None = None
 
@@ -181,9 +149,9 @@ class _Reader:
         self.variables: dict[At, str] = {}  # of the environment, by the key that they set
 
     def config(self, record: dict[str, Any]) -> Config:
-        self.keys(record, ("cache", "build", "defaults", "models"), ())
-        cache = self.settings(record, "cache", CACHE_KEYS)
-        build = self.settings(record, "build", BUILD_KEYS)
+        self.known(record, ("cache", "build", "defaults", "models"), ())
+        cache = self.settings(record, "cache", keys.CACHE)
+        build = self.settings(record, "build", keys.BUILD)
         folder = self.cache_dir(cache)
         targets = self.targets(record)
         built = (self.path.parent / BUILD).resolve()
@@ -201,22 +169,22 @@ class _Reader:
             folder,
             self.keep(cache),
             self.remote(cache),
-            self.one_of(cache, "mode", REMOTE_MODES, ("cache",)) or REMOTE_MODES[0],
-            self.size(cache, "max_size", ("cache",)),
-            self.size(build, "memory", ("build",)),
+            self.one_of(cache, keys.CACHE["mode"], ("cache",)) or Config.mode,
+            self.size(cache, keys.CACHE["max_size"], ("cache",)),
+            self.size(build, keys.BUILD["memory"], ("build",)),
         )
 
-    def settings(self, record: dict[str, Any], name: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    def settings(self, record: dict[str, Any], name: str, known: dict[str, Key]) -> dict[str, Any]:
         """Return the table ``name``, with what the environment says laid over it."""
         table = self.table(record, name, ())
-        self.keys(table, keys, (name,))
+        self.known(table, known, (name,))
         said: dict[str, Any] = {}
-        for key in keys:
-            variable = f"MLX_MAKE_{name}_{key}".upper()
+        for key in known.values():
+            variable = keys.variable(name, key.name)
             if value := os.environ.get(variable):  # CI sets what it does not know to ""
-                self.variables[name, key] = variable
+                self.variables[name, key.name] = variable
                 words = [word.strip() for word in value.split(",")]
-                said[key] = list(filter(None, words)) if key == "keep" else value
+                said[key.name] = list(filter(None, words)) if key.kind == "words" else value
         return {**table, **said}
 
     def cache_dir(self, cache: dict[str, Any]) -> Path:
@@ -228,12 +196,13 @@ class _Reader:
         return folder
 
     def keep(self, cache: dict[str, Any]) -> frozenset[str]:
-        at: At = ("cache", "keep")
-        stages = cache.get("keep", ["cast"])
+        key = keys.CACHE["keep"]
+        at: At = ("cache", key.name)
+        stages = cache.get(key.name, list(Config.keep))
         if not isinstance(stages, list) or not all(isinstance(stage, str) for stage in stages):
-            self.wrong_type(stages, 'a list such as ["cast"]', at)
+            self.wrong_type(stages, f"a list such as {key.example}", at)
         for i, stage in enumerate(stages):
-            self.check(stage, KEPT, (*at, i))
+            self.check(stage, key.valid, (*at, i))
         return frozenset(stages)
 
     def remote(self, cache: dict[str, Any]) -> str | None:
@@ -241,14 +210,14 @@ class _Reader:
         url = cache.get("remote")
         if url is not None and not isinstance(url, str):
             self.refuse("is no string", at, mend=f'write "{REMOTES["s3"]}"')
-        if url is not None and not re.fullmatch(REMOTE, url):
+        if url is not None and not re.fullmatch(keys.REMOTE, url):
             fact, mend = _no_remote(url)
             self.refuse(fact, at, mend)
         return url
 
     def targets(self, record: dict[str, Any]) -> dict[str, Target]:
         defaults = self.table(record, "defaults", ())
-        self.keys(defaults, MODEL_KEYS, ("defaults",))
+        self.known(defaults, keys.MODEL, ("defaults",))
         # By themselves, so that a mistake in them is shown there and not in the first model.
         self.target("defaults", {"source": ".", **defaults}, ("defaults",))
         models = self.table(record, "models", ())
@@ -264,12 +233,12 @@ class _Reader:
             at: At = ("models", name)
             variants = self.table(model, "variants", at)
             model = {key: value for key, value in model.items() if key != "variants"}
-            self.keys(model, MODEL_KEYS, at, more=("variants",))
+            self.known(model, keys.MODEL, at, more=("variants",))
             self.add(targets, name, {**defaults, **model}, at)
             for variant in variants:
                 over = self.table(variants, variant, (*at, "variants"))
                 where = (*at, "variants", variant)
-                self.keys(over, MODEL_KEYS, where)
+                self.known(over, keys.MODEL, where)
                 self.add(targets, f"{name}-{variant}", {**defaults, **model, **over}, where)
         return targets
 
@@ -300,16 +269,16 @@ class _Reader:
         source = self.text_of(model, "source", at)
         if not source:
             self.refuse("has no source", at, mend='add source = "FOLDER", relative to this file')
-        layout = self.one_of(model, "layout", LAYOUTS, at) or LAYOUTS[0]
+        layout = self.one_of(model, keys.MODEL["layout"], at) or "mlx-lm"
         return Target(
             name,
             self.folder(source, (*at, "source")),
-            self.one_of(model, "loader", LOADERS, at),
+            self.one_of(model, keys.MODEL["loader"], at),
             layout,
-            self.one_of(model, "dtype", DTYPES, at),
+            self.one_of(model, keys.MODEL["dtype"], at),
             self.quantize(model.get("quantize", False), (*at, "quantize")),
-            self.one_of(model, "device", DEVICES, at),
-            self.size(model, "max_shard_size", at) or MAX_SHARD[layout],
+            self.one_of(model, keys.MODEL["device"], at),
+            self.size(model, keys.MODEL["max_shard_size"], at) or MAX_SHARD[layout],
             self.where(at),
         )
 
@@ -327,9 +296,9 @@ class _Reader:
             return None
         if not isinstance(value, dict):
             self.wrong_type(value, "a table such as { bits = 4 }", at)
-        self.keys(value, [field.name for field in fields(Quantize)], at)
-        mode = self.one_of(value, "mode", MODES, at) or "affine"
-        recipe = self.one_of(value, "recipe", RECIPES, at)
+        self.known(value, keys.QUANTIZE, at)
+        mode = self.one_of(value, keys.QUANTIZE["mode"], at) or "affine"
+        recipe = self.one_of(value, keys.QUANTIZE["recipe"], at)
         if recipe and "bits" in value:
             self.refuse("has both recipe and bits", at, mend="a recipe sets bits itself: drop one")
         if recipe and mode != "affine":
@@ -347,14 +316,14 @@ class _Reader:
         return Quantize(bits, group_size, mode, recipe, tuple(found))
 
     def rule(self, value: dict[str, Any], mode: str, at: At) -> Rule:
-        self.keys(value, [field.name for field in fields(Rule)], at)
+        self.known(value, keys.RULE, at)
         match = self.text_of(value, "match", at)
         if not match:
             self.refuse("has no match", at, mend='add match = "*.mlp.down_proj"')
         skip = value.get("skip", False)
         if not isinstance(skip, bool):
             self.wrong_type(skip, "true or false", (*at, "skip"))
-        own_mode = self.one_of(value, "mode", MODES, at)
+        own_mode = self.one_of(value, keys.RULE["mode"], at)
         bits, group_size = self.numbers(value, own_mode or mode, at)
         if not skip and not (own_mode or bits or group_size):
             self.refuse(
@@ -389,14 +358,15 @@ class _Reader:
             )
         return number
 
-    def size(self, record: dict[str, Any], key: str, at: At) -> int | None:
-        if key not in record:
+    def size(self, record: dict[str, Any], key: Key, at: At) -> int | None:
+        """Return the size in bytes, rounded down."""
+        if key.name not in record:
             return None
-        value, at = record[key], (*at, key)
+        value, at = record[key.name], (*at, key.name)
         if isinstance(value, bool) or not isinstance(value, (int, str)):
-            self.wrong_type(value, 'bytes or a size such as "5GiB"', at)
+            self.wrong_type(value, f"bytes or a size such as {key.example}", at)
         text = value if isinstance(value, str) else _show(value)
-        match = re.fullmatch(r"\s*([0-9]{1,18})(?:\.([0-9]{1,18}))?\s*([A-Za-z]*)\s*", text)
+        match = re.fullmatch(rf"{keys.NUMBER}([A-Za-z]*)\s*", text)
         if not match or match[3] not in UNITS:
             units = ", ".join(unit for unit in UNITS if len(unit) > 1)
             alike = [u for u in UNITS if u and match and u.casefold() == match[3].casefold()]
@@ -405,12 +375,12 @@ class _Reader:
                 at,
                 mend=f'write "{match[0].strip().removesuffix(match[3])}{alike[0]}"'
                 if match and alike
-                else 'write "5GiB"',
+                else f"write {key.example}",
             )
         part = int((match[2] or "").ljust(18, "0"))  # in 10⁻¹⁸, since a float would round
         size = int(match[1]) * UNITS[match[3]] + part * UNITS[match[3]] // 10**18
         if size < 1:
-            self.refuse(f"is {value!r}: no room for a tensor", at, mend='write "5GiB"')
+            self.refuse(f"is {value!r}: no room for a tensor", at, mend=f"write {key.example}")
         return size
 
     def table(self, record: dict[str, Any], key: str, at: At) -> dict[str, Any]:
@@ -425,11 +395,11 @@ class _Reader:
             self.wrong_type(value, "a string", (*at, key))
         return value
 
-    def one_of(self, record: dict[str, Any], key: str, valid: Iterable[str], at: At) -> str | None:
-        if key not in record:
+    def one_of(self, record: dict[str, Any], key: Key, at: At) -> str | None:
+        if key.name not in record:
             return None
-        value = self.text_of(record, key, at)
-        self.check(value, valid, (*at, key))
+        value = self.text_of(record, key.name, at)
+        self.check(value, key.valid, (*at, key.name))
         return value
 
     def check(self, value: str, valid: Iterable[str], at: At) -> None:
@@ -438,20 +408,20 @@ class _Reader:
                 f"is {_show(value)}; valid: {', '.join(valid)}", at, mend=_nearest(value, valid)
             )
 
-    def keys(
+    def known(
         self,
         record: dict[str, Any],
         valid: Iterable[str],
         at: At,
         more: tuple[str, ...] = (),
     ) -> None:
-        known = (*valid, *more)
+        all_valid = (*valid, *more)
         for key in record:
-            if key not in known:
+            if key not in all_valid:
                 self.refuse(
-                    f"is an unknown key; valid: {', '.join(known)}",
+                    f"is an unknown key; valid: {', '.join(all_valid)}",
                     (*at, key),
-                    mend=_nearest(key, known),
+                    mend=_nearest(key, all_valid),
                 )
 
     def wrong_type(self, value: Any, wanted: str, at: At) -> NoReturn:
@@ -546,10 +516,3 @@ def _nearest(word: str, valid: Iterable[str]) -> str:
 
     close = get_close_matches(word.lower(), list(valid), 1, 0.5)
     return f"did you mean {close[0]!r}?" if close else ""
-
-
-CACHE_KEYS = ("dir", "keep", "remote", "mode", "max_size")
-BUILD_KEYS = ("memory",)
-MODEL_KEYS = (
-    "source", "loader", "layout", "dtype", "quantize", "device", "max_shard_size",
-)  # fmt: skip

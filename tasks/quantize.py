@@ -13,8 +13,9 @@ import mlx.core as mx
 
 from cache.manifests import Tensor
 from tasks import arrays, rows
-from tasks.config import MODES, Quantize, Rule
+from tasks.config import Quantize, Rule
 from tasks.errors import ConfigError
+from tasks.keys import MODES
 from tasks.model import Model, Module
 from tasks.rows import Rows
 

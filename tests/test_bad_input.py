@@ -250,8 +250,8 @@ TOML = {
         right='max_shard_size = "512 MiB"',
     ),
     "a size below zero": setting(
-        "max_shard_size = -1", "is -1, which is no size", 'Write "5GiB"',
-        right='max_shard_size = "5GiB"',
+        "max_shard_size = -1", "is -1, which is no size", 'Write "2GiB"',
+        right='max_shard_size = "2GiB"',
     ),
     "a size of nothing": setting('max_shard_size = "0.9B"', "is '0.9B': no room for a tensor"),
     # Sources
@@ -299,7 +299,7 @@ MORE_TOML = {
         "quantize.rules[0].skip is 'yes', must be true or false",
         right='quantize = { rules = [{ match = "*", skip = true }] }',
     ),
-    "size a float": setting("max_shard_size = 1.5", 'is 1.5, must be bytes or a size such as "5G'),
+    "size a float": setting("max_shard_size = 1.5", 'is 1.5, must be bytes or a size such as "2G'),
     # What does not go together
     "recipe and bits": setting(
         'quantize = { recipe = "mixed_3_6", bits = 4 }',

@@ -9,8 +9,9 @@ from typing import Any
 from cache.memos import Memos
 from tasks import tokenizer
 from tasks.checkpoint import Checkpoint
-from tasks.config import RECIPES, Target
+from tasks.config import Target
 from tasks.errors import CheckpointError, ConfigError
+from tasks.keys import RECIPES
 from tasks.model import Model, Module, Parameter
 from tasks.names import to_meta
 

@@ -1,0 +1,246 @@
+"""documents: what `models.toml` might say: what is right, one mistake in it, anything at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tasks import keys
+from tasks.keys import MODES, Key
+
+Table = dict[str, Any]
+
+# With a key on each line.
+EXAMPLE = """\
+[cache]
+dir = "cache"
+keep = ["cast"]
+remote = "s3://bucket/prefix"
+mode = "read-only"
+max_size = "20GB"
+[build]
+memory = "4GiB"
+[defaults]
+dtype = "float16"
+[models.a]
+source = "b"
+quantize = { bits = 4, group_size = 64, mode = "affine", rules = [{ match = "*", skip = true }] }
+max_shard_size = "5GiB"
+[models.a.variants.c]
+device = "cpu"
+[[models.a.variants.c.quantize.rules]]
+match = "lm_head"
+bits = 8
+"""
+
+
+def toml(document: Mapping[str, Any]) -> str:
+    """A document as TOML, a line a key."""
+    return "\n".join(f"{_quoted(key)} = {_toml(value)}" for key, value in document.items())
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_quoted(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str):
+        return _quoted(value)
+    return str(value).lower()
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+# What is right
+
+
+def _numbers(mode: str) -> dict[str, st.SearchStrategy[int]]:
+    group_sizes, bits = MODES[mode]
+    return {"bits": st.sampled_from(bits), "group_size": st.sampled_from(group_sizes)}
+
+
+@st.composite
+def _rule(draw: st.DrawFn, mode: str) -> Table:
+    rule = {"match": draw(st.sampled_from(["*", "lm_head"]))}
+    if draw(st.booleans()):
+        return {**rule, "skip": True}
+    own = draw(st.none() | st.sampled_from(list(MODES)))
+    numbers = draw(st.fixed_dictionaries({}, optional=_numbers(own or mode)))
+    if not own and not numbers:
+        numbers = {"bits": MODES[mode][1][0]}
+    return {**rule, **numbers, **({"mode": own} if own else {})}
+
+
+@st.composite
+def _quantize(draw: st.DrawFn) -> Table:
+    own = draw(st.none() | st.sampled_from(list(MODES)))
+    mode = own or "affine"
+    rules = {"rules": st.lists(_rule(mode), max_size=2)}
+    table = draw(st.fixed_dictionaries({}, optional={**_numbers(mode), **rules}))
+    if own:
+        table["mode"] = own
+    if mode == "affine" and "bits" not in table and draw(st.booleans()):
+        table["recipe"] = draw(st.sampled_from(keys.RECIPES))
+    return table
+
+
+def _right(key: Key) -> st.SearchStrategy[Any]:
+    if key.kind == "word":
+        return st.sampled_from(key.valid)
+    if key.kind == "words":
+        return st.lists(st.sampled_from(key.valid), max_size=3)
+    if key.kind == "quantize":
+        return st.just(False) | _quantize()
+    values = {
+        "folder": ["b", "~", "/", "../c d", "β"],
+        "size": [1, 10**9, "5GiB", "1 MB", "7", "0.5kB"],
+        "URL": ["s3://b/c", "gs://b", "az://c/ß/", "https://h:8443/a%20b", "http://[::1]/a@b",
+                "file:///a"],
+    }  # fmt: skip
+    return st.sampled_from(values[key.kind])
+
+
+def _some(table: Mapping[str, Key]) -> st.SearchStrategy[Table]:
+    return st.fixed_dictionaries({}, optional={key.name: _right(key) for key in table.values()})
+
+
+def _models(source: bool) -> st.SearchStrategy[Table]:
+    fixed = {"source": _right(keys.MODEL["source"])} if source else {}
+    optional = {key.name: _right(key) for key in keys.MODEL.values() if key.name not in fixed}
+    # A variant of `a` never has the name of another model, nor one of another case.
+    variants = st.dictionaries(st.sampled_from(["8bit", "ß", "", ".5"]), _some(keys.MODEL))
+    model = st.fixed_dictionaries(fixed, optional={**optional, "variants": variants})
+    return st.dictionaries(
+        st.sampled_from(["a", "b_", "llama-3.1+", "größe"]), model, min_size=1, max_size=2
+    )
+
+
+@st.composite
+def right(draw: st.DrawFn) -> Table:
+    """A document without a mistake."""
+    document = draw(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "cache": _some(keys.CACHE),
+                "build": _some(keys.BUILD),
+                "defaults": _some(keys.MODEL),
+            },
+        )
+    )
+    return {**document, "models": draw(_models("source" not in document.get("defaults", {})))}
+
+
+# One mistake
+
+
+WRONG: dict[str, list[Any]] = {
+    "folder": [5, True, [], {}, "", "a\0"],
+    "word": [5, True, "no-such-word", "", []],
+    "words": ["cast", ["no-such-word"], [5], [[]], {}, True],
+    "size": [0, -1, 1.5, 10**18, True, [], "", "GiB", "0", "0.0GiB", "-1GiB", "5 gib", "1e3", ".5B",
+             "1,5GiB", "1" * 19],
+    "URL": [5, [], "", "bucket/a", "ftp://host", "S3://b", "s3://", "https:///a", "https://u:p@h",
+            "https://h:port", "s3://k@b", "az://c/a?sig=s", "gs://b/#", "file://a/b", "s3://b/a c"],
+    "number": [0, 7, 5.5, "4", True, []],
+    "text": [5, "", [], True],
+    "switch": [0, "yes", []],
+    "quantize": [True, 4, "4", [], {"recipe": "mixed_3_6", "bits": 4},
+                 {"recipe": "mixed_3_6", "mode": "mxfp4"}, {"mode": "mxfp8", "bits": 4},
+                 {"mode": "nvfp4", "group_size": 32}, {"bits": 4, "recipe": "mixed_3_6"}],
+    "rules": [{}, "x", [8], [{}], [{"bits": 4}], [{"match": "*"}], [{"match": "*", "skip": False}],
+              [{"match": "*", "skip": True, "bits": 4}],
+              [{"match": "*", "skip": True, "mode": "affine"}],
+              [{"match": "*", "mode": "nvfp4", "bits": 8}]],
+}  # fmt: skip
+NO_NAMES = ("a/b", "..", "a b", "a:b", "a=b", "a.", "\x7f", "a" * 201)
+
+
+def _tables(document: Table) -> Iterator[tuple[Table, Mapping[str, Key]]]:
+    """Every table in it that has keys of ours, and which."""
+    for name, known in (("cache", keys.CACHE), ("build", keys.BUILD)):
+        if name in document:
+            yield document[name], known
+    models = list(document["models"].values())
+    variants = [table for model in models for table in model.get("variants", {}).values()]
+    for table in (*models, *variants, *filter(None, [document.get("defaults")])):
+        yield table, keys.MODEL
+        if quantize := table.get("quantize"):
+            yield quantize, keys.QUANTIZE
+            for rule in quantize.get("rules", []):
+                yield rule, keys.RULE
+
+
+@st.composite
+def wrong(draw: st.DrawFn) -> Table:
+    """A document with one mistake, which makes it wrong whatever else it says."""
+    document = copy.deepcopy(draw(right()))
+    kind = draw(st.sampled_from(["value"] * 5 + ["key", "key", "name", "table", "source"]))
+    if kind in ("value", "key"):
+        table, known = draw(st.sampled_from(list(_tables(document))))
+        key = draw(st.sampled_from(list(known.values())))
+        if kind == "key":
+            table[f"{key.name}s"] = draw(_right(keys.MODEL["source"]))
+        else:
+            table[key.name] = draw(st.sampled_from(WRONG[key.kind]))
+    elif kind == "name":
+        model = draw(st.sampled_from(list(document["models"].values())))
+        names = draw(st.sampled_from([document["models"], model.setdefault("variants", {})]))
+        names[draw(st.sampled_from(NO_NAMES))] = {"source": "b"}
+    elif kind == "table":
+        document[draw(st.sampled_from(["cache", "build", "defaults", "models", "model"]))] = draw(
+            st.sampled_from([5, "a", [], True])
+        )
+    else:
+        for table in (document.get("defaults", {}), *document["models"].values()):
+            table.pop("source", None)
+    return document
+
+
+# Anything at all
+
+
+WORDS = (
+    *("models", "cache", "build", "defaults", "variants", "a", "b", "A", "", "a/b", ".."),
+    *keys.CACHE,
+    *keys.BUILD,
+    *keys.MODEL,
+    *keys.QUANTIZE,
+    *keys.RULE,
+    *(word for key in (*keys.MODEL.values(), *keys.CACHE.values()) for word in key.valid),
+    *keys.RECIPES,
+    *keys.MODES,
+    *("5GiB", "0", "~", "~nobody-of-that-name", "*", "\0", "\x7f", "s3://b", "s3://u:p@b", "://"),
+)
+_texts = st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"]))
+_numbers_of_any_kind = (
+    st.sampled_from([4, 8, 32, 64]) | st.integers(-(2**63), 2**63 - 1) | st.floats()
+)
+_values = st.recursive(
+    _texts | _numbers_of_any_kind | st.booleans(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_texts, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@st.composite
+def anything(draw: st.DrawFn) -> Table:
+    """A document of which up to three values, anywhere, were replaced by any; or any at all."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.dictionaries(_texts, _values, max_size=3))
+    document = copy.deepcopy(draw(right()))
+    for _ in range(draw(st.integers(0, 3))):
+        table: Any = document
+        while isinstance(table, dict) and table:
+            name = draw(st.sampled_from(list(table)))
+            if not isinstance(table[name], dict) or not draw(st.integers(0, 4)):
+                table[draw(st.just(name) | _texts)] = draw(_values)
+                break
+            table = table[name]
+    return document
