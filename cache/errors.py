@@ -28,3 +28,33 @@ class FileChanged(CacheError):
 
 class NoRoom(CacheError):
     """The disk cannot take what has to be written."""
+
+
+class Refused(CacheError):
+    """A record that is there, but must not be used.
+
+    Attributes:
+        cause: what is wrong with it, for people.
+    """
+
+    def __init__(self, name: str, cause: str) -> None:
+        super().__init__(f"record {name} is refused: {cause}")
+        self.cause = cause
+
+
+class BadRemote(CacheError):
+    """A remote's URL that can never work."""
+
+
+class NotFetched(CacheError):
+    """A blob cannot be had from the remote: it is not there, or the remote cannot be used."""
+
+    def __init__(self, blake3: str, cause: str) -> None:
+        super().__init__(f"remote blob {blake3}: {cause}")
+
+
+class Mismatch(CacheError):
+    """Bytes that are not those of the BLAKE3 digest that names them."""
+
+    def __init__(self, blake3: str, cause: str) -> None:
+        super().__init__(f"remote blob {blake3}: {cause}")

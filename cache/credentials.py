@@ -1,0 +1,92 @@
+"""credentials: where a remote's come from: the environment and the usual files.
+
+What obstore finds by itself (``AWS_*``, ``GOOGLE_*``, ``AZURE_*``, an instance's own role) is
+left to it. Nothing here is ever shown.
+"""
+
+from __future__ import annotations
+
+import base64
+import configparser
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+USER = "MLX_MAKE_REMOTE_USER"
+PASSWORD = "MLX_MAKE_REMOTE_PASSWORD"
+
+_AWS_KEYS = {
+    "aws_access_key_id": "access_key_id",
+    "aws_secret_access_key": "secret_access_key",
+    "aws_session_token": "session_token",
+}
+_AWS_SETTINGS = {
+    "region": ("region", ("AWS_REGION", "AWS_DEFAULT_REGION")),
+    "endpoint_url": ("endpoint", ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")),
+}
+# Each of these says that credentials come from elsewhere than a profile.
+_AWS_ELSEWHERE = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_SKIP_SIGNATURE",
+)
+
+
+def aws_profile(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return what the profile in ``~/.aws`` says and the environment does not, for obstore.
+
+    Only keys that stand in the files: for SSO and roles, ``aws configure export-credentials
+    --format env`` puts them into the environment.
+    """
+    profile = environ.get("AWS_PROFILE", "default")
+    keys = _section(environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), profile)
+    section = profile if profile == "default" else f"profile {profile}"
+    settings = _section(environ.get("AWS_CONFIG_FILE", "~/.aws/config"), section)
+    found = {
+        name: settings[key]
+        for key, (name, variables) in _AWS_SETTINGS.items()
+        if key in settings and not any(environ.get(variable) for variable in variables)
+    }
+    if not any(environ.get(variable) for variable in _AWS_ELSEWHERE):
+        both = {**settings, **keys}
+        found |= {name: both[key] for key, name in _AWS_KEYS.items() if key in both}
+    return found
+
+
+def _section(path: str, name: str) -> dict[str, str]:
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read(Path(path).expanduser(), encoding="utf-8")
+    except (configparser.Error, UnicodeDecodeError):  # also theirs to complain about: aws does
+        return {}
+    return dict(parser[name]) if parser.has_section(name) else {}
+
+
+def basic_auth(url: str, environ: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
+    """Return user and password for an HTTP server: the URL's, the environment's, ``~/.netrc``'s.
+
+    Args:
+        url: the remote's.
+        environ: ``MLX_MAKE_REMOTE_USER`` and ``MLX_MAKE_REMOTE_PASSWORD``; ``NETRC`` names
+            another file than ``~/.netrc``.
+    """
+    parts = urlsplit(url)
+    if parts.username is not None:
+        return unquote(parts.username), unquote(parts.password or "")
+    if environ.get(USER):
+        return environ[USER], environ.get(PASSWORD, "")
+    try:
+        file = netrc.netrc(Path(environ.get("NETRC", "~/.netrc")).expanduser())
+    except (OSError, netrc.NetrcParseError):
+        return None
+    found = file.authenticators(parts.hostname or "")
+    return (found[0], found[2] or "") if found else None
+
+
+def basic_header(auth: tuple[str, str]) -> str:
+    """Return ``auth`` as the value of an Authorization header."""
+    return "Basic " + base64.b64encode(":".join(auth).encode()).decode("ascii")
