@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from cache import transport
@@ -254,7 +255,7 @@ class Remote:
             ahead.append(call)
 
         try:
-            for start, _ in zip(starts, range(PARALLEL), strict=False):
+            for start in islice(starts, PARALLEL):
                 request(start)
             while ahead:
                 piece, size = ahead.popleft().result()

@@ -21,7 +21,7 @@ from cache.errors import BadRemote
 
 if TYPE_CHECKING:
     import requests
-    from obstore.store import ObjectStore
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 PIECE_BYTES = 8 << 20  # S3 takes 10,000 parts: blobs of 80 GB
 PARALLEL = 4  # pieces of one blob under way at once
@@ -143,22 +143,22 @@ class Transport:
             raise self._fault(error) from error
 
     def _open(self, url: str, create: bool, *, repeat_seconds: int) -> ObjectStore:
-        from obstore.store import ClientConfig, RetryConfig, from_url
+        from obstore.store import from_url
 
         if self._scheme == "file":
             return from_url(url, mkdir=create)
-        client = ClientConfig(
-            allow_http=True,  # of an endpoint that is spelled http://
-            timeout=timedelta(seconds=self._timeout),
-            connect_timeout=timedelta(seconds=min(self._timeout, CONNECT_SECONDS)),
-        )
-        retry = RetryConfig(
-            max_retries=10 if repeat_seconds else 0,
-            retry_timeout=timedelta(seconds=repeat_seconds),
-        )
+        client: ClientConfig = {
+            "allow_http": True,  # of an endpoint that is spelled http://
+            "timeout": timedelta(seconds=self._timeout),
+            "connect_timeout": timedelta(seconds=min(self._timeout, CONNECT_SECONDS)),
+        }
+        retry: RetryConfig = {
+            "max_retries": 10 if repeat_seconds else 0,
+            "retry_timeout": timedelta(seconds=repeat_seconds),
+        }
         return self._open_remote(url, client, retry)
 
-    def _open_remote(self, url: str, client: Any, retry: Any) -> ObjectStore:
+    def _open_remote(self, url: str, client: ClientConfig, retry: RetryConfig) -> ObjectStore:
         from obstore.store import from_url
 
         config: Any = aws_profile() if self._scheme == "s3" else {}
@@ -388,7 +388,7 @@ class HttpTransport(Transport):
         self._made: set[str] = set()
         super().__init__(self._url, timeout=timeout, create=create)
 
-    def _open_remote(self, url: str, client: Any, retry: Any) -> ObjectStore:
+    def _open_remote(self, url: str, client: ClientConfig, retry: RetryConfig) -> ObjectStore:
         from obstore.store import HTTPStore
 
         if self._auth:
