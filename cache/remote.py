@@ -242,17 +242,38 @@ class Remote:
             job()
 
     def _pieces(self, blake3: str, length: int) -> Iterator[memoryview]:
-        """Yield a blob's bytes, not checked, fetched a few pieces ahead."""
+        """Yield a blob's bytes, not checked.
+
+        Raises:
+            NotFetched: as ``fetch``.
+            Mismatch: it has another length.
+        """
         path = _blob_path(blake3)
+        try:
+            if length == 0:
+                return
+            if self._try("open it", lambda it: it.ranges):
+                try:
+                    yield from self._in_ranges(path, blake3, length)
+                except NoRanges:  # it said so before anything was yielded
+                    yield from self._whole(path)
+            else:
+                yield from self._whole(path)
+        except WrongSize:
+            raise Mismatch(blake3, f"it has fewer than {length:,} bytes there") from None
+        except Absent:
+            raise NotFetched(blake3, f"it is not in {self.name}") from None
+        except _GivenUp:
+            raise NotFetched(blake3, f"{self.name} is given up") from None
+
+    def _in_ranges(self, path: str, blake3: str, length: int) -> Iterator[memoryview]:
+        """Yield a blob's bytes, fetched a few pieces ahead."""
         starts = iter(range(0, length, PIECE_BYTES))
         ahead: deque[Future[tuple[memoryview, int]]] = deque()
 
         def request(start: int) -> None:
             stop = min(start + PIECE_BYTES, length)
-            call = self._readers.submit(
-                self._try, f"get {path}", lambda it: it.piece(path, start, stop)
-            )
-            ahead.append(call)
+            ahead.append(self._read(path, lambda it: it.piece(path, start, stop)))
 
         try:
             for start in islice(starts, PARALLEL):
@@ -265,26 +286,23 @@ class Remote:
                 del piece  # let go of it before the next is asked for
                 if (following := next(starts, None)) is not None:
                     request(following)
-        except NoRanges:
-            yield from self._whole(blake3, path)
-        except WrongSize:
-            raise Mismatch(blake3, f"it has fewer than {length:,} bytes there") from None
-        except Absent:
-            raise NotFetched(blake3, f"it is not in {self.name}") from None
-        except _GivenUp:
-            raise NotFetched(blake3, f"{self.name} is given up") from None
         finally:
             for call in ahead:
                 call.cancel()
 
-    def _whole(self, blake3: str, path: str) -> Iterator[memoryview]:
-        """Yield a blob's bytes, not checked, from a server that sends whole objects only."""
+    def _whole(self, path: str) -> Iterator[memoryview]:
+        """Yield an object's bytes from a server that sends whole objects only, one piece ahead."""
+        stream = _Stream(path)
+        ahead = self._read(path, stream.next)
+        while (piece := ahead.result()) is not None:
+            ahead = self._read(path, stream.next)
+            yield piece
+
+    def _read(self, path: str, call: Callable[[Transport], _T]) -> Future[_T]:
         try:
-            yield from self._open().whole(path)
-        except Absent:
-            raise NotFetched(blake3, f"it is not in {self.name}") from None
-        except Fault as fault:  # what was yielded cannot be taken back, so it is not repeated
-            raise NotFetched(blake3, f"{self.name}: {fault.cause}") from fault
+            return self._readers.submit(self._try, f"get {path}", call)
+        except RuntimeError as error:  # closed
+            raise _GivenUp from error
 
     def _open(self) -> Transport:
         with self._lock:
@@ -356,6 +374,32 @@ class Remote:
             self._fetched_bytes += fetched
             self._pushed_objects += objects
             self._pushed_bytes += pushed
+
+
+class _Stream:
+    """An object read from its beginning; after a fault, from there again, past what was had."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._had = 0
+        self._skip = 0
+        self._pieces: Iterator[memoryview] | None = None
+
+    def next(self, it: Transport) -> memoryview | None:
+        """Return the next piece, or None at the end."""
+        if self._pieces is None:
+            self._pieces, self._skip = it.whole(self._path), self._had
+        try:
+            for piece in self._pieces:
+                rest = piece[self._skip :]
+                self._skip -= piece.nbytes - rest.nbytes
+                self._had += rest.nbytes
+                if rest:
+                    return rest
+        except Fault:
+            self._pieces = None
+            raise
+        return None
 
 
 def blake3_of(chunks: Iterable[Buffer]) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
 
 from cache.credentials import PASSWORD, USER, aws_profile, basic_auth, basic_header
 from cache.errors import BadRemote
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 PIECE_BYTES = 8 << 20  # S3 takes 10,000 parts: blobs of 80 GB
 PARALLEL = 4  # pieces of one blob under way at once
 CONNECT_SECONDS = 5
-PART_SECONDS = 5  # for which a part of a multipart upload is repeated
+PART_SECONDS = 3  # for which a part of a multipart upload is repeated
 _SEND_BYTES = 1 << 20
 _BODY_CHARS = 1 << 16
 
@@ -42,7 +43,7 @@ _CREDENTIALS = {
 }
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -86,7 +87,10 @@ def check(url: str) -> None:
         parts = urlsplit(url)
         parts.port  # noqa: B018 - it raises here if it is no number
     except ValueError as error:
-        raise BadRemote(f"{shown(url)}: not a URL: {error}") from error
+        raise BadRemote(
+            f"{shown(url)}: not a URL. Write it as SCHEME://HOST:PORT/PATH, and a password's "
+            "special characters as %XX."
+        ) from error
     if parts.scheme not in SCHEMES:
         raise BadRemote(
             f"{shown(url)}: no remote has the scheme {parts.scheme!r}. Valid are "
@@ -104,6 +108,7 @@ def check(url: str) -> None:
 def shown(url: str) -> str:
     """Return ``url`` as people may see it: without user, password and query."""
     scheme, separator, rest = url.partition("://")
+    rest = re.sub(r"^.*:.*@", "", rest, flags=re.DOTALL)  # a password may hold what ends a host
     host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
@@ -128,7 +133,12 @@ class Transport:
 
     Besides what is named, every method raises:
         Fault: the request failed.
+
+    Attributes:
+        ranges: the server has them, as far as it is known.
     """
+
+    ranges = True
 
     def __init__(self, url: str, *, timeout: float, create: bool) -> None:
         from obstore.exceptions import BaseError  # 0.1 s and 30 MB: only where a remote is used
@@ -137,24 +147,29 @@ class Transport:
         self._scheme = urlsplit(url).scheme
         self._timeout = timeout
         try:
-            self._store = self._open(url, create, repeat_seconds=0)
-            self._parts_store = self._open(url, create, repeat_seconds=PART_SECONDS)
+            self._store = self._open(url, create=create)
+            self._parts_store = self._open(url, create=create, repeats=True)
+            self._whole_store = self._open(url, create=create, endless=True)
         except self._errors as error:
             raise self._fault(error) from error
 
-    def _open(self, url: str, create: bool, *, repeat_seconds: int) -> ObjectStore:
+    def _open(
+        self, url: str, *, create: bool, repeats: bool = False, endless: bool = False
+    ) -> ObjectStore:
         from obstore.store import from_url
 
         if self._scheme == "file":
             return from_url(url, mkdir=create)
+        seconds = timedelta(seconds=self._timeout)
         client: ClientConfig = {
             "allow_http": True,  # of an endpoint that is spelled http://
-            "timeout": timedelta(seconds=self._timeout),
+            "timeout": timedelta(days=1) if endless else seconds,
+            "read_timeout": seconds,
             "connect_timeout": timedelta(seconds=min(self._timeout, CONNECT_SECONDS)),
         }
         retry: RetryConfig = {
-            "max_retries": 10 if repeat_seconds else 0,
-            "retry_timeout": timedelta(seconds=repeat_seconds),
+            "max_retries": 10 if repeats else 0,
+            "retry_timeout": timedelta(seconds=PART_SECONDS),
         }
         return self._open_remote(url, client, retry)
 
@@ -206,7 +221,7 @@ class Transport:
         import obstore
 
         try:
-            for data in obstore.get(self._store, path).stream(PIECE_BYTES):
+            for data in obstore.get(self._whole_store, path).stream(PIECE_BYTES):
                 yield memoryview(data)
         except self._errors as error:
             raise self._outcome(error) from error
@@ -285,6 +300,7 @@ class Transport:
         if isinstance(error, FileNotFoundError):
             return Absent()
         if isinstance(error, NotSupportedError) or "NotPartial" in text:
+            self.ranges = False
             return NoRanges()
         if "InvalidRange" in text or "status code: 416" in text:
             return WrongSize()
@@ -401,38 +417,56 @@ class HttpTransport(Transport):
 
         session = requests.Session()
         session.auth = self._auth
-        session.headers["Accept-Encoding"] = "identity"
         return session
-
-    def whole(self, path: str) -> Iterator[memoryview]:
-        """Yield an object's bytes, where the server has no ranges."""
-        with self._request("GET", f"{self._url}/{path}", stream=True) as response:
-            if response.status_code == 404:
-                raise Absent
-            if not response.ok:
-                raise self.of_status(response.status_code, "")
-            with self._faults():
-                for data in response.iter_content(_SEND_BYTES):
-                    yield memoryview(data)
 
     def put(self, path: str, data: bytes) -> None:
         """Make an object, or replace it."""
         self.stream(path, len(data), iter([memoryview(data)]))
 
     def stream(self, path: str, length: int, chunks: Iterator[memoryview]) -> None:
-        """Make an object, or replace it. Whether a torn one can be seen is the server's matter."""
+        """Make an object, or replace it.
+
+        Where the server can MOVE, it is there when it is whole, and two that make it at once do
+        not meet. Elsewhere that is the server's matter.
+        """
         # First, since a server may answer a large body without reading it, and close.
         self._make_parents(path)
+        if not self._moves:
+            return self._put(path, length, chunks)
+        temporary = f"{path}.{uuid4().hex}"
+        try:
+            self._put(temporary, length, chunks)
+            target = {"Destination": f"{self._url}/{path}", "Overwrite": "T"}
+            with self._request("MOVE", f"{self._url}/{temporary}", headers=target) as response:
+                self._expect_ok(response)
+        except BaseException:
+            with suppress(Fault):
+                self._request("DELETE", f"{self._url}/{temporary}").close()
+            raise
+        return None
+
+    @cached_property
+    def _moves(self) -> bool:
+        """Whether it knows MOVE: then it does not find what is not there."""
+        nothing = f"{self._url}/{uuid4().hex}"
+        target = {"Destination": f"{nothing}-moved"}
+        with self._request("MOVE", nothing, headers=target) as response:
+            return response.status_code == 404
+
+    def _put(self, path: str, length: int, chunks: Iterator[memoryview]) -> None:
         raised: list[BaseException] = []
-        body = _Body(length, _noting(chunks, raised)) if length else b""
+        body = _Body(length, _noting(chunks, raised)) if length else b"".join(chunks)
         try:
             with self._request("PUT", f"{self._url}/{path}", data=body) as response:
-                if not response.ok:
-                    raise self.of_status(response.status_code, response.text[:_BODY_CHARS])
+                self._expect_ok(response)
         except Fault:
             if raised:
                 raise raised[0] from None
             raise
+
+    def _expect_ok(self, response: requests.Response) -> None:
+        if not response.ok:
+            raise self.of_status(response.status_code, response.text[:_BODY_CHARS])
 
     def _make_parents(self, path: str) -> None:
         """Make the folders above ``path``. Servers without folders say no, which is no harm."""

@@ -102,7 +102,7 @@ def nginx(folder: Path) -> Iterator[Server]:
             scgi_temp_path {folder}/s; uwsgi_temp_path {folder}/u;
             server {{
                 listen 127.0.0.1:{port}; root {folder}/files;
-                location / {{ dav_methods PUT DELETE; create_full_put_path on; }}
+                location / {{ dav_methods PUT DELETE MOVE; create_full_put_path on; }}
             }}
         }}""")
     command = [shutil.which("nginx"), "-e", f"{folder}/error.log", "-c", f"{folder}/nginx.conf"]
@@ -266,14 +266,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command == "PUT" and misdeed is None:
             self.server.objects[self.path] = body
             self._answer(201, b"")
-        elif self.command == "MKCOL":
+        elif self.command in ("MKCOL", "MOVE", "DELETE"):
             self._answer(405, b"")
         elif self.command == "PUT" or self.path not in self.server.objects:
             self._reset() if misdeed else self._answer(404, b"")
         else:
             self._get(misdeed)
 
-    do_GET = do_HEAD = do_PUT = do_MKCOL = _do
+    do_GET = do_HEAD = do_PUT = do_MKCOL = do_MOVE = do_DELETE = _do
 
     def _get(self, misdeed: Misdeed) -> None:
         data = whole = self.server.objects[self.path]
