@@ -1,26 +1,40 @@
-"""store: one cache folder: its blobs, actions and memos."""
+"""store: one cache folder: its blobs, actions and memos, and the remote that it shares."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cache import files
 from cache.actions import Actions
 from cache.blobs import Blobs
 from cache.memos import Memos
 
+if TYPE_CHECKING:
+    from cache.sharing import Sharing
+
 
 @dataclass(frozen=True)
 class Store:
-    """What one cache folder holds."""
+    """What one cache folder holds.
+
+    Attributes:
+        blobs: bytes by digest.
+        actions: results by key.
+        memos: answers.
+        root: the folder.
+        sharing: what it has in common with a remote store, if there is one.
+    """
 
     blobs: Blobs
     actions: Actions
     memos: Memos
+    root: Path
+    sharing: Sharing | None = None
 
     @classmethod
     def at(cls, root: Path) -> Store:
         """Return the store in folder ``root``, which need not exist yet."""
         files.sweep(root / "blobs")
-        return cls(Blobs(root / "blobs"), Actions(root / "actions"), Memos(root / "memos"))
+        return cls(Blobs(root / "blobs"), Actions(root / "actions"), Memos(root / "memos"), root)

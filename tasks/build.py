@@ -10,16 +10,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
 from cache import files
-from cache.actions import Corrupt, Hit
+from cache.actions import Corrupt, Hit, Miss
 from cache.blobs import Part
 from cache.errors import BlobLost
 from cache.files import Stamp
@@ -30,6 +31,9 @@ from tasks import arrays, cast, extract, quantize, rows, unshard
 from tasks.errors import BuildError
 from tasks.plan import Node, Plan
 from tasks.rows import Rows
+
+if TYPE_CHECKING:
+    from cache.sharing import Locate
 
 Needed = dict[str, tuple[Node, Tensor]]  # tensors by name: who made each, and what it is
 Made = tuple[dict[str, Tensor], list[str]]  # tensors by name, and notes for people
@@ -51,6 +55,7 @@ class Stage(Protocol):
 
 STAGES: dict[str, Stage] = {"unshard": unshard, "cast": cast, "quantize": quantize}
 AGAIN = {"unshard": unshard.again, "cast": cast.again}  # makes a result that was not kept
+FETCHES = 8  # blobs that one action fetches at once
 ALWAYS_KEPT = ("extract", "quantize")  # what is the checkpoint's, and what pack copies
 
 
@@ -222,15 +227,46 @@ class Builder:
         needed = self.needed(plan, node)
         action = self._action(node, needed)
         with self.store.actions.running(action.key):
-            found = self.store.actions.get(action)
+            found, outcome = self.find(action)
             if isinstance(found, Hit):
-                return found.manifest, "reused"
+                return found.manifest, outcome
+            self.fetch(plan, needed, node.params.get("settings", ()))
             manifest = self._make(plan, node, needed)
             if isinstance(found, Corrupt):
                 note = f"{found.path} was corrupt ({found.cause}); it is made again"
                 manifest = replace(manifest, notes=(*manifest.notes, note))
             self.store.actions.put(manifest)
+        if self.store.sharing:
+            self.store.sharing.push(manifest, self.shared(plan, node))
         return manifest, "computed"
+
+    def find(self, action: Action) -> tuple[Hit | Miss | Corrupt, str]:
+        """Look an action up, here and then in the remote; return what came of it for the log."""
+        found = self.store.actions.get(action)
+        if not isinstance(found, Hit) and self.store.sharing:
+            manifest = self.store.sharing.find(action)
+            if manifest is not None:
+                return Hit(manifest), "fetched"
+        return found, "reused" if isinstance(found, Hit) else "computed"
+
+    def shared(self, plan: Plan, node: Node) -> Locate | None:
+        """Return what locates a node's tensors, or None if their bytes are not kept anywhere."""
+        if node.stage == "extract" or not self.keeps(node.stage):
+            return None
+        return lambda _, tensor: self.store.blobs.locate(tensor.digest, tensor.nbytes)
+
+    def fetch(self, plan: Plan, needed: Needed, names: Iterable[str]) -> None:
+        """Have the tensors' blobs in the store, those of a remote all at once."""
+        sharing, blobs = self.store.sharing, self.store.blobs
+        if not sharing:
+            return
+        lost = [needed[n] for n in names if not blobs.has(needed[n][1].digest, needed[n][1].nbytes)]
+
+        def get(of: tuple[Node, Tensor]) -> None:
+            sharing.fetch(self.manifest(plan, of[0]).action.key, of[1])
+
+        with ThreadPoolExecutor(FETCHES) as pool:
+            list(pool.map(get, lost))
 
     def _look(self, plan: Plan, node: Node, *, lost: bool = False) -> Manifest:
         with self.memory.held(self._memory(plan, node)):
@@ -296,7 +332,9 @@ class Builder:
         try:
             return self.store.blobs.locate(tensor.digest, tensor.nbytes)
         except BlobLost as lost:
-            self.remake(plan, maker, name, tensor, lost)
+            self.fetch(plan, needed, [name])
+            if not self.store.blobs.has(tensor.digest, tensor.nbytes):
+                self.remake(plan, maker, name, tensor, lost)
         return self.store.blobs.locate(tensor.digest, tensor.nbytes)
 
     def remake(self, plan: Plan, node: Node, name: str, tensor: Tensor, lost: BlobLost) -> None:

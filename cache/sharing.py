@@ -1,0 +1,144 @@
+"""sharing: what a cache has in common with other machines, by way of a remote store.
+
+Of an action the remote holds a record, ``{"manifest": …, "blake3": {digest: BLAKE3}}``, and
+under their BLAKE3 the blobs that this names. What is fetched is checked against both digests.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from cache.actions import Actions
+from cache.blobs import Blobs, Part
+from cache.digest import canonical
+from cache.errors import BlobLost, FileChanged, Mismatch, NotFetched
+from cache.manifests import Action, Manifest, ManifestError, Tensor
+from cache.remote import Remote, blake3_of
+
+KIND = "actions"
+
+Locate = Callable[[str, Tensor], Sequence[Part]]  # by a tensor's name
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """A blob's bytes, from its beginning whenever they are iterated."""
+
+    blobs: Blobs
+    parts: Sequence[Part]
+
+    def __iter__(self) -> Iterator[bytes]:
+        # Copies, since the pieces that come of the store are valid one at a time.
+        return (bytes(piece) for piece in self.blobs.chunks(self.parts))
+
+
+class Sharing:
+    """A cache's actions and blobs, read through from ``remote`` and written behind to it."""
+
+    def __init__(self, actions: Actions, blobs: Blobs, remote: Remote) -> None:
+        self.actions = actions
+        self.blobs = blobs
+        self.remote = remote
+        self._lock = threading.Lock()
+        self._names: dict[str, Mapping[str, str]] = {}  # BLAKE3 by digest, by the action's key
+        self._pushed: dict[str, str] = {}  # BLAKE3 by digest
+        self._corrupt: set[str] = set()  # BLAKE3
+
+    def find(self, action: Action) -> Manifest | None:
+        """Return what the action made elsewhere, recorded here from now on."""
+        record = self._record(action.key)
+        if record is None or record[0].action != action:
+            return None
+        self.actions.put(record[0])
+        return record[0]
+
+    def fetch(self, key: str, tensor: Tensor) -> bool:
+        """Make a blob that the action of ``key`` made a blob of this cache, if it can be had."""
+        with self.actions.running(f"fetch {tensor.digest}"):
+            if self.blobs.has(tensor.digest, tensor.nbytes):
+                return True
+            if key not in self._names and self._record(key) is None:
+                return False
+            blake3 = self._names[key].get(tensor.digest)
+            return blake3 is not None and self.fetch_blob(blake3, tensor)
+
+    def fetch_blob(self, blake3: str, tensor: Tensor) -> bool:
+        """Make a remote's blob a blob of this cache; tell whether it is the one that was meant."""
+        try:
+            with self.blobs.writing(tensor.nbytes) as writer:
+                for piece in self.remote.fetch(blake3, tensor.nbytes):
+                    writer.write(piece)
+        except NotFetched:
+            return False
+        except Mismatch:
+            with self._lock:
+                self._corrupt.add(blake3)  # so that it is put there anew
+            return False
+        return writer.digest == tensor.digest
+
+    def push(self, manifest: Manifest, locate: Locate | None) -> None:
+        """Have a result uploaded, by and by.
+
+        Args:
+            manifest: the result.
+            locate: says where its tensors lie; None uploads the manifest alone.
+        """
+        self.remote.later(lambda: self.push_now(manifest, locate))
+
+    def push_now(self, manifest: Manifest, locate: Locate | None) -> bool:
+        """Upload a result, and tell whether that was possible."""
+        names = {}
+        try:
+            if locate:
+                for name, tensor in manifest.tensors.items():
+                    names[tensor.digest] = self.push_blob(tensor, locate(name, tensor))
+        except (BlobLost, FileChanged, Mismatch, OSError):
+            return False  # gone or changed meanwhile: it is for the build to say so
+        record = {"manifest": json.loads(manifest.to_bytes()), "blake3": names}
+        self.remote.put_record(KIND, manifest.action.key, record)
+        return True
+
+    def push_blob(self, tensor: Tensor, parts: Sequence[Part]) -> str:
+        """Upload a blob unless it is there, and return its BLAKE3.
+
+        Raises:
+            BlobLost: its bytes are not what its name says.
+            FileChanged: as ``Blobs.read_into``.
+        """
+        with self.actions.running(f"push {tensor.digest}"):
+            if tensor.digest in self._pushed:
+                return self._pushed[tensor.digest]
+            source = _Bytes(self.blobs, parts)
+            state = xxhash.xxh3_128()
+
+            def digested() -> Iterator[bytes]:
+                for piece in source:
+                    state.update(piece)
+                    yield piece
+
+            blake3 = blake3_of(digested())
+            if state.hexdigest() != tensor.digest:
+                raise BlobLost(tensor.digest, "its bytes are others")
+            self.remote.push(blake3, tensor.nbytes, source, replace=blake3 in self._corrupt)
+            self._pushed[tensor.digest] = blake3
+            return blake3
+
+    def _record(self, key: str) -> tuple[Manifest, Mapping[str, str]] | None:
+        record: Any = self.remote.record(KIND, key)
+        try:
+            if record is None:
+                return None
+            manifest = Manifest.from_bytes(canonical(record["manifest"]))
+            names = {str(digest): str(blake3) for digest, blake3 in record["blake3"].items()}
+        except (ManifestError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # damaged: as good as none, and replaced when it was made again
+        if manifest.action.key != key:
+            return None
+        self._names[key] = names
+        return manifest, names
