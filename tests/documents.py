@@ -39,15 +39,16 @@ bits = 8
 
 
 def toml(document: Mapping[str, Any]) -> str:
-    """A document as TOML, a line a key."""
-    return "\n".join(f"{_quoted(key)} = {_toml(value)}" for key, value in document.items())
+    """A document as TOML."""
+    return "\n".join(f"{_quoted(key)} = {spelled(value)}" for key, value in document.items())
 
 
-def _toml(value: object) -> str:
+def spelled(value: object) -> str:
+    """A value as TOML, in one line."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_quoted(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_quoted(k)} = {spelled(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(spelled, value)) + "]"
     if isinstance(value, str):
         return _quoted(value)
     return str(value).lower()
@@ -113,11 +114,12 @@ def _some(table: Mapping[str, Key]) -> st.SearchStrategy[Table]:
 def _models(source: bool) -> st.SearchStrategy[Table]:
     fixed = {"source": _right(keys.MODEL["source"])} if source else {}
     optional = {key.name: _right(key) for key in keys.MODEL.values() if key.name not in fixed}
-    # A variant of `a` never has the name of another model, nor one of another case.
-    variants = st.dictionaries(st.sampled_from(["8bit", "ß", "", ".5"]), _some(keys.MODEL))
+    # No model or variant makes the target of another.
+    names = st.sampled_from(["8bit", "ß", "", ".5", "c-", "d_", "e+"])
+    variants = st.dictionaries(names, _some(keys.MODEL), max_size=3)
     model = st.fixed_dictionaries(fixed, optional={**optional, "variants": variants})
     return st.dictionaries(
-        st.sampled_from(["a", "b_", "llama-3.1+", "größe"]), model, min_size=1, max_size=2
+        st.sampled_from(["a", "b_", "_llama-3.1+", "größe", "7-"]), model, min_size=1, max_size=2
     )
 
 
@@ -153,13 +155,15 @@ WRONG: dict[str, list[Any]] = {
     "switch": [0, "yes", []],
     "quantize": [True, 4, "4", [], {"recipe": "mixed_3_6", "bits": 4},
                  {"recipe": "mixed_3_6", "mode": "mxfp4"}, {"mode": "mxfp8", "bits": 4},
-                 {"mode": "nvfp4", "group_size": 32}, {"bits": 4, "recipe": "mixed_3_6"}],
+                 {"mode": "nvfp4", "group_size": 32}, {"group_size": 16}, {"bits": 7},
+                 {"mode": "mxfp8", "rules": [{"match": "*", "bits": 4}]},
+                 {"rules": [{"match": "*", "group_size": 16}]}],
     "rules": [{}, "x", [8], [{}], [{"bits": 4}], [{"match": "*"}], [{"match": "*", "skip": False}],
               [{"match": "*", "skip": True, "bits": 4}],
               [{"match": "*", "skip": True, "mode": "affine"}],
               [{"match": "*", "mode": "nvfp4", "bits": 8}]],
 }  # fmt: skip
-NO_NAMES = ("a/b", "..", "a b", "a:b", "a=b", "a.", "\x7f", "a" * 201)
+NO_NAMES = ("a/b", "/", "..", "a b", "a:b", "a=b", "a.", "\x7f", "a\0b", "a" * 201)
 
 
 def _tables(document: Table) -> Iterator[tuple[Table, Mapping[str, Key]]]:

@@ -26,7 +26,12 @@ TABLES = {
     "[defaults.quantize]": keys.QUANTIZE,
     "[[defaults.quantize.rules]]": keys.RULE,
 }
-RULE = {"match": '"*"', "bits": "8"}
+OTHERS = {"[[defaults.quantize.rules]]": {"match": '"*"', "bits": "8"}}
+every_key = pytest.mark.parametrize(
+    ("header", "key"),
+    [(header, key) for header, known in TABLES.items() for key in known.values()],
+    ids=lambda part: part.name if isinstance(part, keys.Key) else part.strip("[]"),
+)
 calm = settings(deadline=None, max_examples=100)
 
 
@@ -49,6 +54,12 @@ def read(folder: Path, text: str) -> config.Config | None:
         return None
 
 
+def saying(header: str, values: dict[str, str]) -> str:
+    """A table that says these values, and a model."""
+    lines = [header, *(f"{name} = {value}" for name, value in values.items())]
+    return "\n".join([*lines, "[models.a]", 'source = "b"'])
+
+
 def accepts(text: str) -> bool:
     """Whether the schema does."""
     valid: bool = VALIDATOR.is_valid(tomllib.loads(text))
@@ -64,7 +75,7 @@ def test_the_schema_is_one() -> None:
     Draft202012Validator.check_schema(schema.schema())
 
 
-def test_the_checkout_s_own_models(folder: Path) -> None:
+def test_the_checkout_s_own_models() -> None:
     text = (REPOSITORY / "models.toml").read_text(encoding="utf-8")
     named = re.match(r"#:schema (\S+)\n", text)
     assert named is not None
@@ -82,27 +93,19 @@ def test_examples_of_the_documentation(folder: Path, page: str) -> None:
         assert accepts(block)
 
 
-@pytest.mark.parametrize(
-    ("header", "key"),
-    [(header, key) for header, known in TABLES.items() for key in known.values()],
-    ids=lambda part: part.name if isinstance(part, keys.Key) else part.strip("[]"),
-)
+@every_key
 def test_each_key_s_example_and_default(folder: Path, header: str, key: keys.Key) -> None:
     """The example is accepted; the default, where it is one value, is what holds without it."""
-
-    def text(values: dict[str, str]) -> str:
-        lines = [header, *(f"{name} = {value}" for name, value in values.items())]
-        return "\n".join([*lines, "[models.a]", 'source = "b"'])
-
-    others = RULE if key is keys.RULE.get(key.name) else {}
+    others = OTHERS.get(header, {})
     example = {**others, key.name: key.example}
     if key.name == "skip":
         del example["bits"]
-    assert read(folder, text(example)) is not None
-    assert accepts(text(example))
+    assert read(folder, saying(header, example)) is not None
+    assert accepts(saying(header, example))
     if default := re.fullmatch("`(.*)`", key.default):
-        said = read(folder, text({**others, key.name: default[1]}))
+        said = read(folder, saying(header, {**others, key.name: default[1]}))
         assert said is not None
+        assert said == read(folder, saying(header, others))
 
 
 def test_the_page_tells_every_key() -> None:
@@ -118,6 +121,26 @@ def test_the_page_tells_every_key() -> None:
 # That the schema and config agree
 
 
+@every_key
+def test_each_key_s_mistakes(folder: Path, header: str, key: keys.Key) -> None:
+    """Both refuse them."""
+    others = OTHERS.get(header, {})
+    wrong = [{key.name: documents.spelled(value)} for value in documents.WRONG[key.kind]]
+    for values in (*wrong, {f"{key.name}s": "5"}):
+        text = saying(header, {**others, **values})
+        assert read(folder, text) is None, text
+        assert not accepts(text), text
+
+
+@pytest.mark.parametrize("name", documents.NO_NAMES)
+def test_what_is_no_name(folder: Path, name: str) -> None:
+    variants = {f"b{name}": {}}
+    for models in ({name: {"source": "b"}}, {"a": {"source": "b", "variants": variants}}):
+        text = documents.toml({"models": models})
+        assert read(folder, text) is None
+        assert not accepts(text)
+
+
 @given(document=documents.right())
 @calm
 def test_what_is_right(folder: Path, document: dict[str, Any]) -> None:
@@ -127,7 +150,7 @@ def test_what_is_right(folder: Path, document: dict[str, Any]) -> None:
 
 
 @given(document=documents.wrong())
-@settings(calm, max_examples=500)
+@settings(calm, max_examples=300)
 def test_a_mistake(folder: Path, document: dict[str, Any]) -> None:
     """Both refuse it."""
     text = documents.toml(document)
