@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import documents
+import front_door
 from tasks import config
 from tasks.config import Config, Quantize, Rule, Target
 from tasks.errors import ConfigError
@@ -24,12 +23,9 @@ calm = settings(deadline=None)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One for all examples: each overwrites its `models.toml`. The environment says nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in [name for name in os.environ if name.startswith("MLX_MAKE_")]:
-            patch.delenv(variable)
-        yield tmp_path_factory.mktemp("config")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all examples: each overwrites its `models.toml`."""
+    return tmp_path_factory.mktemp("config")
 
 
 def read(folder: Path, text: str | bytes) -> Config:
@@ -316,6 +312,13 @@ def test_a_message_names_the_variable(
         settings_of(folder, SAID)
     assert str(refusal.value).startswith(f"{variable}: {words}")
     assert "secret" not in str(refusal.value)
+
+
+def test_a_message_names_the_variable_as_doit_says_it(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text('[models.a]\nsource = "b"')
+    done = front_door.doit(tmp_path, "list", expect=3, env={"MLX_MAKE_CACHE_MODE": "readonly"})
+    assert "MLX_MAKE_CACHE_MODE: cache.mode is 'readonly'; valid: read-write" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # Sizes

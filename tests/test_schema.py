@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,9 @@ calm = settings(deadline=None, max_examples=100)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One for all examples: each overwrites its `models.toml`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for table, known in (("cache", keys.CACHE), ("build", keys.BUILD)):
-            for key in known:
-                patch.delenv(keys.variable(table, key), raising=False)
-        yield tmp_path_factory.mktemp("schema")
+    return tmp_path_factory.mktemp("schema")
 
 
 def read(folder: Path, text: str) -> config.Config | None:
