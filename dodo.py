@@ -49,6 +49,11 @@ def task_pack() -> Tasks:
     yield from loaded().pack()
 
 
+def task_lock() -> Tasks:
+    """Accept the checkpoints as they are now into models.lock."""
+    yield from loaded().accept()
+
+
 def task_lint() -> dict[str, Any]:
     """Check this project's code: ruff and mypy."""
     return _python("-m ruff check", "-m ruff format --check", "-m mypy")

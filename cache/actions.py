@@ -64,6 +64,14 @@ class Actions:
             return Corrupt(path, "it records another action")
         return Hit(manifest)
 
+    def read(self, key: str) -> Manifest | None:
+        """Return what is recorded under ``key``, if anything that can be used."""
+        try:
+            manifest = Manifest.from_bytes(self.path(key).read_bytes())
+        except (FileNotFoundError, ManifestError):
+            return None
+        return manifest if manifest.action.key == key else None
+
     def put(self, manifest: Manifest) -> None:
         """Record a result. Its blobs must be in place: whoever finds it relies on them."""
         files.write(self.path(manifest.action.key), manifest.to_bytes())

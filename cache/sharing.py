@@ -52,18 +52,18 @@ class Sharing:
 
     def find(self, action: Action) -> Manifest | None:
         """Return what the action made elsewhere, recorded here from now on."""
-        record = self._record(action.key)
-        if record is None or record[0].action != action:
+        manifest = self.read(action.key)
+        if manifest is None or manifest.action != action:
             return None
-        self.actions.put(record[0])
-        return record[0]
+        self.actions.put(manifest)
+        return manifest
 
     def fetch(self, key: str, tensor: Tensor) -> bool:
         """Make a blob that the action of ``key`` made a blob of this cache, if it can be had."""
         with self.actions.running(f"fetch {tensor.digest}"):
             if self.blobs.has(tensor.digest, tensor.nbytes):
                 return True
-            if key not in self._names and self._record(key) is None:
+            if key not in self._names and self.read(key) is None:
                 return False
             blake3 = self._names[key].get(tensor.digest)
             return blake3 is not None and self.fetch_blob(blake3, tensor)
@@ -129,7 +129,8 @@ class Sharing:
             self._pushed[tensor.digest] = blake3
             return blake3
 
-    def _record(self, key: str) -> tuple[Manifest, Mapping[str, str]] | None:
+    def read(self, key: str) -> Manifest | None:
+        """Return what the remote has recorded under ``key``, if anything that can be used."""
         record: Any = self.remote.record(KIND, key)
         try:
             if record is None:
@@ -141,4 +142,4 @@ class Sharing:
         if manifest.action.key != key:
             return None
         self._names[key] = names
-        return manifest, names
+        return manifest

@@ -136,8 +136,8 @@ class Builder:
         """Return where a node's manifest lies. A string: doit wants thousands of them."""
         return f"{self.state}/manifests/{node.target}/{node.stage}/{node.order.layer}.json"
 
-    def run(self, plan: Plan, node: Node, why: str) -> None:
-        """Bring a node's manifest up to date.
+    def run(self, plan: Plan, node: Node, why: str) -> Manifest:
+        """Bring a node's manifest up to date, and return it.
 
         Raises:
             BuildError: it cannot be made.
@@ -145,6 +145,7 @@ class Builder:
         with self.logged(node.name, why) as record:
             manifest, record["outcome"] = self._run(plan, node)
             self.publish(Path(self.manifest_path(node)), manifest)
+        return manifest
 
     def publish(self, path: Path, manifest: Manifest) -> None:
         """Write a manifest where the build tool looks, unless it says the same already."""
@@ -201,8 +202,7 @@ class Builder:
             why = "its manifest is of other settings"
         except (FileNotFoundError, ManifestError) as error:
             why = f"its manifest is damaged: {error}"
-        self.run(plan, node, why)
-        return Manifest.from_bytes(path.read_bytes())
+        return self.run(plan, node, why)
 
     def needed(self, plan: Plan, node: Node) -> Needed:
         """Return the tensors that a node reads: who made each, and what it is."""
@@ -248,6 +248,13 @@ class Builder:
             if manifest is not None:
                 return Hit(manifest), "fetched"
         return found, "reused" if isinstance(found, Hit) else "computed"
+
+    def recorded(self, key: str) -> Manifest | None:
+        """Return what the action of ``key`` made, if that is on record."""
+        found = self.store.actions.read(key)
+        if found is None and self.store.sharing:
+            found = self.store.sharing.read(key)
+        return found
 
     def shared(self, plan: Plan, node: Node) -> Locate | None:
         """Return what locates a node's tensors, or None if their bytes are not kept anywhere."""

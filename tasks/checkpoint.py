@@ -95,6 +95,9 @@ class Checkpoint:
         wholes: the model's tensors, by name.
         stamps: of each weight file.
         notes: what people should know, e.g. files that were left out.
+        record: BLAKE3 of what the checkpoint is known by, if it is not here itself: ``folder``
+            then holds its small files alone, and ``stamps`` are none.
+        digests: of stored tensors, by key, as the record has them.
     """
 
     folder: Path
@@ -105,6 +108,8 @@ class Checkpoint:
     wholes: dict[str, Whole]
     stamps: dict[str, Stamp]
     notes: tuple[str, ...] = field(default=())
+    record: str | None = None
+    digests: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def table(self) -> list[Any]:

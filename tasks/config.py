@@ -71,6 +71,7 @@ class Target:
     Attributes:
         name: name of its folder under build/.
         source: the checkpoint's folder, absolute.
+        source_name: what models.toml calls it, with the loader if it names one.
         loader: which loader reads it, or None to tell from the folder.
         layout: how the built model's files are laid out.
         dtype: what floating tensors are cast to, or None for the layout's default.
@@ -82,6 +83,7 @@ class Target:
 
     name: str
     source: Path
+    source_name: str
     loader: str | None
     layout: str
     dtype: str | None
@@ -269,11 +271,13 @@ class _Reader:
         source = self.text_of(model, "source", at)
         if not source:
             self.refuse("has no source", at, mend='add source = "FOLDER", relative to this file')
+        loader = self.one_of(model, keys.MODEL["loader"], at)
         layout = self.one_of(model, keys.MODEL["layout"], at) or "mlx-lm"
         return Target(
             name,
             self.folder(source, (*at, "source")),
-            self.one_of(model, keys.MODEL["loader"], at),
+            f"{source} ({loader})" if loader else source,
+            loader,
             layout,
             self.one_of(model, keys.MODEL["dtype"], at),
             self.quantize(model.get("quantize", False), (*at, "quantize")),

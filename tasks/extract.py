@@ -38,6 +38,8 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
         CheckpointError: a file cannot be read.
         FileChanged: a file changes meanwhile.
     """
+    if plan.checkpoint.record:
+        return _recalled(plan, node, look=look)
     blobs = builder.store.blobs
     known = None if look else builder.store.memos.get("extracts", [VERSION, node.order.look])
     tensors: dict[str, Tensor] = {}
@@ -63,9 +65,24 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
     return tensors
 
 
+def _recalled(plan: Plan, node: Node, *, look: bool) -> dict[str, Tensor]:
+    """Return a layer's tensors of a checkpoint that is not here."""
+    told = node.params["tensors"]
+    digests = plan.checkpoint.digests
+    if look or not told.keys() <= digests.keys():
+        raise CheckpointError(
+            f"{plan.target.source} is not here whole, and {node.order.layer} must be made of it: "
+            f"what was made of {', '.join(list(told)[:3])}, … before is neither in the cache nor "
+            "in a remote. Get the checkpoint."
+        )
+    return {key: Tensor(dtype, tuple(shape), digests[key]) for key, (dtype, shape) in told.items()}
+
+
 def memory(checkpoint: Checkpoint, told: Iterable[str]) -> int:
     """Return how many bytes are held at once: a file that torch must read is read whole."""
     stored = [checkpoint.stored[key] for key in told]
+    if checkpoint.record:
+        return 0
     return max((checkpoint.stamps[s.file].size for s in stored if s.offset == TORCH), default=0)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from cache import files
 from cache.digest import digest_file, digest_record
 from cache.errors import CacheError
 from cache.log import Log
+from cache.manifests import Action
 from cache.store import Store
-from tasks import config, pack
+from tasks import config, options, pack
 from tasks.build import Builder, Memory, cores, machine_memory
 from tasks.config import BUILD, STATE
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
+from tasks.lock import Lock
 from tasks.plan import Node, Plan, Planner
 
 
@@ -34,11 +38,13 @@ class Graph:
         folder: where models.toml lies; all state and output lie beside it.
         builder: runs the tasks.
         plans: by target.
+        lock: models.lock.
     """
 
     folder: Path
     builder: Builder
     plans: dict[str, Plan]
+    lock: Lock
 
     def stage(self, stage: str) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""
@@ -53,6 +59,16 @@ class Graph:
         for target, found in self.plans.items():
             yield self._pack_task(target, found)
 
+    def accept(self) -> Iterator[dict[str, Any]]:
+        """Yield the tasks that lock the sources as they are now."""
+        for target, found in self.plans.items():
+
+            def act(found: Plan = found) -> Any:
+                plans = self.plans.values()
+                return _reported(lambda: self.lock.accept(self.builder, found, plans), {})
+
+            yield {"basename": "lock", "name": target, "actions": [act], "io": {"capture": False}}
+
     def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
         path = self.builder.manifest_path(node)
         # A build that was cut off changes manifests before doit's database, which then speaks of
@@ -63,7 +79,9 @@ class Graph:
             made: dict[str, Any] = {"told": told.digest}
 
             def run() -> None:
-                self.builder.run(found, node, told.why(changed))
+                manifest = self.builder.run(found, node, told.why(changed))
+                if node.stage == "extract":
+                    self.lock.check_layer(self.builder.store, found, manifest.tensors)
                 made["left"] = [*files.Stamp.of(path), digest_file(Path(path))]
 
             return _reported(run, made)
@@ -90,12 +108,20 @@ class Graph:
                  found.names, found.notes]
             ),
             str(folder),
-            lambda values: pack.intact(str(folder), values.get("outputs") or {}),
+            lambda values: pack.intact(str(folder), values.get("outputs") or {})
+            and self.lock.holds(found, *values.get("locked", (None, None))),
         )  # fmt: skip
 
         def build(why: str) -> dict[str, Any]:
             start = time.perf_counter()
-            made = pack.run(self.builder, found, folder, manifest_path, why)
+            plans = self.plans.values()
+            source = self.lock.check_source(self.builder, found, plans)
+
+            def check(action: Action) -> list[str]:
+                return self.lock.check_target(self.builder, found, source, action)
+
+            made = pack.run(self.builder, found, folder, manifest_path, why, check)
+            self.lock.update(found, source, made, plans)
             size = sum(tensor.nbytes for tensor in made.tensors.values())
             bits = sum(
                 tensor.nbytes for name, tensor in made.tensors.items()
@@ -107,6 +133,7 @@ class Graph:
                 "summary": f"{BUILD}/{target}: {_size(size)}, {bits:.3g} bits per weight, packed "
                 f"in {time.perf_counter() - start:.1f} s",
                 "notes": list(made.notes),
+                "locked": [source.record, made.result],
             }
 
         def act(changed: list[str]) -> Any:
@@ -191,11 +218,12 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
     """
     try:
         read = config.load(models)
-        store = Store.at(read.cache)
+        lock = Lock.load(read.path.with_suffix(".lock"), strict=options.locked)
+        store = _store(read)
         for target in read.targets.values():
             if target.source in make:
                 make[target.source](target.source)
-        planner = Planner(store.memos)
+        planner = Planner(store.memos, lambda target: lock.recall(store, target))
         plans = {name: planner.plan(target) for name, target in read.targets.items()}
     except (BuildError, CacheError) as error:
         raise InvalidDodoFile(str(error)) from error
@@ -206,7 +234,25 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
     run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
     memory = Memory(read.memory_bytes or machine_memory() // 2)
     log = Log(state / "log.jsonl")
-    return Graph(folder, Builder(store, state, log, run_id, read.keep, memory), plans)
+    return Graph(folder, Builder(store, state, log, run_id, read.keep, memory), plans, lock)
+
+
+def _store(read: config.Config) -> Store:
+    """Open the cache, and the remote if there is one to be used."""
+    store = Store.at(read.cache)
+    if not read.remote or read.mode == "off":
+        return store
+    from cache.remote import Remote
+    from cache.sharing import Sharing
+
+    remote = Remote(
+        read.remote,
+        warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+        read_only=read.mode == "read-only",
+        secret=os.environ.get("MLX_MAKE_SIGNING_KEY", "").encode() or None,
+    )
+    options.remotes.append(remote)
+    return replace(store, sharing=Sharing(store.actions, store.blobs, remote))
 
 
 def doit_config(models: Path) -> dict[str, Any]:

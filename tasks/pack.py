@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,7 +47,14 @@ def shards(
     return found
 
 
-def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: str) -> Manifest:
+def run(
+    builder: Builder,
+    plan: Plan,
+    folder: Path,
+    manifest_path: Path,
+    why: str,
+    check: Callable[[Action], list[str]],
+) -> Manifest:
     """Bring a target's folder up to date.
 
     The new folder is written beside the old one and exchanged with it, so that a build that is
@@ -59,6 +66,7 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
         folder: build/TARGET.
         manifest_path: where its manifest belongs.
         why: what made it look.
+        check: refuses what must not be written, or returns notes for people.
 
     Raises:
         NoRoom: the disk cannot take the new folder.
@@ -88,8 +96,8 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
             "files": {name: digest(data) for name, data in small.items()},
         }
         action = Action("pack", VERSION, params, {name: tensor.record for name, tensor in tensors})
-        found = builder.store.actions.get(action)
-        record["outcome"] = "reused" if isinstance(found, Hit) else "computed"
+        notes += check(action)
+        found, record["outcome"] = builder.find(action)
         if isinstance(found, Hit) and _holds(folder, found.manifest.tensors):
             result = found.manifest
         else:
@@ -99,6 +107,8 @@ def run(builder: Builder, plan: Plan, folder: Path, manifest_path: Path, why: st
             made = _write(builder, plan, needed, folder, weights, small, expected)
             result = Manifest(action, made, tuple(dict.fromkeys(notes)))
             builder.store.actions.put(result)
+            if builder.store.sharing and not isinstance(found, Hit):
+                builder.store.sharing.push(result, None)
         builder.publish(manifest_path, result)
         return result
 
@@ -197,6 +207,7 @@ def _fill(
 ) -> dict[str, Tensor]:
     form = LAYOUTS[plan.target.layout].FORMAT
     blobs = builder.store.blobs
+    builder.fetch(plan, needed, needed)
     packed = {
         file: [Packed(name, tensor, builder.locate(plan, needed, name)) for name, tensor in shard]
         for file, shard in weights.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -126,8 +127,15 @@ class Plan:
 class Planner:
     """Plans targets; what several have in common is read once."""
 
-    def __init__(self, memos: Memos) -> None:
+    def __init__(self, memos: Memos, recall: Callable[[Target], Checkpoint | None]) -> None:
+        """Make a planner.
+
+        Args:
+            memos: what is remembered of checkpoints and models.
+            recall: returns a checkpoint that is not here itself, or None if it is to be read.
+        """
         self.memos = memos
+        self._recall = recall
         self._checkpoints: dict[tuple[Path, str | None], Checkpoint] = {}
         self._outlines: dict[tuple[Path, str | None, str], Outline] = {}
 
@@ -161,7 +169,9 @@ class Planner:
         source = (target.source, target.loader)
         if (*source, target.layout) not in self._outlines:
             if source not in self._checkpoints:
-                self._checkpoints[source] = loaders.read(*source, self.memos)
+                self._checkpoints[source] = self._recall(target) or loaders.read(
+                    *source, self.memos
+                )
             checkpoint = self._checkpoints[source]
             layout = LAYOUTS[target.layout]
             model = layout.model(checkpoint, self.memos)
@@ -179,7 +189,7 @@ def _outline(checkpoint: Checkpoint, model: Model) -> Outline:
         stored = [checkpoint.stored[key] for key in keys]
         tensors = {key: [s.dtype, list(s.shape)] for key, s in zip(keys, stored, strict=True)}
         files = sorted({s.file for s in stored})
-        look = [
+        look: Any = checkpoint.record or [
             str(checkpoint.folder),
             [[file, *checkpoint.stamps[file]] for file in files],
             [[key, s.file, s.offset] for key, s in zip(keys, stored, strict=True)],

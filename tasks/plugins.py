@@ -23,11 +23,20 @@ from doit.reporter import ConsoleReporter
 
 from cache import files
 from cache.digest import digest_file
-from cache.errors import NoRoom
+from cache.errors import CacheError, NoRoom
 from cache.manifests import Manifest, ManifestError
+from tasks import options
 from tasks.config import STATE
 
 INTERRUPTED = 130  # as shells report SIGINT
+LOCKED = {
+    "name": "locked",
+    "short": "",
+    "long": "locked",
+    "type": bool,
+    "default": False,
+    "help": "fail if anything differs from models.lock, and never write it (for CI)",
+}
 
 
 class Checker(FileChangedChecker):  # type: ignore[misc]
@@ -135,15 +144,19 @@ class Run(DoitRun):  # type: ignore[misc]
     """doit's ``run``: one at a time on one state, layer by layer, and tidy when interrupted."""
 
     name = "run"
+    cmd_options = (*DoitRun.cmd_options, LOCKED)
 
     def execute(self, params: Any, args: list[str]) -> int:
         """Run the tasks named in ``args``."""
         signal.signal(signal.SIGTERM, _interrupt)
+        options.locked = params["locked"]
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         cmd_run.TaskControl = Control  # doit looks the class up there, and has no hook for it
         try:
             with _alone():
-                return int(super().execute(params, args))
+                status = int(super().execute(params, args))
+                _finish_uploads()
+                return status
         except KeyboardInterrupt:
             print(
                 "\ninterrupted: layers that are done are kept; run doit again to go on",
@@ -152,6 +165,20 @@ class Run(DoitRun):  # type: ignore[misc]
             )
             # Threads may still be deep in a computation: do not wait for them.
             os._exit(INTERRUPTED)
+
+
+def _finish_uploads() -> None:
+    for remote in options.remotes:
+        try:
+            pushed = remote.finish()
+        except (CacheError, OSError) as error:  # what was built is built
+            print(f"warning: {error}", file=sys.stderr)
+            continue
+        if pushed.objects:
+            print(
+                f"{remote.name}: {pushed.objects} objects uploaded, {pushed.bytes / 1e6:,.1f} MB; "
+                f"the last {pushed.seconds:.1f} s were for that alone"
+            )
 
 
 class Clean(DoitClean):  # type: ignore[misc]

@@ -1,0 +1,299 @@
+"""lock: models.lock: what was built of what. For version control, beside models.toml.
+
+```json
+{
+  "version": 1,
+  "sources": {"checkpoints/llama-7b": {"files": {"config.json": [654, "ab…"], …}, "record": …}},
+  "targets": {"llama-7b": {"source": …, "settings": …, "computer": …, "action": …, "output": …}}
+}
+```
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cache import files
+from cache.digest import digest_record
+from cache.manifests import Action, Manifest, Tensor
+from cache.store import Store
+from tasks import sources
+from tasks.checkpoint import Checkpoint
+from tasks.config import Target
+from tasks.errors import BuildError, CheckpointError, ConfigError
+from tasks.sources import Source
+
+if TYPE_CHECKING:
+    from tasks.build import Builder
+    from tasks.plan import Plan
+
+VERSION = 1
+SHOWN = 10  # names in a message
+
+
+@dataclass(frozen=True)
+class Built:
+    """A target as models.lock has it.
+
+    Attributes:
+        source: its source's record.
+        settings: digest of all that models.toml and the plan say of it.
+        computer: what quantized it, if anything was: MLX's version, device, machine.
+        action: key of the action that packed it.
+        output: digest of the packed files' names and digests.
+    """
+
+    source: str
+    settings: str
+    computer: dict[str, str] | None
+    action: str
+    output: str
+
+
+@dataclass
+class Lock:
+    """models.lock. Safe in threads.
+
+    Attributes:
+        path: the file.
+        sources: by their names in models.toml.
+        targets: by name.
+        strict: whether any difference is an error (``doit --locked``).
+    """
+
+    path: Path
+    sources: dict[str, Source]
+    targets: dict[str, Built]
+    strict: bool = False
+    _writing: threading.Lock = field(default_factory=threading.Lock)
+    _taken: dict[str, Source] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path, *, strict: bool) -> Lock:
+        """Read the file, which need not exist.
+
+        Raises:
+            ConfigError: it is damaged, or a newer version wrote it.
+        """
+        try:
+            record = json.loads(path.read_bytes())
+            if record["version"] != VERSION:
+                raise ConfigError(
+                    f"{path} is of version {record['version']}, this mlx-make reads {VERSION}: "
+                    "update mlx-make."
+                )
+            return cls(
+                path,
+                {name: Source(**entry) for name, entry in record["sources"].items()},
+                {name: Built(**entry) for name, entry in record["targets"].items()},
+                strict,
+            )
+        except FileNotFoundError:
+            return cls(path, {}, {}, strict)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(
+                f"{path} is no lock file ({error}). Take it from version control again, or remove "
+                "it: the next build writes it anew."
+            ) from error
+
+    def recall(self, store: Store, target: Target) -> Checkpoint | None:
+        """Return a target's checkpoint by its record, where its files are not all here.
+
+        Raises:
+            CheckpointError: the record is nowhere.
+        """
+        source = self.sources.get(target.source_name)
+        if source is None or all((target.source / name).exists() for name in source.files):
+            return None
+        found = sources.recall(store, source)
+        if found is None and not target.source.exists():
+            raise CheckpointError(
+                f"source {target.source} does not exist, and what {self.path.name} says of it "
+                f"(record {source.record[:16]}…) is neither in the cache nor in a remote. Get the "
+                "checkpoint, or name the remote that it was built with: [cache] remote."
+            )
+        return found
+
+    def check_layer(self, store: Store, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse a layer of the checkpoint that is not what was locked.
+
+        Raises:
+            BuildError: it is another.
+        """
+        source = self.sources.get(plan.target.source_name)
+        if source is None or plan.checkpoint.record == source.record:
+            return
+        sizes = {name: stamp.size for name, stamp in plan.checkpoint.stamps.items()}
+        odd = [
+            f"{name} has {size:,} bytes, locked are {source.files[name][0]:,}"
+            for name, size in sizes.items()
+            if name in source.files and source.files[name][0] != size
+        ]
+        known = sources.digests(store, source)
+        odd += [
+            f"tensor {key} has other contents"
+            for key, tensor in tensors.items()
+            if known.get(key, tensor.digest) != tensor.digest
+        ]
+        if odd:
+            raise self._drift(plan.target, odd)
+
+    def check_source(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> Source:
+        """Return a target's source as it is now; it must be as it is locked, if it is.
+
+        Raises:
+            BuildError: it is not.
+        """
+        locked = self.sources.get(plan.target.source_name)
+        if locked and plan.checkpoint.record == locked.record:
+            return locked
+        now = self.take(builder, plan, plans)
+        if locked is None and self.strict:
+            raise BuildError(
+                f"{plan.target.name}: its source {plan.target.source_name} is not in "
+                f"{self.path.name}. Run doit without --locked, and commit the file."
+            )
+        if locked and now.files != locked.files:
+            names = sorted(now.files.keys() | locked.files.keys())
+            odd = [
+                f"{name} is "
+                + ("new" if name not in locked.files else "gone" if name not in now.files
+                   else "another")
+                for name in names
+                if now.files.get(name) != locked.files.get(name)
+            ]  # fmt: skip
+            raise self._drift(plan.target, odd)
+        return now
+
+    def take(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> Source:
+        """Return a target's source as it is now, worked out once a run."""
+        name = plan.target.source_name
+        with self._writing:
+            if name not in self._taken:
+                same = [p for p in plans if p.target.source_name == name]
+                self._taken[name] = sources.take(builder, same)
+            return self._taken[name]
+
+    def accept(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> None:
+        """Lock a target's source as it is now."""
+        if plan.checkpoint.record:
+            return  # not here: there is nothing new to accept
+        plans = list(plans)
+        now = self.take(builder, plan, plans)
+        self.sources[plan.target.source_name] = now
+        self._save(plans)
+
+    def check_target(
+        self, builder: Builder, plan: Plan, source: Source, action: Action
+    ) -> list[str]:
+        """Compare what is about to be packed with what is locked.
+
+        Returns:
+            Notes for people: what differs although nothing that was asked for does.
+
+        Raises:
+            BuildError: it differs, and ``strict``.
+        """
+        locked = self.targets.get(plan.target.name)
+        if locked and locked.action == action.key:
+            return []
+        asked = (source.record, settings(plan))
+        if locked and (locked.source, locked.settings) == asked:
+            old = builder.recorded(locked.action)
+            fact = f"differs from {self.path.name} although nothing it is built from does: "
+            fact += _differences(old, action)
+            if locked.computer != computer(plan):
+                fact += f"; locked was quantized by {locked.computer}, this by {computer(plan)}"
+        elif self.strict:
+            fact = "is not in " if locked is None else "is built from other settings than in "
+            fact += self.path.name
+        else:
+            return []
+        if self.strict:
+            raise BuildError(
+                f"{plan.target.name} {fact}. Run doit without --locked and commit the file, if "
+                "that is wanted."
+            )
+        return [fact]
+
+    def update(self, plan: Plan, source: Source, packed: Manifest, plans: Iterable[Plan]) -> None:
+        """Lock what was built."""
+        if self.strict:
+            return  # it is as it is locked
+        built = Built(
+            source.record, settings(plan), computer(plan), packed.action.key, packed.result
+        )
+        self.sources[plan.target.source_name] = source
+        self.targets[plan.target.name] = built
+        self._save(plans)
+
+    def holds(self, plan: Plan, source: str | None, output: str | None) -> bool:
+        """Tell whether a target is locked as it was last built here."""
+        built = self.targets.get(plan.target.name)
+        locked = self.sources.get(plan.target.source_name)
+        return (
+            built is not None and built.output == output
+            and locked is not None and locked.record == source
+        )  # fmt: skip
+
+    def _save(self, plans: Iterable[Plan]) -> None:
+        """Write the file, without what models.toml does not have any more."""
+        targets = {plan.target.name: plan.target.source_name for plan in plans}
+        kept = set(targets.values())
+        with self._writing:
+            record = {
+                "version": VERSION,
+                "sources": {n: asdict(s) for n, s in self.sources.items() if n in kept},
+                "targets": {n: asdict(b) for n, b in self.targets.items() if n in targets},
+            }
+            data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+            if not self.path.exists() or self.path.read_bytes() != data:
+                files.write(self.path, data)
+
+    def _drift(self, target: Target, odd: list[str]) -> BuildError:
+        more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
+        return BuildError(
+            f"{target.name}: source {target.source_name} is not what {self.path.name} has: "
+            f"{'; '.join(odd[:SHOWN])}{more}. If the new one is wanted, accept it: doit lock, then "
+            "doit."
+        )
+
+
+def settings(plan: Plan) -> str:
+    """Return a digest of all that a target is told, but for what computes it."""
+    nodes = [
+        [n.stage, n.order.layer, n.order.version,
+         {key: value for key, value in n.params.items() if key not in ("mlx", "device", "machine")}]
+        for stage in plan.stages.values() for n in stage
+    ]  # fmt: skip
+    target = plan.target
+    return digest_record(
+        [target.layout, target.max_shard_bytes, plan.names, json.dumps(plan.config), nodes]
+    )
+
+
+def computer(plan: Plan) -> dict[str, str] | None:
+    """Return what quantizes a target: MLX's version, device, machine; None if nothing does."""
+    for node in plan.stages["quantize"]:
+        if "mlx" in node.params:
+            return {key: str(node.params[key]) for key in ("mlx", "device", "machine")}
+    return None
+
+
+def _differences(old: Manifest | None, new: Action) -> str:
+    """Return in words how what is packed differs, tensor by tensor."""
+    if old is None:
+        return "what was packed then is not on record here"
+    before, after = old.action.inputs, new.inputs
+    odd = [
+        name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)
+    ]
+    if not odd:
+        return "the tensors are the same, the other files are not"
+    more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
+    return f"{len(odd)} of {len(after)} tensors: {', '.join(odd[:SHOWN])}{more}"

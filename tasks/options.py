@@ -1,0 +1,11 @@
+"""options: what the command line says that the tasks must know, for one ``doit`` call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cache.remote import Remote
+
+locked = False  # --locked: any difference from models.lock is an error
+remotes: list[Remote] = []  # opened: to be finished before doit returns

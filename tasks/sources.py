@@ -1,0 +1,231 @@
+"""sources: what a build must know of a checkpoint, kept apart from the checkpoint itself.
+
+A *record* holds what its headers and small files say and the digest of each tensor that is used.
+So where a checkpoint is not at hand, its plan is, and whatever was built of it before can be used.
+
+```
+sources/BLAKE3/record.json   named by its own digest, which models.lock holds
+sources/BLAKE3/files/…       the small files
+```
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache import files
+from cache.digest import digest, digest_record
+from cache.errors import Mismatch, NotFetched
+from cache.store import Store
+from tasks import extract
+from tasks.checkpoint import Checkpoint, Stored, Whole
+from tasks.errors import CheckpointError
+from tasks.layouts import LAYOUTS
+
+if TYPE_CHECKING:
+    from tasks.build import Builder
+    from tasks.plan import Plan
+
+SCHEMA = 1
+MAX_RECORD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as models.lock has it.
+
+    Attributes:
+        files: size in bytes and digest of each file that is used. Of a weight file it is that of
+            the table of its tensors that are used, with their digests.
+        record: BLAKE3 of the record.
+        nbytes: of the record.
+        revision: the commit on the hub that the folder was downloaded at, if it says so.
+    """
+
+    files: dict[str, list[Any]]
+    record: str
+    nbytes: int
+    revision: str | None = None
+
+
+def take(builder: Builder, plans: Iterable[Plan]) -> Source:
+    """Return the source that ``plans`` have in common, and keep its record.
+
+    Tensors that no action digested yet are digested.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    plans = list(plans)
+    checkpoint = plans[0].checkpoint
+    if checkpoint.record:
+        raise ValueError("a recalled checkpoint is what its record says")
+    digests: dict[str, str] = {}
+    seen = set()
+    for plan in plans:
+        for node in plan.stages["extract"]:
+            if node.order.digest not in seen:
+                seen.add(node.order.digest)
+                made = extract.make(builder, plan, node)
+                digests.update({key: tensor.digest for key, tensor in made.items()})
+    small = _small_files(checkpoint, {plan.target.layout for plan in plans})
+    record, names = _to_record(checkpoint, digests, small)
+    record_name = _blake3(record)
+    _keep(builder.store, record_name, record, small)
+    _push(builder.store, {record_name: record, **{names[n]: data for n, data in small.items()}})
+    found = {name: [len(data), digest(data)] for name, data in small.items()}
+    for name, stamp in checkpoint.stamps.items():
+        table = [
+            [key, s.dtype, list(s.shape), digests[key]]
+            for key, s in checkpoint.stored.items()
+            if s.file == name and key in digests
+        ]
+        found[name] = [stamp.size, digest_record(table)]
+    return Source(
+        dict(sorted(found.items())), record_name, len(record), _revision(checkpoint.folder)
+    )
+
+
+def recall(store: Store, source: Source) -> Checkpoint | None:
+    """Return a checkpoint by its record, or None if the record is nowhere."""
+    found = _kept(store, source) or _fetched(store, source)
+    if found is None:
+        return None
+    return _from_record(found, source.record, _folder(store, source.record) / "files")
+
+
+def digests(store: Store, source: Source) -> dict[str, str]:
+    """Return the digests of a source's tensors, by key, as far as its record is kept here."""
+    found = _kept(store, source)
+    return dict(json.loads(found)["digests"]) if found else {}
+
+
+def _folder(store: Store, record: str) -> Path:
+    return store.root / "sources" / record
+
+
+def _small_files(checkpoint: Checkpoint, layouts: set[str]) -> dict[str, bytes]:
+    """Return all files that are read besides the weights, by name."""
+    names = {*checkpoint.files, "params.json" if checkpoint.names == "meta" else "config.json"}
+    for layout in layouts:
+        names |= {path.name for path in LAYOUTS[layout].sources(checkpoint)}
+    return {name: (checkpoint.folder / name).read_bytes() for name in sorted(names)}
+
+
+def _to_record(
+    checkpoint: Checkpoint, digests: Mapping[str, str], small: Mapping[str, bytes]
+) -> tuple[bytes, dict[str, str]]:
+    """Return a record's bytes, and the BLAKE3 of each small file."""
+    names = {name: _blake3(data) for name, data in small.items()}
+    record = {
+        "schema": SCHEMA,
+        "names": checkpoint.names,
+        "config": checkpoint.config,
+        "files": checkpoint.files,
+        "stored": {key: list(stored) for key, stored in checkpoint.stored.items()},
+        "wholes": {name: list(whole) for name, whole in checkpoint.wholes.items()},
+        "notes": list(checkpoint.notes),
+        "digests": dict(sorted(digests.items())),
+        "small": {name: [len(data), names[name]] for name, data in small.items()},
+    }
+    # Not sorted: the order of tensors is the checkpoint's own.
+    return json.dumps(record, separators=(",", ":")).encode(), names
+
+
+def _from_record(data: bytes, name: str, folder: Path) -> Checkpoint:
+    record = json.loads(data)
+    stored = {
+        key: Stored(n, dtype, tuple(shape), file, offset)
+        for key, (n, dtype, shape, file, offset) in record["stored"].items()
+    }
+    wholes = {
+        key: Whole(dtype, tuple(shape), tuple(inputs), tuple(steps))
+        for key, (dtype, shape, inputs, steps) in record["wholes"].items()
+    }
+    return Checkpoint(
+        folder,
+        record["names"],
+        record["config"],
+        record["files"],
+        stored,
+        wholes,
+        {},
+        tuple(record["notes"]),
+        name,
+        record["digests"],
+    )
+
+
+def _keep(store: Store, name: str, record: bytes, small: Mapping[str, bytes]) -> None:
+    folder = _folder(store, name)
+    for file, data in small.items():
+        files.write(folder / "files" / file, data)
+    files.write(folder / "record.json", record)  # last: where it is, all is
+
+
+def _kept(store: Store, source: Source) -> bytes | None:
+    folder = _folder(store, source.record)
+    try:
+        record = (folder / "record.json").read_bytes()
+        if _blake3(record) != source.record:
+            return None
+        for name, (_, blake3) in json.loads(record)["small"].items():
+            if _blake3((folder / "files" / name).read_bytes()) != blake3:
+                return None
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def _fetched(store: Store, source: Source) -> bytes | None:
+    if not store.sharing:
+        return None
+    remote = store.sharing.remote
+    try:
+        record = b"".join(remote.fetch(source.record, source.nbytes))
+        told = json.loads(record)
+        if told["schema"] != SCHEMA:
+            raise CheckpointError(
+                f"the record {source.record} is of schema {told['schema']}, this version reads "
+                f"{SCHEMA}: update mlx-make."
+            )
+        small = {
+            name: b"".join(remote.fetch(blake3, nbytes))
+            for name, (nbytes, blake3) in told["small"].items()
+            if Path(name).name == name
+        }
+    except (NotFetched, Mismatch):
+        return None
+    _keep(store, source.record, record, small)
+    return record
+
+
+def _push(store: Store, data: Mapping[str, bytes]) -> None:
+    if store.sharing:
+        remote = store.sharing.remote
+        for name, blob in data.items():
+            remote.later(partial(remote.push, name, len(blob), [blob]))
+
+
+def _blake3(data: bytes) -> str:
+    from blake3 import blake3  # not needed where there is nothing to do
+
+    return str(blake3(data).hexdigest())
+
+
+def _revision(folder: Path) -> str | None:
+    """Return the commit of a folder that huggingface_hub downloaded, by its own bookkeeping."""
+    real = folder.resolve()
+    if real.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", real.name):
+        return real.name
+    for path in sorted((folder / ".cache" / "huggingface" / "download").glob("*.metadata")):
+        first = path.read_text(errors="replace").partition("\n")[0]
+        if re.fullmatch(r"[0-9a-f]{40}", first):
+            return first
+    return None
