@@ -219,13 +219,14 @@ class Builder:
         if node.stage == "extract":
             # What it reads is what it makes: looking means digesting the checkpoint's tensors.
             with self.store.actions.running(node.order.digest):
-                manifest = self._look(plan, node)
-                if isinstance(self.store.actions.get(manifest.action), Hit):
+                manifest = self.look(plan, node)
+                known = isinstance(self.store.actions.get(manifest.action), Hit)
+                if known or plan.checkpoint.record:
                     return manifest, "reused"
                 self.store.actions.put(manifest)
                 return manifest, "computed"
         needed = self.needed(plan, node)
-        action = self._action(node, needed)
+        action = self.action(node, needed)
         with self.store.actions.running(action.key):
             found, outcome = self.find(action)
             if isinstance(found, Hit):
@@ -275,18 +276,20 @@ class Builder:
         with ThreadPoolExecutor(FETCHES) as pool:
             list(pool.map(get, lost))
 
-    def _look(self, plan: Plan, node: Node, *, lost: bool = False) -> Manifest:
+    def look(self, plan: Plan, node: Node, *, lost: bool = False) -> Manifest:
+        """Return what extract makes of a layer; if a blob is ``lost``, by reading its files."""
         with self.memory.held(self._memory(plan, node)):
             tensors = extract.make(self, plan, node, look=lost)
         made = {name: (node, tensor) for name, tensor in tensors.items()}
-        return Manifest(self._action(node, made), tensors)
+        return Manifest(self.action(node, made), tensors)
 
     def _make(self, plan: Plan, node: Node, needed: Needed) -> Manifest:
         with self.memory.held(self._memory(plan, node)), mx.stream(self.streams.get("cpu")):
             tensors, notes = STAGES[node.stage].make(self, plan, node, needed)
-        return Manifest(self._action(node, needed), tensors, tuple(notes))
+        return Manifest(self.action(node, needed), tensors, tuple(notes))
 
-    def _action(self, node: Node, inputs: Needed) -> Action:
+    def action(self, node: Node, inputs: Needed) -> Action:
+        """Return a node's action, given what it reads."""
         read = {name: tensor.record for name, (_, tensor) in inputs.items()}
         return Action(node.stage, node.order.version, node.params, read)
 
@@ -358,7 +361,7 @@ class Builder:
                 return
         with self.logged(node.name, f"blob lost: {lost.cause}") as record:
             if node.stage == "extract":
-                again = self._look(plan, node, lost=True)
+                again = self.look(plan, node, lost=True)
             else:
                 again = self._make(plan, node, needed)
             record["outcome"] = "computed"

@@ -1,0 +1,112 @@
+"""exchange: all results of targets to a remote store, or from there, whatever runs or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.actions import Hit
+from cache.manifests import Manifest, ManifestError
+from cache.sharing import Sharing
+from tasks.build import FETCHES, Builder, cores
+from tasks.plan import Node, Plan
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """How many of the targets' results were exchanged.
+
+    Attributes:
+        results: manifests, with what they name.
+        missing: those that were not there to be exchanged.
+    """
+
+    results: int
+    missing: int
+
+
+def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged:
+    """Upload all that is built of ``plans`` and that the remote does not have.
+
+    What is not there, or goes away meanwhile, is left out.
+    """
+    plans = list(plans)
+    done: list[bool] = []
+    with ThreadPoolExecutor(cores()) as pool:
+        jobs = [
+            pool.submit(sharing.push_now, manifest, builder.shared(plan, node))
+            for plan, node, manifest in _built(builder, plans)
+        ]
+        done = [job.result() for job in jobs]
+    packed = 0
+    for plan in plans:
+        manifest = _read(f"{builder.state}/manifests/{plan.target.name}/pack.json")
+        packed += manifest is not None and sharing.push_now(manifest, None)
+    count = sum(done) + packed
+    return Exchanged(count, sum(_wanted(plan) for plan in plans) - count)
+
+
+def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged:
+    """Fetch all that the remote has of ``plans``, so that it can be built without it."""
+    results = wanted = 0
+    for plan in plans:
+        wanted += _wanted(plan) - 1
+        found: dict[Node, Manifest] = {}
+        for node in (n for nodes in plan.stages.values() for n in nodes):
+            manifest = _pulled(builder, plan, node, found)
+            if manifest is None:
+                continue
+            found[node] = manifest
+            if node.stage == "extract":
+                continue
+            results += 1
+            builder.publish(Path(builder.manifest_path(node)), manifest)
+            if builder.shared(plan, node):
+                key = manifest.action.key
+                with ThreadPoolExecutor(FETCHES) as pool:
+                    list(
+                        pool.map(
+                            lambda t, key=key: sharing.fetch(key, t), manifest.tensors.values()
+                        )
+                    )
+    return Exchanged(results, wanted - results)
+
+
+def _wanted(plan: Plan) -> int:
+    """Return how many results a target has that are shared: those of extract are not."""
+    return sum(len(nodes) for stage, nodes in plan.stages.items() if stage != "extract") + 1
+
+
+def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Plan, Node, Manifest]]:
+    for plan in plans:
+        for stage, nodes in plan.stages.items():
+            for node in nodes if stage != "extract" else ():
+                if manifest := _read(builder.manifest_path(node)):
+                    yield plan, node, manifest
+
+
+def _read(path: str) -> Manifest | None:
+    try:
+        return Manifest.from_bytes(Path(path).read_bytes())
+    except (FileNotFoundError, ManifestError):
+        return None
+
+
+def _pulled(
+    builder: Builder, plan: Plan, node: Node, found: dict[Node, Manifest]
+) -> Manifest | None:
+    """Return what a node made, here or elsewhere, without making anything but extract's."""
+    if node.stage == "extract":
+        return builder.look(plan, node)
+    if not all(need in found for need in node.needs):
+        return None
+    needed = {
+        name: (need, tensor)
+        for need in node.needs
+        for name, tensor in found[need].tensors.items()
+        if node.order.reads is None or name in node.order.reads
+    }
+    hit, _ = builder.find(builder.action(node, needed))
+    return hit.manifest if isinstance(hit, Hit) else None
