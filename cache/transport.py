@@ -7,7 +7,9 @@ which nobody else can. Every request moves ``PIECE_BYTES`` at most, so that one 
 from __future__ import annotations
 
 import errno
+import random
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -30,6 +32,7 @@ CONNECT_SECONDS = 5
 PART_SECONDS = 3  # for which a part of a multipart upload is repeated
 _SEND_BYTES = 1 << 20
 _BODY_CHARS = 1 << 16
+_MOVES = 5  # tries
 
 SCHEMES = ("s3", "gs", "az", "https", "http", "file")
 _CREDENTIALS = {
@@ -436,18 +439,30 @@ class HttpTransport(Transport):
         temporary = f"{path}.{uuid4().hex}"
         try:
             self._put(temporary, length, chunks)
-            target = {"Destination": f"{self._url}/{path}", "Overwrite": "T"}
-            with self._request("MOVE", f"{self._url}/{temporary}", headers=target) as response:
-                self._expect_ok(response)
+            self._move(temporary, path)
         except BaseException:
             with suppress(Fault):
                 self._request("DELETE", f"{self._url}/{temporary}").close()
             raise
         return None
 
+    def _move(self, temporary: str, path: str) -> None:
+        target = {"Destination": f"{self._url}/{path}", "Overwrite": "T"}
+        for again in reversed(range(_MOVES)):
+            with self._request("MOVE", f"{self._url}/{temporary}", headers=target) as response:
+                if response.ok:
+                    return
+                if not again:
+                    self._expect_ok(response)
+            # Servers that remove what is there first refuse it where two do so at once.
+            time.sleep(random.uniform(0.01, 0.1))
+
     @cached_property
     def _moves(self) -> bool:
-        """Whether it knows MOVE: then it does not find what is not there."""
+        """Whether it can MOVE: it says that it is WebDAV, or does not find what is not there."""
+        with self._request("OPTIONS", self._url) as response:
+            if "DAV" in response.headers:
+                return True
         nothing = f"{self._url}/{uuid4().hex}"
         target = {"Destination": f"{nothing}-moved"}
         with self._request("MOVE", nothing, headers=target) as response:

@@ -266,14 +266,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command == "PUT" and misdeed is None:
             self.server.objects[self.path] = body
             self._answer(201, b"")
-        elif self.command in ("MKCOL", "MOVE", "DELETE"):
+        elif self.command in ("MKCOL", "MOVE", "DELETE", "OPTIONS"):
             self._answer(405, b"")
         elif self.command == "PUT" or self.path not in self.server.objects:
             self._reset() if misdeed else self._answer(404, b"")
         else:
             self._get(misdeed)
 
-    do_GET = do_HEAD = do_PUT = do_MKCOL = do_MOVE = do_DELETE = _do
+    do_GET = do_HEAD = do_PUT = do_MKCOL = do_MOVE = do_DELETE = do_OPTIONS = _do
 
     def _get(self, misdeed: Misdeed) -> None:
         data = whole = self.server.objects[self.path]
