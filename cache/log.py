@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,16 +42,23 @@ class Entry:
 
 
 class Log:
-    """The build log at ``path``. Appending is safe from threads and from processes."""
+    """The build log at ``path``. Appending is safe from threads and from processes.
+
+    Attributes:
+        listeners: are told each entry, one at a time.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listeners: list[Callable[[Entry], None]] = []
         self._lock = threading.Lock()
 
     def add(self, entry: Entry) -> None:
         """Append a line; the oldest half goes when the log has grown past its bound."""
         line = json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n"
         with self._lock:
+            for listener in self.listeners:
+                listener(entry)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # One write in append mode is one line, also beside another process.
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)

@@ -52,7 +52,7 @@ class Graph:
             for node in found.stages[stage]:
                 yield self._layer_task(found, node)
         groups = [f"{stage}:{target}" for target in self.plans]
-        yield {"basename": stage, "actions": None, "task_dep": groups}
+        yield {"basename": stage, "actions": None, "task_dep": groups, "meta": {"graph": self}}
 
     def pack(self) -> Iterator[dict[str, Any]]:
         """Yield the tasks that write the built models' folders."""
@@ -113,7 +113,6 @@ class Graph:
         )  # fmt: skip
 
         def build(why: str) -> dict[str, Any]:
-            start = time.perf_counter()
             plans = self.plans.values()
             source = self.lock.check_source(self.builder, found, plans)
 
@@ -122,7 +121,6 @@ class Graph:
 
             made = pack.run(self.builder, found, folder, manifest_path, why, check)
             self.lock.update(found, source, made, plans)
-            size = sum(tensor.nbytes for tensor in made.tensors.values())
             bits = sum(
                 tensor.nbytes for name, tensor in made.tensors.items()
                 if name.endswith((".safetensors", ".npz"))
@@ -130,8 +128,8 @@ class Graph:
             return {
                 "told": told.digest,
                 "outputs": pack.stamps(str(folder), list(made.tensors)),
-                "summary": f"{BUILD}/{target}: {_size(size)}, {bits:.3g} bits per weight, packed "
-                f"in {time.perf_counter() - start:.1f} s",
+                "size": sum(tensor.nbytes for tensor in made.tensors.values()),
+                "bits_per_weight": bits,
                 "notes": list(made.notes),
                 "locked": [source.record, made.result],
             }
@@ -257,7 +255,7 @@ def _store(read: config.Config) -> Store:
 
 def doit_config(models: Path) -> dict[str, Any]:
     """Return DOIT_CONFIG: threads, one a core, and all state beside models.toml."""
-    from tasks.plugins import Checker, Reporter
+    from tasks.plugins import Checker
 
     state = models.absolute().parent / STATE
     return {
@@ -265,7 +263,7 @@ def doit_config(models: Path) -> dict[str, Any]:
         "dep_file": str(state / "doit.json"),
         "backend": "mlx-make",
         "check_file_uptodate": Checker,
-        "reporter": Reporter,
+        "reporter": "mlx-make",
         "num_process": cores(),
         "par_type": "thread",
         "verbosity": 2,
@@ -297,10 +295,3 @@ def _remove(folder: Path, manifest_path: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
     manifest_path.unlink(missing_ok=True)
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"

@@ -19,7 +19,6 @@ from doit.cmd_forget import Forget as DoitForget
 from doit.cmd_run import Run as DoitRun
 from doit.control import TaskControl, TaskDispatcher
 from doit.dependency import FileChangedChecker, JsonDB
-from doit.reporter import ConsoleReporter
 
 from cache import files
 from cache.digest import digest_file
@@ -150,6 +149,10 @@ class Run(DoitRun):  # type: ignore[misc]
         """Run the tasks named in ``args``."""
         signal.signal(signal.SIGTERM, _interrupt)
         options.locked = params["locked"]
+        if (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):  # not ignored, as by nohup
+            signal.signal(signal.SIGINT, _interrupt)
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         cmd_run.TaskControl = Control  # doit looks the class up there, and has no hook for it
         try:
@@ -219,6 +222,9 @@ def _with_layers(tasks: list[Any], names: list[str]) -> list[str]:
 
 
 def _interrupt(*_: Any) -> NoReturn:
+    # Once is enough: what follows is short, and leaves the terminal and the database in order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -243,48 +249,3 @@ def _alone() -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
-
-
-class Reporter(ConsoleReporter):  # type: ignore[misc]
-    """Says what is built, and nothing of what is up to date but how many targets are."""
-
-    desc = "mlx-make: a line a target and stage"
-
-    def __init__(self, outstream: Any, options: dict[str, Any]) -> None:
-        super().__init__(outstream, options)
-        self._said: set[str] = set()
-        self._fresh = 0
-
-    def execute_task(self, task: Any) -> None:
-        """Say a stage of a target when its first layer begins."""
-        if not task.actions:
-            return
-        stage, _, rest = task.name.partition(":")
-        line = f"{rest.partition(':')[0]}: {stage}" if rest else stage
-        if line not in self._said:
-            self._said.add(line)
-            self.write(f"{line}\n")
-
-    def add_success(self, task: Any) -> None:
-        """Say what a target has become."""
-        if summary := task.values.get("summary"):
-            target = task.name.partition(":")[2]
-            for note in task.values["notes"]:
-                self.write(f"note: {target}: {note}\n")
-            self.write(f"{summary}\n")
-
-    def skip_uptodate(self, task: Any) -> None:
-        """Count targets that are up to date."""
-        self._fresh += task.name.startswith("pack:")
-
-    def _write_failure(self, result: dict[str, Any], write_exception: bool = True) -> None:
-        self.write(f"ERROR: {result['task'].name}: {result['exception'].get_msg()}\n")
-
-    def complete_run(self) -> None:
-        """Say how many targets needed nothing."""
-        if self._fresh and not self.failures:
-            prefix = "" if self._said else "nothing to do: "
-            plural = "s are" if self._fresh > 1 else " is"
-            self.write(f"{prefix}{self._fresh} target{plural} up to date\n")
-        for message in self.runtime_errors:
-            self.write(f"ERROR: {message}\n")
