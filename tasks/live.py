@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
-from typing import IO, TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -31,14 +31,27 @@ class Live:
         """
         self._stream = stream
         self._lines = lines
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._over = threading.Event()
+        self._redirected: dict[str, _Lines] = {}
         self._thread: threading.Thread | None = None
         self._console: Console | None = None
         self._shown: list[int] = []  # widths of the lines on the terminal
         self._columns = 0  # of the terminal, when they were drawn
 
     def start(self) -> None:
+        """Put above the lines to come what others print on the terminal.
+
+        Before there are threads: doit's set sys.stdout and sys.stderr for each task, and set them
+        back to what they found.
+        """
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream.isatty():
+                self._redirected[name] = _Lines(stream, self.write)
+                setattr(sys, name, self._redirected[name])
+
+    def show(self) -> None:
         """Show the lines before long."""
         self._thread = threading.Thread(target=self._show, name="live", daemon=True)
         self._thread.start()
@@ -48,6 +61,9 @@ class Live:
         self._over.set()
         if self._thread:
             self._thread.join()
+        for name, stream in self._redirected.items():
+            setattr(sys, name, stream.instead_of)
+            stream.end()
 
     def write(self, text: str) -> None:
         """Write whole lines of text as they are, above the lines that are shown."""
@@ -67,20 +83,22 @@ class Live:
         from rich.console import Console
 
         console = Console(file=self._stream)
+        # rich redirects what others print too, but without a lock around what it draws.
         live = rich.live.Live(
             get_renderable=lambda: self._draw(console),
             console=console,
             auto_refresh=False,
             transient=True,
-            redirect_stdout=sys.stdout.isatty(),
-            redirect_stderr=sys.stderr.isatty(),
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         try:
             with self._lock:
                 live.start(refresh=True)
                 self._console = console
             while not self._over.wait(REFRESH_SECONDS):
-                live.refresh()
+                with self._lock:
+                    live.refresh()
         finally:
             with self._lock:
                 live.stop()
@@ -108,3 +126,32 @@ class Live:
             for _ in range(sum(-(-width // columns) - 1 for width in self._shown if width)):
                 console.control(Control((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)))
         self._columns = columns
+
+
+class _Lines:
+    """A text stream that is written in whole lines, those of different threads apart."""
+
+    def __init__(self, instead_of: IO[str], write: Callable[[str], None]) -> None:
+        self.instead_of = instead_of
+        self._write = write
+        self._begun: dict[int, str] = {}  # lines, by thread
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.instead_of, name)
+
+    def write(self, text: str) -> int:
+        thread = threading.get_ident()
+        whole, newline, rest = (self._begun.pop(thread, "") + text).rpartition("\n")
+        if rest:
+            self._begun[thread] = rest
+        if newline:
+            self._write(whole + newline)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def end(self) -> None:
+        """Write the lines that nobody ended."""
+        while self._begun:
+            self._write(f"{self._begun.popitem()[1]}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -52,6 +53,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self._graph = next((t.meta["graph"] for t in tasks.values() if t.meta), None)
         if self._graph:
             self._graph.builder.log.listeners.append(self._log)
+        if self._live:
+            self._live.start()
 
     def write(self, text: str) -> None:
         """Write whole lines, at once."""
@@ -85,7 +88,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
                 for name in self._finished:
                     self._count(name)
                 if self._live:
-                    self._live.start()
+                    self._live.show()
             self._works[target].begin(stage, time.monotonic())
 
     def add_success(self, task: Any) -> None:
@@ -101,7 +104,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             for note in task.values["notes"]:
                 self.write(f"note: {target}: {note}\n")
             if not self._live:
-                self.write(self._built(work))
+                self.write(f"{_built(work)}\n")
         elif stage == work.last and not self._live:
             self._say_how_far(work)
 
@@ -163,46 +166,25 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         begun = [work for work in self._works.values() if work.began is not None]
         built = [work for work in begun if work.state == "done"]
         if self._live:
-            if len(built) > 1:
-                self.write(self._table(built))
-            else:
-                self.write("".join(map(self._built, built)))
+            table = _aligned(_with_something(_summary(built)))
+            if len(built) < 2 or len(table[0]) > shutil.get_terminal_size().columns:
+                table = [_built(work) for work in built]
+            self.write("".join(f"{line}\n" for line in table))
         if begun:
             self.write(self._total(begun, built))
         if self._fresh and not self.failures:
             prefix = "" if self._said or begun else "nothing to do: "
-            self.write(f"{prefix}{self._fresh} target{_are(self._fresh)} up to date\n")
-
-    def _built(self, work: Work) -> str:
-        return (
-            f"{BUILD}/{work.target}: {size(work.size)}, {work.bits_per_weight:.3g} bits per "
-            f"weight, {_counts([work])}, {duration(work.seconds)}\n"
-        )
-
-    def _table(self, built: Sequence[Work]) -> str:
-        rows = [["", "size", "bits/weight", *OUTCOMES, "time"]]
-        for work in built:
-            counts = work.counts()
-            rows.append(
-                [
-                    f"{BUILD}/{work.target}",
-                    size(work.size),
-                    f"{work.bits_per_weight:.3g}",
-                    *(str(counts[outcome]) for outcome in OUTCOMES),
-                    duration(work.seconds),
-                ]
-            )
-        return "".join(f"{line}\n" for line in _aligned(_with_something(rows)))
+            are = "s are" if self._fresh > 1 else " is"
+            self.write(f"{prefix}{self._fresh} target{are} up to date\n")
 
     def _total(self, begun: Sequence[Work], built: Sequence[Work]) -> str:
+        failed = sum(work.state == "failed" for work in begun)
+        what = f"{len(built)} target{_plural(len(built))} built" if built else _counts(begun)
+        what += f", {failed} failed" if failed else ""
         took = duration(time.monotonic() - self._start)
-        if built:
-            what = f"{len(built)} target{'s' if len(built) > 1 else ''} built in {took}"
-        else:
-            what = f"{_counts(begun)} in {took}"
         folder = self._graph.folder
         where = "" if folder == Path.cwd() else f", in {folder}"
-        return f"{what}{where}, peak memory {size(_peak_memory_bytes())}\n"
+        return f"{what} in {took}, peak memory {size(_peak_memory_bytes())}{where}\n"
 
     def _lines(self, columns: int, rows: int) -> list[Line]:
         """Return what is shown now: a heading, and a line for each target that fits."""
@@ -219,6 +201,29 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         if more := len(shown) - room:
             found += [(f"  and {more} more"[: columns - 1], "dim")] if more > 0 else []
         return found
+
+
+def _built(work: Work) -> str:
+    return (
+        f"{BUILD}/{work.target}: {size(work.size)}, {work.bits_per_weight:.3g} bits per weight, "
+        f"{_counts([work])} in {duration(work.seconds)}"
+    )
+
+
+def _summary(built: Iterable[Work]) -> list[list[str]]:
+    rows = [["", "size", "bits/weight", *OUTCOMES, "time"]]
+    for work in built:
+        counts = work.counts()
+        rows.append(
+            [
+                f"{BUILD}/{work.target}",
+                size(work.size),
+                f"{work.bits_per_weight:.3g}",
+                *(str(counts[outcome]) for outcome in OUTCOMES),
+                duration(work.seconds),
+            ]
+        )
+    return rows
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -285,7 +290,15 @@ def _aligned(table: list[list[str]]) -> list[str]:
 
 def _counts(works: Iterable[Work]) -> str:
     counts = sum((work.counts() for work in works), start=Counter())
-    return ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name]) or "nothing"
+    found = [(counts[outcome], outcome) for outcome in OUTCOMES if counts[outcome]]
+    return ", ".join(
+        f"{count} {outcome}" if index else f"{count} task{_plural(count)} {outcome}"
+        for index, (count, outcome) in enumerate(found)
+    )
+
+
+def _plural(count: int) -> str:
+    return "s" if count != 1 else ""
 
 
 def _rate(work: Work, now: float) -> str:
@@ -296,10 +309,6 @@ def _rate(work: Work, now: float) -> str:
 def _left(work: Work, now: float) -> str:
     left = work.left(now)
     return "" if left is None else clock(left)
-
-
-def _are(count: int) -> str:
-    return "s are" if count > 1 else " is"
 
 
 def _peak_memory_bytes() -> int:
