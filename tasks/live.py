@@ -114,7 +114,7 @@ class Live:
             Text(text, style, no_wrap=True, overflow="crop")
             for text, style in self._lines(columns, rows)
         ]
-        self._shown = [line.cell_len for line in lines]
+        self._shown = [min(line.cell_len, columns) for line in lines]
         return Group(*lines)
 
     def _unfold(self, console: Console, columns: int) -> None:

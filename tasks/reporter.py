@@ -44,6 +44,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self._fresh = 0
         self._graph: Any = None
         self._plan: tuple[Mapping[str, Any], Iterable[str]] = ({}, ())
+        self._begun = False
         self._works: dict[str, Work] = {}
         self._finished: list[str] = []  # before the first task began
 
@@ -70,26 +71,30 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         if not task.actions:
             return
         stage, target = _parts(task.name)
-        if target:
+        if self._graph and target in self._graph.plans:
             self._begin(stage, target)
             if self._live:
                 return
-        line = f"{target}: {stage}" if target else stage
-        with self._lock:
-            new = line not in self._said
-            self._said.add(line)
-        if new:
-            self.write(f"{line}\n")
+        self._say_once(f"{target}: {stage}" if target else stage)
 
     def _begin(self, stage: str, target: str) -> None:
         with self._lock:
-            if not self._works:
+            if not self._begun:
+                self._begun = True
                 self._works = progress.works(self._graph.plans, *self._plan)
                 for name in self._finished:
                     self._count(name)
                 if self._live:
                     self._live.show()
-            self._works[target].begin(stage, time.monotonic())
+            if work := self._works.get(target):
+                work.begin(stage, time.monotonic())
+
+    def _say_once(self, line: str) -> None:
+        with self._lock:
+            new = line not in self._said
+            self._said.add(line)
+        if new:
+            self.write(f"{line}\n")
 
     def add_success(self, task: Any) -> None:
         """Count a task; say what a target has become."""
@@ -115,11 +120,14 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def add_failure(self, task: Any, fail: Any) -> None:
         """Keep the failure for the end; what merely needs what failed is none."""
-        _, target = _parts(task.name)
+        if isinstance(fail, UnmetDependency):
+            return
+        self.failures.append({"task": task, "exception": fail})
+        stage, target = _parts(task.name)
         if work := self._works.get(target):
             work.state = "failed"
-        if not isinstance(fail, UnmetDependency):
-            self.failures.append({"task": task, "exception": fail})
+            if not self._live:
+                self._say_once(f"{target}: {stage} failed")
 
     def complete_run(self) -> None:
         """Sum up, and say what failed, whole and last."""
@@ -135,7 +143,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def _finish(self, name: str) -> None:
         with self._lock:
-            if self._works:
+            if self._begun:
                 self._count(name)
             else:
                 self._finished.append(name)
@@ -179,12 +187,15 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def _total(self, begun: Sequence[Work], built: Sequence[Work]) -> str:
         failed = sum(work.state == "failed" for work in begun)
-        what = f"{len(built)} target{_plural(len(built))} built" if built else _counts(begun)
-        what += f", {failed} failed" if failed else ""
+        what = [
+            f"{len(built)} target{_plural(len(built))} built" if built else _counts(begun),
+            f"{failed} target{_plural(failed)} failed" if failed else "",
+        ]
         took = duration(time.monotonic() - self._start)
         folder = self._graph.folder
         where = "" if folder == Path.cwd() else f", in {folder}"
-        return f"{what} in {took}, peak memory {size(_peak_memory_bytes())}{where}\n"
+        peak = size(_peak_memory_bytes())
+        return f"{', '.join(filter(None, what))} in {took}, peak memory {peak}{where}\n"
 
     def _lines(self, columns: int, rows: int) -> list[Line]:
         """Return what is shown now: a heading, and a line for each target that fits."""

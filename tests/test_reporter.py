@@ -31,8 +31,10 @@ SIZE = r"[\d.]+ [kM]B"
 class Terminal:
     """doit on a terminal, and what one sees there."""
 
-    def __init__(self, project: Project, *args: str, columns: int, hook: dict, **env: str) -> None:
-        self.screen = pyte.Screen(columns, ROWS)
+    def __init__(
+        self, project: Project, *args: str, columns: int, hook: dict, rows: int = ROWS, **env: str
+    ) -> None:
+        self.screen = pyte.Screen(columns, rows)
         self.written = ""
         self._stream = pyte.ByteStream(self.screen)
         self._end, other = pty.openpty()
@@ -48,8 +50,9 @@ class Terminal:
         os.close(other)
 
     def resize(self, columns: int) -> None:
-        self.screen.resize(ROWS, columns)
-        fcntl.ioctl(self._end, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
+        rows = self.screen.lines
+        self.screen.resize(rows, columns)
+        fcntl.ioctl(self._end, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def lines(self) -> list[str]:
         return [line.rstrip() for line in self.screen.display if line.strip()]
@@ -146,6 +149,19 @@ def test_a_narrow_terminal_that_becomes_narrower(tmp_path: Path) -> None:
     assert re.search(r"build/model: .*build/other: |build/other: .*build/model: ", said)
 
 
+def test_more_targets_than_rows(tmp_path: Path) -> None:
+    project = two_targets(tmp_path)
+    for bits in (2, 3, 5, 6):
+        project.configure(f"bits-{bits}", quantize={"bits": bits})
+    terminal = Terminal(project, columns=40, rows=7, hook=held(tmp_path))
+    terminal.wait_for("^  and 2 more$")
+    assert len(terminal.lines()) == 6
+    assert re.match(r"^  target +stage +layers", terminal.lines()[0])
+    assert re.search(r" extract|unshard|cast ", terminal.lines()[1])  # what is at work comes first
+    release(tmp_path)
+    assert "6 targets built " in "\n".join(terminal.finish())
+
+
 def test_errors_come_last_and_warnings_tear_nothing(tmp_path: Path) -> None:
     project = two_targets(tmp_path)
     (tmp_path / ".mlx-make" / "log.jsonl").mkdir()  # of which each task warns, in its thread
@@ -160,7 +176,7 @@ def test_errors_come_last_and_warnings_tear_nothing(tmp_path: Path) -> None:
     }
     assert len(warnings) == len(project.tasks()) + len(project.tasks(target="other"))
     assert built.startswith("build/model: ")
-    assert total.startswith("1 target built, 1 failed in ")
+    assert total.startswith("1 target built, 1 target failed in ")
     assert error == (
         f"ERROR: pack:other: {tmp_path}/build/other is in the way: it is no model that was built. "
         "Move it, or rename the target."
@@ -207,6 +223,20 @@ def test_in_a_pipe(tmp_path: Path) -> None:
     modules = json.loads(record.read_text())["modules"]
     assert [name for name in modules if name.split(".")[0] == "rich"] == []
     assert project.doit().stdout == "nothing to do: 2 targets are up to date\n"
+
+
+def test_a_failure_in_a_pipe(tmp_path: Path) -> None:
+    project = two_targets(tmp_path)
+    for target in ("model", "other"):
+        (tmp_path / "build" / target).mkdir(parents=True)
+        (tmp_path / "build" / target / "mine").touch()
+    lines = project.doit("--continue", expect=2).stdout.splitlines()
+    assert {"model: pack failed", "other: pack failed"} < set(lines)
+    total, *errors = lines[-3:]
+    assert re.match(rf"\d+ tasks computed, \d+ reused, 2 targets failed {TOOK}, ", total)
+    assert {error.partition(" is in")[0] for error in errors} == {
+        f"ERROR: pack:{target}: {tmp_path}/build/{target}" for target in ("model", "other")
+    }
 
 
 def test_other_reporters_and_files(tmp_path: Path) -> None:
