@@ -8,11 +8,22 @@ from typing import Any
 
 from doit import get_var
 from doit.action import CmdAction
+from doit.exceptions import InvalidDodoFile
 
 from tasks import example, graph
 
+ROOT = Path(__file__).parent
+# Whoever installed mlx-make has no tests, no benchmarks and no use for the example.
+IS_CHECKOUT = (ROOT / "tests").is_dir()
+
+if "tasks.plugins" not in sys.modules:  # doit -f: another folder's pyproject.toml was read
+    raise InvalidDodoFile(
+        "doit is without mlx-make's plugins, which it takes from pyproject.toml in the folder "
+        f"where it is started. Run mlx-make instead, or doit models=PATH in {ROOT}."
+    )
+
 MODELS = Path(get_var("models", "models.toml"))
-EXAMPLE = Path(__file__).parent / "checkpoints" / "tiny-llama"
+EXAMPLE = ROOT / "checkpoints" / "tiny-llama"
 DOIT_CONFIG = graph.doit_config(MODELS)
 
 Tasks = Iterator[dict[str, Any]]
@@ -21,7 +32,7 @@ Tasks = Iterator[dict[str, Any]]
 @cache
 def loaded() -> graph.Graph:
     """Read models.toml, once."""
-    return graph.load(MODELS, make={EXAMPLE: example.make})
+    return graph.load(MODELS, make={EXAMPLE: example.make} if IS_CHECKOUT else {})
 
 
 def task_extract() -> Tasks:
@@ -54,22 +65,21 @@ def task_lock() -> Tasks:
     yield from loaded().accept()
 
 
-def task_lint() -> dict[str, Any]:
-    """Check this project's code: ruff and mypy."""
-    return _python("-m ruff check", "-m ruff format --check", "-m mypy")
+if IS_CHECKOUT:
 
+    def task_lint() -> dict[str, Any]:
+        """Check this project's code: ruff and mypy."""
+        return _python("-m ruff check", "-m ruff format --check", "-m mypy")
 
-def task_test() -> dict[str, Any]:
-    """Run this project's tests."""
-    return _python("-m pytest")
+    def task_test() -> dict[str, Any]:
+        """Run this project's tests."""
+        return _python("-m pytest")
 
-
-def task_bench() -> dict[str, Any]:
-    """Measure mlx-make beside mlx_lm.convert, on Linux: an hour, 20 GB of scratch."""
-    return _python("benchmarks/compare.py")
+    def task_bench() -> dict[str, Any]:
+        """Measure mlx-make beside mlx_lm.convert, on Linux: an hour, 20 GB of scratch."""
+        return _python("benchmarks/compare.py")
 
 
 def _python(*calls: str) -> dict[str, Any]:
-    root = Path(__file__).parent
     commands = [[sys.executable, *call.split()] for call in calls]
-    return {"actions": [CmdAction(command, shell=False, cwd=root) for command in commands]}
+    return {"actions": [CmdAction(command, shell=False, cwd=ROOT) for command in commands]}

@@ -155,7 +155,8 @@ def _ask_process(question: dict[str, Any], folder: Path) -> Any:
     root = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-m", "tasks.ask_mlx_lm"],
+        # -P: the current folder may have a tasks/ of its own.
+        [sys.executable, "-P", "-m", "tasks.ask_mlx_lm"],
         input=json.dumps(question),
         capture_output=True,
         text=True,

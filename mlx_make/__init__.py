@@ -1,0 +1,1 @@
+"""mlx_make: the installed command. What it runs is dodo.py, tasks/ and cache/."""
