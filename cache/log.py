@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,6 +71,18 @@ class Log:
                 os.close(descriptor)
             if size > MAX_BYTES:
                 self._trim()
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield the lines, oldest first; but those that are torn, or another version's."""
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return
+        for line in lines:
+            try:
+                yield Entry(**json.loads(line))
+            except (ValueError, TypeError):
+                continue
 
     def _trim(self) -> None:
         data = self.path.read_bytes()

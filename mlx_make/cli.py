@@ -1,4 +1,4 @@
-"""cli: the command mlx-make: doit with mlx-make's tasks and plugins, on this folder's models.toml."""
+"""cli: the command mlx-make: doit with mlx-make's own tasks and plugins, wherever it is called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tests of mlx_make/: the wheel, installed beside nothing of the checkout, in a user's own folder."""
+"""tests of mlx_make/: the wheel, installed with no way to the checkout, in a user's own folder."""
 
 import os
 import subprocess
