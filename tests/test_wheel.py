@@ -95,6 +95,17 @@ def test_site_packages_get_one_name(wheel: Path, installed: Environment) -> None
             installed.run_python(f"import {module}")
 
 
+def test_editable_install_copies_nothing(tmp_path: Path) -> None:
+    code = "import sys; from hatchling.build import build_editable; build_editable(sys.argv[1])"
+    call = [sys.executable, "-c", code, tmp_path]
+    subprocess.run(call, cwd=front_door.REPOSITORY, check=True, capture_output=True)
+    (built,) = tmp_path.iterdir()
+    held = zipfile.ZipFile(built)
+    (path,) = (name for name in held.namelist() if ".dist-info/" not in name)
+    assert path.endswith(".pth")
+    assert held.read(path).decode().split() == [str(front_door.REPOSITORY)]
+
+
 def test_builds_in_a_folder_of_ones_own(installed: Environment, tmp_path: Path) -> None:
     project = Project(tmp_path / "mine", "huggingface")
     checkpoints.make("llama", project.checkpoint)
