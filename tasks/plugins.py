@@ -149,9 +149,8 @@ class Run(DoitRun):  # type: ignore[misc]
         """Run the tasks named in ``args``."""
         signal.signal(signal.SIGTERM, _interrupt)
         options.locked = params["locked"]
-        if (
-            signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        ):  # not ignored, as by nohup
+        # It may be ignored, as by nohup.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _interrupt)
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         cmd_run.TaskControl = Control  # doit looks the class up there, and has no hook for it
