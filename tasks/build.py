@@ -27,7 +27,7 @@ from cache.files import Stamp
 from cache.log import Entry, Log
 from cache.manifests import Action, Manifest, ManifestError, Tensor
 from cache.store import Store
-from tasks import arrays, cast, extract, quantize, rows, unshard
+from tasks import arrays, cast, extract, quantize, reasons, rows, unshard
 from tasks.errors import BuildError
 from tasks.plan import Node, Plan
 from tasks.rows import Rows
@@ -98,6 +98,13 @@ def machine_memory() -> int:
     return found
 
 
+def _read(path: Path) -> Manifest | None:
+    try:
+        return Manifest.from_bytes(path.read_bytes())
+    except (FileNotFoundError, ManifestError):
+        return None
+
+
 def _not_kept(builder: Builder, node: Node) -> Iterator[Node]:
     """Yield the nodes that are made again whenever ``node`` reads them."""
     for need in node.needs:
@@ -142,9 +149,12 @@ class Builder:
         Raises:
             BuildError: it cannot be made.
         """
+        path = Path(self.manifest_path(node))
         with self.logged(node.name, why) as record:
             manifest, record["outcome"] = self._run(plan, node)
-            self.publish(Path(self.manifest_path(node)), manifest)
+            if node.stage != "extract" and (old := _read(path)):
+                record["why"] = "; ".join(reasons.between(old.action, manifest.action)) or why
+            self.publish(path, manifest)
         return manifest
 
     def publish(self, path: Path, manifest: Manifest) -> None:
@@ -160,7 +170,7 @@ class Builder:
     @contextmanager
     def logged(self, task: str, why: str) -> Iterator[dict[str, str]]:
         """Add a line to the build log for what the block does; it sets ``outcome``."""
-        record = {"outcome": "failed"}
+        record = {"outcome": "failed", "why": why}
         start, tick = time.time(), time.perf_counter()
         meter = self.store.blobs.meter
         read, written = meter.read, meter.written
@@ -175,7 +185,7 @@ class Builder:
                     self.run_id,
                     task,
                     record["outcome"],
-                    why,
+                    record["why"],
                     start,
                     time.perf_counter() - tick,
                     meter.read - read,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cache import files
 from cache.blobs import Part
@@ -76,6 +76,31 @@ def _recalled(plan: Plan, node: Node, *, look: bool) -> dict[str, Tensor]:
             "in a remote. Get the checkpoint."
         )
     return {key: Tensor(dtype, tuple(shape), digests[key]) for key, (dtype, shape) in told.items()}
+
+
+def look(node: Node) -> Any:
+    """Return what tells whether to look at the checkpoint again: folder, and stamps of files.
+
+    Of a checkpoint that is not here, its record.
+    """
+    found = node.order.look
+    return found if isinstance(found, str) else found[:2]
+
+
+def known(builder: Builder, plan: Plan, node: Node) -> dict[str, Tensor] | None:
+    """Return a layer's tensors without reading them, if files of these stamps were read before."""
+    if plan.checkpoint.record:
+        return _recalled(plan, node, look=False)
+    digests = builder.store.memos.get("extracts", [VERSION, node.order.look])
+    if digests is None:
+        return None
+    told = node.params["tensors"].items()
+    tensors = {
+        key: Tensor(dtype, tuple(shape), digest)
+        for (key, (dtype, shape)), digest in zip(told, digests, strict=True)
+    }
+    has = builder.store.blobs.has
+    return tensors if all(has(t.digest, t.nbytes) for t in tensors.values()) else None
 
 
 def memory(checkpoint: Checkpoint, told: Iterable[str]) -> int:

@@ -21,13 +21,15 @@ from cache.errors import CacheError
 from cache.log import Log
 from cache.manifests import Action
 from cache.store import Store
-from tasks import config, options, pack
+from tasks import config, extract, options, pack, reasons
 from tasks.build import Builder, Memory, cores, machine_memory
 from tasks.config import BUILD, STATE
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
 from tasks.lock import Lock
 from tasks.plan import Node, Plan, Planner
+
+CHANGED = "settings changed"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Graph:
         path = self.builder.manifest_path(node)
         # A build that was cut off changes manifests before doit's database, which then speaks of
         # older ones.
-        told = Told(node.order.digest, path, lambda values: _as_left(path, values.get("left")))
+        told = Told(node.order.digest, path, lambda values: as_left(path, values.get("left")))
+        if node.stage == "extract":
+            told.differs = lambda values: reasons.of_files(values.get("look"), extract.look(node))
 
         def act(changed: list[str]) -> Any:
             made: dict[str, Any] = {"told": told.digest}
@@ -81,6 +85,7 @@ class Graph:
             def run() -> None:
                 manifest = self.builder.run(found, node, told.why(changed))
                 if node.stage == "extract":
+                    made["look"] = extract.look(node)
                     self.lock.check_layer(self.builder.store, found, manifest.tensors)
                 made["left"] = [*files.Stamp.of(path), digest_file(Path(path))]
 
@@ -95,6 +100,7 @@ class Graph:
             "uptodate": [told],
             "clean": True,
             "io": {"capture": False},
+            "meta": {"plan": found, "node": node},
         }
 
     def _pack_task(self, target: str, found: Plan) -> dict[str, Any]:
@@ -102,15 +108,9 @@ class Graph:
         manifest_path = self.builder.state / "manifests" / target / "pack.json"
         last = found.stages["quantize"]
         layout = LAYOUTS[found.target.layout]
-        told = Told(
-            digest_record(
-                [pack.VERSION, found.target.layout, found.target.max_shard_bytes, found.config,
-                 found.names, found.notes]
-            ),
-            str(folder),
-            lambda values: pack.intact(str(folder), values.get("outputs") or {})
-            and self.lock.holds(found, *values.get("locked", (None, None))),
-        )  # fmt: skip
+        parts = pack.told(found)
+        told = Told(digest_record(parts), str(folder), lambda values: self.is_packed(found, values))
+        told.differs = lambda values: reasons.of_parts(values.get("parts"), parts)
 
         def build(why: str) -> dict[str, Any]:
             plans = self.plans.values()
@@ -127,6 +127,7 @@ class Graph:
             ) * 8 / found.weights  # fmt: skip
             return {
                 "told": told.digest,
+                "parts": parts,
                 "outputs": pack.stamps(str(folder), list(made.tensors)),
                 "size": sum(tensor.nbytes for tensor in made.tensors.values()),
                 "bits_per_weight": bits,
@@ -152,7 +153,15 @@ class Graph:
             "uptodate": [told],
             "clean": [(_remove, [folder, manifest_path])],
             "io": {"capture": False},
+            "meta": {"plan": found},
         }
+
+    def is_packed(self, found: Plan, values: Mapping[str, Any]) -> bool:
+        """Tell whether a target's folder and its lines in models.lock are as they were left."""
+        folder = str(self.folder / BUILD / found.target.name)
+        return pack.intact(folder, values.get("outputs") or {}) and self.lock.holds(
+            found, *values.get("locked", (None, None))
+        )
 
 
 class Told:
@@ -162,6 +171,7 @@ class Told:
         digest: of what it is told now.
         made: what it makes, for people.
         intact: tells, from what it returned the last time, whether that is still as it left it.
+        differs: says, from the same, how what it is told differs, where the task knows.
     """
 
     # doit asks for the signature of each task's, at 50 µs a time if it must be worked out.
@@ -173,6 +183,7 @@ class Told:
         self.digest = digest
         self.made = made
         self.intact = intact
+        self.differs: Callable[[Mapping[str, Any]], list[str]] = lambda _: []
         self._why = ""
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
@@ -180,7 +191,7 @@ class Told:
         if not values:
             self._why = "never built here"
         elif values.get("told") != self.digest:
-            self._why = "settings or sources changed"
+            self._why = "; ".join(self.differs(values)) or CHANGED
         elif not self.intact(values):
             self._why = f"{self.made} is not as it was built"
         return not self._why
@@ -189,11 +200,10 @@ class Told:
         """Return why the task runs, given the file_deps that doit found changed."""
         if self._why or not changed:
             return self._why or "its manifest is missing"
-        names = [Path(path).stem for path in changed[:3]]
-        return f"changed: {', '.join(names)}" + (", …" if len(changed) > 3 else "")
+        return f"changed: {reasons.some([Path(path).stem for path in changed])}"
 
 
-def _as_left(path: str, left: list[Any] | None) -> bool:
+def as_left(path: str, left: list[Any] | None) -> bool:
     """Tell whether a manifest is the one that was left, touched or not."""
     if not left:  # by another version
         return False

@@ -10,10 +10,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from cache import files
 from cache.actions import Hit
-from cache.digest import digest, digest_file
+from cache.digest import digest, digest_file, digest_record
 from cache.files import Stamp
 from cache.manifests import Action, Manifest, Tensor
 from tasks.build import Builder, Needed, cores
@@ -111,6 +112,18 @@ def run(
                 builder.store.sharing.push(result, None)
         builder.publish(manifest_path, result)
         return result
+
+
+def told(plan: Plan) -> dict[str, Any]:
+    """Return what a target's packing is told, short enough to be kept and shown."""
+    return {
+        "mlx-make's pack": VERSION,
+        "layout": plan.target.layout,
+        "max_shard_size": plan.target.max_shard_bytes,
+        "config.json": digest(json.dumps(plan.config).encode()),
+        "names of tensors": digest_record(plan.names),
+        "notes": digest_record(plan.notes),
+    }
 
 
 def stamps(folder: str, names: Sequence[str]) -> dict[str, list[int]] | None:

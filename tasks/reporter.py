@@ -51,7 +51,9 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
     def initialize(self, tasks: Mapping[str, Any], selected_tasks: Iterable[str]) -> None:
         """Take note of what a run may do; it is looked at once something is to be done."""
         self._plan = tasks, selected_tasks
-        self._graph = next((t.meta["graph"] for t in tasks.values() if t.meta), None)
+        self._graph = next(
+            (t.meta["graph"] for t in tasks.values() if t.meta and "graph" in t.meta), None
+        )
         if self._graph:
             self._graph.builder.log.listeners.append(self._log)
         if self._live:
