@@ -195,13 +195,14 @@ def quantize_wide(weight: mx.array, wide: mx.array, setting: Setting) -> tuple[m
     if not _may_widen(weight.dtype, setting):
         return quantize(weight, **setting._asdict())
     packed, *parts = quantize(wide, **setting._asdict())
-    # The scales of mxfp4 and its like are bytes, whatever the weight's dtype.
-    return packed, *(p.astype(weight.dtype) if p.dtype == mx.float32 else p for p in parts)
+    return packed, *(part.astype(weight.dtype) for part in parts)
 
 
 @lru_cache
 def _may_widen(dtype: mx.Dtype, setting: Setting) -> bool:
     """Tell, by a sample, whether the MLX that is installed computes so."""
+    if setting.mode != "affine":  # they differ for infinity, NaN, and in nvfp4 beyond 2³⁰
+        return False
     spread = mx.power(2.0, mx.arange(-12, 4, 0.25))[:, None]  # a magnitude a row
     sample = (mx.random.normal((64, 512), key=mx.random.key(0)) * spread).astype(dtype)
     packed, *parts = quantize(sample, **setting._asdict())

@@ -1,0 +1,99 @@
+"""What quantizes on the CPU in a faster way than MLX's own: the same to the bit, for any bits."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.config import MODES
+from tasks.quantize import Setting, not_finite, quantize, quantize_wide
+
+SETTINGS = [
+    Setting(group_size, bits, mode)
+    for mode, (group_sizes, all_bits) in MODES.items()
+    for group_size in group_sizes
+    for bits in all_bits
+]
+RAW = {mx.float16: np.uint16, mx.bfloat16: np.uint16, mx.float32: np.uint32}
+# By dtype, what rounding and comparing treat in a way of its own: zeros, the least and the greatest
+# subnormal, the least and the greatest normal number, infinity, NaNs, quiet and not.
+EDGES = {
+    mx.float16: [0, 1, 0x3FF, 0x400, 0x7BFF, 0x7C00, 0x7C01, 0x7E00, 0x7FFF],
+    mx.bfloat16: [0, 1, 0x7F, 0x80, 0x7F7F, 0x7F80, 0x7F81, 0x7FC0, 0x7FFF],
+    mx.float32: [0, 1, 0x7FFFFF, 0x800000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000,
+                 0x7FFFFFFF],
+}  # fmt: skip
+SIZES = (1e-38, 1e-7, 0.05, 6e4, 1e12, 1e38)
+calm = settings(deadline=None)
+
+
+def numbers(dtype: mx.Dtype, shape: tuple[int, ...], seed: int, size: float | None) -> np.ndarray:
+    """The bits of random numbers of about one size, or any bits at all."""
+    if size is None:
+        raw = RAW[dtype]
+        return np.random.default_rng(seed).integers(0, np.iinfo(raw).max, shape, raw, endpoint=True)
+    normal = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    with np.errstate(over="ignore"):
+        wide = mx.array(normal * np.float32(size)).astype(dtype)
+    return np.array(wide.view(mx.uint32 if dtype == mx.float32 else mx.uint16))
+
+
+def bits(dtype: mx.Dtype, shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
+    """`numbers`, strewn with edges of either sign."""
+    sign = 1 << (8 * RAW[dtype]().itemsize - 1)
+    edges = st.sampled_from([*EDGES[dtype], *(edge | sign for edge in EDGES[dtype])])
+    places = st.lists(st.tuples(st.integers(0, int(np.prod(shape)) - 1), edges), max_size=3)
+
+    def strewn(seed: int, size: float | None, told: list[tuple[int, int]]) -> np.ndarray:
+        array = numbers(dtype, shape, seed, size)
+        for place, edge in told:
+            array.reshape(-1)[place] = edge
+        return array
+
+    return st.builds(strewn, st.integers(0, 2**31), st.sampled_from([None, *SIZES]), places)
+
+
+def raw(array: mx.array) -> bytes:
+    return bytes(memoryview(array.view(mx.uint8)))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_widened_weights_quantize_as_they_are(dtype: mx.Dtype) -> None:
+    @settings(deadline=None, max_examples=40)
+    @given(data=bits(dtype, (2, 256)), setting=st.sampled_from(SETTINGS))
+    def check(data: np.ndarray, setting: Setting) -> None:
+        with mx.stream(mx.cpu):
+            weight = mx.array(data).view(dtype)
+            expected = quantize(weight, **setting._asdict())
+            found = quantize_wide(weight, weight.astype(mx.float32), setting)
+        assert [(a.dtype, a.shape) for a in found] == [(a.dtype, a.shape) for a in expected]
+        assert [raw(array) for array in found] == [raw(array) for array in expected]
+
+    for setting in SETTINGS:  # each for certain with any bits at all, and with numbers of each size
+        for size in [None, *SIZES]:
+            check.hypothesis.inner_test(numbers(dtype, (2, 256), 0, size), setting)
+    check()
+
+
+@pytest.mark.parametrize("dtype", EDGES, ids=str)
+def test_not_finite(dtype: mx.Dtype) -> None:
+    @calm
+    @given(data=bits(dtype, (3, 32)))
+    def check(data: np.ndarray) -> None:
+        weight = mx.array(data).view(dtype)
+        assert not_finite(weight).item() is (not mx.isfinite(weight).all().item())
+
+    check()
+
+
+@pytest.mark.parametrize("dtype", EDGES, ids=str)
+def test_not_finite_of_one_odd_number(dtype: mx.Dtype) -> None:
+    """Each edge, of either sign, by itself among finite numbers of either sign."""
+    sign = 1 << (8 * RAW[dtype]().itemsize - 1)
+    infinity = EDGES[dtype][5]
+    for edge in EDGES[dtype]:
+        for number in (edge, edge | sign):
+            for other in (0, sign, infinity - 1, sign | (infinity - 1)):
+                weight = mx.array(np.array([other, number, other], RAW[dtype])).view(dtype)
+                assert not_finite(weight).item() is (edge >= infinity), hex(number)
