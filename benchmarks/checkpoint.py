@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import struct
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,10 @@ class Tensor:
     shape: tuple[int, ...]
     split: int | None  # the axis that Meta splits over shards; None: each shard has it whole
     rotary_heads: int = 0  # of wq and wk, whose rows the two formats order differently
+
+    def nbytes(self, dtype: str) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * getattr(torch, dtype).itemsize
 
 
 def tensors(shape: Shape) -> Iterator[Tensor]:
@@ -164,8 +169,8 @@ def write_tokenizer(folder: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
 
 
-def write_transformers(folder: Path, shape: Shape, *, dtype: str, seed: int) -> None:
-    """Writes the Hugging Face folder: config, tokenizer, one model.safetensors."""
+def write_config(folder: Path, shape: Shape, *, dtype: str) -> None:
+    """Writes all of the Hugging Face folder but the weights: config and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -193,21 +198,30 @@ def write_transformers(folder: Path, shape: Shape, *, dtype: str, seed: int) -> 
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     write_tokenizer(folder)
 
-    torch_dtype: torch.dtype = getattr(torch, dtype)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+
+def header(held: Iterable[Tensor], *, dtype: str) -> bytes:
+    """What a safetensors file begins with that holds these tensors one after another."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for tensor in tensors(shape):
+    for tensor in held:
         begin = end
-        end += torch.Size(tensor.shape).numel() * torch_dtype.itemsize
-        header[tensor.name] = {
+        end += tensor.nbytes(dtype)
+        table[tensor.name] = {
             "dtype": DTYPES[dtype],
             "shape": tensor.shape,
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_transformers(folder: Path, shape: Shape, *, dtype: str, seed: int) -> None:
+    """Writes the Hugging Face folder: config, tokenizer, one model.safetensors."""
+    write_config(folder, shape, dtype=dtype)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
     with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header(tensors(shape), dtype=dtype))
         for tensor in tensors(shape):
             file.write(raw(draw(tensor, seed=seed, dtype=torch_dtype)))
 

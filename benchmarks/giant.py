@@ -1,0 +1,219 @@
+"""giant: what a checkpoint of Llama 3.1 405B's shape takes where no weight is read.
+
+    python benchmarks/giant.py                  # 1, 10 and 100 targets
+    python benchmarks/giant.py --targets 1000   # an hour: half a million tasks
+
+The checkpoint is sparse: safetensors headers with nothing behind them, 126 layers over some 190
+files with an index, 812 GB that take a megabyte of disk. Measured, each by a process of its own,
+with the time and the memory of all its descendants (measure.py):
+
+- plan: `doit list` beside an empty cache: reads the headers, asks mlx-lm, makes the tasks.
+- list: `doit list` again.
+- nothing to do: `doit` where all is up to date.
+- one changed: `doit list` after one target's bits changed, which plans that target anew.
+
+The state "built" is simulated: doit runs the real graph, but each layer's digests are made up of
+its inputs' digests and its settings, and weight files are sparse. What doit compares afterwards,
+manifests, its database, the action cache and the files' stamps, is what a real build leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from measure import ROOT, Usage, measure
+
+LLAMA_405B = {
+    "layers": 126,
+    "hidden": 16384,
+    "intermediate": 53248,
+    "heads": 128,
+    "kv_heads": 8,
+    "vocab": 128256,
+}
+DTYPE = "bfloat16"
+FILE_BYTES = 4_800_000_000  # gives about as many files as the real one has
+MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Writes the sparse checkpoint, unless it is there."""
+    if folder.exists():
+        return
+    import checkpoint
+
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shape = checkpoint.Shape(**LLAMA_405B)
+    checkpoint.write_config(unfinished, shape, dtype=DTYPE)
+    files: list[list[checkpoint.Tensor]] = [[]]
+    for tensor in checkpoint.tensors(shape):
+        held = sum(other.nbytes(DTYPE) for other in files[-1])
+        if files[-1] and held + tensor.nbytes(DTYPE) > FILE_BYTES:
+            files.append([])
+        files[-1].append(tensor)
+    weight_map = {}
+    for number, tensors in enumerate(files, start=1):
+        name = f"model-{number:05}-of-{len(files):05}.safetensors"
+        weight_map |= {tensor.name: name for tensor in tensors}
+        with (unfinished / name).open("wb") as file:
+            begin = file.write(checkpoint.header(tensors, dtype=DTYPE))
+            file.truncate(begin + sum(tensor.nbytes(DTYPE) for tensor in tensors))
+    size = sum(tensor.nbytes(DTYPE) for tensors in files for tensor in tensors)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (unfinished / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    unfinished.rename(folder)
+
+
+def models_toml(source: Path, targets: int, *, bits: int = 4) -> str:
+    """One model and variants of it, each with one more module than the last at other bits."""
+    lines = ["[models.giant]", f'source = "{source}"', f"quantize = {{ bits = {bits} }}"]
+    modules = [f"*layers.{i}.{name}" for i in range(LLAMA_405B["layers"]) for name in MODULES]
+    rules = [(module, wide) for wide in (8, 6) for module in modules]
+    for number, (module, wide) in enumerate(rules[: targets - 1], start=1):
+        lines += [
+            f"[models.giant.variants.v{number}]",
+            f'quantize = {{ bits = 4, rules = [{{ match = "{module}", bits = {wide} }}] }}',
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def simulate(arguments: Sequence[str]) -> None:
+    """Runs doit in this process, with stages that read and compute nothing."""
+    sys.path.insert(0, str(ROOT))
+    from cache import files
+    from cache.digest import digest_record
+    from cache.manifests import Tensor
+    from tasks import cast, extract, pack, quantize
+    from tasks.build import Builder
+
+    def made_up(dtype: str, shape: Sequence[int], *made_of: Any) -> Tensor:
+        return Tensor(dtype, tuple(shape), digest_record([dtype, list(shape), *made_of]))
+
+    def make_extract(_builder: Any, _plan: Any, node: Any, **_: Any) -> dict[str, Tensor]:
+        return {
+            key: made_up(dtype, shape, key) for key, (dtype, shape) in node.params["tensors"].items()
+        }
+
+    def make_cast(_builder: Any, _plan: Any, node: Any, needed: Any) -> Any:
+        dtypes = node.params["dtypes"]
+        return {
+            name: made_up(dtypes[name], tensor.shape, tensor.digest) if name in dtypes else tensor
+            for name, (_, tensor) in needed.items()
+        }, []
+
+    def make_quantize(_builder: Any, _plan: Any, node: Any, needed: Any) -> Any:
+        made: dict[str, Tensor] = {}
+        for name, (_, tensor) in needed.items():
+            if name not in node.params["settings"]:
+                made[name] = tensor
+                continue
+            group_size, bits, mode = node.params["settings"][name]
+            *rows, columns = tensor.shape
+            parts = {"weight": ("uint32", columns * bits // 32)} | dict.fromkeys(
+                ("scales", "biases"), (tensor.dtype, columns // group_size)
+            )
+            prefix = name.removesuffix("weight")
+            for part, (dtype, width) in parts.items():
+                told = (tensor.digest, part, group_size, bits, mode)
+                made[prefix + part] = made_up(dtype, (*rows, width), *told)
+        return made, []
+
+    def write(path: Path, shard: Any, *_: Any) -> Tensor:
+        size = sum(packed.tensor.nbytes for packed in shard)
+        with path.open("wb") as file:
+            file.truncate(size)
+        return made_up("uint8", (size,), [packed.tensor.digest for packed in shard])
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (extract, "make", make_extract),
+        (cast, "make", make_cast),
+        (quantize, "make", make_quantize),
+        (pack, "write", write),
+        (Builder, "locate", lambda *_: []),
+        (files, "room", lambda *_: None),  # there is none for a model of this size
+    ]
+    for where, name, function in replaced:
+        setattr(where, name, function)
+    sys.argv = ["doit", *arguments]
+    runpy.run_module("doit", run_name="__main__")
+
+
+def rows(scratch: Path, targets: int, repeats: int) -> Iterator[list[str]]:
+    """Measures at a number of targets; the table's rows."""
+    work = scratch / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    models = work / "models.toml"
+    doit = [sys.executable, "-m", "doit"]
+    listed = [*doit, "list", f"models={models}"]
+
+    def row(what: str, usage: Usage, tasks: int = 0) -> list[str]:
+        print(f"{targets} targets: {what}: {usage.seconds:.2f} s", file=sys.stderr)
+        each = f"{usage.seconds / tasks * 1e6:.0f}" if tasks else "–"
+        memory = f"{usage.peak_rss / 1e6:,.0f}"
+        return [f"{targets:,}", what, f"{usage.seconds:,.2f}", each, memory]
+
+    def median(command: list[str]) -> Usage:
+        usages = [measure(command) for _ in range(repeats)]
+        seconds = statistics.median(usage.seconds for usage in usages)
+        return replace(max(usages, key=lambda usage: usage.peak_rss), seconds=seconds)
+
+    models.write_text(models_toml(scratch / "checkpoint", targets))
+    yield row("plan: the first `doit list`", measure(listed))
+    yield row("`doit list`", median(listed))
+    simulated = [sys.executable, str(Path(__file__)), "--simulate", f"models={models}"]
+    built = measure(simulated)
+    tasks = sum(1 for _ in (work / ".mlx-make" / "manifests").rglob("*.json"))
+    yield row(f"a build of {tasks:,} tasks, simulated", built, tasks)
+    yield row("nothing to do: `doit`", median([*doit, f"models={models}"]), tasks)
+    models.write_text(models_toml(scratch / "checkpoint", targets, bits=8))
+    yield row("one target's bits changed: `doit list`", median(listed))
+    state = subprocess.run(
+        ["du", "-sh", str(work / ".mlx-make")], check=True, capture_output=True, text=True
+    ).stdout.split()[0]
+    print(f"{targets} targets: {state} of state", file=sys.stderr)
+    shutil.rmtree(work)
+
+
+def main() -> None:
+    """The command line."""
+    if sys.argv[1:2] == ["--simulate"]:
+        simulate(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(tempfile.gettempdir(), "mlx-make-giant"),
+        help="folder for the checkpoint and the state (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    scratch = arguments.scratch.resolve()
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(scratch / "checkpoint")
+    print("| targets | what | wall, s | µs a task | peak memory, MB |")
+    print("|---|---|---|---|---|")
+    for targets in arguments.targets:
+        for cells in rows(scratch, targets, arguments.repeats):
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
