@@ -104,7 +104,8 @@ def simulate(arguments: Sequence[str]) -> None:
 
     def make_extract(_builder: Any, _plan: Any, node: Any, **_: Any) -> dict[str, Tensor]:
         return {
-            key: made_up(dtype, shape, key) for key, (dtype, shape) in node.params["tensors"].items()
+            key: made_up(dtype, shape, key)
+            for key, (dtype, shape) in node.params["tensors"].items()
         }
 
     def make_cast(_builder: Any, _plan: Any, node: Any, needed: Any) -> Any:

@@ -46,12 +46,16 @@ class Project:
         kind: of its checkpoint, one of `SOURCES`.
         models: what `models.toml` says of each model, by name.
         cache: `[cache] dir`, if given.
+        keep: `[cache] keep`, if given.
+        memory: `[build] memory`, if given.
     """
 
     folder: Path
     kind: str
     models: dict[str, dict] = field(default_factory=dict)
     cache: Path | None = None
+    keep: list[str] | None = None
+    memory: str | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -70,7 +74,11 @@ class Project:
         table = self.models.setdefault(target, {"source": "checkpoint"})
         table.update(keys)
         self.models[target] = {key: value for key, value in table.items() if value is not None}
-        lines = [] if self.cache is None else ["[cache]", f"dir = {_toml(str(self.cache))}"]
+        cache = {"dir": None if self.cache is None else str(self.cache), "keep": self.keep}
+        lines = []
+        for name, said in (("cache", cache), ("build", {"memory": self.memory})):
+            settings = [f"{k} = {_toml(v)}" for k, v in said.items() if v is not None]
+            lines += [f"[{name}]", *settings] if settings else []
         for name, model in self.models.items():
             lines += [f"[models.{name}]", *(f"{k} = {_toml(v)}" for k, v in model.items())]
         (self.folder / "models.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
