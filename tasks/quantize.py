@@ -251,18 +251,26 @@ def _quantize_rows(
     with ExitStack() as stack:
         packed_bytes = prod(whole.shape) * setting.bits // 8
         writers = [stack.enter_context(builder.store.blobs.writing(packed_bytes)) for _ in names]
-        for block in rows.blocks(whole, BLOCK_BYTES[device]):
-            with mx.stream(builder.streams.get(device)):
+        stream = builder.streams.get(device)
+        # What is only read may be read to the device. What is also joined or cast is the CPU's.
+        reader = stream if isinstance(whole, rows.Stored) else builder.streams.get("cpu")
+        blocks = rows.blocks(whole, BLOCK_BYTES[device])
+        while True:
+            with mx.stream(reader):
+                block = next(blocks, None)
+            if block is None:
+                break
+            with mx.stream(stream):
                 odd = not_finite(block)
                 if device == "cpu":
                     packed = quantize_wide(block, block.astype(mx.float32), setting)
                 else:
                     packed = quantize(block, **setting._asdict())
                 mx.eval(odd, packed)
+                for name, writer, array in zip(names, writers, packed, strict=True):
+                    writer.write(arrays.view(array))
+                    shapes[name] = (arrays.dtype_name(array), array.shape[-1])
             finite = finite and not odd.item()
-            for name, writer, array in zip(names, writers, packed, strict=True):
-                writer.write(arrays.view(array))
-                shapes[name] = (arrays.dtype_name(array), array.shape[-1])
     return {
         name: Tensor(shapes[name][0], (*whole.shape[:-1], shapes[name][1]), writer.digest)
         for name, writer in zip(names, writers, strict=True)

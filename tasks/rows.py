@@ -70,7 +70,7 @@ class Stored:
         """Return rows ``start`` to ``stop``."""
         columns = self.shape[-1] if self.shape else 1
         row_bytes = columns * DTYPE_BYTES[self.dtype]
-        parts = slice_parts(self.parts, start * row_bytes, stop * row_bytes)
+        parts = arrays.slice_parts(self.parts, start * row_bytes, stop * row_bytes)
         return arrays.read(self.blobs, parts, self.dtype, (stop - start, columns))
 
 
@@ -225,15 +225,3 @@ def digest(blobs: Blobs, whole: Rows, *, keep: bool) -> Tensor:
     else:
         found = digest_parts(arrays.view(block) for block in blocks(whole))
     return Tensor(whole.dtype, whole.shape, found)
-
-
-def slice_parts(parts: Sequence[Part], start: int, stop: int) -> list[Part]:
-    """Return the parts that hold bytes ``start`` to ``stop`` of what ``parts`` hold together."""
-    found = []
-    at = 0
-    for part in parts:
-        first, last = max(start, at), min(stop, at + part.length)
-        if first < last:
-            found.append(part._replace(offset=part.offset + first - at, length=last - first))
-        at += part.length
-    return found
