@@ -82,7 +82,8 @@ class Tensor:
 
     def nbytes(self, dtype: str) -> int:
         """Its size in bytes."""
-        return math.prod(self.shape) * getattr(torch, dtype).itemsize
+        torch_dtype: torch.dtype = getattr(torch, dtype)
+        return math.prod(self.shape) * torch_dtype.itemsize
 
 
 def tensors(shape: Shape) -> Iterator[Tensor]:

@@ -1,11 +1,12 @@
-"""compare: measure mlx-make beside mlx_lm.convert, both in one run, and print a Markdown table.
+"""compare: measure mlx-make beside mlx_lm.convert, both in one run, and print Markdown tables.
 
     python benchmarks/compare.py                                # every scenario, 5 repeats
     python benchmarks/compare.py cold-safetensors --repeats 3
     python benchmarks/compare.py --layers 2 --repeats 1         # quick: is everything in order?
 
 Of each scenario every side runs once as a warm-up, then the sides take turns. A figure is the
-median of the repeats; (0.40×) behind it is its ratio to the scenario's first row. What is taken:
+median of the repeats; (0.40×) behind it is its ratio to the scenario's first row. The first table
+sets what is to be reached beside what was. What is taken:
 
 - wall: seconds from start to exit of the command, the interpreter's start included.
 - peak RSS, peak anonymous: resident memory summed over the process and its descendants, sampled
@@ -41,8 +42,8 @@ from pathlib import Path
 
 from measure import ROOT, BenchmarkError, Usage, measure, proc_fields
 
-PACK_ALLOWANCE_SECONDS = 0.4  # what a changed max_shard_size may take over a plain copy
-NOTHING_TO_DO_SECONDS = 0.4  # what a run without work may take
+PACK_START_SECONDS = 0.4  # what a changed max_shard_size may take besides copying
+MANY_TARGETS = (1, 5, 50)
 # 80 layers, as many as any common model has; small, as only their number matters.
 MANY_LAYERS = {
     "layers": 80,
@@ -52,6 +53,9 @@ MANY_LAYERS = {
     "kv-heads": 2,
     "vocab": 512,
 }
+# The same in width and four times as deep; not wide, so that it is quick.
+DEPTHS = (22, 88)
+NARROW = {"hidden": 512, "intermediate": 1408, "heads": 8, "kv-heads": 2, "vocab": 8192}
 
 
 def nothing(_repeat: int) -> None:
@@ -66,7 +70,28 @@ class Side:
     commands: Sequence[Sequence[str]]  # measured, one after the other
     prepare: Callable[[int], None] = nothing  # told the repeat's number; not measured
     outputs: Sequence[Path] = ()  # what the commands leave
-    allowance_seconds: float = 0  # added to the measured time, where that is the target
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is to be reached.
+
+    Attributes:
+        what: in words.
+        reached: the figure, from the scenario's results.
+        most: what it may be, or None where it is only told.
+        unit: of both.
+    """
+
+    what: str
+    reached: Callable[[Sequence[Result]], float]
+    most: float | None
+    unit: str = "×"
+
+
+def ratio(of: str, side: int = 1) -> Callable[[Sequence[Result]], float]:
+    """A figure of a side of that number, as a multiple of the first side's."""
+    return lambda results: getattr(results[side].median, of) / getattr(results[0].median, of)
 
 
 @dataclass(frozen=True)
@@ -75,7 +100,7 @@ class Scenario:
 
     title: str
     sides: Sequence[Side]
-    limit_seconds: float | None = None  # the ratio's base, where there is only one side
+    goals: Sequence[Goal] = ()
     set_up: Callable[[], object] = lambda: None  # once, not measured
     # Folders of models whose weights must be equal to the bit afterwards.
     equal: Sequence[tuple[Path, Path]] = ()
@@ -102,19 +127,28 @@ class Workspace:
         """The folder of a finished model."""
         return self.folder / "build" / target
 
-    def describe(self, source: Path, variants: dict[str, int] | None = None, **keys: str) -> None:
-        """Writes models.toml: one model named `model`, and variants of other bits.
+    def describe(
+        self,
+        source: Path,
+        variants: dict[str, str] | None = None,
+        *,
+        keep: str | None = None,
+        **keys: str,
+    ) -> None:
+        """Writes models.toml: one model named `model`, and variants of other quantizations.
 
         Args:
             source: the checkpoint's folder.
-            variants: bits of each variant's name.
+            variants: `quantize` of each variant's name, in TOML.
+            keep: `[cache] keep`, in TOML.
             keys: the model's other keys, their values in TOML.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lines = ["[models.model]", f'source = "{os.path.relpath(source, self.folder)}"']
+        lines = [] if keep is None else ["[cache]", f"keep = {keep}"]
+        lines += ["[models.model]", f'source = "{os.path.relpath(source, self.folder)}"']
         lines += [f"{key} = {value}" for key, value in keys.items()]
-        for name, bits in (variants or {}).items():
-            lines += [f"[models.model.variants.{name}]", f"quantize = {{ bits = {bits} }}"]
+        for name, quantize in (variants or {}).items():
+            lines += [f"[models.model.variants.{name}]", f"quantize = {quantize}"]
         self.models_toml.write_text("\n".join(lines) + "\n")
 
     def wipe(self, _repeat: int = 0) -> None:
@@ -197,7 +231,7 @@ class Bench:
         yield Side(
             "convert.py",
             [command],
-            lambda _repeat: shutil.rmtree(output, ignore_errors=True),
+            remover(output),
             [output],
         )
 
@@ -211,9 +245,12 @@ class Bench:
         convert = self.convert(source, 4)
         return Scenario(
             "cold, safetensors → 4 bit",
+            [convert, Side("doit", [work.command], work.wipe, [work.built("model")])],
             [
-                convert,
-                Side("doit", [work.command], work.wipe, [work.built("model")]),
+                Goal("cold, safetensors: wall", ratio("seconds"), 0.45),
+                Goal("cold, safetensors: peak RSS", ratio("peak_rss"), 0.33),
+                Goal("cold, safetensors: written ÷ output", multiple_of_output, 2.1),
+                self.most_memory("cold, safetensors: peak RSS", source),
             ],
             equal=[(convert.outputs[0], work.built("model"))],
         )
@@ -225,32 +262,57 @@ class Bench:
         """
         source, meta = self.model()
         convert = self.convert(source, 4, dtype="float16")
-        sides, equal = [convert, *self.convert_examples(meta)], []
-        for layout in ("mlx-lm", "mlx-examples"):
-            work = self.workspace(f"cold-meta-{layout}")
-            work.describe(meta, layout=f'"{layout}"', dtype='"float16"', quantize="{ bits = 4 }")
-            sides.append(
-                Side(
-                    f"doit, layout {layout}",
-                    [work.command],
-                    work.wipe,
-                    [work.built("model")],
-                )
+        sides, equal = [convert], []
+        for name, layout, keep in (
+            ("doit, layout mlx-lm", "mlx-lm", None),
+            ("doit, layout mlx-examples", "mlx-examples", None),
+            ("doit, keep = []", "mlx-lm", "[]"),
+        ):
+            work = self.workspace(f"cold-meta-{len(sides)}")
+            work.describe(
+                meta, keep=keep, layout=f'"{layout}"', dtype='"float16"', quantize="{ bits = 4 }"
             )
+            sides.append(Side(name, [work.command], work.wipe, [work.built("model")]))
             if layout == "mlx-lm":
                 equal.append((convert.outputs[0], work.built("model")))
-        return Scenario("cold, Meta, 2 shards → float16 → 4 bit", sides, equal=equal)
+        # float16 takes what bfloat16 took.
+        cast_bytes = sum(path.stat().st_size for path in meta.glob("*.pth"))
+
+        def written(results: Sequence[Result]) -> float:
+            most = max(results[1:3], key=lambda result: result.median.written)
+            return (most.median.written - cast_bytes) / most.output_bytes
+
+        return Scenario(
+            "cold, Meta, 2 shards → float16 → 4 bit",
+            [*sides, *self.convert_examples(meta)],
+            [
+                Goal("cold, Meta, layout mlx-lm: wall", ratio("seconds", 1), 0.7),
+                Goal("cold, Meta, layout mlx-examples: wall", ratio("seconds", 2), 0.7),
+                Goal("cold, Meta, mlx-lm: peak anonymous", ratio("peak_anonymous", 1), 0.3),
+                Goal("cold, Meta, mlx-examples: peak anonymous", ratio("peak_anonymous", 2), 0.3),
+                Goal("cold, Meta: (written − cast blobs) ÷ output", written, 2.1),
+                Goal(
+                    "cold, Meta, keep = []: written ÷ output",
+                    lambda results: multiple_of_output(results[2:]),
+                    2.1,
+                ),
+                self.most_memory("cold, Meta: peak RSS", source),
+            ],
+            equal=equal,
+        )
 
     def four_variants(self) -> Scenario:
         """Nothing built: 3, 4, 6 and 8 bits of one checkpoint."""
         source, _ = self.model()
         work = self.workspace("four-variants")
-        work.describe(source, {"3bit": 3, "6bit": 6, "8bit": 8}, quantize="{ bits = 4 }")
+        variants = {f"{bits}bit": f"{{ bits = {bits} }}" for bits in (3, 6, 8)}
+        work.describe(source, variants, quantize="{ bits = 4 }")
         targets = [work.built(name) for name in ("model-3bit", "model", "model-6bit", "model-8bit")]
         convert = self.convert(source, 3, 4, 6, 8)
         return Scenario(
             "cold, 3, 4, 6 and 8 bit",
             [convert, Side("doit", [work.command], work.wipe, targets)],
+            [Goal("four variants: wall", ratio("seconds"), 0.45)],
             equal=list(zip(convert.outputs, targets, strict=True)),
         )
 
@@ -269,6 +331,7 @@ class Bench:
         return Scenario(
             "4 bit is built, 8 bit is asked for",
             [convert, Side("doit", [work.command], prepare, [work.built("model")])],
+            [Goal("changed bits: wall", ratio("seconds"), 0.4)],
             equal=[(convert.outputs[0], work.built("model"))],
         )
 
@@ -288,45 +351,110 @@ class Bench:
             size_kb = folder_bytes(built) // (500 if repeat % 2 else 3000) + repeat
             work.describe(source, quantize="{ bits = 4 }", max_shard_size=f'"{size_kb}kB"')
 
+        def copies(results: Sequence[Result]) -> float:
+            cp, doit = (result.median.seconds for result in results)
+            return (doit - PACK_START_SECONDS) / cp
+
         return Scenario(
-            f"max_shard_size changed (first row: a copy, its wall + {PACK_ALLOWANCE_SECONDS} s)",
+            "max_shard_size changed",
             [
-                Side(
-                    "cp -r",
-                    [["cp", "-r", str(built), str(copy)]],
-                    lambda _: shutil.rmtree(copy, ignore_errors=True),
-                    [copy],
-                    allowance_seconds=PACK_ALLOWANCE_SECONDS,
-                ),
+                Side("cp -r", [["cp", "-r", str(built), str(copy)]], remover(copy), [copy]),
                 Side("doit", [work.command], prepare, [built]),
             ],
+            [Goal(f"changed max_shard_size: (wall − {PACK_START_SECONDS} s) ÷ cp", copies, 1.5)],
             set_up=set_up,
         )
 
     def nothing_to_do(self) -> Scenario:
-        """One target of 80 layers is up to date."""
-        work = self.workspace("nothing-to-do")
-        return self.up_to_date(work, {}, "nothing to do, 1 target of 80 layers")
-
-    def nothing_to_do_five(self) -> Scenario:
-        """Five targets of 80 layers each are up to date."""
-        work = self.workspace("nothing-to-do-five")
-        variants = {f"{bits}bit": bits for bits in (2, 3, 6, 8)}
-        return self.up_to_date(work, variants, "nothing to do, 5 targets of 80 layers")
-
-    def up_to_date(self, work: Workspace, variants: dict[str, int], title: str) -> Scenario:
-        """A scenario of one side, held against a fixed limit."""
+        """Targets of 80 layers are up to date: one, five, fifty."""
         source, _ = self.checkpoint([f"--{name}={value}" for name, value in MANY_LAYERS.items()])
+        works = {count: self.workspace(f"nothing-to-do-{count}") for count in MANY_TARGETS}
 
         def set_up() -> None:
-            work.describe(source, variants, quantize="{ bits = 4 }")
-            measure(work.command)
+            for count, work in works.items():
+                variants = {
+                    f"v{i}": "{ bits = 4, rules = "
+                    f'[{{ match = "*layers.{i}.mlp.down_proj", bits = 8 }}] }}'
+                    for i in range(count - 1)
+                }
+                work.describe(source, variants, quantize="{ bits = 4 }")
+                measure(work.command)
+
+        def a_task(results: Sequence[Result]) -> float:
+            manifests = works[MANY_TARGETS[-1]].folder / ".mlx-make" / "manifests"
+            return results[-1].median.seconds * 1e6 / sum(1 for _ in manifests.rglob("*.json"))
 
         return Scenario(
-            f"{title} (ratio: to {NOTHING_TO_DO_SECONDS} s)",
-            [Side("doit", [work.command])],
-            limit_seconds=NOTHING_TO_DO_SECONDS,
+            "nothing to do, targets of 80 layers",
+            [
+                Side(f"doit, {count} target{'s' * (count > 1)}", [work.command])
+                for count, work in works.items()
+            ],
+            [
+                Goal(
+                    "nothing to do, five targets: wall",
+                    lambda results: results[1].median.seconds,
+                    0.6,
+                    " s",
+                ),
+                Goal("nothing to do, fifty targets: a task", a_task, 100, " µs"),
+            ],
             set_up=set_up,
+        )
+
+    def four_times_the_layers(self) -> Scenario:
+        """A cold build of the same width, four times as deep."""
+        sides = []
+        for layers in DEPTHS:
+            options = [f"--{name}={value}" for name, value in ({"layers": layers} | NARROW).items()]
+            source, _ = self.checkpoint(options)
+            work = self.workspace(f"layers-{layers}")
+            work.describe(source, quantize="{ bits = 4 }")
+            output = [work.built("model")]
+            sides.append(Side(f"doit, {layers} layers", [work.command], work.wipe, output))
+        return Scenario(
+            "four times the layers, cold",
+            sides,
+            [Goal("four times the layers: peak RSS", ratio("peak_rss"), 1.1)],
+        )
+
+    def limit(self) -> Scenario:
+        """A cold build beside what no build can do without."""
+        source, _ = self.model()
+        work = self.workspace("limit")
+        work.describe(source, quantize="{ bits = 4 }")
+        built, copy = work.built("model"), work.folder / "copy"
+        weights = source / "model.safetensors"
+        alone = [self.python, str(Path(__file__).with_name("quantize_alone.py")), str(weights)]
+
+        def far(results: Sequence[Result]) -> float:
+            *parts, doit = (result.median.seconds for result in results)
+            return doit / sum(parts)
+
+        return Scenario(
+            "cold, beside its limit",
+            [
+                Side("read the checkpoint", [["dd", f"if={weights}", "of=/dev/null", "bs=4M"]]),
+                Side("write the output", [["cp", "-r", str(built), str(copy)]], remover(copy)),
+                Side("mx.quantize alone, on all cores", [alone]),
+                Side("doit", [work.command], work.wipe, [built]),
+            ],
+            [Goal("cold, safetensors: wall ÷ the limit (all three)", far, None)],
+            set_up=lambda: measure(work.command),
+        )
+
+    def most_memory(self, what: str, source: Path) -> Goal:
+        """The goal that memory hangs on the largest tensor, not on the model."""
+        largest = max(data.nbytes for _, _, data in safetensors_of(source).values())
+        threads = len(os.sched_getaffinity(0))
+        return Goal(
+            what,
+            lambda results: (
+                max(result.median.peak_rss for result in results if result.side.startswith("doit"))
+                / 1e6
+            ),
+            (threads * 4 * largest + 250e6) / 1e6,
+            " MB",
         )
 
 
@@ -337,7 +465,8 @@ SCENARIOS: dict[str, Callable[[Bench], Scenario]] = {
     "changed-bits": Bench.changed_bits,
     "changed-shard-size": Bench.changed_shard_size,
     "nothing-to-do": Bench.nothing_to_do,
-    "nothing-to-do-five": Bench.nothing_to_do_five,
+    "four-times-the-layers": Bench.four_times_the_layers,
+    "limit": Bench.limit,
 }
 
 
@@ -362,6 +491,11 @@ class Result:
         )
 
 
+def multiple_of_output(results: Sequence[Result]) -> float:
+    """What the second side wrote, as a multiple of what it leaves."""
+    return results[1].median.written / results[1].output_bytes
+
+
 def run(scenario: Scenario, *, repeats: int, only: Sequence[str]) -> list[Result]:
     """Measures a scenario's sides in turn.
 
@@ -376,7 +510,7 @@ def run(scenario: Scenario, *, repeats: int, only: Sequence[str]) -> list[Result
     for repeat in range(repeats + 1):
         for side in sides:
             side.prepare(repeat)
-            usage = Usage(side.allowance_seconds)
+            usage = Usage(0)
             for command in side.commands:
                 usage = usage.then(measure(command))
             kind = f"repeat {repeat}" if repeat else "warm-up"
@@ -396,6 +530,11 @@ def run(scenario: Scenario, *, repeats: int, only: Sequence[str]) -> list[Result
         )
         for side in sides
     ]
+
+
+def remover(folder: Path) -> Callable[[int], None]:
+    """A preparation that removes a folder."""
+    return lambda _repeat: shutil.rmtree(folder, ignore_errors=True)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -434,7 +573,18 @@ def check_equal_weights(one: Path, other: Path) -> None:
         raise BenchmarkError(f"{one} and {other} differ in {len(differing)} tensors: {names}")
 
 
-def table(results: Sequence[Result], limits: dict[str, float | None]) -> Iterator[str]:
+def reached(goals: Sequence[tuple[Goal, float]]) -> Iterator[str]:
+    """The lines of the Markdown table of goals."""
+    yield "| what | reached | goal | |"
+    yield "|---|---|---|---|"
+    for goal, figure in goals:
+        decimals = 2 if figure < 10 else 0
+        most = "–" if goal.most is None else f"≤ {goal.most:.{decimals}f}{goal.unit}"
+        verdict = "" if goal.most is None else "met" if figure <= goal.most else "**missed**"
+        yield f"| {goal.what} | {figure:.{decimals}f}{goal.unit} | {most} | {verdict} |"
+
+
+def table(results: Sequence[Result]) -> Iterator[str]:
     """The lines of the Markdown table; a ratio is to the first row of the same scenario."""
     yield (
         "| scenario | command | wall, s | min–max | peak RSS, MB | peak anonymous, MB "
@@ -448,7 +598,6 @@ def table(results: Sequence[Result], limits: dict[str, float | None]) -> Iterato
             base = result
         assert base is not None
         median, reference = result.median, base.median
-        limit = limits.get(result.scenario)
 
         def figure(
             of: str, median: Usage = median, reference: Usage = reference, first: bool = first
@@ -457,15 +606,12 @@ def table(results: Sequence[Result], limits: dict[str, float | None]) -> Iterato
             text = f"{value:.2f}" if of == "seconds" else f"{value / 1e6:.0f}"
             return text if first or not against else f"{text} ({value / against:.2f}×)"
 
-        wall = figure("seconds")
-        if first and limit:
-            wall += f" ({median.seconds / limit:.2f}×)"
         seconds = [usage.seconds for usage in result.usages]
         multiple = f"{median.written / result.output_bytes:.2f}" if result.output_bytes else "–"
         cells = [
             result.scenario if first else "",
             result.side,
-            wall,
+            figure("seconds"),
             f"{min(seconds):.2f}–{max(seconds):.2f}",
             figure("peak_rss"),
             figure("peak_anonymous"),
@@ -509,7 +655,10 @@ def versions(python: str) -> str:
 
 
 def report(
-    results: Sequence[Result], limits: dict[str, float | None], bench: Bench, repeats: int
+    results: Sequence[Result],
+    goals: Sequence[tuple[Goal, float]],
+    bench: Bench,
+    repeats: int,
 ) -> Iterator[str]:
     """The lines of the whole record: what, on what, with which commands, and the figures."""
     yield f"Command: `{shlex.join(['python', 'benchmarks/compare.py', *sys.argv[1:]])}`"
@@ -520,7 +669,9 @@ def report(
     yield ""
     yield f"Medians of {repeats} after a warm-up, a scenario's sides in turn. MB are 10⁶ bytes."
     yield ""
-    yield from table(results, limits)
+    yield from reached(goals)
+    yield ""
+    yield from table(results)
     yield ""
     yield "What was run, in the repository root:"
     yield ""
@@ -581,17 +732,19 @@ def main() -> None:
         mlx_examples=arguments.mlx_examples and arguments.mlx_examples.resolve(),
     )
     results: list[Result] = []
-    limits: dict[str, float | None] = {}
+    goals: list[tuple[Goal, float]] = []
     failures = []
     for name in arguments.scenarios or SCENARIOS:
         scenario = SCENARIOS[name](bench)
-        limits[scenario.title] = scenario.limit_seconds
         try:
-            results += run(scenario, repeats=arguments.repeats, only=arguments.only)
+            found = run(scenario, repeats=arguments.repeats, only=arguments.only)
+            if len(found) == len(scenario.sides):
+                goals += [(goal, goal.reached(found)) for goal in scenario.goals]
+            results += found
         except BenchmarkError as error:  # the other scenarios' minutes are not lost
             failures.append(f"compare.py: {name}: {error}")
         shutil.rmtree(bench.scratch / "work", ignore_errors=True)
-    for line in report(results, limits, bench, arguments.repeats):
+    for line in report(results, goals, bench, arguments.repeats):
         print(line)
     if arguments.json:
         records = [dataclasses.asdict(result) for result in results]

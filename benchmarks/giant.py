@@ -64,7 +64,7 @@ def write_checkpoint(folder: Path) -> None:
         if files[-1] and held + tensor.nbytes(DTYPE) > FILE_BYTES:
             files.append([])
         files[-1].append(tensor)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files, start=1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
         weight_map |= {tensor.name: name for tensor in tensors}
