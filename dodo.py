@@ -76,7 +76,7 @@ if IS_CHECKOUT:
         return _python("-m pytest")
 
     def task_bench() -> dict[str, Any]:
-        """Measure mlx-make beside mlx_lm.convert, on Linux: an hour, 20 GB of scratch."""
+        """Measure mlx-make beside mlx_lm.convert, on Linux: two hours, 25 GB of scratch."""
         return _python("benchmarks/compare.py")
 
 

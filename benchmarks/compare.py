@@ -17,7 +17,7 @@ sets what is to be reached beside what was. What is taken:
 - write calls, read calls: bytes through such system calls (wchar, rchar). Mapped files pass by.
 
 Linux only, as the figures come from /proc. Checkpoints are made by checkpoint.py on the first run
-and kept in the scratch folder, which needs some 20 GB for the default size. It should be on a disk:
+and kept in the scratch folder, which needs some 25 GB for the default size. It should be on a disk:
 what is written to memory (tmpfs) is not counted.
 """
 
