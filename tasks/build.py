@@ -46,6 +46,15 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def threads() -> int:
+    """Return how many tasks run at once: as many as there are cores, fewer where a GPU computes.
+
+    It is fed by a few threads, and more of them only wait for each other (on 16 cores with an
+    H100 8 threads take 0.8 of the time of 16).
+    """
+    return min(cores(), GPU_THREADS) if mx.default_device().type == mx.gpu else cores()
+
+
 class Stage(Protocol):
     """What the module of a stage that computes has; the modules say what each does."""
 
@@ -55,6 +64,7 @@ class Stage(Protocol):
 
 STAGES: dict[str, Stage] = {"unshard": unshard, "cast": cast, "quantize": quantize}
 AGAIN = {"unshard": unshard.again, "cast": cast.again}  # makes a result that was not kept
+GPU_THREADS = 8
 FETCHES = 8  # blobs that one action fetches at once
 ALWAYS_KEPT = ("extract", "quantize")  # what is the checkpoint's, and what pack copies
 

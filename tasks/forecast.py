@@ -18,7 +18,7 @@ from cache.digest import digest_record
 from cache.log import Entry
 from cache.manifests import Action, Manifest, ManifestError, Tensor
 from tasks import extract, pack, reasons
-from tasks.build import Builder, Needed, cores
+from tasks.build import Builder, Needed, threads
 from tasks.plan import Node, Plan
 
 UP_TO_DATE, RUN, REUSE, FETCH = "up to date", "run", "reuse", "fetch"
@@ -243,7 +243,7 @@ class Forecast:
 def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
     """Return how many seconds steps will take, by earlier ones; None if too little is known.
 
-    Layers run on all cores at once, packing comes after.
+    Layers run in threads at once, packing comes after.
     """
     rates: dict[str, list[float]] = {}
     for entry in log:
@@ -262,7 +262,7 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
             last += seconds
         else:
             layers += seconds
-    return layers / cores() + last
+    return layers / threads() + last
 
 
 def _needed(node: Node, found: Mapping[Node, Manifest | None]) -> Needed:

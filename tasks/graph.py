@@ -22,7 +22,7 @@ from cache.log import Log
 from cache.manifests import Action
 from cache.store import Store
 from tasks import config, extract, options, pack, reasons
-from tasks.build import Builder, Memory, cores, machine_memory
+from tasks.build import Builder, Memory, machine_memory, threads
 from tasks.config import BUILD, STATE
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
@@ -264,7 +264,7 @@ def _store(read: config.Config) -> Store:
 
 
 def doit_config(models: Path) -> dict[str, Any]:
-    """Return DOIT_CONFIG: threads, one a core, and all state beside models.toml."""
+    """Return DOIT_CONFIG: threads, and all state beside models.toml."""
     from tasks.plugins import Checker
 
     state = models.absolute().parent / STATE
@@ -274,7 +274,7 @@ def doit_config(models: Path) -> dict[str, Any]:
         "backend": "mlx-make",
         "check_file_uptodate": Checker,
         "reporter": "mlx-make",
-        "num_process": cores(),
+        "num_process": threads(),
         "par_type": "thread",
         "verbosity": 2,
     }
