@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,8 @@ class Actions:
             return Corrupt(path, str(error))
         if manifest.action != action:
             return Corrupt(path, "it records another action")
+        with suppress(FileNotFoundError):
+            files.used(path, path.stat().st_mtime_ns)
         return Hit(manifest)
 
     def read(self, key: str) -> Manifest | None:

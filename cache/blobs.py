@@ -17,7 +17,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -111,10 +111,24 @@ class Blobs:
         except FileNotFoundError:
             return self._locate_reference(digest, length)
         if stamp.size == length:
+            files.used(path, stamp.mtime_ns)
             return [Part(str(path), 0, length, None)]
         if self._reference(digest).exists():
             return self._locate_reference(digest, length)
         raise BlobLost(digest, f"{path} has {stamp.size} bytes, expected {length}")
+
+    def reference(self, path: Path) -> list[Part]:
+        """Read a reference, as it was written.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged.
+        """
+        try:
+            record = json.loads(path.read_bytes())
+            return [Part(p, at, n, Stamp(*stamp) if stamp else None) for p, at, n, *stamp in record]
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
     def drop_if_wrong(self, digest: str) -> None:
         """Digest a blob's own file again, and remove it if it is not what its name says."""
@@ -221,13 +235,10 @@ class Blobs:
     def _locate_reference(self, digest: str, length: int) -> list[Part]:
         reference = self._reference(digest)
         try:
-            record = json.loads(reference.read_bytes())
-            parts = [
-                Part(p, at, n, Stamp(*stamp) if stamp else None) for p, at, n, *stamp in record
-            ]
+            parts = self.reference(reference)
         except FileNotFoundError:
             raise BlobLost(digest, "not in the store") from None
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise BlobLost(digest, f"{reference} is corrupt ({error})") from error
         if sum(part.length for part in parts) != length:
             raise BlobLost(digest, f"{reference} has not {length} bytes")
@@ -244,4 +255,6 @@ class Blobs:
             if short or digest != digest_parts(self.chunks(now)):
                 raise BlobLost(digest, f"{', '.join(stamps)} changed since it was read")
             self.refer(digest, now)
+        with suppress(FileNotFoundError):  # there are the bytes by now
+            files.used(reference, Stamp.of(reference).mtime_ns)
         return now

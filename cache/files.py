@@ -17,6 +17,8 @@ from cache.errors import NoRoom
 
 TEMPORARY = ".tmp-"
 SWEEP_SECONDS = 3600
+STRANGE_SWEEP_SECONDS = 24 * 3600
+USE_SECONDS = 3600  # how exactly files tell when they were last used
 # There is no call that only reads the umask, and setting it is not safe in threads: read it once.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -111,23 +113,49 @@ def own_prefix() -> str:
     return f"{TEMPORARY}{platform.node()}-{os.getpid()}-"
 
 
-def sweep(folder: Path) -> None:
-    """Remove temporary files that processes of this machine left when they were killed.
+def used(path: str | Path, mtime_ns: int) -> None:
+    """Note that a file was used, in its mtime: access times are off on many systems (noatime).
 
-    Not within the hour: two containers can go by one machine's name.
+    Args:
+        path: the file.
+        mtime_ns: its mtime; one of the last hour is left alone.
+    """
+    if time.time_ns() - mtime_ns > USE_SECONDS * 10**9:
+        with suppress(OSError):  # somebody else's, or gone
+            os.utime(path)
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporary files that killed processes left."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        if abandoned(path):
+            remove(path)
+
+
+def abandoned(path: Path) -> bool:
+    """Tell whether a temporary file's process was killed.
+
+    Not within the hour: two containers can go by one machine's name. Of other machines nothing is
+    known but the time, so that a day has to pass.
     """
     begin = f"{TEMPORARY}{platform.node()}-"
-    for path in folder.glob(f"{TEMPORARY}*"):
-        process = path.name.removeprefix(begin).split("-")[0]
-        if not path.name.startswith(begin) or not process.isdigit() or _runs(int(process)):
-            continue
-        with suppress(FileNotFoundError):  # somebody else sweeps
-            if time.time() - path.stat().st_mtime < SWEEP_SECONDS:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+    process = path.name.removeprefix(begin).split("-")[0]
+    ours = path.name.startswith(begin) and process.isdigit()
+    if ours and _runs(int(process)):
+        return False
+    try:
+        age = time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # renamed, or swept by somebody else
+        return False
+    return age >= (SWEEP_SECONDS if ours else STRANGE_SWEEP_SECONDS)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder that others may remove as well."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:

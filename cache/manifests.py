@@ -28,6 +28,10 @@ class ManifestError(CacheError):
     """Bytes that are no manifest of a schema this version reads."""
 
 
+class OtherSchema(ManifestError):
+    """A manifest of a schema that this version does not read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """A tensor by content.
@@ -115,13 +119,14 @@ class Manifest:
         """Read a manifest back.
 
         Raises:
-            ManifestError: the bytes are damaged, or a newer version wrote them.
+            ManifestError: the bytes are damaged.
+            OtherSchema: a newer version wrote them.
         """
         try:
             record = json.loads(data)
             schema = record["schema"]
             if schema != SCHEMA:
-                raise ManifestError(
+                raise OtherSchema(
                     f"manifest of schema {schema}, this version reads {SCHEMA}: "
                     "update mlx-make, or use another cache folder"
                 )

@@ -24,8 +24,11 @@ class Memos:
 
     def get(self, kind: str, question: Any) -> Any | None:
         """Return the answer to ``question`` (JSON), or None."""
+        path = self._path(kind, question)
         try:
-            return json.loads(self._path(kind, question).read_bytes())
+            answer = json.loads(path.read_bytes())
+            files.used(path, path.stat().st_mtime_ns)
+            return answer
         except (FileNotFoundError, ValueError):
             return None
 

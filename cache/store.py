@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cache import files
 from cache.actions import Actions
 from cache.blobs import Blobs
+from cache.lock import Lock
 from cache.memos import Memos
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Store:
         actions: results by key.
         memos: answers.
         root: the folder.
+        lock: held by who uses its files.
         sharing: what it has in common with a remote store, if there is one.
     """
 
@@ -31,10 +33,17 @@ class Store:
     actions: Actions
     memos: Memos
     root: Path
+    lock: Lock
     sharing: Sharing | None = None
 
     @classmethod
     def at(cls, root: Path) -> Store:
         """Return the store in folder ``root``, which need not exist yet."""
         files.sweep(root / "blobs")
-        return cls(Blobs(root / "blobs"), Actions(root / "actions"), Memos(root / "memos"), root)
+        return cls(
+            Blobs(root / "blobs"),
+            Actions(root / "actions"),
+            Memos(root / "memos"),
+            root,
+            Lock(root),
+        )

@@ -22,6 +22,7 @@ CACHE_DIR = f"{STATE}/cache"
 BARE = r"[\w-]+"
 PART = rf"{BARE}|\"[^\"]*\"|'[^']*'"
 KEY = rf"(?:{PART})(?:\s*\.\s*(?:{PART}))*"
+SIZE = rf"{keys.NUMBER}([A-Za-z]*)\s*"
 
 At = tuple[str | int, ...]  # where in the file: keys, and indices of array elements
 
@@ -140,6 +141,15 @@ def load(path: Path) -> Config:
     except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: a number too long
         raise ConfigError(f"{path} is not TOML: {error}") from error
     return _Reader(path, text).config(record)
+
+
+def size_bytes(text: str) -> int | None:
+    """Return the bytes that a size such as ``2.5GB`` says, rounded down, or None if it is none."""
+    match = re.fullmatch(SIZE, text)
+    if not match or match[3] not in UNITS:
+        return None
+    part = int((match[2] or "").ljust(18, "0"))  # in 10⁻¹⁸, since a float would round
+    return int(match[1]) * UNITS[match[3]] + part * UNITS[match[3]] // 10**18
 
 
 class _Reader:
@@ -370,8 +380,9 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             self.wrong_type(value, f"bytes or a size such as {key.example}", at)
         text = value if isinstance(value, str) else _show(value)
-        match = re.fullmatch(rf"{keys.NUMBER}([A-Za-z]*)\s*", text)
-        if not match or match[3] not in UNITS:
+        size = size_bytes(text)
+        if size is None:
+            match = re.fullmatch(SIZE, text)
             units = ", ".join(unit for unit in UNITS if len(unit) > 1)
             alike = [u for u in UNITS if u and match and u.casefold() == match[3].casefold()]
             self.refuse(
@@ -381,8 +392,6 @@ class _Reader:
                 if match and alike
                 else f"write {key.example}",
             )
-        part = int((match[2] or "").ljust(18, "0"))  # in 10⁻¹⁸, since a float would round
-        size = int(match[1]) * UNITS[match[3]] + part * UNITS[match[3]] // 10**18
         if size < 1:
             self.refuse(f"is {value!r}: no room for a tensor", at, mend=f"write {key.example}")
         return size

@@ -83,7 +83,8 @@ class Graph:
             made: dict[str, Any] = {"told": told.digest}
 
             def run() -> None:
-                manifest = self.builder.run(found, node, told.why(changed))
+                with self.builder.store.lock.using():
+                    manifest = self.builder.run(found, node, told.why(changed))
                 if node.stage == "extract":
                     made["look"] = extract.look(node)
                     self.lock.check_layer(self.builder.store, found, manifest.tensors)
@@ -114,12 +115,13 @@ class Graph:
 
         def build(why: str) -> dict[str, Any]:
             plans = self.plans.values()
-            source = self.lock.check_source(self.builder, found, plans)
 
             def check(action: Action) -> list[str]:
                 return self.lock.check_target(self.builder, found, source, action)
 
-            made = pack.run(self.builder, found, folder, manifest_path, why, check)
+            with self.builder.store.lock.using():
+                source = self.lock.check_source(self.builder, found, plans)
+                made = pack.run(self.builder, found, folder, manifest_path, why, check)
             self.lock.update(found, source, made, plans)
             bits = sum(
                 tensor.nbytes for name, tensor in made.tensors.items()

@@ -1,0 +1,115 @@
+"""collect: garbage collection: what may go from a cache, least recently used first.
+
+It is made so that nobody else has to be asked: who has a cache folder in common with others knows
+only what they used of late. See ``cache.lock`` on builds that run meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from cache import files
+from cache.survey import CORRUPT, File, Survey
+
+RECORD_SECONDS = 90 * 24 * 3600  # how long an action entry or a memo is kept that nobody uses
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What must stay.
+
+    Attributes:
+        blobs: by digest.
+        actions: by key.
+    """
+
+    blobs: frozenset[str] = frozenset()
+    actions: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What goes and what stays.
+
+    Attributes:
+        garbage: nobody can use it, or nobody did for long.
+        evicted: usable; goes for the sake of the size.
+        spare: usable, not wanted, stays.
+        size: bytes that stay, of all kinds.
+    """
+
+    garbage: list[File] = field(default_factory=list)
+    evicted: list[File] = field(default_factory=list)
+    spare: list[File] = field(default_factory=list)
+    size: int = 0
+
+
+def plan(survey: Survey, wanted: Wanted, max_bytes: int | None, now: float) -> Collection:
+    """Choose what goes.
+
+    Args:
+        survey: what there is.
+        wanted: what must stay.
+        max_bytes: what is to be left at most, or None for no bound.
+        now: Unix time.
+    """
+    stays = survey.reach(wanted.blobs)
+    garbage = [file for file in survey.files if _is_garbage(file, wanted, now)]
+    left = survey.size - sum(file.size for file in garbage)
+    evicted, spare = [], []
+    gone = set(garbage)
+    for file in (*_blobs(survey, stays), *_records(survey, wanted)):
+        if file in gone:
+            continue
+        if max_bytes is not None and left > max_bytes:
+            evicted.append(file)
+            left -= file.size
+        else:
+            spare.append(file)
+    return Collection(garbage, evicted, spare, left)
+
+
+def carry_out(collection: Collection) -> None:
+    """Remove what goes; the lock must be held alone."""
+    for file in (*collection.garbage, *collection.evicted):
+        files.remove(file.path)
+
+
+def _is_garbage(file: File, wanted: Wanted, now: float) -> bool:
+    if file.kind == "temporary":
+        return files.abandoned(file.path)
+    if file.kind in ("action", "memo"):
+        return file.key not in wanted.actions and now - file.used > RECORD_SECONDS
+    return file.kind == CORRUPT
+
+
+def _blobs(survey: Survey, stays: set[str]) -> Iterator[File]:
+    """Yield blobs and references in the order in which they may go.
+
+    A blob in which a reference's parts lie is used whenever that is, and goes after it.
+    """
+    used: dict[str, float] = defaultdict(float)
+    for digest, file in survey.of("reference").items():
+        for pinned in survey.pinned(digest):
+            used[pinned] = max(used[pinned], file.used)
+    unwanted = [
+        file for file in survey.files
+        if file.kind in ("blob", "reference") and file.key not in stays
+    ]  # fmt: skip
+
+    def turn(file: File) -> tuple[float, bool]:
+        own = file.kind == "blob"
+        return max(file.used, used[file.key]) if own else file.used, own
+
+    yield from sorted(unwanted, key=turn)
+
+
+def _records(survey: Survey, wanted: Wanted) -> Iterator[File]:
+    """Yield action entries and memos; after the blobs, since they are small and save much."""
+    unwanted = [
+        file for file in survey.files
+        if file.kind in ("action", "memo") and file.key not in wanted.actions
+    ]  # fmt: skip
+    yield from sorted(unwanted, key=lambda file: file.used)

@@ -1,0 +1,135 @@
+"""survey: what lies in a cache folder, and what of it is wanted."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from cache import files
+from cache.blobs import Blobs, Part
+from cache.manifests import Manifest, ManifestError
+
+CORRUPT = "corrupt"  # the folder to which `verify` moves what is
+KINDS = ("blob", "reference", "action", "memo", "temporary", CORRUPT)
+_KEYS = {
+    "blob": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})",
+    "reference": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})\.parts",
+    "action": r"actions/([0-9a-f]{2})/([0-9a-f]{30})\.json",
+    "memo": r"memos/[^/]+/([0-9a-f]{2})/([0-9a-f]{30})\.json",
+}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the cache; or a folder, if it is temporary.
+
+    Attributes:
+        path: where it lies.
+        kind: one of ``KINDS``. Files that nobody here made are none of them, and left alone.
+        key: the digest or key that names it.
+        size: bytes.
+        used: when it was last used, Unix time, to the hour (``files.used``).
+    """
+
+    path: Path
+    kind: str
+    key: str
+    size: int
+    used: float
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a cache folder held when it was looked through.
+
+    Attributes:
+        blobs: the store's.
+        files: all files.
+    """
+
+    blobs: Blobs
+    files: list[File]
+
+    def of(self, kind: str) -> dict[str, File]:
+        """Return the files of a kind by key."""
+        return {file.key: file for file in self.files if file.kind == kind}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @cached_property
+    def parts(self) -> dict[str, list[Part]]:
+        """Where each reference that can be read says that its bytes lie."""
+        found = {}
+        for digest, file in self.of("reference").items():
+            try:
+                found[digest] = self.blobs.reference(file.path)
+            except (FileNotFoundError, ValueError):
+                continue
+        return found
+
+    def pinned(self, digest: str) -> set[str]:
+        """Return the blobs in whose files the parts of the reference ``digest`` lie."""
+        # A part without a stamp lies in a blob's own file.
+        paths = [Path(part.path) for part in self.parts.get(digest, ()) if part.stamp is None]
+        return {path.parent.name + path.name for path in paths}
+
+    def reach(self, digests: Iterable[str]) -> set[str]:
+        """Return ``digests`` and what they are a reference to."""
+        found = set(digests)
+        return found.union(*(self.pinned(digest) for digest in found))
+
+    def manifests(self) -> Iterator[Manifest]:
+        """Yield what the action entries say, those that can be read."""
+        for file in self.of("action").values():
+            try:
+                yield Manifest.from_bytes(file.path.read_bytes())
+            except (FileNotFoundError, ManifestError):
+                continue
+
+
+def take(root: Path) -> Survey:
+    """Look through the cache in folder ``root``, which need not exist."""
+    found = []
+    for path, status in _walk(root):
+        kind, key = _kind(str(path.relative_to(root)))
+        if kind:
+            inside = _walk(path) if stat.S_ISDIR(status.st_mode) else ()
+            size = sum(each.st_size for _, each in inside) or status.st_size
+            found.append(File(path, kind, key, size, status.st_mtime))
+    return Survey(Blobs(root / "blobs"), found)
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """Return the kind and key of the file ``name``, empty if it is none of the cache's."""
+    if name.startswith(f"{CORRUPT}/"):
+        return CORRUPT, name
+    if Path(name).name.startswith(files.TEMPORARY):
+        return "temporary", name
+    for kind, form in _KEYS.items():
+        if match := re.fullmatch(form, name):
+            return kind, match[1] + match[2]
+    return "", ""
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield the files below a folder, and temporary folders; what goes meanwhile is not there."""
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(files.TEMPORARY):
+            yield from _walk(path)
+        else:
+            with suppress(FileNotFoundError):
+                yield path, entry.stat(follow_symlinks=False)
