@@ -23,10 +23,12 @@ class Wanted:
     Attributes:
         blobs: by digest.
         actions: by key.
+        memos: whether all of them; nobody can tell whose they are, and they are small.
     """
 
     blobs: frozenset[str] = frozenset()
     actions: frozenset[str] = frozenset()
+    memos: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _blobs(survey: Survey, stays: set[str]) -> Iterator[File]:
 def _records(survey: Survey, wanted: Wanted) -> Iterator[File]:
     """Yield action entries and memos; after the blobs, since they are small and save much."""
     unwanted = [
-        file for file in survey.files
-        if file.kind in ("action", "memo") and file.key not in wanted.actions
-    ]  # fmt: skip
+        *(file for key, file in survey.of("action").items() if key not in wanted.actions),
+        *(survey.of("memo").values() if not wanted.memos else ()),
+    ]
     yield from sorted(unwanted, key=lambda file: file.used)

@@ -173,20 +173,24 @@ def gc(read: Config, options: Mapping[str, Any]) -> int:
 
 def _say(removed: str, found: collect.Collection, read: Config, cap: int | None) -> None:
     for kind, name in cache_stats.KIND_NAMES.items():
-        for files_, why in ((found.garbage, "garbage"), (found.evicted, "not used for longest")):
+        for files_, why in ((found.garbage, "garbage"), (found.evicted, "least recently used")):
             of = [file for file in files_ if file.kind == kind]
             if of:
                 print(f"{removed} {len(of)} {name}, {_total(of)}: {why}")
     if not found.garbage and not found.evicted:
         print("nothing to remove")
-    print(f"{read.cache}: {size(found.size)}" + (f" of {size(cap)}" if cap is not None else ""))
+    left = "would be left" if removed.startswith("would") else "left"
+    print(f"{left} in {read.cache}: {size(found.size)}")
     if cap is None:
         print(
             f"No current target needs {_total(found.spare)} of it, and no size cap is set: "
             "set\n[cache] max_size in models.toml, or pass --max-size 20GB."
         )
     elif found.size > cap:
-        print("The rest is what the targets of models.toml need: --all removes that as well.")
+        print(
+            f"That is more than {size(cap)}: the targets of models.toml need it. --all removes it, "
+            "too."
+        )
 
 
 def _total(of: Iterable[File]) -> str:

@@ -54,6 +54,7 @@ def wanted(records: Iterable[Record]) -> Wanted:
     return Wanted(
         frozenset(tensor.digest for manifest in layers for tensor in manifest.tensors.values()),
         frozenset(record.manifest.action.key for record in some),
+        memos=True,
     )
 
 
