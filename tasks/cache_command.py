@@ -48,7 +48,6 @@ class Cache(Command):  # type: ignore[misc]
 
     name = "cache"
     doc_purpose = "look after the cache"
-    doc_usage = "[models=PATH] " + "|".join(("stats", "verify", "gc"))
 
     def execute(self, _params: Any, args: list[str]) -> int:
         """Do what ``args`` ask for."""
@@ -167,11 +166,14 @@ def gc(read: Config, options: Mapping[str, Any]) -> int:
         with Lock(read.cache).alone(_waiting):
             found = plan()
             collect.carry_out(found)
-    _say("would remove" if options["dry_run"] else "removed", found, read, cap)
+    removed = "would remove" if options["dry_run"] else "removed"
+    _say(removed, found, read, cap, everything=options["all"])
     return 0
 
 
-def _say(removed: str, found: collect.Collection, read: Config, cap: int | None) -> None:
+def _say(
+    removed: str, found: collect.Collection, read: Config, cap: int | None, everything: bool
+) -> None:
     for kind, name in cache_stats.KIND_NAMES.items():
         for files_, why in ((found.garbage, "garbage"), (found.evicted, "least recently used")):
             of = [file for file in files_ if file.kind == kind]
@@ -186,7 +188,7 @@ def _say(removed: str, found: collect.Collection, read: Config, cap: int | None)
             f"No current target needs {_total(found.spare)} of it, and no size cap is set: "
             "set\n[cache] max_size in models.toml, or pass --max-size 20GB."
         )
-    elif found.size > cap:
+    elif found.size > cap and not everything:
         print(
             f"That is more than {size(cap)}: the targets of models.toml need it. --all removes it, "
             "too."
