@@ -7,8 +7,10 @@ under their BLAKE3 the blobs that this names. What is fetched is checked against
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from cache.manifests import Action, Manifest, ManifestError, Tensor
 from cache.remote import Remote, blake3_of
 
 KIND = "actions"
+FETCHES = 8  # blobs fetched at once
 
 Locate = Callable[[str, Tensor], Sequence[Part]]  # by a tensor's name
 
@@ -49,6 +52,7 @@ class Sharing:
         self._names: dict[str, Mapping[str, str]] = {}  # BLAKE3 by digest, by the action's key
         self._pushed: dict[str, str] = {}  # BLAKE3 by digest
         self._corrupt: set[str] = set()  # BLAKE3
+        self._fetching = ThreadPoolExecutor(FETCHES, "fetch")
 
     def find(self, action: Action) -> Manifest | None:
         """Return what the action made elsewhere, recorded here from now on."""
@@ -57,6 +61,14 @@ class Sharing:
             return None
         self.actions.put(manifest)
         return manifest
+
+    def fetch_all(self, wanted: Iterable[tuple[str, Tensor]]) -> None:
+        """Make blobs of this cache of all those that can be had, many at once.
+
+        Args:
+            wanted: tensors, each with the key of the action that made it.
+        """
+        list(self._fetching.map(lambda each: self.fetch(*each), wanted))
 
     def fetch(self, key: str, tensor: Tensor) -> bool:
         """Make a blob that the action of ``key`` made a blob of this cache, if it can be had."""
@@ -136,10 +148,15 @@ class Sharing:
             if record is None:
                 return None
             manifest = Manifest.from_bytes(canonical(record["manifest"]))
-            names = {str(digest): str(blake3) for digest, blake3 in record["blake3"].items()}
+            names = {digest: blake3 for digest, blake3 in record["blake3"].items() if _is(blake3)}
         except (ManifestError, ValueError, KeyError, TypeError, AttributeError):
             return None  # damaged: as good as none, and replaced when it was made again
         if manifest.action.key != key:
             return None
         self._names[key] = names
         return manifest
+
+
+def _is(blake3: Any) -> bool:
+    """Tell whether a remote's word can be a BLAKE3: it becomes part of a path."""
+    return isinstance(blake3, str) and re.fullmatch(r"[0-9a-f]{64}", blake3) is not None

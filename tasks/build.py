@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,7 +64,6 @@ class Stage(Protocol):
 STAGES: dict[str, Stage] = {"unshard": unshard, "cast": cast, "quantize": quantize}
 AGAIN = {"unshard": unshard.again, "cast": cast.again}  # makes a result that was not kept
 GPU_THREADS = 8
-FETCHES = 8  # blobs that one action fetches at once
 ALWAYS_KEPT = ("extract", "quantize")  # what is the checkpoint's, and what pack copies
 
 
@@ -289,12 +287,8 @@ class Builder:
         if not sharing:
             return
         lost = [needed[n] for n in names if not blobs.has(needed[n][1].digest, needed[n][1].nbytes)]
-
-        def get(of: tuple[Node, Tensor]) -> None:
-            sharing.fetch(self.manifest(plan, of[0]).action.key, of[1])
-
-        with ThreadPoolExecutor(FETCHES) as pool:
-            list(pool.map(get, lost))
+        keys = {maker: self.manifest(plan, maker).action.key for maker, _ in lost}
+        sharing.fetch_all([(keys[maker], tensor) for maker, tensor in lost])
 
     def look(self, plan: Plan, node: Node, *, lost: bool = False) -> Manifest:
         """Return what extract makes of a layer; if a blob is ``lost``, by reading its files."""
@@ -365,6 +359,9 @@ class Builder:
             self.fetch(plan, needed, [name])
             if not self.store.blobs.has(tensor.digest, tensor.nbytes):
                 self.remake(plan, maker, name, tensor, lost)
+                if self.store.sharing:  # where it is not there either, or corrupt
+                    manifest = self.manifest(plan, maker)
+                    self.store.sharing.push(manifest, self.shared(plan, maker))
         return self.store.blobs.locate(tensor.digest, tensor.nbytes)
 
     def remake(self, plan: Plan, node: Node, name: str, tensor: Tensor, lost: BlobLost) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from cache.actions import Hit
 from cache.manifests import Manifest, ManifestError
 from cache.sharing import Sharing
-from tasks.build import FETCHES, Builder, cores
+from tasks import sources
+from tasks.build import Builder, cores
 from tasks.plan import Node, Plan
 
 
@@ -33,7 +34,14 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     What is not there, or goes away meanwhile, is left out.
     """
     plans = list(plans)
-    done: list[bool] = []
+    by_source: dict[str, list[Plan]] = {}
+    for plan in plans:
+        by_source.setdefault(plan.target.source_name, []).append(plan)
+    for same in by_source.values():
+        if record := same[0].checkpoint.record:
+            sources.share(builder.store, record)
+        else:
+            sources.take(builder, same)  # shares it
     with ThreadPoolExecutor(cores()) as pool:
         jobs = [
             pool.submit(sharing.push_now, manifest, builder.shared(plan, node))
@@ -62,15 +70,8 @@ def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
             if node.stage == "extract":
                 continue
             results += 1
-            builder.publish(Path(builder.manifest_path(node)), manifest)
             if builder.shared(plan, node):
-                key = manifest.action.key
-                with ThreadPoolExecutor(FETCHES) as pool:
-                    list(
-                        pool.map(
-                            lambda t, key=key: sharing.fetch(key, t), manifest.tensors.values()
-                        )
-                    )
+                sharing.fetch_all([(manifest.action.key, t) for t in manifest.tensors.values()])
     return Exchanged(results, wanted - results)
 
 

@@ -134,7 +134,7 @@ class Graph:
                 "size": sum(tensor.nbytes for tensor in made.tensors.values()),
                 "bits_per_weight": bits,
                 "notes": list(made.notes),
-                "locked": [source.record, made.result],
+                "locked": self.lock.state(found),
             }
 
         def act(changed: list[str]) -> Any:
@@ -161,9 +161,8 @@ class Graph:
     def is_packed(self, found: Plan, values: Mapping[str, Any]) -> bool:
         """Tell whether a target's folder and its lines in models.lock are as they were left."""
         folder = str(self.folder / BUILD / found.target.name)
-        return pack.intact(folder, values.get("outputs") or {}) and self.lock.holds(
-            found, *values.get("locked", (None, None))
-        )
+        intact = pack.intact(folder, values.get("outputs") or {})
+        return intact and self.lock.state(found) == values.get("locked", "")
 
 
 class Told:
@@ -235,6 +234,7 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
                 make[target.source](target.source)
         planner = Planner(store.memos, lambda target: lock.recall(store, target))
         plans = {name: planner.plan(target) for name, target in read.targets.items()}
+        lock.check_plans(plans.values())
     except (BuildError, CacheError) as error:
         raise InvalidDodoFile(str(error)) from error
     except OSError as error:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SHOWN = 10  # names in a message
+# Of a stage's parameters those that say what computes it: "sanitize" names mlx-lm's version.
+COMPUTER = ("mlx", "device", "machine", "sanitize")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Built:
     Attributes:
         source: its source's record.
         settings: digest of all that models.toml and the plan say of it.
-        computer: what quantized it, if anything was: MLX's version, device, machine.
+        computer: what computed it, if anything was: MLX's version, device, machine.
         action: key of the action that packed it.
         output: digest of the packed files' names and digests.
     """
@@ -72,10 +74,11 @@ class Lock:
     strict: bool = False
     _writing: threading.Lock = field(default_factory=threading.Lock)
     _taken: dict[str, Source] = field(default_factory=dict)
+    _digests: dict[str, dict[str, str]] = field(default_factory=dict)  # by record
 
     @classmethod
     def load(cls, path: Path, *, strict: bool) -> Lock:
-        """Read the file, which need not exist.
+        """Read the file, which need not exist unless ``strict``.
 
         Raises:
             ConfigError: it is damaged, or a newer version wrote it.
@@ -89,35 +92,71 @@ class Lock:
                 )
             return cls(
                 path,
-                {name: Source(**entry) for name, entry in record["sources"].items()},
+                {name: Source.read(entry) for name, entry in record["sources"].items()},
                 {name: Built(**entry) for name, entry in record["targets"].items()},
                 strict,
             )
-        except FileNotFoundError:
-            return cls(path, {}, {}, strict)
+        except FileNotFoundError as error:
+            if not strict:
+                return cls(path, {}, {}, strict)
+            raise ConfigError(
+                f"{path} does not exist, and --locked builds only what it says. Run doit without "
+                "--locked, and commit the file."
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(
-                f"{path} is no lock file ({error}). Take it from version control again, or remove "
-                "it: the next build writes it anew."
+                f"{path} is no lock file ({type(error).__name__}: {error}). Take it from version "
+                "control again, or remove it: the next build writes it anew."
             ) from error
 
     def recall(self, store: Store, target: Target) -> Checkpoint | None:
-        """Return a target's checkpoint by its record, where its files are not all here.
+        """Return a target's checkpoint by its record, where its weights are not here.
 
         Raises:
-            CheckpointError: the record is nowhere.
+            CheckpointError: the record is nowhere, or what is here is another checkpoint's.
         """
         source = self.sources.get(target.source_name)
-        if source is None or all((target.source / name).exists() for name in source.files):
+        if source is None or sources.has_weights(target.source):
             return None
-        found = sources.recall(store, source)
-        if found is None and not target.source.exists():
+        if odd := sources.strangers(target.source, source):
             raise CheckpointError(
-                f"source {target.source} does not exist, and what {self.path.name} says of it "
-                f"(record {source.record[:16]}…) is neither in the cache nor in a remote. Get the "
+                f"source {target.source} has no weights, and {', '.join(odd[:SHOWN])} there "
+                f"{'is' if len(odd) == 1 else 'are'} not what {self.path.name} has. Get the whole "
+                "checkpoint, or take the file away."
+            )
+        found = sources.recall(store, source)
+        if found is None:
+            fact = "has no weights" if target.source.exists() else "does not exist"
+            raise CheckpointError(
+                f"source {target.source} {fact}, and what {self.path.name} says of it (record "
+                f"{source.record[:16]}…) is neither in the cache nor whole in a remote. Get the "
                 "checkpoint, or name the remote that it was built with: [cache] remote."
             )
         return found
+
+    def check_plans(self, plans: Iterable[Plan]) -> None:
+        """If ``strict``, refuse a models.toml that is not the one that was locked.
+
+        Raises:
+            BuildError: it is another.
+        """
+        if not self.strict:
+            return
+        now = {plan.target.name: plan for plan in plans}
+        names = {plan.target.source_name for plan in now.values()}
+        odd = [f"source {name} is not in it" for name in sorted(names - self.sources.keys())]
+        odd += [f"it has a source {name}" for name in sorted(self.sources.keys() - names)]
+        odd += [f"it has a target {name}" for name in sorted(self.targets.keys() - now.keys())]
+        for name, plan in now.items():
+            if name not in self.targets:
+                odd.append(f"target {name} is not in it")
+            elif self.targets[name].settings != settings(plan):
+                odd.append(f"target {name} has other settings, or its checkpoint another table")
+        if odd:
+            raise BuildError(
+                f"{self.path.name} is not of this models.toml: {_some(odd, '; ')}. If that is "
+                "wanted, run doit without --locked, and commit the file."
+            )
 
     def check_layer(self, store: Store, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         """Refuse a layer of the checkpoint that is not what was locked.
@@ -134,7 +173,9 @@ class Lock:
             for name, size in sizes.items()
             if name in source.files and source.files[name][0] != size
         ]
-        known = sources.digests(store, source)
+        if source.record not in self._digests:
+            self._digests[source.record] = sources.digests(store, source)
+        known = self._digests[source.record]
         odd += [
             f"tensor {key} has other contents"
             for key, tensor in tensors.items()
@@ -153,11 +194,6 @@ class Lock:
         if locked and plan.checkpoint.record == locked.record:
             return locked
         now = self.take(builder, plan, plans)
-        if locked is None and self.strict:
-            raise BuildError(
-                f"{plan.target.name}: its source {plan.target.source_name} is not in "
-                f"{self.path.name}. Run doit without --locked, and commit the file."
-            )
         if locked and now.files != locked.files:
             names = sorted(now.files.keys() | locked.files.keys())
             odd = [
@@ -180,7 +216,13 @@ class Lock:
             return self._taken[name]
 
     def accept(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> None:
-        """Lock a target's source as it is now."""
+        """Lock a target's source as it is now.
+
+        Raises:
+            BuildError: nothing is to be written.
+        """
+        if self.strict:
+            raise BuildError("--locked never writes models.lock. Run doit lock without it.")
         if plan.checkpoint.record:
             return  # not here: there is nothing new to accept
         plans = list(plans)
@@ -200,46 +242,42 @@ class Lock:
             BuildError: it differs, and ``strict``.
         """
         locked = self.targets.get(plan.target.name)
-        if locked and locked.action == action.key:
-            return []
         asked = (source.record, settings(plan))
-        if locked and (locked.source, locked.settings) == asked:
-            old = builder.recorded(locked.action)
-            fact = f"differs from {self.path.name} although nothing it is built from does: "
-            fact += _differences(old, action)
-            if locked.computer != computer(plan):
-                fact += f"; locked was quantized by {locked.computer}, this by {computer(plan)}"
-        elif self.strict:
-            fact = "is not in " if locked is None else "is built from other settings than in "
-            fact += self.path.name
-        else:
-            return []
+        if not locked or locked.action == action.key or (locked.source, locked.settings) != asked:
+            return []  # the same, or to be another; strict has refused other settings before
+        fact = f"differs from {self.path.name} although nothing it is built from does: "
+        fact += _differences(builder.recorded(locked.action), action)
+        if locked.computer != computer(plan):
+            fact += f"; locked was computed by {locked.computer}, this by {computer(plan)}"
         if self.strict:
-            raise BuildError(
-                f"{plan.target.name} {fact}. Run doit without --locked and commit the file, if "
-                "that is wanted."
-            )
+            raise self._another(plan, fact)
         return [fact]
 
     def update(self, plan: Plan, source: Source, packed: Manifest, plans: Iterable[Plan]) -> None:
-        """Lock what was built."""
-        if self.strict:
-            return  # it is as it is locked
+        """Lock what was built; if ``strict``, it must be what is locked.
+
+        Raises:
+            BuildError: it is not.
+        """
         built = Built(
             source.record, settings(plan), computer(plan), packed.action.key, packed.result
         )
+        if self.strict:
+            if (locked := self.targets[plan.target.name]).output != built.output:
+                raise self._another(
+                    plan,
+                    f"was built as {built.output}, and is {locked.output} in {self.path.name}",
+                )
+            return
         self.sources[plan.target.source_name] = source
         self.targets[plan.target.name] = built
         self._save(plans)
 
-    def holds(self, plan: Plan, source: str | None, output: str | None) -> bool:
-        """Tell whether a target is locked as it was last built here."""
+    def state(self, plan: Plan) -> str | None:
+        """Return a digest of what is locked of a target, or None if it is not."""
+        source = self.sources.get(plan.target.source_name)
         built = self.targets.get(plan.target.name)
-        locked = self.sources.get(plan.target.source_name)
-        return (
-            built is not None and built.output == output
-            and locked is not None and locked.record == source
-        )  # fmt: skip
+        return digest_record([asdict(source), asdict(built)]) if source and built else None
 
     def _save(self, plans: Iterable[Plan]) -> None:
         """Write the file, without what models.toml does not have any more."""
@@ -255,11 +293,16 @@ class Lock:
             if not self.path.exists() or self.path.read_bytes() != data:
                 files.write(self.path, data)
 
+    def _another(self, plan: Plan, fact: str) -> BuildError:
+        return BuildError(
+            f"{plan.target.name} {fact}. If that is wanted, run doit without --locked, and commit "
+            "the file."
+        )
+
     def _drift(self, target: Target, odd: list[str]) -> BuildError:
-        more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
         return BuildError(
             f"{target.name}: source {target.source_name} is not what {self.path.name} has: "
-            f"{'; '.join(odd[:SHOWN])}{more}. If the new one is wanted, accept it: doit lock, then "
+            f"{_some(odd, '; ')}. If the new one is wanted, accept it: doit lock, then "
             "doit."
         )
 
@@ -268,7 +311,7 @@ def settings(plan: Plan) -> str:
     """Return a digest of all that a target is told, but for what computes it."""
     nodes = [
         [n.stage, n.order.layer, n.order.version,
-         {key: value for key, value in n.params.items() if key not in ("mlx", "device", "machine")}]
+         {key: value for key, value in n.params.items() if key not in COMPUTER}]
         for stage in plan.stages.values() for n in stage
     ]  # fmt: skip
     target = plan.target
@@ -278,11 +321,13 @@ def settings(plan: Plan) -> str:
 
 
 def computer(plan: Plan) -> dict[str, str] | None:
-    """Return what quantizes a target: MLX's version, device, machine; None if nothing does."""
-    for node in plan.stages["quantize"]:
-        if "mlx" in node.params:
-            return {key: str(node.params[key]) for key in ("mlx", "device", "machine")}
-    return None
+    """Return what computes a target: MLX's version, device, machine; None if nothing does."""
+    found = {
+        key: str(node.params[key])
+        for stage in plan.stages.values() for node in stage for key in COMPUTER
+        if key in node.params
+    }  # fmt: skip
+    return found or None
 
 
 def _differences(old: Manifest | None, new: Action) -> str:
@@ -295,5 +340,9 @@ def _differences(old: Manifest | None, new: Action) -> str:
     ]
     if not odd:
         return "the tensors are the same, the other files are not"
-    more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
-    return f"{len(odd)} of {len(after)} tensors: {', '.join(odd[:SHOWN])}{more}"
+    return f"{len(odd)} of {len(after)} tensors: {_some(odd, ', ')}"
+
+
+def _some(facts: list[str], separator: str) -> str:
+    more = f" and {len(facts) - SHOWN} more" if len(facts) > SHOWN else ""
+    return separator.join(facts[:SHOWN]) + more

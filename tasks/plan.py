@@ -186,15 +186,7 @@ def _outline(checkpoint: Checkpoint, model: Model) -> Outline:
     extracts = {}
     layer_of = {}
     for layer, keys in stored_layers.items():
-        stored = [checkpoint.stored[key] for key in keys]
-        tensors = {key: [s.dtype, list(s.shape)] for key, s in zip(keys, stored, strict=True)}
-        files = sorted({s.file for s in stored})
-        look: Any = checkpoint.record or [
-            str(checkpoint.folder),
-            [[file, *checkpoint.stamps[file]] for file in files],
-            [[key, s.file, s.offset] for key, s in zip(keys, stored, strict=True)],
-        ]
-        extracts[layer] = Order("extract", layer, extract.VERSION, {"tensors": tensors}, look=look)
+        extracts[layer] = extracting(checkpoint, layer, keys)
         layer_of.update(dict.fromkeys(keys, layer))
 
     unshards, needs, layers = {}, {}, {}
@@ -212,6 +204,18 @@ def _outline(checkpoint: Checkpoint, model: Model) -> Outline:
         unshards[layer] = Order("unshard", layer, unshard.VERSION, told, frozenset(reads))
         needs[layer] = list(dict.fromkeys(reads.values()))
     return Outline(checkpoint, model, extracts, unshards, needs, layers)
+
+
+def extracting(checkpoint: Checkpoint, layer: str, keys: list[str]) -> Order:
+    """Return the order that extracts stored tensors."""
+    stored = [checkpoint.stored[key] for key in keys]
+    tensors = {key: [s.dtype, list(s.shape)] for key, s in zip(keys, stored, strict=True)}
+    look: Any = checkpoint.record or [
+        str(checkpoint.folder),
+        [[file, *checkpoint.stamps[file]] for file in sorted({s.file for s in stored})],
+        [[key, s.file, s.offset] for key, s in zip(keys, stored, strict=True)],
+    ]
+    return Order("extract", layer, extract.VERSION, {"tensors": tensors}, look=look)
 
 
 def _by_layer(names: dict[str, str]) -> dict[str, list[str]]:

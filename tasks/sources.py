@@ -14,26 +14,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache import files
-from cache.digest import digest, digest_record
+from cache.digest import digest, digest_file, digest_record
 from cache.errors import Mismatch, NotFetched
 from cache.store import Store
-from tasks import extract
 from tasks.checkpoint import Checkpoint, Stored, Whole
 from tasks.errors import CheckpointError
 from tasks.layouts import LAYOUTS
+from tasks.plan import Node, Plan, extracting
 
 if TYPE_CHECKING:
     from tasks.build import Builder
-    from tasks.plan import Plan
 
 SCHEMA = 1
-MAX_RECORD_BYTES = 1 << 30
+WEIGHTS = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Source:
 
     Attributes:
         files: size in bytes and digest of each file that is used. Of a weight file it is that of
-            the table of its tensors that are used, with their digests.
+            the table of its tensors, with their digests.
         record: BLAKE3 of the record.
         nbytes: of the record.
         revision: the commit on the hub that the folder was downloaded at, if it says so.
@@ -52,6 +52,18 @@ class Source:
     record: str
     nbytes: int
     revision: str | None = None
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> Source:
+        """Return what an entry of models.lock says.
+
+        Raises:
+            TypeError, ValueError: it is no such entry.
+        """
+        if not re.fullmatch(r"[0-9a-f]{64}", entry["record"]):
+            raise ValueError(f"{entry['record']!r} is no BLAKE3")
+        files = {str(name): [int(size), str(told)] for name, (size, told) in entry["files"].items()}
+        return cls(**{**entry, "files": files})
 
 
 def take(builder: Builder, plans: Iterable[Plan]) -> Source:
@@ -66,30 +78,52 @@ def take(builder: Builder, plans: Iterable[Plan]) -> Source:
     checkpoint = plans[0].checkpoint
     if checkpoint.record:
         raise ValueError("a recalled checkpoint is what its record says")
-    digests: dict[str, str] = {}
-    seen = set()
-    for plan in plans:
-        for node in plan.stages["extract"]:
-            if node.order.digest not in seen:
-                seen.add(node.order.digest)
-                made = extract.make(builder, plan, node)
-                digests.update({key: tensor.digest for key, tensor in made.items()})
-    small = _small_files(checkpoint, {plan.target.layout for plan in plans})
-    record, names = _to_record(checkpoint, digests, small)
+    digests = _all_digests(builder, plans)
+    small = _small_files(checkpoint)
+    record = _to_record(checkpoint, digests, small)
     record_name = _blake3(record)
     _keep(builder.store, record_name, record, small)
-    _push(builder.store, {record_name: record, **{names[n]: data for n, data in small.items()}})
+    share(builder.store, record_name)
     found = {name: [len(data), digest(data)] for name, data in small.items()}
     for name, stamp in checkpoint.stamps.items():
         table = [
             [key, s.dtype, list(s.shape), digests[key]]
             for key, s in checkpoint.stored.items()
-            if s.file == name and key in digests
+            if s.file == name
         ]
         found[name] = [stamp.size, digest_record(table)]
     return Source(
         dict(sorted(found.items())), record_name, len(record), _revision(checkpoint.folder)
     )
+
+
+def share(store: Store, record: str) -> None:
+    """Have a record that is kept, and its small files, uploaded by and by."""
+    if not store.sharing:
+        return
+    folder = _folder(store, record)
+    told = (folder / "record.json").read_bytes()
+    blobs = {record: told}
+    for name, (_, blake3) in json.loads(told)["small"].items():
+        blobs[blake3] = (folder / "files" / name).read_bytes()
+    remote = store.sharing.remote
+    for name, blob in blobs.items():
+        remote.later(partial(remote.push, name, len(blob), [blob]))
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether a folder holds weights, and is to be read itself."""
+    return any(path.exists() for pattern in WEIGHTS for path in folder.glob(pattern))
+
+
+def strangers(folder: Path, source: Source) -> list[str]:
+    """Return the names of the small files in a folder without weights that are not the source's."""
+    return [
+        name
+        for name, (size, told) in source.files.items()
+        if (folder / name).is_file()
+        and ((folder / name).stat().st_size != size or digest_file(folder / name) != told)
+    ]
 
 
 def recall(store: Store, source: Source) -> Checkpoint | None:
@@ -110,19 +144,33 @@ def _folder(store: Store, record: str) -> Path:
     return store.root / "sources" / record
 
 
-def _small_files(checkpoint: Checkpoint, layouts: set[str]) -> dict[str, bytes]:
-    """Return all files that are read besides the weights, by name."""
+def _all_digests(builder: Builder, plans: Iterable[Plan]) -> dict[str, str]:
+    """Return the digest of each stored tensor, also of those that no target uses."""
+    digests: dict[str, str] = {}
+    seen = set()
+    for plan in plans:
+        nodes = plan.stages["extract"]
+        for node in [node for node in nodes if node.order.digest not in seen]:
+            seen.add(node.order.digest)
+            digests |= {key: t.digest for key, t in builder.look(plan, node).tensors.items()}
+    if rest := [key for key in plan.checkpoint.stored if key not in digests]:
+        node = Node(extracting(plan.checkpoint, "rest", rest), plan.target.name)
+        digests |= {key: t.digest for key, t in builder.look(plan, node).tensors.items()}
+    return digests
+
+
+def _small_files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return all files that are read besides the weights, by name, whatever the layout."""
     names = {*checkpoint.files, "params.json" if checkpoint.names == "meta" else "config.json"}
-    for layout in layouts:
-        names |= {path.name for path in LAYOUTS[layout].sources(checkpoint)}
+    for layout in LAYOUTS.values():
+        with suppress(CheckpointError):  # it cannot be built in that layout
+            names |= {path.name for path in layout.sources(checkpoint)}
     return {name: (checkpoint.folder / name).read_bytes() for name in sorted(names)}
 
 
 def _to_record(
     checkpoint: Checkpoint, digests: Mapping[str, str], small: Mapping[str, bytes]
-) -> tuple[bytes, dict[str, str]]:
-    """Return a record's bytes, and the BLAKE3 of each small file."""
-    names = {name: _blake3(data) for name, data in small.items()}
+) -> bytes:
     record = {
         "schema": SCHEMA,
         "names": checkpoint.names,
@@ -132,10 +180,10 @@ def _to_record(
         "wholes": {name: list(whole) for name, whole in checkpoint.wholes.items()},
         "notes": list(checkpoint.notes),
         "digests": dict(sorted(digests.items())),
-        "small": {name: [len(data), names[name]] for name, data in small.items()},
+        "small": {name: [len(data), _blake3(data)] for name, data in small.items()},
     }
     # Not sorted: the order of tensors is the checkpoint's own.
-    return json.dumps(record, separators=(",", ":")).encode(), names
+    return json.dumps(record, separators=(",", ":")).encode()
 
 
 def _from_record(data: bytes, name: str, folder: Path) -> Checkpoint:
@@ -204,13 +252,6 @@ def _fetched(store: Store, source: Source) -> bytes | None:
         return None
     _keep(store, source.record, record, small)
     return record
-
-
-def _push(store: Store, data: Mapping[str, bytes]) -> None:
-    if store.sharing:
-        remote = store.sharing.remote
-        for name, blob in data.items():
-            remote.later(partial(remote.push, name, len(blob), [blob]))
 
 
 def _blake3(data: bytes) -> str:
