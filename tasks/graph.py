@@ -115,9 +115,10 @@ class Graph:
 
         def build(why: str) -> dict[str, Any]:
             plans = self.plans.values()
+            notes: list[str] = []  # of this lock, not of the result, which others may share
 
-            def check(action: Action) -> list[str]:
-                return self.lock.check_target(self.builder, found, source, action)
+            def check(action: Action) -> None:
+                notes.extend(self.lock.check_target(self.builder, found, source, action))
 
             with self.builder.store.lock.using():
                 source = self.lock.check_source(self.builder, found, plans)
@@ -133,7 +134,7 @@ class Graph:
                 "outputs": pack.stamps(str(folder), list(made.tensors)),
                 "size": sum(tensor.nbytes for tensor in made.tensors.values()),
                 "bits_per_weight": bits,
-                "notes": list(made.notes),
+                "notes": [*made.notes, *notes],
                 "locked": self.lock.state(found),
             }
 

@@ -144,18 +144,24 @@ class Lock:
             return
         now = {plan.target.name: plan for plan in plans}
         names = {plan.target.source_name for plan in now.values()}
-        odd = [f"source {name} is not in it" for name in sorted(names - self.sources.keys())]
+        odd = [
+            f"{file} of source {target.source_name} is another"
+            for target in {p.target.source_name: p.target for p in now.values()}.values()
+            if target.source_name in self.sources
+            for file in sources.strangers(target.source, self.sources[target.source_name])
+        ]
+        odd += [f"source {name} is not in it" for name in sorted(names - self.sources.keys())]
         odd += [f"it has a source {name}" for name in sorted(self.sources.keys() - names)]
         odd += [f"it has a target {name}" for name in sorted(self.targets.keys() - now.keys())]
         for name, plan in now.items():
             if name not in self.targets:
                 odd.append(f"target {name} is not in it")
             elif self.targets[name].settings != settings(plan):
-                odd.append(f"target {name} has other settings, or its checkpoint another table")
+                odd.append(f"target {name} has other settings, or its source other tensors")
         if odd:
             raise BuildError(
-                f"{self.path.name} is not of this models.toml: {_some(odd, '; ')}. If that is "
-                "wanted, run doit without --locked, and commit the file."
+                f"{self.path.name} is not of this models.toml and its sources: {_some(odd, '; ')}. If "
+                "that is wanted, run doit without --locked, and commit the file."
             )
 
     def check_layer(self, store: Store, plan: Plan, tensors: Mapping[str, Tensor]) -> None:

@@ -54,7 +54,7 @@ def run(
     folder: Path,
     manifest_path: Path,
     why: str,
-    check: Callable[[Action], list[str]],
+    check: Callable[[Action], None],
 ) -> Manifest:
     """Bring a target's folder up to date.
 
@@ -67,7 +67,7 @@ def run(
         folder: build/TARGET.
         manifest_path: where its manifest belongs.
         why: what made it look.
-        check: refuses what must not be written, or returns notes for people.
+        check: refuses what must not be written.
 
     Raises:
         NoRoom: the disk cannot take the new folder.
@@ -97,7 +97,7 @@ def run(
             "files": {name: digest(data) for name, data in small.items()},
         }
         action = Action("pack", VERSION, params, {name: tensor.record for name, tensor in tensors})
-        notes += check(action)
+        check(action)
         found, record["outcome"] = builder.find(action)
         if isinstance(found, Hit) and _holds(folder, found.manifest.tensors):
             result = found.manifest

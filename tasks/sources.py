@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,11 +118,12 @@ def has_weights(folder: Path) -> bool:
 
 
 def strangers(folder: Path, source: Source) -> list[str]:
-    """Return the names of the small files in a folder without weights that are not the source's."""
+    """Return the names of a source's small files that are others in a folder."""
     return [
         name
         for name, (size, told) in source.files.items()
-        if (folder / name).is_file()
+        if not any(fnmatch(name, pattern) for pattern in WEIGHTS)
+        and (folder / name).is_file()
         and ((folder / name).stat().st_size != size or digest_file(folder / name) != told)
     ]
 

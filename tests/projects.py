@@ -87,6 +87,10 @@ class Project:
         """Run doit on the project. `hook`: see `hook/sitecustomize.py`."""
         return front_door.doit(self.folder, *args, expect=expect, env=hooked(hook))
 
+    def accept(self) -> None:
+        """Accept the checkpoint as it is now into `models.lock`."""
+        assert self.doit("lock").computed == set()
+
     def built(self, target: str = "model") -> dict[str, str]:
         """The digest of each file of a built model."""
         return contents(self.folder / "build" / target)

@@ -1068,6 +1068,7 @@ def test_not_finite(project: Project, source: str, dtype: str) -> None:
     signs = (1, -1, 1, -1)
     with_special(folder, dict(zip(SPECIALS, (s * largest for s in signs), strict=True)), at=-7)
     with_special(folder, {next(iter(SPECIALS)): -math.nan}, at=0)
+    doit(project.folder, "lock")
     assert warned(output(doit(project.folder))) == {next(iter(SPECIALS))}
 
 

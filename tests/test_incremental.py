@@ -242,12 +242,14 @@ def test_one_tensor(project: Project) -> None:
         assert "layers.7" not in looked
     chain = {f"{stage}:model:layers.1" for stage in ("extract", *ALL_BUT_EXTRACT)} | {"pack:model"}
     others = {f"extract:model:{layer}" for layer in looked if layer != "layers.1"}
+    project.accept()
     assert outcomes(project.doit()) == {"computed": chain, "reused": others}
     after = project.built()
     assert after == project.anew()
     assert {file for file in before if after[file] != before[file]} == {"model.safetensors"}
 
     restore(path, data)
+    project.accept()
     assert outcomes(project.doit()) == {"reused": chain | others}
     assert project.built() == before
 
@@ -263,11 +265,13 @@ def test_what_the_cast_rounds_away_stops_there(tmp_path: Path) -> None:
     weights = project.checkpoint / "model.safetensors"
     tensors = {stored.name: stored for stored in read_safetensors(weights)}
     flip(weights, tensors["model.layers.1.mlp.up_proj.weight"].offset)
+    project.accept()
     done = outcomes(project.doit())
     assert done["computed"] == {
         f"{stage}:model:layers.1" for stage in ("extract", "unshard", "cast")
     }
-    assert done["reused"] <= {f"extract:model:{layer}" for layer in STORED["huggingface"]}
+    extracts = {f"extract:model:{layer}" for layer in STORED["huggingface"]}
+    assert done["reused"] <= extracts | {"pack:model"}  # for models.lock
     assert project.built() == before == project.anew()
 
 
@@ -293,6 +297,7 @@ def test_a_small_file(
     path = project.checkpoint / file
     content = json.loads(path.read_bytes()) if path.exists() else {}
     path.write_text(json.dumps(content | {key: value}))
+    project.accept()
     assert outcomes(project.doit()) == {"computed": {"pack:model"}}
     after = project.built()
     assert {name for name in after if after[name] != before.get(name)} == changed
@@ -711,7 +716,7 @@ def test_list_and_info(tmp_path: Path) -> None:
     stages = ["cast", "extract", "pack", "quantize", "unshard"]
     tools = ["bench", "lint", "test"]
     by_target = [f"{s}:model" for s in stages if s != "pack"]
-    assert listed == sorted([*stages, *by_target, *tools])
+    assert listed == sorted([*stages, *by_target, "lock", *tools])
     listed = {line.split()[0] for line in project.doit("list", "--all").stdout.splitlines()}
     assert project.tasks() <= listed
     info = project.doit("info", "pack:model").stdout
