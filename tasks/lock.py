@@ -160,8 +160,9 @@ class Lock:
                 odd.append(f"target {name} has other settings, or its source other tensors")
         if odd:
             raise BuildError(
-                f"{self.path.name} is not of this models.toml and its sources: {_some(odd, '; ')}. If "
-                "that is wanted, run doit without --locked, and commit the file."
+                f"{self.path.name} is not of this models.toml and its sources: "
+                f"{_some(odd, '; ')}. If that is wanted, run doit "
+                "without --locked, and commit the file."
             )
 
     def check_layer(self, store: Store, plan: Plan, tensors: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -50,7 +50,13 @@ class Architecture:
 
 
 def make(
-    arch: str, folder: Path, *, seed: int = 0, form: str = "safetensors", files: int | None = None
+    arch: str,
+    folder: Path,
+    *,
+    seed: int = 0,
+    form: str = "safetensors",
+    files: int | None = None,
+    **config: object,
 ) -> Path:
     """Write the checkpoint of an architecture into a folder, and return the folder.
 
@@ -61,10 +67,11 @@ def make(
         form: "safetensors", or "bin" for the same tensors as `pytorch_model.bin`, in which a tied
             head is an alias of the embedding, as `torch.save` of a state dict leaves it.
         files: How many weight files, if not as many as the architecture has by default.
+        config: Keys of `config.json` laid over the architecture's, such as another size.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r}: one of {', '.join(FORMS)}")
-    made = _ARCHITECTURES[arch]
+    made = replace(_ARCHITECTURES[arch], config={**_ARCHITECTURES[arch].config, **config})
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for name, shape in made.shapes(made.config).items():
