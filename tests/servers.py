@@ -169,6 +169,7 @@ class Request:
     path: str
     headers: dict[str, str]
     count: int  # of requests before it
+    sent: int = 0  # bytes of the answer's body
 
 
 @dataclass
@@ -254,6 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _do(self) -> None:
         request = Request(self.command, self.path, dict(self.headers), len(self.server.requests))
         self.server.requests.append(request)
+        self._request = request
         misdeed = self.server.misdeed(request)
         body = b""
         if self.command == "PUT" and not isinstance(misdeed, Reset):
@@ -303,6 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            self._request.sent += len(body)
             self.wfile.write(body[: len(body) // 2] if cut else body)
         self.wfile.flush()
         if cut:

@@ -1,0 +1,463 @@
+"""A remote store through the front door: what another machine built is fetched, not made again.
+
+`Machine` is a folder with a cache of its own; machines have `models.toml` and `models.lock` in
+common, as version control carries them, and a remote.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import checkpoints
+import meta
+import servers
+from cache.files import Stamp
+from front_door import REPOSITORY, Finished, doit
+from projects import FOUR_BIT, Project, flip, outcomes
+from tasks import graph, options
+
+BIG = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 4}
+SMALL = {"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 64}
+REMOTE = "MLX_MAKE_CACHE_REMOTE"
+MODE = "MLX_MAKE_CACHE_MODE"
+KEEP = "MLX_MAKE_CACHE_KEEP"
+SIGNING = "MLX_MAKE_SIGNING_KEY"
+
+
+class Machine(Project):
+    """A project whose doit has a remote, and counts what it asks of it."""
+
+    environ: dict[str, str]
+
+    def doit(self, *args: str, expect: int = 0, **environ: str) -> Finished:
+        return doit(self.folder, *args, expect=expect, env={**self.environ, **environ})
+
+    def beside(self, name: str, *, checkpoint: bool = False, **environ: str) -> "Machine":
+        """A machine with the same models.toml and models.lock, and nothing else."""
+        other = machine(self.folder.parent / name, self.environ | environ)
+        other.models = {target: dict(told) for target, told in self.models.items()}
+        for file in ("models.toml", "models.lock"):
+            shutil.copy(self.folder / file, other.folder)
+        if checkpoint:
+            other.checkpoint.symlink_to(self.checkpoint)
+        # What mlx-lm says of the architecture, only to save seconds of imports.
+        for kind in ("architectures", "tokenizers"):
+            if (memos := self.store / "memos" / kind).exists():
+                shutil.copytree(memos, other.store / "memos" / kind)
+        return other
+
+
+def machine(folder: Path, environ: dict[str, str]) -> Machine:
+    folder.mkdir(parents=True)
+    made = Machine(folder, "huggingface")
+    made.environ = environ
+    return made
+
+
+@pytest.fixture
+def server() -> Iterator[servers.Faulty]:
+    with servers.faulty() as running:
+        yield running
+
+
+def at(server: servers.Faulty) -> dict[str, str]:
+    return {REMOTE: f"http://127.0.0.1:{server.port}/store"}
+
+
+def first(folder: Path, environ: dict[str, str], arch: str = "llama", **keys: object) -> Machine:
+    """The machine that builds first: it has the checkpoint."""
+    made = machine(folder / "one", environ)
+    checkpoints.make(arch, made.checkpoint, **keys.pop("config", {}))
+    made.configure(**keys)
+    return made
+
+
+def fetched(server: servers.Faulty) -> dict[str, int]:
+    """Bytes that the server was made to send, by object, since it was asked last."""
+    sent: dict[str, int] = {}
+    for request in server.requests:
+        if request.sent:
+            sent[request.path] = sent.get(request.path, 0) + request.sent
+    server.requests.clear()
+    return sent
+
+
+def warnings(done: Finished) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("warning:")]
+
+
+# A second machine, without the checkpoint.
+
+
+def test_second_machine(tmp_path: Path, server: servers.Faulty) -> None:
+    """No stage computes, the output is equal to the byte, little more than it is fetched."""
+    one = first(tmp_path, at(server), config=BIG, **FOUR_BIT)
+    said = one.doit().stdout
+    assert re.search(r"objects uploaded, [\d.]+ MB; the last [\d.]+ s were for that alone", said)
+    two = one.beside("two")
+    fetched(server)
+    done = two.doit("--locked")
+    assert outcomes(done).keys() == {"reused", "fetched"}
+    assert {task.split(":")[0] for task in outcomes(done)["reused"]} == {"extract"}
+    assert {task.split(":")[0] for task in outcomes(done)["fetched"]} == {
+        "unshard", "cast", "quantize", "pack",
+    }  # fmt: skip
+    assert two.built() == one.built()
+    assert sum(fetched(server).values()) <= 1.02 * size(two.folder / "build" / "model")
+    assert two.doit().entries == []
+    assert server.requests == []  # nothing to do fetches nothing
+
+    two.configure(max_shard_size="2MB")
+    done = two.doit()
+    assert outcomes(done) == {"computed": {"pack:model"}}
+    assert sum(fetched(server).values()) == 0
+    two.configure(max_shard_size=None, quantize={"bits": 8})
+    done = two.doit()
+    computed = outcomes(done)["computed"]
+    assert computed == {f"quantize:model:{layer}" for layer in quantized(two)} | {"pack:model"}
+    cast = sum(size_of(two, "cast", layer) for layer in quantized(two))
+    blobs = {path: n for path, n in fetched(server).items() if "/blobs/" in path}
+    # Whole cast layers' matrices, once, and nothing else: norms were there.
+    assert 0.99 * cast < sum(blobs.values()) <= cast
+    one.configure(quantize={"bits": 8})
+    one.doit()
+    assert two.built() == one.built()
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def quantized(machine: Machine) -> list[str]:
+    """The layers that hold something to quantize."""
+    folder = machine.state / "manifests" / "model" / "quantize"
+    return [
+        p.stem
+        for p in folder.glob("*.json")
+        if b'"scales' in p.read_bytes() or b".scales" in p.read_bytes()
+    ]
+
+
+def size_of(machine: Machine, stage: str, layer: str) -> int:
+    tensors = json.loads(machine.manifest(stage, layer).read_bytes())["tensors"]
+    assert {dtype for _, dtype, _, _ in tensors} == {"float16"}
+    count = 0
+    for _, _, shape, _ in tensors:
+        elements = 1
+        for axis in shape:
+            elements *= axis
+        count += 2 * elements
+    return count
+
+
+def test_fetched_shards_anew(tmp_path: Path, server: servers.Faulty) -> None:
+    """Another shard size on a machine that has nothing: pack only, from quantized blobs."""
+    one = first(tmp_path, at(server), config=SMALL, **FOUR_BIT)
+    one.doit()
+    two = one.beside("two")
+    two.configure(max_shard_size="20kB")
+    fetched(server)
+    done = two.doit()
+    assert outcomes(done)["computed"] == {"pack:model"}
+    one.configure(max_shard_size="20kB")
+    one.doit()
+    assert two.built() == one.built()
+
+
+@pytest.mark.parametrize(
+    ("arch", "keys"),
+    [
+        ("llama", {"quantize": {"bits": 4}}),  # cast passes ranges of the checkpoint on
+        ("llama", {}),  # not quantized
+        ("llama-tied", FOUR_BIT),
+        ("mixtral", {"quantize": {"mode": "mxfp4"}}),  # sanitize stacks the experts
+        ("phi3", {"quantize": {"bits": 4}}),
+        ("gemma3", {"quantize": {"bits": 4}}),
+        ("llama-3-tied", {"quantize": {"bits": 4}}),
+        ("llama-1", {"layout": "mlx-examples", "dtype": "float32"}),
+    ],
+)
+@pytest.mark.parametrize("keep", ['["cast"]', "[]"])
+def test_any_source(arch: str, keys: dict, keep: str, tmp_path: Path) -> None:
+    environ = {REMOTE: (tmp_path / "remote").as_uri(), KEEP: keep}
+    one = machine(tmp_path / "one", environ)
+    if arch in meta.RELEASES:
+        meta.make(arch, one.checkpoint)
+    else:
+        checkpoints.make(arch, one.checkpoint)
+    one.configure(**keys)
+    one.doit()
+    two = one.beside("two")
+    done = two.doit("--locked")
+    assert outcomes(done).keys() == {"reused", "fetched"}
+    assert two.built() == one.built()
+    # With another setting: of what cast made, if it was kept.
+    more = {"quantize": {"bits": 8}}
+    two.configure(**more)
+    if keep == "[]":
+        said = two.doit(expect=1).stdout
+        assert "is not here whole, and" in said
+        assert two.built() == one.built()
+        return
+    assert {task.split(":")[0] for task in outcomes(two.doit())["computed"]} == {"quantize", "pack"}
+    one.configure(**more)
+    one.doit()
+    assert two.built() == one.built()
+
+
+def test_models_toml_says_it(tmp_path: Path, server: servers.Faulty) -> None:
+    """And the environment wins."""
+    one = first(tmp_path, {}, config=SMALL, **FOUR_BIT)
+    path = one.folder / "models.toml"
+    text = path.read_text()
+    path.write_text(f'[cache]\nremote = "{at(server)[REMOTE]}"\nmode = "read-only"\n' + text)
+    one.doit()
+    assert {request.method for request in server.requests} == {"GET"}
+    server.requests.clear()
+    shutil.rmtree(one.state)
+    one.doit(**{MODE: "off"})
+    assert server.requests == []
+    shutil.rmtree(one.state)
+    one.doit(**{MODE: "read-write"})
+    assert "PUT" in {request.method for request in server.requests}
+
+
+def test_read_only(tmp_path: Path) -> None:
+    """It fetches all, and writes nothing, not even a folder."""
+    remote = tmp_path / "remote"
+    one = first(tmp_path, {REMOTE: remote.as_uri()}, config=SMALL, **FOUR_BIT)
+    one.doit(**{MODE: "read-only"})
+    assert not remote.exists()
+    shutil.rmtree(one.state)
+    one.doit()
+    before = {path: Stamp.of(path) for path in remote.rglob("*")}
+    two = one.beside("two", checkpoint=True, **{MODE: "read-only"})
+    assert "computed" not in {*outcomes(two.doit())} - {"computed"}
+    assert two.built() == one.built()
+    two.configure(quantize={"bits": 8})
+    two.doit()
+    assert {path: Stamp.of(path) for path in remote.rglob("*")} == before
+
+
+# A remote that does not work.
+
+
+def test_unreachable(tmp_path: Path) -> None:
+    """One warning, and a build as ever; without the checkpoint, an error that says so."""
+    environ = {REMOTE: f"http://127.0.0.1:{servers.free_port()}/store"}
+    one = first(tmp_path, environ, config=SMALL, **FOUR_BIT)
+    done = one.doit()
+    (warning,) = warnings(done)
+    assert "is not used from now on" in warning
+    assert one.built() == one.anew()
+    two = one.beside("two")
+    done = two.doit(expect=3)
+    assert len(warnings(done)) == 1
+    assert "is neither in the cache nor whole in a remote" in done.stderr
+
+
+@pytest.mark.parametrize(("status", "words"), [(507, "Make room there"), (403, "credentials")])
+def test_takes_no_more(tmp_path: Path, status: int, words: str) -> None:
+    """A quota is reached halfway: one warning, and what is there can be used."""
+
+    def misdeed(request: servers.Request) -> servers.Misdeed:
+        return servers.Answer(status) if request.method == "PUT" and request.count > 60 else None
+
+    with servers.faulty(misdeed) as server:
+        one = first(tmp_path, at(server), config=SMALL, **FOUR_BIT)
+        (warning,) = warnings(one.doit())
+        assert "is only read from now on" in warning
+        assert words in warning
+        assert one.built() == one.anew()
+        held = len(server.objects)
+        two = one.beside("two", checkpoint=True, **{MODE: "read-only"})
+        done = two.doit()
+        assert warnings(done) == []
+        assert held == len(server.objects)
+        assert two.built() == one.built()
+
+
+def test_killed_meanwhile(tmp_path: Path) -> None:
+    with servers.s3(tmp_path / "s3") as server:
+        one = first(tmp_path, {REMOTE: server.url, **server.environ}, config=BIG, **FOUR_BIT)
+        threading.Thread(target=lambda: (_wait_for(server.folder), server.kill())).start()
+        done = one.doit()
+        (warning,) = warnings(done)
+        assert "is not used from now on" in warning
+        assert one.built() == one.anew()
+
+
+def _wait_for(folder: Path) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not list(folder.glob("blobs/*/*")):
+        time.sleep(0.01)
+
+
+def test_through_s3(tmp_path: Path) -> None:
+    """And no credential is anywhere."""
+    with servers.s3(tmp_path / "s3") as server:
+        environ = {REMOTE: server.url, SIGNING: "signing-key-of-tests", **server.environ}
+        one = first(tmp_path, environ, config=BIG, **FOUR_BIT)
+        said = [one.doit()]
+        two = one.beside("two")
+        said.append(two.doit("--locked"))
+        assert outcomes(said[-1]).keys() == {"reused", "fetched"}
+        assert two.built() == one.built()
+        secrets = (servers.ACCESS_KEY, servers.SECRET_KEY, "signing-key-of-tests")
+        assert_nowhere(secrets, said, one.folder, two.folder, server.folder)
+
+
+def test_a_password_is_nowhere(tmp_path: Path, server: servers.Faulty) -> None:
+    """Not of a URL that holds it, whether the server is there or not."""
+    secret = "pass-word-of-tests"
+    urls = [f"http://me:{secret}@127.0.0.1:{port}/x" for port in (server.port, servers.free_port())]
+    said = []
+    for number, url in enumerate(urls):
+        one = first(tmp_path / str(number), {REMOTE: url}, config=SMALL, **FOUR_BIT)
+        said.append(one.doit())
+        said.append(one.doit("--locked", "-v2"))
+        said.append(one.doit("info", "pack:model"))
+    stored = tmp_path / "stored"
+    stored.mkdir()
+    (stored / "all").write_bytes(b"".join(server.objects.values()))
+    assert_nowhere((secret,), said, tmp_path)
+
+
+def assert_nowhere(secrets: tuple[str, ...], said: list[Finished], *folders: Path) -> None:
+    told = "".join(done.stdout + done.stderr for done in said).encode()
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for secret in secrets:
+        assert secret.encode() not in told
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
+# Two at once.
+
+
+def test_two_push_at_once(tmp_path: Path) -> None:
+    """Both build the same from nothing; a third fetches what they left."""
+    with servers.s3(tmp_path / "s3") as server:
+        environ = {REMOTE: server.url, **server.environ}
+        one = first(tmp_path, environ, config=SMALL, **FOUR_BIT)
+        other = machine(tmp_path / "other", environ)
+        other.checkpoint.symlink_to(one.checkpoint)
+        other.configure(**FOUR_BIT)
+        calls = [
+            subprocess.Popen(
+                [sys.executable, "-m", "doit", f"models={each.folder / 'models.toml'}"],
+                cwd=REPOSITORY, env={**os.environ, **environ}, stderr=subprocess.PIPE, text=True,
+            )
+            for each in (one, other)
+        ]  # fmt: skip
+        assert [(call.communicate()[1], call.returncode) for call in calls] == [("", 0)] * 2
+        assert (one.folder / "models.lock").read_bytes() == (
+            other.folder / "models.lock"
+        ).read_bytes()
+        two = one.beside("two")
+        assert outcomes(two.doit("--locked")).keys() == {"reused", "fetched"}
+        assert one.built() == other.built() == two.built()
+
+
+# What is in the remote is wrong. In this process, since there is so much of it to try.
+
+
+@contextmanager
+def environment(told: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def build(machine: Machine, capsys: pytest.CaptureFixture) -> tuple[list[str], set[str]]:
+    """Run all tasks as doit would, one after the other; errors, and the warnings."""
+    options.remotes.clear()
+    errors = []
+    with environment(machine.environ):
+        try:
+            made = graph.load(machine.folder / "models.toml", {})
+            tasks = [task for stage in ("extract", "unshard", "cast", "quantize")
+                     for task in made.stage(stage)] + list(made.pack())  # fmt: skip
+            for task in tasks:
+                for act in task["actions"] or ():
+                    result = act(changed=[])
+                    if not isinstance(result, dict):
+                        errors.append(result.get_msg())
+                        break
+                if errors:
+                    break
+        except graph.InvalidDodoFile as error:
+            errors.append(str(error))
+        for remote in options.remotes:
+            remote.finish()
+            remote.close()
+    return errors, {line for line in capsys.readouterr().err.splitlines() if line}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """Built into a remote that others copy: once signed, once not."""
+    folder = tmp_path_factory.mktemp("original")
+    one = first(folder, {}, arch="llama-tied", config=SMALL, **FOUR_BIT)
+    one.doit(**{REMOTE: (folder / "unsigned").as_uri()})
+    shutil.rmtree(one.state)
+    one.doit(**{REMOTE: (folder / "signed").as_uri(), SIGNING: "a key"})
+    return one
+
+
+def objects(remote: Path) -> list[Path]:
+    return sorted(path for path in remote.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_flipped_bit_in_each_object(
+    checkpoint: bool, signed: bool, original: Machine, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """It is never used. With the checkpoint it is made again, and put right in the remote."""
+    remote = tmp_path / "remote"
+    shutil.copytree(original.folder.parent / ("signed" if signed else "unsigned"), remote)
+    environ = {REMOTE: remote.as_uri(), **({SIGNING: "a key"} if signed else {})}
+    whole = {path: path.read_bytes() for path in objects(remote)}
+    assert len(whole) > 40
+    expected = original.built()
+    right = 0
+    for number, (path, data) in enumerate(whole.items()):
+        flip(path, int(hashlib.sha256(data).hexdigest(), 16) % len(data))
+        two = machine(tmp_path / str(number) / "two", environ)
+        two.models = original.models
+        for file in ("models.toml", "models.lock"):
+            shutil.copy(original.folder / file, two.folder)
+        shutil.copytree(original.store / "memos/architectures", two.store / "memos/architectures")
+        if checkpoint:
+            two.checkpoint.symlink_to(original.checkpoint)
+        errors, warned = build(two, capsys)
+        if not errors:
+            right += 1
+            assert two.built() == expected, path
+        else:
+            assert not checkpoint, (path, errors)
+            assert "Get the checkpoint" in errors[0] or "get the checkpoint" in errors[0]
+            assert not (two.folder / "build" / "model").exists()
+        assert len(warned) <= 1
+        if checkpoint and "actions" in str(path):
+            assert path.read_bytes() == data or not signed, path
+        path.write_bytes(data)
+        shutil.rmtree(two.folder)
+    # What the checkpoint's record or a cast says is needed; without a checkpoint that is an error.
+    assert right == len(whole) if checkpoint else 0 < right < len(whole)
