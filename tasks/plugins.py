@@ -177,6 +177,8 @@ def _finish_uploads() -> None:
         except (CacheError, OSError) as error:  # what was built is built
             print(f"warning: {error}", file=sys.stderr)
             continue
+        if remote.fetched_bytes:
+            print(f"{remote.name}: {remote.fetched_bytes / 1e6:,.1f} MB fetched")
         if pushed.objects:
             print(
                 f"{remote.name}: {pushed.objects} objects uploaded, {pushed.bytes / 1e6:,.1f} MB; "

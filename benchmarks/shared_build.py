@@ -1,0 +1,97 @@
+"""shared_build: what a remote store that holds nothing costs a cold build, and prints a Markdown table.
+
+    python benchmarks/shared_build.py CHECKPOINT                 # a folder, 3 repeats
+    python benchmarks/shared_build.py CHECKPOINT --repeats 5
+
+The same build from nothing, to 4 bits, takes turns: without a remote, with an empty one that is
+only read, and with an empty one that is written to. The server is `rclone serve s3` on loopback and its
+folder is emptied before each build; it takes part of the same cores. The time is that of the whole
+command, all uploads included; "uploads alone" is what doit says it waited for them at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import servers  # noqa: E402 - of the tests, which are no package
+
+MODES = {"without a remote": "off", "empty, read-only": "read-only", "empty": "read-write"}
+KEEPS = {"cast": "cast", "": ","}
+
+
+@dataclass
+class Row:
+    """What one side took, by repeat: seconds, and bytes uploaded in MB."""
+
+    seconds: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+    uploaded: float = 0.0
+
+
+def build(folder: Path, checkpoint: Path, environ: dict[str, str]) -> tuple[float, str]:
+    """Build from nothing; return the seconds that it took, and what doit said."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    text = f'[models.model]\nsource = "{checkpoint}"\nquantize = {{ bits = 4 }}\n'
+    (folder / "models.toml").write_text(text)
+    os.sync()
+    command = [sys.executable, "-m", "doit", f"models={folder / 'models.toml'}"]
+    start = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environ, check=True, capture_output=True, text=True
+    )
+    return time.perf_counter() - start, done.stdout
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--scratch", type=Path, help="default: a temporary folder")
+    told = parser.parse_args()
+    rows = {(keep, name): Row() for keep in KEEPS for name in MODES}
+    with (
+        tempfile.TemporaryDirectory(dir=told.scratch) as scratch,
+        servers.s3(Path(scratch) / "s3") as server,
+    ):
+        build(Path(scratch) / "build", told.checkpoint, {"MLX_MAKE_CACHE_MODE": "off"})  # warm-up
+        for _ in range(told.repeats):
+            for (keep, name), row in rows.items():
+                shutil.rmtree(server.folder, ignore_errors=True)
+                environ = server.environ | {
+                    "MLX_MAKE_CACHE_REMOTE": server.url,
+                    "MLX_MAKE_CACHE_MODE": MODES[name],
+                    "MLX_MAKE_CACHE_KEEP": KEEPS[keep],
+                }
+                seconds, said = build(Path(scratch) / "build", told.checkpoint, environ)
+                row.seconds.append(seconds)
+                if found := re.search(r"uploaded, ([\d.,]+) MB; the last ([\d.]+) s", said):
+                    row.uploaded = float(found[1].replace(",", ""))
+                    row.alone.append(float(found[2]))
+    print("| keep | remote | wall, s | min–max | uploads alone, s | uploaded, MB |")
+    print("|---|---|---|---|---|---|")
+    for (keep, name), row in rows.items():
+        median = statistics.median(row.seconds)
+        ratio = median / statistics.median(rows[keep, "without a remote"].seconds)
+        span = f"{min(row.seconds):.2f}–{max(row.seconds):.2f}"
+        alone = f"{statistics.median(row.alone):.1f}" if row.alone else "–"
+        print(f"| [{keep}] | {name} | {median:.2f} ({ratio:.2f}×) | {span} | {alone} | "
+              f"{row.uploaded:,.0f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
