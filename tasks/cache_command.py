@@ -18,12 +18,13 @@ from cache import collect, files, verify
 from cache import survey as surveys
 from cache.errors import CacheError
 from cache.lock import Lock
+from cache.sharing import Sharing
 from cache.survey import File
-from tasks import cache_stats, config, plugins, records
+from tasks import cache_stats, config, exchange, graph, plugins, records
 from tasks.build import cores
 from tasks.cache_stats import size
 from tasks.config import Config
-from tasks.errors import BuildError
+from tasks.errors import BuildError, ConfigError
 
 CORRUPT = 1  # exit status, as doit's own when a task fails
 
@@ -203,7 +204,52 @@ def _waiting() -> None:
     print("waiting for tasks that use the cache", file=sys.stderr)
 
 
+def push(read: Config, _options: Mapping[str, Any]) -> int:
+    """Upload all that is built of the targets of models.toml."""
+    built, sharing = _shared(read)
+    if read.mode == "read-only":
+        raise ConfigError('[cache] mode is "read-only": nothing is written to the remote')
+    with Lock(read.cache).using():
+        exchanged = exchange.push(built.builder, sharing, built.plans.values())
+    pushed = sharing.remote.finish()
+    print(
+        f"{sharing.remote.name}: {exchanged.results} results are there, {pushed.objects} objects "
+        f"of {size(pushed.bytes)} were not yet"
+    )
+    return _missing(exchanged, "not built here, or not kept: doit builds them")
+
+
+def pull(read: Config, _options: Mapping[str, Any]) -> int:
+    """Fetch all that the remote has of the targets of models.toml."""
+    built, sharing = _shared(read)
+    with Lock(read.cache).using():
+        exchanged = exchange.pull(built.builder, sharing, built.plans.values())
+    fetched = size(sharing.remote.fetched_bytes)
+    print(f"{sharing.remote.name}: {exchanged.results} results are here, {fetched} fetched")
+    return _missing(exchanged, "in neither place: doit makes them")
+
+
+def _shared(read: Config) -> tuple[graph.Graph, Sharing]:
+    built = graph.load(read.path, make={})
+    sharing = built.builder.store.sharing
+    if sharing is None:
+        raise ConfigError(
+            '[cache] mode is "off"'
+            if read.remote
+            else "there is no remote store: set [cache] remote"
+        )
+    return built, sharing
+
+
+def _missing(exchanged: exchange.Exchanged, why: str) -> int:
+    if exchanged.missing:
+        print(f"{exchanged.missing} results are {why}")
+    return 0
+
+
 SUBCOMMANDS = {
+    "push": Subcommand("uploads all that is built of the targets to the remote store", push),
+    "pull": Subcommand("fetches all that the remote store has of the targets", pull),
     "stats": Subcommand("what it holds, by stage and target, and what it saved", stats),
     "verify": Subcommand("reads all of it, and sets aside what is corrupt", verify_all),
     "gc": Subcommand(
