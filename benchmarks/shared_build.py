@@ -1,12 +1,12 @@
-"""shared_build: what a remote store that holds nothing costs a cold build, and prints a Markdown table.
+"""shared_build: what an empty remote store costs a cold build; prints a Markdown table.
 
     python benchmarks/shared_build.py CHECKPOINT                 # a folder, 3 repeats
     python benchmarks/shared_build.py CHECKPOINT --repeats 5
 
 The same build from nothing, to 4 bits, takes turns: without a remote, with an empty one that is
 only read, and with an empty one that is written to. The server is `rclone serve s3` on loopback
-and its folder is emptied before each build; it takes part of the same cores. The time is that of the whole
-command, all uploads included; "uploads alone" is what doit says it waited for them at the end.
+and its folder is emptied before each build; it takes part of the same cores. The time is that of
+the whole command, all uploads included; "uploads alone" is what doit says it waited for them.
 """
 
 from __future__ import annotations

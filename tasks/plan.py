@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +86,7 @@ class Outline:
         unshard: orders by layer of the model.
         needs: for each of ``unshard``, the layers of ``extract`` that it reads.
         layers: for each of ``unshard``, its parameters.
+        orders: of cast and quantize, by what they are told, which most targets have in common.
     """
 
     checkpoint: Checkpoint
@@ -94,6 +95,33 @@ class Outline:
     unshard: dict[str, Order]
     needs: dict[str, list[str]]
     layers: dict[str, list[Parameter]]
+    orders: dict[Any, Order] = field(default_factory=dict)
+
+    def order(
+        self,
+        stage: str,
+        layer: str,
+        version: int,
+        key: str,
+        tensors: Mapping[str, str | tuple[Any, ...]],
+        computer: Mapping[str, str],
+    ) -> Order:
+        """Return the order of a stage for a layer, one for all targets that are told alike.
+
+        Args:
+            stage: the stage.
+            layer: the layer.
+            version: the stage's version.
+            key: what the stage is told of tensors.
+            tensors: that, by their names.
+            computer: what it is told besides.
+        """
+        told = (stage, layer, tuple(tensors.items()), tuple(computer.values()))
+        if told not in self.orders:
+            # As JSON has it: what is told is compared with what is read back.
+            of = {n: list(v) if isinstance(v, tuple) else v for n, v in tensors.items()}
+            self.orders[told] = Order(stage, layer, version, {key: of, **computer})
+        return self.orders[told]
 
 
 @dataclass(frozen=True)
@@ -243,15 +271,13 @@ def _nodes(
         needs = tuple(extracts[need] for need in outline.needs[layer])
         unshards.append(Node(outline.unshard[layer], target.name, needs))
 
-        told: dict[str, Any] = {
-            "dtypes": {p.name: casts[p.name] for p in parameters if casts[p.name] != p.dtype}
-        }
-        order = Order("cast", layer, cast.VERSION, told)
+        dtypes = {p.name: casts[p.name] for p in parameters if casts[p.name] != p.dtype}
+        order = outline.order("cast", layer, cast.VERSION, "dtypes", dtypes, {})
         casted.append(Node(order, target.name, (unshards[-1],)))
 
-        chosen = {p.name: list(settings[p.name]) for p in parameters if p.name in settings}
-        told = {"settings": chosen, **(computer if chosen else {})}
-        order = Order("quantize", layer, quantize.VERSION, told)
+        chosen = {p.name: settings[p.name] for p in parameters if p.name in settings}
+        by = computer if chosen else {}
+        order = outline.order("quantize", layer, quantize.VERSION, "settings", chosen, by)
         quantized.append(Node(order, target.name, (casted[-1],)))
     return {
         "extract": list(extracts.values()),
