@@ -4,9 +4,9 @@
     python benchmarks/shared_build.py CHECKPOINT --repeats 5
 
 The same build from nothing, to 4 bits, takes turns: without a remote, with an empty one that is
-only read, and with an empty one that is written to. The server is `rclone serve s3` on loopback
-and its folder is emptied before each build; it takes part of the same cores. The time is that of
-the whole command, all uploads included; "uploads alone" is what doit says it waited for them.
+only read, and with an empty one that is written to. The server is `rclone serve s3` on loopback, on
+the same cores; its folder is emptied before each build. The time is that of the whole command, all
+uploads included; "uploads alone" is what doit says it waited for them at the end.
 """
 
 from __future__ import annotations
