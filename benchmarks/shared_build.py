@@ -6,7 +6,8 @@
 The same build from nothing, to 4 bits, takes turns: without a remote, with an empty one that is
 only read, and with an empty one that is written to. The server is `rclone serve s3` on loopback, on
 the same cores; its folder is emptied before each build. The time is that of the whole command, all
-uploads included; "uploads alone" is what doit says it waited for them at the end.
+uploads included, CPU that of doit without the server; "uploads alone" is what doit says it waited
+for them at the end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -37,23 +39,30 @@ class Row:
     """What one side took, by repeat: seconds, and bytes uploaded in MB."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     alone: list[float] = field(default_factory=list)
     uploaded: float = 0.0
 
 
-def build(folder: Path, checkpoint: Path, environ: dict[str, str]) -> tuple[float, str]:
-    """Build from nothing; return the seconds that it took, and what doit said."""
+def build(folder: Path, checkpoint: Path, environ: dict[str, str]) -> tuple[float, float, str]:
+    """Build from nothing; return its seconds, those of its CPUs, and what doit said."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     text = f'[models.model]\nsource = "{checkpoint}"\nquantize = {{ bits = 4 }}\n'
     (folder / "models.toml").write_text(text)
     os.sync()
     command = [sys.executable, "-m", "doit", f"models={folder / 'models.toml'}"]
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), _cpu()
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | environ, check=True, capture_output=True, text=True
     )
-    return time.perf_counter() - start, done.stdout
+    return time.perf_counter() - start, _cpu() - spent, done.stdout
+
+
+def _cpu() -> float:
+    """Return the CPU seconds of all commands that have ended; the server is none of them."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
@@ -77,19 +86,21 @@ def main() -> None:
                     "MLX_MAKE_CACHE_MODE": MODES[name],
                     "MLX_MAKE_CACHE_KEEP": KEEPS[keep],
                 }
-                seconds, said = build(Path(scratch) / "build", told.checkpoint, environ)
+                seconds, cpu, said = build(Path(scratch) / "build", told.checkpoint, environ)
                 row.seconds.append(seconds)
+                row.cpu.append(cpu)
                 if found := re.search(r"uploaded, ([\d.,]+) MB; the last ([\d.]+) s", said):
                     row.uploaded = float(found[1].replace(",", ""))
                     row.alone.append(float(found[2]))
-    print("| keep | remote | wall, s | min–max | uploads alone, s | uploaded, MB |")
-    print("|---|---|---|---|---|---|")
+    print("| keep | remote | wall, s | min–max | CPU, s | uploads alone, s | uploaded, MB |")
+    print("|---|---|---|---|---|---|---|")
     for (keep, name), row in rows.items():
         median = statistics.median(row.seconds)
         ratio = median / statistics.median(rows[keep, "without a remote"].seconds)
         span = f"{min(row.seconds):.2f}–{max(row.seconds):.2f}"
         alone = f"{statistics.median(row.alone):.1f}" if row.alone else "–"
-        print(f"| [{keep}] | {name} | {median:.2f} ({ratio:.2f}×) | {span} | {alone} | "
+        print(f"| [{keep}] | {name} | {median:.2f} ({ratio:.2f}×) | {span} | "
+              f"{statistics.median(row.cpu):.1f} | {alone} | "
               f"{row.uploaded:,.0f} |")  # fmt: skip
 
 

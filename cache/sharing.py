@@ -104,7 +104,13 @@ class Sharing:
         self.remote.later(lambda: self.push_now(manifest, locate))
 
     def push_now(self, manifest: Manifest, locate: Locate | None) -> bool:
-        """Upload a result, and tell whether that was possible."""
+        """Upload a result, and tell whether that was possible.
+
+        A record that names blobs is not replaced by one that names none.
+        """
+        key = manifest.action.key
+        if not locate and self.read(key):
+            return True
         names = {}
         try:
             if locate:
@@ -113,7 +119,7 @@ class Sharing:
         except (BlobLost, FileChanged, Mismatch, OSError):
             return False  # gone or changed meanwhile: it is for the build to say so
         record = {"manifest": json.loads(manifest.to_bytes()), "blake3": names}
-        self.remote.put_record(KIND, manifest.action.key, record)
+        self.remote.put_record(KIND, key, record)
         return True
 
     def push_blob(self, tensor: Tensor, parts: Sequence[Part]) -> str:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,8 +25,8 @@ import servers
 from cache.files import Stamp
 from cache.remote import Remote
 from front_door import REPOSITORY, Finished, doit
-from projects import FOUR_BIT, Project, flip, outcomes
-from tasks import graph, options
+from projects import FOUR_BIT, Project, contents, flip, outcomes
+from tasks import exchange, graph, options
 
 BIG = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 4}
 SMALL = {"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 64}
@@ -344,6 +344,54 @@ def assert_nowhere(secrets: tuple[str, ...], said: list[Finished], *folders: Pat
     for secret in secrets:
         assert secret.encode() not in told
         assert [path for path in files if secret.encode() in path.read_bytes()] == []
+
+
+# All at once, of what is built: what `doit cache push` and `pull` do.
+
+
+def exchanged(machine: Machine, act: Callable, **environ: str) -> exchange.Exchanged:
+    options.remotes.clear()
+    with environment(machine.environ | environ):
+        made = graph.load(machine.folder / "models.toml", {})
+        sharing = made.builder.store.sharing
+        assert sharing is not None
+        done = act(made.builder, sharing, made.plans.values())
+        sharing.remote.finish()
+    return done
+
+
+@pytest.mark.parametrize("keep", ["cast", ","])
+def test_push_and_pull(keep: str, tmp_path: Path) -> None:
+    """What was built before there was a remote; and then without it."""
+    remote = {REMOTE: (tmp_path / "remote").as_uri()}
+    one = first(tmp_path, {KEEP: keep}, config=SMALL, **FOUR_BIT | {"dtype": "float32"})
+    one.doit()
+    results = 3 * 4 + 1  # of the embedding, the layer, the norm, the head; and pack
+    assert exchanged(one, exchange.push, **remote) == exchange.Exchanged(results, 0)
+    pushed = contents(tmp_path / "remote")
+    assert exchanged(one, exchange.push, **remote, **{KEEP: ","}).missing == 0
+    assert contents(tmp_path / "remote") == pushed  # keeping less takes nothing away
+
+    two = one.beside("two")
+    assert exchanged(two, exchange.pull, **remote) == exchange.Exchanged(results - 1, 0)
+    done = outcomes(two.doit("--locked"))
+    assert done["computed"] == {"pack:model"}
+    assert done.keys() == {"reused", "computed"}
+    assert two.built() == one.built()
+    two.configure(quantize={"bits": 8})
+    if keep == "cast":
+        assert "computed" in outcomes(two.doit())
+    else:
+        assert "Get the checkpoint" in two.doit(expect=1).stdout
+
+
+def test_push_what_is_half_there(tmp_path: Path) -> None:
+    """Lost blobs are left out, and counted."""
+    remote = {REMOTE: (tmp_path / "remote").as_uri()}
+    one = first(tmp_path, {}, config=SMALL, **FOUR_BIT)
+    one.doit()
+    one.blob("quantize", "layers.0", "model.layers.0.mlp.up_proj.scales").unlink()
+    assert exchanged(one, exchange.push, **remote).missing == 1
 
 
 # Two at once.
