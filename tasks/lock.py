@@ -158,6 +158,10 @@ class Lock:
                 odd.append(f"target {name} is not in it")
             elif self.targets[name].settings != settings(plan):
                 odd.append(f"target {name} has other settings, or its source other tensors")
+            elif (source := self.sources.get(plan.target.source_name)) and (
+                source.record != self.targets[name].source
+            ):
+                odd.append(f"target {name} is of an older source")
         if odd:
             raise BuildError(
                 f"{self.path.name} is not of this models.toml and its sources: "
@@ -234,8 +238,9 @@ class Lock:
             return  # not here: there is nothing new to accept
         plans = list(plans)
         now = self.take(builder, plan, plans)
-        self.sources[plan.target.source_name] = now
-        self._save(plans)
+        with self._writing:
+            self.sources[plan.target.source_name] = now
+            self._save(plans)
 
     def check_target(
         self, builder: Builder, plan: Plan, source: Source, action: Action
@@ -249,13 +254,16 @@ class Lock:
             BuildError: it differs, and ``strict``.
         """
         locked = self.targets.get(plan.target.name)
+        if not locked or locked.action == action.key:
+            return []
         asked = (source.record, settings(plan))
-        if not locked or locked.action == action.key or (locked.source, locked.settings) != asked:
-            return []  # the same, or to be another; strict has refused other settings before
+        if (locked.source, locked.settings) != asked and not self.strict:
+            return []
         fact = f"differs from {self.path.name} although nothing it is built from does: "
         fact += _differences(builder.recorded(locked.action), action)
         if locked.computer != computer(plan):
-            fact += f"; locked was computed by {locked.computer}, this by {computer(plan)}"
+            fact += f"; locked was computed by {_told(locked.computer)}, this by "
+            fact += _told(computer(plan))
         if self.strict:
             raise self._another(plan, fact)
         return [fact]
@@ -276,9 +284,10 @@ class Lock:
                     f"was built as {built.output}, and is {locked.output} in {self.path.name}",
                 )
             return
-        self.sources[plan.target.source_name] = source
-        self.targets[plan.target.name] = built
-        self._save(plans)
+        with self._writing:
+            self.sources[plan.target.source_name] = source
+            self.targets[plan.target.name] = built
+            self._save(plans)
 
     def state(self, plan: Plan) -> str | None:
         """Return a digest of what is locked of a target, or None if it is not."""
@@ -290,15 +299,14 @@ class Lock:
         """Write the file, without what models.toml does not have any more."""
         targets = {plan.target.name: plan.target.source_name for plan in plans}
         kept = set(targets.values())
-        with self._writing:
-            record = {
-                "version": VERSION,
-                "sources": {n: asdict(s) for n, s in self.sources.items() if n in kept},
-                "targets": {n: asdict(b) for n, b in self.targets.items() if n in targets},
-            }
-            data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
-            if not self.path.exists() or self.path.read_bytes() != data:
-                files.write(self.path, data)
+        record = {
+            "version": VERSION,
+            "sources": {n: asdict(s) for n, s in self.sources.items() if n in kept},
+            "targets": {n: asdict(b) for n, b in self.targets.items() if n in targets},
+        }
+        data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+        if not self.path.exists() or self.path.read_bytes() != data:
+            files.write(self.path, data)
 
     def _another(self, plan: Plan, fact: str) -> BuildError:
         return BuildError(
@@ -348,6 +356,10 @@ def _differences(old: Manifest | None, new: Action) -> str:
     if not odd:
         return "the tensors are the same, the other files are not"
     return f"{len(odd)} of {len(after)} tensors: {_some(odd, ', ')}"
+
+
+def _told(computer: dict[str, str] | None) -> str:
+    return ", ".join(f"{key} {value}" for key, value in (computer or {}).items()) or "nothing"
 
 
 def _some(facts: list[str], separator: str) -> str:

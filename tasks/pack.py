@@ -108,7 +108,7 @@ def run(
             made = _write(builder, plan, needed, folder, weights, small, expected)
             result = Manifest(action, made, tuple(dict.fromkeys(notes)))
             builder.store.actions.put(result)
-            if builder.store.sharing and not isinstance(found, Hit):
+            if builder.store.sharing and made != expected:
                 builder.store.sharing.push(result, None)
         builder.publish(manifest_path, result)
         return result

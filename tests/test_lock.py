@@ -202,6 +202,8 @@ def test_a_changed_checkpoint(project: Project, change: str) -> None:
     project.accept()
     assert lock(project)["targets"] == before["targets"]
     assert lock(project)["sources"] != before["sources"]
+    said = refused(project, "--locked", status=3)  # it is not built yet
+    assert "is not of this models.toml and its sources: target model " in said
     project.doit()
     assert project.built() == project.anew()
     assert project.doit().entries == []
@@ -344,7 +346,7 @@ def test_an_output_that_differs(project: Project) -> None:
     """Reported tensor by tensor, and an error where nothing may differ."""
     names = other_output(project)
     said = f"although nothing it is built from does: 2 of {count(project)} tensors: "
-    unlocked(project, said + ", ".join(names), "computed by {'mlx': '0.1'}")
+    unlocked(project, said + ", ".join(names), "locked was computed by mlx 0.1, this by mlx ")
     done = project.doit()
     assert said + ", ".join(names) in done.stdout
     assert project.built() == project.anew()
