@@ -60,6 +60,11 @@ def task_pack() -> Tasks:
     yield from loaded().pack()
 
 
+def task_error() -> Tasks:
+    """Measure what quantizing took from each layer."""
+    yield from loaded().stage("error")
+
+
 def task_lock() -> Tasks:
     """Accept the checkpoints as they are now into models.lock."""
     yield from loaded().accept()

@@ -26,7 +26,7 @@ from cache.files import Stamp
 from cache.log import Entry, Log
 from cache.manifests import Action, Manifest, ManifestError, Tensor
 from cache.store import Store
-from tasks import arrays, cast, extract, quantize, reasons, rows, unshard
+from tasks import arrays, cast, error, extract, quantize, reasons, rows, unshard
 from tasks.errors import BuildError
 from tasks.plan import Node, Plan
 from tasks.rows import Rows
@@ -61,10 +61,12 @@ class Stage(Protocol):
         """Make a layer's tensors."""
 
 
-STAGES: dict[str, Stage] = {"unshard": unshard, "cast": cast, "quantize": quantize}
+STAGES: dict[str, Stage] = {
+    "unshard": unshard, "cast": cast, "quantize": quantize, "error": error
+}  # fmt: skip
 AGAIN = {"unshard": unshard.again, "cast": cast.again}  # makes a result that was not kept
 GPU_THREADS = 8
-ALWAYS_KEPT = ("extract", "quantize")  # what is the checkpoint's, and what pack copies
+ALWAYS_KEPT = ("extract", "quantize", "error")  # the checkpoint's, what pack copies, and small
 
 
 class Memory:
@@ -223,11 +225,15 @@ class Builder:
         return self.run(plan, node, why)
 
     def needed(self, plan: Plan, node: Node) -> Needed:
-        """Return the tensors that a node reads: who made each, and what it is."""
+        """Return the tensors that a node reads: who made each, and what it is.
+
+        Where it reads two stages, a tensor may have one name in both: the stage's goes in front.
+        """
         found: Needed = {}
+        several = len({need.stage for need in node.needs}) > 1
         for need in node.needs:
             found |= {
-                name: (need, tensor)
+                f"{need.stage}:{name}" if several else name: (need, tensor)
                 for name, tensor in self.manifest(plan, need).tensors.items()
                 if node.order.reads is None or name in node.order.reads
             }

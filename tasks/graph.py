@@ -51,9 +51,9 @@ class Graph:
     def stage(self, stage: str) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""
         for found in self.plans.values():
-            for node in found.stages[stage]:
+            for node in found.nodes(stage):
                 yield self._layer_task(found, node)
-        groups = [f"{stage}:{target}" for target in self.plans]
+        groups = [f"{stage}:{target}" for target, found in self.plans.items() if found.nodes(stage)]
         yield {"basename": stage, "actions": None, "task_dep": groups, "meta": {"graph": self}}
 
     def pack(self) -> Iterator[dict[str, Any]]:
@@ -67,7 +67,7 @@ class Graph:
 
             def act(found: Plan = found) -> Any:
                 plans = self.plans.values()
-                return _reported(lambda: self.lock.accept(self.builder, found, plans), {})
+                return reported(lambda: self.lock.accept(self.builder, found, plans), {})
 
             yield {"basename": "lock", "name": target, "actions": [act], "io": {"capture": False}}
 
@@ -90,7 +90,7 @@ class Graph:
                     self.lock.check_layer(self.builder.store, found, manifest.tensors)
                 made["left"] = [*files.Stamp.of(path), digest_file(Path(path))]
 
-            return _reported(run, made)
+            return reported(run, made)
 
         return {
             "basename": f"{node.stage}:{node.target}",
@@ -140,7 +140,7 @@ class Graph:
 
         def act(changed: list[str]) -> Any:
             made: dict[str, Any] = {}
-            return _reported(lambda: made.update(build(told.why(changed))), made)
+            return reported(lambda: made.update(build(told.why(changed))), made)
 
         return {
             "basename": "pack",
@@ -283,7 +283,7 @@ def doit_config(models: Path) -> dict[str, Any]:
     }
 
 
-def _reported(act: Callable[[], None], values: dict[str, Any]) -> Any:
+def reported(act: Callable[[], None], values: dict[str, Any]) -> Any:
     """Run ``act``; what a user can mend is a failure with a message and no traceback."""
     try:
         act()

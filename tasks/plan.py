@@ -11,12 +11,13 @@ from typing import Any
 
 from cache.digest import digest_record
 from cache.memos import Memos
-from tasks import architecture, cast, extract, loaders, quantize, unshard
+from tasks import architecture, cast, error, extract, loaders, quantize, unshard
 from tasks.checkpoint import Checkpoint, Stored
 from tasks.config import Target
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
 from tasks.model import Model, Module, Parameter, layer_names
+from tasks.quantize import Setting
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ class Plan:
     Attributes:
         target: what was asked for.
         checkpoint: what it is made from.
-        stages: the nodes of each per-layer stage, in the order of layers.
+        stages: the nodes of each per-layer stage that leads to the built model, in the order of
+            layers.
+        errors: the nodes that tell the quantization error, of the layers that have any.
         names: the built model's tensors, in the order in which they are written.
         config: config.json.
         weights: how many the model has, as mlx-lm counts them.
@@ -141,10 +144,15 @@ class Plan:
     target: Target
     checkpoint: Checkpoint
     stages: dict[str, list[Node]]
+    errors: list[Node]
     names: list[str]
     config: dict[str, Any]
     weights: int
     notes: tuple[str, ...] = field(default=())
+
+    def nodes(self, stage: str) -> list[Node]:
+        """Return the nodes of a per-layer stage."""
+        return self.errors if stage == "error" else self.stages[stage]
 
     def stored(self, key: str) -> tuple[Path, Stored]:
         """Return the file of a stored tensor, and where it lies there."""
@@ -191,7 +199,8 @@ class Planner:
         names = [name for names in _ordered(model, scheme) for name in names]
         weights = sum(_weights(model, module, scheme) for module in model.modules)
         notes = (*model.notes, *scheme.notes)
-        return Plan(target, checkpoint, stages, names, config, weights, notes)
+        errors = _errors(stages["quantize"])
+        return Plan(target, checkpoint, stages, errors, names, config, weights, notes)
 
     def _outline(self, target: Target) -> Outline:
         source = (target.source, target.loader)
@@ -285,6 +294,20 @@ def _nodes(
         "cast": casted,
         "quantize": quantized,
     }
+
+
+def _errors(quantized: list[Node]) -> list[Node]:
+    found = []
+    for node in quantized:
+        settings = node.params["settings"]
+        if not settings:
+            continue
+        told = {**node.params, "compared": settings}
+        del told["settings"]
+        reads = {part for name, s in settings.items() for part in error.parts(name, Setting(*s))}
+        order = Order("error", node.order.layer, error.VERSION, told, frozenset(reads))
+        found.append(Node(order, node.target, (*node.needs, node)))
+    return found
 
 
 def _ordered(model: Model, scheme: quantize.Scheme) -> list[list[str]]:

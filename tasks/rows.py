@@ -49,11 +49,16 @@ def count(rows: Rows) -> int:
 
 def blocks(rows: Rows, block_bytes: int = BLOCK_BYTES) -> Iterator[mx.array]:
     """Yield all rows, in blocks of about ``block_bytes`` bytes: (some, columns) each."""
+    return (rows.read(start, stop) for start, stop in spans(rows, block_bytes))
+
+
+def spans(rows: Rows, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield where such blocks begin and end."""
     row_bytes = max(1, (rows.shape[-1] if rows.shape else 1) * DTYPE_BYTES[rows.dtype])
     step = max(1, block_bytes // (row_bytes * rows.unit)) * rows.unit
     total = count(rows)
     for start in range(0, total, step):
-        yield rows.read(start, min(start + step, total))
+        yield start, min(start + step, total)
 
 
 @dataclass(frozen=True)

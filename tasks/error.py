@@ -1,0 +1,105 @@
+"""error: what quantizing took from each weight, against the weight as it was cast."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from math import sqrt
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from cache.manifests import Manifest, Tensor
+from tasks import rows
+from tasks.quantize import BLOCK_BYTES, PARTS, Setting
+from tasks.rows import Rows
+
+if TYPE_CHECKING:
+    from tasks.build import Builder, Made, Needed
+    from tasks.plan import Node, Plan
+
+VERSION = 1
+CAST, QUANTIZE = "cast:", "quantize:"  # what the inputs' names begin with
+NORM, ERROR_NORM = "norm", "error_norm"
+
+
+def parts(weight: str, setting: Setting) -> list[str]:
+    """Return the names of what a weight is quantized to."""
+    prefix = weight.removesuffix("weight")
+    return [prefix + part for part in PARTS[: 3 if setting.mode == "affine" else 2]]
+
+
+def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
+    """Compare a layer's quantized weights with what they were made of.
+
+    Makes two vectors of one number a weight, in the order of the sorted names: ``norm``, the
+    Frobenius norm of the cast weight, and ``error_norm``, that of the difference.
+    """
+    before = _of_stage(needed, CAST)
+    after = _of_stage(needed, QUANTIZE)
+    builder.fetch(plan, after, after)
+    norms, error_norms = [], []
+    for name, told in sorted(node.params["compared"].items()):
+        setting = Setting(*told)
+        original = builder.rows(plan, before, name)
+        packed = [builder.rows(plan, after, part) for part in parts(name, setting)]
+        norm, error_norm = _compare(builder, original, packed, setting, node.params["device"])
+        norms.append(norm)
+        error_norms.append(error_norm)
+    return {
+        NORM: _vector(builder, norms),
+        ERROR_NORM: _vector(builder, error_norms),
+    }, []
+
+
+def figures(manifest: Manifest, read: dict[str, bytes]) -> dict[str, tuple[float, float]]:
+    """Return the two norms of each weight, by name.
+
+    Args:
+        manifest: what ``make`` made.
+        read: the bytes of its tensors.
+    """
+    names = sorted(manifest.action.params["compared"])
+    vectors = [struct.unpack(f"<{len(names)}f", read[part]) for part in (NORM, ERROR_NORM)]
+    return dict(zip(names, zip(*vectors, strict=True), strict=True))
+
+
+def _of_stage(needed: Needed, prefix: str) -> Needed:
+    return {
+        name.removeprefix(prefix): found
+        for name, found in needed.items()
+        if name.startswith(prefix)
+    }  # fmt: skip
+
+
+def _compare(
+    builder: Builder, original: Rows, packed: Sequence[Rows], setting: Setting, backend: str
+) -> tuple[float, float]:
+    """Return the Frobenius norms of a weight, and of what quantizing changed in it."""
+    device = "cpu" if backend == "cpu" else "gpu"
+    squares = error_squares = 0.0
+    for start, stop in rows.spans(original, BLOCK_BYTES[device]):
+        block = original.read(start, stop)
+        quantized = [part.read(start, stop) for part in packed]
+        with mx.stream(builder.streams.get(device)):
+            wide = block.astype(mx.float32)
+            restored = mx.dequantize(*quantized, **setting._asdict()).astype(mx.float32)
+            sums = [_group_sums(array, setting) for array in (wide, wide - restored)]
+            mx.eval(sums)
+        with mx.stream(builder.streams.get("cpu")):  # the only device that has float64
+            here, error_here = (mx.sum(some.astype(mx.float64)).item() for some in sums)
+        squares += float(here)
+        error_squares += float(error_here)
+    return sqrt(squares), sqrt(error_squares)
+
+
+def _group_sums(array: mx.array, setting: Setting) -> mx.array:
+    """Return the sum of squares of each group: so few that float32 holds it well."""
+    return mx.sum(mx.square(array.reshape(-1, setting.group_size)), axis=-1)
+
+
+def _vector(builder: Builder, numbers: Sequence[float]) -> Tensor:
+    data = memoryview(struct.pack(f"<{len(numbers)}f", *numbers))
+    with builder.store.blobs.writing(data.nbytes) as writer:
+        writer.write(data)
+    return Tensor("float32", (len(numbers),), writer.digest)
