@@ -11,6 +11,7 @@ from doit.action import CmdAction
 from doit.exceptions import InvalidDodoFile
 
 from tasks import example, graph
+from tasks.report import tasks as reports
 
 ROOT = Path(__file__).parent
 # Whoever installed mlx-make has no tests, no benchmarks and no use for the example.
@@ -63,6 +64,11 @@ def task_pack() -> Tasks:
 def task_error() -> Tasks:
     """Measure what quantizing took from each layer."""
     yield from loaded().stage("error")
+
+
+def task_report() -> Tasks:
+    """Write reports/TARGET.html, and an overview, reports/index.html."""
+    yield from reports.report(loaded())
 
 
 def task_lock() -> Tasks:

@@ -15,8 +15,9 @@ from tasks import keys
 from tasks.errors import ConfigError
 from tasks.keys import MAX_NAME_BYTES, MAX_SHARD, MODES, REMOTES, UNITS, Key
 
-# Beside models.toml: what is built, and all the rest.
+# Beside models.toml: what is built, what there is to read of it, and all the rest.
 BUILD = "build"
+REPORTS = "reports"
 STATE = ".mlx-make"
 CACHE_DIR = f"{STATE}/cache"
 BARE = r"[\w-]+"

@@ -64,6 +64,18 @@ def figures(manifest: Manifest, read: dict[str, bytes]) -> dict[str, tuple[float
     return dict(zip(names, zip(*vectors, strict=True), strict=True))
 
 
+def dequantize(packed: Sequence[mx.array], setting: Setting) -> mx.array:
+    """Return what a quantized weight stands for, in the dtype that MLX gives it.
+
+    Args:
+        packed: as ``tasks.quantize.quantize`` returns it.
+        setting: how it was quantized.
+    """
+    weight, scales = packed[:2]
+    biases = packed[2] if len(packed) > 2 else None
+    return mx.dequantize(weight, scales, biases, **setting._asdict())
+
+
 def _of_stage(needed: Needed, prefix: str) -> Needed:
     return {
         name.removeprefix(prefix): found
@@ -83,11 +95,12 @@ def _compare(
         quantized = [part.read(start, stop) for part in packed]
         with mx.stream(builder.streams.get(device)):
             wide = block.astype(mx.float32)
-            restored = mx.dequantize(*quantized, **setting._asdict()).astype(mx.float32)
+            restored = dequantize(quantized, setting).astype(mx.float32)
             sums = [_group_sums(array, setting) for array in (wide, wide - restored)]
             mx.eval(sums)
         with mx.stream(builder.streams.get("cpu")):  # the only device that has float64
-            here, error_here = (mx.sum(some.astype(mx.float64)).item() for some in sums)
+            here, error_here = (mx.sum(some.astype(mx.float64)) for some in sums)
+            mx.eval(here, error_here)
         squares += float(here)
         error_squares += float(error_here)
     return sqrt(squares), sqrt(error_squares)

@@ -8,4 +8,5 @@ if TYPE_CHECKING:
     from cache.remote import Remote
 
 locked = False  # --locked: any difference from models.lock is an error
+asked: list[str] = []  # the tasks that are named
 remotes: list[Remote] = []  # opened: to be finished before doit returns

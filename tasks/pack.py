@@ -143,14 +143,15 @@ def intact(folder: str, outputs: dict[str, list[int]]) -> bool:
         folder: build/TARGET.
         outputs: the files' stamps when they were built.
     """
-    return (
-        bool(outputs)
-        and stamps(folder, list(outputs)) == outputs
-        and not any(
-            name.endswith((".safetensors", ".npz")) and name not in outputs
-            for name in os.listdir(folder)
-        )
+    return intact_files(folder, outputs) and not any(
+        name.endswith((".safetensors", ".npz")) and name not in outputs
+        for name in os.listdir(folder)
     )
+
+
+def intact_files(folder: str, outputs: dict[str, list[int]] | None) -> bool:
+    """Tell whether files, some at least, are as they were left, by their stamps then."""
+    return bool(outputs) and stamps(folder, list(outputs or {})) == outputs
 
 
 def _refuse_to_replace(folder: Path) -> None:

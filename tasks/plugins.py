@@ -150,6 +150,7 @@ class Run(DoitRun):  # type: ignore[misc]
         """Run the tasks named in ``args``."""
         signal.signal(signal.SIGTERM, _interrupt)
         options.locked = params["locked"]
+        options.asked = args
         # It may be ignored, as by nohup.
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _interrupt)

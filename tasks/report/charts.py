@@ -1,0 +1,401 @@
+"""charts: where everything of a report's charts goes, worked out before anything is drawn."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from math import inf, isfinite, nan
+from typing import NamedTuple
+
+from cache.log import Entry
+from tasks.report import timeline, words
+from tasks.report.figures import KINDS, Error, Figures, Piece, together
+from tasks.report.timeline import Timeline
+
+COLORS = 9  # of the heat map's scale
+MIN_SPAN_DB = 3.0  # a scale narrower than this would show noise as if it were something
+STRIP_LAYERS = 32  # what of a heat map a phone can show side by side
+FEWEST_BARS = 12  # that share the width
+PLOT_WIDTH, PLOT_HEIGHT = 900, 260  # of size against error on a wide page, CSS pixels
+LINE, LETTER = 15, 6.6  # how high a label is, and how wide its letters, CSS pixels
+WIDTH = 1000.0  # of drawings, which are stretched to fit
+
+
+class Scale(NamedTuple):
+    """A colour scale over SQNR, even steps from the best to the worst.
+
+    Attributes:
+        best: dB.
+        worst: dB.
+    """
+
+    best: float
+    worst: float
+
+    @classmethod
+    def of(cls, errors: Iterable[Error]) -> Scale:
+        """Return the scale that all errors fit on."""
+        values = [e.sqnr for e in errors if isfinite(e.sqnr)]
+        if not values:
+            return cls(MIN_SPAN_DB, 0.0)
+        best, worst = max(values), min(values)
+        wide = max(0.0, MIN_SPAN_DB - (best - worst)) / 2
+        return cls(best + wide, worst - wide)
+
+    def color(self, value: float) -> str:
+        """Return the class of a value's colour; 0 is the best."""
+        if value == inf:
+            return "h0"
+        if not isfinite(value):
+            return "hx"
+        part = (self.best - value) / (self.best - self.worst)
+        return f"h{min(COLORS - 1, max(0, int(COLORS * part)))}"
+
+    @property
+    def edges(self) -> list[tuple[float, float]]:
+        """Where each colour begins, and the last one ends: dB, and relative error."""
+        step = (self.best - self.worst) / COLORS
+        values = [self.best - step * index for index in range(COLORS + 1)]
+        return [(value, 10 ** (-value / 20)) for value in values]
+
+
+class Cell(NamedTuple):
+    """One weight on a heat map."""
+
+    color: str
+    title: str
+    text: str
+
+
+class Strip(NamedTuple):
+    """Neighbouring layers of a heat map.
+
+    Attributes:
+        heads: what stands above the columns: layer's number, columns that it spans.
+        rows: a module and its cells; None where there is nothing that is quantized.
+    """
+
+    heads: list[tuple[int, int]]
+    rows: list[tuple[str, list[Cell | None]]]
+
+
+class Heat(NamedTuple):
+    """A heat map of one stack of layers."""
+
+    stack: str
+    layers: int
+    modules: int
+    strips: list[Strip]
+
+
+def cell(scale: Scale, piece: Piece) -> Cell | None:
+    """Return a weight's cell, or None if it is not quantized."""
+    if piece.error is None:
+        return None
+    part, value = piece.error.relative, piece.error.sqnr
+    title = f"{piece.path}: {words.percent(part)}, {words.decibel(value)}"
+    text = f"{100 * part:#.3g}".rstrip(".") if isfinite(part) else "!"
+    return Cell(scale.color(value), title, text)
+
+
+def heats(pieces: Sequence[Piece], scale: Scale) -> list[Heat]:
+    """Return the heat maps of all stacks of layers."""
+    stacks: dict[str, dict[int, dict[str, Piece]]] = defaultdict(lambda: defaultdict(dict))
+    for piece in pieces:
+        if piece.block and piece.error:
+            stack, number = piece.block
+            stacks[stack][number][piece.module] = piece
+    return [_heat(stack, layers, scale) for stack, layers in stacks.items()]
+
+
+def _heat(stack: str, layers: dict[int, dict[str, Piece]], scale: Scale) -> Heat:
+    modules = list(dict.fromkeys(module for layer in layers.values() for module in layer))
+    numbers = sorted(layers)
+    strips = -(-len(numbers) // STRIP_LAYERS)
+    length = -(-len(numbers) // strips)
+    found = []
+    for start in range(0, len(numbers), length):
+        some = numbers[start : start + length]
+        every = 1 if len(some) <= 12 else 4
+        heads = [(some[at], min(every, len(some) - at)) for at in range(0, len(some), every)]
+        rows = [
+            (
+                module,
+                [
+                    cell(scale, layers[number][module]) if module in layers[number] else None
+                    for number in some
+                ],
+            )
+            for module in modules
+        ]
+        found.append(Strip(heads, rows))
+    return Heat(stack, len(numbers), len(modules), found)
+
+
+class Kind(NamedTuple):
+    """All weights of one kind."""
+
+    name: str
+    weights: int
+    nbytes: int
+    share: float
+    bits: float
+    error: float | None
+
+
+def kinds(pieces: Sequence[Piece]) -> list[Kind]:
+    """Return sizes by kind, the largest first."""
+    total = sum(piece.nbytes for piece in pieces)
+    found = []
+    for name in KINDS:
+        some = [piece for piece in pieces if piece.kind == name]
+        if not some:
+            continue
+        weights, nbytes = sum(p.weights for p in some), sum(p.nbytes for p in some)
+        errors = [p.error for p in some if p.error]
+        found.append(
+            Kind(name, weights, nbytes, nbytes / total if total else 0,
+                 8 * nbytes / weights if weights else nan, together(errors) if errors else None)
+        )  # fmt: skip
+    return sorted(found, key=lambda kind: -kind.nbytes)
+
+
+class Bar(NamedTuple):
+    """A layer: its parts by kind, from the bottom."""
+
+    layer: str
+    nbytes: int
+    bits: float
+    error: float | None
+    boxes: list[tuple[str, float, float, float, float, str]]  # kind, x, y, width, height, title
+
+
+def bars(pieces: Sequence[Piece], height: float) -> list[Bar]:
+    """Return a column for each layer, in their order; those of no stack have no boxes."""
+    layers: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        layers[piece.layer].append(piece)
+    sizes = {layer: sum(p.nbytes for p in some) for layer, some in layers.items()}
+    stacked = [layer for layer, some in layers.items() if some[0].block]
+    most = max((sizes[layer] for layer in stacked), default=0)
+    step = WIDTH / max(FEWEST_BARS, len(stacked))
+    found = []
+    for layer, some in layers.items():
+        boxes = []
+        y = height
+        if layer in stacked and most:
+            by_kind: dict[str, int] = defaultdict(int)
+            for piece in some:
+                by_kind[piece.kind] += piece.nbytes
+            for kind in KINDS:
+                if by_kind[kind]:
+                    tall = height * by_kind[kind] / most
+                    y -= tall
+                    title = f"{layer} {kind}: {words.size(by_kind[kind])}"
+                    x = step * stacked.index(layer)
+                    boxes.append((kind, x, y, step * 0.86, tall, title))
+        weights = sum(p.weights for p in some)
+        errors = [p.error for p in some if p.error]
+        bits = 8 * sizes[layer] / weights if weights else nan
+        found.append(Bar(layer, sizes[layer], bits, together(errors) if errors else None, boxes))
+    return found
+
+
+class Point(NamedTuple):
+    """A target in the plot of size against error, in parts of its width and height.
+
+    Attributes:
+        number: its row in the table.
+        figures: the target's.
+        x: from the left.
+        y: from the top.
+        left: whether its label goes to the left of it.
+        drop: lines by which the label is moved down.
+        named: whether there is room for more than its number.
+    """
+
+    number: int
+    figures: Figures
+    x: float
+    y: float
+    left: bool
+    drop: int
+    named: bool
+
+
+class Box(NamedTuple):
+    """What something covers of the plot as it is on a wide page, CSS pixels."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def meets(self, other: Box) -> bool:
+        """Tell whether the two have anything in common."""
+        across = self.left < other.right and other.left < self.right
+        return across and self.top < other.bottom and other.top < self.bottom
+
+
+class Plot(NamedTuple):
+    """Size against error. Ticks are texts by their place."""
+
+    points: list[Point]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+
+
+def plot(figures: Sequence[Figures]) -> Plot | None:
+    """Return the plot of the targets whose error is known; None if that leaves none to compare."""
+    known = [
+        (number, one, one.relative)
+        for number, one in enumerate(figures, 1)
+        if one.relative is not None and isfinite(one.relative)
+    ]
+    if len(known) < 2:
+        return None
+    x_step, x_most = _ticks(max(one.nbytes for _, one, _ in known))
+    y_step, y_most = _ticks(max(part for *_, part in known) or 1.0)
+    places = [(number, one, one.nbytes / x_most, 1 - part / y_most) for number, one, part in known]
+    taken = [_box(x, y, -6, 6, 0) for *_, x, y in places]
+    return Plot(
+        [_labelled(taken, *place) for place in places],
+        [
+            (x_step * i / x_most, words.size(x_step * i) if i else "0")
+            for i in range(round(x_most / x_step) + 1)
+        ],
+        [
+            (1 - y_step * i / y_most, f"{100 * y_step * i:g} %")
+            for i in range(round(y_most / y_step) + 1)
+        ],
+    )
+
+
+def _labelled(taken: list[Box], number: int, figures: Figures, x: float, y: float) -> Point:
+    """Return a point with the first place for its label that is free, which is taken then."""
+    for named in (True, False):
+        length = 18 + LETTER * len(f"{number} {figures.name}" if named else str(number))
+        for drop in (0, 1, -1, 2, -2):
+            for left in (x > 0.5, x <= 0.5):
+                start, stop = (-length, -6.0) if left else (6.0, length)
+                box = _box(x, y, start, stop, drop)
+                inside = box.left >= 0 and box.right <= PLOT_WIDTH
+                if inside and not any(map(box.meets, taken)):
+                    taken.append(box)
+                    return Point(number, figures, x, y, left, drop, named)
+    return Point(number, figures, x, y, False, 0, False)
+
+
+def _box(x: float, y: float, start: float, stop: float, drop: int) -> Box:
+    across, down = PLOT_WIDTH * x, PLOT_HEIGHT * y + LINE * drop
+    return Box(across + start, across + stop, down - LINE / 2, down + LINE / 2)
+
+
+def _ticks(most: float) -> tuple[float, float]:
+    """Return a round step and a multiple of it not below ``most``: four steps at the most."""
+    step = 10.0**-12
+    while True:
+        for round_ in (1, 2, 2.5, 5):
+            if 4 * round_ * step >= most * 1.02:
+                return round_ * step, round_ * step * -(-most * 1.02 // (round_ * step))
+        step *= 10
+
+
+class Span(NamedTuple):
+    """One task, or several that are too short to tell apart, on a thread's lane."""
+
+    stage: str
+    hit: bool
+    critical: bool
+    x: float
+    width: float
+    title: str
+    tasks: int
+
+
+class Lanes(NamedTuple):
+    """A build's threads.
+
+    Attributes:
+        lanes: the spans of each.
+        ticks: times, by their place in parts of the width.
+    """
+
+    lanes: list[list[Span]]
+    ticks: list[tuple[float, str]]
+
+
+def lanes(told: Timeline) -> Lanes:
+    """Return the lanes of a build. Whatever else was done meanwhile is stage ``others``."""
+    start, seconds = told.start, max(told.seconds, 1e-6)
+    found = []
+    critical = {id(entry) for entry in told.critical}
+    for thread in told.threads:
+        spans: list[Span] = []
+        for entry in sorted((e for e in told.entries if e.thread == thread), key=lambda e: e.start):
+            if timeline.end(entry) < start:
+                continue
+            span = _span(told, entry, id(entry) in critical, start, seconds)
+            before = spans[-1] if spans else None
+            if before and before[:3] == span[:3] and _mergeable(before, span):
+                width = max(before.width, span.x + span.width - before.x)
+                count = before.tasks + 1
+                span = Span(*before[:4], width, f"{span.stage}: {count} tasks", count)
+                spans.pop()
+            spans.append(span)
+        if spans:
+            found.append(spans)
+    step, _ = _ticks(seconds)
+    ticks = [
+        (step * i / seconds, words.seconds(step * i) if i else "0")
+        for i in range(int(seconds / step) + 1)
+    ]
+    return Lanes(found, ticks)
+
+
+def _mergeable(before: Span, span: Span) -> bool:
+    gap = span.x - before.x - before.width
+    if span.stage == "others":
+        return gap < 1
+    return gap < 0.5 and span.width < 1 and (before.width < 1 or before.tasks > 1)
+
+
+def _span(told: Timeline, entry: Entry, critical: bool, start: float, seconds: float) -> Span:
+    stop = timeline.end(entry) - start
+    begin = max(0.0, entry.start - start)
+    x, width = WIDTH * begin / seconds, WIDTH * (stop - begin) / seconds
+    stage = timeline.stage_of(entry.task) if told.builds(entry) else "others"
+    title = f"{entry.task}: {entry.outcome}, {words.seconds(entry.seconds)}. {entry.why}"
+    return Span(stage, entry.outcome in ("reused", "fetched"), critical, x, width, title, 1)
+
+
+class Row(NamedTuple):
+    """What came of a stage's tasks."""
+
+    stage: str
+    counts: dict[str, int]  # by outcome
+    seconds: float
+    read: int
+    written: int
+
+
+def rows(told: Timeline, tasks: dict[str, int]) -> list[Row]:
+    """Return what came of each stage's tasks in a build.
+
+    Args:
+        told: the build.
+        tasks: how many a stage has.
+    """
+    found = []
+    for stage, total in tasks.items():
+        some = [entry for entry in told.mine if timeline.stage_of(entry.task) == stage]
+        counts = {o: sum(e.outcome == o for e in some) for o in timeline.OUTCOMES}
+        counts["up to date"] = total - len({entry.task for entry in some})
+        read, written = sum(e.bytes_read for e in some), sum(e.bytes_written for e in some)
+        seconds = sum(e.seconds for e in some)
+        found.append(Row(stage, counts, seconds, read, written))
+    seen = {outcome for row in found for outcome, count in row.counts.items() if count}
+    return [
+        row._replace(counts={o: count for o, count in row.counts.items() if o in seen})
+        for row in found
+    ]

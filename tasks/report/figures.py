@@ -1,0 +1,283 @@
+"""figures: what a target's manifests tell: sizes, bits per weight, quantization errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import hypot, inf, isfinite, log10, nan, prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cache.errors import CacheError
+from cache.files import Stamp
+from cache.manifests import Manifest, ManifestError, Tensor
+from tasks import error
+from tasks.quantize import Setting
+
+if TYPE_CHECKING:
+    from tasks.build import Builder
+    from tasks.plan import Plan
+
+# What a module is for, told from its path: the first that matches. Names of mlx-lm's models, and
+# Meta's.
+KINDS = {
+    "norm": r"norm[^.]*$|(^|\.)ln_[^.]*$|(^|\.)rms[^.]*$",
+    "router": r"router|(^|\.)gate$",
+    "experts": r"expert|switch_(mlp|glu)",
+    "recurrent": r"mamba|mixer|ssm|conv1d|linear_attn|\.rnn|recurrent|time_mix",
+    "attention": r"attn|attention|(^|\.)([qkvo]_proj|w[qkvo])$",
+    "mlp": r"mlp|feed_forward|ffn|(^|\.)(fc\d|w\d|gate_proj|up_proj|down_proj)$",
+    "embedding": r"embed|(^|\.)(wte|wpe)$",
+    "head": r"(^|\.)(lm_head|score|output|classifier)$",
+    "other": r"",
+}
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far a quantized weight is from its cast original.
+
+    Attributes:
+        setting: how it was quantized.
+        norm: Frobenius norm of the original.
+        error_norm: of the difference.
+    """
+
+    setting: Setting
+    norm: float
+    error_norm: float
+
+    @property
+    def relative(self) -> float:
+        """The difference's norm as a part of the original's."""
+        return relative(self.norm, self.error_norm)
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to quantization noise, dB."""
+        return sqnr(self.relative)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A parameter of the model, with all that it was quantized to.
+
+    Attributes:
+        name: the parameter's.
+        layer: the layer's.
+        weights: how many it holds.
+        nbytes: in the built model.
+        dtype: there, if it is not quantized.
+        error: if it is quantized.
+    """
+
+    name: str
+    layer: str
+    weights: int
+    nbytes: int
+    dtype: str
+    error: Error | None
+
+    @cached_property
+    def path(self) -> str:
+        """The module's path."""
+        return self.name.rpartition(".")[0] or self.name
+
+    @cached_property
+    def module(self) -> str:
+        """The module's path within its layer."""
+        _, found, rest = f".{self.path}".partition(f".{self.layer}.")
+        return rest if found else self.path
+
+    @cached_property
+    def kind(self) -> str:
+        """What the module is for, one of ``KINDS``."""
+        return next(kind for kind, pattern in KINDS.items() if re.search(pattern, self.path))
+
+    @cached_property
+    def block(self) -> tuple[str, int] | None:
+        """The stack of layers that it belongs to, and its number there."""
+        match = re.fullmatch(r"(.*)\.(\d+)", self.layer)
+        return (match[1], int(match[2])) if match else None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A target as it was last built.
+
+    Attributes:
+        name: the target's.
+        source: its source's name.
+        layout: its layout.
+        nbytes: size of all files.
+        weight_bytes: size of the weight files.
+        weights: how many the model has.
+        errors: by parameter, or None if they were not measured.
+    """
+
+    name: str
+    source: str
+    layout: str
+    nbytes: int
+    weight_bytes: int
+    weights: int
+    errors: dict[str, Error] | None
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, scales, biases and headers included."""
+        return 8 * self.weight_bytes / self.weights if self.weights else nan
+
+    @cached_property
+    def relative(self) -> float | None:
+        """Relative error of all quantized weights together; None if it is not known."""
+        return None if self.errors is None else together(self.errors.values())
+
+    @cached_property
+    def scheme(self) -> str | None:
+        """How it is quantized, in words; None if that is not known."""
+        if self.errors is None:
+            return None
+        settings = sorted({e.setting for e in self.errors.values()}, key=lambda s: (s.bits, s))
+        if not settings:
+            return "not quantized"
+        if len(settings) > 1 and len({(s.group_size, s.mode) for s in settings}) == 1:
+            bits = ", ".join(str(s.bits) for s in settings)
+            return f"{settings[0].mode}, {bits} bits, groups of {settings[0].group_size}"
+        return "; ".join(scheme(s) for s in settings)
+
+
+def scheme(setting: Setting) -> str:
+    """Return a setting in words."""
+    return f"{setting.mode}, {setting.bits} bits, groups of {setting.group_size}"
+
+
+def relative(norm: float, error_norm: float) -> float:
+    """Return an error's norm as a part of the original's."""
+    if not (isfinite(norm) and isfinite(error_norm)):
+        return nan
+    return error_norm / norm if norm else (inf if error_norm else 0.0)
+
+
+def sqnr(part: float) -> float:
+    """Return the signal to quantization noise ratio of a relative error, dB."""
+    return -20 * log10(part) if 0 < part < inf else (inf if part == 0 else -part)
+
+
+def together(errors: Iterable[Error]) -> float:
+    """Return the relative error of several weights together."""
+    some = list(errors)
+    return relative(hypot(*(e.norm for e in some)), hypot(*(e.error_norm for e in some)))
+
+
+class Reader:
+    """Reads targets' figures, once as long as their manifests stay the same. Safe in threads."""
+
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
+        self._known: dict[str, tuple[list[Stamp | None], Figures | None]] = {}
+
+    def stamps(self, plan: Plan) -> list[Stamp | None]:
+        """Return the stamps of the manifests that a target's figures come of."""
+        paths = [str(packed_path(self.builder, plan))]
+        paths += [self.builder.manifest_path(node) for node in plan.errors]
+        return [_stamp(path) for path in paths]
+
+    def read(self, plan: Plan) -> Figures | None:
+        """Return the figures of a target as it was last built, or None if it was not.
+
+        Nothing is built for it. Errors that are not known, or not of what was last packed, are
+        not there.
+        """
+        stamps = self.stamps(plan)
+        known = self._known.get(plan.target.name)
+        if known is None or known[0] != stamps:
+            known = self._known[plan.target.name] = (stamps, _read(self.builder, plan))
+        return known[1]
+
+
+def packed_path(builder: Builder, plan: Plan) -> Path:
+    """Return where the manifest of a target's pack lies."""
+    return builder.state / "manifests" / plan.target.name / "pack.json"
+
+
+def _stamp(path: str) -> Stamp | None:
+    try:
+        return Stamp.of(path)
+    except FileNotFoundError:
+        return None
+
+
+def _read(builder: Builder, plan: Plan) -> Figures | None:
+    packed = _manifest(packed_path(builder, plan))
+    if packed is None:
+        return None
+    sizes = {name: tensor.nbytes for name, tensor in packed.tensors.items()}
+    return Figures(
+        plan.target.name,
+        plan.target.source_name,
+        plan.target.layout,
+        sum(sizes.values()),
+        sum(sizes[name] for name in packed.action.params["weights"]),
+        plan.weights,
+        _errors(builder, plan, packed),
+    )
+
+
+def pieces(plan: Plan, packed: Manifest, errors: dict[str, Error]) -> list[Piece]:
+    """Return the parameters of a target, in the order of layers.
+
+    Args:
+        plan: the target.
+        packed: what it was packed to.
+        errors: of what is quantized.
+    """
+    tensors = {
+        name: Tensor(dtype, tuple(shape), digest)
+        for name, (dtype, shape, digest) in packed.action.inputs.items()
+    }
+    found = []
+    for node in plan.stages["unshard"]:
+        for name, (_, shape, *_) in node.params["tensors"].items():
+            known = errors.get(name)
+            names = error.parts(name, known.setting) if known else [name]
+            nbytes = sum(tensors[part].nbytes for part in names)
+            dtype = tensors[name].dtype
+            found.append(Piece(name, node.order.layer, prod(shape), nbytes, dtype, known))
+    return found
+
+
+def _errors(builder: Builder, plan: Plan, packed: Manifest) -> dict[str, Error] | None:
+    found: dict[str, Error] = {}
+    for node in plan.errors:
+        manifest = _manifest(Path(builder.manifest_path(node)))
+        if manifest is None or manifest.action.params != node.params:
+            return None
+        for name, record in manifest.action.inputs.items():
+            part = name.removeprefix(error.QUANTIZE)
+            if part != name and packed.action.inputs.get(part) != record:
+                return None  # packed since, or not yet
+        try:
+            norms = error.figures(manifest, _bytes(builder, manifest))
+        except (CacheError, OSError):
+            return None
+        for name, setting in node.params["compared"].items():
+            found[name] = Error(Setting(*setting), *norms[name])
+    return found
+
+
+def _bytes(builder: Builder, manifest: Manifest) -> dict[str, bytes]:
+    blobs = builder.store.blobs
+    return {
+        name: b"".join(map(bytes, blobs.chunks(blobs.locate(tensor.digest, tensor.nbytes))))
+        for name, tensor in manifest.tensors.items()
+    }
+
+
+def _manifest(path: Path) -> Manifest | None:
+    try:
+        return Manifest.from_bytes(path.read_bytes())
+    except (FileNotFoundError, ManifestError):
+        return None

@@ -1,0 +1,173 @@
+"""pages: a report's files, from a target's manifests, models.lock and the build log."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache.manifests import Manifest
+from tasks import lock as locks
+from tasks.cast import FLOATING
+from tasks.errors import BuildError
+from tasks.report import INDEX, charts, figures, page_name, timeline, trace_name, words
+from tasks.report.figures import Figures, Piece, Reader
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from tasks.lock import Lock
+    from tasks.plan import Plan
+
+WORST = 10
+LAYERS_HEIGHT = 160.0  # of the chart of layers, in CSS pixels
+
+
+@dataclass(frozen=True)
+class Report:
+    """A target's report.
+
+    Attributes:
+        page: HTML.
+        trace: for Chrome and Perfetto, JSON; None if the log does not have the build.
+    """
+
+    page: str
+    trace: str | None
+
+
+def target(
+    reader: Reader, plan: Plan, packed: Manifest, lock: Lock, family: Sequence[Plan]
+) -> Report:
+    """Return a target's report.
+
+    Args:
+        reader: of figures.
+        plan: the target.
+        packed: its manifest.
+        lock: models.lock.
+        family: all targets of the same source.
+
+    Raises:
+        BuildError: its errors are not of what is packed.
+    """
+    own = reader.read(plan)
+    if own is None or own.errors is None:
+        raise BuildError(
+            f"{plan.target.name}: what was measured is not what was packed. Run doit forget "
+            f"error:{plan.target.name}, then doit report:{plan.target.name}."
+        )
+    pieces = figures.pieces(plan, packed, own.errors)
+    scale = charts.Scale.of(own.errors.values())
+    told = timeline.read(reader.builder.log.path, plan)
+    variants = [one for p in family if (one := reader.read(p))]
+    measured = [piece for piece in pieces if piece.error]
+    # An error that is no number is the worst of all.
+    measured.sort(key=lambda piece: (not isnan(_relative(piece)), -_relative(piece)))
+    stages = {stage: len(nodes) for stage, nodes in plan.stages.items()} | {"pack": 1}
+    rows = charts.rows(told, stages) if told else []
+    page = _environment().get_template("target.html").render(
+        target=plan.target,
+        own=own,
+        pieces=pieces,
+        measured=measured,
+        worst=measured[:WORST],
+        scale=scale,
+        heats=charts.heats(pieces, scale),
+        # What no stack holds, e.g. the embeddings.
+        singles=[(p, charts.cell(scale, p)) for p in pieces if p.error and not p.block],
+        kinds=charts.kinds(pieces),
+        bars=charts.bars(pieces, LAYERS_HEIGHT),
+        layers_height=LAYERS_HEIGHT,
+        variants=variants,
+        plot=charts.plot(variants),
+        timeline=told,
+        lanes=charts.lanes(told) if told else None,
+        rows=rows,
+        outcomes=list(rows[0].counts) if rows else [],
+        trace_name=trace_name(plan.target.name),
+        parameters=parameters(plan, packed),
+        source=lock.sources.get(plan.target.source_name),
+        packed=packed,
+        notes=packed.notes,
+    )  # fmt: skip
+    trace = json.dumps(timeline.trace(told), separators=(",", ":")) if told else None
+    return Report(page, trace)
+
+
+def overview(reader: Reader, plans: Iterable[Plan]) -> str:
+    """Return the page on all targets."""
+    families: dict[str, list[Figures]] = {}
+    for plan in plans:
+        if found := reader.read(plan):
+            families.setdefault(plan.target.source_name, []).append(found)
+    return _environment().get_template("overview.html").render(
+        families=[(source, some, charts.plot(some)) for source, some in families.items()]
+    )  # fmt: skip
+
+
+def parameters(plan: Plan, packed: Manifest) -> list[tuple[str, str]]:
+    """Return what a target was told, in words."""
+    target = plan.target
+    quantize = target.quantize
+    dtypes = {dtype for dtype, *_ in packed.action.inputs.values() if dtype in FLOATING}
+    told = {"source": target.source_name, "layout": target.layout}
+    told["dtype"] = ", ".join(sorted(dtypes)) + ("" if target.dtype else " (default)")
+    if quantize is None:
+        told["quantize"] = "not quantized"
+    else:
+        given = {"mode": quantize.mode, "bits": quantize.bits, "group_size": quantize.group_size}
+        given["recipe"] = quantize.recipe
+        told["quantize"] = ", ".join(f"{k} = {v}" for k, v in given.items() if v is not None)
+        for number, rule in enumerate(quantize.rules, 1):
+            what = {"mode": rule.mode, "bits": rule.bits, "group_size": rule.group_size}
+            rest = ", ".join(f"{k} = {v}" for k, v in what.items() if v is not None)
+            told[f"rule {number}"] = f"{rule.match}: {'skip' if rule.skip else rest}"
+    told["max_shard_size"] = f"{target.max_shard_bytes:,} bytes"
+    told |= {
+        {"mlx": "MLX", "device": "device", "machine": "machine"}[key]: value
+        for key, value in (locks.computer(plan) or {}).items()
+    }
+    return list(told.items())
+
+
+def _relative(piece: Piece) -> float:
+    return piece.error.relative if piece.error else 0.0
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals.update(page_name=page_name, index=INDEX, plot_height=charts.PLOT_HEIGHT)
+    environment.filters.update(
+        size=words.size,
+        number=words.count,
+        percent=words.percent,
+        decibel=words.decibel,
+        seconds=words.seconds,
+        sqnr=figures.sqnr,
+        scheme=figures.scheme,
+        breakable=_breakable,
+        when=lambda value: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(value)),
+        px=lambda value: f"{value:.2f}".rstrip("0").rstrip("."),
+    )
+    return environment
+
+
+def _breakable(name: str) -> Any:
+    """Return a dotted name that a narrow page may break after its dots."""
+    from markupsafe import Markup, escape
+
+    text = str(escape(name))
+    return Markup(text.replace(".", ".<wbr>"))

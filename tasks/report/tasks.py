@@ -1,0 +1,153 @@
+"""tasks: doit's tasks that write reports: one a target, and one for the overview."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from typing import Any
+
+from cache import files
+from cache.digest import digest_record
+from cache.manifests import Manifest
+from tasks import options, pack
+from tasks.config import REPORTS
+from tasks.graph import Graph, Told, reported
+from tasks.plan import Plan
+from tasks.report import INDEX, page_name, timeline, trace_name, words
+from tasks.report.figures import Reader, packed_path
+
+VERSION = 1
+
+
+def report(graph: Graph) -> Iterator[dict[str, Any]]:
+    """Yield the tasks."""
+    reader = Reader(graph.builder)
+    families: dict[str, list[Plan]] = {}
+    for plan in graph.plans.values():
+        families.setdefault(plan.target.source_name, []).append(plan)
+    for family in families.values():
+        first = _first(family)
+        for plan in family:
+            yield _target_task(graph, reader, plan, family, first)
+    yield _overview_task(graph, reader)
+
+
+def _target_task(
+    graph: Graph, reader: Reader, plan: Plan, family: list[Plan], first: list[str]
+) -> dict[str, Any]:
+    name = plan.target.name
+    folder = graph.folder / REPORTS
+    builder = graph.builder
+    manifest = packed_path(builder, plan)
+    written = [page_name(name), trace_name(name)]
+    told = Told(
+        digest_record([VERSION, {**asdict(plan.target), "source": "", "where": ""}]),
+        str(folder / written[0]),
+        lambda values: (
+            values.get("seen") == _seen(graph, reader, plan, family)
+            and pack.intact_files(str(folder), values.get("outputs"))
+        ),
+    )
+
+    def build(why: str) -> dict[str, Any]:
+        from tasks.report import pages  # only where one is written
+
+        with builder.logged(f"report:{name}", why) as record:
+            seen = _seen(graph, reader, plan, family)
+            packed = Manifest.from_bytes(manifest.read_bytes())
+            made = pages.target(reader, plan, packed, graph.lock, family)
+            files.write(folder / written[0], made.page.encode())
+            if made.trace is None:
+                (folder / written[1]).unlink(missing_ok=True)
+            else:
+                files.write(folder / written[1], made.trace.encode())
+            record["outcome"] = "computed"
+        kept = written if made.trace else written[:1]
+        return {
+            "told": told.digest,
+            "seen": seen,
+            "outputs": pack.stamps(str(folder), kept),
+            "summary": f"{REPORTS}/{written[0]}: {words.size(len(made.page.encode()))}",
+            "notes": [],
+        }
+
+    def act(changed: list[str]) -> Any:
+        made: dict[str, Any] = {}
+        return reported(lambda: made.update(build(told.why(changed))), made)
+
+    return {
+        "basename": f"report:{name}",
+        "actions": [act],
+        "doc": "Write the target's report.",
+        "file_dep": [*(builder.manifest_path(node) for node in plan.errors), str(manifest)],
+        "task_dep": first,
+        "targets": [str(folder / written[0])],
+        "uptodate": [told],
+        "clean": [(_remove, [[folder / file for file in written]])],
+        "io": {"capture": False},
+    }
+
+
+def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
+    folder = graph.folder / REPORTS
+    path = folder / INDEX
+    told = Told(
+        digest_record([VERSION, list(graph.plans)]),
+        str(path),
+        lambda values: pack.intact_files(str(folder), values.get("outputs")),
+    )
+
+    def build(why: str) -> dict[str, Any]:
+        from tasks.report import pages
+
+        with graph.builder.logged("report", why) as record:
+            files.write(path, pages.overview(reader, graph.plans.values()).encode())
+            record["outcome"] = "computed"
+        return {
+            "told": told.digest,
+            "outputs": pack.stamps(str(folder), [INDEX]),
+            "summary": f"{REPORTS}/{INDEX}: {len(graph.plans)} targets",
+            "notes": [],
+        }
+
+    def act(changed: list[str]) -> Any:
+        made: dict[str, Any] = {}
+        return reported(lambda: made.update(build(told.why(changed))), made)
+
+    return {
+        "basename": "report",
+        "actions": [act],
+        "file_dep": [str(folder / page_name(name)) for name in graph.plans],
+        "targets": [str(path)],
+        "uptodate": [told],
+        "clean": [(_remove, [[path]])],
+        "io": {"capture": False},
+    }
+
+
+def _first(family: list[Plan]) -> list[str]:
+    """Return what must be done before a page compares a family's targets.
+
+    That is what the same call of doit makes of them anyway, for their own reports; what is not
+    asked for is shown as it is.
+    """
+    found = []
+    for plan in family:
+        name = plan.target.name
+        if any(p == "report" or fnmatchcase(f"report:{name}", p) for p in options.asked):
+            found += [f"pack:{name}", *([f"error:{name}"] if plan.errors else [])]
+    return found
+
+
+def _seen(graph: Graph, reader: Reader, plan: Plan, family: list[Plan]) -> str:
+    """Return a digest of what a page shows besides the manifests that it depends on."""
+    stamps = [reader.stamps(other) for other in family if other is not plan]
+    source = graph.lock.sources.get(plan.target.source_name)
+    run = timeline.last_run(graph.builder.log.path, plan.target.name)
+    return digest_record([stamps, asdict(source) if source else None, run])
+
+
+def _remove(paths: list[Any]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

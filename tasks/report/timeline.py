@@ -1,0 +1,204 @@
+"""timeline: a target's last build by the build log: threads, cache hits, the critical path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache.log import MAX_BYTES, Entry
+
+if TYPE_CHECKING:
+    from tasks.plan import Plan
+
+STAGES = ("extract", "unshard", "cast", "quantize", "pack")
+OUTCOMES = ("computed", "reused", "fetched", "failed")
+_FIELDS = [field.name for field in fields(Entry)]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The run of doit in which a target was last packed, up to then.
+
+    Attributes:
+        target: the target's name.
+        entries: the log's lines of that run, whatever they are of.
+        critical: the target's lines that had to follow one another, and took longest together.
+        cut: whether the log may have lost the run's beginning.
+    """
+
+    target: str
+    entries: list[Entry]
+    critical: list[Entry]
+    cut: bool
+
+    @property
+    def mine(self) -> list[Entry]:
+        """The lines of what the target was built by."""
+        return [entry for entry in self.entries if self.builds(entry)]
+
+    def builds(self, entry: Entry) -> bool:
+        """Tell whether a line is one of those."""
+        return target_of(entry.task) == self.target and stage_of(entry.task) in STAGES
+
+    @property
+    def start(self) -> float:
+        """When the first of the target's began, Unix time."""
+        return min(entry.start for entry in self.mine)
+
+    @property
+    def seconds(self) -> float:
+        """From then to the end of the last."""
+        return max(end(entry) for entry in self.mine) - self.start
+
+    @property
+    def threads(self) -> list[str]:
+        """Names of the threads, in the order in which they began."""
+        ordered = sorted(self.entries, key=lambda entry: entry.start)
+        return list(dict.fromkeys(entry.thread for entry in ordered))
+
+
+def end(entry: Entry) -> float:
+    """Return when it ended, Unix time."""
+    return entry.start + entry.seconds
+
+
+def stage_of(task: str) -> str:
+    """Return the stage that a task's name begins with."""
+    return task.partition(":")[0]
+
+
+def target_of(task: str) -> str:
+    """Return the target in a task's name."""
+    return task.split(":")[1] if ":" in task else ""
+
+
+def last_run(log: Path, target: str) -> str | None:
+    """Return the id of the run in which a target was last packed, if the log has it."""
+    found = _last_pack(_read(log), target)
+    return found[1].run if found else None
+
+
+def read(log: Path, plan: Plan) -> Timeline | None:
+    """Return a target's last build, or None if the log does not have it (any more)."""
+    data = _read(log)
+    target = plan.target.name
+    found = _last_pack(data, target)
+    if found is None:
+        return None
+    stop, packed = found
+    lines = [line for line in data[:stop].splitlines() if packed.run.encode() in line]
+    entries = [entry for line in lines if (entry := _entry(line)) and entry.run == packed.run]
+    first = _entry(data.partition(b"\n")[0])
+    # A trimmed log begins in the middle of a run, and is still long.
+    cut = first is not None and first.run == packed.run and len(data) > MAX_BYTES // 4
+    needs = {f"pack:{target}": [node.name for node in plan.stages["quantize"]]}
+    for stage in plan.stages.values():
+        needs |= {node.name: [need.name for need in node.needs] for node in stage}
+    mine = {entry.task: entry for entry in entries if target_of(entry.task) == target}
+    return Timeline(target, entries, critical_path(mine, needs, packed.task), cut)
+
+
+def critical_path(
+    entries: Mapping[str, Entry], needs: Mapping[str, Sequence[str]], last: str
+) -> list[Entry]:
+    """Return the chain of dependencies that took longest: no number of threads saves that time.
+
+    Args:
+        entries: what was done, by task.
+        needs: the tasks that each task needs. What was not done took no time.
+        last: the task that the chain ends with.
+    """
+    best: dict[str, tuple[float, str | None]] = {}
+    for task in _ordered(needs, last):
+        before = max(needs.get(task, ()), key=lambda need: best[need][0], default=None)
+        own = entries[task].seconds if task in entries else 0.0
+        best[task] = (own + (best[before][0] if before else 0.0), before)
+    chain = []
+    at: str | None = last
+    while at:
+        if at in entries:
+            chain.append(entries[at])
+        at = best[at][1]
+    return chain[::-1]
+
+
+def trace(timeline: Timeline) -> dict[str, Any]:
+    """Return a build as Chrome and Perfetto read it.
+
+    The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+    """
+    threads = {name: number for number, name in enumerate(timeline.threads, 1)}
+    zero = min(entry.start for entry in timeline.entries)
+    critical = {id(entry) for entry in timeline.critical}
+    named: list[dict[str, Any]] = [
+        {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": f"doit {timeline.target}"}}
+    ]
+    for name, number in threads.items():
+        told = {"name": f"{number} {name}"}
+        named.append({"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": told})
+    events = [
+        {
+            "ph": "X",
+            "pid": 1,
+            "tid": threads[entry.thread],
+            "name": entry.task,
+            "cat": f"{stage_of(entry.task)},{entry.outcome}",
+            "ts": round(1e6 * (entry.start - zero)),  # microseconds
+            "dur": round(1e6 * entry.seconds),
+            "args": {
+                "outcome": entry.outcome,
+                "why": entry.why,
+                "bytes_read": entry.bytes_read,
+                "bytes_written": entry.bytes_written,
+                "critical": id(entry) in critical,
+            },
+        }
+        for entry in timeline.entries
+    ]
+    return {"traceEvents": named + events, "displayTimeUnit": "ms"}
+
+
+def _ordered(needs: Mapping[str, Sequence[str]], last: str) -> list[str]:
+    """Return ``last`` and all that it needs, needs first. No recursion: it may be deep."""
+    done: dict[str, None] = {}
+    stack = [last]
+    while stack:
+        task = stack[-1]
+        if missing := [need for need in needs.get(task, ()) if need not in done]:
+            stack += missing
+        else:
+            done[stack.pop()] = None
+    return list(done)
+
+
+def _read(log: Path) -> bytes:
+    try:
+        return log.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _last_pack(data: bytes, target: str) -> tuple[int, Entry] | None:
+    """Return the last line in which a target was packed, and where it ends."""
+    told = json.dumps(f"pack:{target}", ensure_ascii=False).encode()
+    at = data.rfind(told)
+    while at >= 0:
+        start = data.rfind(b"\n", 0, at) + 1
+        stop = data.find(b"\n", at)
+        stop = len(data) if stop < 0 else stop
+        entry = _entry(data[start:stop])
+        if entry and entry.task == f"pack:{target}" and entry.outcome != "failed":
+            return stop, entry
+        at = data.rfind(told, 0, start)
+    return None
+
+
+def _entry(line: bytes) -> Entry | None:
+    try:
+        record = json.loads(line)
+        return Entry(**{name: record[name] for name in _FIELDS})
+    except (ValueError, KeyError, TypeError):
+        return None  # torn

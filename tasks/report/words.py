@@ -1,0 +1,47 @@
+"""words: numbers as people read them."""
+
+from __future__ import annotations
+
+from math import inf, isnan
+
+
+def size(count: float) -> str:
+    """Return bytes in decimal units, three digits."""
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * one:
+            return f"{count / one:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def count(number: float) -> str:
+    """Return a number of weights: ``1.1 B``, ``135 M``."""
+    for unit, one in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= one:
+            return f"{number / one:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def percent(part: float) -> str:
+    """Return a part of 1 in percent, three digits."""
+    if isnan(part) or part == inf:
+        return "not finite"
+    return "0 %" if part == 0 else f"{100 * part:#.3g}".rstrip(".") + " %"
+
+
+def decibel(value: float) -> str:
+    """Return decibels."""
+    if isnan(value) or value == -inf:
+        return "not finite"
+    return "exact" if value == inf else f"{value:.1f} dB"
+
+
+def seconds(value: float) -> str:
+    """Return a time: ``12 ms``, ``3.4 s``, ``2 min 5 s``, ``1 h 3 min``."""
+    if value < 0.9995:
+        return f"{1000 * value:.3g} ms"
+    if value < 99.5:
+        return f"{value:.3g} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
