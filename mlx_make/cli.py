@@ -9,7 +9,6 @@ from typing import Any
 
 from doit.cmd_base import NamespaceTaskLoader
 from doit.cmd_help import Help as DoitHelp
-from doit.cmd_list import List as DoitList
 from doit.doit_cmd import DoitConfig, DoitMain
 
 HERE = Path(__file__).parent
@@ -51,13 +50,6 @@ class Help(DoitHelp):  # type: ignore[misc]
         print("\n  mlx-make help COMMAND    show a command's options")
 
 
-class List(DoitList):  # type: ignore[misc]
-    """doit's ``list``."""
-
-    name = "list"
-    doc_purpose = "list tasks"
-
-
 class Main(DoitMain):  # type: ignore[misc]
     """doit's command line, configured by mlx-make alone."""
 
@@ -65,11 +57,10 @@ class Main(DoitMain):  # type: ignore[misc]
     # Without those that only make sense with a dodo.py of one's own, or with doit's database.
     DOIT_CMDS = (
         Help,
-        List,
         *(
             command
             for command in DoitMain.DOIT_CMDS
-            if command.get_name() not in ("help", "list", "dumpdb", "strace", "tabcompletion")
+            if command.get_name() not in ("help", "dumpdb", "strace", "tabcompletion")
         ),
     )
 

@@ -16,7 +16,6 @@ from typing import Any, NoReturn, cast
 from doit import cmd_run, get_var
 from doit.cmd_clean import Clean as DoitClean
 from doit.cmd_forget import Forget as DoitForget
-from doit.cmd_list import List as DoitList
 from doit.cmd_run import Run as DoitRun
 from doit.control import TaskControl, TaskDispatcher
 from doit.dependency import FileChangedChecker, JsonDB
@@ -185,17 +184,6 @@ def _finish_uploads() -> None:
                 f"{remote.name}: {pushed.objects} objects uploaded, {pushed.bytes / 1e6:,.1f} MB; "
                 f"the last {pushed.seconds:.1f} s were for that alone"
             )
-
-
-class List(DoitList):  # type: ignore[misc]
-    """doit's ``list``, twice as fast where there are thousands of tasks."""
-
-    name = "list"
-
-    def execute(self, params: Any, args: list[str]) -> int | None:
-        """List the tasks named in ``args``."""
-        gc.disable()  # as in ``run``
-        return cast("int | None", super().execute(params, args))
 
 
 class Clean(DoitClean):  # type: ignore[misc]
