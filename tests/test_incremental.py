@@ -16,6 +16,7 @@ from projects import (
     FOUR_BIT,
     LAYERS,
     SOURCES,
+    STAGES,
     STORED,
     Project,
     alter,
@@ -713,10 +714,8 @@ def test_list_and_info(tmp_path: Path) -> None:
     project = built(tmp_path, "huggingface", **FOUR_BIT)
     before = contents(project.folder)
     listed = [line.split()[0] for line in project.doit("list").stdout.splitlines()]
-    stages = ["cast", "extract", "pack", "quantize", "unshard"]
-    tools = ["bench", "lint", "test"]
-    by_target = [f"{s}:model" for s in stages if s != "pack"]
-    assert listed == sorted([*stages, *by_target, "lock", *tools])
+    by_target = [f"{stage}:model" for stage in [*STAGES, "pack"]]
+    assert listed == [*by_target, "lock", "lint", "test", "bench"]
     listed = {line.split()[0] for line in project.doit("list", "--all").stdout.splitlines()}
     assert project.tasks() <= listed
     info = project.doit("info", "pack:model").stdout

@@ -1,0 +1,80 @@
+"""tests of tasks/listing.py: `doit list`."""
+
+from pathlib import Path
+
+import projects
+from projects import LAYERS, STAGES
+
+KIND = "huggingface"
+OTHERS = ["lock", "lint", "test", "bench"]
+
+
+def said(done: projects.front_door.Finished) -> dict[str, str]:
+    """What each line says, by its first word, in their order."""
+    split = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    return {name: " ".join(rest).strip() for name, *rest in split}
+
+
+def test_states(tmp_path: Path) -> None:
+    project = projects.create(tmp_path / "project", KIND, **projects.FOUR_BIT)
+    project.configure("other", dtype="float16", quantize={"bits": 8})
+    all_run = dict.fromkeys(STAGES, "11 of 11 layers to run") | {"pack": "to run"}
+    up_to_date = dict.fromkeys([*STAGES, "pack"], "up to date")
+
+    def expect(model: dict[str, str], other: dict[str, str]) -> None:
+        found = said(project.doit("list"))
+        expected = {f"{stage}:model": state for stage, state in model.items()}
+        expected |= {f"{stage}:other": state for stage, state in other.items()}
+        assert list(found) == [*expected, *OTHERS]
+        assert found.items() >= expected.items()
+        assert found["lint"] == "Check this project's code: ruff and mypy."
+
+    expect(all_run, all_run)
+    project.doit("quantize:model:layers.3")
+    expect(dict.fromkeys(STAGES, "10 of 11 layers to run") | {"pack": "to run"}, all_run)
+    project.doit("pack:model")
+    expect(up_to_date, all_run)
+    project.doit()
+    project.configure(quantize={"bits": 6})
+    changed = {"quantize": "10 of 11 layers to run", "pack": "to run"}
+    expect(up_to_date | changed, up_to_date)
+    project.configure(**projects.FOUR_BIT)
+    project.doit()
+    project.doit("ignore", "pack:other")
+    expect(up_to_date, up_to_date | {"pack": "ignored"})
+
+
+def test_options_of_doit(tmp_path: Path) -> None:
+    project = projects.create(tmp_path / "project", KIND)
+    project.doit("cast:model")
+    stages = [f"{stage}:model" for stage in STAGES]
+    lines = [*stages, "pack:model", *OTHERS]
+
+    assert project.doit("list", "-q").stdout.split() == lines
+    assert list(said(project.doit("list", "--sort", "name"))) == sorted(lines)
+    assert list(said(project.doit("list", "-p"))) == lines
+
+    found = [line.split()[:2] for line in project.doit("list", "-s").stdout.splitlines()]
+    assert found[:5] == [[s, n] for s, n in zip("UUURR", lines[:5], strict=True)]
+
+    template = project.doit("list", "--template", "{status}|{name}|{doc}", "-s", "cast:model")
+    assert template.stdout == "U|cast:model|up to date\n"
+
+    manifests = {str(project.manifest("quantize", layer)) for layer in LAYERS[KIND]}
+    found = project.doit("list", "--deps", "pack:model").stdout.splitlines()
+    assert found[0].split() == ["pack:model", "to", "run"]
+    assert manifests < {line.removeprefix(" -  ") for line in found[1:] if line}
+
+    layers = [f"quantize:model:{layer}" for layer in LAYERS[KIND]]
+    assert list(said(project.doit("list", "--all", "quantize:model"))) == [
+        "quantize:model",
+        *layers,
+    ]
+    everything = said(project.doit("list", "--all"))
+    assert list(everything)[:2] == ["extract:model", "extract:model:embed_tokens"]
+    assert {*project.tasks(), *lines, *STAGES, "pack", "lock:model"} == {*everything}
+    assert everything["cast:model:layers.0"] == "up to date"
+    assert everything["quantize:model:layers.0"] == "to run"
+    assert everything["quantize"] == "Quantize each layer."
+
+    assert "'nothing'" in project.doit("list", "nothing", expect=3).stderr
