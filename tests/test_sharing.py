@@ -22,8 +22,14 @@ import pytest
 import checkpoints
 import meta
 import servers
+from cache.blobs import Part
+from cache.digest import digest
 from cache.files import Stamp
+from cache.manifests import Action, Manifest, Tensor
 from cache.remote import Remote
+from cache.sharing import Sharing
+from cache.store import Store
+from cache.transport import PIECE_BYTES
 from front_door import REPOSITORY, Finished, doit
 from projects import FOUR_BIT, Project, contents, flip, outcomes
 from tasks import exchange, graph, options
@@ -37,7 +43,7 @@ SIGNING = "MLX_MAKE_SIGNING_KEY"
 
 
 class Machine(Project):
-    """A project whose doit has a remote, and counts what it asks of it."""
+    """A project whose doit has these variables, above all those of a remote."""
 
     environ: dict[str, str]
 
@@ -392,6 +398,35 @@ def test_push_what_is_half_there(tmp_path: Path) -> None:
     one.doit()
     one.blob("quantize", "layers.0", "model.layers.0.mlp.up_proj.scales").unlink()
     assert exchanged(one, exchange.push, **remote).missing == 1
+
+
+@pytest.mark.parametrize("when", ["before it is read", "between digest and upload"])
+@pytest.mark.parametrize("size", [1000, PIECE_BYTES + 1000])
+def test_a_checkpoint_that_changes_meanwhile(
+    when: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it gets into the remote; it is for the build to say so."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(os.urandom(size))
+    part = Part(str(path), 0, size, Stamp.of(path))
+    tensor = Tensor("uint8", (size,), digest(path.read_bytes()))
+    store = Store.at(tmp_path / "cache")
+    remote = Remote((tmp_path / "remote").as_uri(), warn=pytest.fail)
+    push = remote.push
+
+    def locate(_: str, __: Tensor) -> list[Part]:
+        if when == "before it is read":
+            flip(path, size // 2)
+        return [part]
+
+    def change_and_push(*args: object, **keys: object) -> bool:
+        flip(path, size // 2)
+        return push(*args, **keys)
+
+    monkeypatch.setattr(remote, "push", change_and_push)
+    made = Manifest(Action("cast", 1, {}, {}), {"a": tensor})
+    assert not Sharing(store.actions, store.blobs, remote).push_now(made, locate)
+    assert objects(tmp_path / "remote") == []
 
 
 # Two at once.
