@@ -85,10 +85,11 @@ class Writer:
 
 
 class Blobs:
-    """The blobs under ``root``."""
+    """The blobs under ``root``; if ``read_only``, what is found is not noted down."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self.root = root
+        self._read_only = read_only
         self.meter = Meter()
 
     def path(self, digest: str) -> Path:
@@ -190,6 +191,8 @@ class Blobs:
 
     def refer(self, digest: str, parts: Sequence[Part]) -> None:
         """Keep where ``digest`` lies, unless the store holds the bytes themselves."""
+        if self._read_only:
+            return
         path = self.path(digest)
         length = sum(part.length for part in parts)
         if not path.exists() or path.stat().st_size != length:

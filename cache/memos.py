@@ -17,10 +17,11 @@ from cache.digest import digest_record
 
 
 class Memos:
-    """The memos under ``root``."""
+    """The memos under ``root``; those that are ``read_only`` are not written."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self.root = root
+        self._read_only = read_only
 
     def get(self, kind: str, question: Any) -> Any | None:
         """Return the answer to ``question`` (JSON), or None."""
@@ -34,6 +35,8 @@ class Memos:
 
     def put(self, kind: str, question: Any, answer: Any) -> None:
         """Remember the ``answer`` (JSON, None excepted) to ``question``."""
+        if self._read_only:
+            return
         data = json.dumps(answer, separators=(",", ":")).encode()
         files.write(self._path(kind, question), data)
 

@@ -70,15 +70,20 @@ class Sharing:
         """
         list(self._fetching.map(lambda each: self.fetch(*each), wanted))
 
+    def has(self, key: str, tensor: Tensor) -> bool:
+        """Tell whether, by its records, the remote has a blob that the action of ``key`` made."""
+        if key not in self._names and self.read(key) is None:
+            return False
+        return tensor.digest in self._names[key]
+
     def fetch(self, key: str, tensor: Tensor) -> bool:
         """Make a blob that the action of ``key`` made a blob of this cache, if it can be had."""
         with self.actions.running(f"fetch {tensor.digest}"):
             if self.blobs.has(tensor.digest, tensor.nbytes):
                 return True
-            if key not in self._names and self.read(key) is None:
+            if not self.has(key, tensor):
                 return False
-            blake3 = self._names[key].get(tensor.digest)
-            return blake3 is not None and self.fetch_blob(blake3, tensor)
+            return self.fetch_blob(self._names[key][tensor.digest], tensor)
 
     def fetch_blob(self, blake3: str, tensor: Tensor) -> bool:
         """Make a remote's blob a blob of this cache; tell whether it is the one that was meant."""

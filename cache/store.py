@@ -37,13 +37,15 @@ class Store:
     sharing: Sharing | None = None
 
     @classmethod
-    def at(cls, root: Path) -> Store:
-        """Return the store in folder ``root``, which need not exist yet."""
-        files.sweep(root / "blobs")
-        return cls(
-            Blobs(root / "blobs"),
-            Actions(root / "actions"),
-            Memos(root / "memos"),
-            root,
-            Lock(root),
-        )
+    def at(cls, root: Path, *, read_only: bool = False) -> Store:
+        """Return the store in folder ``root``, which need not exist yet.
+
+        Args:
+            root: the folder.
+            read_only: looking things up leaves nothing behind.
+        """
+        if not read_only:
+            files.sweep(root / "blobs")
+        blobs = Blobs(root / "blobs", read_only=read_only)
+        memos = Memos(root / "memos", read_only=read_only)
+        return cls(blobs, Actions(root / "actions"), memos, root, Lock(root))

@@ -162,8 +162,9 @@ class Builder:
         path = Path(self.manifest_path(node))
         with self.logged(node.name, why) as record:
             manifest, record["outcome"] = self._run(plan, node)
-            if node.stage != "extract" and (old := _read(path)):
-                record["why"] = "; ".join(reasons.between(old.action, manifest.action)) or why
+            if (old := _read(path)) and (found := reasons.between(old.action, manifest.action)):
+                told = [why] if node.stage == "extract" else []  # which file changed
+                record["why"] = "; ".join([*told, reasons.joined(found)])
             self.publish(path, manifest)
         return manifest
 

@@ -7,23 +7,29 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from doit.cmd_base import DoitCmdBase
 from doit.control import TaskControl
 from doit.exceptions import InvalidCommand
 
+from cache.errors import CacheError
 from cache.log import Entry
-from tasks import reasons
-from tasks.forecast import RUN, UP_TO_DATE, Forecast, Saved, Step, estimate
-from tasks.graph import Graph, as_left
-from tasks.plan import Node, Plan
-from tasks.progress import size
+from tasks import options
+from tasks.errors import BuildError
+from tasks.forecast import UP_TO_DATE, Forecast, Saved, Step, estimate
+from tasks.graph import Graph
+from tasks.progress import clock, size
+from tasks.reasons import Reason
+from tasks.sizes import Moved
 
 SOMETHING_TO_DO = 1  # exit status of ``doit plan``
 WIDTH = 80
+UNCERTAIN = "?: what it reads is made first, and may come out as it was or be on record already"
+BY_RESULTS = {"changed_file_dep", "missing_file_dep"}  # reasons of doit's that a run settles
 JSON = {
-    "name": "json",
+    "name": "as_json",
     "short": "",
     "long": "json",
     "type": bool,
@@ -32,82 +38,64 @@ JSON = {
 }
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Steps that are told in one line."""
-
-    target: str
-    stage: str
-    state: str
-    certain: bool
-    why: tuple[str, ...]
-
-
 class _Foresight(DoitCmdBase):  # type: ignore[misc]
-    """What both commands need: the tasks that are meant, and their steps."""
+    """What both commands have in common. They write nothing, and so need no lock."""
+
+    def execute(self, params: Any, args: list[str]) -> int:
+        """Load the tasks, and say what is asked."""
+        options.read_only = True
+        try:
+            return int(super().execute(params, args))
+        except (BuildError, CacheError) as error:
+            raise InvalidCommand(str(error)) from error
+
+    def forecast(self) -> tuple[dict[str, Step], list[Step]]:
+        """Return the steps of a run of the tasks that are asked for, and of these alone."""
+        self._control = TaskControl(self.task_list)
+        self._control.process(self.sel_tasks)
+        forecast = Forecast(self.graph().builder, self._saved)
+        asked = {
+            name: task.meta
+            for selected in self._control.selected_tasks
+            for name, task in self._leaves(selected)
+            if task.meta
+        }
+        if not asked:
+            raise InvalidCommand(f"{' '.join(self.sel_tasks)}: that builds no model")
+        for meta in asked.values():
+            if node := meta.get("node"):
+                forecast.add(meta["plan"], node)
+            else:
+                forecast.add_pack(meta["plan"])
+        return forecast.steps, [forecast.steps[name] for name in asked]
 
     def graph(self) -> Graph:
         """Return the graph that the tasks are of."""
-        for task in self.task_list:
-            if task.meta and "graph" in task.meta:
-                graph: Graph = task.meta["graph"]
-                return graph
-        raise InvalidCommand("there are no models here")
+        graphs = (t.meta["graph"] for t in self.task_list if t.meta and "graph" in t.meta)
+        found: Graph = next(graphs)
+        return found
 
-    def steps(self, names: list[str]) -> list[Step]:
-        """Return the steps that a run of the tasks ``names`` has, as far as they are of models."""
-        control = TaskControl(self.task_list)
-        control.process(names or None)
-        forecast = Forecast(self.graph().builder, self._saved)
-        found: dict[str, Step] = {}
-        for name in control.selected_tasks:
-            for task in _leaves(control.tasks, name):
-                for step in self._of(forecast, task):
-                    found[step.task] = step
-        if not found:
-            raise InvalidCommand(f"{', '.join(names)}: no task that builds models")
-        return list(found.values())
-
-    def _of(self, forecast: Forecast, task: Any) -> Iterator[Step]:
-        if not task.meta or "plan" not in task.meta:
+    def _leaves(self, name: str) -> Iterator[tuple[str, Any]]:
+        """Yield a task, or those that a group stands for."""
+        task = self._control.tasks[name]
+        if task.actions:
+            yield name, task
             return
-        plan: Plan = task.meta["plan"]
-        node: Node | None = task.meta.get("node")
-        last = [node] if node else plan.stages["quantize"]
-        for of in (n for one in last for n in _closure(one)):
-            yield forecast.step(plan, of)
-        if not node:
-            yield forecast.pack(plan, self._changed_files(task))
+        for below in task.task_dep:
+            yield from self._leaves(below)
 
     def _saved(self, name: str) -> Saved:
-        task = self._tasks[name]
-        values = self.dep_manager.get_values(name)
-        if node := task.meta.get("node"):
-            intact = as_left(task.targets[0], values.get("left"))
-            told = values.get("told") == node.order.digest
-        else:
-            plan = task.meta["plan"]
-            intact = self.graph().is_packed(plan, values)
-            told = values.get("told") == task.uptodate[0][0].digest
-        states = {path: self.dep_manager._get(name, path) for path in task.file_dep}
-        inputs = {path: state[-1] for path, state in states.items() if state}
-        return Saved(values, intact, told, inputs)
-
-    def _changed_files(self, task: Any) -> list[str]:
-        """Return a packing's inputs that are no manifests and not as they were."""
-        status = self.dep_manager.get_status(task, self._tasks, get_log=True)
-        reasons_found = getattr(status, "reasons", {})
+        task = self._control.tasks[name]
+        status = self.dep_manager.get_status(task, self._control.tasks, get_log=True)
         manifests = str(self.graph().builder.state)
-        paths = [
-            *reasons_found.get("changed_file_dep", ()), *reasons_found.get("added_file_dep", ())
-        ]  # fmt: skip
-        return [path for path in paths if not path.startswith(manifests)]
-
-    @property
-    def _tasks(self) -> dict[str, Any]:
-        if "by_name" not in self.__dict__:
-            self.by_name = {task.name: task for task in self.task_list}
-        return self.by_name
+        saved = self.dep_manager.backend
+        states = {path: saved.get(name, path) for path in task.file_dep}
+        return Saved(
+            runs=not status.reasons.keys() <= BY_RESULTS,
+            why=task.meta["told"].why,
+            inputs={path: state[-1] for path, state in states.items() if state},
+            changed=tuple(p for p in sorted(task.dep_changed) if not p.startswith(manifests)),
+        )
 
 
 class PlanCommand(_Foresight):
@@ -116,20 +104,16 @@ class PlanCommand(_Foresight):
     name = "plan"
     doc_purpose = "say what a run would do and why, without doing it"
     doc_usage = "[TASK ...]"
-    doc_description = (
-        "Exit status 0: there is nothing to do; 1: there is; 3: it cannot be told, with the error."
-    )
+    doc_description = "Exit status 0: there is nothing to do, 1: there is, 3: an error."
     cmd_options = (JSON,)
 
-    def _execute(self, json: bool, pos_args: list[str]) -> int:
-        steps = self.steps(pos_args)
-        log = self.graph().builder.log.entries()
-        seconds = estimate(steps, log)
-        if json:
+    def _execute(self, as_json: bool) -> int:
+        steps = list(self.forecast()[0].values())
+        seconds = estimate(steps, self.graph().builder.log.entries())
+        if as_json:
             self.outstream.write(_as_json(steps, seconds))
         else:
-            for line in _told(steps, seconds):
-                self.outstream.write(f"{line}\n")
+            self.outstream.writelines(f"{line}\n" for line in _told(steps, seconds))
         return SOMETHING_TO_DO if any(step.state != UP_TO_DATE for step in steps) else 0
 
 
@@ -142,117 +126,133 @@ class WhyCommand(_Foresight):
     doc_description = "TASK is a task's name, of a layer too: quantize:llama-7b:layers.0"
     cmd_options = ()
 
-    def _execute(self, pos_args: list[str]) -> int:
-        if not pos_args:
-            raise InvalidCommand("name a task: doit list --all shows them")
-        last: dict[str, Entry] = {entry.task: entry for entry in self.graph().builder.log.entries()}
-        wanted = {
-            task.name
-            for name in TaskControl(self.task_list)._filter_tasks(pos_args)
-            for task in _leaves(self._tasks, name)
-        }
-        for step in self.steps(pos_args):
-            if step.task in wanted:
-                for line in self._told(step, last.get(step.task)):
-                    self.outstream.write(f"{line}\n")
+    def _execute(self) -> int:
+        if self.sel_default_tasks:
+            raise InvalidCommand("why what? Name a task; doit list --all shows them.")
+        last = {entry.task: entry for entry in self.graph().builder.log.entries()}
+        for step in self.forecast()[1]:
+            self.outstream.writelines(f"{line}\n" for line in _why(step, last.get(step.task)))
         return 0
 
-    def _told(self, step: Step, entry: Entry | None) -> Iterator[str]:
-        yield step.task
-        sure = "" if step.certain else ", unless its inputs come out as they were"
-        yield f"  now: {step.state}{sure}"
-        for reason in step.why:
-            yield from textwrap.wrap(
-                reason, WIDTH, initial_indent="    ", subsequent_indent="      "
-            )
-        if entry is None:
-            yield "  last run: none on record"
-            return
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.start))
-        yield f"  last run: {when}, {entry.outcome} in {entry.seconds:.2f} s"
-        yield from textwrap.wrap(
-            entry.why, WIDTH, initial_indent="    ", subsequent_indent="      "
-        )
 
-
-def _leaves(tasks: dict[str, Any], name: str) -> Iterator[Any]:
-    """Yield a task, or those that a group stands for."""
-    task = tasks[name]
-    if task.actions:
-        yield task
+def _why(step: Step, entry: Entry | None) -> Iterator[str]:
+    yield step.task
+    yield f"  now: {step.state}{'' if step.certain else '?'}"
+    for reason in step.why:
+        yield from _indented(_whole(reason), 4)
+    if not step.certain:
+        yield from _indented(UNCERTAIN, 4)
+    if entry is None:
+        yield "  last run: none on record"
         return
-    for below in task.task_dep:
-        yield from _leaves(tasks, below)
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.start))
+    yield f"  last run: {when}, {entry.outcome} in {entry.seconds:.2f} s"
+    yield from _indented(entry.why, 4)
 
 
-def _closure(node: Node) -> Iterator[Node]:
-    for need in node.needs:
-        yield from _closure(need)
-    yield node
+def _whole(reason: Reason) -> str:
+    return f"{reason.fact}: {', '.join(reason.names)}" if reason.names else reason.fact
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Steps that are told in one line."""
+
+    stage: str
+    state: str
+    facts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, step: Step) -> _Group:
+        state = step.state if step.certain else f"{step.state}?"
+        # Which tensors of a layer they are about, doit why tells.
+        facts = [r.fact if step.layer else str(r) for r in step.why]
+        return cls(step.stage, state, tuple(facts))
 
 
 def _told(steps: list[Step], seconds: float | None) -> Iterator[str]:
     """Yield the plan's lines: by target and stage, layers of one state and reason together."""
-    groups: dict[_Group, list[Step]] = {}
-    targets = list(dict.fromkeys(step.target for step in steps))
-    stages = list(dict.fromkeys(step.stage for step in steps))
-    for step in sorted(steps, key=lambda s: (targets.index(s.target), stages.index(s.stage))):
-        why = tuple(reasons.short(reason) for reason in step.why)
-        group = _Group(step.target, step.stage, step.state, step.certain, why)
-        groups.setdefault(group, []).append(step)
-    idle = {step.target for step in steps} - {s.target for s in steps if s.state != UP_TO_DATE}
-    target, said = "", ()  # type: str, tuple[str, ...]
-    for group, members in groups.items():
-        if group.target in idle:
-            continue
-        if group.target != target:
-            target, said = group.target, ()
-            yield target
-        state = group.state if group.certain else f"{group.state}?"
-        layers = reasons.some([step.layer for step in members]) if group.stage != "pack" else ""
-        yield f"  {group.stage:<9}{state:<11}{_count(members)}{layers}".rstrip()
-        for reason in group.why if group.why != said else ():
-            yield from textwrap.wrap(
-                reason, WIDTH, initial_indent=" " * 13, subsequent_indent=" " * 15
-            )
-        said = group.why
-    if idle:
-        yield f"up to date: {', '.join(sorted(idle))}"
     todo = [step for step in steps if step.state != UP_TO_DATE]
+    busy = list(dict.fromkeys(step.target for step in todo))
+    for target in busy:
+        yield from _of_target(target, [step for step in steps if step.target == target])
+    if idle := [t for t in dict.fromkeys(step.target for step in steps) if t not in busy]:
+        yield from _indented(f"up to date: {', '.join(idle)}", 0)
     if not todo:
         return
-    if any(not step.certain for step in todo):
-        yield "run?: may come out as it was, which is not known before what it reads is made"
-    reads, writes = sum(s.reads for s in todo), sum(s.writes for s in todo)
-    cached = sum(s.writes for s in todo if s.stage != "pack")
-    packed = writes - cached
-    took = (
-        f"about {_seconds(seconds)}, by earlier runs" if seconds is not None else "time not known"
-    )
+    if not all(step.certain for step in todo):
+        yield from _indented(UNCERTAIN, 0)
+    moved, cached, packed = _totals(todo)
+    yield f"{len(todo)} of {len(steps)} tasks"
+    fetched = f", fetches {size(moved.fetched)}" if moved.fetched else ""
+    yield f"reads {size(moved.read)}, writes {size(moved.written)}{fetched}"
     yield (
-        f"{len(todo)} of {len(steps)} tasks; reads {size(reads)}, writes {size(writes)} "
-        f"({size(cached)} into the cache, {size(packed)} into build/); {took}"
+        f"takes up to {size(cached + packed)} more of the disk while it runs: "
+        f"cache {size(cached)}, build {size(packed)}"
+    )
+    yield f"time {_seconds(seconds)}"
+
+
+def _of_target(target: str, steps: list[Step]) -> Iterator[str]:
+    groups: dict[_Group, list[str]] = {}
+    stages = list(dict.fromkeys(step.stage for step in steps))
+    for step in sorted(steps, key=lambda step: stages.index(step.stage)):
+        groups.setdefault(_Group.of(step), []).append(step.layer)
+    yield target
+    said: tuple[str, ...] = ()
+    for group, layers in groups.items():
+        head = f"  {group.stage:<9}{group.state:<11}"
+        yield from _indented(head + _folded(layers), 0, 22)
+        for fact in group.facts if group.facts != said else ():
+            yield from _indented(fact, 22)
+        said = group.facts
+
+
+def _folded(layers: list[str]) -> str:
+    """Return names of layers, those that follow each other as one range."""
+
+    def place(at: tuple[int, str]) -> tuple[str, int]:
+        begin, _, number = at[1].rpartition(".")
+        return (begin, int(number) - at[0]) if number.isdigit() else (at[1], 0)
+
+    runs = [[name for _, name in run] for _, run in groupby(enumerate(layers), place)]
+    parts = [run[0] if len(run) == 1 else f"{run[0]}-{run[-1].rpartition('.')[2]}" for run in runs]
+    return ", ".join(parts)
+
+
+def _indented(text: str, first: int, rest: int | None = None) -> list[str]:
+    further = " " * (first + 2 if rest is None else rest)
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=" " * first, subsequent_indent=further, break_on_hyphens=False
     )
 
 
-def _count(members: list[Step]) -> str:
-    return f"{len(members)}: " if members[0].stage != "pack" else ""
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _as_json(steps: Iterable[Step], seconds: float | None) -> str:
+def _totals(steps: Iterable[Step]) -> tuple[Moved, int, int]:
+    """Return what steps move, and how much the cache and build/ grow by meanwhile."""
     steps = list(steps)
-    todo = [step for step in steps if step.state == RUN]
-    record = {
-        "tasks": [asdict(step) for step in steps],
-        "seconds": seconds,
-        "bytes_read": sum(step.reads for step in todo),
-        "bytes_written": sum(step.writes for step in todo),
-        "disk_bytes": sum(step.writes for step in todo),
-    }
-    return json.dumps(record, indent=1) + "\n"
+    moved = sum((step.moved for step in steps), Moved())
+    packed = sum(step.moved.written for step in steps if step.stage == "pack")
+    return moved, moved.written + moved.fetched - packed, packed
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "not known: no earlier run tells"
+    if seconds < 60:
+        return f"{seconds:.0f} s, by earlier runs"
+    return f"{clock(seconds)}, by earlier runs"
+
+
+def _as_json(steps: list[Step], seconds: float | None) -> str:
+    moved, cached, packed = _totals(steps)
+    tasks = []
+    for step in steps:
+        record = asdict(step)
+        moved_by_it = record.pop("moved")
+        tasks.append({**record, **_bytes(moved_by_it)})
+    summary = {"seconds": seconds, **_bytes(asdict(moved)), "disk_bytes": cached + packed}
+    return json.dumps({"tasks": tasks, **summary}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _bytes(moved: dict[str, int]) -> dict[str, int]:
+    return {f"bytes_{key}": value for key, value in moved.items()}

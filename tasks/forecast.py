@@ -9,37 +9,42 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cache.actions import Hit
 from cache.digest import digest_record
 from cache.log import Entry
 from cache.manifests import Action, Manifest, ManifestError, Tensor
-from tasks import extract, pack, reasons
+from tasks import extract, pack, reasons, sizes, unshard
 from tasks.build import Builder, Needed, threads
+from tasks.config import BUILD
 from tasks.plan import Node, Plan
+from tasks.reasons import Reason
+from tasks.sizes import Moved
 
 UP_TO_DATE, RUN, REUSE, FETCH = "up to date", "run", "reuse", "fetch"
-UNKNOWN = "what it reads is not known before it is made"
+UNKNOWN = Reason("what it reads may come out differently")
+LOST = Reason("bytes of it that are wanted are not in the cache any more")
+NOTHING = Moved()
+LEAST_BYTES = 1 << 20  # what is smaller takes no time to speak of, and its rate says nothing
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What doit's database has of a task.
+    """What doit knows of a task before the run.
 
     Attributes:
-        values: what the task returned.
-        intact: whether what it made is as it left it.
-        told: whether it is told what it was told then.
-        inputs: digests of the manifests that it read, by path.
+        runs: whether it runs whatever comes of the tasks that it depends on.
+        why: says why it runs, given the inputs that are not what they were.
+        inputs: digests of what it read when it last ran, by path.
+        changed: inputs that no task makes and that are not what they were.
     """
 
-    values: Mapping[str, Any]
-    intact: bool
-    told: bool
+    runs: bool
+    why: Callable[[list[str]], list[Reason]]
     inputs: Mapping[str, str]
+    changed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,7 @@ class Step:
         state: ``up to date``, ``run``, ``reuse`` (from the action cache), ``fetch``.
         why: reasons, none if it is up to date.
         certain: whether no result that is not known yet could change it.
-        reads: bytes.
-        writes: bytes.
+        moved: bytes.
     """
 
     task: str
@@ -63,10 +67,9 @@ class Step:
     stage: str
     layer: str
     state: str
-    why: tuple[str, ...] = ()
+    why: tuple[Reason, ...] = ()
     certain: bool = True
-    reads: int = 0
-    writes: int = 0
+    moved: Moved = field(default_factory=Moved)
 
 
 @dataclass(frozen=True)
@@ -76,168 +79,256 @@ class _Result:
     Attributes:
         symbol: the same for two nodes that will have made the same.
         manifest: if it is known.
+        new: whether nothing that is on record can have been made of it: it is made for the first
+            time.
     """
 
     symbol: str
     manifest: Manifest | None
+    new: bool = False
 
 
 class Forecast:
-    """Works out a run's steps."""
+    """Works out a run's steps.
+
+    Attributes:
+        steps: by task, in the order of the stages of each layer.
+    """
 
     def __init__(self, builder: Builder, saved: Callable[[str], Saved]) -> None:
         """Begin with nothing looked at.
 
         Args:
             builder: gives the cache; nothing is written through it.
-            saved: what doit's database has of a task.
+            saved: what doit knows of a task.
         """
+        self.steps: dict[str, Step] = {}
         self._builder = builder
+        self._store = builder.store
         self._saved = saved
         self._results: dict[Node, _Result] = {}
-        self._steps: dict[Node, Step] = {}
-        self._running: dict[str, str] = {}  # the task that will make what others reuse, by symbol
+        self._running: set[str] = set()  # symbols of what will be made
+        self._there: set[str] = set()  # digests of blobs that will be in the cache
+        # Else any result may be on record that is not known before it is made.
+        self._empty = not self._store.actions.root.exists()
 
-    def step(self, plan: Plan, node: Node) -> Step:
-        """Return what will become of a layer's task."""
-        if node not in self._steps:
-            for need in node.needs:
-                self.step(plan, need)
-            self._steps[node], self._results[node] = self._work_out(plan, node)
-        return self._steps[node]
-
-    def pack(self, plan: Plan, changed_files: Iterable[str]) -> Step:
-        """Return what will become of a target's packing.
-
-        Args:
-            plan: the target.
-            changed_files: the checkpoint's small files that are not as they were.
-        """
-        name = f"pack:{plan.target.name}"
-        saved = self._saved(name)
-        why, certain, size = [], True, 0
-        for node in plan.stages["quantize"]:
-            self.step(plan, node)
-            result = self._results[node].manifest
-            before = saved.inputs.get(self._builder.manifest_path(node))
-            size += sum(_made_bytes(plan, node).values())
-            if result is None:
-                certain &= not (saved.told and saved.intact)
-            if result is None or result.result != before:
-                why.append(node.order.layer)
-        reasons_found = []
-        if not saved.values:
-            reasons_found.append("never built here")
-        elif not saved.told:
-            reasons_found += reasons.of_parts(saved.values.get("parts"), pack.told(plan))
-        elif not saved.intact:
-            reasons_found.append(f"build/{plan.target.name} or models.lock is not as it was left")
-        if saved.values:
-            reasons_found += [f"{Path(path).name} changed" for path in changed_files]
-        if why and saved.values:
-            reasons_found.append(f"contents of {reasons.some(why)}")
-        if not reasons_found:
-            return Step(name, plan.target.name, "pack", "", UP_TO_DATE)
-        certain |= bool(reasons_found[:-1]) or not why
-        return Step(
-            name, plan.target.name, "pack", "", RUN, tuple(reasons_found), certain, size, size
-        )
-
-    def _work_out(self, plan: Plan, node: Node) -> tuple[Step, _Result]:
+    def add(self, plan: Plan, node: Node) -> None:
+        """Work out a layer's task, and those that it depends on."""
+        if node in self._results:
+            return
+        for need in node.needs:
+            self.add(plan, need)
         saved = self._saved(node.name)
-        path = self._builder.manifest_path(node)
-        old = _read(path)
-        needs = [self._results[need] for need in node.needs]
-        known = [need.manifest for need in needs]
-        fresh = saved.told and saved.intact and old is not None
-        if fresh and all(
-            manifest is not None
-            and manifest.result == saved.inputs.get(self._builder.manifest_path(need))
-            for need, manifest in zip(node.needs, known, strict=True)
-        ):
-            assert old is not None
-            return self._told(node, UP_TO_DATE), _Result(old.result, old)
-        if node.stage == "extract":
-            return self._extract(plan, node, saved, old)
-        symbol = digest_record(
-            [node.stage, node.order.version, node.params, [need.symbol for need in needs]]
-        )
-        why = self._why(saved, old, path)
-        if None in known:
-            if not why:
-                why = [UNKNOWN]
-            state = REUSE if symbol in self._running else RUN
-            self._running.setdefault(symbol, node.name)
-            step = self._told(node, state, why, certain=not fresh, plan=plan)
-            return step, _Result(symbol, None)
-        needed = _needed(node, dict(zip(node.needs, known, strict=True)))
-        action = self._builder.action(node, needed)
-        if old is not None:
-            why = why or reasons.between(old.action, action)
-        why = why or ["its record is gone"]
-        found, how = self._recorded(action)
-        if found:
-            return self._told(node, how, why, plan=plan), _Result(found.result, found)
-        if action.key in self._running:
-            return self._told(node, REUSE, why, plan=plan), _Result(action.key, None)
-        self._running[action.key] = node.name
-        return self._told(node, RUN, why, plan=plan), _Result(action.key, None)
+        needs = {need: self._results[need] for need in node.needs}
+        old = _read(self._path(node))
+        if not saved.runs and old and all(self._as_it_was(saved, need) for need in needs):
+            self._results[node] = _Result(old.result, old)
+            self._put(node, UP_TO_DATE)
+        elif node.stage == "extract":
+            self._extract(plan, node, saved, old)
+        elif all(result.manifest for result in needs.values()):
+            self._known(plan, node, saved, old)
+        else:
+            self._unknown(plan, node, saved)
 
-    def _extract(
-        self, plan: Plan, node: Node, saved: Saved, old: Manifest | None
-    ) -> tuple[Step, _Result]:
-        why = self._why(saved, old, self._builder.manifest_path(node))
-        if not why:
-            why = reasons.of_files(saved.values.get("look"), extract.look(node))
+    def add_pack(self, plan: Plan) -> None:
+        """Work out a target's packing, and all that it depends on."""
+        task = f"pack:{plan.target.name}"
+        last = plan.stages["quantize"]
+        for node in last:
+            self.add(plan, node)
+        saved = self._saved(task)
+        changed = [node for node in last if not self._as_it_was(saved, node)]
+        step = Step(task, plan.target.name, "pack", "", UP_TO_DATE)
+        if saved.runs or saved.changed or changed:
+            why = tuple(saved.why([*map(self._path, changed), *saved.changed]))
+            step = self._pack(plan, replace(step, state=RUN, why=why), saved)
+        self.steps[task] = step
+
+    def _pack(self, plan: Plan, step: Step, saved: Saved) -> Step:
+        last = plan.stages["quantize"]
+        needed = self._needed(plan.stages["quantize"])
+        if needed is None:
+            size = sum(sizes.total(sizes.made(node).values()) for node in last)
+            parts = [pack.told(plan), [self._results[node].symbol for node in last]]
+            shared = self._runs(digest_record(parts))
+            certain = not shared and self._surely(saved, last)
+            state = REUSE if shared else RUN
+            return replace(step, state=state, certain=certain, moved=Moved(size, size))
+        content = pack.Content.of(self._builder, plan, needed)
+        found, state = self._recorded(content.action)
+        if found and _holds(self._builder.state.parent / BUILD / plan.target.name, found):
+            return replace(step, state=state)
+        shared = not found and self._runs(content.action.key)
+        fetched = sum(self._want(plan, *needed[name], name, certain=True) for name in needed)
+        size = sizes.total(tensor for _, tensor in needed.values())
+        moved = Moved(size, content.nbytes, fetched)
+        return replace(step, state=REUSE if shared else state, certain=not shared, moved=moved)
+
+    def _extract(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
+        why = saved.why([])
         tensors = extract.known(self._builder, plan, node)
+        moved = sizes.moved(self._builder, plan, node)
         if tensors is None:
-            symbol = digest_record([node.order.digest])
-            state = REUSE if symbol in self._running else RUN
-            self._running.setdefault(symbol, node.name)
-            return self._told(node, state, why, plan=plan), _Result(symbol, None)
+            symbol = node.order.digest
+            self._results[node] = _Result(symbol, None, self._empty and not self._store.sharing)
+            shared = self._runs(symbol)
+            self._put(
+                node, REUSE if shared else RUN, why, certain=self._empty,
+                moved=NOTHING if shared else moved,
+            )  # fmt: skip
+            return
         made = {name: (node, tensor) for name, tensor in tensors.items()}
         manifest = Manifest(self._builder.action(node, made), tensors)
-        found = isinstance(self._builder.store.actions.get(manifest.action), Hit)
-        symbol = manifest.action.key
-        state = REUSE if found or plan.checkpoint.record or symbol in self._running else RUN
-        self._running.setdefault(symbol, node.name)
-        return self._told(node, state, why, plan=plan), _Result(manifest.result, manifest)
+        self._results[node] = _Result(manifest.result, manifest)
+        if old:
+            why += reasons.between(old.action, manifest.action)
+        lost = sum(t.nbytes for t in tensors.values() if not self._has(t))
+        self._there |= {tensor.digest for tensor in tensors.values()}
+        known = isinstance(self._store.actions.get(manifest.action), Hit)
+        reuse = known or plan.checkpoint.record or self._runs(manifest.action.key)
+        self._put(node, REUSE if reuse else RUN, why, moved=Moved(lost))
 
-    def _why(self, saved: Saved, old: Manifest | None, path: str) -> list[str]:
-        if not saved.values:
-            return ["never built here"]
-        if saved.told and not saved.intact:
-            return [f"{path} is not as it was left"]
-        if saved.told and old is None:
-            return ["its manifest is missing"]
-        return []
+    def _unknown(self, plan: Plan, node: Node, saved: Saved) -> None:
+        needs = [self._results[need] for need in node.needs]
+        told = [node.stage, node.order.version, node.params]
+        symbol = digest_record([*told, [need.symbol for need in needs]])
+        shared = self._runs(symbol)
+        certain = self._surely(saved, node.needs)
+        self._results[node] = _Result(symbol, None, certain)
+        self._put(
+            node, REUSE if shared else RUN, saved.why([]) if saved.runs else [UNKNOWN],
+            certain=certain,
+            moved=NOTHING if shared else sizes.moved(self._builder, plan, node),
+        )  # fmt: skip
+
+    def _known(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
+        needed = self._needed(node.needs, node.order.reads)
+        assert needed is not None
+        action = self._builder.action(node, needed)
+        changed = [self._path(need) for need in node.needs if not self._as_it_was(saved, need)]
+        why = (old and reasons.between(old.action, action)) or saved.why(changed)
+        found, state = self._recorded(action)
+        if found:
+            self._results[node] = _Result(found.result, found)
+            self._put(node, state, why)
+            return
+        passed = _passed_on(node, needed)
+        manifest = Manifest(action, passed) if passed is not None else None
+        symbol = manifest.result if manifest else action.key
+        self._results[node] = _Result(symbol, manifest, new=True)
+        if self._runs(action.key):
+            self._put(node, REUSE, why)
+            return
+        fetched = sum(
+            self._want(plan, *needed[name], name, certain=True)
+            for name in sizes.reads(self._builder, node)
+        )
+        moved = sizes.moved(self._builder, plan, node) + Moved(fetched=fetched)
+        self._put(node, RUN, why, moved=moved)
+
+    def _surely(self, saved: Saved, needs: Iterable[Node]) -> bool:
+        """Tell whether a task is certain to run, and to find nothing on record."""
+        results = {need: self._results[need] for need in needs}
+        if not all(result.manifest or result.new for result in results.values()):
+            return False
+        if saved.runs or saved.changed:
+            return True
+        return any(
+            not self._as_it_was(saved, need) if result.manifest else self._differs(saved, need)
+            for need, result in results.items()
+        )
+
+    def _as_it_was(self, saved: Saved, need: Node) -> bool:
+        manifest = self._results[need].manifest
+        return manifest is not None and manifest.result == saved.inputs.get(self._path(need))
+
+    def _differs(self, saved: Saved, need: Node) -> bool:
+        """Tell whether what a node will make has other names, dtypes or shapes than before."""
+        old = _read(self._path(need))
+        if not old or old.result != saved.inputs.get(self._path(need)):
+            return False
+        return sizes.made(need) != {n: replace(t, digest="") for n, t in old.tensors.items()}
 
     def _recorded(self, action: Action) -> tuple[Manifest | None, str]:
-        found = self._builder.store.actions.get(action)
+        found = self._store.actions.get(action)
         if isinstance(found, Hit):
             return found.manifest, REUSE
-        sharing = self._builder.store.sharing
+        sharing = self._store.sharing
         manifest = sharing.read(action.key) if sharing else None
         if manifest is not None and manifest.action == action:
             return manifest, FETCH
         return None, RUN
 
-    def _told(
+    def _runs(self, symbol: str) -> bool:
+        """Tell whether another task will have made what this one asks for; else this one will."""
+        shared = symbol in self._running
+        self._running.add(symbol)
+        return shared
+
+    def _needed(self, needs: Iterable[Node], reads: frozenset[str] | None = None) -> Needed | None:
+        """Return the tensors that some nodes made, or None if not all are known."""
+        found: Needed = {}
+        for need in needs:
+            manifest = self._results[need].manifest
+            if manifest is None:
+                return None
+            found |= {
+                name: (need, tensor)
+                for name, tensor in manifest.tensors.items()
+                if reads is None or name in reads
+            }
+        return found
+
+    def _has(self, tensor: Tensor) -> bool:
+        return tensor.digest in self._there or self._store.blobs.has(tensor.digest, tensor.nbytes)
+
+    def _want(self, plan: Plan, maker: Node, tensor: Tensor, name: str, *, certain: bool) -> int:
+        """Take note that a tensor's bytes are read: what is lost is fetched, or made again.
+
+        Returns:
+            The bytes to fetch.
+        """
+        if self._has(tensor):
+            return 0
+        self._there.add(tensor.digest)
+        manifest, sharing = self._results[maker].manifest, self._store.sharing
+        assert manifest is not None
+        if sharing and sharing.has(manifest.action.key, tensor):
+            return tensor.nbytes
+        needed = self._needed(maker.needs, maker.order.reads)
+        if needed is None:  # it is made in this run
+            return 0
+        if not self._builder.keeps(maker.stage) and (keys := _again(maker, name)) is not None:
+            return sum(self._want(plan, *needed[key], key, certain=certain) for key in keys)
+        for key, (earlier, passed) in needed.items():
+            if passed == tensor and self._builder.keeps(earlier.stage):
+                self._there.discard(tensor.digest)
+                return self._want(plan, earlier, tensor, key, certain=certain)
+        self._there |= {made.digest for made in manifest.tensors.values()}
+        if self.steps[maker.name].state != RUN:
+            moved = sizes.moved(self._builder, plan, maker)
+            self._put(maker, RUN, [LOST], certain=certain, moved=moved)
+        return sum(
+            self._want(plan, *needed[key], key, certain=certain)
+            for key in (sizes.reads(self._builder, maker) if needed else ())
+        )
+
+    def _path(self, node: Node) -> str:
+        return self._builder.manifest_path(node)
+
+    def _put(
         self,
         node: Node,
         state: str,
-        why: Iterable[str] = (),
+        why: Iterable[Reason] = (),
         *,
         certain: bool = True,
-        plan: Plan | None = None,
-    ) -> Step:
-        reads = writes = 0
-        if state == RUN and plan:
-            reads, writes = _bytes(self._builder, plan, node)
-        return Step(
-            node.name, node.target, node.stage, node.order.layer, state, tuple(why), certain,
-            reads, writes,
-        )  # fmt: skip
+        moved: Moved = NOTHING,
+    ) -> None:
+        self.steps[node.name] = Step(
+            node.name, node.target, node.stage, node.order.layer, state, tuple(why), certain, moved
+        )
 
 
 def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
@@ -248,12 +339,12 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
     rates: dict[str, list[float]] = {}
     for entry in log:
         moved = entry.bytes_read + entry.bytes_written
-        if entry.outcome == "computed" and moved > 1 << 20:
+        if entry.outcome != "failed" and moved > LEAST_BYTES:
             rates.setdefault(entry.task.partition(":")[0], []).append(entry.seconds / moved)
     layers = last = 0.0
     for step in steps:
-        moved = step.reads + step.writes
-        if step.state != RUN or moved <= 1 << 20:
+        moved = step.moved.read + step.moved.written
+        if moved <= LEAST_BYTES:
             continue
         if step.stage not in rates:
             return None
@@ -265,16 +356,6 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
     return layers / threads() + last
 
 
-def _needed(node: Node, found: Mapping[Node, Manifest | None]) -> Needed:
-    return {
-        name: (need, tensor)
-        for need, manifest in found.items()
-        if manifest is not None
-        for name, tensor in manifest.tensors.items()
-        if node.order.reads is None or name in node.order.reads
-    }
-
-
 def _read(path: str) -> Manifest | None:
     try:
         return Manifest.from_bytes(Path(path).read_bytes())
@@ -282,49 +363,28 @@ def _read(path: str) -> Manifest | None:
         return None
 
 
-def _bytes(builder: Builder, plan: Plan, node: Node) -> tuple[int, int]:
-    """Return how many bytes a node's action reads, and writes."""
-    if node.stage == "extract":
-        return sum(plan.stored(key)[1].nbytes for key in node.params["tensors"]), 0
-    unsharded = _unsharded(node)
-    whole = {name: Tensor(t[0], t[1], "").nbytes for name, t in unsharded.items()}
-    if node.stage == "unshard":
-        joined = sum(size for name, size in whole.items() if unsharded[name][3])
-        return joined, joined if builder.keeps("unshard") else 0
-    made = _made_bytes(plan, node)
+def _holds(folder: Path, packed: Manifest) -> bool:
+    """Tell whether a folder has the files of a build, as far as their sizes tell."""
+    if not folder.is_dir():
+        return False
+    there = {path.name: path.stat().st_size for path in folder.iterdir()}
+    return there == {name: tensor.nbytes for name, tensor in packed.tensors.items()}
+
+
+def _passed_on(node: Node, needed: Needed) -> dict[str, Tensor] | None:
+    """Return what a node makes if it changes nothing, else None."""
+    if sizes.changed(node):
+        return None
+    if node.stage != "unshard":
+        return {name: tensor for name, (_, tensor) in needed.items()}
+    inputs = {name: told[2][0] for name, told in node.params["tensors"].items()}
+    made = sizes.made(node)
+    return {n: replace(made[n], digest=needed[key][1].digest) for n, key in inputs.items()}
+
+
+def _again(node: Node, name: str) -> list[str] | None:
+    """Return what a tensor that is not kept is made of as it is read; None if it is kept."""
     if node.stage == "cast":
-        changed = sum(made[name] for name in node.params["dtypes"])
-        return sum(whole[name] for name in node.params["dtypes"]), (
-            changed if builder.keeps("cast") else 0
-        )
-    casted = _made_bytes(plan, node.needs[0])
-    settings = node.params["settings"]
-    return sum(casted[name] for name in settings), sum(made[name] for name in settings)
-
-
-def _unsharded(node: Node) -> dict[str, Any]:
-    while node.stage != "unshard":
-        node = node.needs[0]
-    return dict(node.params["tensors"])
-
-
-def _made_bytes(plan: Plan, node: Node) -> dict[str, int]:
-    """Return the size of what cast or quantize makes of each of a layer's tensors."""
-    dtypes: Mapping[str, str] = {}
-    settings: Mapping[str, Any] = {}
-    at = node
-    while at.stage != "unshard":
-        dtypes = at.params.get("dtypes", dtypes)
-        settings = at.params.get("settings", settings)
-        at = at.needs[0]
-    sizes = {}
-    for name, (dtype, shape, _, _) in at.params["tensors"].items():
-        dtype = dtypes.get(name, dtype)
-        size = Tensor(dtype, shape, "").nbytes
-        if name in settings:
-            group_size, bits, mode = settings[name]
-            count = Tensor("uint8", shape, "").nbytes
-            scale = 2 * Tensor(dtype, (1,), "").nbytes if mode == "affine" else 1
-            size = count * bits // 8 + count // group_size * scale
-        sizes[name] = size
-    return sizes
+        return [name]
+    _, _, inputs, steps = node.params["tensors"][name]
+    return None if unshard.sanitized(steps) else inputs

@@ -28,8 +28,10 @@ from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
 from tasks.lock import Lock
 from tasks.plan import Node, Plan, Planner
+from tasks.reasons import Reason
 
-CHANGED = "settings changed"
+CHANGED = "what it is told changed"
+NEVER = "never built here"
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,25 @@ class Graph:
 
     def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
         path = self.builder.manifest_path(node)
-        # A build that was cut off changes manifests before doit's database, which then speaks of
-        # older ones.
-        told = Told(node.order.digest, path, lambda values: as_left(path, values.get("left")))
-        if node.stage == "extract":
-            told.differs = lambda values: reasons.of_files(values.get("look"), extract.look(node))
+
+        def intact(values: Mapping[str, Any]) -> bool:
+            # A build that was cut off changes manifests before doit's database, which then speaks
+            # of older ones.
+            return as_left(path, values.get("left"))
+
+        def differs(values: Mapping[str, Any]) -> list[Reason]:
+            if node.stage != "extract":
+                return []  # the manifest that is there tells more
+            return reasons.of_files(values.get("look"), extract.look(node))
+
+        told = Told(node.order.digest, path, intact, differs)
 
         def act(changed: list[str]) -> Any:
             made: dict[str, Any] = {"told": told.digest}
 
             def run() -> None:
                 with self.builder.store.lock.using():
-                    manifest = self.builder.run(found, node, told.why(changed))
+                    manifest = self.builder.run(found, node, reasons.joined(told.why(changed)))
                 if node.stage == "extract":
                     made["look"] = extract.look(node)
                     self.lock.check_layer(self.builder.store, found, manifest.tensors)
@@ -101,7 +110,7 @@ class Graph:
             "uptodate": [told],
             "clean": True,
             "io": {"capture": False},
-            "meta": {"plan": found, "node": node},
+            "meta": {"plan": found, "node": node, "told": told},
         }
 
     def _pack_task(self, target: str, found: Plan) -> dict[str, Any]:
@@ -110,8 +119,12 @@ class Graph:
         last = found.stages["quantize"]
         layout = LAYOUTS[found.target.layout]
         parts = pack.told(found)
-        told = Told(digest_record(parts), str(folder), lambda values: self.is_packed(found, values))
-        told.differs = lambda values: reasons.of_parts(values.get("parts"), parts)
+        told = Told(
+            digest_record(parts),
+            str(folder),
+            lambda values: self.is_packed(found, values),
+            lambda values: reasons.of_parts(values.get("parts"), parts),
+        )
 
         def build(why: str) -> dict[str, Any]:
             plans = self.plans.values()
@@ -140,7 +153,7 @@ class Graph:
 
         def act(changed: list[str]) -> Any:
             made: dict[str, Any] = {}
-            return reported(lambda: made.update(build(told.why(changed))), made)
+            return reported(lambda: made.update(build(reasons.joined(told.why(changed)))), made)
 
         return {
             "basename": "pack",
@@ -156,7 +169,7 @@ class Graph:
             "uptodate": [told],
             "clean": [(_remove, [folder, manifest_path])],
             "io": {"capture": False},
-            "meta": {"plan": found},
+            "meta": {"plan": found, "told": told},
         }
 
     def is_packed(self, found: Plan, values: Mapping[str, Any]) -> bool:
@@ -173,7 +186,7 @@ class Told:
         digest: of what it is told now.
         made: what it makes, for people.
         intact: tells, from what it returned the last time, whether that is still as it left it.
-        differs: says, from the same, how what it is told differs, where the task knows.
+        differs: says, from the same, how what it is told differs, as far as the task knows.
     """
 
     # doit asks for the signature of each task's, at 50 µs a time if it must be worked out.
@@ -181,28 +194,37 @@ class Told:
         [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("task", "values")]
     )
 
-    def __init__(self, digest: str, made: str, intact: Callable[[Mapping[str, Any]], bool]) -> None:
+    def __init__(
+        self,
+        digest: str,
+        made: str,
+        intact: Callable[[Mapping[str, Any]], bool],
+        differs: Callable[[Mapping[str, Any]], list[Reason]],
+    ) -> None:
         self.digest = digest
         self.made = made
         self.intact = intact
-        self.differs: Callable[[Mapping[str, Any]], list[str]] = lambda _: []
-        self._why = ""
+        self.differs = differs
+        self._why: list[Reason] = []
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
         """Answer doit, which passes what the task returned the last time."""
         if not values:
-            self._why = "never built here"
+            known = Path(self.made).exists()
+            self._why = [Reason("doit's database has no record of it" if known else NEVER)]
         elif values.get("told") != self.digest:
-            self._why = "; ".join(self.differs(values)) or CHANGED
+            self._why = self.differs(values) or [Reason(CHANGED)]
         elif not self.intact(values):
-            self._why = f"{self.made} is not as it was built"
+            self._why = [Reason(f"{self.made} is not as it was built")]
         return not self._why
 
-    def why(self, changed: list[str]) -> str:
-        """Return why the task runs, given the file_deps that doit found changed."""
-        if self._why or not changed:
-            return self._why or "its manifest is missing"
-        return f"changed: {reasons.some([Path(path).stem for path in changed])}"
+    def why(self, changed: list[str]) -> list[Reason]:
+        """Return why the task runs, given the file_deps that are not what they were."""
+        return (
+            self._why
+            or reasons.contents(Path(path).name.removesuffix(".json") for path in changed)
+            or [Reason("it reads other files than before, or its manifest is missing")]
+        )
 
 
 def as_left(path: str, left: list[Any] | None) -> bool:
@@ -250,7 +272,7 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
 
 def _store(read: config.Config) -> Store:
     """Open the cache, and the remote if there is one to be used."""
-    store = Store.at(read.cache)
+    store = Store.at(read.cache, read_only=options.read_only)
     if not read.remote or read.mode == "off":
         return store
     from cache.remote import Remote
@@ -259,7 +281,7 @@ def _store(read: config.Config) -> Store:
     remote = Remote(
         read.remote,
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
-        read_only=read.mode == "read-only",
+        read_only=options.read_only or read.mode == "read-only",
         secret=os.environ.get("MLX_MAKE_SIGNING_KEY", "").encode() or None,
     )
     options.remotes.append(remote)

@@ -9,4 +9,5 @@ if TYPE_CHECKING:
 
 locked = False  # --locked: any difference from models.lock is an error
 asked: list[str] = []  # the tasks that are named
+read_only = False  # nothing may be written
 remotes: list[Remote] = []  # opened: to be finished before doit returns

@@ -9,6 +9,7 @@ import platform
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,54 @@ def shards(
     return found
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a target's folder will hold.
+
+    Attributes:
+        action: the action of packing it.
+        weights: the tensors of each weight file.
+        small: the other files.
+    """
+
+    action: Action
+    weights: dict[str, list[tuple[str, Tensor]]]
+    small: dict[str, bytes]
+
+    @classmethod
+    def of(cls, builder: Builder, plan: Plan, needed: Needed) -> Content:
+        """Work it out.
+
+        Raises:
+            BuildError: the layers are not those of the plan.
+        """
+        if missing := set(plan.names) ^ needed.keys():
+            raise BuildError(
+                f"{plan.target.name}: the plan and the built layers disagree on "
+                f"{', '.join(sorted(missing)[:3])}. Run doit forget -a, then doit."
+            )
+        layout = LAYOUTS[plan.target.layout]
+        tensors = [(name, needed[name][1]) for name in plan.names]
+        split = shards(tensors, plan.target.max_shard_bytes)
+        sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in split]
+        small = layout.files(plan.checkpoint, builder.store.memos, sizes, plan.weights)
+        small["config.json"] = json.dumps(plan.config, indent=4).encode()
+        weights = dict(zip(layout.shard_names(len(split)), split, strict=True))
+        params = {
+            "format": layout.FORMAT,
+            "weights": {file: [name for name, _ in shard] for file, shard in weights.items()},
+            "files": {name: digest(data) for name, data in small.items()},
+        }
+        inputs = {name: tensor.record for name, tensor in tensors}
+        return cls(Action("pack", VERSION, params, inputs), weights, small)
+
+    @property
+    def nbytes(self) -> int:
+        """Size, but for the weight files' headers."""
+        tensors = sum(tensor.nbytes for shard in self.weights.values() for _, tensor in shard)
+        return tensors + sum(map(len, self.small.values()))
+
+
 def run(
     builder: Builder,
     plan: Plan,
@@ -73,40 +122,23 @@ def run(
         NoRoom: the disk cannot take the new folder.
     """
     with builder.logged(f"pack:{plan.target.name}", why) as record:
-        layout = LAYOUTS[plan.target.layout]
         needed: Needed = {}
         notes = list(plan.notes)
         for node in plan.stages["quantize"]:
             manifest = builder.manifest(plan, node)
             needed.update({name: (node, tensor) for name, tensor in manifest.tensors.items()})
             notes += manifest.notes
-        if missing := set(plan.names) ^ needed.keys():
-            raise BuildError(
-                f"{plan.target.name}: the plan and the built layers disagree on "
-                f"{', '.join(sorted(missing)[:3])}. Run doit forget -a, then doit."
-            )
-        tensors = [(name, needed[name][1]) for name in plan.names]
-        split = shards(tensors, plan.target.max_shard_bytes)
-        sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in split]
-        small = layout.files(plan.checkpoint, builder.store.memos, sizes, plan.weights)
-        small["config.json"] = json.dumps(plan.config, indent=4).encode()
-        weights = dict(zip(layout.shard_names(len(split)), split, strict=True))
-        params = {
-            "format": layout.FORMAT,
-            "weights": {file: [name for name, _ in shard] for file, shard in weights.items()},
-            "files": {name: digest(data) for name, data in small.items()},
-        }
-        action = Action("pack", VERSION, params, {name: tensor.record for name, tensor in tensors})
-        check(action)
-        found, record["outcome"] = builder.find(action)
+        content = Content.of(builder, plan, needed)
+        check(content.action)
+        found, record["outcome"] = builder.find(content.action)
         if isinstance(found, Hit) and _holds(folder, found.manifest.tensors):
             result = found.manifest
         else:
             if folder.exists() and not manifest_path.exists():
                 _refuse_to_replace(folder)
             expected = found.manifest.tensors if isinstance(found, Hit) else None
-            made = _write(builder, plan, needed, folder, weights, small, expected)
-            result = Manifest(action, made, tuple(dict.fromkeys(notes)))
+            made = _write(builder, plan, needed, folder, content, expected)
+            result = Manifest(content.action, made, tuple(dict.fromkeys(notes)))
             builder.store.actions.put(result)
             if builder.store.sharing and made != expected:
                 builder.store.sharing.push(result, None)
@@ -182,25 +214,23 @@ def _write(
     plan: Plan,
     needed: Needed,
     folder: Path,
-    weights: dict[str, list[tuple[str, Tensor]]],
-    small: dict[str, bytes],
+    content: Content,
     expected: dict[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     """Write the folder anew; if it was built before, it must come out as ``expected``."""
-    need = sum(tensor.nbytes for shard in weights.values() for _, tensor in shard)
-    need += sum(map(len, small.values()))
+    need = content.nbytes
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f"{files.TEMPORARY}{folder.name}")
     shutil.rmtree(new, ignore_errors=True)  # of a build that was cut off
     files.room(folder.parent, need)
     new.mkdir()
     try:
-        made = _fill(builder, plan, needed, new, weights, small)
+        made = _fill(builder, plan, needed, new, content)
         if expected is not None and made != expected:
             # A blob is not what its name says. It goes, and what it should be is made again.
             for _, tensor in needed.values():
                 builder.store.blobs.drop_if_wrong(tensor.digest)
-            made = _fill(builder, plan, needed, new, weights, small)
+            made = _fill(builder, plan, needed, new, content)
         _exchange(new, folder)
     except OSError as error:
         if files.is_full(error):
@@ -216,15 +246,14 @@ def _fill(
     plan: Plan,
     needed: Needed,
     new: Path,
-    weights: dict[str, list[tuple[str, Tensor]]],
-    small: dict[str, bytes],
+    content: Content,
 ) -> dict[str, Tensor]:
     form = LAYOUTS[plan.target.layout].FORMAT
     blobs = builder.store.blobs
     builder.fetch(plan, needed, needed)
     packed = {
         file: [Packed(name, tensor, builder.locate(plan, needed, name)) for name, tensor in shard]
-        for file, shard in weights.items()
+        for file, shard in content.weights.items()
     }
     threads = max(1, cores() // len(packed))
 
@@ -233,7 +262,7 @@ def _fill(
 
     with ThreadPoolExecutor(cores()) as pool:
         made = dict(zip(packed, pool.map(put, packed), strict=True))
-    for name, data in small.items():
+    for name, data in content.small.items():
         (new / name).write_bytes(data)
         made[name] = Tensor("uint8", (len(data),), digest(data))
     blobs.meter.written += sum(tensor.nbytes for tensor in made.values())

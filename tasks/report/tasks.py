@@ -48,6 +48,7 @@ def _target_task(
             values.get("seen") == _seen(graph, reader, plan, family)
             and pack.intact_files(str(folder), values.get("outputs"))
         ),
+        lambda _: [],
     )
 
     def build(why: str) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def _target_task(
 
     def act(changed: list[str]) -> Any:
         made: dict[str, Any] = {}
-        return reported(lambda: made.update(build(told.why(changed))), made)
+        return reported(lambda: made.update(build(reasons.joined(told.why(changed)))), made)
 
     return {
         "basename": f"report:{name}",
@@ -96,6 +97,7 @@ def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
         digest_record([VERSION, list(graph.plans)]),
         str(path),
         lambda values: pack.intact_files(str(folder), values.get("outputs")),
+        lambda _: [],
     )
 
     def build(why: str) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
 
     def act(changed: list[str]) -> Any:
         made: dict[str, Any] = {}
-        return reported(lambda: made.update(build(told.why(changed))), made)
+        return reported(lambda: made.update(build(reasons.joined(told.why(changed)))), made)
 
     return {
         "basename": "report",

@@ -1,0 +1,130 @@
+"""sizes: what an action will make, read and write, known before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cache.manifests import Tensor
+from tasks import unshard
+from tasks.checkpoint import TORCH
+
+if TYPE_CHECKING:
+    from tasks.build import Builder
+    from tasks.plan import Node, Plan
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes.
+
+    Attributes:
+        read: from the checkpoint and the cache.
+        written: into the cache, or into build/.
+        fetched: from the remote into the cache.
+    """
+
+    read: int = 0
+    written: int = 0
+    fetched: int = 0
+
+    def __add__(self, other: Moved) -> Moved:
+        return Moved(
+            self.read + other.read, self.written + other.written, self.fetched + other.fetched
+        )
+
+
+def total(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors together."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def made(node: Node) -> dict[str, Tensor]:
+    """Return what a node makes, without the digests."""
+    told = node.params
+    if node.stage in ("extract", "unshard"):
+        return {name: Tensor(t[0], tuple(t[1]), "") for name, t in told["tensors"].items()}
+    (need,) = node.needs
+    tensors = made(need)
+    if node.stage == "cast":
+        return {n: Tensor(told["dtypes"].get(n, t.dtype), t.shape, "") for n, t in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in told["settings"]:
+            found |= _quantized(name, tensor, *told["settings"][name])
+        else:
+            found[name] = tensor
+    return found
+
+
+def _quantized(
+    name: str, tensor: Tensor, group_size: int, bits: int, mode: str
+) -> dict[str, Tensor]:
+    *rows, columns = tensor.shape
+    prefix = name.removesuffix("weight")
+    scales = (*rows, columns // group_size)
+    parts = {name: Tensor("uint32", (*rows, columns * bits // 32), "")}
+    if mode != "affine":
+        return parts | {f"{prefix}scales": Tensor("uint8", scales, "")}
+    return parts | {
+        prefix + part: Tensor(tensor.dtype, scales, "") for part in ("scales", "biases")
+    }
+
+
+def changed(node: Node) -> set[str]:
+    """Return the names of those tensors of a layer that are not just passed on."""
+    told = node.params
+    if node.stage == "extract":
+        return set()
+    if node.stage == "unshard":
+        return {name for name, (*_, steps) in told["tensors"].items() if _joined(steps)}
+    return set(told["dtypes"] if node.stage == "cast" else told["settings"])
+
+
+def reads(builder: Builder, node: Node) -> set[str]:
+    """Return the names of the tensors whose bytes a node's action asks for."""
+    if node.stage == "unshard":
+        return {key for name in changed(node) for key in node.params["tensors"][name][2]}
+    if node.stage == "cast" and not builder.keeps("cast"):
+        return changed(node)
+    return set(made(node.needs[0]))
+
+
+def moved(builder: Builder, plan: Plan, node: Node) -> Moved:
+    """Return how many bytes a node's action reads and writes, if nothing of it is there yet."""
+    if node.stage == "extract":
+        stored = [plan.checkpoint.stored[key] for key in node.params["tensors"]]
+        by_torch = sum(s.nbytes for s in stored if s.offset == TORCH)  # copied into the cache
+        return Moved(sum(s.nbytes for s in stored), by_torch)
+    after, before = made(node), made(node.needs[0])
+    work = changed(node)
+    if node.stage == "unshard":
+        size = total(after[name] for name in work)
+        kept = work if builder.keeps("unshard") else {n for n in work if _by_mlx_lm(node, n)}
+        return Moved(size, total(after[name] for name in kept))
+    # What is passed on is copied where the stages before did not keep it.
+    late = {n for n in reads(builder, node) - work if not _kept(builder, node.needs[0], n)}
+    copied = total(before[name] for name in late)
+    new = total(t for name, t in after.items() if name not in before or name in work)
+    kept_new = new if builder.keeps(node.stage) else 0
+    return Moved(total(before[name] for name in work) + copied, kept_new + copied)
+
+
+def _kept(builder: Builder, node: Node, name: str) -> bool:
+    """Tell whether a tensor's bytes are in the cache once the node's action ran."""
+    if builder.keeps(node.stage):
+        return True
+    if name in changed(node):
+        return node.stage == "unshard" and _by_mlx_lm(node, name)
+    return node.stage == "unshard" or _kept(builder, node.needs[0], name)
+
+
+def _by_mlx_lm(node: Node, name: str) -> bool:
+    told: Mapping[str, Any] = node.params["tensors"]
+    return unshard.sanitized(told[name][3])
+
+
+def _joined(steps: list[Any]) -> bool:
+    """Tell whether steps make anything, beside comparing copies."""
+    return bool(steps[1:] if steps and steps[0][0] == "same" else steps)
