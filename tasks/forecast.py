@@ -25,6 +25,7 @@ from tasks.sizes import Moved
 
 UP_TO_DATE, RUN, REUSE, FETCH = "up to date", "run", "reuse", "fetch"
 UNKNOWN = Reason("what it reads may come out differently")
+CONTENTS = Reason(reasons.CONTENTS)
 LOST = Reason("bytes of it that are wanted are not in the cache any more")
 NOTHING = Moved()
 LEAST_BYTES = 1 << 20  # what is smaller takes no time to speak of, and its rate says nothing
@@ -129,7 +130,7 @@ class Forecast:
         elif all(result.manifest for result in needs.values()):
             self._known(plan, node, saved, old)
         else:
-            self._unknown(plan, node, saved)
+            self._unknown(plan, node, saved, old)
 
     def add_pack(self, plan: Plan) -> None:
         """Work out a target's packing, and all that it depends on."""
@@ -147,20 +148,20 @@ class Forecast:
 
     def _pack(self, plan: Plan, step: Step, saved: Saved) -> Step:
         last = plan.stages["quantize"]
-        needed = self._needed(plan.stages["quantize"])
-        if needed is None:
+        needed = self._needed(last)
+        if not all(self._results[node].manifest for node in last):
             size = sum(sizes.total(sizes.made(node).values()) for node in last)
             parts = [pack.told(plan), [self._results[node].symbol for node in last]]
             shared = self._runs(digest_record(parts))
             certain = not shared and self._surely(saved, last)
-            state = REUSE if shared else RUN
-            return replace(step, state=state, certain=certain, moved=Moved(size, size))
+            moved = Moved(size, size, self._want(plan, needed, needed, certain=certain))
+            return replace(step, state=REUSE if shared else RUN, certain=certain, moved=moved)
         content = pack.Content.of(self._builder, plan, needed)
         found, state = self._recorded(content.action)
         if found and _holds(self._builder.state.parent / BUILD / plan.target.name, found):
             return replace(step, state=state)
         shared = not found and self._runs(content.action.key)
-        fetched = sum(self._want(plan, *needed[name], name, certain=True) for name in needed)
+        fetched = self._want(plan, needed, needed)
         size = sizes.total(tensor for _, tensor in needed.values())
         moved = Moved(size, content.nbytes, fetched)
         return replace(step, state=REUSE if shared else state, certain=not shared, moved=moved)
@@ -189,22 +190,28 @@ class Forecast:
         reuse = known or plan.checkpoint.record or self._runs(manifest.action.key)
         self._put(node, REUSE if reuse else RUN, why, moved=Moved(lost))
 
-    def _unknown(self, plan: Plan, node: Node, saved: Saved) -> None:
-        needs = [self._results[need] for need in node.needs]
+    def _unknown(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
         told = [node.stage, node.order.version, node.params]
-        symbol = digest_record([*told, [need.symbol for need in needs]])
-        shared = self._runs(symbol)
+        symbol = digest_record([*told, [self._results[need].symbol for need in node.needs]])
         certain = self._surely(saved, node.needs)
         self._results[node] = _Result(symbol, None, certain)
-        self._put(
-            node, REUSE if shared else RUN, saved.why([]) if saved.runs else [UNKNOWN],
-            certain=certain,
-            moved=NOTHING if shared else sizes.moved(self._builder, plan, node),
-        )  # fmt: skip
+        why = []
+        if old:
+            now = replace(old.action, version=node.order.version, params=node.params)
+            why = reasons.between(old.action, now)
+        if not why:
+            why = saved.why([]) if saved.runs else [CONTENTS if certain else UNKNOWN]
+        if self._runs(symbol):
+            self._put(node, REUSE, why, certain=certain)
+            return
+        needed = self._needed(node.needs, node.order.reads)
+        names = sizes.reads(self._builder, node) & needed.keys()
+        fetched = self._want(plan, needed, names, certain=certain)
+        moved = sizes.moved(self._builder, plan, node) + Moved(fetched=fetched)
+        self._put(node, RUN, why, certain=certain, moved=moved)
 
     def _known(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
         needed = self._needed(node.needs, node.order.reads)
-        assert needed is not None
         action = self._builder.action(node, needed)
         changed = [self._path(need) for need in node.needs if not self._as_it_was(saved, need)]
         why = (old and reasons.between(old.action, action)) or saved.why(changed)
@@ -220,10 +227,7 @@ class Forecast:
         if self._runs(action.key):
             self._put(node, REUSE, why)
             return
-        fetched = sum(
-            self._want(plan, *needed[name], name, certain=True)
-            for name in sizes.reads(self._builder, node)
-        )
+        fetched = self._want(plan, needed, sizes.reads(self._builder, node))
         moved = sizes.moved(self._builder, plan, node) + Moved(fetched=fetched)
         self._put(node, RUN, why, moved=moved)
 
@@ -266,53 +270,50 @@ class Forecast:
         self._running.add(symbol)
         return shared
 
-    def _needed(self, needs: Iterable[Node], reads: frozenset[str] | None = None) -> Needed | None:
-        """Return the tensors that some nodes made, or None if not all are known."""
-        found: Needed = {}
-        for need in needs:
-            manifest = self._results[need].manifest
-            if manifest is None:
-                return None
-            found |= {
-                name: (need, tensor)
-                for name, tensor in manifest.tensors.items()
-                if reads is None or name in reads
-            }
-        return found
+    def _needed(self, needs: Iterable[Node], reads: frozenset[str] | None = None) -> Needed:
+        """Return the tensors that some nodes made, as far as they are known."""
+        return {
+            name: (need, tensor)
+            for need in needs
+            if (manifest := self._results[need].manifest)
+            for name, tensor in manifest.tensors.items()
+            if reads is None or name in reads
+        }
 
     def _has(self, tensor: Tensor) -> bool:
         return tensor.digest in self._there or self._store.blobs.has(tensor.digest, tensor.nbytes)
 
-    def _want(self, plan: Plan, maker: Node, tensor: Tensor, name: str, *, certain: bool) -> int:
-        """Take note that a tensor's bytes are read: what is lost is fetched, or made again.
+    def _want(
+        self, plan: Plan, needed: Needed, names: Iterable[str], *, certain: bool = True
+    ) -> int:
+        """Take note that tensors' bytes are read: what is lost is fetched, or made again.
 
         Returns:
             The bytes to fetch.
         """
-        if self._has(tensor):
-            return 0
-        self._there.add(tensor.digest)
+        return sum(
+            self._want_one(plan, *needed[name], name, certain)
+            for name in names
+            if not self._has(needed[name][1])
+        )
+
+    def _want_one(self, plan: Plan, maker: Node, tensor: Tensor, name: str, certain: bool) -> int:
         manifest, sharing = self._results[maker].manifest, self._store.sharing
-        assert manifest is not None
-        if sharing and sharing.has(manifest.action.key, tensor):
+        if sharing and manifest and sharing.has(manifest.action.key, tensor):
+            self._there.add(tensor.digest)
             return tensor.nbytes
         needed = self._needed(maker.needs, maker.order.reads)
-        if needed is None:  # it is made in this run
-            return 0
         if not self._builder.keeps(maker.stage) and (keys := _again(maker, name)) is not None:
-            return sum(self._want(plan, *needed[key], key, certain=certain) for key in keys)
+            return self._want(plan, needed, keys, certain=certain)
         for key, (earlier, passed) in needed.items():
             if passed == tensor and self._builder.keeps(earlier.stage):
-                self._there.discard(tensor.digest)
-                return self._want(plan, earlier, tensor, key, certain=certain)
-        self._there |= {made.digest for made in manifest.tensors.values()}
+                return self._want(plan, needed, [key], certain=certain)
+        self._there |= {made.digest for made in manifest.tensors.values()} if manifest else set()
         if self.steps[maker.name].state != RUN:
             moved = sizes.moved(self._builder, plan, maker)
             self._put(maker, RUN, [LOST], certain=certain, moved=moved)
-        return sum(
-            self._want(plan, *needed[key], key, certain=certain)
-            for key in (sizes.reads(self._builder, maker) if needed else ())
-        )
+        reads = sizes.reads(self._builder, maker) if needed else set()
+        return self._want(plan, needed, reads & needed.keys(), certain=certain)
 
     def _path(self, node: Node) -> str:
         return self._builder.manifest_path(node)

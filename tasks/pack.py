@@ -265,6 +265,7 @@ def _fill(
     for name, data in content.small.items():
         (new / name).write_bytes(data)
         made[name] = Tensor("uint8", (len(data),), digest(data))
+    blobs.meter.read += sum(tensor.nbytes for shard in packed.values() for _, tensor, _ in shard)
     blobs.meter.written += sum(tensor.nbytes for tensor in made.values())
     return made
 

@@ -9,6 +9,7 @@ from typing import Any
 from cache.manifests import Action
 
 SHOWN = 3  # names in a short list
+CONTENTS = "it reads other contents"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def some(names: Sequence[str]) -> str:
 def contents(names: Iterable[str]) -> list[Reason]:
     """Return the reason that what a task reads has other contents, if anything has."""
     named = tuple(names)
-    return [Reason("it reads other contents", named)] if named else []
+    return [Reason(CONTENTS, named)] if named else []
 
 
 def between(old: Action, new: Action) -> list[Reason]:

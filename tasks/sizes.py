@@ -101,7 +101,8 @@ def moved(builder: Builder, plan: Plan, node: Node) -> Moved:
     work = changed(node)
     if node.stage == "unshard":
         size = total(after[name] for name in work)
-        kept = work if builder.keeps("unshard") else {n for n in work if _by_mlx_lm(node, n)}
+        kept = {n for n in work if _by_mlx_lm(node, n) or builder.keeps("unshard")}
+        kept = {n for n in kept if not _in_place(node, n)}
         return Moved(size, total(after[name] for name in kept))
     # What is passed on is copied where the stages before did not keep it.
     late = {n for n in reads(builder, node) - work if not _kept(builder, node.needs[0], n)}
@@ -116,13 +117,19 @@ def _kept(builder: Builder, node: Node, name: str) -> bool:
     if builder.keeps(node.stage):
         return True
     if name in changed(node):
-        return node.stage == "unshard" and _by_mlx_lm(node, name)
+        return node.stage == "unshard" and (_by_mlx_lm(node, name) or _in_place(node, name))
     return node.stage == "unshard" or _kept(builder, node.needs[0], name)
 
 
 def _by_mlx_lm(node: Node, name: str) -> bool:
     told: Mapping[str, Any] = node.params["tensors"]
     return unshard.sanitized(told[name][3])
+
+
+def _in_place(node: Node, name: str) -> bool:
+    """Tell whether a tensor lies in the checkpoint, piece after piece: it is not copied."""
+    steps = node.params["tensors"][name][3]
+    return all(step in (["same"], ["concatenate", 0], ["stack", 0]) for step in steps)
 
 
 def _joined(steps: list[Any]) -> bool:

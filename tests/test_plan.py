@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 import inside
 import meta
 import projects
-from projects import Project
 
 OUTCOME = {"run": "computed", "reuse": "reused", "fetch": "fetched"}
 QUANTIZE = (
@@ -29,6 +28,7 @@ QUANTIZE = (
     {"bits": 4, "rules": [{"match": "*down_proj", "bits": 8}]},
     {"bits": 4, "rules": [{"match": "lm_head", "skip": True}]},
 )
+HEADERS = 20_000  # bytes of weight files' headers, which are not foretold
 STAGES = ("extract", "unshard", "cast", "quantize", "pack")
 
 
@@ -243,7 +243,8 @@ def check(plan: dict, entries: list[dict], *, lost: bool) -> None:
     for task, step in steps.items():
         if step["state"] == "up to date" and task in did:
             # Of targets that share what is lost, any may be the first to want it.
-            assert task in again and (step["stage"], step["layer"]) in said_again, (task, did[task])
+            assert task in again, (task, did[task])
+            assert (step["stage"], step["layer"]) in said_again, task
         if step["state"] != "up to date":
             assert step["why"]
             if step["certain"] and not about_lost(step):
@@ -258,22 +259,17 @@ def check(plan: dict, entries: list[dict], *, lost: bool) -> None:
         if step["state"] != "up to date":
             groups[step["stage"], step["layer"]].append(step)
     for group in groups.values():
-        said = Counter(OUTCOME[step["state"]] for step in group if step["certain"])
+        sure = [step for step in group if step["certain"] and not about_lost(step)]
+        said = Counter(OUTCOME[step["state"]] for step in sure)
         found = Counter(did[step["task"]] for step in group if step["task"] in did)
         if lost and (made := found["reused"] - said["reused"]) > 0 and said["computed"]:
             found += Counter(computed=made)
         assert not said - found, (group, found)
-    check_bytes(plan, steps, entries)
+    if all(step["certain"] for step in steps.values()) and not again:
+        # Of a layer of which one tensor changed, the others may be copied already.
+        written = sum(entry["bytes_written"] for entry in entries)
+        assert plan["bytes_written"] >= 0.98 * written - HEADERS
 
 
 def about_lost(step: dict) -> bool:
     return any("not in the cache any more" in reason["fact"] for reason in step["why"])
-
-
-def check_bytes(plan: dict, steps: dict[str, dict], entries: list[dict]) -> None:
-    if not all(step["certain"] for step in steps.values()):
-        return
-    written = sum(entry["bytes_written"] for entry in entries)
-    assert abs(plan["bytes_written"] - written) <= 0.02 * written + 20_000, (
-        plan["bytes_written"], written,
-    )  # fmt: skip
