@@ -158,7 +158,7 @@ class Forecast:
             return replace(step, state=REUSE if shared else RUN, certain=certain, moved=moved)
         content = pack.Content.of(self._builder, plan, needed)
         found, state = self._recorded(content.action)
-        if found and _holds(self._builder.state.parent / BUILD / plan.target.name, found):
+        if found and self._holds(plan, found):
             return replace(step, state=state)
         shared = not found and self._runs(content.action.key)
         fetched = self._want(plan, needed, needed)
@@ -308,12 +308,23 @@ class Forecast:
         for key, (earlier, passed) in needed.items():
             if passed == tensor and self._builder.keeps(earlier.stage):
                 return self._want(plan, needed, [key], certain=certain)
-        self._there |= {made.digest for made in manifest.tensors.values()} if manifest else set()
         if self.steps[maker.name].state != RUN:
             moved = sizes.moved(self._builder, plan, maker)
             self._put(maker, RUN, [LOST], certain=certain, moved=moved)
         reads = sizes.reads(self._builder, maker) if needed else set()
-        return self._want(plan, needed, reads & needed.keys(), certain=certain)
+        fetched = self._want(plan, needed, reads & needed.keys(), certain=certain)
+        self._there |= {made.digest for made in manifest.tensors.values()} if manifest else set()
+        return fetched
+
+    def _holds(self, plan: Plan, packed: Manifest) -> bool:
+        """Tell whether build/TARGET has the files of a build, as far as their sizes tell."""
+        state, target = self._builder.state, plan.target.name
+        last = _read(f"{state}/manifests/{target}/pack.json")
+        folder = state.parent / BUILD / target
+        if not folder.is_dir() or (last and last.tensors != packed.tensors):
+            return False
+        there = {path.name: path.stat().st_size for path in folder.iterdir()}
+        return there == {name: tensor.nbytes for name, tensor in packed.tensors.items()}
 
     def _path(self, node: Node) -> str:
         return self._builder.manifest_path(node)
@@ -362,14 +373,6 @@ def _read(path: str) -> Manifest | None:
         return Manifest.from_bytes(Path(path).read_bytes())
     except (FileNotFoundError, ManifestError):
         return None
-
-
-def _holds(folder: Path, packed: Manifest) -> bool:
-    """Tell whether a folder has the files of a build, as far as their sizes tell."""
-    if not folder.is_dir():
-        return False
-    there = {path.name: path.stat().st_size for path in folder.iterdir()}
-    return there == {name: tensor.nbytes for name, tensor in packed.tensors.items()}
 
 
 def _passed_on(node: Node, needed: Needed) -> dict[str, Tensor] | None:

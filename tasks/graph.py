@@ -32,6 +32,7 @@ from tasks.reasons import Reason
 
 CHANGED = "what it is told changed"
 NEVER = "never built here"
+NOT_LEFT = "is not as it was left"
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,17 @@ class Graph:
     def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
         path = self.builder.manifest_path(node)
 
-        def intact(values: Mapping[str, Any]) -> bool:
+        def odd(values: Mapping[str, Any]) -> list[Reason]:
             # A build that was cut off changes manifests before doit's database, which then speaks
             # of older ones.
-            return as_left(path, values.get("left"))
+            return [] if as_left(path, values.get("left")) else [Reason(f"{path} {NOT_LEFT}")]
 
         def differs(values: Mapping[str, Any]) -> list[Reason]:
             if node.stage != "extract":
                 return []  # the manifest that is there tells more
             return reasons.of_files(values.get("look"), extract.look(node))
 
-        told = Told(node.order.digest, path, intact, differs)
+        told = Told(node.order.digest, path, odd, differs)
 
         def act(changed: list[str]) -> Any:
             made: dict[str, Any] = {"told": told.digest}
@@ -122,7 +123,7 @@ class Graph:
         told = Told(
             digest_record(parts),
             str(folder),
-            lambda values: self.is_packed(found, values),
+            lambda values: self._not_packed(found, values),
             lambda values: reasons.of_parts(values.get("parts"), parts),
         )
 
@@ -172,11 +173,14 @@ class Graph:
             "meta": {"plan": found, "told": told},
         }
 
-    def is_packed(self, found: Plan, values: Mapping[str, Any]) -> bool:
-        """Tell whether a target's folder and its lines in models.lock are as they were left."""
+    def _not_packed(self, found: Plan, values: Mapping[str, Any]) -> list[Reason]:
+        """Say how a target's folder and its lines in models.lock are not as they were left."""
         folder = str(self.folder / BUILD / found.target.name)
-        intact = pack.intact(folder, values.get("outputs") or {})
-        return intact and self.lock.state(found) == values.get("locked", "")
+        if not pack.intact(folder, values.get("outputs") or {}):
+            return [Reason(f"{folder} {NOT_LEFT}")]
+        if self.lock.state(found) != values.get("locked", ""):
+            return [Reason(f"{self.lock.path.name} has another source or result than it built")]
+        return []
 
 
 class Told:
@@ -184,8 +188,8 @@ class Told:
 
     Attributes:
         digest: of what it is told now.
-        made: what it makes, for people.
-        intact: tells, from what it returned the last time, whether that is still as it left it.
+        made: the path of what it makes.
+        odd: says, from what it returned the last time, how that is not as it left it.
         differs: says, from the same, how what it is told differs, as far as the task knows.
     """
 
@@ -198,12 +202,12 @@ class Told:
         self,
         digest: str,
         made: str,
-        intact: Callable[[Mapping[str, Any]], bool],
+        odd: Callable[[Mapping[str, Any]], list[Reason]],
         differs: Callable[[Mapping[str, Any]], list[Reason]],
     ) -> None:
         self.digest = digest
         self.made = made
-        self.intact = intact
+        self.odd = odd
         self.differs = differs
         self._why: list[Reason] = []
 
@@ -214,8 +218,8 @@ class Told:
             self._why = [Reason("doit's database has no record of it" if known else NEVER)]
         elif values.get("told") != self.digest:
             self._why = self.differs(values) or [Reason(CHANGED)]
-        elif not self.intact(values):
-            self._why = [Reason(f"{self.made} is not as it was built")]
+        else:
+            self._why = self.odd(values)
         return not self._why
 
     def why(self, changed: list[str]) -> list[Reason]:

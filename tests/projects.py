@@ -83,7 +83,9 @@ class Project:
             lines += [f"[models.{name}]", *(f"{k} = {_toml(v)}" for k, v in model.items())]
         (self.folder / "models.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def doit(self, *args: str, expect: int = 0, hook: Mapping | None = None) -> front_door.Finished:
+    def doit(
+        self, *args: str, expect: int | None = 0, hook: Mapping | None = None
+    ) -> front_door.Finished:
         """Run doit on the project. `hook`: see `hook/sitecustomize.py`."""
         return front_door.doit(self.folder, *args, expect=expect, env=hooked(hook))
 

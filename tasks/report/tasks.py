@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from cache import files
 from cache.digest import digest_record
 from cache.manifests import Manifest
-from tasks import options, pack
+from tasks import options, pack, reasons
 from tasks.config import REPORTS
-from tasks.graph import Graph, Told, reported
+from tasks.graph import NOT_LEFT, Graph, Told, reported
 from tasks.plan import Plan
+from tasks.reasons import Reason
 from tasks.report import INDEX, page_name, timeline, trace_name, words
 from tasks.report.figures import Reader, packed_path
 
@@ -44,10 +46,7 @@ def _target_task(
     told = Told(
         digest_record([VERSION, {**asdict(plan.target), "source": "", "where": ""}]),
         str(folder / written[0]),
-        lambda values: (
-            values.get("seen") == _seen(graph, reader, plan, family)
-            and pack.intact_files(str(folder), values.get("outputs"))
-        ),
+        lambda values: _odd(folder, values, seen=_seen(graph, reader, plan, family)),
         lambda _: [],
     )
 
@@ -96,7 +95,7 @@ def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
     told = Told(
         digest_record([VERSION, list(graph.plans)]),
         str(path),
-        lambda values: pack.intact_files(str(folder), values.get("outputs")),
+        lambda values: _odd(folder, values),
         lambda _: [],
     )
 
@@ -126,6 +125,13 @@ def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
         "clean": [(_remove, [[path]])],
         "io": {"capture": False},
     }
+
+
+def _odd(folder: Path, values: Mapping[str, Any], seen: Any = None) -> list[Reason]:
+    """Say how a page is not as it was left, or shows what has changed since."""
+    if not pack.intact_files(str(folder), values.get("outputs")):
+        return [Reason(f"{folder} {NOT_LEFT}")]
+    return [Reason("what it shows has changed")] if values.get("seen") != seen else []
 
 
 def _first(family: list[Plan]) -> list[str]:
