@@ -58,7 +58,7 @@ class _Foresight(DoitCmdBase):  # type: ignore[misc]
             name: task.meta
             for selected in self._control.selected_tasks
             for name, task in self._leaves(selected)
-            if task.meta
+            if task.meta and "told" in task.meta
         }
         if not asked:
             raise InvalidCommand(f"{' '.join(self.sel_tasks)}: that builds no model")
