@@ -7,7 +7,7 @@ made of a result that nobody knows yet is not certain: it may come out as it was
 
 from __future__ import annotations
 
-import statistics
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,6 @@ UNKNOWN = Reason("what it reads may come out differently")
 CONTENTS = Reason(reasons.CONTENTS)
 LOST = Reason("bytes of it that are wanted are not in the cache any more")
 NOTHING = Moved()
-LEAST_BYTES = 1 << 20  # what is smaller takes no time to speak of, and its rate says nothing
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class Forecast:
         manifest = Manifest(self._builder.action(node, made), tensors)
         self._results[node] = _Result(manifest.result, manifest)
         if old:
-            why += reasons.between(old.action, manifest.action)
+            why = [*why, *reasons.between(old.action, manifest.action)]
         lost = sum(t.nbytes for t in tensors.values() if not self._has(t))
         self._there |= {tensor.digest for tensor in tensors.values()}
         known = isinstance(self._store.actions.get(manifest.action), Hit)
@@ -348,23 +347,29 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
 
     Layers run in threads at once, packing comes after.
     """
-    rates: dict[str, list[float]] = {}
+    seconds: defaultdict[tuple[str, bool], float] = defaultdict(
+        float
+    )  # by stage, and whether any bytes are moved
+    amounts: Counter[tuple[str, bool]] = Counter()  # bytes, or else tasks
     for entry in log:
         moved = entry.bytes_read + entry.bytes_written
-        if entry.outcome != "failed" and moved > LEAST_BYTES:
-            rates.setdefault(entry.task.partition(":")[0], []).append(entry.seconds / moved)
+        if entry.outcome != "failed":
+            kind = (entry.task.partition(":")[0], moved > 0)
+            seconds[kind] += entry.seconds
+            amounts[kind] += moved or 1
     layers = last = 0.0
     for step in steps:
         moved = step.moved.read + step.moved.written
-        if moved <= LEAST_BYTES:
+        kind = (step.stage, moved > 0)
+        if step.state == UP_TO_DATE or (not moved and not amounts[kind]):
             continue
-        if step.stage not in rates:
+        if not amounts[kind]:
             return None
-        seconds = moved * statistics.median(rates[step.stage])
+        took = seconds[kind] / amounts[kind] * (moved or 1)
         if step.stage == "pack":
-            last += seconds
+            last += took
         else:
-            layers += seconds
+            layers += took
     return layers / threads() + last
 
 
