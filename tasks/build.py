@@ -28,13 +28,12 @@ from cache.manifests import Action, Manifest, ManifestError, Tensor
 from cache.store import Store
 from tasks import arrays, cast, error, extract, quantize, reasons, rows, unshard
 from tasks.errors import BuildError
-from tasks.plan import Node, Plan
+from tasks.plan import Needed, Node, Plan
 from tasks.rows import Rows
 
 if TYPE_CHECKING:
     from cache.sharing import Locate
 
-Needed = dict[str, tuple[Node, Tensor]]  # tensors by name: who made each, and what it is
 Made = tuple[dict[str, Tensor], list[str]]  # tensors by name, and notes for people
 
 
@@ -226,19 +225,8 @@ class Builder:
         return self.run(plan, node, why)
 
     def needed(self, plan: Plan, node: Node) -> Needed:
-        """Return the tensors that a node reads: who made each, and what it is.
-
-        Where it reads two stages, a tensor may have one name in both: the stage's goes in front.
-        """
-        found: Needed = {}
-        several = len({need.stage for need in node.needs}) > 1
-        for need in node.needs:
-            found |= {
-                f"{need.stage}:{name}" if several else name: (need, tensor)
-                for name, tensor in self.manifest(plan, need).tensors.items()
-                if node.order.reads is None or name in node.order.reads
-            }
-        return found
+        """Return the tensors that a node reads: who made each, and what it is."""
+        return node.needed({need: self.manifest(plan, need) for need in node.needs})
 
     def _run(self, plan: Plan, node: Node) -> tuple[Manifest, str]:
         if node.stage == "extract":

@@ -10,8 +10,8 @@ from tasks.model import Model
 from tasks.rows import Rows
 
 if TYPE_CHECKING:
-    from tasks.build import Builder, Made, Needed
-    from tasks.plan import Node, Plan
+    from tasks.build import Builder, Made
+    from tasks.plan import Needed, Node, Plan
 
 VERSION = 1
 FLOATING = ("float16", "bfloat16", "float32")

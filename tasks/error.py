@@ -15,8 +15,8 @@ from tasks.quantize import BLOCK_BYTES, PARTS, Setting
 from tasks.rows import Rows
 
 if TYPE_CHECKING:
-    from tasks.build import Builder, Made, Needed
-    from tasks.plan import Node, Plan
+    from tasks.build import Builder, Made
+    from tasks.plan import Needed, Node, Plan
 
 VERSION = 1
 CAST, QUANTIZE = "cast:", "quantize:"  # what the inputs' names begin with

@@ -17,9 +17,9 @@ from cache.digest import digest_record
 from cache.log import Entry
 from cache.manifests import Action, Manifest, ManifestError, Tensor
 from tasks import extract, pack, reasons, sizes, unshard
-from tasks.build import Builder, Needed, threads
+from tasks.build import Builder, threads
 from tasks.config import BUILD
-from tasks.plan import Node, Plan
+from tasks.plan import Needed, Node, Plan
 from tasks.reasons import Reason
 from tasks.sizes import Moved
 
@@ -147,7 +147,7 @@ class Forecast:
 
     def _pack(self, plan: Plan, step: Step, saved: Saved) -> Step:
         last = plan.stages["quantize"]
-        needed = self._needed(last)
+        needed = self._made(last)
         if not all(self._results[node].manifest for node in last):
             size = sum(sizes.total(sizes.made(node).values()) for node in last)
             parts = [pack.told(plan), [self._results[node].symbol for node in last]]
@@ -203,14 +203,14 @@ class Forecast:
         if self._runs(symbol):
             self._put(node, REUSE, why, certain=certain)
             return
-        needed = self._needed(node.needs, node.order.reads)
+        needed = self._needed(node)
         names = sizes.reads(self._builder, node) & needed.keys()
         fetched = self._want(plan, needed, names, certain=certain)
         moved = sizes.moved(self._builder, plan, node) + Moved(fetched=fetched)
         self._put(node, RUN, why, certain=certain, moved=moved)
 
     def _known(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
-        needed = self._needed(node.needs, node.order.reads)
+        needed = self._needed(node)
         action = self._builder.action(node, needed)
         changed = [self._path(need) for need in node.needs if not self._as_it_was(saved, need)]
         why = (old and reasons.between(old.action, action)) or saved.why(changed)
@@ -269,14 +269,18 @@ class Forecast:
         self._running.add(symbol)
         return shared
 
-    def _needed(self, needs: Iterable[Node], reads: frozenset[str] | None = None) -> Needed:
-        """Return the tensors that some nodes made, as far as they are known."""
+    def _needed(self, node: Node) -> Needed:
+        """Return the tensors that a node reads, as far as they are known."""
+        results = {need: self._results[need].manifest for need in node.needs}
+        return node.needed({need: manifest for need, manifest in results.items() if manifest})
+
+    def _made(self, nodes: Iterable[Node]) -> Needed:
+        """Return the tensors that some nodes make, as far as they are known."""
         return {
-            name: (need, tensor)
-            for need in needs
-            if (manifest := self._results[need].manifest)
+            name: (node, tensor)
+            for node in nodes
+            if (manifest := self._results[node].manifest)
             for name, tensor in manifest.tensors.items()
-            if reads is None or name in reads
         }
 
     def _has(self, tensor: Tensor) -> bool:
@@ -301,7 +305,7 @@ class Forecast:
         if sharing and manifest and sharing.has(manifest.action.key, tensor):
             self._there.add(tensor.digest)
             return tensor.nbytes
-        needed = self._needed(maker.needs, maker.order.reads)
+        needed = self._needed(maker)
         if not self._builder.keeps(maker.stage) and (keys := _again(maker, name)) is not None:
             return self._want(plan, needed, keys, certain=certain)
         for key, (earlier, passed) in needed.items():

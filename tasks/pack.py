@@ -18,10 +18,10 @@ from cache.actions import Hit
 from cache.digest import digest, digest_file, digest_record
 from cache.files import Stamp
 from cache.manifests import Action, Manifest, Tensor
-from tasks.build import Builder, Needed, cores
+from tasks.build import Builder, cores
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
-from tasks.plan import Plan
+from tasks.plan import Needed, Plan
 from tasks.weights import Packed, write
 
 VERSION = 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.digest import digest_record
+from cache.manifests import Manifest, Tensor
 from cache.memos import Memos
 from tasks import architecture, cast, error, extract, loaders, quantize, unshard
 from tasks.checkpoint import Checkpoint, Stored
@@ -74,6 +75,23 @@ class Node:
     def name(self) -> str:
         """The task's name."""
         return f"{self.order.stage}:{self.target}:{self.order.layer}"
+
+    def needed(self, made: Mapping[Node, Manifest]) -> Needed:
+        """Return the tensors that it reads of what its needs made.
+
+        Where these are of two stages, a tensor may have one name in both: the stage's goes in
+        front.
+        """
+        several = len({need.stage for need in self.needs}) > 1
+        return {
+            f"{need.stage}:{name}" if several else name: (need, tensor)
+            for need, manifest in made.items()
+            for name, tensor in manifest.tensors.items()
+            if self.order.reads is None or name in self.order.reads
+        }
+
+
+Needed = dict[str, tuple[Node, Tensor]]  # tensors by name: who made each, and what it is
 
 
 @dataclass(frozen=True)
@@ -199,7 +217,7 @@ class Planner:
         names = [name for names in _ordered(model, scheme) for name in names]
         weights = sum(_weights(model, module, scheme) for module in model.modules)
         notes = (*model.notes, *scheme.notes)
-        errors = _errors(stages["quantize"])
+        errors = _errors(outline, stages["quantize"])
         return Plan(target, checkpoint, stages, errors, names, config, weights, notes)
 
     def _outline(self, target: Target) -> Outline:
@@ -296,18 +314,24 @@ def _nodes(
     }
 
 
-def _errors(quantized: list[Node]) -> list[Node]:
+def _errors(outline: Outline, quantized: list[Node]) -> list[Node]:
     found = []
     for node in quantized:
-        settings = node.params["settings"]
-        if not settings:
+        if not node.params["settings"]:
             continue
-        told = {**node.params, "compared": settings}
-        del told["settings"]
-        reads = {part for name, s in settings.items() for part in error.parts(name, Setting(*s))}
-        order = Order("error", node.order.layer, error.VERSION, told, frozenset(reads))
-        found.append(Node(order, node.target, (*node.needs, node)))
+        told = ("error", id(node.order))  # which is shared, and kept, as well
+        if told not in outline.orders:
+            outline.orders[told] = _error(node.order)
+        found.append(Node(outline.orders[told], node.target, (*node.needs, node)))
     return found
+
+
+def _error(quantized: Order) -> Order:
+    computer = dict(quantized.params)
+    compared = computer.pop("settings")
+    reads = {part for name, s in compared.items() for part in error.parts(name, Setting(*s))}
+    told = {"compared": compared, **computer}
+    return Order("error", quantized.layer, error.VERSION, told, frozenset(reads))
 
 
 def _ordered(model: Model, scheme: quantize.Scheme) -> list[list[str]]:

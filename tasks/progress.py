@@ -102,7 +102,7 @@ class Work:
         if self.began is None:
             self.pace.see(now, self.done, self.moved)
             self.began = now
-        if self.state != "failed":
+        if self.state not in ("failed", "done"):  # errors may be measured after packing
             self.state = stage
 
     def finish(self, task: str) -> None:
@@ -160,8 +160,8 @@ def works(
     for target, plan in plans.items():
         weights: dict[str, int] = {}
         last = ""
-        for stage, nodes in plan.stages.items():
-            asked = {node.name: _weight(node) for node in nodes if node.name in run}
+        for stage in (*plan.stages, "error"):
+            asked = {n.name: _weight(n) for n in plan.nodes(stage) if n.name in run}
             weights |= asked
             last = stage if asked else last
         if f"pack:{target}" in run:
@@ -174,7 +174,7 @@ def works(
 def _weight(node: Node) -> int:
     """Return the bytes of a layer, as it comes from the checkpoint."""
     while node.stage not in ("extract", "unshard"):
-        (node,) = node.needs
+        node = node.needs[0]
     told = node.params["tensors"].values()
     return sum(Tensor(dtype, tuple(shape), "").nbytes for dtype, shape, *_ in told)
 
@@ -182,7 +182,7 @@ def _weight(node: Node) -> int:
 def size(count: float) -> str:
     """Return a number of bytes, for people."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
+        if count >= 0.9995 * factor:  # as it is rounded
             return f"{count / factor:.3g} {unit}"
     return f"{count:.0f} B"
 

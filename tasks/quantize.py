@@ -20,8 +20,8 @@ from tasks.model import Model, Module
 from tasks.rows import Rows
 
 if TYPE_CHECKING:
-    from tasks.build import Builder, Made, Needed
-    from tasks.plan import Node, Plan
+    from tasks.build import Builder, Made
+    from tasks.plan import Needed, Node, Plan
 
 VERSION = 1
 PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them

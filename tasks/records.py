@@ -10,7 +10,8 @@ from cache.collect import Wanted
 from cache.manifests import Manifest, ManifestError
 from tasks.config import STATE, Config
 
-LAYER_STAGES = ("extract", "unshard", "cast", "quantize")  # in this order; pack makes no blobs
+# In this order; pack makes no blobs.
+LAYER_STAGES = ("extract", "unshard", "cast", "quantize", "error")
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,14 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             return
         stage, target = _parts(task.name)
         if self._graph and target in self._graph.plans:
-            self._begin(stage, target)
-            if self._live:
+            counted = self._begin(task.name)
+            if counted and self._live:
                 return
         self._say_once(f"{target}: {stage}" if target else stage)
 
-    def _begin(self, stage: str, target: str) -> None:
+    def _begin(self, name: str) -> bool:
+        """Take note of a task that begins; tell whether it is one that is counted."""
+        stage, target = _parts(name)
         with self._lock:
             if not self._begun:
                 self._begun = True
@@ -88,8 +90,11 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
                     self._count(name)
                 if self._live:
                     self._live.show()
-            if work := self._works.get(target):
+            work = self._works.get(target)
+            counted = work is not None and name in work.weights
+            if work and counted:
                 work.begin(stage, time.monotonic())
+            return counted
 
     def _say_once(self, line: str) -> None:
         with self._lock:
@@ -101,6 +106,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
     def add_success(self, task: Any) -> None:
         """Count a task; say what a target has become."""
         self._finish(task.name)
+        if summary := task.values.get("summary"):
+            self.write(f"{summary}\n")
         stage, target = _parts(task.name)
         work = self._works.get(target)
         if not work:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cache.manifests import Tensor
-from tasks import unshard
+from tasks import error, unshard
 from tasks.checkpoint import TORCH
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ def made(node: Node) -> dict[str, Tensor]:
     told = node.params
     if node.stage in ("extract", "unshard"):
         return {name: Tensor(t[0], tuple(t[1]), "") for name, t in told["tensors"].items()}
+    if node.stage == "error":
+        vector = Tensor("float32", (len(told["compared"]),), "")
+        return {error.NORM: vector, error.ERROR_NORM: vector}
     (need,) = node.needs
     tensors = made(need)
     if node.stage == "cast":
@@ -77,6 +80,8 @@ def changed(node: Node) -> set[str]:
     told = node.params
     if node.stage == "extract":
         return set()
+    if node.stage == "error":
+        return {error.NORM, error.ERROR_NORM}
     if node.stage == "unshard":
         return {name for name, (*_, steps) in told["tensors"].items() if _joined(steps)}
     return set(told["dtypes"] if node.stage == "cast" else told["settings"])
@@ -88,7 +93,7 @@ def reads(builder: Builder, node: Node) -> set[str]:
         return {key for name in changed(node) for key in node.params["tensors"][name][2]}
     if node.stage == "cast" and not builder.keeps("cast"):
         return changed(node)
-    return set(made(node.needs[0]))
+    return set(_read(node))
 
 
 def moved(builder: Builder, plan: Plan, node: Node) -> Moved:
@@ -97,6 +102,8 @@ def moved(builder: Builder, plan: Plan, node: Node) -> Moved:
         stored = [plan.checkpoint.stored[key] for key in node.params["tensors"]]
         by_torch = sum(s.nbytes for s in stored if s.offset == TORCH)  # copied into the cache
         return Moved(sum(s.nbytes for s in stored), by_torch)
+    if node.stage == "error":
+        return Moved(total(_read(node).values()), total(made(node).values()))
     after, before = made(node), made(node.needs[0])
     work = changed(node)
     if node.stage == "unshard":
@@ -110,6 +117,17 @@ def moved(builder: Builder, plan: Plan, node: Node) -> Moved:
     new = total(t for name, t in after.items() if name not in before or name in work)
     kept_new = new if builder.keeps(node.stage) else 0
     return Moved(total(before[name] for name in work) + copied, kept_new + copied)
+
+
+def _read(node: Node) -> dict[str, Tensor]:
+    """Return the tensors that a node is given, without the digests."""
+    several = len({need.stage for need in node.needs}) > 1
+    return {
+        f"{need.stage}:{name}" if several else name: tensor
+        for need in node.needs
+        for name, tensor in made(need).items()
+        if node.order.reads is None or name in node.order.reads
+    }
 
 
 def _kept(builder: Builder, node: Node, name: str) -> bool:

@@ -22,8 +22,8 @@ from tasks.errors import CheckpointError
 from tasks.rows import Rows
 
 if TYPE_CHECKING:
-    from tasks.build import Builder, Made, Needed
-    from tasks.plan import Node, Plan
+    from tasks.build import Builder, Made
+    from tasks.plan import Needed, Node, Plan
 
 VERSION = 1
 SANITIZE_BYTES = 256 << 20  # what mlx-lm is given and makes at once, unless one parameter is more

@@ -8,6 +8,7 @@ from math import inf, isfinite, nan
 from typing import NamedTuple
 
 from cache.log import Entry
+from tasks import progress
 from tasks.report import timeline, words
 from tasks.report.figures import KINDS, Error, Figures, Piece, together
 from tasks.report.timeline import Timeline
@@ -191,7 +192,7 @@ def bars(pieces: Sequence[Piece], height: float) -> list[Bar]:
                 if by_kind[kind]:
                     tall = height * by_kind[kind] / most
                     y -= tall
-                    title = f"{layer} {kind}: {words.size(by_kind[kind])}"
+                    title = f"{layer} {kind}: {progress.size(by_kind[kind])}"
                     x = step * stacked.index(layer)
                     boxes.append((kind, x, y, step * 0.86, tall, title))
         weights = sum(p.weights for p in some)
@@ -261,7 +262,7 @@ def plot(figures: Sequence[Figures]) -> Plot | None:
     return Plot(
         [_labelled(taken, *place) for place in places],
         [
-            (x_step * i / x_most, words.size(x_step * i) if i else "0")
+            (x_step * i / x_most, progress.size(x_step * i) if i else "0")
             for i in range(round(x_most / x_step) + 1)
         ],
         [

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.manifests import Manifest
 from tasks import lock as locks
+from tasks import progress
 from tasks.cast import FLOATING
 from tasks.errors import BuildError
 from tasks.report import INDEX, charts, figures, page_name, timeline, trace_name, words
@@ -151,7 +152,7 @@ def _environment() -> Environment:
     )
     environment.globals.update(page_name=page_name, index=INDEX, plot_height=charts.PLOT_HEIGHT)
     environment.filters.update(
-        size=words.size,
+        size=progress.size,
         number=words.count,
         percent=words.percent,
         decibel=words.decibel,

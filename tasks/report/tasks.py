@@ -11,12 +11,12 @@ from typing import Any
 from cache import files
 from cache.digest import digest_record
 from cache.manifests import Manifest
-from tasks import options, pack, reasons
+from tasks import options, pack, progress, reasons
 from tasks.config import REPORTS
 from tasks.graph import NOT_LEFT, Graph, Told, reported
 from tasks.plan import Plan
 from tasks.reasons import Reason
-from tasks.report import INDEX, page_name, timeline, trace_name, words
+from tasks.report import INDEX, page_name, timeline, trace_name
 from tasks.report.figures import Reader, packed_path
 
 VERSION = 1
@@ -53,7 +53,8 @@ def _target_task(
     def build(why: str) -> dict[str, Any]:
         from tasks.report import pages  # only where one is written
 
-        with builder.logged(f"report:{name}", why) as record:
+        using = builder.store.lock.using()
+        with using, builder.logged(f"report:{name}", why) as record:
             seen = _seen(graph, reader, plan, family)
             packed = Manifest.from_bytes(manifest.read_bytes())
             made = pages.target(reader, plan, packed, graph.lock, family)
@@ -68,7 +69,7 @@ def _target_task(
             "told": told.digest,
             "seen": seen,
             "outputs": pack.stamps(str(folder), kept),
-            "summary": f"{REPORTS}/{written[0]}: {words.size(len(made.page.encode()))}",
+            "summary": f"{REPORTS}/{written[0]}: {progress.size(len(made.page.encode()))}",
             "notes": [],
         }
 
@@ -102,7 +103,8 @@ def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
     def build(why: str) -> dict[str, Any]:
         from tasks.report import pages
 
-        with graph.builder.logged("report", why) as record:
+        using = graph.builder.store.lock.using()
+        with using, graph.builder.logged("report", why) as record:
             files.write(path, pages.overview(reader, graph.plans.values()).encode())
             record["outcome"] = "computed"
         return {

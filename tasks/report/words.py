@@ -5,14 +5,6 @@ from __future__ import annotations
 from math import inf, isnan
 
 
-def size(count: float) -> str:
-    """Return bytes in decimal units, three digits."""
-    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= 0.9995 * one:
-            return f"{count / one:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
 def count(number: float) -> str:
     """Return a number of weights: ``1.1 B``, ``135 M``."""
     for unit, one in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
