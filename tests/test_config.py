@@ -54,7 +54,7 @@ def target(folder: Path, lines: str, name: str = "a") -> Target:
 
 def test_what_is_not_said(folder: Path) -> None:
     found = read(folder, '[models.a]\nsource = "b"')
-    model = Target("a", folder / "b", None, "mlx-lm", None, None, None, 5 << 30)
+    model = Target("a", folder / "b", "b", None, "mlx-lm", None, None, None, 5 << 30)
     assert found == Config(
         path=folder / "models.toml",
         targets={"a": model},
@@ -84,7 +84,15 @@ def test_all_that_can_be_said(folder: Path) -> None:
     )
     quantize = Quantize(3, 32, "affine", None, rules)
     assert found == Target(
-        "a", folder / "b", "transformers", "mlx-lm", "bfloat16", quantize, "cpu", 2 << 30
+        "a",
+        folder / "b",
+        "b (transformers)",
+        "transformers",
+        "mlx-lm",
+        "bfloat16",
+        quantize,
+        "cpu",
+        2 << 30,
     )
 
 
