@@ -23,7 +23,7 @@ from tasks.state import State, graph, states
 SHOWN = 6  # runs of layers in a box
 NAMED = 3  # targets in a box
 STEPS = {  # of unshard, in words
-    "same": "one copy of each",
+    "same": "copies compared",
     "concatenate": "shards joined",
     "stack": "experts stacked",
     "half_split": "rows of wq and wk reordered",
@@ -56,7 +56,7 @@ class Draw(DoitCmdBase):  # type: ignore[misc]
                 ("dot", "for Graphviz"),
                 ("svg", "drawn, if the extra svg is installed"),
             ],
-            "help": "[default: %(default)s]",
+            "help": "how to write it [default: %(default)s]",
         },
         opt_outfile,
     )

@@ -20,6 +20,7 @@ class List(DoitList):  # type: ignore[misc]
 
     name = "list"
     doc_purpose = "list targets and stages with their state, and the other tasks"
+    doc_description = "What builds a target stands together, unless --sort says otherwise."
     cmd_options = tuple(
         {**option, "default": "definition"} if option["name"] == "sort" else option
         for option in DoitList.cmd_options

@@ -130,7 +130,7 @@ def test_meta_checkpoint(tmp_path: Path) -> None:
     project = projects.create(tmp_path / "project", "meta", quantize={"recipe": "mixed_3_6"})
     project.configure("examples", layout="mlx-examples", quantize=False)
     said = project.doit("graph").stdout
-    assert "unshard · one copy of each, shards joined, rows of wq and wk reordered" in said
+    assert "unshard · copies compared, shards joined, rows of wq and wk reordered" in said
     assert "quantize · 3 bit, 6 bit" in said
     assert "pack · mlx-examples" in said
     assert "extract<br/>tok_embeddings, layers.0–3, norm, output<br/>shared by model" in said
