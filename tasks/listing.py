@@ -36,12 +36,14 @@ class List(DoitList):  # type: ignore[misc]
         names: dict[str, None] = {}
         for line, layers in self._lines.items():
             names |= dict.fromkeys([line, *layers] if include_subtasks else [line])
-        whole = {line.partition(":")[0] for line in self._lines}  # stages, of all targets
+        # Stages, of all targets; it may be that none has errors.
+        whole = {"error", *(line.partition(":")[0] for line in self._lines)}
         rest = [
             task
             for task in self.task_list
             if task.name not in names
-            and (include_subtasks or not (task.subtask_of or task.name in whole))
+            and (include_subtasks or task.actions or task.name not in whole)
+            and (include_subtasks or not task.subtask_of)
         ]
         return [*(tasks[name] for name in names), *rest]
 
@@ -67,6 +69,9 @@ class List(DoitList):  # type: ignore[misc]
             for stage, nodes in plan.stages.items():
                 found[f"{stage}:{target}"] = [node.name for node in nodes]
             found[f"pack:{target}"] = [f"pack:{target}"]
+            if plan.errors:
+                found[f"error:{target}"] = [node.name for node in plan.errors]
+            found[f"report:{target}"] = [f"report:{target}"]
         return found
 
     @cached_property

@@ -29,7 +29,11 @@ def page() -> str:
     parts = [INTRODUCTION]
     for name in sorted(plugins):
         module, _, attribute = plugins[name].partition(":")
-        parts += _section(name, getattr(import_module(module), attribute), doits.get(name))
+        found = import_module(module)
+        parts += _section(name, getattr(found, attribute), doits.get(name))
+        for below, command in getattr(found, "SUBCOMMANDS", {}).items():
+            options = [_option(CmdOption(option)) for option in command.options]
+            parts += [f"### `doit {name} {below}`", _sentence(command.purpose), *options]
     rest = sorted(doits.keys() - plugins.keys() - {"help"})
     parts += [REST, "\n".join(f"- `doit {name}`: {doits[name].doc_purpose}" for name in rest)]
     return "\n\n".join(parts) + "\n"

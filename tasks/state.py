@@ -9,7 +9,7 @@ from typing import Any
 from doit.exceptions import InvalidCommand
 
 from tasks.graph import Graph
-from tasks.plan import Node, Plan
+from tasks.plan import Plan
 
 
 class State(StrEnum):
@@ -46,22 +46,26 @@ def states(plans: Iterable[Plan], tasks: Mapping[str, Any], database: Any) -> di
     """
     found: dict[str, State] = {}
     for plan in plans:
-        for nodes in plan.stages.values():
+        for nodes in (*plan.stages.values(), plan.errors):
             for node in nodes:
-                found[node.name] = _state(node.name, node.needs, found, tasks, database)
-        name = f"pack:{plan.target.name}"
-        found[name] = _state(name, plan.stages["quantize"], found, tasks, database)
+                needs = [need.name for need in node.needs]
+                found[node.name] = _state(node.name, needs, found, tasks, database)
+        pack, report = (f"{task}:{plan.target.name}" for task in ("pack", "report"))
+        last = [node.name for node in plan.stages["quantize"]]
+        found[pack] = _state(pack, last, found, tasks, database)
+        read = [pack, *(node.name for node in plan.errors)]
+        found[report] = _state(report, read, found, tasks, database)
     return found
 
 
 def _state(
-    name: str, needs: Iterable[Node], known: Mapping[str, State], tasks: Mapping[str, Any],
+    name: str, needs: Iterable[str], known: Mapping[str, State], tasks: Mapping[str, Any],
     database: Any,
 ) -> State:  # fmt: skip
     task = tasks[name]
     if database.status_is_ignore(task):
         return State.IGNORED
-    if any(known[need.name] is State.RUN for need in needs):
+    if any(known[need] is State.RUN for need in needs):
         return State.RUN
     # "error": a file that it reads is not there yet.
     is_done = database.get_status(task, tasks).status == "up-to-date"

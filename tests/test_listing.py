@@ -6,7 +6,7 @@ import projects
 from projects import LAYERS, STAGES
 
 KIND = "huggingface"
-OTHERS = ["lock", "lint", "test", "bench"]
+OTHERS = ["report", "lock", "lint", "test", "bench"]
 
 
 def said(done: projects.front_door.Finished) -> dict[str, str]:
@@ -18,8 +18,10 @@ def said(done: projects.front_door.Finished) -> dict[str, str]:
 def test_states(tmp_path: Path) -> None:
     project = projects.create(tmp_path / "project", KIND, **projects.FOUR_BIT)
     project.configure("other", dtype="float16", quantize={"bits": 8})
-    all_run = dict.fromkeys(STAGES, "11 of 11 layers to run") | {"pack": "to run"}
+    last = {"pack": "to run", "error": "10 of 10 layers to run", "report": "to run"}
+    all_run = dict.fromkeys(STAGES, "11 of 11 layers to run") | last
     up_to_date = dict.fromkeys([*STAGES, "pack"], "up to date")
+    built = up_to_date | {name: last[name] for name in ("error", "report")}
 
     def expect(model: dict[str, str], other: dict[str, str]) -> None:
         found = said(project.doit("list"))
@@ -31,24 +33,26 @@ def test_states(tmp_path: Path) -> None:
 
     expect(all_run, all_run)
     project.doit("quantize:model:layers.3")
-    expect(dict.fromkeys(STAGES, "10 of 11 layers to run") | {"pack": "to run"}, all_run)
+    expect(dict.fromkeys(STAGES, "10 of 11 layers to run") | last, all_run)
     project.doit("pack:model")
-    expect(up_to_date, all_run)
+    expect(built, all_run)
     project.doit()
+    project.doit("report:model")
+    all_done = dict.fromkeys(last | up_to_date, "up to date")
+    expect(up_to_date | all_done, built)
     project.configure(quantize={"bits": 6})
-    changed = {"quantize": "10 of 11 layers to run", "pack": "to run"}
-    expect(up_to_date | changed, up_to_date)
+    expect(built | last | {"quantize": "10 of 11 layers to run"}, built)
     project.configure(**projects.FOUR_BIT)
     project.doit()
     project.doit("ignore", "pack:other")
-    expect(up_to_date, up_to_date | {"pack": "ignored"})
+    expect(up_to_date | all_done, built | {"pack": "ignored"})
 
 
 def test_options_of_doit(tmp_path: Path) -> None:
     project = projects.create(tmp_path / "project", KIND)
     project.doit("cast:model")
     stages = [f"{stage}:model" for stage in STAGES]
-    lines = [*stages, "pack:model", *OTHERS]
+    lines = [*stages, "pack:model", "report:model", *OTHERS]
 
     assert project.doit("list", "-q").stdout.split() == lines
     assert list(said(project.doit("list", "--sort", "name"))) == sorted(lines)
@@ -72,7 +76,7 @@ def test_options_of_doit(tmp_path: Path) -> None:
     ]
     everything = said(project.doit("list", "--all"))
     assert list(everything)[:2] == ["extract:model", "extract:model:embed_tokens"]
-    assert {*project.tasks(), *lines, *STAGES, "pack", "lock:model"} == {*everything}
+    assert {*project.tasks(), *lines, *STAGES, "pack", "error", "lock:model"} == {*everything}
     assert everything["cast:model:layers.0"] == "up to date"
     assert everything["quantize:model:layers.0"] == "to run"
     assert everything["quantize"] == "Quantize each layer."

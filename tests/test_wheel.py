@@ -133,7 +133,11 @@ def test_builds_in_a_folder_of_ones_own(installed: Environment, tmp_path: Path) 
     assert [*tmp_path.iterdir()] == [project.folder]
 
     listed = {line.split()[0] for line in installed.mlx_make(project.folder, "list").splitlines()}
-    assert listed == {"lock", *(f"{stage}:model" for stage in [*projects.STAGES, "pack"])}
+    assert listed == {
+        "report",
+        "lock",
+        *(f"{s}:model" for s in [*projects.STAGES, "pack", "error", "report"]),
+    }
 
 
 @pytest.mark.parametrize("args", [(), ("list",), ("clean",), ("pack:model",)])
