@@ -139,6 +139,9 @@ def test_builds_in_a_folder_of_ones_own(installed: Environment, tmp_path: Path) 
         *(f"{s}:model" for s in [*projects.STAGES, "pack", "error", "report"]),
     }
 
+    installed.mlx_make(project.folder, "report:model")
+    assert (project.folder / "reports" / "model.html").exists()
+
 
 @pytest.mark.parametrize("args", [(), ("list",), ("clean",), ("pack:model",)])
 def test_no_models_toml(installed: Environment, tmp_path: Path, args: tuple[str, ...]) -> None:
