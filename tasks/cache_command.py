@@ -248,8 +248,6 @@ def _missing(exchanged: exchange.Exchanged, why: str) -> int:
 
 
 SUBCOMMANDS = {
-    "push": Subcommand("uploads all that is built of the targets to the remote store", push),
-    "pull": Subcommand("fetches all that the remote store has of the targets", pull),
     "stats": Subcommand("what it holds, by stage and target, and what it saved", stats),
     "verify": Subcommand("reads all of it, and sets aside what is corrupt", verify_all),
     "gc": Subcommand(
@@ -280,4 +278,6 @@ SUBCOMMANDS = {
             },
         ),
     ),
+    "push": Subcommand("uploads all that is built of the targets to the remote store", push),
+    "pull": Subcommand("fetches all that the remote store has of the targets", pull),
 }

@@ -121,6 +121,7 @@ def test_a_checkpoint_that_changed_unnoticed_is_found(tmp_path):
     found = project.doit("cache", "verify", expect=1).stdout
     assert str(weights) in found
     assert f"extract:model:layers.2 {name}" in found
+    project.accept()
     project.doit()
     assert project.built() == project.anew()
 
@@ -335,7 +336,7 @@ def test_a_cache_that_is_not_there_and_a_bad_models_toml(tmp_path, subcommand):
 @pytest.mark.parametrize(
     ("args", "fact"),
     [
-        (["gsc"], "doit cache has no 'gsc'; it has stats, verify, gc"),
+        (["gsc"], "doit cache has no 'gsc'; it has stats, verify, gc, push, pull"),
         (["gc", "all"], "takes no 'all'"),
         (["gc", "--max-size", "20 gigs"], "20 gigs is no size: write it as 20GB"),
         (["gc", "--all"], "--all needs a size cap"),

@@ -174,7 +174,8 @@ def quantize_and_pack(project: Project) -> None:
     for node in plan.stages["quantize"]:
         found.builder.run(plan, node, "test")
     manifest = project.state / "manifests" / "model" / "pack.json"
-    pack.run(found.builder, plan, project.folder / "build" / "model", manifest, "test")
+    folder = project.folder / "build" / "model"
+    pack.run(found.builder, plan, folder, manifest, "test", lambda _: None)
 
 
 def test_a_checkpoint_that_goes_while_it_is_needed(tmp_path: Path) -> None:

@@ -449,6 +449,7 @@ def test_a_file_said_to_be_of_another_dtype(tmp_path: Path) -> None:
     doit(tmp_path)
     data = file.read_bytes()
     file.write_bytes(data.replace(b'"BF16"', b'"F16" '))
+    doit(tmp_path, "lock")
     doit(tmp_path)
     with redirect_stdout(StringIO()):
         convert(str(folder), str(tmp_path / "reference"), quantize=True, q_bits=4, dtype="float32")
