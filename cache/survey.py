@@ -16,7 +16,7 @@ from cache.blobs import Blobs, Part
 from cache.manifests import Manifest, ManifestError
 
 CORRUPT = "corrupt"  # the folder to which `verify` moves what is
-KINDS = ("blob", "reference", "action", "memo", "temporary", CORRUPT)
+KINDS = ("blob", "reference", "action", "memo", "source", "temporary", CORRUPT)
 _KEYS = {
     "blob": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})",
     "reference": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})\.parts",
@@ -114,6 +114,8 @@ def _kind(name: str) -> tuple[str, str]:
         return CORRUPT, name
     if Path(name).name.startswith(files.TEMPORARY):
         return "temporary", name
+    if name.startswith("sources/"):
+        return "source", name
     for kind, form in _KEYS.items():
         if match := re.fullmatch(form, name):
             return kind, match[1] + match[2]

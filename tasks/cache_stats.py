@@ -18,6 +18,7 @@ KIND_NAMES = {
     "reference": "references",
     "action": "action entries",
     "memo": "memos",
+    "source": "source records",
     "temporary": "temporary files",
     "corrupt": "set aside as corrupt",
 }
