@@ -42,6 +42,7 @@ def main() -> None:
     blocks = weights(Path(sys.argv[1])) / math.prod(SHAPE)
     with ThreadPoolExecutor(cores) as pool:
         list(pool.map(work, [math.ceil(blocks / cores)] * cores))
+    os._exit(0)  # MLX at times aborts as it takes down the streams of threads that ended
 
 
 if __name__ == "__main__":
