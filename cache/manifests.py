@@ -8,6 +8,7 @@ provenance record, and enough to make a lost blob again.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -45,6 +46,18 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     digest: str
+
+    @classmethod
+    def read(cls, dtype: Any, shape: Any, digest: Any) -> Tensor:
+        """Return a tensor as a record has it: a remote's can say anything.
+
+        Raises:
+            ValueError, TypeError: it is none. A digest becomes part of a path.
+        """
+        sizes = all(type(size) is int and size >= 0 for size in shape)
+        if dtype not in DTYPE_BYTES or not sizes or not re.fullmatch(r"[0-9a-f]{32}", digest):
+            raise ValueError(f"[{dtype!r}, {shape!r}, {digest!r}] is no tensor")
+        return cls(dtype, tuple(shape), digest)
 
     @property
     def record(self) -> list[Any]:
@@ -132,7 +145,7 @@ class Manifest:
                 )
             manifest = cls(
                 Action(**record["action"]),
-                {n: Tensor(d, tuple(s), g) for n, d, s, g in record["tensors"]},
+                {name: Tensor.read(*told) for name, *told in record["tensors"]},
                 tuple(record["notes"]),
             )
             again = manifest.to_bytes()

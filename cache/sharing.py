@@ -160,7 +160,7 @@ class Sharing:
                 return None
             manifest = Manifest.from_bytes(canonical(record["manifest"]))
             names = {digest: blake3 for digest, blake3 in record["blake3"].items() if _is(blake3)}
-        except (ManifestError, ValueError, KeyError, TypeError, AttributeError):
+        except (ManifestError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None  # damaged: as good as none, and replaced when it was made again
         if manifest.action.key != key:
             return None

@@ -191,6 +191,31 @@ def test_a_manifest_of_numbers_that_json_has_not() -> None:
     assert read(json.dumps({**record, "tensors": [tensor]}).encode()) is None
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        ["a", "float16", [1], "../" + "0" * 29],
+        ["a", "float16", [1], "../../etc/passwd"],  # a digest becomes part of a path
+        ["a", "float16", [1], digest(b"").upper()],
+        ["a", "float16", [1], None],
+        ["a", "float16", [-1], digest(b"")],
+        ["a", "float16", [True], digest(b"")],
+        ["a", "float16", 1, digest(b"")],
+        ["a", "float17", [1], digest(b"")],
+        ["a", ["float16"], [1], digest(b"")],
+        ["a", "float16", [1]],
+    ],
+)
+def test_a_manifest_of_what_is_no_tensor(tensor: list[object]) -> None:
+    """Whoever can write to a remote can say anything."""
+    made = {"a": Tensor("float16", (1,), digest(b""))}
+    whole = Manifest(Action("cast", 1, {}, {}), made)
+    assert read(whole.to_bytes()) == whole
+    record = json.loads(whole.to_bytes()) | {"tensors": [tensor]}
+    record["result"] = digest_record([tensor])
+    assert read(canonical(record)) is None
+
+
 def test_a_newer_schema_is_refused() -> None:
     data = Manifest(Action("cast", 1, {}, {}), {}).to_bytes()
     newer = data.replace(b'"schema":%d' % SCHEMA, b'"schema":%d' % (SCHEMA + 1))
