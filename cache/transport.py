@@ -450,7 +450,7 @@ class HttpTransport(Transport):
         target = {"Destination": f"{self._url}/{path}", "Overwrite": "T"}
         for again in reversed(range(_MOVES)):
             with self._request("MOVE", f"{self._url}/{temporary}", headers=target) as response:
-                if response.ok:
+                if 200 <= response.status_code < 300:
                     return
                 if not again:
                     self._expect_ok(response)
@@ -480,7 +480,7 @@ class HttpTransport(Transport):
             raise
 
     def _expect_ok(self, response: requests.Response) -> None:
-        if not response.ok:
+        if not 200 <= response.status_code < 300:  # a redirect of a PUT is not followed
             raise self.of_status(response.status_code, response.text[:_BODY_CHARS])
 
     def _make_parents(self, path: str) -> None:

@@ -505,6 +505,17 @@ def test_writing_is_refused(
     remotes.one_warning("is only read from now on", str(status), words)
 
 
+def test_a_server_that_redirects_uploads(remotes: Remotes):
+    """As from http to https: nothing is there, so nothing is said to be."""
+    name, data = blob(1000)
+    with servers.faulty() as server:
+        server.misdeed = lambda request: Answer(308) if request.method == "PUT" else None
+        remote = remotes(f"http://127.0.0.1:{server.port}/x")
+        assert not remote.push(name, 1000, chunks(data))
+    assert remote.pushed_bytes == 0
+    remotes.one_warning("is only read from now on", "308", "address")
+
+
 @pytest.mark.parametrize("status", [401, 403, 400])
 def test_reading_is_refused(faulty: tuple[servers.Faulty, str], remotes: Remotes, status: int):
     server, url = faulty
