@@ -245,10 +245,14 @@ def _fetched(store: Store, source: Source) -> bytes | None:
                 f"the record {source.record} is of schema {told['schema']}, this version reads "
                 f"{SCHEMA}: update mlx-make."
             )
+        if odd := [name for name in told["small"] if name == ".." or Path(name).name != name]:
+            raise CheckpointError(
+                f"the record {source.record} names {odd[0]!r}, which is no file of a checkpoint's "
+                "folder. Take models.lock from version control again, and ask who wrote it."
+            )
         small = {
             name: b"".join(remote.fetch(blake3, nbytes))
             for name, (nbytes, blake3) in told["small"].items()
-            if Path(name).name == name
         }
     except (NotFetched, Mismatch):
         return None

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,15 @@ from cache.blobs import Part
 from cache.digest import digest
 from cache.files import Stamp
 from cache.manifests import Action, Manifest, Tensor
-from cache.remote import Remote
+from cache.remote import Remote, blake3_of
 from cache.sharing import Sharing
 from cache.store import Store
 from cache.transport import PIECE_BYTES
 from front_door import REPOSITORY, Finished, doit
 from projects import FOUR_BIT, Project, contents, flip, outcomes
-from tasks import exchange, graph, options
+from tasks import exchange, graph, options, sources
+from tasks.errors import CheckpointError
+from tasks.sources import Source
 
 BIG = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 4}
 SMALL = {"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 64}
@@ -425,6 +428,21 @@ def test_a_checkpoint_that_changes_meanwhile(
     made = Manifest(Action("cast", 1, {}, {}), {"a": tensor})
     assert not Sharing(store.actions, store.blobs, remote).push_now(made, locate)
     assert objects(tmp_path / "remote") == []
+
+
+@pytest.mark.parametrize("file", ["../x", "..", "a/b", "/x"])
+def test_a_record_that_leaves_its_folder(file: str, tmp_path: Path) -> None:
+    """By a models.lock that somebody made on purpose: nothing is written."""
+    remote = Remote((tmp_path / "remote").as_uri(), warn=pytest.fail)
+    record = json.dumps({"schema": 1, "small": {file: [1, blake3_of([b"x"])]}}).encode()
+    for data in (b"x", record):
+        assert remote.push(blake3_of([data]), len(data), [data])
+    store = Store.at(tmp_path / "cache")
+    store = replace(store, sharing=Sharing(store.actions, store.blobs, remote))
+    source = Source({}, blake3_of([record]), len(record))
+    with pytest.raises(CheckpointError, match="no file of a checkpoint's folder"):
+        sources.recall(store, source)
+    assert not (tmp_path / "cache" / "sources").exists()
 
 
 # Two at once.
