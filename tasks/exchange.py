@@ -103,11 +103,6 @@ def _pulled(
         return builder.look(plan, node)
     if not all(need in found for need in node.needs):
         return None
-    needed = {
-        name: (need, tensor)
-        for need in node.needs
-        for name, tensor in found[need].tensors.items()
-        if node.order.reads is None or name in node.order.reads
-    }
+    needed = node.needed({need: found[need] for need in node.needs})
     hit, _ = builder.find(builder.action(node, needed))
     return hit.manifest if isinstance(hit, Hit) else None
