@@ -7,6 +7,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +24,7 @@ from tasks.graph import Graph
 from tasks.progress import clock, size
 from tasks.reasons import Reason
 from tasks.sizes import Moved
+from tasks.state import graph
 
 SOMETHING_TO_DO = 1  # exit status of ``doit plan``
 WIDTH = 80
@@ -53,7 +55,7 @@ class _Foresight(DoitCmdBase):  # type: ignore[misc]
         """Return the steps of a run of the tasks that are asked for, and of these alone."""
         self._control = TaskControl(self.task_list)
         self._control.process(self.sel_tasks)
-        forecast = Forecast(self.graph().builder, self._saved)
+        forecast = Forecast(self.graph.builder, self._saved)
         asked = {
             name: task.meta
             for selected in self._control.selected_tasks
@@ -69,11 +71,10 @@ class _Foresight(DoitCmdBase):  # type: ignore[misc]
                 forecast.add_pack(meta["plan"])
         return forecast.steps, [forecast.steps[name] for name in asked]
 
+    @cached_property
     def graph(self) -> Graph:
-        """Return the graph that the tasks are of."""
-        graphs = (t.meta["graph"] for t in self.task_list if t.meta and "graph" in t.meta)
-        found: Graph = next(graphs)
-        return found
+        """The graph that the tasks are of."""
+        return graph(self.task_list)
 
     def _leaves(self, name: str) -> Iterator[tuple[str, Any]]:
         """Yield a task, or those that a group stands for."""
@@ -87,7 +88,7 @@ class _Foresight(DoitCmdBase):  # type: ignore[misc]
     def _saved(self, name: str) -> Saved:
         task = self._control.tasks[name]
         status = self.dep_manager.get_status(task, self._control.tasks, get_log=True)
-        manifests = str(self.graph().builder.state)
+        manifests = str(self.graph.builder.state)
         saved = self.dep_manager.backend
         states = {path: saved.get(name, path) for path in task.file_dep}
         return Saved(
@@ -109,7 +110,7 @@ class PlanCommand(_Foresight):
 
     def _execute(self, as_json: bool) -> int:
         steps = list(self.forecast()[0].values())
-        seconds = estimate(steps, self.graph().builder.log.entries())
+        seconds = estimate(steps, self.graph.builder.log.entries())
         if as_json:
             self.outstream.write(_as_json(steps, seconds))
         else:
@@ -129,7 +130,7 @@ class WhyCommand(_Foresight):
     def _execute(self) -> int:
         if self.sel_default_tasks:
             raise InvalidCommand("why what? Name a task; doit list --all shows them.")
-        last = {entry.task: entry for entry in self.graph().builder.log.entries()}
+        last = {entry.task: entry for entry in self.graph.builder.log.entries()}
         for step in self.forecast()[1]:
             self.outstream.writelines(f"{line}\n" for line in _why(step, last.get(step.task)))
         return 0
