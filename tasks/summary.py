@@ -16,7 +16,7 @@ from cache.manifests import Manifest, ManifestError
 from tasks.config import STATE
 
 OUTCOMES = ("computed", "reused", "fetched", "failed")
-STAGES = ("extract", "unshard", "cast", "quantize", "pack")
+STAGES = ("extract", "unshard", "cast", "quantize", "pack", "error", "report")
 NOTHING = "### mlx-make\n\nNo task ran.\n"
 
 
@@ -78,9 +78,9 @@ def markdown(
         return NOTHING
     targets, stages = defaultdict(list), defaultdict(list)
     for entry in entries:
-        stage, target = entry.task.split(":")[:2]
-        targets[target].append(entry)
-        stages[stage].append(entry)
+        stages[_stage(entry)].append(entry)
+        if ":" in entry.task:  # report's overview is of all targets
+            targets[entry.task.split(":")[1]].append(entry)
     by_target = [
         [target, _size(built_bytes.get(target)), *_counts(found)]
         for target, found in sorted(targets.items())

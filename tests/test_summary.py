@@ -92,6 +92,12 @@ def test_summary(tmp_path: Path) -> None:
     assert set(both) == {"model", "quantize", "pack"}
     assert "No task ran." in project.doit("summary", "--since", str(time.time())).stdout
 
+    reported = project.doit("report")
+    said = tables(project.doit("summary").stdout)
+    assert counts(said["report"]) == {"computed": 2}
+    of_stages = [counts(said[stage])["computed"] for stage in ("error", "report")]
+    assert sum(of_stages) == len(reported.computed)
+
 
 def test_failures_are_named(tmp_path: Path) -> None:
     project = projects.create(tmp_path / "project", "huggingface", **projects.FOUR_BIT)
