@@ -252,7 +252,7 @@ class Remote:
         try:
             if length == 0:
                 return
-            if self._try("open it", lambda it: it.ranges):
+            if self._try("open it", lambda it: it.ranges, asks=False):
                 try:
                     yield from self._in_ranges(path, blake3, length)
                 except NoRanges:  # it said so before anything was yielded
@@ -314,8 +314,21 @@ class Remote:
                 )
             return self._transport
 
-    def _try(self, what: str, call: Callable[[Transport], _T], *, writes: bool = False) -> _T:
+    def _try(
+        self,
+        what: str,
+        call: Callable[[Transport], _T],
+        *,
+        writes: bool = False,
+        asks: bool = True,
+    ) -> _T:
         """Return what ``call`` does, repeated while it fails for a reason that may pass.
+
+        Args:
+            what: it does, for people.
+            call: does it.
+            writes: whether it writes.
+            asks: whether the server has answered if it succeeds.
 
         Raises:
             _GivenUp: it went on failing, or something else did before.
@@ -334,7 +347,7 @@ class Remote:
                 if not fault.transient or now + delay - failing_since > patience:
                     self._give_up(fault, what, now - failing_since, writes=writes)
             else:
-                self._answered = True
+                self._answered |= asks
                 return result
             # Jitter, so that machines that failed together do not come back together.
             over.wait(random.uniform(delay / 2, delay))

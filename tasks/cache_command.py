@@ -26,7 +26,7 @@ from tasks.cache_stats import size
 from tasks.config import Config
 from tasks.errors import BuildError, ConfigError
 
-CORRUPT = 1  # exit status, as doit's own when a task fails
+FAILED = 1  # exit status, as doit's own when a task fails
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
         _report(read, built, wrong, forgotten)
     counts = (f"{len(s)} {cache_stats.KIND_NAMES[k]} ({size(sum(s))})" for k, s in kinds)
     print(f"{read.cache}: read {', '.join(counts)}; {len(wrong) or 'none'} corrupt")
-    return CORRUPT if wrong else 0
+    return FAILED if wrong else 0
 
 
 def _forget(
@@ -212,6 +212,8 @@ def push(read: Config, _options: Mapping[str, Any]) -> int:
     with Lock(read.cache).using():
         exchanged = exchange.push(built.builder, sharing, built.plans.values())
     pushed = sharing.remote.finish()
+    if not sharing.remote.writable:
+        return _given_up(sharing, f"{pushed.objects} objects of {size(pushed.bytes)} were uploaded")
     print(
         f"{sharing.remote.name}: {exchanged.results} results are there, {pushed.objects} objects "
         f"of {size(pushed.bytes)} were not yet"
@@ -225,6 +227,8 @@ def pull(read: Config, _options: Mapping[str, Any]) -> int:
     with Lock(read.cache).using():
         exchanged = exchange.pull(built.builder, sharing, built.plans.values())
     fetched = size(sharing.remote.fetched_bytes)
+    if not sharing.remote.readable:
+        return _given_up(sharing, f"{fetched} were fetched, {exchanged.results} results are here")
     print(f"{sharing.remote.name}: {exchanged.results} results are here, {fetched} fetched")
     return _missing(exchanged, "in neither place: doit makes them")
 
@@ -239,6 +243,12 @@ def _shared(read: Config) -> tuple[graph.Graph, Sharing]:
             else "there is no remote store: set [cache] remote"
         )
     return built, sharing
+
+
+def _given_up(sharing: Sharing, done: str) -> int:
+    """Say what was done before the remote was given up, of which it has warned."""
+    print(f"ERROR: {sharing.remote.name} was given up: {done}", file=sys.stderr)
+    return FAILED
 
 
 def _missing(exchanged: exchange.Exchanged, why: str) -> int:

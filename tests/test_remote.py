@@ -569,12 +569,15 @@ def test_nobody_there(remotes: Remotes, monkeypatch: pytest.MonkeyPatch, scheme:
     for name, value in servers.s3_environ(port).items():
         monkeypatch.setenv(name, value)
     url = {"http": f"http://127.0.0.1:{port}/x", "s3": "s3://bucket/x"}[scheme]
-    for write in (False, True):
+    for act in ("read", "write", "fetch"):
         remotes.warnings.clear()
         remote = remotes(url, patience=30)
         begin = time.monotonic()
-        if write:
+        if act == "write":
             remote.put_record("actions", KEY, 1)
+        elif act == "fetch":
+            with pytest.raises(NotFetched):
+                fetched(remote, *blob(10)[:1], 10)
         else:
             assert remote.record("actions", KEY) is None
         assert time.monotonic() - begin < 4  # far less than its patience: it never answered

@@ -137,6 +137,17 @@ def test_a_page_that_was_touched_or_is_gone_is_made_again(tmp_path: Path) -> Non
     assert not any(pages.iterdir())
 
 
+def test_lost_measurements_are_made_again(tmp_path: Path) -> None:
+    project = create(tmp_path, "huggingface", **FOUR_BIT)
+    project.doit("report")
+    before = _page(project).errors
+    for layer in ("layers.0", "lm_head"):
+        project.blob("error", layer, "error_norm").unlink()
+    shutil.rmtree(project.folder / "reports")
+    project.doit("report")
+    assert _page(project).errors == before
+
+
 def test_a_log_that_lost_the_build_makes_a_page_all_the_same(tmp_path: Path) -> None:
     project = create(tmp_path, "huggingface", **FOUR_BIT)
     project.doit()

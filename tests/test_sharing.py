@@ -263,7 +263,28 @@ def test_read_only(tmp_path: Path) -> None:
     assert {path: Stamp.of(path) for path in remote.rglob("*")} == before
 
 
+def test_reports(tmp_path: Path) -> None:
+    """What one machine measured is shown on another."""
+    one = first(tmp_path, {REMOTE: (tmp_path / "remote").as_uri()}, config=SMALL, **FOUR_BIT)
+    one.doit("report")
+    two = one.beside("two")
+    done = outcomes(two.doit("report"))
+    assert done["computed"] == {"report:model", "report"}
+    assert (two.folder / "reports" / "model.html").exists()
+
+
 # A remote that does not work.
+
+
+def test_push_to_a_remote_that_takes_nothing(tmp_path: Path) -> None:
+    """Nothing is said to be there that is not."""
+    one = first(tmp_path, {}, config=SMALL, **FOUR_BIT)
+    one.doit()
+    one.environ = {REMOTE: f"http://127.0.0.1:{servers.free_port()}/store"}
+    done = one.doit("cache", "push", expect=1)
+    assert len(warnings(done)) == 1
+    assert "results are there" not in done.stdout
+    assert "given up" in done.stderr
 
 
 def test_unreachable(tmp_path: Path) -> None:
@@ -275,7 +296,9 @@ def test_unreachable(tmp_path: Path) -> None:
     assert "is not used from now on" in warning
     assert one.built() == alone(one)
     two = one.beside("two")
+    begin = time.monotonic()
     done = two.doit(expect=3)
+    assert time.monotonic() - begin < 15  # it never answered: far less than a remote's patience
     assert len(warnings(done)) == 1
     assert "is neither in the cache nor whole in a remote" in done.stderr
 

@@ -14,6 +14,7 @@ from cache.errors import CacheError
 from cache.files import Stamp
 from cache.manifests import Manifest, ManifestError, Tensor
 from tasks import error
+from tasks.errors import BuildError
 from tasks.quantize import Setting
 
 if TYPE_CHECKING:
@@ -260,20 +261,19 @@ def _errors(builder: Builder, plan: Plan, packed: Manifest) -> dict[str, Error] 
             if part != name and packed.action.inputs.get(part) != record:
                 return None  # packed since, or not yet
         try:
-            norms = error.figures(manifest, _bytes(builder, manifest))
-        except (CacheError, OSError):
+            norms = error.figures(manifest, _bytes(builder, plan, node, manifest))
+        except (BuildError, CacheError, OSError):
             return None
         for name, setting in node.params["compared"].items():
             found[name] = Error(Setting(*setting), *norms[name])
     return found
 
 
-def _bytes(builder: Builder, manifest: Manifest) -> dict[str, bytes]:
-    blobs = builder.store.blobs
-    return {
-        name: b"".join(map(bytes, blobs.chunks(blobs.locate(tensor.digest, tensor.nbytes))))
-        for name, tensor in manifest.tensors.items()
-    }
+def _bytes(builder: Builder, plan: Plan, node: Node, manifest: Manifest) -> dict[str, bytes]:
+    """Return what a node made: bytes that only a remote has are fetched, lost ones made again."""
+    made = {name: (node, tensor) for name, tensor in manifest.tensors.items()}
+    chunks = builder.store.blobs.chunks
+    return {name: b"".join(map(bytes, chunks(builder.locate(plan, made, name)))) for name in made}
 
 
 def _manifest(path: Path) -> Manifest | None:
