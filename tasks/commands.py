@@ -50,6 +50,8 @@ class _Foresight(DoitCmdBase):  # type: ignore[misc]
             return int(super().execute(params, args))
         except (BuildError, CacheError) as error:
             raise InvalidCommand(str(error)) from error
+        finally:
+            options.read_only = False
 
     def forecast(self) -> tuple[dict[str, Step], list[Step]]:
         """Return the steps of a run of the tasks that are asked for, and of these alone."""

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,15 +67,11 @@ def log(folder: Path) -> list[dict]:
     path = folder / ".mlx-make" / "log.jsonl"
     if not path.exists():
         return []
-    *whole, last = path.read_text(encoding="utf-8").split("\n")
-    if last:
-        try:
-            json.loads(last)
-        except json.JSONDecodeError:
-            pass
-        else:
-            whole.append(last)
-    return [json.loads(line) for line in whole]
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):  # torn by a kill, or on a full disk
+            entries.append(json.loads(line))
+    return entries
 
 
 def runs(folder: Path) -> list[str]:

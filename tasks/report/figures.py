@@ -19,7 +19,7 @@ from tasks.quantize import Setting
 
 if TYPE_CHECKING:
     from tasks.build import Builder
-    from tasks.plan import Plan
+    from tasks.plan import Node, Plan
 
 # What a module is for, told from its path: the first that matches. Names of mlx-lm's models, and
 # Meta's.
