@@ -68,11 +68,8 @@ class Actions:
 
     def read(self, key: str) -> Manifest | None:
         """Return what is recorded under ``key``, if anything that can be used."""
-        try:
-            manifest = Manifest.from_bytes(self.path(key).read_bytes())
-        except (FileNotFoundError, ManifestError):
-            return None
-        return manifest if manifest.action.key == key else None
+        manifest = Manifest.at(self.path(key))
+        return manifest if manifest and manifest.action.key == key else None
 
     def put(self, manifest: Manifest) -> None:
         """Record a result. Its blobs must be in place: whoever finds it relies on them."""

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from cache.digest import canonical, digest_record
@@ -126,6 +127,14 @@ class Manifest:
             "result": self.result,
         }
         return canonical(record)
+
+    @classmethod
+    def at(cls, path: str | Path) -> Manifest | None:
+        """Return the manifest in a file, or None if there is none that can be read."""
+        try:
+            return cls.from_bytes(Path(path).read_bytes())
+        except (FileNotFoundError, ManifestError):
+            return None
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cache import files
 from cache.blobs import Blobs, Part
-from cache.manifests import Manifest, ManifestError
+from cache.manifests import Manifest
 
 CORRUPT = "corrupt"  # the folder to which `verify` moves what is
 KINDS = ("blob", "reference", "action", "memo", "source", "temporary", CORRUPT)
@@ -90,10 +90,8 @@ class Survey:
     def manifests(self) -> Iterator[Manifest]:
         """Yield what the action entries say, those that can be read."""
         for file in self.of("action").values():
-            try:
-                yield Manifest.from_bytes(file.path.read_bytes())
-            except (FileNotFoundError, ManifestError):
-                continue
+            if manifest := Manifest.at(file.path):
+                yield manifest
 
 
 def take(root: Path) -> Survey:

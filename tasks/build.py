@@ -107,13 +107,6 @@ def machine_memory() -> int:
     return found
 
 
-def _read(path: Path) -> Manifest | None:
-    try:
-        return Manifest.from_bytes(path.read_bytes())
-    except (FileNotFoundError, ManifestError):
-        return None
-
-
 def _not_kept(builder: Builder, node: Node) -> Iterator[Node]:
     """Yield the nodes that are made again whenever ``node`` reads them."""
     for need in node.needs:
@@ -152,6 +145,10 @@ class Builder:
         """Return where a node's manifest lies. A string: doit wants thousands of them."""
         return f"{self.state}/manifests/{node.target}/{node.stage}/{node.order.layer}.json"
 
+    def packed_path(self, target: str) -> Path:
+        """Return where the manifest of a target's packing lies."""
+        return self.state / "manifests" / target / "pack.json"
+
     def run(self, plan: Plan, node: Node, why: str) -> Manifest:
         """Bring a node's manifest up to date, and return it.
 
@@ -161,7 +158,8 @@ class Builder:
         path = Path(self.manifest_path(node))
         with self.logged(node.name, why) as record:
             manifest, record["outcome"] = self._run(plan, node)
-            if (old := _read(path)) and (found := reasons.between(old.action, manifest.action)):
+            old = Manifest.at(path)
+            if old and (found := reasons.between(old.action, manifest.action)):
                 told = [why] if node.stage == "extract" else []  # which file changed
                 record["why"] = "; ".join([*told, reasons.joined(found)])
             self.publish(path, manifest)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from cache.actions import Hit
-from cache.manifests import Manifest, ManifestError
+from cache.manifests import Manifest
 from cache.sharing import Sharing
 from tasks import sources
 from tasks.build import Builder, cores
@@ -50,7 +49,7 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
         done = [job.result() for job in jobs]
     packed = 0
     for plan in plans:
-        manifest = _read(f"{builder.state}/manifests/{plan.target.name}/pack.json")
+        manifest = Manifest.at(builder.packed_path(plan.target.name))
         packed += manifest is not None and sharing.push_now(manifest, None)
     count = sum(done) + packed
     return Exchanged(count, sum(_wanted(plan) for plan in plans) - count)
@@ -84,15 +83,8 @@ def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Plan, Node
     for plan in plans:
         for stage, nodes in plan.stages.items():
             for node in nodes if stage != "extract" else ():
-                if manifest := _read(builder.manifest_path(node)):
+                if manifest := Manifest.at(builder.manifest_path(node)):
                     yield plan, node, manifest
-
-
-def _read(path: str) -> Manifest | None:
-    try:
-        return Manifest.from_bytes(Path(path).read_bytes())
-    except (FileNotFoundError, ManifestError):
-        return None
 
 
 def _pulled(

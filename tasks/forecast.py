@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from cache.actions import Hit
 from cache.digest import digest_record
 from cache.log import Entry
-from cache.manifests import Action, Manifest, ManifestError, Tensor
+from cache.manifests import Action, Manifest, Tensor
 from tasks import extract, pack, reasons, sizes, unshard
 from tasks.build import Builder, threads
 from tasks.config import BUILD
@@ -120,7 +119,7 @@ class Forecast:
             self.add(plan, need)
         saved = self._saved(node.name)
         needs = {need: self._results[need] for need in node.needs}
-        old = _read(self._path(node))
+        old = Manifest.at(self._path(node))
         if not saved.runs and old and all(self._as_it_was(saved, need) for need in needs):
             self._results[node] = _Result(old.result, old)
             self._put(node, UP_TO_DATE)
@@ -248,7 +247,7 @@ class Forecast:
 
     def _differs(self, saved: Saved, need: Node) -> bool:
         """Tell whether what a node will make has other names, dtypes or shapes than before."""
-        old = _read(self._path(need))
+        old = Manifest.at(self._path(need))
         if not old or old.result != saved.inputs.get(self._path(need)):
             return False
         return sizes.made(need) != {n: replace(t, digest="") for n, t in old.tensors.items()}
@@ -321,9 +320,9 @@ class Forecast:
 
     def _holds(self, plan: Plan, packed: Manifest) -> bool:
         """Tell whether build/TARGET has the files of a build, as far as their sizes tell."""
-        state, target = self._builder.state, plan.target.name
-        last = _read(f"{state}/manifests/{target}/pack.json")
-        folder = state.parent / BUILD / target
+        target = plan.target.name
+        last = Manifest.at(self._builder.packed_path(target))
+        folder = self._builder.state.parent / BUILD / target
         if not folder.is_dir() or (last and last.tensors != packed.tensors):
             return False
         there = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -375,13 +374,6 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
         else:
             layers += took
     return layers / threads() + last
-
-
-def _read(path: str) -> Manifest | None:
-    try:
-        return Manifest.from_bytes(Path(path).read_bytes())
-    except (FileNotFoundError, ManifestError):
-        return None
 
 
 def _passed_on(node: Node, needed: Needed) -> dict[str, Tensor] | None:

@@ -116,7 +116,7 @@ class Graph:
 
     def _pack_task(self, target: str, found: Plan) -> dict[str, Any]:
         folder = self.folder / BUILD / target
-        manifest_path = self.builder.state / "manifests" / target / "pack.json"
+        manifest_path = self.builder.packed_path(target)
         last = found.stages["quantize"]
         layout = LAYOUTS[found.target.layout]
         parts = pack.told(found)

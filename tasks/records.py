@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.collect import Wanted
-from cache.manifests import Manifest, ManifestError
+from cache.manifests import Manifest
 from tasks.config import STATE, Config
 
 # In this order; pack makes no blobs.
@@ -40,11 +40,8 @@ def read(config: Config) -> list[Record]:
             pattern = "pack.json" if stage == "pack" else f"{stage}/*.json"
             for path in sorted((folder / target).glob(pattern)):
                 task = f"pack:{target}" if stage == "pack" else f"{stage}:{target}:{path.stem}"
-                try:
-                    manifest = Manifest.from_bytes(path.read_bytes())
-                except (FileNotFoundError, ManifestError):
-                    continue  # made again when doit looks
-                found.append(Record(target, task, path, manifest))
+                if manifest := Manifest.at(path):  # else made again when doit looks
+                    found.append(Record(target, task, path, manifest))
     return found
 
 

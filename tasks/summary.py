@@ -12,7 +12,7 @@ from doit import get_var
 from doit.cmd_base import Command
 
 from cache.log import Entry, Log
-from cache.manifests import Manifest, ManifestError
+from cache.manifests import Manifest
 from tasks.config import STATE
 
 OUTCOMES = ("computed", "reused", "fetched", "failed")
@@ -56,11 +56,9 @@ def sizes(manifests: Path) -> dict[str, int]:
     """
     found = {}
     for path in manifests.glob("*/pack.json"):
-        try:
-            tensors = Manifest.from_bytes(path.read_bytes()).tensors
-        except ManifestError:  # the next build makes it again
-            continue
-        found[path.parent.name] = sum(tensor.nbytes for tensor in tensors.values())
+        if manifest := Manifest.at(path):  # else the next build makes it again
+            tensors = manifest.tensors.values()
+            found[path.parent.name] = sum(tensor.nbytes for tensor in tensors)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from cache.errors import CacheError
 from cache.files import Stamp
-from cache.manifests import Manifest, ManifestError, Tensor
+from cache.manifests import Manifest, Tensor
 from tasks import error
 from tasks.errors import BuildError
 from tasks.quantize import Setting
@@ -182,7 +182,7 @@ class Reader:
 
     def stamps(self, plan: Plan) -> list[Stamp | None]:
         """Return the stamps of the manifests that a target's figures come of."""
-        paths = [str(packed_path(self.builder, plan))]
+        paths = [str(self.builder.packed_path(plan.target.name))]
         paths += [self.builder.manifest_path(node) for node in plan.errors]
         return [_stamp(path) for path in paths]
 
@@ -199,11 +199,6 @@ class Reader:
         return known[1]
 
 
-def packed_path(builder: Builder, plan: Plan) -> Path:
-    """Return where the manifest of a target's pack lies."""
-    return builder.state / "manifests" / plan.target.name / "pack.json"
-
-
 def _stamp(path: str) -> Stamp | None:
     try:
         return Stamp.of(path)
@@ -212,7 +207,7 @@ def _stamp(path: str) -> Stamp | None:
 
 
 def _read(builder: Builder, plan: Plan) -> Figures | None:
-    packed = _manifest(packed_path(builder, plan))
+    packed = Manifest.at(builder.packed_path(plan.target.name))
     if packed is None:
         return None
     sizes = {name: tensor.nbytes for name, tensor in packed.tensors.items()}
@@ -253,7 +248,7 @@ def pieces(plan: Plan, packed: Manifest, errors: dict[str, Error]) -> list[Piece
 def _errors(builder: Builder, plan: Plan, packed: Manifest) -> dict[str, Error] | None:
     found: dict[str, Error] = {}
     for node in plan.errors:
-        manifest = _manifest(Path(builder.manifest_path(node)))
+        manifest = Manifest.at(Path(builder.manifest_path(node)))
         if manifest is None or manifest.action.params != node.params:
             return None
         for name, record in manifest.action.inputs.items():
@@ -274,10 +269,3 @@ def _bytes(builder: Builder, plan: Plan, node: Node, manifest: Manifest) -> dict
     made = {name: (node, tensor) for name, tensor in manifest.tensors.items()}
     chunks = builder.store.blobs.chunks
     return {name: b"".join(map(bytes, chunks(builder.locate(plan, made, name)))) for name in made}
-
-
-def _manifest(path: Path) -> Manifest | None:
-    try:
-        return Manifest.from_bytes(path.read_bytes())
-    except (FileNotFoundError, ManifestError):
-        return None

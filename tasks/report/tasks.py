@@ -17,7 +17,7 @@ from tasks.graph import NOT_LEFT, Graph, Told, reported
 from tasks.plan import Plan
 from tasks.reasons import Reason
 from tasks.report import INDEX, page_name, timeline, trace_name
-from tasks.report.figures import Reader, packed_path
+from tasks.report.figures import Reader
 
 VERSION = 1
 
@@ -41,7 +41,7 @@ def _target_task(
     name = plan.target.name
     folder = graph.folder / REPORTS
     builder = graph.builder
-    manifest = packed_path(builder, plan)
+    manifest = builder.packed_path(name)
     written = [page_name(name), trace_name(name)]
     told = Told(
         digest_record([VERSION, {**asdict(plan.target), "source": "", "where": ""}]),
