@@ -12,6 +12,7 @@ from pathlib import Path
 from cache import files
 
 MAX_BYTES = 16 << 20
+OUTCOMES = ("computed", "reused", "fetched", "failed")  # reused: from the action cache
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Entry:
     Attributes:
         run: id of the invocation.
         task: the task's name.
-        outcome: ``computed``, ``reused`` (from the action cache), ``fetched``, ``failed``.
+        outcome: one of ``OUTCOMES``.
         why: what made it look.
         start: Unix time, seconds.
         seconds: wall time.

@@ -22,9 +22,9 @@ from cache.sharing import Sharing
 from cache.survey import File
 from tasks import cache_stats, config, exchange, graph, plugins, records
 from tasks.build import cores
-from tasks.cache_stats import size
 from tasks.config import Config
 from tasks.errors import BuildError, ConfigError
+from tasks.words import size
 
 FAILED = 1  # exit status, as doit's own when a task fails
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from cache.log import Log
+from cache.log import OUTCOMES, Log
 from cache.manifests import Manifest
 from cache.survey import KINDS, Survey
 from tasks.config import STATE, Config
 from tasks.records import LAYER_STAGES, Record, described, owners
+from tasks.words import size
 
 WIDTH = 80
 LARGEST = 5
@@ -22,15 +23,6 @@ KIND_NAMES = {
     "temporary": "temporary files",
     "corrupt": "set aside as corrupt",
 }
-OUTCOMES = ("computed", "reused", "fetched", "failed")
-
-
-def size(count: int) -> str:
-    """Return a number of bytes, for people."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count} B"
 
 
 def text(config: Config, survey: Survey, records: Sequence[Record]) -> Iterator[str]:

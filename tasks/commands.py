@@ -21,10 +21,10 @@ from tasks import options
 from tasks.errors import BuildError
 from tasks.forecast import UP_TO_DATE, Forecast, Saved, Step, estimate
 from tasks.graph import Graph
-from tasks.progress import clock, size
 from tasks.reasons import Reason
 from tasks.sizes import Moved
 from tasks.state import graph
+from tasks.words import clock, size
 
 SOMETHING_TO_DO = 1  # exit status of ``doit plan``
 WIDTH = 80

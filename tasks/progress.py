@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cache import log
 from cache.log import Entry
 from cache.manifests import Tensor
 from tasks.plan import Node, Plan
 
-OUTCOMES = ("computed", "reused", "fetched")
+OUTCOMES = tuple(outcome for outcome in log.OUTCOMES if outcome != "failed")
 LEAST_SECONDS = 2.0  # of work before an estimate means something, and the part of all of it
 LEAST_PART = 0.02
 
@@ -177,27 +178,3 @@ def _weight(node: Node) -> int:
         node = node.needs[0]
     told = node.params["tensors"].values()
     return sum(Tensor(dtype, tuple(shape), "").nbytes for dtype, shape, *_ in told)
-
-
-def size(count: float) -> str:
-    """Return a number of bytes, for people."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= 0.9995 * factor:  # as it is rounded
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Return how long something took, for people."""
-    return f"{seconds:.1f} s" if seconds < 60 else f"{clock(seconds)} {_unit(seconds)}"
-
-
-def clock(seconds: float) -> str:
-    """Return a time as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _unit(seconds: float) -> str:
-    return "h" if round(seconds) >= 3600 else "min"

@@ -21,7 +21,8 @@ from cache.log import Entry
 from tasks import progress
 from tasks.config import BUILD
 from tasks.live import Line, Live
-from tasks.progress import OUTCOMES, Work, clock, duration, size
+from tasks.progress import OUTCOMES, Work
+from tasks.words import clock, duration, size
 
 LINE_SECONDS = 10.0  # between two plain lines on how far it is
 SPINNER = "|/-\\"

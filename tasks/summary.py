@@ -11,11 +11,11 @@ from typing import Any
 from doit import get_var
 from doit.cmd_base import Command
 
-from cache.log import Entry, Log
+from cache.log import OUTCOMES, Entry, Log
 from cache.manifests import Manifest
 from tasks.config import STATE
+from tasks.words import size
 
-OUTCOMES = ("computed", "reused", "fetched", "failed")
 STAGES = ("extract", "unshard", "cast", "quantize", "pack", "error", "report")
 NOTHING = "### mlx-make\n\nNo task ran.\n"
 
@@ -80,7 +80,7 @@ def markdown(
         if ":" in entry.task:  # report's overview is of all targets
             targets[entry.task.split(":")[1]].append(entry)
     by_target = [
-        [target, _size(built_bytes.get(target)), *_counts(found)]
+        [target, size(built_bytes[target]) if target in built_bytes else "", *_counts(found)]
         for target, found in sorted(targets.items())
     ]
     by_stage = [
@@ -88,8 +88,8 @@ def markdown(
             stage,
             *_counts(stages[stage]),
             f"{sum(entry.seconds for entry in stages[stage]):.1f} s",
-            _size(sum(entry.bytes_read for entry in stages[stage])),
-            _size(sum(entry.bytes_written for entry in stages[stage])),
+            size(sum(entry.bytes_read for entry in stages[stage])),
+            size(sum(entry.bytes_written for entry in stages[stage])),
         ]
         for stage in STAGES
         if stage in stages
@@ -147,12 +147,3 @@ def _counts(entries: Iterable[Entry]) -> list[str]:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return ""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"

@@ -17,7 +17,7 @@ from cache.blobs import Blobs
 from cache.digest import digest
 from cache.lock import Lock
 from tasks import cache_command, config
-from tasks.cache_stats import size
+from tasks.words import size
 
 HOUR = 3600
 DAY = 24 * HOUR

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from math import inf, isfinite, nan
 from typing import NamedTuple
 
+from cache import log
 from cache.log import Entry
-from tasks import progress
-from tasks.report import timeline, words
+from tasks import words
+from tasks.report import timeline
 from tasks.report.figures import KINDS, Error, Figures, Piece, together
 from tasks.report.timeline import Timeline
 
@@ -192,7 +193,7 @@ def bars(pieces: Sequence[Piece], height: float) -> list[Bar]:
                 if by_kind[kind]:
                     tall = height * by_kind[kind] / most
                     y -= tall
-                    title = f"{layer} {kind}: {progress.size(by_kind[kind])}"
+                    title = f"{layer} {kind}: {words.size(by_kind[kind])}"
                     x = step * stacked.index(layer)
                     boxes.append((kind, x, y, step * 0.86, tall, title))
         weights = sum(p.weights for p in some)
@@ -262,7 +263,7 @@ def plot(figures: Sequence[Figures]) -> Plot | None:
     return Plot(
         [_labelled(taken, *place) for place in places],
         [
-            (x_step * i / x_most, progress.size(x_step * i) if i else "0")
+            (x_step * i / x_most, words.size(x_step * i) if i else "0")
             for i in range(round(x_most / x_step) + 1)
         ],
         [
@@ -390,7 +391,7 @@ def rows(told: Timeline, tasks: dict[str, int]) -> list[Row]:
     found = []
     for stage, total in tasks.items():
         some = [entry for entry in told.mine if timeline.stage_of(entry.task) == stage]
-        counts = {o: sum(e.outcome == o for e in some) for o in timeline.OUTCOMES}
+        counts = {o: sum(e.outcome == o for e in some) for o in log.OUTCOMES}
         counts["up to date"] = total - len({entry.task for entry in some})
         read, written = sum(e.bytes_read for e in some), sum(e.bytes_written for e in some)
         seconds = sum(e.seconds for e in some)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from cache.manifests import Manifest
 from tasks import lock as locks
-from tasks import progress
+from tasks import words
 from tasks.cast import FLOATING
 from tasks.errors import BuildError
-from tasks.report import INDEX, charts, figures, page_name, timeline, trace_name, words
+from tasks.report import INDEX, charts, figures, page_name, timeline, trace_name
 from tasks.report.figures import Figures, Piece, Reader
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _environment() -> Environment:
     )
     environment.globals.update(page_name=page_name, index=INDEX, plot_height=charts.PLOT_HEIGHT)
     environment.filters.update(
-        size=progress.size,
+        size=words.size,
         number=words.count,
         percent=words.percent,
         decibel=words.decibel,

@@ -11,7 +11,7 @@ from typing import Any
 from cache import files
 from cache.digest import digest_record
 from cache.manifests import Manifest
-from tasks import options, pack, progress, reasons
+from tasks import options, pack, reasons, words
 from tasks.config import REPORTS
 from tasks.graph import NOT_LEFT, Graph, Told, reported
 from tasks.plan import Plan
@@ -69,7 +69,7 @@ def _target_task(
             "told": told.digest,
             "seen": seen,
             "outputs": pack.stamps(str(folder), kept),
-            "summary": f"{REPORTS}/{written[0]}: {progress.size(len(made.page.encode()))}",
+            "summary": f"{REPORTS}/{written[0]}: {words.size(len(made.page.encode()))}",
             "notes": [],
         }
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from tasks.plan import Plan
 
 STAGES = ("extract", "unshard", "cast", "quantize", "pack")
-OUTCOMES = ("computed", "reused", "fetched", "failed")
 _FIELDS = [field.name for field in fields(Entry)]
 
 
