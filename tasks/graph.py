@@ -89,23 +89,19 @@ class Graph:
 
         told = Told(node.order.digest, path, odd, differs)
 
-        def act(changed: list[str]) -> Any:
-            made: dict[str, Any] = {"told": told.digest}
-
-            def run() -> None:
-                with self.builder.store.lock.using():
-                    manifest = self.builder.run(found, node, reasons.joined(told.why(changed)))
-                if node.stage == "extract":
-                    made["look"] = extract.look(node)
-                    self.lock.check_layer(self.builder.store, found, manifest.tensors)
-                made["left"] = [*files.Stamp.of(path), digest_file(Path(path))]
-
-            return reported(run, made)
+        def build(why: str) -> dict[str, Any]:
+            made: dict[str, Any] = {}
+            with self.builder.store.lock.using():
+                manifest = self.builder.run(found, node, why)
+            if node.stage == "extract":
+                made["look"] = extract.look(node)
+                self.lock.check_layer(self.builder.store, found, manifest.tensors)
+            return {**made, "left": [*files.Stamp.of(path), digest_file(Path(path))]}
 
         return {
             "basename": f"{node.stage}:{node.target}",
             "name": node.order.layer,
-            "actions": [act],
+            "actions": [told.action(build)],
             "file_dep": [self.builder.manifest_path(need) for need in node.needs],
             "targets": [path],
             "uptodate": [told],
@@ -143,7 +139,6 @@ class Graph:
                 if name.endswith((".safetensors", ".npz"))
             ) * 8 / found.weights  # fmt: skip
             return {
-                "told": told.digest,
                 "parts": parts,
                 "outputs": pack.stamps(str(folder), list(made.tensors)),
                 "size": sum(tensor.nbytes for tensor in made.tensors.values()),
@@ -152,14 +147,10 @@ class Graph:
                 "locked": self.lock.state(found),
             }
 
-        def act(changed: list[str]) -> Any:
-            made: dict[str, Any] = {}
-            return reported(lambda: made.update(build(reasons.joined(told.why(changed)))), made)
-
         return {
             "basename": "pack",
             "name": target,
-            "actions": [act],
+            "actions": [told.action(build)],
             "file_dep": [
                 *(self.builder.manifest_path(node) for node in last),
                 *(str(path) for path in layout.sources(found.checkpoint)),
@@ -229,6 +220,19 @@ class Told:
             or reasons.contents(Path(path).name.removesuffix(".json") for path in changed)
             or [Reason("it reads other files than before, or its manifest is missing")]
         )
+
+    def action(self, build: Callable[[str], dict[str, Any]]) -> Callable[[list[str]], Any]:
+        """Return doit's action that calls ``build`` with the reason, and keeps what it returns."""
+
+        def act(changed: list[str]) -> Any:
+            made: dict[str, Any] = {}
+
+            def run() -> None:
+                made.update(build(reasons.joined(self.why(changed))), told=self.digest)
+
+            return reported(run, made)
+
+        return act
 
 
 def as_left(path: str, left: list[Any] | None) -> bool:

@@ -77,7 +77,11 @@ class Node:
         return f"{self.order.stage}:{self.target}:{self.order.layer}"
 
     def needed(self, made: Mapping[Node, Manifest]) -> Needed:
-        """Return the tensors that it reads of what its needs made.
+        """Return the tensors that it reads of what its needs made."""
+        return self.given({need: manifest.tensors for need, manifest in made.items()})
+
+    def given(self, made: Mapping[Node, Mapping[str, Tensor]]) -> Needed:
+        """Return the tensors that it reads of those that its needs make.
 
         Where these are of two stages, a tensor may have one name in both: the stage's goes in
         front.
@@ -85,8 +89,8 @@ class Node:
         several = len({need.stage for need in self.needs}) > 1
         return {
             f"{need.stage}:{name}" if several else name: (need, tensor)
-            for need, manifest in made.items()
-            for name, tensor in manifest.tensors.items()
+            for need, tensors in made.items()
+            for name, tensor in tensors.items()
             if self.order.reads is None or name in self.order.reads
         }
 

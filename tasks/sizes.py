@@ -121,13 +121,8 @@ def moved(builder: Builder, plan: Plan, node: Node) -> Moved:
 
 def _read(node: Node) -> dict[str, Tensor]:
     """Return the tensors that a node is given, without the digests."""
-    several = len({need.stage for need in node.needs}) > 1
-    return {
-        f"{need.stage}:{name}" if several else name: tensor
-        for need in node.needs
-        for name, tensor in made(need).items()
-        if node.order.reads is None or name in node.order.reads
-    }
+    given = node.given({need: made(need) for need in node.needs})
+    return {name: tensor for name, (_, tensor) in given.items()}
 
 
 def _kept(builder: Builder, node: Node, name: str) -> bool:

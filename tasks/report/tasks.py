@@ -11,9 +11,9 @@ from typing import Any
 from cache import files
 from cache.digest import digest_record
 from cache.manifests import Manifest
-from tasks import options, pack, reasons, words
+from tasks import options, pack, words
 from tasks.config import REPORTS
-from tasks.graph import NOT_LEFT, Graph, Told, reported
+from tasks.graph import NOT_LEFT, Graph, Told
 from tasks.plan import Plan
 from tasks.reasons import Reason
 from tasks.report import INDEX, page_name, timeline, trace_name
@@ -66,20 +66,15 @@ def _target_task(
             record["outcome"] = "computed"
         kept = written if made.trace else written[:1]
         return {
-            "told": told.digest,
             "seen": seen,
             "outputs": pack.stamps(str(folder), kept),
             "summary": f"{REPORTS}/{written[0]}: {words.size(len(made.page.encode()))}",
             "notes": [],
         }
 
-    def act(changed: list[str]) -> Any:
-        made: dict[str, Any] = {}
-        return reported(lambda: made.update(build(reasons.joined(told.why(changed)))), made)
-
     return {
         "basename": f"report:{name}",
-        "actions": [act],
+        "actions": [told.action(build)],
         "doc": "Write the target's report.",
         "file_dep": [*(builder.manifest_path(node) for node in plan.errors), str(manifest)],
         "task_dep": first,
@@ -108,19 +103,14 @@ def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
             files.write(path, pages.overview(reader, graph.plans.values()).encode())
             record["outcome"] = "computed"
         return {
-            "told": told.digest,
             "outputs": pack.stamps(str(folder), [INDEX]),
             "summary": f"{REPORTS}/{INDEX}: {len(graph.plans)} targets",
             "notes": [],
         }
 
-    def act(changed: list[str]) -> Any:
-        made: dict[str, Any] = {}
-        return reported(lambda: made.update(build(reasons.joined(told.why(changed)))), made)
-
     return {
         "basename": "report",
-        "actions": [act],
+        "actions": [told.action(build)],
         "file_dep": [str(folder / page_name(name)) for name in graph.plans],
         "targets": [str(path)],
         "uptodate": [told],
