@@ -229,8 +229,8 @@ class Builder:
     def _run(self, plan: Plan, node: Node) -> tuple[Manifest, str]:
         if node.stage == "extract":
             # What it reads is what it makes: looking means digesting the checkpoint's tensors.
-            with self.store.actions.running(node.order.digest):
-                manifest = self.look(plan, node)
+            with self._working(plan, node, node.order.digest):
+                manifest = self._look(plan, node, lost=False)
                 known = isinstance(self.store.actions.get(manifest.action), Hit)
                 if known or plan.checkpoint.record:
                     return manifest, "reused"
@@ -238,10 +238,13 @@ class Builder:
                 return manifest, "computed"
         needed = self.needed(plan, node)
         action = self.action(node, needed)
-        with self.store.actions.running(action.key):
-            found, outcome = self.find(action)
-            if isinstance(found, Hit):
-                return found.manifest, outcome
+        found, outcome = self.find(action)
+        if isinstance(found, Hit):
+            return found.manifest, outcome
+        with self._working(plan, node, action.key):
+            meanwhile = self.store.actions.get(action)
+            if isinstance(meanwhile, Hit):
+                return meanwhile.manifest, "reused"
             self.fetch(plan, needed, node.params.get("settings", ()))
             manifest = self._make(plan, node, needed)
             if isinstance(found, Corrupt):
@@ -251,6 +254,16 @@ class Builder:
         if self.store.sharing:
             self.store.sharing.push(manifest, self.shared(plan, node))
         return manifest, "computed"
+
+    @contextmanager
+    def _working(self, plan: Plan, node: Node, key: str) -> Iterator[None]:
+        """Hold the memory that a node's action takes, then the action.
+
+        In this order: an action that finds a result lost has its maker run within its own memory,
+        and so must never be waited for by who has that maker's action and waits for memory.
+        """
+        with self.memory.held(self._memory(plan, node)), self.store.actions.running(key):
+            yield
 
     def find(self, action: Action) -> tuple[Hit | Miss | Corrupt, str]:
         """Look an action up, here and then in the remote; return what came of it for the log."""
@@ -286,12 +299,15 @@ class Builder:
     def look(self, plan: Plan, node: Node, *, lost: bool = False) -> Manifest:
         """Return what extract makes of a layer; if a blob is ``lost``, by reading its files."""
         with self.memory.held(self._memory(plan, node)):
-            tensors = extract.make(self, plan, node, look=lost)
+            return self._look(plan, node, lost=lost)
+
+    def _look(self, plan: Plan, node: Node, *, lost: bool) -> Manifest:
+        tensors = extract.make(self, plan, node, look=lost)
         made = {name: (node, tensor) for name, tensor in tensors.items()}
         return Manifest(self.action(node, made), tensors)
 
     def _make(self, plan: Plan, node: Node, needed: Needed) -> Manifest:
-        with self.memory.held(self._memory(plan, node)), mx.stream(self.streams.get("cpu")):
+        with mx.stream(self.streams.get("cpu")):
             tensors, notes = STAGES[node.stage].make(self, plan, node, needed)
         return Manifest(self.action(node, needed), tensors, tuple(notes))
 
@@ -369,9 +385,10 @@ class Builder:
             if passed == tensor and self.keeps(maker.stage):
                 self.remake(plan, maker, key, tensor, lost)
                 return
-        with self.logged(node.name, f"blob lost: {lost.cause}") as record:
+        held = self.memory.held(self._memory(plan, node))
+        with held, self.logged(node.name, f"blob lost: {lost.cause}") as record:
             if node.stage == "extract":
-                again = self.look(plan, node, lost=True)
+                again = self._look(plan, node, lost=True)
             else:
                 again = self._make(plan, node, needed)
             record["outcome"] = "computed"

@@ -97,7 +97,7 @@ def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
     suspects = verify.look(survey, cores())
     wrong = []
     if suspects:
-        with plugins._alone(), Lock(read.cache).alone(_waiting):
+        with plugins.alone(), Lock(read.cache).alone(_waiting):
             # Looked at again: it may be another file by now.
             looked = [(file, verify.check(survey.blobs, file)) for file, _ in suspects]
             wrong = [verify.Wrong(file, cause) for file, cause in looked if cause]
@@ -209,8 +209,7 @@ def push(read: Config, _options: Mapping[str, Any]) -> int:
     built, sharing = _shared(read)
     if read.mode == "read-only":
         raise ConfigError('[cache] mode is "read-only": nothing is written to the remote')
-    with Lock(read.cache).using():
-        exchanged = exchange.push(built.builder, sharing, built.plans.values())
+    exchanged = exchange.push(built.builder, sharing, built.plans.values())
     pushed = sharing.remote.finish()
     if not sharing.remote.writable:
         return _given_up(sharing, f"{pushed.objects} objects of {size(pushed.bytes)} were uploaded")
@@ -224,8 +223,7 @@ def push(read: Config, _options: Mapping[str, Any]) -> int:
 def pull(read: Config, _options: Mapping[str, Any]) -> int:
     """Fetch all that the remote has of the targets of models.toml."""
     built, sharing = _shared(read)
-    with Lock(read.cache).using():
-        exchanged = exchange.pull(built.builder, sharing, built.plans.values())
+    exchanged = exchange.pull(built.builder, sharing, built.plans.values())
     fetched = size(sharing.remote.fetched_bytes)
     if not sharing.remote.readable:
         return _given_up(sharing, f"{fetched} were fetched, {exchanged.results} results are here")

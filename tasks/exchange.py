@@ -1,4 +1,8 @@
-"""exchange: all results of targets to a remote store, or from there, whatever runs or not."""
+"""exchange: all results of targets to a remote store, or from there, whatever runs or not.
+
+The cache's lock is held for one result at a time, as by a task: a transfer may take hours, and who
+collects garbage would wait for it, and builds for them.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +45,14 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
             sources.share(builder.store, record)
         else:
             sources.take(builder, same)  # shares it
+
+    def push_one(of: tuple[Plan, Node, Manifest]) -> bool:
+        plan, node, manifest = of
+        with builder.store.lock.using():
+            return sharing.push_now(manifest, builder.shared(plan, node))
+
     with ThreadPoolExecutor(cores()) as pool:
-        jobs = [
-            pool.submit(sharing.push_now, manifest, builder.shared(plan, node))
-            for plan, node, manifest in _built(builder, plans)
-        ]
-        done = [job.result() for job in jobs]
+        done = list(pool.map(push_one, _built(builder, plans)))
     packed = 0
     for plan in plans:
         manifest = Manifest.at(builder.packed_path(plan.target.name))
@@ -62,15 +68,16 @@ def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
         wanted += _wanted(plan) - 1
         found: dict[Node, Manifest] = {}
         for node in (n for nodes in plan.stages.values() for n in nodes):
-            manifest = _pulled(builder, plan, node, found)
-            if manifest is None:
-                continue
-            found[node] = manifest
-            if node.stage == "extract":
-                continue
-            results += 1
-            if builder.shared(plan, node):
-                sharing.fetch_all([(manifest.action.key, t) for t in manifest.tensors.values()])
+            with builder.store.lock.using():
+                manifest = _pulled(builder, plan, node, found)
+                if manifest is None:
+                    continue
+                found[node] = manifest
+                if node.stage == "extract":
+                    continue
+                results += 1
+                if builder.shared(plan, node):
+                    sharing.fetch_all([(manifest.action.key, t) for t in manifest.tensors.values()])
     return Exchanged(results, wanted - results)
 
 

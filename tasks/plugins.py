@@ -156,7 +156,7 @@ class Run(DoitRun):  # type: ignore[misc]
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         cmd_run.TaskControl = Control  # doit looks the class up there, and has no hook for it
         try:
-            with _alone():
+            with alone():
                 status = int(super().execute(params, args))
                 _finish_uploads()
                 return status
@@ -193,7 +193,7 @@ class Clean(DoitClean):  # type: ignore[misc]
 
     def execute(self, params: Any, args: list[str]) -> int | None:
         """Clean the tasks named in ``args``; not beside a build."""
-        with _alone():
+        with alone():
             return cast("int | None", super().execute(params, args))
 
     def _expand(self, clean_list: list[str]) -> list[str]:
@@ -208,7 +208,7 @@ class Forget(DoitForget):  # type: ignore[misc]
 
     def execute(self, params: Any, args: list[str]) -> int | None:
         """Forget the tasks named in ``args``; not beside a build."""
-        with _alone():
+        with alone():
             return cast("int | None", super().execute(params, args))
 
     def _execute(self, forget_sub: bool, forget_disable_default: bool, forget_all: bool) -> None:
@@ -231,7 +231,7 @@ def _interrupt(*_: Any) -> NoReturn:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Hold the lock of the state beside models.toml; wait for whoever holds it, and say who."""
     models = Path(get_var("models", "models.toml"))
     if not models.exists():  # loading the tasks says so, and must leave no state behind

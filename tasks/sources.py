@@ -83,7 +83,8 @@ def take(builder: Builder, plans: Iterable[Plan]) -> Source:
     small = _small_files(checkpoint)
     record = _to_record(checkpoint, digests, small)
     record_name = _blake3(record)
-    _keep(builder.store, record_name, record, small)
+    if _kept(builder.store, record_name) is None:
+        _keep(builder.store, record_name, record, small)
     share(builder.store, record_name)
     found = {name: [len(data), digest(data)] for name, data in small.items()}
     for name, stamp in checkpoint.stamps.items():
@@ -130,7 +131,7 @@ def strangers(folder: Path, source: Source) -> list[str]:
 
 def recall(store: Store, source: Source) -> Checkpoint | None:
     """Return a checkpoint by its record, or None if the record is nowhere."""
-    found = _kept(store, source) or _fetched(store, source)
+    found = _kept(store, source.record) or _fetched(store, source)
     if found is None:
         return None
     return _from_record(found, source.record, _folder(store, source.record) / "files")
@@ -138,7 +139,7 @@ def recall(store: Store, source: Source) -> Checkpoint | None:
 
 def digests(store: Store, source: Source) -> dict[str, str]:
     """Return the digests of a source's tensors, by key, as far as its record is kept here."""
-    found = _kept(store, source)
+    found = _kept(store, source.record)
     return dict(json.loads(found)["digests"]) if found else {}
 
 
@@ -219,14 +220,14 @@ def _keep(store: Store, name: str, record: bytes, small: Mapping[str, bytes]) ->
     files.write(folder / "record.json", record)  # last: where it is, all is
 
 
-def _kept(store: Store, source: Source) -> bytes | None:
-    folder = _folder(store, source.record)
+def _kept(store: Store, name: str) -> bytes | None:
+    folder = _folder(store, name)
     try:
         record = (folder / "record.json").read_bytes()
-        if _blake3(record) != source.record:
+        if _blake3(record) != name:
             return None
-        for name, (_, blake3) in json.loads(record)["small"].items():
-            if _blake3((folder / "files" / name).read_bytes()) != blake3:
+        for file, (_, blake3) in json.loads(record)["small"].items():
+            if _blake3((folder / "files" / file).read_bytes()) != blake3:
                 return None
     except FileNotFoundError:
         return None
