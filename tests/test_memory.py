@@ -72,6 +72,34 @@ def test_what_fits_runs_together() -> None:
     assert not meet.broken
 
 
+def test_who_waits_for_memory_holds_no_action(tmp_path: Path) -> None:
+    """Else an action that has memory and wants the other one's result would wait for ever."""
+    project = create(tmp_path, "meta", **FOUR_BIT)
+    found = graph.load(project.folder / "models.toml", {})
+    builder, plan = found.builder, found.plans["model"]
+    node = plan.stages["quantize"][0]
+    key = builder.action(node, builder.needed(plan, node)).key
+
+    def work() -> None:
+        builder.run(plan, node, "test")
+
+    def pass_through() -> None:
+        with builder.store.actions.running(key):
+            pass
+
+    with builder.memory.held(builder.memory.limit):
+        waiting = threading.Thread(target=work, daemon=True)
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        other = threading.Thread(target=pass_through, daemon=True)
+        other.start()
+        other.join(PATIENCE_SECONDS)
+        assert not other.is_alive()
+    waiting.join(PATIENCE_SECONDS)
+    assert not waiting.is_alive()
+
+
 def test_a_failed_action_gives_its_bytes_back() -> None:
     memory = Memory(10)
     with pytest.raises(KeyError), memory.held(10), memory.held(3):

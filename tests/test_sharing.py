@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,7 @@ import servers
 from cache.blobs import Part
 from cache.digest import digest
 from cache.files import Stamp
+from cache.lock import Lock
 from cache.manifests import Action, Manifest, Tensor
 from cache.remote import Remote, blake3_of
 from cache.sharing import Sharing
@@ -413,6 +415,31 @@ def test_push_and_pull(keep: str, tmp_path: Path) -> None:
         assert "computed" in outcomes(two.doit())
     else:
         assert "Get the checkpoint" in two.doit(expect=1).stdout
+
+
+def test_a_collector_gets_between_two_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for the cache alone waits for a result, not for the transfer of all."""
+    one = first(tmp_path, {}, config=SMALL, **FOUR_BIT)
+    one.doit()
+    begun, pushed, push_now = threading.Event(), [], Sharing.push_now
+
+    def slowly(self: Sharing, *of: Any) -> bool:
+        begun.set()
+        time.sleep(0.1)
+        pushed.append(of)
+        return push_now(self, *of)
+
+    monkeypatch.setattr(Sharing, "push_now", slowly)
+    remote = {REMOTE: (tmp_path / "remote").as_uri()}
+    pushing = threading.Thread(target=exchanged, args=(one, exchange.push), kwargs=remote)
+    pushing.start()
+    assert begun.wait(20)
+    with Lock(one.store).alone(lambda: None):
+        between = len(pushed)
+    pushing.join()
+    assert between < len(pushed) / 2
 
 
 def test_push_what_is_half_there(tmp_path: Path) -> None:
