@@ -15,7 +15,6 @@ from typing import Any
 from cache.blobs import Part
 from cache.digest import digest_record
 from cache.memos import Memos
-from tasks import ask_mlx_lm
 from tasks.checkpoint import Checkpoint
 from tasks.errors import ArchitectureError, BuildError
 from tasks.model import Model, Module, Parameter
@@ -135,6 +134,8 @@ def _ask(question: dict[str, Any], folder: Path) -> dict[str, Any]:
         asked = {**question, "light": light}
         # Starting a process costs more than the answer, most of all where MLX brings up a GPU.
         if light and "compute" not in question:
+            from tasks import ask_mlx_lm  # once for a checkpoint
+
             answer = json.loads(json.dumps(ask_mlx_lm.answer(asked)))
         else:
             answer = _ask_process(asked, folder)

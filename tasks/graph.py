@@ -80,7 +80,9 @@ class Graph:
         def odd(values: Mapping[str, Any]) -> list[Reason]:
             # A build that was cut off changes manifests before doit's database, which then speaks
             # of older ones.
-            return [] if as_left(path, values.get("left")) else [Reason(f"{path} {NOT_LEFT}")]
+            if as_left(path, values.get("left")):
+                return []
+            return [Reason(f"its manifest {NOT_LEFT}", (path,))]  # a name: one fact for all layers
 
         def differs(values: Mapping[str, Any]) -> list[Reason]:
             if node.stage != "extract":

@@ -8,6 +8,6 @@ if TYPE_CHECKING:
     from cache.remote import Remote
 
 locked = False  # --locked: any difference from models.lock is an error
-asked: list[str] = []  # the tasks that are named
+asked: list[str] | None = None  # the tasks that a run names; None: it is another command
 read_only = False  # nothing may be written
 remotes: list[Remote] = []  # opened: to be finished before doit returns

@@ -135,7 +135,7 @@ def _first(family: list[Plan]) -> list[str]:
     found = []
     for plan in family:
         name = plan.target.name
-        if any(p == "report" or fnmatchcase(f"report:{name}", p) for p in options.asked):
+        if any(p == "report" or fnmatchcase(f"report:{name}", p) for p in options.asked or ()):
             found += [f"pack:{name}", *([f"error:{name}"] if plan.errors else [])]
     return found
 
