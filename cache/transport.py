@@ -364,6 +364,13 @@ class Transport:
                 transient=False,
                 answered=False,
             )
+        if number in (errno.EEXIST, errno.ENOTDIR):
+            return Fault(
+                f"a file is where a folder must be ({said})",
+                "Name a folder.",
+                transient=False,
+                answered=False,
+            )
         mend = "Check the file system that it is on."
         return Fault(f"it failed ({said})", mend, transient=True, answered=True)
 

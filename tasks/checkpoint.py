@@ -362,10 +362,15 @@ def _cause(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _damaged(path: Path, fact: str) -> CheckpointError:
+def is_pointer(path: Path) -> bool:
+    """Tell whether a file is a Git LFS pointer, which stands for one that was not fetched."""
     with path.open("rb") as file:
-        if file.read(len(LFS)) == LFS:
-            return CheckpointError(
-                f"{path} is a Git LFS pointer, not the file itself. Run git lfs pull in its folder."
-            )
+        return file.read(len(LFS)) == LFS
+
+
+def _damaged(path: Path, fact: str) -> CheckpointError:
+    if is_pointer(path):
+        return CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself. Run git lfs pull in its folder."
+        )
     return CheckpointError(f"{path} is damaged or incomplete: {fact}. Fetch it again.")

@@ -127,6 +127,8 @@ class Lock:
         found = sources.recall(store, source)
         if found is None:
             fact = "has no weights" if target.source.exists() else "does not exist"
+            if any(sources.weights(target.source)):
+                fact = "has Git LFS pointers for weights (git lfs pull gets them)"
             raise CheckpointError(
                 f"source {target.source} {fact}, and what {self.path.name} says of it (record "
                 f"{source.record[:16]}…) is neither in the cache nor whole in a remote. Get the "

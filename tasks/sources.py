@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -25,16 +25,16 @@ from cache import files
 from cache.digest import digest, digest_file, digest_record
 from cache.errors import Mismatch, NotFetched
 from cache.store import Store
-from tasks.checkpoint import Checkpoint, Stored, Whole
+from tasks.checkpoint import Checkpoint, Stored, Whole, is_pointer
 from tasks.errors import CheckpointError
 from tasks.layouts import LAYOUTS
+from tasks.loaders import WEIGHTS
 from tasks.plan import Node, Plan, extracting
 
 if TYPE_CHECKING:
     from tasks.build import Builder
 
 SCHEMA = 1
-WEIGHTS = ("consolidated.*.pth", "*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,12 @@ def share(store: Store, record: str) -> None:
 
 def has_weights(folder: Path) -> bool:
     """Tell whether a folder holds weights, and is to be read itself."""
-    return any(path.exists() for pattern in WEIGHTS for path in folder.glob(pattern))
+    return not all(map(is_pointer, weights(folder)))
+
+
+def weights(folder: Path) -> Iterator[Path]:
+    """Yield the weight files in a folder, Git LFS pointers as well."""
+    return (path for pattern in WEIGHTS for path in folder.glob(pattern) if path.is_file())
 
 
 def strangers(folder: Path, source: Source) -> list[str]:

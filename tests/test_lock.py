@@ -451,6 +451,18 @@ def test_small_files_without_weights(project: Project) -> None:
     assert "has no weights, and config.json there is not what models.lock has" in done.stderr
 
 
+def test_pointers_are_no_weights(project: Project) -> None:
+    """As in a checkout without Git LFS: what stands for a weight file is not to be read."""
+    for path in project.checkpoint.glob("*.safetensors"):
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 99\n")
+    before = project.built()
+    shutil.rmtree(project.folder / "build")
+    assert not outcomes(project.doit()).get("computed")
+    assert project.built() == before
+    shutil.rmtree(project.store / "sources")
+    assert "has Git LFS pointers for weights (git lfs pull" in project.doit(expect=3).stderr
+
+
 def test_away_and_not_on_record(project: Project) -> None:
     shutil.rmtree(project.checkpoint)
     shutil.rmtree(project.store / "sources")

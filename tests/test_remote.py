@@ -563,6 +563,16 @@ def test_a_server_that_is_slow(faulty: tuple[servers.Faulty, str], remotes: Remo
     is_dead(remote, server, name, len(data))
 
 
+def test_a_file_in_the_place_of_the_folder(remotes: Remotes, tmp_path: Path):
+    (tmp_path / "store").write_text("a file")
+    begin = time.monotonic()
+    remote = remotes((tmp_path / "store").as_uri(), patience=30)
+    assert remote.record("actions", KEY) is None
+    remote.put_record("actions", KEY, 1)
+    assert time.monotonic() - begin < 4
+    remotes.one_warning("a file is where a folder must be", "Name a folder")
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nobody_there(remotes: Remotes, monkeypatch: pytest.MonkeyPatch, scheme: str):
     port = servers.free_port()

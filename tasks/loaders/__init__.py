@@ -13,13 +13,20 @@ from tasks.loaders import llama, transformers
 
 
 class Loader(Protocol):
-    """What a loader's module has."""
+    """What a loader's module has.
+
+    Attributes:
+        WEIGHTS: patterns of the weight files that it reads.
+    """
+
+    WEIGHTS: tuple[str, ...]
 
     def fits(self, folder: Path) -> bool: ...
     def read(self, folder: Path, memos: Memos) -> Checkpoint: ...
 
 
 LOADERS: dict[str, Loader] = {"llama": llama, "transformers": transformers}
+WEIGHTS = tuple(pattern for loader in LOADERS.values() for pattern in loader.WEIGHTS)
 
 
 def read(folder: Path, loader: str | None, memos: Memos) -> Checkpoint:
