@@ -16,7 +16,7 @@ from tasks.checkpoint import TORCH, Checkpoint, Stored, Whole, headers
 from tasks.errors import CheckpointError
 from tasks.loaders.files import numbered, read_json
 
-WEIGHTS = ("consolidated.*.pth",)
+WEIGHTS: tuple[str, ...] = ("consolidated.*.pth",)
 PATTERN = r"consolidated\.(\d+)\.pth"
 # Worked out again by every implementation; no part of the model. Llama 1 7B has one a layer.
 BUFFER = re.compile(r"(.*\.)?rope\.freqs")
@@ -30,7 +30,7 @@ OPTIONAL = {"n_kv_heads": int, "head_dim": int, "rope_theta": float, "rope_scali
 def fits(folder: Path) -> bool:
     """Tell whether ``folder`` looks like one of these."""
     params, config = folder / "params.json", folder / "config.json"
-    return any(folder.glob(*WEIGHTS)) or (params.exists() and not config.exists())
+    return any(folder.glob(WEIGHTS[0])) or (params.exists() and not config.exists())
 
 
 def read(folder: Path, memos: Memos) -> Checkpoint:
@@ -39,7 +39,7 @@ def read(folder: Path, memos: Memos) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or damaged, or shards do not fit together.
     """
-    paths = numbered(folder.glob(*WEIGHTS), PATTERN)
+    paths = numbered(folder.glob(WEIGHTS[0]), PATTERN)
     if not paths:
         raise CheckpointError(
             f"source {folder} has no consolidated.NN.pth. Name the folder that has them."
