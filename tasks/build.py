@@ -252,7 +252,7 @@ class Builder:
                 manifest = replace(manifest, notes=(*manifest.notes, note))
             self.store.actions.put(manifest)
         if self.store.sharing:
-            self.store.sharing.push(manifest, self.shared(plan, node))
+            self.store.sharing.push(manifest, self.shared(node))
         return manifest, "computed"
 
     @contextmanager
@@ -281,7 +281,7 @@ class Builder:
             found = self.store.sharing.read(key)
         return found
 
-    def shared(self, plan: Plan, node: Node) -> Locate | None:
+    def shared(self, node: Node) -> Locate | None:
         """Return what locates a node's tensors, or None if their bytes are not kept anywhere."""
         if node.stage == "extract" or not self.keeps(node.stage):
             return None
@@ -370,7 +370,7 @@ class Builder:
                 self.remake(plan, maker, name, tensor, lost)
                 if self.store.sharing:  # where it is not there either, or corrupt
                     manifest = self.manifest(plan, maker)
-                    self.store.sharing.push(manifest, self.shared(plan, maker))
+                    self.store.sharing.push(manifest, self.shared(maker))
         return self.store.blobs.locate(tensor.digest, tensor.nbytes)
 
     def remake(self, plan: Plan, node: Node, name: str, tensor: Tensor, lost: BlobLost) -> None:

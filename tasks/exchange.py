@@ -46,10 +46,10 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
         else:
             sources.take(builder, same)  # shares it
 
-    def push_one(of: tuple[Plan, Node, Manifest]) -> bool:
-        plan, node, manifest = of
+    def push_one(of: tuple[Node, Manifest]) -> bool:
+        node, manifest = of
         with builder.store.lock.using():
-            return sharing.push_now(manifest, builder.shared(plan, node))
+            return sharing.push_now(manifest, builder.shared(node))
 
     with ThreadPoolExecutor(cores()) as pool:
         done = list(pool.map(push_one, _built(builder, plans)))
@@ -76,7 +76,7 @@ def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
                 if node.stage == "extract":
                     continue
                 results += 1
-                if builder.shared(plan, node):
+                if builder.shared(node):
                     sharing.fetch_all([(manifest.action.key, t) for t in manifest.tensors.values()])
     return Exchanged(results, wanted - results)
 
@@ -86,12 +86,12 @@ def _wanted(plan: Plan) -> int:
     return sum(len(nodes) for stage, nodes in plan.stages.items() if stage != "extract") + 1
 
 
-def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Plan, Node, Manifest]]:
+def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Node, Manifest]]:
     for plan in plans:
         for stage, nodes in plan.stages.items():
             for node in nodes if stage != "extract" else ():
                 if manifest := Manifest.at(builder.manifest_path(node)):
-                    yield plan, node, manifest
+                    yield node, manifest
 
 
 def _pulled(
