@@ -24,6 +24,7 @@ from tasks.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library allows
 
 LFS = b"version https://git-lfs"
+LFS_BYTES = 1024  # a pointer has fewer
 ZIP = b"PK\x03\x04"  # what a zip archive, and each of its members, begins with
 HEADERS_VERSION = 1  # raised when what is read of a header changes
 TORCH = -1  # offset of a tensor that does not lie in its file as plain bytes: torch must read it
@@ -363,7 +364,12 @@ def _cause(error: Exception) -> str:
 
 
 def is_pointer(path: Path) -> bool:
-    """Tell whether a file is a Git LFS pointer, which stands for one that was not fetched."""
+    """Tell whether a file is a Git LFS pointer, which stands for one that was not fetched.
+
+    Weights are not opened for it: a pointer is smaller (git-lfs, docs/spec.md).
+    """
+    if path.stat().st_size >= LFS_BYTES:
+        return False
     with path.open("rb") as file:
         return file.read(len(LFS)) == LFS
 
