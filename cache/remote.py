@@ -134,10 +134,21 @@ class Remote:
         except (Absent, _GivenUp):
             return None
         except WrongSize:
-            self._refuse(Refused(f"{kind}/{key}", f"it has more than {MAX_RECORD_BYTES:,} bytes"))
+            self.refuse(Refused(f"{kind}/{key}", f"it has more than {MAX_RECORD_BYTES:,} bytes"))
         except Refused as error:
-            self._refuse(error)
+            self.refuse(error)
         return None
+
+    def refuse(self, error: Refused) -> None:
+        """Report a record that is not used; the first of them."""
+        with self._lock:
+            first, self._refused = not self._refused, True
+        if first:
+            self._warn(
+                f"remote {self.name}: {error}. It is not used, and what it is of is made here; "
+                "others like it are passed over without another word. Check the signing key that "
+                "is set here, and who can write there."
+            )
 
     def put_record(self, kind: str, key: str, record: Any) -> None:
         """Put a record (JSON), after the blobs that it names: whoever finds it relies on them."""
@@ -371,16 +382,6 @@ class Remote:
             tried = f", for {seconds:.0f} s" if seconds >= 1 else ""
             self._warn(f"remote {self.name} {given_up}: {what}: {fault.cause}{tried}. {fault.mend}")
         raise _GivenUp
-
-    def _refuse(self, error: Refused) -> None:
-        with self._lock:
-            first, self._refused = not self._refused, True
-        if first:
-            self._warn(
-                f"remote {self.name}: {error}. It is not used, and what it is of is made here; "
-                "others like it are passed over without another word. Check the signing key that "
-                "is set here, and who can write there."
-            )
 
     def _count(self, *, fetched: int = 0, objects: int = 0, pushed: int = 0) -> None:
         with self._lock:

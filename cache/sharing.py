@@ -19,7 +19,7 @@ import xxhash
 from cache.actions import Actions
 from cache.blobs import Blobs, Part
 from cache.digest import canonical
-from cache.errors import BlobLost, FileChanged, Mismatch, NotFetched
+from cache.errors import BlobLost, FileChanged, Mismatch, NotFetched, Refused
 from cache.manifests import Action, Manifest, ManifestError, Tensor
 from cache.remote import Remote, blake3_of
 
@@ -52,12 +52,24 @@ class Sharing:
         self._names: dict[str, Mapping[str, str]] = {}  # BLAKE3 by digest, by the action's key
         self._pushed: dict[str, str] = {}  # BLAKE3 by digest
         self._corrupt: set[str] = set()  # BLAKE3
+        self._refused: set[str] = set()  # keys
         self._fetching = ThreadPoolExecutor(FETCHES, "fetch")
 
-    def find(self, action: Action) -> Manifest | None:
-        """Return what the action made elsewhere, recorded here from now on."""
+    def find(self, action: Action, outline: Mapping[str, Tensor] | None) -> Manifest | None:
+        """Return what the action made elsewhere, recorded here from now on.
+
+        Args:
+            action: the action.
+            outline: what it makes, whatever the digests; None: that is not known.
+        """
         manifest = self.read(action.key)
         if manifest is None or manifest.action != action:
+            return None
+        if outline is not None and (odd := _differing(manifest.tensors, outline)):
+            with self._lock:
+                self._refused.add(action.key)
+            name = f"{KIND}/{action.key}"
+            self.remote.refuse(Refused(name, f"{odd} is not what {action.stage} makes of it"))
             return None
         self.actions.put(manifest)
         return manifest
@@ -111,10 +123,10 @@ class Sharing:
     def push_now(self, manifest: Manifest, locate: Locate | None) -> bool:
         """Upload a result, and tell whether that was possible.
 
-        A record that names blobs is not replaced by one that names none.
+        A record that names blobs is not replaced by one that names none, unless it was refused.
         """
         key = manifest.action.key
-        if not locate and self.read(key):
+        if not locate and key not in self._refused and self.read(key):
             return True
         names = {}
         try:
@@ -166,6 +178,16 @@ class Sharing:
             return None
         self._names[key] = names
         return manifest
+
+
+def _differing(tensors: Mapping[str, Tensor], outline: Mapping[str, Tensor]) -> str:
+    """Return the first tensor, by name, that has another dtype or shape, or is in one of them."""
+    told, expected = (
+        {name: (tensor.dtype, tensor.shape) for name, tensor in some.items()}
+        for some in (tensors, outline)
+    )
+    names = sorted(told.keys() | expected.keys())
+    return next((name for name in names if told.get(name) != expected.get(name)), "")
 
 
 def _is(blake3: Any) -> bool:

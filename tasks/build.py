@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from cache.files import Stamp
 from cache.log import Entry, Log
 from cache.manifests import Action, Manifest, ManifestError, Tensor
 from cache.store import Store
-from tasks import arrays, cast, error, extract, quantize, reasons, rows, unshard
+from tasks import arrays, cast, error, extract, quantize, reasons, rows, sizes, unshard
 from tasks.errors import BuildError
 from tasks.plan import Needed, Node, Plan
 from tasks.rows import Rows
@@ -238,7 +238,7 @@ class Builder:
                 return manifest, "computed"
         needed = self.needed(plan, node)
         action = self.action(node, needed)
-        found, outcome = self.find(action)
+        found, outcome = self.find(action, sizes.made(node))
         if isinstance(found, Hit):
             return found.manifest, outcome
         with self._working(plan, node, action.key):
@@ -265,11 +265,18 @@ class Builder:
         with self.memory.held(self._memory(plan, node)), self.store.actions.running(key):
             yield
 
-    def find(self, action: Action) -> tuple[Hit | Miss | Corrupt, str]:
-        """Look an action up, here and then in the remote; return what came of it for the log."""
+    def find(
+        self, action: Action, outline: Mapping[str, Tensor] | None = None
+    ) -> tuple[Hit | Miss | Corrupt, str]:
+        """Look an action up, here and then in the remote; return what came of it for the log.
+
+        Args:
+            action: the action.
+            outline: what it makes, whatever the digests: a remote's word on that is not taken.
+        """
         found = self.store.actions.get(action)
         if not isinstance(found, Hit) and self.store.sharing:
-            manifest = self.store.sharing.find(action)
+            manifest = self.store.sharing.find(action, outline)
             if manifest is not None:
                 return Hit(manifest), "fetched"
         return found, "reused" if isinstance(found, Hit) else "computed"

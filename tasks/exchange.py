@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cache.actions import Hit
 from cache.manifests import Manifest
 from cache.sharing import Sharing
-from tasks import sources
+from tasks import sizes, sources
 from tasks.build import Builder, cores
 from tasks.plan import Node, Plan
 
@@ -103,5 +103,5 @@ def _pulled(
     if not all(need in found for need in node.needs):
         return None
     needed = node.needed({need: found[need] for need in node.needs})
-    hit, _ = builder.find(builder.action(node, needed))
+    hit, _ = builder.find(builder.action(node, needed), sizes.made(node))
     return hit.manifest if isinstance(hit, Hit) else None

@@ -33,6 +33,7 @@ from cache.remote import Remote, blake3_of
 from cache.sharing import Sharing
 from cache.store import Store
 from cache.transport import PIECE_BYTES
+from cache.trust import seal
 from front_door import REPOSITORY, Finished, doit
 from projects import FOUR_BIT, Project, contents, flip, outcomes
 from tasks import exchange, graph, options, sources
@@ -544,6 +545,49 @@ def test_trust(tmp_path: Path) -> None:
         assert outcomes(three.doit("--locked")).keys() == {"reused", "fetched"}
         assert three.built() == one.built()
     assert outcomes(one.beside("keyless").doit()).keys() == {"reused", "fetched"}
+
+
+WRONG: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "a shape": lambda it: {n: replace(t, shape=(*t.shape, 1)) for n, t in it.items()},
+    "a dtype": lambda it: {
+        n: replace(t, dtype="bfloat16" if t.dtype == "float16" else t.dtype) for n, t in it.items()
+    },
+    "a name": lambda it: {n.replace("up_proj", "upper_proj"): t for n, t in it.items()},
+    "one too few": lambda it: dict(list(it.items())[1:]),
+    "one too many": lambda it: it | {"more": next(iter(it.values()))},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_result_that_the_action_cannot_have_made(
+    wrong: str, original: "Machine", tmp_path: Path
+) -> None:
+    """Whole and unsigned: refused, said once, made here, and put right there."""
+    remote = tmp_path / "remote"
+    shutil.copytree(original.folder.parent / "unsigned", remote)
+    altered = {}
+    for stage in ("unshard", "cast", "quantize"):
+        manifest = Manifest.at(original.manifest(stage, "layers.0"))
+        key = manifest.action.key
+        path = remote / "records/actions" / key[:2] / f"{key[2:]}.json"
+        altered[path] = path.read_bytes()
+        record = json.loads(altered[path])["record"]
+        tensors = WRONG[wrong](manifest.tensors)
+        record["manifest"] = json.loads(replace(manifest, tensors=tensors).to_bytes())
+        path.write_bytes(seal("actions", key, record, None))
+        assert path.read_bytes() != altered[path]
+    name = f"{wrong} {tmp_path.name}".replace(" ", "-")
+    two = original.beside(f"two-{name}", checkpoint=True, **{REMOTE: remote.as_uri()})
+    done = two.doit("--locked")
+    (warning,) = warnings(done)
+    assert "is refused: " in warning
+    assert "is not what unshard makes of it" in warning
+    computed = outcomes(done)["computed"]
+    assert {t for t in computed if not t.startswith("extract")} == {
+        f"{stage}:model:layers.0" for stage in ("unshard", "cast", "quantize")
+    }
+    assert two.built() == original.built()
+    assert {path: path.read_bytes() for path in altered} == altered
 
 
 def test_put_right(original: "Machine", tmp_path: Path) -> None:
