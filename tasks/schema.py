@@ -183,8 +183,8 @@ def page() -> str:
             *_section("`[cache]`", CACHE, keys.CACHE, "cache"),
             *_section("`[build]`", "How the work is done.", keys.BUILD, "build"),
             "## Sizes",
-            "A whole number is bytes. A string is a number, with a point or without, and a unit: "
-            f"{units}.",
+            "A whole number is bytes, in quotes or not. A string may also have a point, and a unit "
+            f"after it: {units}.",
             "## Remotes",
             REMOTE,
             "```text\n" + "\n".join(REMOTES.values()) + "\n```",
