@@ -132,10 +132,16 @@ class Blobs:
             raise ValueError(str(error)) from error
 
     def drop_if_wrong(self, digest: str) -> None:
-        """Digest a blob's own file again, and remove it if it is not what its name says."""
+        """Read a blob again, and forget where it lies if it is not what its name says."""
         path = self.path(digest)
-        if path.exists() and digest_file(path) != digest:
-            path.unlink()
+        if path.exists():
+            if digest_file(path) != digest:
+                path.unlink()
+            return
+        path = self._reference(digest)
+        with suppress(FileNotFoundError, ValueError, FileChanged):  # `locate` notices these
+            if digest_parts(self.chunks(self.reference(path))) != digest:
+                path.unlink()
 
     def has(self, digest: str, length: int) -> bool:
         """Tell whether ``locate`` finds the blob."""

@@ -19,14 +19,14 @@ from cache import files
 from cache.digest import digest_file, digest_record
 from cache.errors import CacheError
 from cache.log import Log
-from cache.manifests import Action
+from cache.manifests import Action, Manifest
 from cache.store import Store
 from tasks import config, extract, options, pack, reasons
 from tasks.build import Builder, Memory, machine_memory, threads
 from tasks.config import BUILD, STATE
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
-from tasks.lock import Lock
+from tasks.lock import Built, Lock
 from tasks.plan import Node, Plan, Planner
 from tasks.reasons import Reason
 
@@ -127,15 +127,19 @@ class Graph:
 
         def build(why: str) -> dict[str, Any]:
             plans = self.plans.values()
+            built: list[Built] = []
             notes: list[str] = []  # of this lock, not of the result, which others may share
 
             def check(action: Action) -> None:
                 notes.extend(self.lock.check_target(self.builder, found, source, action))
 
+            def accept(made: Manifest, blake3: str) -> None:
+                built.append(self.lock.check_output(found, source, made, blake3))
+
             with self.builder.store.lock.using():
                 source = self.lock.check_source(self.builder, found, plans)
-                made = pack.run(self.builder, found, folder, manifest_path, why, check)
-            self.lock.update(found, source, made, plans)
+                made = pack.run(self.builder, found, folder, manifest_path, why, check, accept)
+            self.lock.update(found, source, built[-1], plans)
             bits = sum(
                 tensor.nbytes for name, tensor in made.tensors.items()
                 if name.endswith((".safetensors", ".npz"))

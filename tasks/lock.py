@@ -4,7 +4,7 @@
 {
   "version": 1,
   "sources": {"checkpoints/llama-7b": {"files": {"config.json": [654, "ab…"], …}, "record": …}},
-  "targets": {"llama-7b": {"source": …, "settings": …, "computer": …, "action": …, "output": …}}
+  "targets": {"llama-7b": {"source": …, "settings": …, "action": …, "output": …, "blake3": …, …}}
 }
 ```
 """
@@ -48,6 +48,8 @@ class Built:
         computer: what computed it, if anything was: MLX's version, device, machine.
         action: key of the action that packed it.
         output: digest of the packed files' names and digests.
+        blake3: the same, by BLAKE3: the one that nobody can make other files for. An older version
+            wrote none.
     """
 
     source: str
@@ -55,6 +57,7 @@ class Built:
     computer: dict[str, str] | None
     action: str
     output: str
+    blake3: str | None = None
 
 
 @dataclass
@@ -270,21 +273,33 @@ class Lock:
             raise self._another(plan, fact)
         return [fact]
 
-    def update(self, plan: Plan, source: Source, packed: Manifest, plans: Iterable[Plan]) -> None:
-        """Lock what was built; if ``strict``, it must be what is locked.
+    def check_output(self, plan: Plan, source: Source, packed: Manifest, blake3: str) -> Built:
+        """Return what is to be locked of a target; if ``strict``, it must be what is locked.
 
         Raises:
-            BuildError: it is not.
+            BuildError: it is not, or somebody made it to look so.
         """
         built = Built(
-            source.record, settings(plan), computer(plan), packed.action.key, packed.result
+            source.record, settings(plan), computer(plan), packed.action.key, packed.result, blake3
         )
+        locked = self.targets.get(plan.target.name)
+        if self.strict and locked and locked.output != built.output:
+            raise self._another(
+                plan, f"was built as {built.output}, and is {locked.output} in {self.path.name}"
+            )
+        # By accident no two outputs have one xxh3.
+        if locked and locked.output == built.output and locked.blake3 not in (None, blake3):
+            raise BuildError(
+                f"{plan.target.name} was built with BLAKE3 {blake3}, and is {locked.blake3} in "
+                f"{self.path.name}, though with the same xxh3: a tensor was made to be taken for "
+                "another one, or the file was edited. If it was not, remove the cache's folder, "
+                "and find out who wrote to its remote, or to it."
+            )
+        return built
+
+    def update(self, plan: Plan, source: Source, built: Built, plans: Iterable[Plan]) -> None:
+        """Lock what was built, unless ``strict``: then it is what is locked."""
         if self.strict:
-            if (locked := self.targets[plan.target.name]).output != built.output:
-                raise self._another(
-                    plan,
-                    f"was built as {built.output}, and is {locked.output} in {self.path.name}",
-                )
             return
         with self._writing:
             self.sources[plan.target.source_name] = source

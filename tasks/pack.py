@@ -15,7 +15,8 @@ from typing import Any
 
 from cache import files
 from cache.actions import Hit
-from cache.digest import digest, digest_file, digest_record
+from cache.digest import canonical, digest, digest_file, digest_record
+from cache.errors import BlobLost
 from cache.files import Stamp
 from cache.manifests import Action, Manifest, Tensor
 from tasks.build import Builder, cores
@@ -104,6 +105,7 @@ def run(
     manifest_path: Path,
     why: str,
     check: Callable[[Action], None],
+    accept: Callable[[Manifest, str], None],
 ) -> Manifest:
     """Bring a target's folder up to date.
 
@@ -117,6 +119,8 @@ def run(
         manifest_path: where its manifest belongs.
         why: what made it look.
         check: refuses what must not be written.
+        accept: refuses what must not take the folder's place; given the BLAKE3, too, of the table
+            of the files' names and BLAKE3s.
 
     Raises:
         NoRoom: the disk cannot take the new folder.
@@ -133,14 +137,15 @@ def run(
         found, record["outcome"] = builder.find(content.action)
         if isinstance(found, Hit) and _holds(folder, found.manifest.tensors):
             result = found.manifest
+            accept(result, _table({name: _blake3(folder / name) for name in result.tensors}))
         else:
             if folder.exists() and not manifest_path.exists():
                 _refuse_to_replace(folder)
-            expected = found.manifest.tensors if isinstance(found, Hit) else None
-            made = _write(builder, plan, needed, folder, content, expected)
-            result = Manifest(content.action, made, tuple(dict.fromkeys(notes)))
+            told = tuple(dict.fromkeys(notes))
+            result = _write(builder, plan, needed, folder, content, told, accept)
             builder.store.actions.put(result)
-            if builder.store.sharing and made != expected:
+            known = isinstance(found, Hit) and found.manifest.tensors == result.tensors
+            if builder.store.sharing and not known:
                 builder.store.sharing.push(result, None)
         builder.publish(manifest_path, result)
         return result
@@ -215,9 +220,10 @@ def _write(
     needed: Needed,
     folder: Path,
     content: Content,
-    expected: dict[str, Tensor] | None,
-) -> dict[str, Tensor]:
-    """Write the folder anew; if it was built before, it must come out as ``expected``."""
+    notes: tuple[str, ...],
+    accept: Callable[[Manifest, str], None],
+) -> Manifest:
+    """Write the folder anew."""
     need = content.nbytes
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(f"{files.TEMPORARY}{folder.name}")
@@ -225,12 +231,14 @@ def _write(
     files.room(folder.parent, need)
     new.mkdir()
     try:
-        made = _fill(builder, plan, needed, new, content)
-        if expected is not None and made != expected:
-            # A blob is not what its name says. It goes, and what it should be is made again.
+        try:
+            made, blake3 = _fill(builder, plan, needed, new, content)
+        except BlobLost:  # or corrupt, and perhaps not the only one; it is made again
             for _, tensor in needed.values():
                 builder.store.blobs.drop_if_wrong(tensor.digest)
-            made = _fill(builder, plan, needed, new, content)
+            made, blake3 = _fill(builder, plan, needed, new, content)
+        result = Manifest(content.action, made, notes)
+        accept(result, blake3)
         _exchange(new, folder)
     except OSError as error:
         if files.is_full(error):
@@ -238,7 +246,7 @@ def _write(
         raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return made
+    return result
 
 
 def _fill(
@@ -247,7 +255,8 @@ def _fill(
     needed: Needed,
     new: Path,
     content: Content,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], str]:
+    """Write the files; return them as tensors of bytes, and their table's BLAKE3."""
     form = LAYOUTS[plan.target.layout].FORMAT
     blobs = builder.store.blobs
     builder.fetch(plan, needed, needed)
@@ -257,17 +266,31 @@ def _fill(
     }
     threads = max(1, cores() // len(packed))
 
-    def put(file: str) -> Tensor:
+    def put(file: str) -> tuple[Tensor, str]:
         return write(new / file, packed[file], form, blobs, threads)
 
     with ThreadPoolExecutor(cores()) as pool:
-        made = dict(zip(packed, pool.map(put, packed), strict=True))
+        written = dict(zip(packed, pool.map(put, packed), strict=True))
     for name, data in content.small.items():
         (new / name).write_bytes(data)
-        made[name] = Tensor("uint8", (len(data),), digest(data))
+        written[name] = Tensor("uint8", (len(data),), digest(data)), _blake3(new / name)
+    made = {name: tensor for name, (tensor, _) in written.items()}
     blobs.meter.read += sum(tensor.nbytes for shard in packed.values() for _, tensor, _ in shard)
     blobs.meter.written += sum(tensor.nbytes for tensor in made.values())
-    return made
+    return made, _table({name: blake3 for name, (_, blake3) in written.items()})
+
+
+def _table(names: dict[str, str]) -> str:
+    """Return the BLAKE3 of a table of files' names and BLAKE3s."""
+    from blake3 import blake3
+
+    return str(blake3(canonical(names)).hexdigest())
+
+
+def _blake3(path: Path) -> str:
+    from blake3 import blake3
+
+    return str(blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest())
 
 
 def _exchange(new: Path, old: Path) -> None:

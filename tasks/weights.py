@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from struct import pack
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from cache.blobs import Blobs, Part
-from cache.errors import FileChanged
+from cache.errors import BlobLost, FileChanged
 from cache.manifests import Tensor
 from tasks.arrays import SAFETENSORS_DTYPES
 
@@ -42,15 +43,33 @@ class Packed(NamedTuple):
     parts: Sequence[Part]
 
 
-Run = bytes | Part
+class Piece(NamedTuple):
+    """What is copied at once.
+
+    Attributes:
+        at: where it belongs in the weight file.
+        run: its bytes, or where they lie.
+        packed: the tensor that it is of, if any.
+    """
+
+    at: int
+    run: bytes | Part
+    packed: Packed | None
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return _length(self.run)
 
 
-def write(path: Path, shard: Sequence[Packed], form: str, blobs: Blobs, threads: int) -> Tensor:
-    """Write a weight file, and return it as a tensor of bytes.
+def write(
+    path: Path, shard: Sequence[Packed], form: str, blobs: Blobs, threads: int
+) -> tuple[Tensor, str]:
+    """Write a weight file; return it as a tensor of bytes, and its BLAKE3.
 
-    Its digest is of what was read back, so that it vouches for the file and not for the blobs.
-    One thread copies, since two that write to one file wait for each other in the kernel; this
-    one reads behind it.
+    Both are of what was read back, so that they vouch for the file and not for the blobs; and so
+    each blob is checked. One thread copies, since two that write to one file wait for each other in
+    the kernel; this one reads behind it, and is the faster, whatever it works out.
 
     Args:
         path: the file.
@@ -58,42 +77,56 @@ def write(path: Path, shard: Sequence[Packed], form: str, blobs: Blobs, threads:
         form: ``safetensors`` or ``npz``.
         blobs: the store.
         threads: how many may work out checksums.
+
+    Raises:
+        BlobLost: a tensor's bytes are not those of its digest.
     """
+    from blake3 import blake3  # only where something is packed
+
     with ThreadPoolExecutor(threads) as pool:
         pieces = list(_pieces(FORMATS[form](shard, blobs, pool)))
-    state = xxhash.xxh3_128()
+    whole, strong = xxhash.xxh3_128(), blake3()
     buffer = memoryview(bytearray(COPY_BYTES))
     with path.open("w+b", buffering=0) as file, ThreadPoolExecutor(1) as copier:
-        jobs = [copier.submit(_put, file.fileno(), at, piece, blobs) for at, piece in pieces]
+        jobs = [copier.submit(_put, file.fileno(), piece, blobs) for piece in pieces]
         try:
-            for (at, piece), job in zip(pieces, jobs, strict=True):
-                job.result()
-                blobs.read_into([Part(str(path), at, _length(piece), None)], buffer)
-                state.update(buffer[: _length(piece)])
+            written = zip(pieces, jobs, strict=True)
+            for packed, some in groupby(written, lambda each: each[0].packed):
+                state = xxhash.xxh3_128()
+                for piece, job in some:
+                    job.result()
+                    data = buffer[: piece.length]
+                    blobs.read_into([Part(str(path), piece.at, piece.length, None)], data)
+                    for each in (state, whole, strong):
+                        each.update(data)
+                if packed and state.hexdigest() != packed.tensor.digest:
+                    raise BlobLost(packed.tensor.digest, f"{packed.name} has other bytes there")
         finally:
             copier.shutdown(cancel_futures=True)
         size = file.seek(0, os.SEEK_END)
-    return Tensor("uint8", (size,), state.hexdigest())
+    return Tensor("uint8", (size,), whole.hexdigest()), strong.hexdigest()
 
 
-def _pieces(runs: Iterator[Run]) -> Iterator[tuple[int, Run]]:
-    """Yield what is copied at once, and where it belongs."""
+def _pieces(runs: Iterator[bytes | Packed]) -> Iterator[Piece]:
     at = 0
-    for run in runs:
-        for start in range(0, _length(run), COPY_BYTES):
-            size = min(COPY_BYTES, _length(run) - start)
-            if isinstance(run, bytes):
-                yield at, run[start : start + size]
-            else:
-                yield at, run._replace(offset=run.offset + start, length=size)
-            at += size
+    for each in runs:
+        packed = None if isinstance(each, bytes) else each
+        for run in [each] if isinstance(each, bytes) else each.parts:
+            for start in range(0, _length(run), COPY_BYTES):
+                size = min(COPY_BYTES, _length(run) - start)
+                if isinstance(run, bytes):
+                    yield Piece(at, run[start : start + size], packed)
+                else:
+                    yield Piece(at, run._replace(offset=run.offset + start, length=size), packed)
+                at += size
 
 
-def _length(run: Run) -> int:
+def _length(run: bytes | Part) -> int:
     return len(run) if isinstance(run, bytes) else run.length
 
 
-def _put(descriptor: int, at: int, run: Run, blobs: Blobs) -> None:
+def _put(descriptor: int, piece: Piece, blobs: Blobs) -> None:
+    at, run, _ = piece
     if isinstance(run, Part) and _copy_within_kernel(descriptor, at, run):
         return
     for chunk in [memoryview(run)] if isinstance(run, bytes) else blobs.chunks([run]):
@@ -127,7 +160,7 @@ def _copy_within_kernel(descriptor: int, at: int, part: Part) -> bool:
 
 def _safetensors(
     shard: Sequence[Packed], _blobs: Blobs, _pool: ThreadPoolExecutor
-) -> Iterator[Run]:
+) -> Iterator[bytes | Packed]:
     """Lay out a safetensors file (https://github.com/huggingface/safetensors)."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offset = 0
@@ -142,11 +175,12 @@ def _safetensors(
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)  # so that tensors begin on a multiple of 8
     yield len(raw).to_bytes(8, "little") + raw
-    for packed in shard:
-        yield from packed.parts
+    yield from shard
 
 
-def _npz(shard: Sequence[Packed], blobs: Blobs, pool: ThreadPoolExecutor) -> Iterator[Run]:
+def _npz(
+    shard: Sequence[Packed], blobs: Blobs, pool: ThreadPoolExecutor
+) -> Iterator[bytes | Packed]:
     """Lay out an .npz file as mx.savez does: a zip archive of uncompressed .npy files.
 
     Dated 1980, so that equal weights are equal files. The format is PKWARE's APPNOTE 6.3.10,
@@ -168,7 +202,7 @@ def _npz(shard: Sequence[Packed], blobs: Blobs, pool: ThreadPoolExecutor) -> Ite
         local, central = _zip_entry(name, crc, size, at)
         directory.append(central)
         yield local + npy
-        yield from packed.parts
+        yield packed
         at += len(local) + size
     yield b"".join(directory) + _zip_end(len(directory), sum(map(len, directory)), at)
 
@@ -213,7 +247,5 @@ def _npy_header(tensor: Tensor) -> bytes:
     return b"\x93NUMPY\x01\x00" + pack("<H", len(text)) + text.encode()
 
 
-FORMATS: dict[str, Callable[[Sequence[Packed], Blobs, ThreadPoolExecutor], Iterator[Run]]] = {
-    "safetensors": _safetensors,
-    "npz": _npz,
-}
+Layout = Callable[[Sequence[Packed], Blobs, ThreadPoolExecutor], Iterator[bytes | Packed]]
+FORMATS: dict[str, Layout] = {"safetensors": _safetensors, "npz": _npz}

@@ -82,21 +82,20 @@ def test_stats_add_up_with_what_targets_share_counted_once(tmp_path):
         assert row.split()[1] == str(outcomes.count(outcome))
 
 
-@pytest.mark.parametrize("stage", ["cast", "quantize"])
-def test_what_was_made_of_corrupt_bytes_is_made_again(tmp_path, stage):
+def test_what_was_made_of_corrupt_bytes_is_made_again(tmp_path):
     project = projects.create(tmp_path, "meta", **projects.FOUR_BIT)
     project.doit()
     assert "none corrupt" in project.doit("cache", "verify").stdout
     name = "model.layers.1.mlp.up_proj.weight"
-    blob = project.blob(stage, "layers.1", name)
+    blob = project.blob("cast", "layers.1", name)
     spoil(blob)
-    # The build's own digests do not show it: both are of what was read.
-    project.configure(**{"quantize": {"bits": 3}} if stage == "cast" else {"max_shard_size": "1MB"})
+    # The build's own digests do not show it: they are of what was read.
+    project.configure(quantize={"bits": 3})
     project.doit()
     assert project.built() != project.anew()
 
     found = project.doit("cache", "verify", expect=1).stdout
-    assert f"{stage}:model:layers.1 {name}" in found
+    assert f"cast:model:layers.1 {name}" in found
     assert not blob.exists()
     aside = project.store / "corrupt" / blob.relative_to(project.store)
     assert digest(aside.read_bytes()) != blob.parent.name + blob.name
@@ -106,6 +105,41 @@ def test_what_was_made_of_corrupt_bytes_is_made_again(tmp_path, stage):
     assert project.built() == project.anew()
     project.doit("cache", "gc")
     assert not aside.exists()
+
+
+@pytest.mark.parametrize("layout", ["mlx-lm", "mlx-examples"])
+def test_a_corrupt_blob_is_never_packed(tmp_path, layout):
+    project = projects.create(tmp_path, "meta", layout=layout, **projects.FOUR_BIT)
+    project.doit()
+    for layer in ("layers.1", "layers.3"):
+        tensors = json.loads(project.manifest("quantize", layer).read_bytes())["tensors"]
+        name = next(name for name, dtype, *_ in tensors if dtype == "uint32")
+        spoil(project.blob("quantize", layer, name))
+    project.configure(max_shard_size="1MB")
+    entries = project.doit().entries
+    lost = {entry["task"] for entry in entries if entry["why"].startswith("blob lost")}
+    assert lost == {"quantize:model:layers.1", "quantize:model:layers.3"}
+    assert project.built() == project.anew()
+    assert "none corrupt" in project.doit("cache", "verify").stdout
+
+
+def test_changed_bytes_of_the_checkpoint_are_never_packed(tmp_path):
+    """Not quantized, so packed from where they lie, under a stamp that holds."""
+    project = projects.create(tmp_path, "huggingface")
+    project.doit()
+    name = "model.layers.2.self_attn.q_proj.weight"
+    (weights,) = {path for path in projects.weight_files(project.checkpoint) if holds(path, name)}
+    before, built = weights.stat(), project.built()
+    projects.alter(project.checkpoint, name)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    project.configure(max_shard_size="1MB")
+    said = project.doit(expect=1).stdout
+    assert f"{name} is lost" in said
+    assert project.built() == built
+    assert f"tensor {name} has other contents" in project.doit(expect=1).stdout
+    project.accept()
+    project.doit()
+    assert project.built() == project.anew()
 
 
 def test_a_checkpoint_that_changed_unnoticed_is_found(tmp_path):

@@ -365,6 +365,29 @@ def test_an_output_digest_that_differs(project: Project) -> None:
     project.doit("--locked")
 
 
+@pytest.mark.parametrize("args", [[], ["--locked"]])
+def test_another_output_of_the_same_digest(args: list[str], project: Project) -> None:
+    """As if somebody had made it: xxh3 does not tell, and whoever asks is told."""
+    locked = lock(project)["targets"]["model"]["blake3"]
+    rewrite(project, lambda it: it["targets"]["model"].update(blake3="1" * 64))
+    for gone in ("nothing", "build", ".mlx-make/manifests"):
+        shutil.rmtree(project.folder / gone, ignore_errors=True)
+        said = refused(project, *args)
+        assert f"built with BLAKE3 {locked}, and is {'1' * 64} in models.lock" in said
+    assert not (project.folder / "build" / "model").exists()
+
+
+def test_a_lock_without_blake3(project: Project) -> None:
+    """Of an older version: it holds as it is, and the next build completes it."""
+    whole = (project.folder / "models.lock").read_bytes()
+    rewrite(project, lambda it: it["targets"]["model"].pop("blake3"))
+    assert outcomes(project.doit()) == {"reused": {"pack:model"}}
+    assert (project.folder / "models.lock").read_bytes() == whole
+    rewrite(project, lambda it: it["targets"]["model"].pop("blake3"))
+    project.doit("--locked")
+    assert "blake3" not in lock(project)["targets"]["model"]
+
+
 # A damaged lock.
 
 
