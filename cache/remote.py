@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -150,12 +151,25 @@ class Remote:
                 "is set here, and who can write there."
             )
 
-    def put_record(self, kind: str, key: str, record: Any) -> None:
-        """Put a record (JSON), after the blobs that it names: whoever finds it relies on them."""
+    def put_record(self, kind: str, key: str, record: Any, *, look: bool = False) -> None:
+        """Put a record (JSON), after the blobs that it names: whoever finds it relies on them.
+
+        Args:
+            kind: its kind.
+            key: its key.
+            record: the record.
+            look: ask first whether the very same is there.
+        """
         if not self.writable:
             return
         path = _record_path(kind, key)
         data = seal(kind, key, record, self._secret)
+        if look:
+            with suppress(Absent, WrongSize, _GivenUp):
+                there = self._try(f"get {path}", lambda it: it.get(path, len(data)))
+                self._count(fetched=len(there))
+                if there == data:
+                    return
         try:
             self._try(f"put {path}", lambda it: it.put(path, data), writes=True)
         except _GivenUp:

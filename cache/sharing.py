@@ -120,10 +120,15 @@ class Sharing:
         """
         self.remote.later(lambda: self.push_now(manifest, locate))
 
-    def push_now(self, manifest: Manifest, locate: Locate | None) -> bool:
+    def push_now(self, manifest: Manifest, locate: Locate | None, *, look: bool = False) -> bool:
         """Upload a result, and tell whether that was possible.
 
         A record that names blobs is not replaced by one that names none, unless it was refused.
+
+        Args:
+            manifest: the result.
+            locate: as for ``push``.
+            look: whether the record may be there already.
         """
         key = manifest.action.key
         if not locate and key not in self._refused and self.read(key):
@@ -136,7 +141,7 @@ class Sharing:
         except (BlobLost, FileChanged, Mismatch, OSError):
             return False  # gone or changed meanwhile: it is for the build to say so
         record = {"manifest": json.loads(manifest.to_bytes()), "blake3": names}
-        self.remote.put_record(KIND, key, record)
+        self.remote.put_record(KIND, key, record, look=look)
         return True
 
     def push_blob(self, tensor: Tensor, parts: Sequence[Part]) -> str:

@@ -63,7 +63,8 @@ class Cache(Command):  # type: ignore[misc]
         if more:
             raise CmdParseError(f"doit cache {name} takes no {more[0]!r}")
         try:
-            return chosen.run(config.load(Path(get_var("models", "models.toml"))), options)
+            with plugins.interruptible("what is done is kept; run it again to go on"):
+                return chosen.run(config.load(Path(get_var("models", "models.toml"))), options)
         except (BuildError, CacheError) as error:
             raise InvalidDodoFile(str(error)) from error
         except OSError as error:

@@ -49,25 +49,29 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     def push_one(of: tuple[Node, Manifest]) -> bool:
         node, manifest = of
         with builder.store.lock.using():
-            return sharing.push_now(manifest, builder.shared(node))
+            return sharing.push_now(manifest, builder.shared(node), look=True)
 
-    with ThreadPoolExecutor(cores()) as pool:
-        done = list(pool.map(push_one, _built(builder, plans)))
+    built = list(_built(builder, plans))
+    pool = ThreadPoolExecutor(cores())
+    try:
+        done = list(pool.map(push_one, built))
+    finally:  # who is interrupted does not wait
+        pool.shutdown(wait=False, cancel_futures=True)
     packed = 0
     for plan in plans:
         manifest = Manifest.at(builder.packed_path(plan.target.name))
         packed += manifest is not None and sharing.push_now(manifest, None)
-    count = sum(done) + packed
-    return Exchanged(count, sum(_wanted(plan) for plan in plans) - count)
+    there = [node for (node, _), pushed in zip(built, done, strict=True) if pushed]
+    return Exchanged(len(there) + packed, _missing(plans, there) + len(plans) - packed)
 
 
 def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged:
     """Fetch all that the remote has of ``plans``, so that it can be built without it."""
-    results = wanted = 0
+    plans = list(plans)
+    there = []
     for plan in plans:
-        wanted += _wanted(plan) - 1
         found: dict[Node, Manifest] = {}
-        for node in (n for nodes in plan.stages.values() for n in nodes):
+        for node in (*plan.stages["extract"], *_shared(plan)):
             with builder.store.lock.using():
                 manifest = _pulled(builder, plan, node, found)
                 if manifest is None:
@@ -75,23 +79,29 @@ def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
                 found[node] = manifest
                 if node.stage == "extract":
                     continue
-                results += 1
+                there.append(node)
                 if builder.shared(node):
                     sharing.fetch_all([(manifest.action.key, t) for t in manifest.tensors.values()])
-    return Exchanged(results, wanted - results)
+    return Exchanged(len(there), _missing(plans, there))
 
 
-def _wanted(plan: Plan) -> int:
-    """Return how many results a target has that are shared: those of extract are not."""
-    return sum(len(nodes) for stage, nodes in plan.stages.items() if stage != "extract") + 1
+def _shared(plan: Plan) -> list[Node]:
+    """Return a target's nodes whose results are shared: those of extract are not."""
+    stages = [nodes for stage, nodes in plan.stages.items() if stage != "extract"]
+    return [node for nodes in (*stages, plan.errors) for node in nodes]
+
+
+def _missing(plans: Iterable[Plan], there: Iterable[Node]) -> int:
+    """Return how many results that models are made of are not there; errors are for reports."""
+    wanted = {node for plan in plans for node in _shared(plan) if node.stage != "error"}
+    return len(wanted.difference(there))
 
 
 def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Node, Manifest]]:
     for plan in plans:
-        for stage, nodes in plan.stages.items():
-            for node in nodes if stage != "extract" else ():
-                if manifest := Manifest.at(builder.manifest_path(node)):
-                    yield node, manifest
+        for node in _shared(plan):
+            if manifest := Manifest.at(builder.manifest_path(node)):
+                yield node, manifest
 
 
 def _pulled(

@@ -147,27 +147,14 @@ class Run(DoitRun):  # type: ignore[misc]
 
     def execute(self, params: Any, args: list[str]) -> int:
         """Run the tasks named in ``args``."""
-        signal.signal(signal.SIGTERM, _interrupt)
         options.locked = params["locked"]
         options.asked = args
-        # It may be ignored, as by nohup.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, _interrupt)
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         cmd_run.TaskControl = Control  # doit looks the class up there, and has no hook for it
-        try:
-            with alone():
-                status = int(super().execute(params, args))
-                _finish_uploads()
-                return status
-        except KeyboardInterrupt:
-            print(
-                "\ninterrupted: layers that are done are kept; run doit again to go on",
-                file=sys.stderr,
-                flush=True,
-            )
-            # Threads may still be deep in a computation: do not wait for them.
-            os._exit(INTERRUPTED)
+        with interruptible("layers that are done are kept; run doit again to go on"), alone():
+            status = int(super().execute(params, args))
+            _finish_uploads()
+            return status
 
 
 def _finish_uploads() -> None:
@@ -177,6 +164,8 @@ def _finish_uploads() -> None:
         except (CacheError, OSError) as error:  # what was built is built
             print(f"warning: {error}", file=sys.stderr)
             continue
+        finally:
+            remote.close()
         if remote.fetched_bytes:
             print(f"{remote.name}: {remote.fetched_bytes / 1e6:,.1f} MB fetched")
         if pushed.objects:
@@ -221,6 +210,25 @@ def _with_layers(tasks: list[Any], names: list[str]) -> list[str]:
     """Return task names and those of all tasks below them."""
     begins = tuple(f"{name}:" for name in names)
     return [*names, *(task.name for task in tasks if task.name.startswith(begins))]
+
+
+@contextmanager
+def interruptible(kept: str) -> Iterator[None]:
+    """End the process at once, and without a traceback, when it is interrupted.
+
+    Args:
+        kept: what is not lost, for people.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    # It may be ignored, as by nohup.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {kept}", file=sys.stderr, flush=True)
+        # Threads may still be deep in a computation, or in an upload: do not wait for them.
+        os._exit(INTERRUPTED)
 
 
 def _interrupt(*_: Any) -> NoReturn:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -418,6 +419,59 @@ def test_push_and_pull(keep: str, tmp_path: Path) -> None:
         assert "Get the checkpoint" in two.doit(expect=1).stdout
 
 
+def test_push_again(tmp_path: Path, server: servers.Faulty) -> None:
+    """Nothing is put that is there; and what a report was made of goes, too."""
+    one = first(tmp_path, {}, config=SMALL, **FOUR_BIT)
+    one.doit()
+    one.environ = at(server)
+    one.doit("cache", "push")
+    server.requests.clear()
+    assert "0 objects of 0 B were not yet" in one.doit("cache", "push").stdout
+    assert {request.method for request in server.requests} <= {"GET", "HEAD"}
+    one.doit("report", **{MODE: "off"})
+    done = one.doit("cache", "push").stdout
+    assert "missing" not in done
+    assert "not built here" not in done
+    two = one.beside("two")
+    two.doit("cache", "pull")
+    done = outcomes(two.doit("report", **{MODE: "off"}))
+    assert done["computed"] == {"pack:model", "report:model", "report"}
+
+
+@pytest.mark.parametrize("args", [["cache", "push"], ["pack"]])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_upload_that_is_interrupted(args: list[str], number: int, tmp_path: Path) -> None:
+    """It ends at once, however much there is to be uploaded."""
+    stalled = threading.Event()
+
+    def misdeed(request: servers.Request) -> servers.Misdeed:
+        if request.method != "PUT" or "actions" not in request.path:
+            return None
+        stalled.set()
+        return servers.Stalled(20)
+
+    one = first(tmp_path, {}, config=SMALL, **FOUR_BIT)
+    if args == ["cache", "push"]:
+        one.doit()
+    with servers.faulty(misdeed) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "doit", *args, f"models={one.folder / 'models.toml'}"],
+            cwd=REPOSITORY, env={**os.environ, **at(server)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert stalled.wait(20)
+        time.sleep(0.5)
+        process.send_signal(number)
+        begin = time.monotonic()
+        said = "".join(process.communicate())
+        assert time.monotonic() - begin < 2
+    assert process.returncode == 130, said
+    assert "interrupted: " in said
+    assert "Traceback" not in said
+    one.doit()
+    assert one.built() == alone(one)
+
+
 def test_a_collector_gets_between_two_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,11 +480,11 @@ def test_a_collector_gets_between_two_results(
     one.doit()
     begun, pushed, push_now = threading.Event(), [], Sharing.push_now
 
-    def slowly(self: Sharing, *of: Any) -> bool:
+    def slowly(self: Sharing, *of: Any, **keys: Any) -> bool:
         begun.set()
         time.sleep(0.1)
         pushed.append(of)
-        return push_now(self, *of)
+        return push_now(self, *of, **keys)
 
     monkeypatch.setattr(Sharing, "push_now", slowly)
     remote = {REMOTE: (tmp_path / "remote").as_uri()}
