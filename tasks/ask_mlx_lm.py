@@ -11,6 +11,7 @@ question on standard input, answer on standard output).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -44,6 +45,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     import mlx.core as mx
 
     replaced = {name: getattr(mx, name) for name in ("load", "stack", "concatenate")}
+    random = {name: getattr(mx.random, name) for name in ("uniform", "normal")}
     modules = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_replaced(name)}
     try:
         if question["light"]:
@@ -54,6 +56,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     finally:
         for name, original in replaced.items():
             setattr(mx, name, original)
+        for name, original in random.items():
+            setattr(mx.random, name, original)
         for name in list(sys.modules):
             if _is_replaced(name):
                 del sys.modules[name]
@@ -78,6 +82,7 @@ def _answer(question: dict[str, Any], mx: Any) -> dict[str, Any]:
             given[name] = _read(parts, *tensors[name])
     kept = {name: a.astype(a.dtype) for name, a in given.items()}  # stay as they are
     joins = _record_joins(mx)
+    _leave_out_noise(mx)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -184,7 +189,14 @@ def _hollow(mx: Any, dtype: str, shape: Sequence[int]) -> Any:
 
     What makes it is an operation that no model uses, by which a graph shows where its inputs are.
     """
-    return mx.stop_gradient(mx.broadcast_to(mx.array(0, getattr(mx, dtype)), shape))
+    return mx.stop_gradient(_zeros(getattr(mx, dtype), tuple(shape)))
+
+
+@functools.cache
+def _zeros(dtype: Any, shape: tuple[int, ...]) -> Any:
+    import mlx.core as mx
+
+    return mx.broadcast_to(mx.array(0, dtype), shape)
 
 
 def _read(parts: list[list[Any]], dtype: str, shape: Sequence[int]) -> Any:
@@ -225,6 +237,25 @@ def _record_joins(mx: Any) -> dict[int, tuple[str, int, list[Any], Any]]:
     mx.stack = watch("stack", mx.stack)
     mx.concatenate = watch("concatenate", mx.concatenate)
     return seen
+
+
+def _leave_out_noise(mx: Any) -> None:
+    """Have modules begin with zeros: the checkpoint's tensors take their place.
+
+    MLX's generator would hold on to the graph of every random number that was asked for.
+    """
+
+    def quiet(original: Callable[..., Any]) -> Callable[..., Any]:
+        def zeros(*args: Any, **named: Any) -> Any:
+            if args or "shape" not in named:
+                return original(*args, **named)
+            dtype = named.get("dtype") or mx.float32
+            return _zeros(dtype, tuple(named["shape"])).astype(dtype)  # an object of its own
+
+        return zeros
+
+    mx.random.uniform = quiet(mx.random.uniform)
+    mx.random.normal = quiet(mx.random.normal)
 
 
 def _count(module: Any) -> int:
