@@ -10,12 +10,13 @@ import errno
 import json
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from struct import pack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
@@ -25,6 +26,7 @@ from cache.manifests import Tensor
 from tasks.arrays import SAFETENSORS_DTYPES
 
 COPY_BYTES = 8 << 20  # at a time
+AHEAD = 64  # pieces that wait for the thread that copies
 # As mx.savez spells them; NumPy has no bfloat16, MLX reads two raw bytes as one.
 NPY_DTYPES = {
     "bool_": "|b1", "uint8": "|u1", "int8": "|i1", "uint16": "<u2", "int16": "<i2",
@@ -33,6 +35,8 @@ NPY_DTYPES = {
 }  # fmt: skip
 ZIP32_LIMIT = 0xFFFFFFFF  # sizes and offsets from here on are in ZIP64 records
 _IN_ZIP64 = 0xFFFFFFFF  # stands in their place
+
+T = TypeVar("T")
 
 
 class Packed(NamedTuple):
@@ -83,15 +87,17 @@ def write(
     """
     from blake3 import blake3  # only where something is packed
 
-    with ThreadPoolExecutor(threads) as pool:
-        pieces = list(_pieces(FORMATS[form](shard, blobs, pool)))
     whole, strong = xxhash.xxh3_128(), blake3()
     buffer = memoryview(bytearray(COPY_BYTES))
-    with path.open("w+b", buffering=0) as file, ThreadPoolExecutor(1) as copier:
-        jobs = [copier.submit(_put, file.fileno(), piece, blobs) for piece in pieces]
+    with (
+        path.open("w+b", buffering=0) as file,
+        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(1) as copier,
+    ):
+        pieces = _pieces(FORMATS[form](shard, blobs, pool))
+        jobs = ((piece, copier.submit(_put, file.fileno(), piece, blobs)) for piece in pieces)
         try:
-            written = zip(pieces, jobs, strict=True)
-            for packed, some in groupby(written, lambda each: each[0].packed):
+            for packed, some in groupby(_ahead(jobs), lambda each: each[0].packed):
                 state = xxhash.xxh3_128()
                 for piece, job in some:
                     job.result()
@@ -105,6 +111,14 @@ def write(
             copier.shutdown(cancel_futures=True)
         size = file.seek(0, os.SEEK_END)
     return Tensor("uint8", (size,), whole.hexdigest()), strong.hexdigest()
+
+
+def _ahead(each: Iterator[T]) -> Iterator[T]:
+    """Yield the same, ``AHEAD`` of them behind."""
+    waiting = deque(islice(each, AHEAD))
+    while waiting:
+        waiting.extend(islice(each, 1))
+        yield waiting.popleft()
 
 
 def _pieces(runs: Iterator[bytes | Packed]) -> Iterator[Piece]:
