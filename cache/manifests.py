@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -58,7 +59,7 @@ class Tensor:
         sizes = all(type(size) is int and size >= 0 for size in shape)
         if dtype not in DTYPE_BYTES or not sizes or not re.fullmatch(r"[0-9a-f]{32}", digest):
             raise ValueError(f"[{dtype!r}, {shape!r}, {digest!r}] is no tensor")
-        return cls(dtype, tuple(shape), digest)
+        return cls(sys.intern(dtype), tuple(shape), digest)
 
     @property
     def record(self) -> list[Any]:
@@ -154,7 +155,7 @@ class Manifest:
                 )
             manifest = cls(
                 Action(**record["action"]),
-                {name: Tensor.read(*told) for name, *told in record["tensors"]},
+                {sys.intern(name): Tensor.read(*told) for name, *told in record["tensors"]},
                 tuple(record["notes"]),
             )
             again = manifest.to_bytes()

@@ -57,16 +57,17 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
                 f"{checkpoint.folder}: {name} joins tensors that are themselves made of shards, "
                 "which is not supported. Use the model's Hugging Face checkpoint."
             )
+        name = sys.intern(name)  # as in the checkpoint, in manifests, and of what is quantized
         parameters[name] = Parameter(
             name,
-            dtype,
+            sys.intern(dtype),
             tuple(shape),
             tuple(key for whole in wholes for key in whole.inputs),
             (*wholes[0].steps, *steps),
             cast,
         )
     modules = tuple(
-        Module(path, tuple(names), None if after is None else tuple(after), verdict, count)
+        Module(path, _names(*names), None if after is None else _names(*after), verdict, count)
         for path, names, after, verdict, count in answer["modules"]
     )
     config = {key: value for key, value in answer["config"].items() if key != "_name_or_path"}
@@ -74,6 +75,12 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
         config.pop("vision_config", None)
     notes = (*checkpoint.notes, *_dropped(answer["dropped"]))
     return Model(parameters, modules, config, answer["recipes"], notes)
+
+
+@cache
+def _names(*names: str) -> tuple[str, ...]:
+    """Return the names, one object for all modules that have the same."""
+    return names
 
 
 def identity(checkpoint: Checkpoint) -> str:

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -139,7 +140,10 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             memos.put("headers", question, answer)
-        tensors = [Stored(n, d, tuple(s), path.name, o) for n, d, s, o in answer]
+        tensors = [
+            Stored(sys.intern(name), sys.intern(dtype), tuple(shape), path.name, offset)
+            for name, dtype, shape, offset in answer
+        ]
         found[path.name] = (stamp, tensors)
     return found
 

@@ -153,10 +153,9 @@ class Plan:
 
     Attributes:
         target: what was asked for.
-        checkpoint: what it is made from.
+        outline: what it shares with other targets.
         stages: the nodes of each per-layer stage that leads to the built model, in the order of
             layers.
-        errors: the nodes that tell the quantization error, of the layers that have any.
         names: the built model's tensors, in the order in which they are written.
         config: config.json.
         weights: how many the model has, as mlx-lm counts them.
@@ -164,13 +163,22 @@ class Plan:
     """
 
     target: Target
-    checkpoint: Checkpoint
+    outline: Outline
     stages: dict[str, list[Node]]
-    errors: list[Node]
     names: list[str]
     config: dict[str, Any]
     weights: int
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What it is made from."""
+        return self.outline.checkpoint
+
+    @cached_property
+    def errors(self) -> list[Node]:
+        """The nodes that tell the quantization error, of the layers that have any."""
+        return _errors(self.outline, self.stages["quantize"])
 
     def nodes(self, stage: str) -> list[Node]:
         """Return the nodes of a per-layer stage."""
@@ -221,8 +229,7 @@ class Planner:
         names = [name for names in _ordered(model, scheme) for name in names]
         weights = sum(_weights(model, module, scheme) for module in model.modules)
         notes = (*model.notes, *scheme.notes)
-        errors = _errors(outline, stages["quantize"])
-        return Plan(target, checkpoint, stages, errors, names, config, weights, notes)
+        return Plan(target, outline, stages, names, config, weights, notes)
 
     def _outline(self, target: Target) -> Outline:
         source = (target.source, target.loader)

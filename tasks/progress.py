@@ -157,11 +157,12 @@ def works(
         if name not in run:
             run.add(name)
             ahead.extend(tasks[name].task_dep)
+    measured = ["error"] if any(name.startswith("error:") for name in run) else []
     found = {}
     for target, plan in plans.items():
         weights: dict[str, int] = {}
         last = ""
-        for stage in (*plan.stages, "error"):
+        for stage in (*plan.stages, *measured):
             asked = {n.name: _weight(n) for n in plan.nodes(stage) if n.name in run}
             weights |= asked
             last = stage if asked else last

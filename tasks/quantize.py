@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -166,7 +167,7 @@ def names(module: Module, setting: Setting | None) -> list[str]:
             for name in module.quantized_names or ()
             if name != "biases" or setting.mode == "affine"
         )
-    return [f"{module.path}.{name}" if module.path else name for name in held]
+    return [sys.intern(f"{module.path}.{name}") if module.path else name for name in held]
 
 
 def quantize(weight: mx.array, *, group_size: int, bits: int, mode: str) -> tuple[mx.array, ...]:
