@@ -40,10 +40,11 @@ class Corrupt:
 
 
 class Actions:
-    """The action cache under ``root``."""
+    """The action cache under ``root``; if ``read_only``, that an entry was used is not noted."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self.root = root
+        self._read_only = read_only
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
 
@@ -62,8 +63,9 @@ class Actions:
             return Corrupt(path, str(error))
         if manifest.action != action:
             return Corrupt(path, "it records another action")
-        with suppress(FileNotFoundError):
-            files.used(path, path.stat().st_mtime_ns)
+        if not self._read_only:
+            with suppress(FileNotFoundError):
+                files.used(path, path.stat().st_mtime_ns)
         return Hit(manifest)
 
     def read(self, key: str) -> Manifest | None:

@@ -85,7 +85,7 @@ class Writer:
 
 
 class Blobs:
-    """The blobs under ``root``; if ``read_only``, what is found is not noted down."""
+    """The blobs under ``root``; if ``read_only``, what is found or used is not noted down."""
 
     def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self.root = root
@@ -112,7 +112,7 @@ class Blobs:
         except FileNotFoundError:
             return self._locate_reference(digest, length)
         if stamp.size == length:
-            files.used(path, stamp.mtime_ns)
+            self._used(path, stamp)
             return [Part(str(path), 0, length, None)]
         if self._reference(digest).exists():
             return self._locate_reference(digest, length)
@@ -265,5 +265,9 @@ class Blobs:
                 raise BlobLost(digest, f"{', '.join(stamps)} changed since it was read")
             self.refer(digest, now)
         with suppress(FileNotFoundError):  # there are the bytes by now
-            files.used(reference, Stamp.of(reference).mtime_ns)
+            self._used(reference, Stamp.of(reference))
         return now
+
+    def _used(self, path: Path, stamp: Stamp) -> None:
+        if not self._read_only:
+            files.used(path, stamp.mtime_ns)

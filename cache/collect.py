@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from cache import files
 from cache.survey import CORRUPT, File, Survey
 
-RECORD_SECONDS = 90 * 24 * 3600  # how long an action entry or a memo is kept that nobody uses
+RECORD_SECONDS = 90 * 24 * 3600  # how long records (all but blobs) are kept that nobody uses
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Wanted:
     Attributes:
         blobs: by digest.
         actions: by key.
+        sources: records, by name.
         memos: whether all of them; nobody can tell whose they are, and they are small.
     """
 
     blobs: frozenset[str] = frozenset()
     actions: frozenset[str] = frozenset()
+    sources: frozenset[str] = frozenset()
     memos: bool = False
 
 
@@ -82,8 +84,9 @@ def carry_out(collection: Collection) -> None:
 def _is_garbage(file: File, wanted: Wanted, now: float) -> bool:
     if file.kind == "temporary":
         return files.abandoned(file.path)
-    if file.kind in ("action", "memo"):
-        return file.key not in wanted.actions and now - file.used > RECORD_SECONDS
+    if file.kind in ("action", "memo", "source"):
+        wants = file.key in (wanted.sources if file.kind == "source" else wanted.actions)
+        return not wants and now - file.used > RECORD_SECONDS
     return file.kind == CORRUPT
 
 
@@ -109,9 +112,10 @@ def _blobs(survey: Survey, stays: set[str]) -> Iterator[File]:
 
 
 def _records(survey: Survey, wanted: Wanted) -> Iterator[File]:
-    """Yield action entries and memos; after the blobs, since they are small and save much."""
+    """Yield other records; after the blobs, since they are small and save much."""
     unwanted = [
         *(file for key, file in survey.of("action").items() if key not in wanted.actions),
+        *(file for key, file in survey.of("source").items() if key not in wanted.sources),
         *(survey.of("memo").values() if not wanted.memos else ()),
     ]
     yield from sorted(unwanted, key=lambda file: file.used)

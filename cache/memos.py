@@ -28,7 +28,8 @@ class Memos:
         path = self._path(kind, question)
         try:
             answer = json.loads(path.read_bytes())
-            files.used(path, path.stat().st_mtime_ns)
+            if not self._read_only:
+                files.used(path, path.stat().st_mtime_ns)
             return answer
         except (FileNotFoundError, ValueError):
             return None

@@ -27,6 +27,7 @@ class Store:
         root: the folder.
         lock: held by who uses its files.
         sharing: what it has in common with a remote store, if there is one.
+        read_only: looking things up leaves nothing behind.
     """
 
     blobs: Blobs
@@ -35,6 +36,7 @@ class Store:
     root: Path
     lock: Lock
     sharing: Sharing | None = None
+    read_only: bool = False
 
     @classmethod
     def at(cls, root: Path, *, read_only: bool = False) -> Store:
@@ -48,4 +50,10 @@ class Store:
             files.sweep(root / "blobs")
         blobs = Blobs(root / "blobs", read_only=read_only)
         memos = Memos(root / "memos", read_only=read_only)
-        return cls(blobs, Actions(root / "actions"), memos, root, Lock(root))
+        actions = Actions(root / "actions", read_only=read_only)
+        return cls(blobs, actions, memos, root, Lock(root), read_only=read_only)
+
+    def used(self, path: Path) -> None:
+        """Note that a file that is none of a blob, an action or a memo was used."""
+        if not self.read_only:
+            files.used(path, path.stat().st_mtime_ns)

@@ -22,12 +22,13 @@ _KEYS = {
     "reference": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})\.parts",
     "action": r"actions/([0-9a-f]{2})/([0-9a-f]{30})\.json",
     "memo": r"memos/[^/]+/([0-9a-f]{2})/([0-9a-f]{30})\.json",
+    "source": r"sources/([0-9a-f]{2})([0-9a-f]{62})/.+",
 }
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of the cache; or a folder, if it is temporary.
+    """A file of the cache; or a folder, if it is temporary, or a source's record.
 
     Attributes:
         path: where it lies.
@@ -103,7 +104,20 @@ def take(root: Path) -> Survey:
             inside = _walk(path) if stat.S_ISDIR(status.st_mode) else ()
             size = sum(each.st_size for _, each in inside) or status.st_size
             found.append(File(path, kind, key, size, status.st_mtime))
-    return Survey(Blobs(root / "blobs"), found)
+    return Survey(Blobs(root / "blobs"), [*_whole_sources(root, found)])
+
+
+def _whole_sources(root: Path, found: Iterable[File]) -> Iterator[File]:
+    """Yield the files, but those of one source's record as its folder: it goes as a whole."""
+    sources: dict[str, list[File]] = {}
+    for file in found:
+        if file.kind == "source":
+            sources.setdefault(file.key, []).append(file)
+        else:
+            yield file
+    for key, some in sources.items():
+        size, used = sum(file.size for file in some), max(file.used for file in some)
+        yield File(root / "sources" / key, "source", key, size, used)
 
 
 def _kind(name: str) -> tuple[str, str]:
@@ -112,8 +126,6 @@ def _kind(name: str) -> tuple[str, str]:
         return CORRUPT, name
     if Path(name).name.startswith(files.TEMPORARY):
         return "temporary", name
-    if name.startswith("sources/"):
-        return "source", name
     for kind, form in _KEYS.items():
         if match := re.fullmatch(form, name):
             return kind, match[1] + match[2]

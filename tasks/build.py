@@ -392,13 +392,16 @@ class Builder:
             if passed == tensor and self.keeps(maker.stage):
                 self.remake(plan, maker, key, tensor, lost)
                 return
-        held = self.memory.held(self._memory(plan, node))
-        with held, self.logged(node.name, f"blob lost: {lost.cause}") as record:
-            if node.stage == "extract":
-                again = self._look(plan, node, lost=True)
-            else:
-                again = self._make(plan, node, needed)
-            record["outcome"] = "computed"
+        # Whoever waits here holds actions of later stages alone, which this one never waits for.
+        with self._working(plan, node, self.action(node, needed).key):
+            if self.store.blobs.has(tensor.digest, tensor.nbytes):  # by another thread
+                return
+            with self.logged(node.name, f"blob lost: {lost.cause}") as record:
+                if node.stage == "extract":
+                    again = self._look(plan, node, lost=True)
+                else:
+                    again = self._make(plan, node, needed)
+                record["outcome"] = "computed"
         if again.tensors.get(name) != tensor:
             self.publish(Path(self.manifest_path(node)), again)  # so that the next run sees it
             raise BuildError(

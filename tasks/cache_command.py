@@ -158,7 +158,7 @@ def gc(read: Config, options: Mapping[str, Any]) -> int:
         raise CmdParseError("--all needs a size cap: --max-size 20GB, or [cache] max_size")
 
     def plan() -> collect.Collection:
-        wanted = collect.Wanted() if options["all"] else records.wanted(records.read(read))
+        wanted = collect.Wanted() if options["all"] else records.wanted(read, records.read(read))
         return collect.plan(surveys.take(read.cache), wanted, cap, time.time())
 
     if options["dry_run"]:

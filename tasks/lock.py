@@ -107,6 +107,11 @@ class Lock:
                 "--locked, and commit the file."
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if b"<<<<<<<" in path.read_bytes():
+                raise ConfigError(
+                    f"{path} holds a merge's conflict. Take either side of the whole file (git "
+                    f"checkout --ours {path.name}), then doit lock and doit: they write it anew."
+                ) from error
             raise ConfigError(
                 f"{path} is no lock file ({type(error).__name__}: {error}). Take it from version "
                 "control again, or remove it: the next build writes it anew."

@@ -9,6 +9,7 @@ from pathlib import Path
 from cache.collect import Wanted
 from cache.manifests import Manifest
 from tasks.config import STATE, Config
+from tasks.lock import Lock
 
 # In this order; pack makes no blobs.
 LAYER_STAGES = ("extract", "unshard", "cast", "quantize", "error")
@@ -45,13 +46,20 @@ def read(config: Config) -> list[Record]:
     return found
 
 
-def wanted(records: Iterable[Record]) -> Wanted:
-    """Return what the targets need of the cache, to be built with other settings as well."""
+def wanted(config: Config, records: Iterable[Record]) -> Wanted:
+    """Return what the targets need of the cache, to be built with other settings as well.
+
+    Raises:
+        ConfigError: models.lock, which names the sources' records, cannot be read.
+    """
+    locked = Lock.load(config.path.with_suffix(".lock"), strict=False).sources
+    sources = {target.source_name for target in config.targets.values()}
     some = list(records)
     layers = [record.manifest for record in some if record.manifest.action.stage in LAYER_STAGES]
     return Wanted(
         frozenset(tensor.digest for manifest in layers for tensor in manifest.tensors.values()),
         frozenset(record.manifest.action.key for record in some),
+        frozenset(source.record for name, source in locked.items() if name in sources),
         memos=True,
     )
 

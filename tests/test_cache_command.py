@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -246,6 +247,64 @@ def test_without_a_cap_only_garbage_goes(tmp_path):
     assert "max_size" in said
     assert not any(path.exists() for path in (*gone, scratch))
     assert all(path.exists() for path in (*kept, *before))
+
+
+def test_records_of_sources_go_that_no_target_needs(tmp_path):
+    project = projects.create(tmp_path, "huggingface", **projects.FOUR_BIT)
+    shutil.copytree(project.checkpoint, tmp_path / "spare")
+    projects.alter(tmp_path / "spare", "model.norm.weight")
+    project.configure("other", source="spare")
+    project.doit()
+    records = set((project.store / "sources").iterdir())
+    assert len(records) == 2
+    del project.models["other"]
+    project.configure()
+    (needed,) = (json.loads((tmp_path / "models.lock").read_bytes())["sources"]["checkpoint"],)
+    for path in (project.store / "sources").rglob("*"):
+        age(path, 80 * DAY)
+    assert "source records" not in project.doit("cache", "gc").stdout
+    for path in (project.store / "sources").rglob("*"):
+        age(path, 100 * DAY)
+    assert "removed 1 source records" in project.doit("cache", "gc").stdout
+    assert [path.name for path in (project.store / "sources").iterdir()] == [needed["record"]]
+    # Used again: when it was, its time says.
+    shutil.rmtree(project.checkpoint)
+    shutil.rmtree(project.folder / "build")
+    project.doit()
+    (record,) = (project.store / "sources").glob("*/record.json")
+    assert time.time() - record.stat().st_mtime < HOUR
+    project.doit(*EVERYTHING)
+    assert list((project.store / "sources").iterdir()) == []
+
+
+def test_looking_ahead_is_no_use(tmp_path):
+    """`doit plan` leaves everything as it is, times too."""
+    project = projects.create(tmp_path, "huggingface", **projects.FOUR_BIT)
+    project.doit()
+    project.configure(quantize={"bits": 6})
+    shutil.rmtree(project.state / "manifests")
+    shutil.rmtree(project.checkpoint)
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    for path in kept:
+        age(path, 9 * DAY)
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    project.doit("plan", expect=1)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_what_two_want_that_is_lost_is_made_once(tmp_path):
+    """At the same time: one makes it, and the other waits."""
+    project = projects.create(tmp_path, "meta", **projects.FOUR_BIT)
+    project.doit()
+    blob = project.blob("cast", "layers.1", "model.layers.1.mlp.up_proj.weight")
+    blob.unlink()
+    project.configure(quantize={"bits": 6})
+    project.configure("other", dtype="float16", quantize={"bits": 8})
+    done = project.doit(hook={"meet": [f"{blob.name}.parts", 20]})
+    lost = [entry["task"] for entry in done.entries if entry["why"].startswith("blob lost")]
+    assert len(lost) == 1
+    assert project.built() == project.anew()
+    assert project.built("other") == project.anew("other")
 
 
 def test_a_reference_keeps_the_blobs_that_it_is_made_of(tmp_path):

@@ -394,7 +394,7 @@ def test_a_lock_without_blake3(project: Project) -> None:
 @pytest.mark.parametrize(
     ("text", "fact"),
     [
-        (None, "JSONDecodeError"),  # a merge's conflict
+        (None, "holds a merge's conflict. Take either side of the whole file"),
         ("", "JSONDecodeError"),
         ("[]", "TypeError"),
         ("{}", "KeyError: 'version'"),
