@@ -13,6 +13,7 @@ all and an error: anything else ends the run. Then the remote is put back as it 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import os
 import shutil
@@ -103,6 +104,7 @@ def flip_each(
         outcome = OUTCOMES[3 if done.returncode else 2 if made else 1 if asked else 0]
         found["record" if "/records/" in path else "blob"][outcome] += 1
         shutil.rmtree(two)
+        gc.collect()  # and with it connections
     return found
 
 
