@@ -11,13 +11,15 @@ sources/BLAKE3/files/…       the small files
 
 from __future__ import annotations
 
+import atexit
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +138,11 @@ def strangers(folder: Path, source: Source) -> list[str]:
 
 def recall(store: Store, source: Source) -> Checkpoint | None:
     """Return a checkpoint by its record, or None if the record is nowhere."""
-    found = _kept(store, source.record) or _fetched(store, source)
+    found = _kept(store, source.record)
+    if found is None:
+        if store.read_only:
+            store = replace(store, root=_passing())
+        found = _fetched(store, source)
     if found is None:
         return None
     return _from_record(found, source.record, _folder(store, source.record) / "files")
@@ -265,6 +271,14 @@ def _fetched(store: Store, source: Source) -> bytes | None:
         return None
     _keep(store, source.record, record, small)
     return record
+
+
+@cache
+def _passing() -> Path:
+    """Return a folder for what is needed while this process runs."""
+    folder = tempfile.TemporaryDirectory(prefix="mlx-make-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def _blake3(data: bytes) -> str:

@@ -308,6 +308,19 @@ def test_records_that_are_refused(tmp_path: Path, remotes: Remotes, data: bytes,
     assert remote.record("actions", KEY) == 1
 
 
+def test_a_record_of_absurd_size(
+    faulty: tuple[servers.Faulty, str], remotes: Remotes, monkeypatch: pytest.MonkeyPatch
+):
+    """Its size is asked for first: nothing of it is fetched."""
+    _, url = faulty
+    ready(remotes, url)
+    monkeypatch.setattr("cache.remote.MAX_RECORD_BYTES", 10)
+    remote = remotes(url)
+    assert remote.record("actions", KEY) is None
+    assert remote.fetched_bytes == 0
+    remotes.one_warning("it has more than 10 bytes")
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()

@@ -267,6 +267,16 @@ def test_read_only(tmp_path: Path) -> None:
     assert {path: Stamp.of(path) for path in remote.rglob("*")} == before
 
 
+def test_a_plan_writes_nothing(tmp_path: Path) -> None:
+    """Not even what it has to fetch."""
+    one = first(tmp_path, {REMOTE: (tmp_path / "remote").as_uri()}, config=SMALL, **FOUR_BIT)
+    one.doit()
+    two = one.beside("two")
+    before = contents(two.folder)
+    assert "fetch" in two.doit("plan", expect=1).stdout
+    assert contents(two.folder) == before
+
+
 def test_reports(tmp_path: Path) -> None:
     """What one machine measured is shown on another."""
     one = first(tmp_path, {REMOTE: (tmp_path / "remote").as_uri()}, config=SMALL, **FOUR_BIT)
