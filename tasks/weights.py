@@ -87,7 +87,7 @@ def write(
     """
     from blake3 import blake3  # only where something is packed
 
-    whole, strong = xxhash.xxh3_128(), blake3()
+    whole, strong = xxhash.xxh3_128(), blake3(max_threads=threads)
     buffer = memoryview(bytearray(COPY_BYTES))
     with (
         path.open("w+b", buffering=0) as file,
