@@ -8,23 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from doit.cmd_base import NamespaceTaskLoader
-from doit.cmd_help import Help as DoitHelp
 from doit.doit_cmd import DoitConfig, DoitMain
 
 HERE = Path(__file__).parent
 # The wheel keeps dodo.py, tasks/ and cache/ in a folder of its own: in site-packages their names
 # would be everybody's. A checkout has them at the top.
 SOURCE = HERE / "src" if (HERE / "src").is_dir() else HERE.parent
-
-USAGE = """\
-mlx-make: Make for MLX model artifacts (https://pydoit.org with tasks for models.toml)
-
-  mlx-make                         build every target of ./models.toml
-  mlx-make pack:TARGET             build one target
-  mlx-make quantize:TARGET         one stage of one target, and what it needs
-  mlx-make models=PATH …           take another models.toml; all state and output lie beside it
-
-Commands"""
 
 
 class Loader(NamespaceTaskLoader):  # type: ignore[misc]
@@ -37,31 +26,15 @@ class Loader(NamespaceTaskLoader):  # type: ignore[misc]
         self.namespace = vars(dodo)
 
 
-class Help(DoitHelp):  # type: ignore[misc]
-    """doit's ``help``, on mlx-make."""
-
-    name = "help"
-
-    def print_usage(self, cmds: dict[str, Any]) -> None:
-        """Print what can be typed."""
-        print(USAGE)
-        for name, command in sorted(cmds.items()):
-            print(f"  mlx-make {name:<15} {command.doc_purpose}")
-        print("\n  mlx-make help COMMAND    show a command's options")
-
-
 class Main(DoitMain):  # type: ignore[misc]
     """doit's command line, configured by mlx-make alone."""
 
     BIN_NAME = "mlx-make"
     # Without those that only make sense with a dodo.py of one's own, or with doit's database.
-    DOIT_CMDS = (
-        Help,
-        *(
-            command
-            for command in DoitMain.DOIT_CMDS
-            if command.get_name() not in ("help", "dumpdb", "strace", "tabcompletion")
-        ),
+    DOIT_CMDS = tuple(
+        command
+        for command in DoitMain.DOIT_CMDS
+        if command.get_name() not in ("dumpdb", "strace", "tabcompletion")
     )
 
     @staticmethod
@@ -77,6 +50,9 @@ def main() -> int:
     args = sys.argv[1:]
     if args[:1] in (["--help"], ["-h"]):
         args[0] = "help"
+    from tasks.command_line import piped
+
     # The current folder's pyproject.toml and doit.cfg may configure a doit of the user's own.
     plugins = DoitConfig().load_config_toml(str(SOURCE / "pyproject.toml"), "tool.doit")
-    return int(Main(Loader(), config_filenames=(), extra_config=plugins).run(args) or 0)
+    with piped():
+        return int(Main(Loader(), config_filenames=(), extra_config=plugins).run(args) or 0)

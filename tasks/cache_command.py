@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from doit import get_var
-from doit.cmd_base import Command
 from doit.cmdparse import CmdOption, CmdParse, CmdParseError
 from doit.exceptions import InvalidDodoFile
 
@@ -22,6 +21,7 @@ from cache.sharing import Sharing
 from cache.survey import File
 from tasks import cache_stats, config, exchange, graph, plugins, records
 from tasks.build import cores
+from tasks.command_line import Command
 from tasks.config import Config
 from tasks.errors import BuildError, ConfigError
 from tasks.words import size
@@ -44,7 +44,7 @@ class Subcommand:
     options: tuple[dict[str, Any], ...] = ()
 
 
-class Cache(Command):  # type: ignore[misc]
+class Cache(Command):
     """``doit cache SUBCOMMAND``."""
 
     name = "cache"
@@ -67,6 +67,8 @@ class Cache(Command):  # type: ignore[misc]
                 return chosen.run(config.load(Path(get_var("models", "models.toml"))), options)
         except (BuildError, CacheError) as error:
             raise InvalidDodoFile(str(error)) from error
+        except BrokenPipeError:  # nobody reads what is printed
+            raise
         except OSError as error:
             raise InvalidDodoFile(f"{error.filename}: {error.strerror}") from error
 

@@ -18,6 +18,7 @@ from doit.exceptions import InvalidCommand
 from cache.errors import CacheError
 from cache.log import Entry
 from tasks import options
+from tasks.command_line import Command
 from tasks.errors import BuildError
 from tasks.forecast import UP_TO_DATE, Forecast, Saved, Step, estimate
 from tasks.graph import Graph
@@ -40,7 +41,7 @@ JSON = {
 }
 
 
-class _Foresight(DoitCmdBase):  # type: ignore[misc]
+class _Foresight(Command, DoitCmdBase):  # type: ignore[misc]
     """What both commands have in common. They write nothing, and so need no lock."""
 
     def execute(self, params: Any, args: list[str]) -> int:

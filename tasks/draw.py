@@ -15,6 +15,7 @@ from doit.cmd_run import opt_outfile
 from doit.exceptions import InvalidCommand
 
 from cache.digest import digest_record
+from tasks.command_line import Command
 from tasks.config import BUILD
 from tasks.keys import MODES
 from tasks.plan import Node, Plan
@@ -38,7 +39,7 @@ COLOURS = {
 }
 
 
-class Draw(DoitCmdBase):  # type: ignore[misc]
+class Draw(Command, DoitCmdBase):  # type: ignore[misc]
     """``doit graph``."""
 
     name = "graph"

@@ -10,12 +10,13 @@ from typing import Any
 
 from doit.cmd_list import List as DoitList
 
+from tasks.command_line import Command
 from tasks.state import State, graph, states
 
 LETTERS = {State.UP_TO_DATE: "U", State.RUN: "R", State.IGNORED: "I"}  # of doit list -s
 
 
-class List(DoitList):  # type: ignore[misc]
+class List(Command, DoitList):  # type: ignore[misc]
     """doit's ``list``; what builds a target stands together, and says its state."""
 
     name = "list"

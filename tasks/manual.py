@@ -27,16 +27,26 @@ def page() -> str:
     plugins = configured["tool"]["doit"]["plugins"]["command"]
     doits = {command.get_name(): command for command in DoitMain.DOIT_CMDS}
     parts = [INTRODUCTION]
+    rest = {**doits}
+    rest = {**doits}
     for name in sorted(plugins):
         module, _, attribute = plugins[name].partition(":")
         found = import_module(module)
-        parts += _section(name, getattr(found, attribute), doits.get(name))
-        for below, command in getattr(found, "SUBCOMMANDS", {}).items():
-            options = [_option(CmdOption(option)) for option in command.options]
-            parts += [f"### `doit {name} {below}`", _sentence(command.purpose), *options]
-    rest = sorted(doits.keys() - plugins.keys() - {"help"})
-    parts += [REST, "\n".join(f"- `doit {name}`: {doits[name].doc_purpose}" for name in rest)]
+        command = getattr(found, attribute)
+        if name in doits and _says(command) == _says(doits[name]):
+            continue
+        rest.pop(name, None)
+        parts += _section(name, command, doits.get(name))
+        for below, one in getattr(found, "SUBCOMMANDS", {}).items():
+            options = [_option(CmdOption(option)) for option in one.options]
+            parts += [f"### `doit {name} {below}`", _sentence(one.purpose), *options]
+    parts += [REST, "\n".join(f"- `doit {n}`: {rest[n].doc_purpose}" for n in sorted(rest))]
     return "\n\n".join(parts) + "\n"
+
+
+def _says(command: Any) -> tuple[Any, ...]:
+    """Return what there is to say of a command."""
+    return command.doc_purpose, command.doc_usage, command.doc_description, command.cmd_options
 
 
 def _section(name: str, command: Any, doits: Any | None) -> Iterator[str]:
@@ -86,7 +96,8 @@ It is [doit](https://pydoit.org)'s own, with the commands and options below on t
 All state and output lie beside `models.toml`.
 
 Exit status 0: all is well; 1: a task failed; 2: a task could not be tried; 3: `models.toml` or the
-command line is wrong, and nothing was done; 130: interrupted."""
+command line is wrong, and nothing was done; 130: interrupted; 141: whoever read the output is gone
+(`doit | head`), which ends a build as an interrupt does."""
 REST = """\
 ## doit's own
 

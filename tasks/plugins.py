@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -16,18 +16,33 @@ from typing import Any, NoReturn, cast
 from doit import cmd_run, get_var
 from doit.cmd_clean import Clean as DoitClean
 from doit.cmd_forget import Forget as DoitForget
+from doit.cmd_help import Help as DoitHelp
+from doit.cmd_ignore import Ignore as DoitIgnore
+from doit.cmd_info import Info as DoitInfo
+from doit.cmd_resetdep import ResetDep as DoitResetDep
 from doit.cmd_run import Run as DoitRun
 from doit.control import TaskControl, TaskDispatcher
 from doit.dependency import FileChangedChecker, JsonDB
+from doit.exceptions import InvalidCommand
 
 from cache import files
 from cache.digest import digest_file
 from cache.errors import CacheError, NoRoom
 from cache.manifests import Manifest, ManifestError
 from tasks import options
+from tasks.command_line import Command
 from tasks.config import STATE
 
 INTERRUPTED = 130  # as shells report SIGINT
+USAGE = """\
+mlx-make: Make for MLX model artifacts (https://pydoit.org with tasks for models.toml)
+
+  {doit}                         build every target of ./models.toml
+  {doit} pack:TARGET             build one target
+  {doit} quantize:TARGET         one stage of one target, and what it needs
+  {doit} models=PATH …           take another models.toml; all state and output lie beside it
+
+Commands"""
 LOCKED = {
     "name": "locked",
     "short": "",
@@ -139,7 +154,7 @@ class Control(TaskControl):  # type: ignore[misc]
         return DepthFirst(self.tasks, self.targets, self.selected_tasks)
 
 
-class Run(DoitRun):  # type: ignore[misc]
+class Run(Command, DoitRun):  # type: ignore[misc]
     """doit's ``run``: one at a time on one state, layer by layer, and tidy when interrupted."""
 
     name = "run"
@@ -175,7 +190,7 @@ def _finish_uploads() -> None:
             )
 
 
-class Clean(DoitClean):  # type: ignore[misc]
+class Clean(Command, DoitClean):  # type: ignore[misc]
     """doit's ``clean``; naming a stage, or one of a target, means all of its layers."""
 
     name = "clean"
@@ -189,7 +204,7 @@ class Clean(DoitClean):  # type: ignore[misc]
         return _with_layers(self.task_list, super()._expand(clean_list))
 
 
-class Forget(DoitForget):  # type: ignore[misc]
+class Forget(Command, DoitForget):  # type: ignore[misc]
     """doit's ``forget``; naming a stage, or one of a target, means all of its layers."""
 
     name = "forget"
@@ -204,6 +219,45 @@ class Forget(DoitForget):  # type: ignore[misc]
         if not forget_all and (names := list(self.sel_tasks)):
             self.sel_tasks = _with_layers(self.task_list, names)
         super()._execute(forget_sub, forget_disable_default, forget_all)
+
+
+class Help(Command, DoitHelp):  # type: ignore[misc]
+    """doit's ``help``, on mlx-make."""
+
+    name = "help"
+
+    def print_usage(self, cmds: Mapping[str, Any]) -> None:
+        """Print what can be typed."""
+        print(USAGE.format(doit=self.bin_name))
+        for name, command in sorted(cmds.items()):
+            print(f"  {self.bin_name} {name:<15} {command.doc_purpose}")
+        print(f"\n  {self.bin_name} help COMMAND    show a command's options")
+
+
+class Info(Command, DoitInfo):  # type: ignore[misc]
+    """doit's ``info``, without a task's meta: here that holds the whole graph."""
+
+    name = "info"
+
+    def _execute(self, pos_args: list[str], hide_status: bool = False) -> int:
+        named = {task.name: task for task in self.task_list if task.name in pos_args}
+        if unknown := [name for name in pos_args if name not in named]:
+            raise InvalidCommand(not_found=unknown[0])
+        for task in named.values():
+            task.meta = None
+        return int(super()._execute(pos_args, hide_status))
+
+
+class Ignore(Command, DoitIgnore):  # type: ignore[misc]
+    """doit's ``ignore``."""
+
+    name = "ignore"
+
+
+class ResetDep(Command, DoitResetDep):  # type: ignore[misc]
+    """doit's ``reset-dep``."""
+
+    name = "reset-dep"
 
 
 def _with_layers(tasks: list[Any], names: list[str]) -> list[str]:

@@ -9,10 +9,10 @@ from statistics import median
 from typing import Any
 
 from doit import get_var
-from doit.cmd_base import Command
 
 from cache.log import OUTCOMES, Entry, Log
 from cache.manifests import Manifest
+from tasks.command_line import Command
 from tasks.config import STATE
 from tasks.words import size
 
@@ -20,7 +20,7 @@ STAGES = ("extract", "unshard", "cast", "quantize", "pack", "error", "report")
 NOTHING = "### mlx-make\n\nNo task ran.\n"
 
 
-class Summary(Command):  # type: ignore[misc]
+class Summary(Command):
     """Prints what the last run did, or all runs since a time."""
 
     name = "summary"

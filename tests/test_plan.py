@@ -453,8 +453,7 @@ def test_beside_a_build(project: Project) -> None:
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (("plan", "quantise:model"), '"quantise:model". Must be a task'),
-        (("why", "pack:nobody"), '"pack:nobody". Must be a task'),
+        (("why", "pack:nobody"), "there is no task 'pack:nobody'"),
         (("why",), "Name a task"),
         (("plan", "lint"), "lint: that builds no model"),
     ],

@@ -1,0 +1,94 @@
+"""tests of tasks/command_line.py: mistyped names, and readers that leave before all is said."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import front_door
+import projects
+from projects import Project
+
+UNREAD = 141  # as shells report SIGPIPE
+MLX_MAKE = "import sys; from mlx_make.cli import main; sys.exit(main())"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = projects.create(tmp_path_factory.mktemp("line") / "p", "meta", **projects.FOUR_BIT)
+    project.configure("other", **projects.FOUR_BIT)
+    return project
+
+
+def unread(project: Project, entry: tuple[str, ...], *args: str, unbuffered: bool) -> None:
+    """Call doit with nobody there who reads what it prints."""
+    call = [sys.executable, *entry, *args, f"models={project.folder / 'models.toml'}"]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        done = subprocess.run(
+            call,
+            cwd=front_door.REPOSITORY,
+            env={**os.environ, "PYTHONUNBUFFERED": "1" if unbuffered else ""},
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=front_door.TIMEOUT_SECONDS,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (UNREAD, "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["list --all", "plan", "why pack:model", "graph", "cache stats", "summary", "help run",
+     "info pack:model"],
+)  # fmt: skip
+@pytest.mark.parametrize("unbuffered", [True, False])
+def test_nobody_reads(project: Project, command: str, unbuffered: bool) -> None:
+    unread(project, ("-m", "doit"), *command.split(), unbuffered=unbuffered)
+
+
+@pytest.mark.parametrize("command", ["list", "help"])
+def test_nobody_reads_mlx_make(project: Project, command: str) -> None:
+    unread(project, ("-c", MLX_MAKE), command, unbuffered=False)
+
+
+def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
+    """It ends, and the next goes on."""
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    unread(project, ("-m", "doit"), unbuffered=False)
+    assert not (project.folder / "build" / "model").exists()
+    project.doit()
+    assert project.built() == project.anew()
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ("pack:modle", "there is no command or task 'pack:modle'. Did you mean 'pack:model'? "),
+        ("lits", "there is no command or task 'lits'. Did you mean 'list'? "),
+        ("other", "there is no command or task 'other'. Did you mean 'pack:other'? "),
+        ("list pakc", "there is no task 'pakc'. Did you mean 'pack'? "),
+        ("plan quantise:model", "'quantise:model'. Did you mean 'quantize:model'? "),
+        ("why extract:othr", "'extract:othr'. Did you mean 'extract:other'? "),
+        ("why cast:model:layer.1", "Did you mean 'cast:model:layers.1' or "),
+        ("forget pakc:model", "Did you mean 'pack:model'"),
+        ("clean nothing-like-it", "there is no task 'nothing-like-it'. doit list shows them"),
+        ("info pakc", "Did you mean 'pack'"),
+    ],
+)
+def test_mistyped(project: Project, call: str, told: str) -> None:
+    done = project.doit(*call.split(), expect=3)
+    assert done.stderr.startswith("ERROR: ")
+    assert told in done.stderr
+    assert "\n" not in done.stderr.strip()
+    assert not done.stdout
+
+
+def test_info(project: Project) -> None:
+    told = project.doit("info", "quantize:model:layers.0", expect=1).stdout
+    assert str(project.manifest("quantize", "layers.0")) in told
+    assert len(told) < 2000, "not the whole graph"
