@@ -7,7 +7,6 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -15,22 +14,19 @@ from doit.cmd_base import DoitCmdBase
 from doit.control import TaskControl
 from doit.exceptions import InvalidCommand
 
-from cache.errors import CacheError
 from cache.log import Entry
 from tasks import options
 from tasks.command_line import Command
-from tasks.errors import BuildError
-from tasks.forecast import UP_TO_DATE, Forecast, Saved, Step, estimate
-from tasks.graph import Graph
+from tasks.forecast import SETTLED, UP_TO_DATE, Forecast, Step, estimate
 from tasks.reasons import Reason
 from tasks.sizes import Moved
-from tasks.state import graph
+from tasks.state import forecast, graph
 from tasks.words import clock, size
 
-SOMETHING_TO_DO = 1  # exit status of ``doit plan``
+SOMETHING_TO_DO, REFUSED = 1, 3  # exit status of ``doit plan``
 WIDTH = 80
 UNCERTAIN = "?: what it reads is made first, and may come out as it was or be on record already"
-BY_RESULTS = {"changed_file_dep", "missing_file_dep"}  # reasons of doit's that a run settles
+MAY_BE_REFUSED = "if tensors of it are not those of models.lock, doit refuses them: see doit lock"
 JSON = {
     "name": "as_json",
     "short": "",
@@ -46,60 +42,35 @@ class _Foresight(Command, DoitCmdBase):  # type: ignore[misc]
 
     def execute(self, params: Any, args: list[str]) -> int:
         """Load the tasks, and say what is asked."""
-        options.read_only = True
+        options.read_only, options.asked = True, args
         try:
             return int(super().execute(params, args))
-        except (BuildError, CacheError) as error:
-            raise InvalidCommand(str(error)) from error
         finally:
-            options.read_only = False
+            options.read_only, options.asked = False, None
 
-    def forecast(self) -> tuple[dict[str, Step], list[Step]]:
-        """Return the steps of a run of the tasks that are asked for, and of these alone."""
-        self._control = TaskControl(self.task_list)
-        self._control.process(self.sel_tasks)
-        forecast = Forecast(self.graph.builder, self._saved)
-        asked = {
-            name: task.meta
-            for selected in self._control.selected_tasks
-            for name, task in self._leaves(selected)
-            if task.meta and "told" in task.meta
-        }
+    def forecast(self) -> tuple[Forecast, list[Step]]:
+        """Return what a run of the tasks that are asked for does, and what these alone do."""
+        control = TaskControl(self.task_list)
+        control.process(self.sel_tasks)
+        self._tasks = control.tasks
+        leaves = [leaf for name in control.selected_tasks for leaf in self._leaves(name)]
+        asked = [name for name in leaves if "told" in (self._tasks[name].meta or {})]
         if not asked:
             raise InvalidCommand(f"{' '.join(self.sel_tasks)}: that builds no model")
-        for meta in asked.values():
-            if node := meta.get("node"):
-                forecast.add(meta["plan"], node)
-            else:
-                forecast.add_pack(meta["plan"])
-        return forecast.steps, [forecast.steps[name] for name in asked]
+        found = forecast(self._tasks, asked, self.dep_manager)
+        return found, [found.steps[name] for name in dict.fromkeys(asked)]
 
-    @cached_property
-    def graph(self) -> Graph:
-        """The graph that the tasks are of."""
-        return graph(self.task_list)
-
-    def _leaves(self, name: str) -> Iterator[tuple[str, Any]]:
-        """Yield a task, or those that a group stands for."""
-        task = self._control.tasks[name]
+    def _leaves(self, name: str) -> Iterator[str]:
+        """Yield a task's name, or those that a group stands for."""
+        task = self._tasks[name]
         if task.actions:
-            yield name, task
+            yield name
             return
         for below in task.task_dep:
             yield from self._leaves(below)
 
-    def _saved(self, name: str) -> Saved:
-        task = self._control.tasks[name]
-        status = self.dep_manager.get_status(task, self._control.tasks, get_log=True)
-        manifests = str(self.graph.builder.state)
-        saved = self.dep_manager.backend
-        states = {path: saved.get(name, path) for path in task.file_dep}
-        return Saved(
-            runs=not status.reasons.keys() <= BY_RESULTS,
-            why=task.meta["told"].why,
-            inputs={path: state[-1] for path, state in states.items() if state},
-            changed=tuple(p for p in sorted(task.dep_changed) if not p.startswith(manifests)),
-        )
+    def _log(self) -> Iterator[Entry]:
+        return graph(self.task_list).builder.log.entries()
 
 
 class PlanCommand(_Foresight):
@@ -108,17 +79,23 @@ class PlanCommand(_Foresight):
     name = "plan"
     doc_purpose = "say what a run would do and why, without doing it"
     doc_usage = "[TASK ...]"
-    doc_description = "Exit status 0: there is nothing to do, 1: there is, 3: an error."
+    doc_description = """\
+Exit status 0: there is nothing to do, 1: there is, 3: an error, also if models.lock refuses it."""
     cmd_options = (JSON,)
 
     def _execute(self, as_json: bool) -> int:
-        steps = list(self.forecast()[0].values())
-        seconds = estimate(steps, self.graph.builder.log.entries())
+        found, _ = self.forecast()
+        steps, refused = list(found.steps.values()), list(found.refused.values())
+        seconds = estimate(steps, self._log())
         if as_json:
-            self.outstream.write(_as_json(steps, seconds))
+            self.outstream.write(_as_json(steps, seconds, refused))
         else:
-            self.outstream.writelines(f"{line}\n" for line in _told(steps, seconds))
-        return SOMETHING_TO_DO if any(step.state != UP_TO_DATE for step in steps) else 0
+            self.outstream.writelines(f"ERROR: {message}\n" for message in refused)
+            locked = bool(graph(self.task_list).lock.sources)
+            self.outstream.writelines(f"{line}\n" for line in _told(steps, seconds, locked))
+        if refused:
+            return REFUSED
+        return SOMETHING_TO_DO if any(step.state not in SETTLED for step in steps) else 0
 
 
 class WhyCommand(_Foresight):
@@ -133,8 +110,10 @@ class WhyCommand(_Foresight):
     def _execute(self) -> int:
         if self.sel_default_tasks:
             raise InvalidCommand("why what? Name a task; doit list --all shows them.")
-        last = {entry.task: entry for entry in self.graph.builder.log.entries()}
-        for step in self.forecast()[1]:
+        last = {entry.task: entry for entry in self._log()}
+        found, asked = self.forecast()
+        self.outstream.writelines(f"ERROR: {message}\n" for message in found.refused.values())
+        for step in asked:
             self.outstream.writelines(f"{line}\n" for line in _why(step, last.get(step.task)))
         return 0
 
@@ -174,10 +153,10 @@ class _Group:
         return cls(step.stage, state, tuple(facts))
 
 
-def _told(steps: list[Step], seconds: float | None) -> Iterator[str]:
+def _told(steps: list[Step], seconds: float | None, locked: bool) -> Iterator[str]:
     """Yield the plan's lines: by target and stage, layers of one state and reason together."""
-    todo = [step for step in steps if step.state != UP_TO_DATE]
-    busy = list(dict.fromkeys(step.target for step in todo))
+    todo = [step for step in steps if step.state not in SETTLED]
+    busy = list(dict.fromkeys(step.target for step in steps if step.state != UP_TO_DATE))
     for target in busy:
         yield from _of_target(target, [step for step in steps if step.target == target])
     if idle := [t for t in dict.fromkeys(step.target for step in steps) if t not in busy]:
@@ -186,6 +165,8 @@ def _told(steps: list[Step], seconds: float | None) -> Iterator[str]:
         return
     if not all(step.certain for step in todo):
         yield from _indented(UNCERTAIN, 0)
+    if locked and any(step.stage == "extract" and not step.certain for step in todo):
+        yield from _indented(MAY_BE_REFUSED, 0)
     moved, cached, packed = _totals(todo)
     yield f"{len(todo)} of {len(steps)} tasks"
     fetched = f", fetches {size(moved.fetched)}" if moved.fetched else ""
@@ -202,7 +183,7 @@ def _of_target(target: str, steps: list[Step]) -> Iterator[str]:
     stages = list(dict.fromkeys(step.stage for step in steps))
     for step in sorted(steps, key=lambda step: stages.index(step.stage)):
         groups.setdefault(_Group.of(step), []).append(step.layer)
-    yield target
+    yield target or "overview"
     said: tuple[str, ...] = ()
     for group, layers in groups.items():
         head = f"  {group.stage:<9}{group.state:<11}"
@@ -247,7 +228,7 @@ def _seconds(seconds: float | None) -> str:
     return f"{clock(seconds)}, by earlier runs"
 
 
-def _as_json(steps: list[Step], seconds: float | None) -> str:
+def _as_json(steps: list[Step], seconds: float | None, refused: list[str]) -> str:
     moved, cached, packed = _totals(steps)
     tasks = []
     for step in steps:
@@ -255,7 +236,10 @@ def _as_json(steps: list[Step], seconds: float | None) -> str:
         moved_by_it = record.pop("moved")
         tasks.append({**record, **_bytes(moved_by_it)})
     summary = {"seconds": seconds, **_bytes(asdict(moved)), "disk_bytes": cached + packed}
-    return json.dumps({"tasks": tasks, **summary}, indent=1, ensure_ascii=False) + "\n"
+    return (
+        json.dumps({"refused": refused, "tasks": tasks, **summary}, indent=1, ensure_ascii=False)
+        + "\n"
+    )
 
 
 def _bytes(moved: dict[str, int]) -> dict[str, int]:

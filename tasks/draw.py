@@ -17,9 +17,11 @@ from doit.exceptions import InvalidCommand
 from cache.digest import digest_record
 from tasks.command_line import Command
 from tasks.config import BUILD
+from tasks.forecast import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.keys import MODES
+from tasks.listing import state, told
 from tasks.plan import Node, Plan
-from tasks.state import State, graph, states
+from tasks.state import forecast, graph
 
 SHOWN = 6  # runs of layers in a box
 NAMED = 3  # targets in a box
@@ -45,7 +47,9 @@ class Draw(Command, DoitCmdBase):  # type: ignore[misc]
     name = "graph"
     doc_purpose = "draw what targets are made of, and what is up to date"
     doc_usage = "[TARGET ...]"
-    doc_description = "Without TARGET: all. Layers that a stage treats alike are one box."
+    doc_description = """\
+Without TARGET: all. Layers that a stage treats alike are one box. The states are those of doit
+list."""
     cmd_options = (
         {
             "name": "form",
@@ -70,7 +74,9 @@ class Draw(Command, DoitCmdBase):  # type: ignore[misc]
                 raise InvalidCommand(f"there is no target {name!r}. Did you mean {near[0]!r}?")
         chosen = [plans[name] for name in pos_args or plans]
         tasks = {task.name: task for task in self.task_list}
-        text = FORMS[form](boxes(chosen, states(chosen, tasks, self.dep_manager)))
+        packed = [f"pack:{plan.target.name}" for plan in chosen]
+        steps = forecast(tasks, packed, self.dep_manager, quick=True).steps
+        text = FORMS[form](boxes(chosen, steps))
         if not isinstance(outfile, str):
             outfile.write(text)
             return 0
@@ -88,13 +94,13 @@ class Box:
     Attributes:
         head: the stage, and how it treats them, in words.
         notes: what else there is to say.
-        layers: whether each is up to date; none, if it is files.
+        layers: what each would do; none, if it is files.
         needs: the boxes that it is made of.
     """
 
     head: str
     notes: tuple[str, ...] = ()
-    layers: dict[str, bool] = field(default_factory=dict)
+    layers: dict[str, str] = field(default_factory=dict)
     needs: dict[Box, None] = field(default_factory=dict)
 
     @property
@@ -102,26 +108,25 @@ class Box:
         """One of ``COLOURS``."""
         if not self.layers:
             return "file"
-        done = sum(self.layers.values())
-        return "done" if done == len(self.layers) else "part" if done else "todo"
+        todo = [word for word in self.layers.values() if word not in SETTLED]
+        return "done" if not todo else "todo" if len(todo) == len(self.layers) else "part"
 
     @property
     def lines(self) -> list[str]:
         """What it says."""
-        todo = len(self.layers) - sum(self.layers.values())
-        count = f"{todo} of {len(self.layers)} to run" if len(self.layers) > 1 else "to run"
-        found = [self.head, runs(list(self.layers)), *self.notes, count if todo else ""]
-        return [line for line in found if line]
+        todo = told(self.layers.values(), "") if self.layers else UP_TO_DATE
+        found = [self.head, runs(list(self.layers)), *self.notes, todo]
+        return [line for line in found if line not in ("", UP_TO_DATE)]
 
 
-def boxes(plans: Iterable[Plan], known: Mapping[str, State]) -> list[Box]:
+def boxes(plans: Iterable[Plan], steps: Mapping[str, Step]) -> list[Box]:
     """Return the boxes of some targets, each after those that it is made of.
 
     What targets share is up to date if one of them has it.
 
     Args:
         plans: the targets.
-        known: the state of each of their tasks.
+        steps: what each of their tasks would do.
     """
     plans = list(plans)
     same = _same(plans)
@@ -136,16 +141,20 @@ def boxes(plans: Iterable[Plan], known: Mapping[str, State]) -> list[Box]:
                 head = " · ".join(filter(None, [stage, SETTINGS[stage](node)]))
                 owners = [other.target for other in same[node]]
                 box = found.setdefault((head, *owners), Box(head, _shared(owners)))
-                todo = all(known[other.name] is State.RUN for other in same[node])
-                box.layers[node.order.layer] = not todo
+                shared = [steps[other.name] for other in same[node]]
+                box.layers[node.order.layer] = state(min(shared, key=_rank))
                 box.needs |= dict.fromkeys([holds[need] for need in node.needs] or [source])
                 holds[node] = box
         task = f"pack:{target.name}"
-        packed = Box(f"pack · {target.layout}", layers={"": known[task] is not State.RUN})
+        packed = Box(f"pack · {target.layout}", layers={"": state(steps[task])})
         packed.needs = dict.fromkeys(holds[node] for node in plan.stages["quantize"])
         found[task,] = packed
         found[task, BUILD] = Box(f"{BUILD}/{target.name}", needs={packed: None})
     return list(found.values())
+
+
+def _rank(step: Step) -> int:
+    return (UP_TO_DATE, RUN, REUSE, FETCH, IGNORED).index(step.state)
 
 
 def _same(plans: Iterable[Plan]) -> dict[Node, list[Node]]:

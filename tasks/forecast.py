@@ -8,8 +8,9 @@ made of a result that nobody knows yet is not certain: it may come out as it was
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from cache.actions import Hit
 from cache.digest import digest_record
@@ -18,13 +19,18 @@ from cache.manifests import Action, Manifest, Tensor
 from tasks import extract, pack, reasons, sizes, unshard
 from tasks.build import Builder, threads
 from tasks.config import BUILD
+from tasks.errors import BuildError
+from tasks.lock import Lock
 from tasks.plan import Needed, Node, Plan
 from tasks.reasons import Reason
 from tasks.sizes import Moved
 
 UP_TO_DATE, RUN, REUSE, FETCH = "up to date", "run", "reuse", "fetch"
+IGNORED = "ignored"  # by doit ignore, or since something that it depends on is
+SETTLED = (UP_TO_DATE, IGNORED)
 UNKNOWN = Reason("what it reads may come out differently")
 CONTENTS = Reason(reasons.CONTENTS)
+SHOWN = Reason("what it shows changes")
 LOST = Reason("bytes of it that are wanted are not in the cache any more")
 NOTHING = Moved()
 
@@ -34,16 +40,18 @@ class Saved:
     """What doit knows of a task before the run.
 
     Attributes:
+        ignored: whether it was told to ignore it.
         runs: whether it runs whatever comes of the tasks that it depends on.
         why: says why it runs, given the inputs that are not what they were.
-        inputs: digests of what it read when it last ran, by path.
-        changed: inputs that no task makes and that are not what they were.
+        read: returns the digest of what it read when it last ran, given the path.
+        changed: paths of those inputs that are not what they were.
     """
 
+    ignored: bool
     runs: bool
     why: Callable[[list[str]], list[Reason]]
-    inputs: Mapping[str, str]
-    changed: tuple[str, ...]
+    read: Callable[[str], str | None]
+    changed: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,9 @@ class Step:
         task: its name.
         target: its target.
         stage: its stage.
-        layer: its layer; of pack, none.
-        state: ``up to date``, ``run``, ``reuse`` (from the action cache), ``fetch``.
-        why: reasons, none if it is up to date.
+        layer: its layer; of pack and report, none.
+        state: ``up to date``, ``run``, ``reuse`` (from the action cache), ``fetch``, ``ignored``.
+        why: reasons, none if it is up to date or ignored.
         certain: whether no result that is not known yet could change it.
         moved: bytes.
     """
@@ -87,25 +95,52 @@ class _Result:
     new: bool = False
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """The same of a node that does not run. Its manifest is only read if that is of interest."""
+
+    path: str
+    new: bool = False
+
+    @cached_property
+    def manifest(self) -> Manifest | None:
+        return Manifest.at(self.path)
+
+    @property
+    def symbol(self) -> str:
+        return self.manifest.result if self.manifest else self.path
+
+
 class Forecast:
     """Works out a run's steps.
 
     Attributes:
         steps: by task, in the order of the stages of each layer.
+        refused: why models.lock will have none of it, by source.
     """
 
-    def __init__(self, builder: Builder, saved: Callable[[str], Saved]) -> None:
+    def __init__(
+        self, builder: Builder, lock: Lock, saved: Callable[[str], Saved], *, quick: bool = False
+    ) -> None:
         """Begin with nothing looked at.
 
         Args:
             builder: gives the cache; nothing is written through it.
+            lock: models.lock.
             saved: what doit knows of a task.
+            quick: states are wanted, no bytes: the remote store is not asked, and of the stage
+                error, which nobody may ever ask for, no results are looked up. What could be
+                fetched, or such a result reused, is said to run.
         """
         self.steps: dict[str, Step] = {}
+        self.refused: dict[str, str] = {}
         self._builder = builder
-        self._store = builder.store
+        self._store = replace(builder.store, sharing=None) if quick else builder.store
+        self._quick = quick
+        self._lock = lock
         self._saved = saved
-        self._results: dict[Node, _Result] = {}
+        self._results: dict[Node, _Result | _Kept] = {}
+        self._checked: set[str] = set()  # sources
         self._running: set[str] = set()  # symbols of what will be made
         self._there: set[str] = set()  # digests of blobs that will be in the cache
         # Else any result may be on record that is not known before it is made.
@@ -118,14 +153,17 @@ class Forecast:
         for need in node.needs:
             self.add(plan, need)
         saved = self._saved(node.name)
-        needs = {need: self._results[need] for need in node.needs}
+        ignored = saved.ignored or self._ignored(need.name for need in node.needs)
+        if ignored or not (saved.runs or self._changed(saved, node.needs)):
+            self._results[node] = _Kept(self._path(node))
+            self._put(node, IGNORED if ignored else UP_TO_DATE)
+            return
         old = Manifest.at(self._path(node))
-        if not saved.runs and old and all(self._as_it_was(saved, need) for need in needs):
-            self._results[node] = _Result(old.result, old)
-            self._put(node, UP_TO_DATE)
-        elif node.stage == "extract":
+        if node.stage == "extract":
             self._extract(plan, node, saved, old)
-        elif all(result.manifest for result in needs.values()):
+        elif self._quick and node.stage == "error":
+            self._put(node, RUN)
+        elif all(self._results[need].manifest for need in node.needs):
             self._known(plan, node, saved, old)
         else:
             self._unknown(plan, node, saved, old)
@@ -133,16 +171,89 @@ class Forecast:
     def add_pack(self, plan: Plan) -> None:
         """Work out a target's packing, and all that it depends on."""
         task = f"pack:{plan.target.name}"
+        if task in self.steps:
+            return
         last = plan.stages["quantize"]
         for node in last:
             self.add(plan, node)
         saved = self._saved(task)
-        changed = [node for node in last if not self._as_it_was(saved, node)]
         step = Step(task, plan.target.name, "pack", "", UP_TO_DATE)
-        if saved.runs or saved.changed or changed:
-            why = tuple(saved.why([*map(self._path, changed), *saved.changed]))
+        changed = self._changed(saved, last)
+        others = saved.changed - {*map(self._path, last)}
+        if saved.ignored or self._ignored(node.name for node in last):
+            step = replace(step, state=IGNORED)
+        elif saved.runs or others or changed:
+            self._check(plan)
+            why = tuple(saved.why([*map(self._path, changed), *sorted(others)]))
             step = self._pack(plan, replace(step, state=RUN, why=why), saved)
         self.steps[task] = step
+
+    def add_report(self, plan: Plan, beside: Iterable[Plan]) -> None:
+        """Work out the writing of a target's report, and all that it depends on.
+
+        Args:
+            plan: the target.
+            beside: those that are packed and measured first, to be compared.
+        """
+        target = plan.target.name
+        reads = [task for each in (plan, *beside) for task in self._measured(each)]
+        self._add_page(f"report:{target}", target, reads, sure=(f"pack:{target}",))
+
+    def add_overview(self, plans: Iterable[Plan]) -> None:
+        """Work out the writing of the overview, given that of each target's report."""
+        self._add_page("report", "", [f"report:{plan.target.name}" for plan in plans])
+
+    def _measured(self, plan: Plan) -> list[str]:
+        self.add_pack(plan)
+        for node in plan.errors:
+            self.add(plan, node)
+        return [f"pack:{plan.target.name}", *(node.name for node in plan.errors)]
+
+    def _add_page(self, task: str, target: str, reads: list[str], sure: Iterable[str] = ()) -> None:
+        """Add a page; what is among ``sure`` changes it, and what else it reads may."""
+        saved = self._saved(task)
+        step = Step(task, target, "report", "", UP_TO_DATE)
+        busy = [self.steps[read] for read in reads if self.steps[read].state not in SETTLED]
+        if saved.ignored or self._ignored(reads):
+            step = replace(step, state=IGNORED)
+        elif saved.runs or saved.changed:
+            step = replace(step, state=RUN, why=tuple(saved.why(sorted(saved.changed))))
+        elif busy:
+            certain = any(read.certain and read.task in sure for read in busy)
+            step = replace(step, state=RUN, why=(SHOWN,), certain=certain)
+        self.steps[task] = step
+
+    def _ignored(self, tasks: Iterable[str]) -> bool:
+        return any(self.steps[task].state == IGNORED for task in tasks)
+
+    def _changed(self, saved: Saved, needs: Iterable[Node]) -> list[Node]:
+        return [need for need in needs if not self._as_it_was(saved, need)]
+
+    def _check(self, plan: Plan, node: Node | None = None) -> None:
+        """Take note of what models.lock refuses.
+
+        Args:
+            plan: the target.
+            node: of a layer that is looked at; else the whole source is.
+        """
+        source = plan.target.source_name
+        if source in self.refused or source not in self._lock.sources:
+            return
+        if not node and source in self._checked:
+            return
+        nodes = [node] if node else plan.stages["extract"]
+        found = [self._results[node].manifest for node in nodes]
+        tensors = {
+            name: t for manifest in found if manifest for name, t in manifest.tensors.items()
+        }
+        try:
+            if node:
+                self._lock.check_layer(self._store, plan, tensors)
+            else:
+                self._checked.add(source)
+                self._lock.check_known(plan, {name: t.digest for name, t in tensors.items()})
+        except BuildError as error:
+            self.refused[source] = str(error)
 
     def _pack(self, plan: Plan, step: Step, saved: Saved) -> Step:
         last = plan.stages["quantize"]
@@ -167,10 +278,11 @@ class Forecast:
     def _extract(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
         why = saved.why([])
         tensors = extract.known(self._builder, plan, node)
-        moved = sizes.moved(self._builder, plan, node)
+        moved = self._moved(plan, node)
         if tensors is None:
             symbol = node.order.digest
             self._results[node] = _Result(symbol, None, self._empty and not self._store.sharing)
+            self._check(plan, node)
             shared = self._runs(symbol)
             self._put(
                 node, REUSE if shared else RUN, why, certain=self._empty,
@@ -180,6 +292,7 @@ class Forecast:
         made = {name: (node, tensor) for name, tensor in tensors.items()}
         manifest = Manifest(self._builder.action(node, made), tensors)
         self._results[node] = _Result(manifest.result, manifest)
+        self._check(plan, node)
         if old:
             why = [*why, *reasons.between(old.action, manifest.action)]
         lost = sum(t.nbytes for t in tensors.values() if not self._has(t))
@@ -203,15 +316,15 @@ class Forecast:
             self._put(node, REUSE, why, certain=certain)
             return
         needed = self._needed(node)
-        names = sizes.reads(self._builder, node) & needed.keys()
+        names = sizes.reads(self._builder, node) & needed.keys() if needed else set()
         fetched = self._want(plan, needed, names, certain=certain)
-        moved = sizes.moved(self._builder, plan, node) + Moved(fetched=fetched)
+        moved = self._moved(plan, node) + Moved(fetched=fetched)
         self._put(node, RUN, why, certain=certain, moved=moved)
 
     def _known(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
         needed = self._needed(node)
         action = self._builder.action(node, needed)
-        changed = [self._path(need) for need in node.needs if not self._as_it_was(saved, need)]
+        changed = [self._path(need) for need in self._changed(saved, node.needs)]
         why = (old and reasons.between(old.action, action)) or saved.why(changed)
         found, state = self._recorded(action)
         if found:
@@ -226,7 +339,7 @@ class Forecast:
             self._put(node, REUSE, why)
             return
         fetched = self._want(plan, needed, sizes.reads(self._builder, node))
-        moved = sizes.moved(self._builder, plan, node) + Moved(fetched=fetched)
+        moved = self._moved(plan, node) + Moved(fetched=fetched)
         self._put(node, RUN, why, moved=moved)
 
     def _surely(self, saved: Saved, needs: Iterable[Node]) -> bool:
@@ -234,7 +347,7 @@ class Forecast:
         results = {need: self._results[need] for need in needs}
         if not all(result.manifest or result.new for result in results.values()):
             return False
-        if saved.runs or saved.changed:
+        if saved.runs or saved.changed - {*map(self._path, results)}:
             return True
         return any(
             not self._as_it_was(saved, need) if result.manifest else self._differs(saved, need)
@@ -242,13 +355,16 @@ class Forecast:
         )
 
     def _as_it_was(self, saved: Saved, need: Node) -> bool:
-        manifest = self._results[need].manifest
-        return manifest is not None and manifest.result == saved.inputs.get(self._path(need))
+        result = self._results[need]
+        if isinstance(result, _Kept):
+            return self._path(need) not in saved.changed
+        manifest = result.manifest
+        return manifest is not None and manifest.result == saved.read(self._path(need))
 
     def _differs(self, saved: Saved, need: Node) -> bool:
         """Tell whether what a node will make has other names, dtypes or shapes than before."""
         old = Manifest.at(self._path(need))
-        if not old or old.result != saved.inputs.get(self._path(need)):
+        if not old or old.result != saved.read(self._path(need)):
             return False
         return sizes.made(need) != {n: replace(t, digest="") for n, t in old.tensors.items()}
 
@@ -311,7 +427,7 @@ class Forecast:
             if passed == tensor and self._builder.keeps(earlier.stage):
                 return self._want(plan, needed, [key], certain=certain)
         if self.steps[maker.name].state != RUN:
-            moved = sizes.moved(self._builder, plan, maker)
+            moved = self._moved(plan, maker)
             self._put(maker, RUN, [LOST], certain=certain, moved=moved)
         reads = sizes.reads(self._builder, maker) if needed else set()
         fetched = self._want(plan, needed, reads & needed.keys(), certain=certain)
@@ -327,6 +443,9 @@ class Forecast:
             return False
         there = {path.name: path.stat().st_size for path in folder.iterdir()}
         return there == {name: tensor.nbytes for name, tensor in packed.tensors.items()}
+
+    def _moved(self, plan: Plan, node: Node) -> Moved:
+        return NOTHING if self._quick else sizes.moved(self._builder, plan, node)
 
     def _path(self, node: Node) -> str:
         return self._builder.manifest_path(node)

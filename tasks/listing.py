@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
 from doit.cmd_list import List as DoitList
 
 from tasks.command_line import Command
-from tasks.state import State, graph, states
+from tasks.forecast import IGNORED, SETTLED, UP_TO_DATE, Step
+from tasks.state import add, forecast, graph
 
-LETTERS = {State.UP_TO_DATE: "U", State.RUN: "R", State.IGNORED: "I"}  # of doit list -s
+READING = ("error:", "report:")  # begin the names of what a plain doit leaves out
+LETTERS = {UP_TO_DATE: "U", IGNORED: "I"}  # of doit list -s, where all else is R
 
 
 class List(Command, DoitList):  # type: ignore[misc]
@@ -21,7 +24,10 @@ class List(Command, DoitList):  # type: ignore[misc]
 
     name = "list"
     doc_purpose = "list targets and stages with their state, and the other tasks"
-    doc_description = "What builds a target stands together, unless --sort says otherwise."
+    doc_description = """\
+What builds a target stands together, unless --sort says otherwise. The states are those of doit
+plan (reuse: from the cache; ?: not certain), but that no remote store is asked: what could be
+fetched is to run, too."""
     cmd_options = tuple(
         {**option, "default": "definition"} if option["name"] == "sort" else option
         for option in DoitList.cmd_options
@@ -52,12 +58,14 @@ class List(Command, DoitList):  # type: ignore[misc]
         self, template: str, task: Any, status: bool, list_deps: bool, tasks: dict[str, Any]
     ) -> None:
         names = self._lines.get(task.name, [task.name])
-        if not self._states.keys() >= {*names}:
+        if not self._steps.keys() >= {*names}:
             super()._print_task(template, task, status, list_deps, tasks)
             return
-        counts = Counter(self._states[name] for name in names)
-        letter = LETTERS[next(state for state in reversed(State) if counts[state])]
-        self.outstream.write(template.format(name=task.name, doc=told(counts), status=letter))
+        steps = [self._steps[name] for name in names]
+        busy = any(step.state not in SETTLED for step in steps)
+        letter = "R" if busy else LETTERS[min(step.state for step in steps)]
+        text = told(map(state, steps))
+        self.outstream.write(template.format(name=task.name, doc=text, status=letter))
         if list_deps:
             self.outstream.writelines(f" -  {path}\n" for path in sorted(task.file_dep))
             self.outstream.write("\n")
@@ -76,14 +84,35 @@ class List(Command, DoitList):  # type: ignore[misc]
         return found
 
     @cached_property
-    def _states(self) -> dict[str, State]:
+    def _steps(self) -> dict[str, Step]:
+        """What each of these tasks would do; of those that build, in a plain doit."""
         tasks = {task.name: task for task in self.task_list}
-        return states(graph(self.task_list).plans.values(), tasks, self.dep_manager)
+        names = [name for names in self._lines.values() for name in names]
+        reports = [name for name in names if name.startswith(READING)]
+        building = [name for name in names if not name.startswith(READING)]
+        found = forecast(tasks, building, self.dep_manager, quick=True)
+        for message in found.refused.values():
+            print(f"warning: {message}", file=sys.stderr)
+        built = {**found.steps}
+        add(found, tasks, reports)  # which may want what has been lost
+        return found.steps | built
 
 
-def told(counts: Mapping[State, int]) -> str:
-    """Return in words how many of some tasks are in which state."""
-    total = sum(counts.values())
-    if counts[State.RUN] and total > 1:
-        return f"{counts[State.RUN]} of {total} layers to run"
-    return str(next(state for state in reversed(State) if counts[state]))
+def told(words: Iterable[str], layers: str = " layers") -> str:
+    """Return in words what some tasks would do, given what each would."""
+    counts = Counter(words)
+    for word in [word for word in counts if f"{word}?" in counts]:
+        counts[f"{word}?"] += counts.pop(word)
+    total = counts.total()
+    if len(counts) == 1 and (total == 1 or counts.keys() <= {*SETTLED}):
+        return next(iter(counts))
+    (first, number), *others = [each for each in counts.items() if each[0] != UP_TO_DATE]
+    more = "".join(f", {count} {word}" for word, count in others)
+    return f"{number} of {total}{layers} {first}{more}"
+
+
+def state(step: Step) -> str:
+    """Return in words what a task would do: ``to run?`` if that is not certain."""
+    if step.state in SETTLED:
+        return step.state
+    return f"to {step.state}{'' if step.certain else '?'}"

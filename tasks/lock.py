@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cache import files
 from cache.digest import digest_record
@@ -215,17 +215,38 @@ class Lock:
         if locked and plan.checkpoint.record == locked.record:
             return locked
         now = self.take(builder, plan, plans)
-        if locked and now.files != locked.files:
-            names = sorted(now.files.keys() | locked.files.keys())
-            odd = [
-                f"{name} is "
-                + ("new" if name not in locked.files else "gone" if name not in now.files
-                   else "another")
-                for name in names
-                if now.files.get(name) != locked.files.get(name)
-            ]  # fmt: skip
-            raise self._drift(plan.target, odd)
+        if locked:
+            self._compare(plan, now.files, locked.files)
         return now
+
+    def check_known(self, plan: Plan, digests: Mapping[str, str]) -> None:
+        """Refuse what ``check_source`` will, as far as that is known without reading weights.
+
+        Args:
+            plan: the target.
+            digests: of stored tensors, by key.
+
+        Raises:
+            BuildError: the source is not as it is locked.
+        """
+        locked = self.sources.get(plan.target.source_name)
+        if locked and plan.checkpoint.record != locked.record:
+            now = sources.known_files(plan.checkpoint, digests)
+            unknown = plan.checkpoint.stamps.keys() - now.keys()
+            as_locked = {name: locked.files[name] for name in unknown & locked.files.keys()}
+            self._compare(plan, now | as_locked, locked.files)
+
+    def _compare(
+        self, plan: Plan, now: Mapping[str, list[Any]], locked: Mapping[str, list[Any]]
+    ) -> None:
+        odd = [
+            f"{name} is "
+            + ("new" if name not in locked else "gone" if name not in now else "another")
+            for name in sorted(now.keys() | locked.keys())
+            if now.get(name) != locked.get(name)
+        ]
+        if odd:
+            raise self._drift(plan.target, odd)
 
     def take(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> Source:
         """Return a target's source as it is now, worked out once a run."""

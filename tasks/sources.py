@@ -88,17 +88,28 @@ def take(builder: Builder, plans: Iterable[Plan]) -> Source:
     if _kept(builder.store, record_name) is None:
         _keep(builder.store, record_name, record, small)
     share(builder.store, record_name)
-    found = {name: [len(data), digest(data)] for name, data in small.items()}
-    for name, stamp in checkpoint.stamps.items():
-        table = [
-            [key, s.dtype, list(s.shape), digests[key]]
-            for key, s in checkpoint.stored.items()
-            if s.file == name
-        ]
-        found[name] = [stamp.size, digest_record(table)]
+    found = _files(checkpoint, digests, small)
     return Source(
         dict(sorted(found.items())), record_name, len(record), _revision(checkpoint.folder)
     )
+
+
+def known_files(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, list[Any]]:
+    """Return what ``Source.files`` says of those files whose tensors' digests are all known."""
+    return _files(checkpoint, digests, _small_files(checkpoint))
+
+
+def _files(
+    checkpoint: Checkpoint, digests: Mapping[str, str], small: Mapping[str, bytes]
+) -> dict[str, list[Any]]:
+    found = {name: [len(data), digest(data)] for name, data in small.items()}
+    tables: dict[str, list[list[Any]]] = {name: [] for name in checkpoint.stamps}
+    for key, s in checkpoint.stored.items():
+        tables[s.file].append([key, s.dtype, list(s.shape), digests.get(key)])
+    for name, table in tables.items():
+        if all(row[-1] for row in table):
+            found[name] = [checkpoint.stamps[name].size, digest_record(table)]
+    return found
 
 
 def share(store: Store, record: str) -> None:

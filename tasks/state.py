@@ -1,23 +1,18 @@
-"""state: which of the tasks that build models are up to date, as doit's database says."""
+"""state: what doit's tasks would do now: a forecast of them, by what doit's database has."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from enum import StrEnum
 from typing import Any
 
 from doit.exceptions import InvalidCommand
 
+from cache.errors import CacheError
+from tasks.errors import BuildError
+from tasks.forecast import Forecast, Saved
 from tasks.graph import Graph
-from tasks.plan import Plan
 
-
-class State(StrEnum):
-    """What becomes of a task when doit is called now."""
-
-    UP_TO_DATE = "up to date"
-    IGNORED = "ignored"  # by doit ignore
-    RUN = "to run"
+BY_RESULTS = {"changed_file_dep", "missing_file_dep"}  # reasons of doit's that a run settles
 
 
 def graph(tasks: Iterable[Any]) -> Graph:
@@ -33,40 +28,65 @@ def graph(tasks: Iterable[Any]) -> Graph:
     raise InvalidCommand("there are no models here: run it where models.toml lies")
 
 
-def states(plans: Iterable[Plan], tasks: Mapping[str, Any], database: Any) -> dict[str, State]:
-    """Return the state of each task of some targets, by name.
-
-    What reads the result of a task that runs is taken to run too, although it does not if that
-    result comes out as it was.
+def forecast(
+    tasks: Mapping[str, Any], asked: Iterable[str], database: Any, *, quick: bool = False
+) -> Forecast:
+    """Work out what some tasks, and those that they depend on, would do.
 
     Args:
-        plans: the targets.
         tasks: doit's, by name.
+        asked: those that have ``told`` in their meta.
         database: doit's dependency manager.
+        quick: see ``Forecast``.
+
+    Raises:
+        InvalidCommand: what is there does not allow it.
     """
-    found: dict[str, State] = {}
-    for plan in plans:
-        for nodes in (*plan.stages.values(), plan.errors):
-            for node in nodes:
-                needs = [need.name for need in node.needs]
-                found[node.name] = _state(node.name, needs, found, tasks, database)
-        pack, report = (f"{task}:{plan.target.name}" for task in ("pack", "report"))
-        last = [node.name for node in plan.stages["quantize"]]
-        found[pack] = _state(pack, last, found, tasks, database)
-        read = [pack, *(node.name for node in plan.errors)]
-        found[report] = _state(report, read, found, tasks, database)
+    of = graph(tasks.values())
+    found = Forecast(of.builder, of.lock, lambda name: _saved(tasks, name, database), quick=quick)
+    add(found, tasks, asked)
     return found
 
 
-def _state(
-    name: str, needs: Iterable[str], known: Mapping[str, State], tasks: Mapping[str, Any],
-    database: Any,
-) -> State:  # fmt: skip
+def add(found: Forecast, tasks: Mapping[str, Any], asked: Iterable[str]) -> None:
+    """Have tasks in a forecast that were asked for, too.
+
+    Raises:
+        InvalidCommand: what is there does not allow it.
+    """
+    try:
+        for name in asked:
+            _add(found, tasks, name)
+    except (BuildError, CacheError) as error:
+        raise InvalidCommand(str(error)) from error
+
+
+def _add(found: Forecast, tasks: Mapping[str, Any], name: str) -> None:
+    meta = tasks[name].meta
+    if "node" in meta:
+        found.add(meta["plan"], meta["node"])
+    elif "beside" in meta:
+        found.add_report(meta["plan"], meta["beside"])
+    elif "plan" in meta:
+        found.add_pack(meta["plan"])
+    else:
+        for plan in meta["plans"]:
+            _add(found, tasks, f"report:{plan.target.name}")
+        found.add_overview(meta["plans"])
+
+
+def _saved(tasks: Mapping[str, Any], name: str, database: Any) -> Saved:
     task = tasks[name]
-    if database.status_is_ignore(task):
-        return State.IGNORED
-    if any(known[need] is State.RUN for need in needs):
-        return State.RUN
-    # "error": a file that it reads is not there yet.
-    is_done = database.get_status(task, tasks).status == "up-to-date"
-    return State.UP_TO_DATE if is_done else State.RUN
+    status = database.get_status(task, tasks, get_log=True)
+
+    def read(path: str) -> str | None:
+        state = database.backend.get(name, path)
+        return state[-1] if state else None
+
+    return Saved(
+        ignored=bool(database.status_is_ignore(task)),
+        runs=not status.reasons.keys() <= BY_RESULTS,
+        why=task.meta["told"].why,
+        read=read,
+        changed=frozenset(task.dep_changed),
+    )

@@ -29,14 +29,14 @@ def report(graph: Graph) -> Iterator[dict[str, Any]]:
     for plan in graph.plans.values():
         families.setdefault(plan.target.source_name, []).append(plan)
     for family in families.values():
-        first = _first(family)
+        first = [plan for plan in family if _is_asked(plan)]
         for plan in family:
             yield _target_task(graph, reader, plan, family, first)
     yield _overview_task(graph, reader)
 
 
 def _target_task(
-    graph: Graph, reader: Reader, plan: Plan, family: list[Plan], first: list[str]
+    graph: Graph, reader: Reader, plan: Plan, family: list[Plan], first: list[Plan]
 ) -> dict[str, Any]:
     name = plan.target.name
     folder = graph.folder / REPORTS
@@ -77,11 +77,12 @@ def _target_task(
         "actions": [told.action(build)],
         "doc": "Write the target's report.",
         "file_dep": [*(builder.manifest_path(node) for node in plan.errors), str(manifest)],
-        "task_dep": first,
+        "task_dep": [task for other in first for task in _compared(other)],
         "targets": [str(folder / written[0])],
         "uptodate": [told],
         "clean": [(_remove, [[folder / file for file in written]])],
         "io": {"capture": False},
+        "meta": {"plan": plan, "beside": first, "told": told},
     }
 
 
@@ -116,6 +117,7 @@ def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
         "uptodate": [told],
         "clean": [(_remove, [[path]])],
         "io": {"capture": False},
+        "meta": {"plans": list(graph.plans.values()), "told": told},
     }
 
 
@@ -126,18 +128,19 @@ def _odd(folder: Path, values: Mapping[str, Any], seen: Any = None) -> list[Reas
     return [Reason("what it shows has changed")] if values.get("seen") != seen else []
 
 
-def _first(family: list[Plan]) -> list[str]:
-    """Return what must be done before a page compares a family's targets.
+def _is_asked(plan: Plan) -> bool:
+    """Tell whether this call of doit writes a target's report.
 
-    That is what the same call of doit makes of them anyway, for their own reports; what is not
-    asked for is shown as it is.
+    Then what its page shows is made before any page compares its family's targets with it; what is
+    not asked for is shown as it is.
     """
-    found = []
-    for plan in family:
-        name = plan.target.name
-        if any(p == "report" or fnmatchcase(f"report:{name}", p) for p in options.asked or ()):
-            found += [f"pack:{name}", *([f"error:{name}"] if plan.errors else [])]
-    return found
+    asked = options.asked or ()
+    return any(p == "report" or fnmatchcase(f"report:{plan.target.name}", p) for p in asked)
+
+
+def _compared(plan: Plan) -> list[str]:
+    name = plan.target.name
+    return [f"pack:{name}", *([f"error:{name}"] if plan.errors else [])]
 
 
 def _seen(graph: Graph, reader: Reader, plan: Plan, family: list[Plan]) -> str:
