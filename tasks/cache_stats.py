@@ -10,7 +10,7 @@ from cache.manifests import Manifest
 from cache.survey import KINDS, Survey
 from tasks.config import STATE, Config
 from tasks.records import LAYER_STAGES, Record, described, owners
-from tasks.words import size
+from tasks.words import plural, size
 
 WIDTH = 80
 LARGEST = 5
@@ -110,7 +110,8 @@ def _hits(log: Log) -> Iterator[str]:
         yield "The build log says nothing: nothing was built here yet."
         return
     since = time.strftime("%Y-%m-%d", time.localtime(entries[0].start))
-    yield f"since {since}, in {len({entry.run for entry in entries})} runs that built something"
+    runs = plural(len({entry.run for entry in entries}), "run")
+    yield f"since {since}, in {runs} that built something"
     rows = [("tasks", "count", "read", "written")]
     for outcome in OUTCOMES:
         of = [entry for entry in entries if entry.outcome == outcome]

@@ -21,12 +21,15 @@ from tasks.forecast import SETTLED, UP_TO_DATE, Forecast, Step, estimate
 from tasks.reasons import Reason
 from tasks.sizes import Moved
 from tasks.state import forecast, graph
-from tasks.words import clock, size
+from tasks.words import duration, plural, size
 
 SOMETHING_TO_DO, REFUSED = 1, 3  # exit status of ``doit plan``
 WIDTH = 80
 UNCERTAIN = "?: what it reads is made first, and may come out as it was or be on record already"
-MAY_BE_REFUSED = "if tensors of it are not those of models.lock, doit refuses them: see doit lock"
+OVERVIEW = "overview"  # reports/index.html, of all targets
+MAY_BE_REFUSED = (
+    "a checkpoint whose tensors are not those of models.lock is an error until doit lock accepts it"
+)
 JSON = {
     "name": "as_json",
     "short": "",
@@ -160,7 +163,7 @@ def _told(steps: list[Step], seconds: float | None, locked: bool) -> Iterator[st
     for target in busy:
         yield from _of_target(target, [step for step in steps if step.target == target])
     if idle := [t for t in dict.fromkeys(step.target for step in steps) if t not in busy]:
-        yield from _indented(f"up to date: {', '.join(idle)}", 0)
+        yield from _indented(f"up to date: {', '.join(target or OVERVIEW for target in idle)}", 0)
     if not todo:
         return
     if not all(step.certain for step in todo):
@@ -168,7 +171,7 @@ def _told(steps: list[Step], seconds: float | None, locked: bool) -> Iterator[st
     if locked and any(step.stage == "extract" and not step.certain for step in todo):
         yield from _indented(MAY_BE_REFUSED, 0)
     moved, cached, packed = _totals(todo)
-    yield f"{len(todo)} of {len(steps)} tasks"
+    yield f"{len(todo)} of {plural(len(steps), 'task')}"
     fetched = f", fetches {size(moved.fetched)}" if moved.fetched else ""
     yield f"reads {size(moved.read)}, writes {size(moved.written)}{fetched}"
     yield (
@@ -183,7 +186,7 @@ def _of_target(target: str, steps: list[Step]) -> Iterator[str]:
     stages = list(dict.fromkeys(step.stage for step in steps))
     for step in sorted(steps, key=lambda step: stages.index(step.stage)):
         groups.setdefault(_Group.of(step), []).append(step.layer)
-    yield target or "overview"
+    yield target or OVERVIEW
     said: tuple[str, ...] = ()
     for group, layers in groups.items():
         head = f"  {group.stage:<9}{group.state:<11}"
@@ -223,9 +226,7 @@ def _totals(steps: Iterable[Step]) -> tuple[Moved, int, int]:
 def _seconds(seconds: float | None) -> str:
     if seconds is None:
         return "not known: no earlier run tells"
-    if seconds < 60:
-        return f"{seconds:.0f} s, by earlier runs"
-    return f"{clock(seconds)}, by earlier runs"
+    return f"{duration(seconds)}, by earlier runs"
 
 
 def _as_json(steps: list[Step], seconds: float | None, refused: list[str]) -> str:

@@ -19,7 +19,7 @@ from tasks.command_line import Command
 from tasks.config import BUILD
 from tasks.forecast import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.keys import MODES
-from tasks.listing import state, told
+from tasks.listing import state, told, warn
 from tasks.plan import Node, Plan
 from tasks.state import forecast, graph
 
@@ -75,8 +75,9 @@ list."""
         chosen = [plans[name] for name in pos_args or plans]
         tasks = {task.name: task for task in self.task_list}
         packed = [f"pack:{plan.target.name}" for plan in chosen]
-        steps = forecast(tasks, packed, self.dep_manager, quick=True).steps
-        text = FORMS[form](boxes(chosen, steps))
+        found = forecast(tasks, packed, self.dep_manager, quick=True)
+        warn(found)
+        text = FORMS[form](boxes(chosen, found.steps))
         if not isinstance(outfile, str):
             outfile.write(text)
             return 0

@@ -12,7 +12,7 @@ from typing import Any
 from doit.cmd_list import List as DoitList
 
 from tasks.command_line import Command
-from tasks.forecast import IGNORED, SETTLED, UP_TO_DATE, Step
+from tasks.forecast import IGNORED, SETTLED, UP_TO_DATE, Forecast, Step
 from tasks.state import add, forecast, graph
 
 READING = ("error:", "report:")  # begin the names of what a plain doit leaves out
@@ -91,11 +91,16 @@ fetched is to run, too."""
         reports = [name for name in names if name.startswith(READING)]
         building = [name for name in names if not name.startswith(READING)]
         found = forecast(tasks, building, self.dep_manager, quick=True)
-        for message in found.refused.values():
-            print(f"warning: {message}", file=sys.stderr)
+        warn(found)
         built = {**found.steps}
         add(found, tasks, reports)  # which may want what has been lost
         return found.steps | built
+
+
+def warn(found: Forecast) -> None:
+    """Say on stderr what models.lock refuses."""
+    for message in found.refused.values():
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def told(words: Iterable[str], layers: str = " layers") -> str:

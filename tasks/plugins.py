@@ -32,6 +32,7 @@ from cache.manifests import Manifest, ManifestError
 from tasks import options
 from tasks.command_line import Command
 from tasks.config import STATE
+from tasks.words import plural
 
 INTERRUPTED = 130  # as shells report SIGINT
 USAGE = """\
@@ -185,8 +186,8 @@ def _finish_uploads() -> None:
             print(f"{remote.name}: {remote.fetched_bytes / 1e6:,.1f} MB fetched")
         if pushed.objects:
             print(
-                f"{remote.name}: {pushed.objects} objects uploaded, {pushed.bytes / 1e6:,.1f} MB; "
-                f"the last {pushed.seconds:.1f} s were for that alone"
+                f"{remote.name}: {plural(pushed.objects, 'object')} uploaded, "
+                f"{pushed.bytes / 1e6:,.1f} MB; the last {pushed.seconds:.1f} s were for that alone"
             )
 
 

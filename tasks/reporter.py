@@ -22,7 +22,7 @@ from tasks import progress
 from tasks.config import BUILD
 from tasks.live import Line, Live
 from tasks.progress import OUTCOMES, Work
-from tasks.words import clock, duration, size
+from tasks.words import clock, duration, plural, size
 
 LINE_SECONDS = 10.0  # between two plain lines on how far it is
 SPINNER = "|/-\\"
@@ -193,14 +193,14 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             self.write(self._total(begun, built))
         if self._fresh and not self.failures:
             prefix = "" if self._said or begun else "nothing to do: "
-            are = "s are" if self._fresh > 1 else " is"
-            self.write(f"{prefix}{self._fresh} target{are} up to date\n")
+            are = "are" if self._fresh > 1 else "is"
+            self.write(f"{prefix}{plural(self._fresh, 'target')} {are} up to date\n")
 
     def _total(self, begun: Sequence[Work], built: Sequence[Work]) -> str:
         failed = sum(work.state == "failed" for work in begun)
         what = [
-            f"{len(built)} target{_plural(len(built))} built" if built else _counts(begun),
-            f"{failed} target{_plural(failed)} failed" if failed else "",
+            f"{plural(len(built), 'target')} built" if built else _counts(begun),
+            f"{plural(failed, 'target')} failed" if failed else "",
         ]
         took = duration(time.monotonic() - self._start)
         folder = self._graph.folder
@@ -314,13 +314,9 @@ def _counts(works: Iterable[Work]) -> str:
     counts = sum((work.counts() for work in works), start=Counter())
     found = [(counts[outcome], outcome) for outcome in OUTCOMES if counts[outcome]]
     return ", ".join(
-        f"{count} {outcome}" if index else f"{count} task{_plural(count)} {outcome}"
+        f"{count} {outcome}" if index else f"{plural(count, 'task')} {outcome}"
         for index, (count, outcome) in enumerate(found)
     )
-
-
-def _plural(count: int) -> str:
-    return "s" if count != 1 else ""
 
 
 def _rate(work: Work, now: float) -> str:

@@ -13,6 +13,11 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def plural(count: int, thing: str) -> str:
+    """Return how many things there are: ``1 task``, ``2 tasks``."""
+    return f"{count} {thing}{'s' if count != 1 else ''}"
+
+
 def percent(part: float) -> str:
     """Return a part of 1 in percent, three digits."""
     if isnan(part) or part == inf:

@@ -430,6 +430,79 @@ def built(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> World:
     return world
 
 
+def test_what_models_lock_refuses(tmp_path: Path) -> None:
+    """Plan begins with the words of the error that doit ends with."""
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    project.doit()
+
+    def refused() -> str:
+        before = everything(project.folder)
+        text = project.doit("plan", expect=3).stdout
+        plan = json.loads(project.doit("plan", "--json", expect=3).stdout)
+        why = project.doit("why", "pack:model").stdout
+        assert everything(project.folder) == before
+        said = text.splitlines()[0]
+        assert [f"ERROR: {message}" for message in plan["refused"]] == [said]
+        assert why.splitlines()[0] == said
+        message = said.removeprefix("ERROR: ")
+        for command in ("list", "graph"):
+            assert project.doit(command).stderr == f"warning: {message}\n"
+        assert project.doit(expect=1).stdout.splitlines()[-1].endswith(f": {message}")
+        return message
+
+    params = project.checkpoint / "params.json"
+    before = params.read_text()
+    params.write_text(json.dumps(json.loads(before) | {"norm_eps": 0.5}))
+    assert "params.json is another" in refused()
+    params.write_text(before)
+    project.doit()
+
+    file, data = projects.alter(project.checkpoint, "layers.2.feed_forward.w2.weight")
+    told = project.doit("plan", expect=1).stdout  # nobody knows the tensors yet
+    assert "is an error until doit lock accepts it" in " ".join(told.split())
+    project.doit(expect=1)
+    assert "tensor layers.2.feed_forward.w2.weight#0 has other contents" in refused()
+    projects.restore(file, data)
+    project.doit()
+
+    lock = project.folder / "models.lock"  # somebody else locks another checkpoint
+    record = json.loads(lock.read_bytes())
+    record["sources"]["checkpoint"]["files"][file.name][1] = "0" * 32
+    lock.write_text(json.dumps(record))
+    assert f"{file.name} is another" in refused()
+
+
+def test_reports(tmp_path: Path) -> None:
+    """What plan says of reports is what doit does."""
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    project.configure("other", **projects.FOUR_BIT | {"quantize": {"bits": 8}})
+
+    def compare_reports(*asked: str, todo: set[str]) -> None:
+        plan = json.loads(project.doit("plan", "--json", *asked, expect=None).stdout)
+        done = project.doit(*asked)
+        steps = {step["task"]: step for step in plan["tasks"]}
+        did = {entry["task"] for entry in done.entries}
+        said = {task for task, step in steps.items() if step["state"] != "up to date"}
+        sure = {task for task in said if steps[task]["certain"]}
+        assert sure <= did <= said
+        reports = {task for task in did if steps[task]["stage"] == "report"}
+        assert reports == todo
+
+    compare_reports("error:model", todo=set())
+    compare_reports("report:model", todo={"report:model"})
+    compare_reports("report:model", todo=set())
+    compare_reports("report", todo={"report:model", "report:other", "report"})
+    compare_reports("report", todo=set())
+    project.configure("other", quantize={"bits": 6})
+    compare_reports("report:model", todo=set())
+    compare_reports("report:*", todo={"report:model", "report:other"})
+    compare_reports("report", todo={"report"})
+    assert project.doit("plan", "report").stdout == "up to date: model, other, overview\n"
+    shutil.rmtree(project.folder / "reports")
+    said = project.doit("why", "report:model", "report").stdout
+    assert said.count("now: run\n") == 2
+
+
 def test_first_build_beside_nothing(tmp_path: Path) -> None:
     """Before the first build there is no state, and afterwards neither."""
     project = projects.create(tmp_path / "p", "huggingface", **projects.FOUR_BIT)

@@ -156,6 +156,7 @@ def _environment() -> Environment:
         number=words.count,
         percent=words.percent,
         decibel=words.decibel,
+        plural=words.plural,
         seconds=words.seconds,
         sqnr=figures.sqnr,
         scheme=figures.scheme,

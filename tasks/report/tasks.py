@@ -105,7 +105,7 @@ def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
             record["outcome"] = "computed"
         return {
             "outputs": pack.stamps(str(folder), [INDEX]),
-            "summary": f"{REPORTS}/{INDEX}: {len(graph.plans)} targets",
+            "summary": f"{REPORTS}/{INDEX}: {words.plural(len(graph.plans), 'target')}",
             "notes": [],
         }
 
