@@ -443,6 +443,25 @@ class Bench:
             set_up=lambda: measure(work.command),
         )
 
+    def progress(self) -> Scenario:
+        """A cold build that says how far it is, beside one that says nothing."""
+        source, _ = self.model()
+        work = self.workspace("progress")
+        work.describe(source, quantize="{ bits = 4 }")
+        silent = [*work.command, "-r", "zero"]
+        script = str(Path(__file__).with_name("terminal.py"))
+        terminal = [self.python, script]
+        return Scenario(
+            "progress: cold, safetensors → 4 bit",
+            [
+                Side("on a terminal, -r zero", [[*terminal, *silent]], work.wipe),
+                Side("on a terminal", [[*terminal, *work.command]], work.wipe),
+                Side("in a pipe, -r zero", [silent], work.wipe),
+                Side("in a pipe", [work.command], work.wipe),
+            ],
+            [Goal("progress on a terminal: wall", ratio("seconds"), 1.01)],
+        )
+
     def most_memory(self, what: str, source: Path) -> Goal:
         """The goal that memory hangs on the largest tensor, not on the model."""
         largest = max(data.nbytes for _, _, data in safetensors_of(source).values())
@@ -467,6 +486,7 @@ SCENARIOS: dict[str, Callable[[Bench], Scenario]] = {
     "nothing-to-do": Bench.nothing_to_do,
     "four-times-the-layers": Bench.four_times_the_layers,
     "limit": Bench.limit,
+    "progress": Bench.progress,
 }
 
 
