@@ -1,6 +1,6 @@
-"""terminal: run a command as on a terminal, whose size is not known: 80 columns.
+"""terminal: run a command as on a terminal: ``python benchmarks/terminal.py python -m doit``.
 
-python benchmarks/terminal.py python -m doit
+The terminal does not know its size, which counts as 80 columns.
 """
 
 import os
