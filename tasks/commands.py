@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import textwrap
 import time
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,7 @@ from tasks.state import forecast, graph
 from tasks.words import duration, plural, size
 
 SOMETHING_TO_DO, REFUSED = 1, 3  # exit status of ``doit plan``
-WIDTH = 80
+MOST_COLUMNS = 80
 UNCERTAIN = "?: what it reads is made first, and may come out as it was or be on record already"
 OVERVIEW = "overview"  # reports/index.html, of all targets
 MAY_BE_REFUSED = (
@@ -132,7 +133,8 @@ def _why(step: Step, entry: Entry | None) -> Iterator[str]:
         yield "  last run: none on record"
         return
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.start))
-    yield f"  last run: {when}, {entry.outcome} in {entry.seconds:.2f} s"
+    head = f"last run: {when}, {entry.outcome} in {entry.seconds:.2f} s; the reason then:"
+    yield from _indented(head, 2)
     yield from _indented(entry.why, 4)
 
 
@@ -174,9 +176,10 @@ def _told(steps: list[Step], seconds: float | None, locked: bool) -> Iterator[st
     yield f"{len(todo)} of {plural(len(steps), 'task')}"
     fetched = f", fetches {size(moved.fetched)}" if moved.fetched else ""
     yield f"reads {size(moved.read)}, writes {size(moved.written)}{fetched}"
-    yield (
+    yield from _indented(
         f"takes up to {size(cached + packed)} more of the disk while it runs: "
-        f"cache {size(cached)}, build {size(packed)}"
+        f"cache {size(cached)}, build {size(packed)}",
+        0,
     )
     yield f"time {_seconds(seconds)}"
 
@@ -210,8 +213,9 @@ def _folded(layers: list[str]) -> str:
 
 def _indented(text: str, first: int, rest: int | None = None) -> list[str]:
     further = " " * (first + 2 if rest is None else rest)
+    columns = min(shutil.get_terminal_size().columns, MOST_COLUMNS)
     return textwrap.wrap(
-        text, WIDTH, initial_indent=" " * first, subsequent_indent=further, break_on_hyphens=False
+        text, columns, initial_indent=" " * first, subsequent_indent=further, break_on_hyphens=False
     )
 
 

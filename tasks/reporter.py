@@ -48,6 +48,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self._plan: tuple[Mapping[str, Any], Iterable[str]] = ({}, ())
         self._begun = False
         self._works: dict[str, Work] = {}
+        self._outcomes: dict[str, str] = {}  # of all tasks that were looked into
         self._finished: list[str] = []  # before the first task began
 
     def initialize(self, tasks: Mapping[str, Any], selected_tasks: Iterable[str]) -> None:
@@ -168,6 +169,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
                 work.state = "up to date"
 
     def _log(self, entry: Entry) -> None:
+        self._outcomes[entry.task] = entry.outcome
         if work := self._works.get(_parts(entry.task)[1]):
             work.log(entry)
 
@@ -198,8 +200,9 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def _total(self, begun: Sequence[Work], built: Sequence[Work]) -> str:
         failed = sum(work.state == "failed" for work in begun)
+        outcomes = Counter(self._outcomes.values())
         what = [
-            f"{plural(len(built), 'target')} built" if built else _counts(begun),
+            f"{plural(len(built), 'target')} built" if built else _counts(outcomes),
             f"{plural(failed, 'target')} failed" if failed else "",
         ]
         took = duration(time.monotonic() - self._start)
@@ -228,7 +231,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 def _built(work: Work) -> str:
     return (
         f"{BUILD}/{work.target}: {size(work.size)}, {work.bits_per_weight:.3g} bits per weight, "
-        f"{_counts([work])} in {duration(work.seconds)}"
+        f"{_counts(work.counts())} in {duration(work.seconds)}"
     )
 
 
@@ -310,8 +313,7 @@ def _aligned(table: list[list[str]]) -> list[str]:
     return [row[0].ljust(first) + "".join(map(str.rjust, row[1:], others)) for row in table]
 
 
-def _counts(works: Iterable[Work]) -> str:
-    counts = sum((work.counts() for work in works), start=Counter())
+def _counts(counts: Counter[str]) -> str:
     found = [(counts[outcome], outcome) for outcome in OUTCOMES if counts[outcome]]
     return ", ".join(
         f"{count} {outcome}" if index else f"{plural(count, 'task')} {outcome}"
