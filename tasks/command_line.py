@@ -36,6 +36,15 @@ class Command(DoitCommand):  # type: ignore[misc]
                     raise
                 raise InvalidCommand(self._unknown(name)) from error
 
+    def execute(self, params: Any, args: list[str]) -> int:
+        """Refuse options behind names, which doit takes for names."""
+        if late := [arg for arg in args if arg.startswith("-")]:
+            raise InvalidCommand(
+                f"{late[0]} stands behind {args[0]}: options go before names, as in "
+                f"doit {self.name} {late[0]}."
+            )
+        return int(super().execute(params, args) or 0)
+
     def _unknown(self, name: str) -> str:
         from difflib import get_close_matches  # that only a mistake pays
 

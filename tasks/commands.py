@@ -12,13 +12,13 @@ from itertools import groupby
 from typing import Any
 
 from doit.cmd_base import DoitCmdBase
-from doit.control import TaskControl
 from doit.exceptions import InvalidCommand
 
 from cache.log import Entry
 from tasks import options
 from tasks.command_line import Command
 from tasks.forecast import SETTLED, UP_TO_DATE, Forecast, Step, estimate
+from tasks.plugins import Control
 from tasks.reasons import Reason
 from tasks.sizes import Moved
 from tasks.state import forecast, graph
@@ -54,7 +54,7 @@ class _Foresight(Command, DoitCmdBase):  # type: ignore[misc]
 
     def forecast(self) -> tuple[Forecast, list[Step]]:
         """Return what a run of the tasks that are asked for does, and what these alone do."""
-        control = TaskControl(self.task_list)
+        control = Control(self.task_list)
         control.process(self.sel_tasks)
         self._tasks = control.tasks
         leaves = [leaf for name in control.selected_tasks for leaf in self._leaves(name)]

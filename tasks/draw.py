@@ -70,8 +70,9 @@ list."""
         plans = graph(self.task_list).plans
         for name in pos_args:
             if name not in plans:
-                near = difflib.get_close_matches(name, plans, 1) or list(plans)
-                raise InvalidCommand(f"there is no target {name!r}. Did you mean {near[0]!r}?")
+                near = difflib.get_close_matches(name, plans, 1)
+                mend = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(plans)}."
+                raise InvalidCommand(f"there is no target {name!r}. {mend}")
         chosen = [plans[name] for name in pos_args or plans]
         tasks = {task.name: task for task in self.task_list}
         packed = [f"pack:{plan.target.name}" for plan in chosen]

@@ -158,11 +158,13 @@ class Forecast:
             self._results[node] = _Kept(self._path(node))
             self._put(node, IGNORED if ignored else UP_TO_DATE)
             return
+        if self._quick and node.stage == "error":
+            self._results[node] = _Result(node.order.digest, None)
+            self._put(node, RUN)
+            return
         old = Manifest.at(self._path(node))
         if node.stage == "extract":
             self._extract(plan, node, saved, old)
-        elif self._quick and node.stage == "error":
-            self._put(node, RUN)
         elif all(self._results[need].manifest for need in node.needs):
             self._known(plan, node, saved, old)
         else:
@@ -302,8 +304,8 @@ class Forecast:
         self._put(node, REUSE if reuse else RUN, why, moved=Moved(lost))
 
     def _unknown(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
-        told = [node.stage, node.order.version, node.params]
-        symbol = digest_record([*told, [self._results[need].symbol for need in node.needs]])
+        read = [self._results[need].symbol for need in node.needs]
+        symbol = digest_record([node.stage, node.order.digest, read])
         certain = self._surely(saved, node.needs)
         self._results[node] = _Result(symbol, None, certain)
         why = []

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 from doit import cmd_run, get_var
 from doit.cmd_clean import Clean as DoitClean
@@ -146,7 +146,13 @@ class DepthFirst(TaskDispatcher):  # type: ignore[misc]
 
 
 class Control(TaskControl):  # type: ignore[misc]
-    """doit's control, with our dispatcher."""
+    """doit's control, with our dispatcher. A pattern that matches nothing is a mistake."""
+
+    def _get_wild_tasks(self, pattern: str) -> list[str]:
+        found: list[str] = super()._get_wild_tasks(pattern)
+        if not found:
+            raise InvalidCommand(not_found=pattern)
+        return found
 
     def task_dispatcher(self) -> DepthFirst:
         """Return what hands tasks to the runner."""
@@ -196,10 +202,10 @@ class Clean(Command, DoitClean):  # type: ignore[misc]
 
     name = "clean"
 
-    def execute(self, params: Any, args: list[str]) -> int | None:
+    def execute(self, params: Any, args: list[str]) -> int:
         """Clean the tasks named in ``args``; not beside a build."""
         with alone():
-            return cast("int | None", super().execute(params, args))
+            return super().execute(params, args)
 
     def _expand(self, clean_list: list[str]) -> list[str]:
         return _with_layers(self.task_list, super()._expand(clean_list))
@@ -211,10 +217,10 @@ class Forget(Command, DoitForget):  # type: ignore[misc]
     name = "forget"
     sel_tasks: Any
 
-    def execute(self, params: Any, args: list[str]) -> int | None:
+    def execute(self, params: Any, args: list[str]) -> int:
         """Forget the tasks named in ``args``; not beside a build."""
         with alone():
-            return cast("int | None", super().execute(params, args))
+            return super().execute(params, args)
 
     def _execute(self, forget_sub: bool, forget_disable_default: bool, forget_all: bool) -> None:
         if not forget_all and (names := list(self.sel_tasks)):

@@ -36,7 +36,7 @@ class Summary(Command):
         },
     )
 
-    def execute(self, opt_values: Mapping[str, Any], pos_args: list[str]) -> None:
+    def execute(self, opt_values: Mapping[str, Any], pos_args: list[str]) -> int:
         """Print the summary."""
         state = Path(get_var("models", "models.toml")).absolute().parent / STATE
         history = list(Log(state / "log.jsonl").entries())
@@ -46,6 +46,7 @@ class Summary(Command):
         else:
             entries = [entry for entry in history if entry.start >= since]
         print(markdown(entries, history, sizes(state / "manifests")), end="")
+        return 0
 
 
 def sizes(manifests: Path) -> dict[str, int]:

@@ -78,6 +78,11 @@ def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
         ("forget pakc:model", "Did you mean 'pack:model'"),
         ("clean nothing-like-it", "there is no task 'nothing-like-it'. doit list shows them"),
         ("info pakc", "Did you mean 'pack'"),
+        ("pak:*", "there is no command or task 'pak:*'. Did you mean "),
+        ("plan pak:*", "there is no task 'pak:*'. Did you mean "),
+        ("graph nothing-like-it", "no target 'nothing-like-it'. There are model, other."),
+        ("graph model --format dot", "--format stands behind model: options go before names"),
+        ("pack:model --locked", "as in doit run --locked."),
     ],
 )
 def test_mistyped(project: Project, call: str, told: str) -> None:
