@@ -1,4 +1,4 @@
-"""command_line: what all commands do of mistyped names, and when nobody reads what they print."""
+"""command_line: what all commands make of mistakes, and of nobody reading what they print."""
 
 from __future__ import annotations
 
