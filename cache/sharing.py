@@ -56,7 +56,14 @@ class Sharing:
         self._fetching = ThreadPoolExecutor(FETCHES, "fetch")
 
     def find(self, action: Action, outline: Mapping[str, Tensor] | None) -> Manifest | None:
-        """Return what the action made elsewhere, recorded here from now on.
+        """Return what the action made elsewhere, recorded here from now on; see ``look_up``."""
+        manifest = self.look_up(action, outline)
+        if manifest is not None:
+            self.actions.put(manifest)
+        return manifest
+
+    def look_up(self, action: Action, outline: Mapping[str, Tensor] | None) -> Manifest | None:
+        """Return what the action made elsewhere, if it can have made that.
 
         Args:
             action: the action.
@@ -71,7 +78,6 @@ class Sharing:
             name = f"{KIND}/{action.key}"
             self.remote.refuse(Refused(name, f"{odd} is not what {action.stage} makes of it"))
             return None
-        self.actions.put(manifest)
         return manifest
 
     def fetch_all(self, wanted: Iterable[tuple[str, Tensor]]) -> None:

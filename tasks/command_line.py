@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from doit.cmd_base import Command as DoitCommand
+from doit.cmdparse import CmdParseError
 from doit.doit_cmd import DoitMain
 from doit.exceptions import InvalidCommand
 
@@ -29,21 +30,22 @@ class Command(DoitCommand):  # type: ignore[misc]
             try:
                 return int(super().parse_execute(in_args) or 0)
             except InvalidCommand as error:
-                # doit has two ways to say it.
-                match = re.fullmatch(r"'(.*)' is not a task\.", str(error))
-                name = match[1] if match else error.not_found
-                if name is None:
-                    raise
-                raise InvalidCommand(self._unknown(name)) from error
+                if name := _not_found(error):
+                    raise InvalidCommand(self._unknown(name)) from error
+                raise
 
     def execute(self, params: Any, args: list[str]) -> int:
-        """Refuse options behind names, which doit takes for names."""
-        if late := [arg for arg in args if arg.startswith("-")]:
+        """Do what is asked; of options behind names that doit refuses, say where they go."""
+        try:
+            return int(super().execute(params, args) or 0)
+        except (CmdParseError, InvalidCommand) as error:
+            late = [arg for arg in args if arg.startswith("-")]
+            if not late or not _not_found(error, late[0]).startswith("-"):
+                raise
             raise InvalidCommand(
                 f"{late[0]} stands behind {args[0]}: options go before names, as in "
                 f"doit {self.name} {late[0]}."
-            )
-        return int(super().execute(params, args) or 0)
+            ) from error
 
     def _unknown(self, name: str) -> str:
         from difflib import get_close_matches  # that only a mistake pays
@@ -57,9 +59,15 @@ class Command(DoitCommand):  # type: ignore[misc]
             kind = "command or task"
         near = [task for task in valid if task == f"pack:{name}"]  # a target's name
         near = near or get_close_matches(name, dict.fromkeys(valid), SHOWN, 0.8)
-        near = near or get_close_matches(name, dict.fromkeys(valid), 1, 0.5)
+        near = near or get_close_matches(name, dict.fromkeys(valid), 1)
         mend = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         return f"there is no {kind} {name!r}. {mend}doit list shows them, with --all each layer's."
+
+
+def _not_found(error: Exception, default: str = "") -> str:
+    """Return the name that there is not, if an error says so: doit has two ways to."""
+    match = re.fullmatch(r"'(.*)' is not a task\.", str(error))
+    return match[1] if match else getattr(error, "not_found", None) or default
 
 
 @contextmanager

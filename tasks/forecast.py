@@ -8,7 +8,7 @@ made of a result that nobody knows yet is not certain: it may come out as it was
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -328,7 +328,7 @@ class Forecast:
         action = self._builder.action(node, needed)
         changed = [self._path(need) for need in self._changed(saved, node.needs)]
         why = (old and reasons.between(old.action, action)) or saved.why(changed)
-        found, state = self._recorded(action)
+        found, state = self._recorded(action, sizes.made(node))
         if found:
             self._results[node] = _Result(found.result, found)
             self._put(node, state, why)
@@ -370,15 +370,15 @@ class Forecast:
             return False
         return sizes.made(need) != {n: replace(t, digest="") for n, t in old.tensors.items()}
 
-    def _recorded(self, action: Action) -> tuple[Manifest | None, str]:
+    def _recorded(
+        self, action: Action, outline: Mapping[str, Tensor] | None = None
+    ) -> tuple[Manifest | None, str]:
         found = self._store.actions.get(action)
         if isinstance(found, Hit):
             return found.manifest, REUSE
         sharing = self._store.sharing
-        manifest = sharing.read(action.key) if sharing else None
-        if manifest is not None and manifest.action == action:
-            return manifest, FETCH
-        return None, RUN
+        manifest = sharing.look_up(action, outline) if sharing else None
+        return (manifest, FETCH) if manifest is not None else (None, RUN)
 
     def _runs(self, symbol: str) -> bool:
         """Tell whether another task will have made what this one asks for; else this one will."""
@@ -485,7 +485,7 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
     for step in steps:
         moved = step.moved.read + step.moved.written
         kind = (step.stage, moved > 0)
-        if step.state == UP_TO_DATE or (not moved and not amounts[kind]):
+        if step.state in SETTLED or (not moved and not amounts[kind]):
             continue
         if not amounts[kind]:
             return None

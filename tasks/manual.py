@@ -28,7 +28,6 @@ def page() -> str:
     doits = {command.get_name(): command for command in DoitMain.DOIT_CMDS}
     parts = [INTRODUCTION]
     rest = {**doits}
-    rest = {**doits}
     for name in sorted(plugins):
         module, _, attribute = plugins[name].partition(":")
         found = import_module(module)

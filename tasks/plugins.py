@@ -148,11 +148,12 @@ class DepthFirst(TaskDispatcher):  # type: ignore[misc]
 class Control(TaskControl):  # type: ignore[misc]
     """doit's control, with our dispatcher. A pattern that matches nothing is a mistake."""
 
-    def _get_wild_tasks(self, pattern: str) -> list[str]:
-        found: list[str] = super()._get_wild_tasks(pattern)
-        if not found:
-            raise InvalidCommand(not_found=pattern)
-        return found
+    def process(self, task_selection: list[str] | None) -> None:
+        """Select tasks."""
+        for name in task_selection or ():
+            if "*" in name and not self._get_wild_tasks(name):
+                raise InvalidCommand(not_found=name)
+        super().process(task_selection)
 
     def task_dispatcher(self) -> DepthFirst:
         """Return what hands tasks to the runner."""
@@ -197,30 +198,29 @@ def _finish_uploads() -> None:
             )
 
 
-class Clean(Command, DoitClean):  # type: ignore[misc]
+class _Alone(Command):
+    """Changes doit's database, and so not beside a build."""
+
+    def execute(self, params: Any, args: list[str]) -> int:
+        """Do it to the tasks named in ``args``."""
+        with alone():
+            return super().execute(params, args)
+
+
+class Clean(_Alone, DoitClean):  # type: ignore[misc]
     """doit's ``clean``; naming a stage, or one of a target, means all of its layers."""
 
     name = "clean"
-
-    def execute(self, params: Any, args: list[str]) -> int:
-        """Clean the tasks named in ``args``; not beside a build."""
-        with alone():
-            return super().execute(params, args)
 
     def _expand(self, clean_list: list[str]) -> list[str]:
         return _with_layers(self.task_list, super()._expand(clean_list))
 
 
-class Forget(Command, DoitForget):  # type: ignore[misc]
+class Forget(_Alone, DoitForget):  # type: ignore[misc]
     """doit's ``forget``; naming a stage, or one of a target, means all of its layers."""
 
     name = "forget"
     sel_tasks: Any
-
-    def execute(self, params: Any, args: list[str]) -> int:
-        """Forget the tasks named in ``args``; not beside a build."""
-        with alone():
-            return super().execute(params, args)
 
     def _execute(self, forget_sub: bool, forget_disable_default: bool, forget_all: bool) -> None:
         if not forget_all and (names := list(self.sel_tasks)):
@@ -255,13 +255,13 @@ class Info(Command, DoitInfo):  # type: ignore[misc]
         return int(super()._execute(pos_args, hide_status))
 
 
-class Ignore(Command, DoitIgnore):  # type: ignore[misc]
+class Ignore(_Alone, DoitIgnore):  # type: ignore[misc]
     """doit's ``ignore``."""
 
     name = "ignore"
 
 
-class ResetDep(Command, DoitResetDep):  # type: ignore[misc]
+class ResetDep(_Alone, DoitResetDep):  # type: ignore[misc]
     """doit's ``reset-dep``."""
 
     name = "reset-dep"

@@ -70,6 +70,7 @@ def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
     [
         ("pack:modle", "there is no command or task 'pack:modle'. Did you mean 'pack:model'? "),
         ("lits", "there is no command or task 'lits'. Did you mean 'list'? "),
+        ("lits --all", "there is no command or task 'lits'. Did you mean 'list'? "),
         ("other", "there is no command or task 'other'. Did you mean 'pack:other'? "),
         ("list pakc", "there is no task 'pakc'. Did you mean 'pack'? "),
         ("plan quantise:model", "'quantise:model'. Did you mean 'quantize:model'? "),
@@ -83,6 +84,8 @@ def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
         ("graph nothing-like-it", "no target 'nothing-like-it'. There are model, other."),
         ("graph model --format dot", "--format stands behind model: options go before names"),
         ("pack:model --locked", "as in doit run --locked."),
+        ("list pack:model --all", "as in doit list --all."),
+        ("info pack:model -x", "as in doit info -x."),
     ],
 )
 def test_mistyped(project: Project, call: str, told: str) -> None:
@@ -91,6 +94,41 @@ def test_mistyped(project: Project, call: str, told: str) -> None:
     assert told in done.stderr
     assert "\n" not in done.stderr.strip()
     assert not done.stdout
+
+
+OTHER = """\
+def told(word):
+    print(f"told {word}")
+
+
+def task_tell():
+    params = [{"name": "word", "long": "word", "default": "nothing"}]
+    return {"actions": [told], "params": params, "targets": ["it"], "verbosity": 2}
+
+
+def task_all():
+    return {"actions": None, "task_dep": ["tell", "nothing-like-it*"]}
+
+
+DOIT_CONFIG = {"dep_file": "db"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ("-f {}", "nothing"),
+        ("-f {} it", "nothing"),
+        ("-f {} tell --word=this", "this"),
+        ("run -f {} tell --word that", "that"),
+    ],
+)
+def test_another_dodo_is_doits_own(project: Project, call: str, told: str) -> None:
+    """Options of its tasks stand behind their names, and its patterns may match nothing."""
+    dodo = project.folder / "other" / "dodo.py"
+    dodo.parent.mkdir(exist_ok=True)
+    dodo.write_text(OTHER)
+    assert f"told {told}\n" in project.doit(*call.format(dodo).split()).stdout
 
 
 def test_info(project: Project) -> None:
