@@ -12,7 +12,6 @@ from typing import Any
 
 from doit.cmd_base import Command as DoitCommand
 from doit.cmdparse import CmdParseError
-from doit.doit_cmd import DoitMain
 from doit.exceptions import InvalidCommand
 
 UNREAD = 128 + signal.SIGPIPE  # as shells report it
@@ -22,6 +21,7 @@ SHOWN = 3  # suggestions
 class Command(DoitCommand):  # type: ignore[misc]
     """To be named before the class of doit's that a command is made of."""
 
+    loader: Any
     task_list: list[Any]
 
     def parse_execute(self, in_args: list[str]) -> int:
@@ -44,7 +44,7 @@ class Command(DoitCommand):  # type: ignore[misc]
                 raise
             raise InvalidCommand(
                 f"{late[0]} stands behind {args[0]}: options go before names, as in "
-                f"doit {self.name} {late[0]}."
+                f"{self.bin_name} {self.name} {late[0]}."
             ) from error
 
     def _unknown(self, name: str) -> str:
@@ -54,14 +54,14 @@ class Command(DoitCommand):  # type: ignore[misc]
         valid = [task.name for task in self.task_list if task.name.count(":") <= depth]
         kind = "task"
         if self.name == "run":  # doit lits is doit run lits
-            valid += (command.get_name() for command in DoitMain.DOIT_CMDS)
-            valid += self.config["COMMAND"]
+            valid += self.loader.cmd_names
             kind = "command or task"
         near = [task for task in valid if task == f"pack:{name}"]  # a target's name
         near = near or get_close_matches(name, dict.fromkeys(valid), SHOWN, 0.8)
         near = near or get_close_matches(name, dict.fromkeys(valid), 1)
         mend = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-        return f"there is no {kind} {name!r}. {mend}doit list shows them, with --all each layer's."
+        shown = f"{self.bin_name} list shows them, with --all each layer's."
+        return f"there is no {kind} {name!r}. {mend}{shown}"
 
 
 def _not_found(error: Exception, default: str = "") -> str:
