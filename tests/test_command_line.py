@@ -1,5 +1,6 @@
 """tests of tasks/command_line.py: mistyped names, and readers that leave before all is said."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -135,3 +136,23 @@ def test_info(project: Project) -> None:
     told = project.doit("info", "quantize:model:layers.0", expect=1).stdout
     assert str(project.manifest("quantize", "layers.0")) in told
     assert len(told) < 2000, "not the whole graph"
+
+
+@pytest.mark.parametrize("command", ["clean", "forget", "ignore", "reset-dep"])
+def test_not_beside_a_build(project: Project, command: str) -> None:
+    """Each writes doit's database, as a build does when it ends."""
+    project.state.mkdir(exist_ok=True)
+    call = [sys.executable, "-m", "doit", command, "lint", f"models={project.folder}/models.toml"]
+    with (project.state / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            call,
+            cwd=front_door.REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("waiting for doit, process ")
+    _, said = process.communicate(timeout=front_door.TIMEOUT_SECONDS)
+    assert (process.returncode, said) == (0, "")
