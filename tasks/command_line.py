@@ -44,7 +44,7 @@ class Command(DoitCommand):  # type: ignore[misc]
                 raise
             raise InvalidCommand(
                 f"{late[0]} stands behind {args[0]}: options go before names, as in "
-                f"{self.bin_name} {self.name} {late[0]}."
+                f"doit {self.name} {late[0]}."
             ) from error
 
     def _unknown(self, name: str) -> str:
@@ -60,8 +60,7 @@ class Command(DoitCommand):  # type: ignore[misc]
         near = near or get_close_matches(name, dict.fromkeys(valid), SHOWN, 0.8)
         near = near or get_close_matches(name, dict.fromkeys(valid), 1)
         mend = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-        shown = f"{self.bin_name} list shows them, with --all each layer's."
-        return f"there is no {kind} {name!r}. {mend}{shown}"
+        return f"there is no {kind} {name!r}. {mend}doit list shows them, with --all each layer's."
 
 
 def _not_found(error: Exception, default: str = "") -> str:
