@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from doit import get_var
+from doit import doit_cmd, get_var
 from doit.action import CmdAction
 from doit.exceptions import InvalidDodoFile
 
@@ -21,6 +21,9 @@ if "tasks.plugins" not in sys.modules:  # doit -f: another folder's pyproject.to
         "doit is without mlx-make's plugins, which it takes from pyproject.toml in the folder "
         f"where it is started. Run mlx-make instead, or doit models=PATH in {ROOT}."
     )
+
+if odd := (doit_cmd._CMDLINE_VARS or {}).keys() - {"models"}:
+    raise InvalidDodoFile(f"{min(odd)}= says nothing. Only models=PATH does.")
 
 MODELS = Path(get_var("models", "models.toml"))
 EXAMPLE = ROOT / "checkpoints" / "tiny-llama"

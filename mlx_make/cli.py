@@ -48,6 +48,9 @@ def main() -> int:
     """Run mlx-make; return its exit status."""
     sys.path.insert(0, str(SOURCE))
     args = sys.argv[1:]
+    if "" in args:
+        print("ERROR: an argument is empty. Is a variable of the shell not set?", file=sys.stderr)
+        return 3
     if args[:1] in (["--help"], ["-h"]):
         args[0] = "help"
     from tasks.command_line import piped

@@ -67,9 +67,9 @@ class Cache(Command):
                 return chosen.run(config.load(Path(get_var("models", "models.toml"))), options)
         except (BuildError, CacheError) as error:
             raise InvalidDodoFile(str(error)) from error
-        except BrokenPipeError:  # nobody reads what is printed
-            raise
         except OSError as error:
+            if error.filename is None:  # what is printed cannot be, or nobody reads it
+                raise
             raise InvalidDodoFile(f"{error.filename}: {error.strerror}") from error
 
     def help(self) -> str:

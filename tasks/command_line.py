@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import Any
 
 from doit.cmd_base import Command as DoitCommand
@@ -27,8 +28,15 @@ class Command(DoitCommand):  # type: ignore[misc]
     def parse_execute(self, in_args: list[str]) -> int:
         """Do what is asked; of a name that there is not, say which are near."""
         with piped():
+            self.outstream = sys.stdout  # doit took it when there may have been none
             try:
                 return int(super().parse_execute(in_args) or 0)
+            except CmdParseError as error:
+                # doit adds all that it knows, as Python writes it.
+                match = re.match(r"Error parsing Command: (.*?) \(parsing options: ", str(error))
+                if match is None:
+                    raise
+                raise CmdParseError(f"{match[1]}. doit help {self.name} shows all.") from error
             except InvalidCommand as error:
                 if name := _not_found(error):
                     raise InvalidCommand(self._unknown(name)) from error
@@ -36,6 +44,8 @@ class Command(DoitCommand):  # type: ignore[misc]
 
     def execute(self, params: Any, args: list[str]) -> int:
         """Do what is asked; of options behind names that doit refuses, say where they go."""
+        if params.get("outfile", "") is None:  # as outstream
+            params["outfile"] = sys.stdout
         try:
             return int(super().execute(params, args) or 0)
         except (CmdParseError, InvalidCommand) as error:
@@ -54,9 +64,12 @@ class Command(DoitCommand):  # type: ignore[misc]
         valid = [task.name for task in self.task_list if task.name.count(":") <= depth]
         kind = "task"
         if self.name == "run":  # doit lits is doit run lits
+            if name in self.loader.cmd_names:
+                return f"{name} is a command, which goes before its options: doit {name}."
             valid += self.loader.cmd_names
             kind = "command or task"
-        near = [task for task in valid if task == f"pack:{name}"]  # a target's name
+        # a target's name, or its folder
+        near = [task for task in valid if task == f"pack:{PurePath(name).name}"]
         near = near or get_close_matches(name, dict.fromkeys(valid), SHOWN, 0.8)
         near = near or get_close_matches(name, dict.fromkeys(valid), 1)
         mend = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
@@ -71,9 +84,37 @@ def _not_found(error: Exception, default: str = "") -> str:
 
 @contextmanager
 def piped() -> Iterator[None]:
-    """End without a word, as other tools do, when nobody reads any more what is printed."""
+    """End without a word, as other tools do, when nobody reads any more what is printed.
+
+    When it cannot be written, end with a word.
+    """
+    _reopen()
     try:
         yield
         sys.stdout.flush()  # what is left to Python's own end is complained of
     except BrokenPipeError:
         os._exit(UNREAD)
+    except OSError as error:
+        if _printable():
+            raise
+        print(f"ERROR: what is to be printed cannot be: {error}", file=sys.stderr, flush=True)
+        os._exit(UNREAD)
+
+
+def _reopen() -> None:
+    """Put something in place of streams that were closed before the start (``>&-``).
+
+    Else the next file to be opened would have the number that C libraries and other processes
+    print to.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _printable() -> bool:
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True

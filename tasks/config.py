@@ -128,7 +128,7 @@ def load(path: Path) -> Config:
     """
     path = path.absolute()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin with a byte order mark
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist: it lists the models to build. Make one that says\n"

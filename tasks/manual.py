@@ -96,7 +96,7 @@ All state and output lie beside `models.toml`.
 
 Exit status 0: all is well; 1: a task failed; 2: a task could not be tried; 3: `models.toml` or the
 command line is wrong, and nothing was done; 130: interrupted; 141: whoever read the output is gone
-(`doit | head`), which ends a build as an interrupt does."""
+(`doit | head`), or cannot take it (a full disk), which ends a build as an interrupt does."""
 REST = """\
 ## doit's own
 

@@ -87,6 +87,11 @@ def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
         ("pack:model --locked", "as in doit run --locked."),
         ("list pack:model --all", "as in doit list --all."),
         ("info pack:model -x", "as in doit info -x."),
+        ("plan --jsn", "ERROR: option --jsn not recognized. doit help plan shows all."),
+        ("cache gc --al=3", "option --all must not have an argument. doit help cache shows all."),
+        ("-a list", "list is a command, which goes before its options: doit list."),
+        ("build/model", "Did you mean 'pack:model'?"),
+        ("modles=other.toml", "modles= says nothing. Only models=PATH does."),
     ],
 )
 def test_mistyped(project: Project, call: str, told: str) -> None:
@@ -130,6 +135,35 @@ def test_another_dodo_is_doits_own(project: Project, call: str, told: str) -> No
     dodo.parent.mkdir(exist_ok=True)
     dodo.write_text(OTHER)
     assert f"told {told}\n" in project.doit(*call.format(dodo).split()).stdout
+
+
+def test_empty_argument(project: Project) -> None:
+    call = [sys.executable, "-c", MLX_MAKE, "pack:model", ""]
+    done = subprocess.run(call, cwd=project.folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "ERROR: an argument is empty. Is a variable of the shell not set?\n"
+
+
+def test_nowhere_to_print(tmp_path: Path) -> None:
+    """A full disk is an error; streams that are closed are none, and no file takes their place."""
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    for command in ("", "list", "plan", "graph", "cache stats", "help"):
+        call = f"{sys.executable} -m doit {command} models={project.folder / 'models.toml'}"
+        closed = shell(f"{call} >&-")
+        assert (closed.returncode, closed.stdout, closed.stderr) == (0, "", ""), command
+        assert shell(f"{call} <&- >&- 2>&-").returncode == 0, command
+        full = shell(f"{call} > /dev/full")
+        assert full.returncode == UNREAD, command
+        assert full.stderr.startswith("ERROR: what is to be printed cannot be: ")
+        assert full.stderr.count("\n") == 1
+    assert project.built() == project.anew()
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        line, shell=True, cwd=front_door.REPOSITORY, capture_output=True, text=True,
+        timeout=front_door.TIMEOUT_SECONDS, check=False,
+    )  # fmt: skip
 
 
 def test_info(project: Project) -> None:
