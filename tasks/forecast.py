@@ -116,7 +116,7 @@ class Forecast:
 
     Attributes:
         steps: by task, in the order of the stages of each layer.
-        refused: why models.lock will have none of it, by source.
+        refused: why models.lock will have none of it, or it is nowhere, by source.
     """
 
     def __init__(
@@ -186,6 +186,9 @@ class Forecast:
             step = replace(step, state=IGNORED)
         elif saved.runs or others or changed:
             self._check(plan)
+            if not plan.checkpoint.record:  # models.lock looks at it, and refers to all of it
+                looked = self._made(plan.stages["extract"])
+                self._there |= {tensor.digest for _, tensor in looked.values()}
             why = tuple(saved.why([*map(self._path, changed), *sorted(others)]))
             step = self._pack(plan, replace(step, state=RUN, why=why), saved)
         self.steps[task] = step
@@ -297,8 +300,10 @@ class Forecast:
         self._check(plan, node)
         if old:
             why = [*why, *reasons.between(old.action, manifest.action)]
-        lost = sum(t.nbytes for t in tensors.values() if not self._has(t))
-        self._there |= {tensor.digest for tensor in tensors.values()}
+        lost = 0
+        if not plan.checkpoint.record:  # else it is known by its record, and cannot be read
+            lost = sum(t.nbytes for t in tensors.values() if not self._has(t))
+            self._there |= {tensor.digest for tensor in tensors.values()}
         known = isinstance(self._store.actions.get(manifest.action), Hit)
         reuse = known or plan.checkpoint.record or self._runs(manifest.action.key)
         self._put(node, REUSE if reuse else RUN, why, moved=Moved(lost))
@@ -422,6 +427,9 @@ class Forecast:
         if sharing and manifest and sharing.has(manifest.action.key, tensor):
             self._there.add(tensor.digest)
             return tensor.nbytes
+        if maker.stage == "extract" and plan.checkpoint.record:
+            self._refuse_making(plan, maker)
+            return 0
         needed = self._needed(maker)
         if not self._builder.keeps(maker.stage) and (keys := _again(maker, name)) is not None:
             return self._want(plan, needed, keys, certain=certain)
@@ -435,6 +443,15 @@ class Forecast:
         fetched = self._want(plan, needed, reads & needed.keys(), certain=certain)
         self._there |= {made.digest for made in manifest.tensors.values()} if manifest else set()
         return fetched
+
+    def _refuse_making(self, plan: Plan, node: Node) -> None:
+        """Take note that a layer must be made of a checkpoint that is not here."""
+        if self._quick:  # the remote store may have what is made of it
+            return
+        try:
+            extract.make(self._builder, plan, node, look=True)
+        except BuildError as error:
+            self.refused.setdefault(plan.target.source_name, f"{plan.target.name}: {error}")
 
     def _holds(self, plan: Plan, packed: Manifest) -> bool:
         """Tell whether build/TARGET has the files of a build, as far as their sizes tell."""

@@ -134,7 +134,9 @@ class Graph:
                 notes.extend(self.lock.check_target(self.builder, found, source, action))
 
             def accept(made: Manifest, blake3: str) -> None:
-                built.append(self.lock.check_output(found, source, made, blake3))
+                now, more = self.lock.check_output(found, source, made, blake3)
+                built.append(now)
+                notes.extend(more)
 
             with self.builder.store.lock.using():
                 source = self.lock.check_source(self.builder, found, plans)

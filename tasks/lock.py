@@ -299,20 +299,28 @@ class Lock:
             raise self._another(plan, fact)
         return [fact]
 
-    def check_output(self, plan: Plan, source: Source, packed: Manifest, blake3: str) -> Built:
-        """Return what is to be locked of a target; if ``strict``, it must be what is locked.
+    def check_output(
+        self, plan: Plan, source: Source, packed: Manifest, blake3: str
+    ) -> tuple[Built, list[str]]:
+        """Compare what was packed with what is locked.
+
+        Returns:
+            What is to be locked of a target, and notes for people.
 
         Raises:
-            BuildError: it is not, or somebody made it to look so.
+            BuildError: it differs, and ``strict``; or somebody made it to look as if it did not.
         """
         built = Built(
             source.record, settings(plan), computer(plan), packed.action.key, packed.result, blake3
         )
         locked = self.targets.get(plan.target.name)
-        if self.strict and locked and locked.output != built.output:
-            raise self._another(
-                plan, f"was built as {built.output}, and is {locked.output} in {self.path.name}"
-            )
+        notes = []
+        if locked and locked.output != built.output:
+            fact = f"was built as {built.output}, and is {locked.output} in {self.path.name}"
+            if self.strict:
+                raise self._another(plan, fact)
+            if locked.action == built.action:  # else check_target said what differs
+                notes.append(f"{fact}, of the same tensors and files: that was edited")
         # By accident no two outputs have one xxh3.
         if locked and locked.output == built.output and locked.blake3 not in (None, blake3):
             raise BuildError(
@@ -321,7 +329,7 @@ class Lock:
                 "another one, or the file was edited. If it was not, remove the cache's folder, "
                 "and find out who wrote to its remote, or to it."
             )
-        return built
+        return built, notes
 
     def update(self, plan: Plan, source: Source, built: Built, plans: Iterable[Plan]) -> None:
         """Lock what was built, unless ``strict``: then it is what is locked."""
