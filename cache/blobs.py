@@ -90,6 +90,7 @@ class Blobs:
     def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self.root = root
         self._read_only = read_only
+        self._dropping = threading.Lock()
         self.meter = Meter()
 
     def path(self, digest: str) -> Path:
@@ -133,15 +134,17 @@ class Blobs:
 
     def drop_if_wrong(self, digest: str) -> None:
         """Read a blob again, and forget where it lies if it is not what its name says."""
-        path = self.path(digest)
-        if path.exists():
-            if digest_file(path) != digest:
-                path.unlink()
-            return
-        path = self._reference(digest)
-        with suppress(FileNotFoundError, ValueError, FileChanged):  # `locate` notices these
-            if digest_parts(self.chunks(self.reference(path))) != digest:
-                path.unlink()
+        # One thread at a time: another may find the same, and this one make it again meanwhile.
+        with self._dropping:
+            path = self.path(digest)
+            if path.exists():
+                if digest_file(path) != digest:
+                    path.unlink()
+                return
+            path = self._reference(digest)
+            with suppress(FileNotFoundError, ValueError, FileChanged):  # `locate` notices these
+                if digest_parts(self.chunks(self.reference(path))) != digest:
+                    path.unlink()
 
     def has(self, digest: str, length: int) -> bool:
         """Tell whether ``locate`` finds the blob."""

@@ -55,7 +55,7 @@ def main() -> int:
         args[0] = "help"
     from tasks.command_line import piped
 
-    # The current folder's pyproject.toml and doit.cfg may configure a doit of the user's own.
-    plugins = DoitConfig().load_config_toml(str(SOURCE / "pyproject.toml"), "tool.doit")
     with piped():
+        # The current folder's pyproject.toml and doit.cfg may configure a doit of the user's own.
+        plugins = DoitConfig().load_config_toml(str(SOURCE / "pyproject.toml"), "tool.doit")
         return int(Main(Loader(), config_filenames=(), extra_config=plugins).run(args) or 0)

@@ -220,7 +220,7 @@ def push(read: Config, _options: Mapping[str, Any]) -> int:
         f"{sharing.remote.name}: {exchanged.results} results are there, {pushed.objects} objects "
         f"of {size(pushed.bytes)} were not yet"
     )
-    return _missing(exchanged, "not built here, or not kept: doit builds them")
+    return _missing(exchanged, "not built here, or not in the cache any more")
 
 
 def pull(read: Config, _options: Mapping[str, Any]) -> int:

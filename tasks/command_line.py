@@ -15,6 +15,7 @@ from doit.cmd_base import Command as DoitCommand
 from doit.cmdparse import CmdParseError
 from doit.exceptions import InvalidCommand
 
+INTERRUPTED = 130  # as shells report SIGINT
 UNREAD = 128 + signal.SIGPIPE  # as shells report it
 SHOWN = 3  # suggestions
 
@@ -86,7 +87,7 @@ def _not_found(error: Exception, default: str = "") -> str:
 def piped() -> Iterator[None]:
     """End without a word, as other tools do, when nobody reads any more what is printed.
 
-    When it cannot be written, end with a word.
+    The same when interrupted; with a word, when it cannot be written.
     """
     _reopen()
     try:
@@ -94,6 +95,8 @@ def piped() -> Iterator[None]:
         sys.stdout.flush()  # what is left to Python's own end is complained of
     except BrokenPipeError:
         os._exit(UNREAD)
+    except KeyboardInterrupt:  # of what does nothing that has to be said, or not yet
+        os._exit(INTERRUPTED)
     except OSError as error:
         if _printable():
             raise

@@ -233,7 +233,9 @@ def _write(
     try:
         try:
             made, blake3 = _fill(builder, plan, needed, new, content)
-        except BlobLost:  # or corrupt, and perhaps not the only one; it is made again
+        # Lost, or corrupt and perhaps not the only one, or another thread found it so and dropped
+        # it; it is made again.
+        except (BlobLost, FileNotFoundError):
             for _, tensor in needed.values():
                 builder.store.blobs.drop_if_wrong(tensor.digest)
             made, blake3 = _fill(builder, plan, needed, new, content)

@@ -30,11 +30,10 @@ from cache.digest import digest_file
 from cache.errors import CacheError, NoRoom
 from cache.manifests import Manifest, ManifestError
 from tasks import options
-from tasks.command_line import Command
+from tasks.command_line import INTERRUPTED, Command
 from tasks.config import STATE
 from tasks.words import plural
 
-INTERRUPTED = 130  # as shells report SIGINT
 USAGE = """\
 mlx-make: Make for MLX model artifacts (https://pydoit.org with tasks for models.toml)
 

@@ -789,3 +789,22 @@ def test_a_weight_file_that_is_not_of_the_build(tmp_path: Path) -> None:
     assert outcomes(project.doit()) == {"reused": {"pack:model"}}
     assert project.built() == before
     assert project.doit().entries == []
+
+
+def test_corrupt_blob_that_several_targets_pack_at_once(tmp_path: Path) -> None:
+    """One of them drops it and makes it again while others read it."""
+    project = create(tmp_path / "p", "huggingface", **FOUR_BIT)
+    names = ["model", *(f"same-{i}" for i in range(5))]
+    for name in names:
+        project.configure(name, **FOUR_BIT)
+    project.doit()
+    blob = project.blob("quantize", "layers.3", "model.layers.3.mlp.down_proj.weight")
+    for size in ("200kB", "250kB"):
+        blob.chmod(0o644)
+        flip(blob)
+        for name in names:
+            project.configure(name, max_shard_size=size)
+        done = project.doit()
+        assert {f"pack:{name}" for name in names} <= {entry["task"] for entry in done.entries}
+        for name in names:
+            assert project.built(name) == project.anew(name)
