@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import PurePath
 from typing import Any
 
@@ -90,6 +91,8 @@ def piped() -> Iterator[None]:
     The same when interrupted; with a word, when it cannot be written.
     """
     _reopen()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # arrows, where the locale has none
     try:
         yield
         sys.stdout.flush()  # what is left to Python's own end is complained of

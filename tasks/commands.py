@@ -241,8 +241,7 @@ def _as_json(steps: list[Step], seconds: float | None, refused: list[str]) -> st
         moved_by_it = record.pop("moved")
         tasks.append({**record, **_bytes(moved_by_it)})
     summary = {"seconds": seconds, **_bytes(asdict(moved)), "disk_bytes": cached + packed}
-    told = {"refused": refused, "tasks": tasks, **summary}
-    return json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps({"refused": refused, "tasks": tasks, **summary}, indent=1) + "\n"
 
 
 def _bytes(moved: dict[str, int]) -> dict[str, int]:

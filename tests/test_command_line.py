@@ -1,6 +1,7 @@
 """tests of tasks/command_line.py: mistyped names, and readers that leave before all is said."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -157,6 +158,22 @@ def test_nowhere_to_print(tmp_path: Path) -> None:
         assert full.stderr.startswith("ERROR: what is to be printed cannot be: ")
         assert full.stderr.count("\n") == 1
     assert project.built() == project.anew()
+
+
+def test_locale_without_arrows(tmp_path: Path) -> None:
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    project.doit()
+    project.configure(quantize={"bits": 8})
+    for command, status in (("plan", 1), ("plan --json", 1), ("graph", 0), ("cache stats", 0)):
+        call = f"{sys.executable} -m doit {command} models={project.folder / 'models.toml'}"
+        done = shell(f"PYTHONIOENCODING=ascii {call}")
+        assert (done.returncode, done.stderr) == (status, ""), command
+        told = json.loads(done.stdout) if "--json" in command else done.stdout
+        if command == "plan":
+            assert "quantize.bits 4 ? 8" in told
+        if "--json" in command:
+            facts = {why["fact"] for task in told["tasks"] for why in task["why"]}
+            assert "quantize.bits 4 → 8" in facts
 
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:
