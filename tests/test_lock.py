@@ -361,7 +361,8 @@ def count(project: Project) -> int:
 def test_an_output_digest_that_differs(project: Project) -> None:
     rewrite(project, lambda it: it["targets"]["model"].update(output="1" * 32))
     unlocked(project, "was built as", f"and is {'1' * 32} in models.lock")
-    project.doit()
+    said = project.doit().stdout
+    assert f"and is {'1' * 32} in models.lock, of the same tensors and files" in said
     project.doit("--locked")
 
 

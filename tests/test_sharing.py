@@ -277,6 +277,19 @@ def test_a_plan_writes_nothing(tmp_path: Path) -> None:
     assert contents(two.folder) == before
 
 
+def test_a_plan_of_what_is_nowhere(tmp_path: Path) -> None:
+    """It begins with the error that the build ends with."""
+    remote = tmp_path / "remote"
+    one = first(tmp_path, {REMOTE: remote.as_uri()}, config=SMALL, **FOUR_BIT)
+    one.doit()
+    shutil.rmtree(remote / "records" / "actions")
+    two = one.beside("two")
+    told = two.doit("plan", expect=3).stdout
+    assert told.startswith("ERROR: model: ")
+    assert "is not here whole" in told.splitlines()[0]
+    assert "is not here whole" in two.doit(expect=1).stderr
+
+
 def test_reports(tmp_path: Path) -> None:
     """What one machine measured is shown on another."""
     one = first(tmp_path, {REMOTE: (tmp_path / "remote").as_uri()}, config=SMALL, **FOUR_BIT)
