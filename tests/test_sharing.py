@@ -287,7 +287,7 @@ def test_a_plan_of_what_is_nowhere(tmp_path: Path) -> None:
     told = two.doit("plan", expect=3).stdout
     assert told.startswith("ERROR: model: ")
     assert "is not here whole" in told.splitlines()[0]
-    assert "is not here whole" in two.doit(expect=1).stderr
+    assert "is not here whole" in two.doit(expect=1).stdout
 
 
 def test_reports(tmp_path: Path) -> None:
