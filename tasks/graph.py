@@ -133,14 +133,17 @@ class Graph:
             def check(action: Action) -> None:
                 notes.extend(self.lock.check_target(self.builder, found, source, action))
 
-            def accept(made: Manifest, blake3: str) -> None:
+            def accept(made: Manifest, blake3: str | None) -> None:
                 now, more = self.lock.check_output(found, source, made, blake3)
                 built.append(now)
                 notes.extend(more)
 
             with self.builder.store.lock.using():
                 source = self.lock.check_source(self.builder, found, plans)
-                made = pack.run(self.builder, found, folder, manifest_path, why, check, accept)
+                made = pack.run(
+                    self.builder, found, folder, manifest_path, why, check, accept,
+                    strong=self.lock.is_strong(self.builder, found),
+                )  # fmt: skip
             self.lock.update(found, source, built[-1], plans)
             bits = sum(
                 tensor.nbytes for name, tensor in made.tensors.items()

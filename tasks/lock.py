@@ -48,8 +48,8 @@ class Built:
         computer: what computed it, if anything was: MLX's version, device, machine.
         action: key of the action that packed it.
         output: digest of the packed files' names and digests.
-        blake3: the same, by BLAKE3: the one that nobody can make other files for. An older version
-            wrote none.
+        blake3: the same, by BLAKE3: the one that nobody can make other files for. None if no remote
+            store was set when it was locked.
     """
 
     source: str
@@ -299,8 +299,16 @@ class Lock:
             raise self._another(plan, fact)
         return [fact]
 
+    def is_strong(self, builder: Builder, plan: Plan) -> bool:
+        """Tell whether a target's output has its BLAKE3 in the lock, or gets it.
+
+        It takes as long as copying the output does, and is for who gets results from others.
+        """
+        locked = self.targets.get(plan.target.name)
+        return builder.store.sharing is not None or bool(locked and locked.blake3)
+
     def check_output(
-        self, plan: Plan, source: Source, packed: Manifest, blake3: str
+        self, plan: Plan, source: Source, packed: Manifest, blake3: str | None
     ) -> tuple[Built, list[str]]:
         """Compare what was packed with what is locked.
 

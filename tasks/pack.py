@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,9 @@ def run(
     manifest_path: Path,
     why: str,
     check: Callable[[Action], None],
-    accept: Callable[[Manifest, str], None],
+    accept: Callable[[Manifest, str | None], None],
+    *,
+    strong: bool,
 ) -> Manifest:
     """Bring a target's folder up to date.
 
@@ -121,6 +123,7 @@ def run(
         check: refuses what must not be written.
         accept: refuses what must not take the folder's place; given the BLAKE3, too, of the table
             of the files' names and BLAKE3s.
+        strong: whether that BLAKE3 is wanted; else None is given.
 
     Raises:
         NoRoom: the disk cannot take the new folder.
@@ -137,12 +140,12 @@ def run(
         found, record["outcome"] = builder.find(content.action)
         if isinstance(found, Hit) and _holds(folder, found.manifest.tensors):
             result = found.manifest
-            accept(result, _table({name: _blake3(folder / name) for name in result.tensors}))
+            accept(result, _table(folder, result.tensors, {}) if strong else None)
         else:
             if folder.exists() and not manifest_path.exists():
                 _refuse_to_replace(folder)
             told = tuple(dict.fromkeys(notes))
-            result = _write(builder, plan, needed, folder, content, told, accept)
+            result = _write(builder, plan, needed, folder, content, told, accept, strong=strong)
             builder.store.actions.put(result)
             known = isinstance(found, Hit) and found.manifest.tensors == result.tensors
             if builder.store.sharing and not known:
@@ -221,7 +224,9 @@ def _write(
     folder: Path,
     content: Content,
     notes: tuple[str, ...],
-    accept: Callable[[Manifest, str], None],
+    accept: Callable[[Manifest, str | None], None],
+    *,
+    strong: bool,
 ) -> Manifest:
     """Write the folder anew."""
     need = content.nbytes
@@ -232,13 +237,13 @@ def _write(
     new.mkdir()
     try:
         try:
-            made, blake3 = _fill(builder, plan, needed, new, content)
+            made, blake3 = _fill(builder, plan, needed, new, content, strong=strong)
         # Lost, or corrupt and perhaps not the only one, or another thread found it so and dropped
         # it; it is made again.
         except (BlobLost, FileNotFoundError):
             for _, tensor in needed.values():
                 builder.store.blobs.drop_if_wrong(tensor.digest)
-            made, blake3 = _fill(builder, plan, needed, new, content)
+            made, blake3 = _fill(builder, plan, needed, new, content, strong=strong)
         result = Manifest(content.action, made, notes)
         accept(result, blake3)
         _exchange(new, folder)
@@ -257,8 +262,10 @@ def _fill(
     needed: Needed,
     new: Path,
     content: Content,
-) -> tuple[dict[str, Tensor], str]:
-    """Write the files; return them as tensors of bytes, and their table's BLAKE3."""
+    *,
+    strong: bool,
+) -> tuple[dict[str, Tensor], str | None]:
+    """Write the files; return them as tensors of bytes, and their table's BLAKE3 if wanted."""
     form = LAYOUTS[plan.target.layout].FORMAT
     blobs = builder.store.blobs
     builder.fetch(plan, needed, needed)
@@ -267,32 +274,35 @@ def _fill(
         for file, shard in content.weights.items()
     }
     threads = max(1, cores() // len(packed))
+    hashers: dict[str, Any] = {}
+    if strong:
+        from blake3 import blake3  # which takes as long as the copy
 
-    def put(file: str) -> tuple[Tensor, str]:
-        return write(new / file, packed[file], form, blobs, threads)
+        hashers = {file: blake3(max_threads=threads) for file in packed}
+
+    def put(file: str) -> Tensor:
+        return write(new / file, packed[file], form, blobs, threads, hashers.get(file))
 
     with ThreadPoolExecutor(cores()) as pool:
-        written = dict(zip(packed, pool.map(put, packed), strict=True))
+        made = dict(zip(packed, pool.map(put, packed), strict=True))
     for name, data in content.small.items():
         (new / name).write_bytes(data)
-        written[name] = Tensor("uint8", (len(data),), digest(data)), _blake3(new / name)
-    made = {name: tensor for name, (tensor, _) in written.items()}
+        made[name] = Tensor("uint8", (len(data),), digest(data))
     blobs.meter.read += sum(tensor.nbytes for shard in packed.values() for _, tensor, _ in shard)
     blobs.meter.written += sum(tensor.nbytes for tensor in made.values())
-    return made, _table({name: blake3 for name, (_, blake3) in written.items()})
+    known = {file: hasher.hexdigest() for file, hasher in hashers.items()}
+    return made, _table(new, made, known) if strong else None
 
 
-def _table(names: dict[str, str]) -> str:
-    """Return the BLAKE3 of a table of files' names and BLAKE3s."""
+def _table(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> str:
+    """Return the BLAKE3 of a table of files' names and BLAKE3s, of which some are known."""
     from blake3 import blake3
 
-    return str(blake3(canonical(names)).hexdigest())
+    def of(path: Path) -> str:
+        return str(blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest())
 
-
-def _blake3(path: Path) -> str:
-    from blake3 import blake3
-
-    return str(blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest())
+    table = {name: known.get(name) or of(folder / name) for name in names}
+    return str(blake3(canonical(table)).hexdigest())
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
 from struct import pack
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import xxhash
 
@@ -66,14 +66,26 @@ class Piece(NamedTuple):
         return _length(self.run)
 
 
-def write(
-    path: Path, shard: Sequence[Packed], form: str, blobs: Blobs, threads: int
-) -> tuple[Tensor, str]:
-    """Write a weight file; return it as a tensor of bytes, and its BLAKE3.
+class Hasher(Protocol):
+    """What digests the bytes that it is given one after the other."""
 
-    Both are of what was read back, so that they vouch for the file and not for the blobs; and so
-    each blob is checked. One thread copies, since two that write to one file wait for each other in
-    the kernel; this one reads behind it, and is the faster, whatever it works out.
+    def update(self, data: memoryview, /) -> Any:
+        """Take more bytes."""
+
+
+def write(
+    path: Path,
+    shard: Sequence[Packed],
+    form: str,
+    blobs: Blobs,
+    threads: int,
+    also: Hasher | None = None,
+) -> Tensor:
+    """Write a weight file, and return it as a tensor of bytes.
+
+    Its digest is of what was read back, so that it vouches for the file and not for the blobs; and
+    so each blob is checked. One thread copies, since two that write to one file wait for each other
+    in the kernel; this one reads behind it.
 
     Args:
         path: the file.
@@ -81,13 +93,12 @@ def write(
         form: ``safetensors`` or ``npz``.
         blobs: the store.
         threads: how many may work out checksums.
+        also: is given the file's bytes as well.
 
     Raises:
         BlobLost: a tensor's bytes are not those of its digest.
     """
-    from blake3 import blake3  # only where something is packed
-
-    whole, strong = xxhash.xxh3_128(), blake3(max_threads=threads)
+    whole = xxhash.xxh3_128()
     buffer = memoryview(bytearray(COPY_BYTES))
     with (
         path.open("w+b", buffering=0) as file,
@@ -103,14 +114,16 @@ def write(
                     job.result()
                     data = buffer[: piece.length]
                     blobs.read_into([Part(str(path), piece.at, piece.length, None)], data)
-                    for each in (state, whole, strong):
-                        each.update(data)
+                    state.update(data)
+                    whole.update(data)
+                    if also:
+                        also.update(data)
                 if packed and state.hexdigest() != packed.tensor.digest:
                     raise BlobLost(packed.tensor.digest, f"{packed.name} has other bytes there")
         finally:
             copier.shutdown(cancel_futures=True)
         size = file.seek(0, os.SEEK_END)
-    return Tensor("uint8", (size,), whole.hexdigest()), strong.hexdigest()
+    return Tensor("uint8", (size,), whole.hexdigest())
 
 
 def _ahead(each: Iterator[T]) -> Iterator[T]:
