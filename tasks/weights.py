@@ -189,20 +189,26 @@ def _safetensors(
     shard: Sequence[Packed], _blobs: Blobs, _pool: ThreadPoolExecutor
 ) -> Iterator[bytes | Packed]:
     """Lay out a safetensors file (https://github.com/huggingface/safetensors)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    raw = f"{{{','.join(_safetensors_entries(shard))}}}".encode()
+    raw += b" " * (-len(raw) % 8)  # so that tensors begin on a multiple of 8
+    yield len(raw).to_bytes(8, "little") + raw
+    yield from shard
+
+
+def _safetensors_entries(shard: Sequence[Packed]) -> Iterator[str]:
+    """Yield the header's entries, JSON each: a dictionary of them all takes five times the room."""
+    dumps = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+    yield '"__metadata__":{"format":"mlx"}'
     offset = 0
     for name, tensor, _ in shard:
         end = offset + tensor.nbytes
-        header[name] = {
+        entry = {
             "dtype": SAFETENSORS_DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
+        yield f"{dumps(name)}:{dumps(entry)}"
         offset = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)  # so that tensors begin on a multiple of 8
-    yield len(raw).to_bytes(8, "little") + raw
-    yield from shard
 
 
 def _npz(
