@@ -18,17 +18,16 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import xxhash
 
 from cache import files
-from cache.digest import canonical, digest_file, digest_parts
+from cache.digest import CHUNK_BYTES, canonical, digest_file, digest_parts
 from cache.errors import BlobLost, FileChanged
 from cache.files import Stamp
-
-_CHUNK = 2 << 20  # bytes read at once where a buffer is ours to choose
 
 
 class Part(NamedTuple):
@@ -230,15 +229,30 @@ class Blobs:
                 raise FileChanged(part.path)
             done += count
 
-    def chunks(self, parts: Sequence[Part]) -> Iterator[memoryview]:
-        """Yield the bytes of ``parts`` in pieces; each is valid until the next is asked for."""
-        buffer = memoryview(bytearray(min(_CHUNK, max((p.length for p in parts), default=0))))
+    def chunks(
+        self, parts: Sequence[Part], buffers: Iterator[memoryview] | None = None
+    ) -> Iterator[memoryview]:
+        """Yield the bytes of ``parts`` in pieces.
+
+        Args:
+            parts: the runs of bytes.
+            buffers: what each piece is read into, in turn. Without them a piece is valid until the
+                next is asked for.
+
+        Raises:
+            FileChanged: as ``read_into`` does.
+        """
+        if buffers is None:
+            size = min(CHUNK_BYTES, max((part.length for part in parts), default=0))
+            buffers = repeat(memoryview(bytearray(size)))
         for part in parts:
-            for start in range(0, part.length, _CHUNK):
-                length = min(_CHUNK, part.length - start)
-                piece = part._replace(offset=part.offset + start, length=length)
-                self.read_into([piece], buffer[:length])
-                yield buffer[:length]
+            start = 0
+            while start < part.length:
+                buffer = next(buffers)[: part.length - start]
+                piece = part._replace(offset=part.offset + start, length=len(buffer))
+                self.read_into([piece], buffer)
+                yield buffer
+                start += len(buffer)
 
     def _reference(self, digest: str) -> Path:
         path = self.path(digest)
