@@ -119,17 +119,22 @@ def slice_parts(parts: Sequence[Part], start: int, stop: int) -> list[Part]:
     return found
 
 
-def view(array: mx.array) -> memoryview:
-    """Return the bytes of an array, row-major, little-endian.
+def flat(array: mx.array) -> mx.array:
+    """Return an array's bytes, row-major, little-endian, not evaluated yet: (bytes,), uint8.
 
     On the current stream, which had better be the one that the array is made on: another device's
     would move it page by page.
     """
+    return mx.contiguous(array).reshape(-1).view(mx.uint8)
+
+
+def view(array: mx.array) -> memoryview:
+    """Evaluate an array, and return its bytes as ``flat`` does."""
     if not array.size:
         return memoryview(b"")
-    flat = mx.contiguous(array).reshape(-1).view(mx.uint8)
-    mx.eval(flat)
-    return memoryview(cast(bytes, flat))
+    found = flat(array)
+    mx.eval(found)
+    return memoryview(cast(bytes, found))
 
 
 def dtype_name(array: mx.array) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -248,7 +248,7 @@ def _quantize_rows(
     device = "cpu" if backend == "cpu" else "gpu"
     names = PARTS[: 3 if setting.mode == "affine" else 2]
     finite = True
-    shapes: dict[str, tuple[str, int]] = {}
+    shapes: list[tuple[str, int]] = []
     with ExitStack() as stack:
         packed_bytes = prod(whole.shape) * setting.bits // 8
         writers = [stack.enter_context(builder.store.blobs.writing(packed_bytes)) for _ in names]
@@ -267,14 +267,15 @@ def _quantize_rows(
                     packed = quantize_wide(block, block.astype(mx.float32), setting)
                 else:
                     packed = quantize(block, **setting._asdict())
-                mx.eval(odd, packed)
-                for name, writer, array in zip(names, writers, packed, strict=True):
-                    writer.write(arrays.view(array))
-                    shapes[name] = (arrays.dtype_name(array), array.shape[-1])
+                flat = [arrays.flat(array) for array in packed]
+                mx.eval(odd, flat)  # at once: a GPU is waited for each time
+                for writer, array in zip(writers, flat, strict=True):
+                    writer.write(memoryview(cast(bytes, array)))
+                shapes = [(arrays.dtype_name(array), array.shape[-1]) for array in packed]
             finite = finite and not odd.item()
     return {
-        name: Tensor(shapes[name][0], (*whole.shape[:-1], shapes[name][1]), writer.digest)
-        for name, writer in zip(names, writers, strict=True)
+        name: Tensor(dtype, (*whole.shape[:-1], columns), writer.digest)
+        for name, (dtype, columns), writer in zip(names, shapes, writers, strict=True)
     }, finite
 
 

@@ -8,3 +8,6 @@ from tasks import keys
 for table, known in (("cache", keys.CACHE), ("build", keys.BUILD)):
     for key in known:
         os.environ.pop(keys.variable(table, key), None)
+
+for name in ("COLUMNS", "LINES"):  # of the terminal that pytest is started from
+    os.environ.pop(name, None)
