@@ -24,7 +24,7 @@ from tasks.build import cores
 from tasks.command_line import Command
 from tasks.config import Config
 from tasks.errors import BuildError, ConfigError
-from tasks.words import size
+from tasks.words import plural, size
 
 FAILED = 1  # exit status, as doit's own when a task fails
 
@@ -214,12 +214,10 @@ def push(read: Config, _options: Mapping[str, Any]) -> int:
         raise ConfigError('[cache] mode is "read-only": nothing is written to the remote')
     exchanged = exchange.push(built.builder, sharing, built.plans.values())
     pushed = sharing.remote.finish()
+    uploaded = f"{plural(pushed.objects, 'object')} uploaded, {size(pushed.bytes)}"
     if not sharing.remote.writable:
-        return _given_up(sharing, f"{pushed.objects} objects of {size(pushed.bytes)} were uploaded")
-    print(
-        f"{sharing.remote.name}: {exchanged.results} results are there, {pushed.objects} objects "
-        f"of {size(pushed.bytes)} were not yet"
-    )
+        return _given_up(sharing, uploaded)
+    print(f"{sharing.remote.name}: {plural(exchanged.results, 'result')} there now, {uploaded}")
     return _missing(exchanged, "not built here, or not in the cache any more")
 
 
@@ -227,10 +225,11 @@ def pull(read: Config, _options: Mapping[str, Any]) -> int:
     """Fetch all that the remote has of the targets of models.toml."""
     built, sharing = _shared(read)
     exchanged = exchange.pull(built.builder, sharing, built.plans.values())
-    fetched = size(sharing.remote.fetched_bytes)
+    here = plural(exchanged.results, "result")
+    fetched = f"{here} here, {size(sharing.remote.fetched_bytes)} fetched"
     if not sharing.remote.readable:
-        return _given_up(sharing, f"{fetched} were fetched, {exchanged.results} results are here")
-    print(f"{sharing.remote.name}: {exchanged.results} results are here, {fetched} fetched")
+        return _given_up(sharing, fetched)
+    print(f"{sharing.remote.name}: {fetched}")
     return _missing(exchanged, "in neither place: doit makes them")
 
 
@@ -254,7 +253,7 @@ def _given_up(sharing: Sharing, done: str) -> int:
 
 def _missing(exchanged: exchange.Exchanged, why: str) -> int:
     if exchanged.missing:
-        print(f"{exchanged.missing} results are {why}")
+        print(f"{plural(exchanged.missing, 'result')} {why}")
     return 0
 
 

@@ -19,6 +19,7 @@ from tasks.errors import ConfigError
 from tasks.keys import MODES
 from tasks.model import Model, Module
 from tasks.rows import Rows
+from tasks.words import plural
 
 if TYPE_CHECKING:
     from tasks.build import Builder, Made
@@ -127,8 +128,8 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
             "'*' matches any run of characters."
         )
     notes = [
-        f"{len(paths)} modules stay unquantized: their last axis, {width}, is not a multiple of "
-        f"the group size, {size} ({', '.join(paths[:3])}{', …' if len(paths) > 3 else ''})"
+        f"{plural(len(paths), 'module')} left unquantized: a last axis of {width} is no multiple "
+        f"of the group size, {size} ({', '.join(paths[:3])}{', …' if len(paths) > 3 else ''})"
         for (width, size), paths in narrow.items()
     ]
     if not settings and not notes:

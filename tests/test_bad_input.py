@@ -1088,7 +1088,7 @@ def test_modules_that_stay_are_said_once(project: Project) -> None:
     project.says(MODEL.replace("llama", "llama-odd") + "quantize = { bits = 4 }")
     said = output(doit(project.folder))
     (note,) = [line for line in said.splitlines() if "unquantized" in line]
-    assert note.startswith("note: a: 12 modules stay unquantized: their last axis, 80, is not a ")
+    assert note.startswith("note: a: 12 modules left unquantized: a last axis of 80 is no ")
     assert "(model.embed_tokens, model.layers.0.self_attn.q_proj, " in note
     assert "unquantized" not in output(doit(project.folder))
 

@@ -294,7 +294,7 @@ def test_a_rule_s_mode_brings_its_group_size(tmp_path: Path) -> None:
     assert [path for path, value in found.items() if value == NVFP4] == [
         f"model.layers.{i}.self_attn.q_proj" for i in range(2)
     ]
-    assert "note: a: 10 modules stay unquantized: their last axis, 80, " in said
+    assert "note: a: 10 modules left unquantized: a last axis of 80 " in said
 
 
 def test_a_rule_s_mode_may_have_a_group_size_too_large(tmp_path: Path) -> None:
@@ -309,4 +309,4 @@ def test_a_rule_s_mode_may_have_a_group_size_too_large(tmp_path: Path) -> None:
         '{ match = "*.embed_tokens", skip = true }] }',
     )
     assert [path for path in found if path.endswith("q_proj")] == []
-    assert "note: a: 2 modules stay unquantized: their last axis, 80, " in said
+    assert "note: a: 2 modules left unquantized: a last axis of 80 " in said

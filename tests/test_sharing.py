@@ -310,7 +310,7 @@ def test_push_to_a_remote_that_takes_nothing(tmp_path: Path) -> None:
     one.environ = {REMOTE: f"http://127.0.0.1:{servers.free_port()}/store"}
     done = one.doit("cache", "push", expect=1)
     assert len(warnings(done)) == 1
-    assert "results are there" not in done.stdout
+    assert "there now" not in done.stdout
     assert "given up" in done.stderr
 
 
@@ -449,7 +449,7 @@ def test_push_again(tmp_path: Path, server: servers.Faulty) -> None:
     one.environ = at(server)
     one.doit("cache", "push")
     server.requests.clear()
-    assert "0 objects of 0 B were not yet" in one.doit("cache", "push").stdout
+    assert "0 objects uploaded, 0 B" in one.doit("cache", "push").stdout
     assert {request.method for request in server.requests} <= {"GET", "HEAD"}
     one.doit("report", **{MODE: "off"})
     done = one.doit("cache", "push").stdout
