@@ -18,7 +18,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import repeat
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -229,30 +228,15 @@ class Blobs:
                 raise FileChanged(part.path)
             done += count
 
-    def chunks(
-        self, parts: Sequence[Part], buffers: Iterator[memoryview] | None = None
-    ) -> Iterator[memoryview]:
-        """Yield the bytes of ``parts`` in pieces.
-
-        Args:
-            parts: the runs of bytes.
-            buffers: what each piece is read into, in turn. Without them a piece is valid until the
-                next is asked for.
-
-        Raises:
-            FileChanged: as ``read_into`` does.
-        """
-        if buffers is None:
-            size = min(CHUNK_BYTES, max((part.length for part in parts), default=0))
-            buffers = repeat(memoryview(bytearray(size)))
+    def chunks(self, parts: Sequence[Part]) -> Iterator[memoryview]:
+        """Yield the bytes of ``parts`` in pieces; each is valid until the next is asked for."""
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, max((p.length for p in parts), default=0))))
         for part in parts:
-            start = 0
-            while start < part.length:
-                buffer = next(buffers)[: part.length - start]
-                piece = part._replace(offset=part.offset + start, length=len(buffer))
-                self.read_into([piece], buffer)
-                yield buffer
-                start += len(buffer)
+            for start in range(0, part.length, CHUNK_BYTES):
+                length = min(CHUNK_BYTES, part.length - start)
+                piece = part._replace(offset=part.offset + start, length=length)
+                self.read_into([piece], buffer[:length])
+                yield buffer[:length]
 
     def _reference(self, digest: str) -> Path:
         path = self.path(digest)
