@@ -8,8 +8,8 @@ What it does is told, as JSON, by the environment variable MLX_MAKE_TEST_HOOK:
     {"full": [COUNT, NAME]}             from then on events of that name meet a full disk; of
                                         "open", those that may make a file
     {"free": BYTES}                     what shutil.disk_usage says is free
-    {"hold": [PART, MARK, FILE]}        at the first event whose path has PART: make MARK, then wait
-                                        until FILE exists
+    {"hold": [PART, MARK, FILE]}        at an event whose path has PART: make MARK, then wait until
+                                        FILE exists, in each thread that comes there
     {"meet": [PART, SECONDS]}           two threads of tasks that open paths with PART first meet
 
 It sees what goes through Python, not what a library in C opens by itself.
@@ -36,7 +36,6 @@ def _install(told):
     count = 0
     inside = threading.local()
     lock = threading.Lock()
-    held = threading.Event()
     meeting = threading.Barrier(2)
 
     def kill(number):
@@ -51,9 +50,8 @@ def _install(told):
 
     def hold(path):
         part, mark, file = told["hold"]
-        if part not in path or held.is_set():
+        if part not in path or os.path.exists(file):
             return
-        held.set()
         open(mark, "w").close()
         end = time.monotonic() + WAIT_SECONDS
         while not os.path.exists(file) and time.monotonic() < end:
