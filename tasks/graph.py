@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cache.store import Store
 from tasks import config, extract, options, pack, reasons
 from tasks.build import Builder, Memory, machine_memory, threads
 from tasks.config import BUILD, STATE
+from tasks.early import Early
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
 from tasks.lock import Built, Lock
@@ -44,12 +45,14 @@ class Graph:
         builder: runs the tasks.
         plans: by target.
         lock: models.lock.
+        early: packs behind the tasks.
     """
 
     folder: Path
     builder: Builder
     plans: dict[str, Plan]
     lock: Lock
+    early: Early = field(default_factory=Early)
 
     def stage(self, stage: str) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""
@@ -98,6 +101,9 @@ class Graph:
             if node.stage == "extract":
                 made["look"] = extract.look(node)
                 self.lock.check_layer(self.builder.store, found, manifest.tensors)
+            if node.stage == "quantize" and _packs(node.target):
+                strong = self.lock.is_strong(self.builder, found)
+                self.early.layer(self.builder, found, self._folder(found), manifest, strong=strong)
             return {**made, "left": [*files.Stamp.of(path), digest_file(Path(path))]}
 
         return {
@@ -113,7 +119,7 @@ class Graph:
         }
 
     def _pack_task(self, target: str, found: Plan) -> dict[str, Any]:
-        folder = self.folder / BUILD / target
+        folder = self._folder(found)
         manifest_path = self.builder.packed_path(target)
         last = found.stages["quantize"]
         layout = LAYOUTS[found.target.layout]
@@ -138,10 +144,10 @@ class Graph:
                 built.append(now)
                 notes.extend(more)
 
-            with self.builder.store.lock.using():
+            with self.builder.store.lock.using(), self.early.taken(target) as begun:
                 source = self.lock.check_source(self.builder, found, plans)
                 made = pack.run(
-                    self.builder, found, folder, manifest_path, why, check, accept,
+                    self.builder, found, folder, manifest_path, why, check, accept, begun,
                     strong=self.lock.is_strong(self.builder, found),
                 )  # fmt: skip
             self.lock.update(found, source, built[-1], plans)
@@ -175,9 +181,12 @@ class Graph:
             "meta": {"plan": found, "told": told},
         }
 
+    def _folder(self, found: Plan) -> Path:
+        return self.folder / BUILD / found.target.name
+
     def _not_packed(self, found: Plan, values: Mapping[str, Any]) -> list[Reason]:
         """Say how a target's folder and its lines in models.lock are not as they were left."""
-        folder = str(self.folder / BUILD / found.target.name)
+        folder = str(self._folder(found))
         if not pack.intact(folder, values.get("outputs") or {}):
             return [Reason(f"{folder} {NOT_LEFT}")]
         if self.lock.state(found) != values.get("locked", ""):
@@ -286,7 +295,9 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
     run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
     memory = Memory(read.memory_bytes or machine_memory() // 2)
     log = Log(state / "log.jsonl")
-    return Graph(folder, Builder(store, state, log, run_id, read.keep, memory), plans, lock)
+    found = Graph(folder, Builder(store, state, log, run_id, read.keep, memory), plans, lock)
+    options.at_end.append(found.early.stop)
+    return found
 
 
 def _store(read: config.Config) -> Store:
@@ -343,6 +354,11 @@ def _told(error: OSError) -> str:
         f"{where}{error.strerror or error}. Mend that and run doit again: what is already built "
         "is kept."
     )
+
+
+def _packs(target: str) -> bool:
+    """Tell whether a run will surely pack a target."""
+    return not options.asked or not {"pack", f"pack:{target}"}.isdisjoint(options.asked)
 
 
 def _remove(folder: Path, manifest_path: Path) -> None:

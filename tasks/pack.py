@@ -10,11 +10,13 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache import files
 from cache.actions import Hit
+from cache.blobs import Part
 from cache.digest import canonical, digest, digest_file, digest_record
 from cache.errors import BlobLost
 from cache.files import Stamp
@@ -25,7 +27,11 @@ from tasks.layouts import LAYOUTS
 from tasks.plan import Needed, Plan
 from tasks.weights import Packed, write
 
+if TYPE_CHECKING:
+    from tasks.early import Begun
+
 VERSION = 1
+Filled = tuple[dict[str, Tensor], str | None]  # files as tensors of bytes, their table's BLAKE3
 
 
 def shards(
@@ -92,10 +98,14 @@ class Content:
         return cls(Action("pack", VERSION, params, inputs), weights, small)
 
     @property
+    def weights_nbytes(self) -> int:
+        """Size of the tensors."""
+        return sum(tensor.nbytes for shard in self.weights.values() for _, tensor in shard)
+
+    @property
     def nbytes(self) -> int:
         """Size, but for the weight files' headers."""
-        tensors = sum(tensor.nbytes for shard in self.weights.values() for _, tensor in shard)
-        return tensors + sum(map(len, self.small.values()))
+        return self.weights_nbytes + sum(map(len, self.small.values()))
 
 
 def run(
@@ -106,6 +116,7 @@ def run(
     why: str,
     check: Callable[[Action], None],
     accept: Callable[[Manifest, str | None], None],
+    begun: Begun | None,
     *,
     strong: bool,
 ) -> Manifest:
@@ -123,6 +134,7 @@ def run(
         check: refuses what must not be written.
         accept: refuses what must not take the folder's place; given the BLAKE3, too, of the table
             of the files' names and BLAKE3s.
+        begun: what was written of it already, if anything.
         strong: whether that BLAKE3 is wanted; else None is given.
 
     Raises:
@@ -145,7 +157,9 @@ def run(
             if folder.exists() and not manifest_path.exists():
                 _refuse_to_replace(folder)
             told = tuple(dict.fromkeys(notes))
-            result = _write(builder, plan, needed, folder, content, told, accept, strong=strong)
+            result = _write(
+                builder, plan, needed, folder, content, told, accept, begun, strong=strong
+            )
             builder.store.actions.put(result)
             known = isinstance(found, Hit) and found.manifest.tensors == result.tensors
             if builder.store.sharing and not known:
@@ -217,6 +231,23 @@ def _holds(folder: Path, tensors: dict[str, Tensor]) -> bool:
     )
 
 
+def beside(folder: Path) -> Path:
+    """Return where the new folder is written that will take the place of build/TARGET."""
+    return folder.with_name(f"{files.TEMPORARY}{folder.name}")
+
+
+def make_room(new: Path, need: int) -> None:
+    """Make a folder, empty, to be filled with ``need`` bytes.
+
+    Raises:
+        NoRoom: the disk cannot take them.
+    """
+    new.parent.mkdir(parents=True, exist_ok=True)
+    files.remove(new)  # of a build that was cut off
+    files.room(new.parent, need)
+    new.mkdir()
+
+
 def _write(
     builder: Builder,
     plan: Plan,
@@ -225,25 +256,29 @@ def _write(
     content: Content,
     notes: tuple[str, ...],
     accept: Callable[[Manifest, str | None], None],
+    begun: Begun | None,
     *,
     strong: bool,
 ) -> Manifest:
     """Write the folder anew."""
     need = content.nbytes
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f"{files.TEMPORARY}{folder.name}")
-    shutil.rmtree(new, ignore_errors=True)  # of a build that was cut off
-    files.room(folder.parent, need)
-    new.mkdir()
+    new = beside(folder)
     try:
-        try:
-            made, blake3 = _fill(builder, plan, needed, new, content, strong=strong)
-        # Lost, or corrupt and perhaps not the only one, or another thread found it so and dropped
-        # it; it is made again.
-        except (BlobLost, FileNotFoundError):
-            for _, tensor in needed.values():
-                builder.store.blobs.drop_if_wrong(tensor.digest)
-            made, blake3 = _fill(builder, plan, needed, new, content, strong=strong)
+        filled = begun.finish(content) if begun else None
+        if filled is None:
+            make_room(new, need)
+            try:
+                filled = _fill(builder, plan, needed, new, content, strong=strong)
+            # Lost, or corrupt and perhaps not the only one, or another thread found it so and
+            # dropped it; it is made again.
+            except (BlobLost, FileNotFoundError):
+                for _, tensor in needed.values():
+                    builder.store.blobs.drop_if_wrong(tensor.digest)
+                filled = _fill(builder, plan, needed, new, content, strong=strong)
+        made, blake3 = filled
+        meter = builder.store.blobs.meter
+        meter.read += content.weights_nbytes
+        meter.written += sum(tensor.nbytes for tensor in made.values())
         result = Manifest(content.action, made, notes)
         accept(result, blake3)
         _exchange(new, folder)
@@ -252,25 +287,46 @@ def _write(
             raise files.no_room(folder.parent, need) from error
         raise
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        files.remove(new)
     return result
 
 
 def _fill(
+    builder: Builder, plan: Plan, needed: Needed, new: Path, content: Content, *, strong: bool
+) -> Filled:
+    builder.fetch(plan, needed, needed)
+    found = {
+        name: (tensor.digest, builder.locate(plan, needed, name))
+        for name, (_, tensor) in needed.items()
+    }
+    return fill(builder, plan, new, content, found.__getitem__, strong=strong)
+
+
+def fill(
     builder: Builder,
     plan: Plan,
-    needed: Needed,
     new: Path,
     content: Content,
+    find: Callable[[str], tuple[str, Sequence[Part]]],
     *,
     strong: bool,
-) -> tuple[dict[str, Tensor], str | None]:
-    """Write the files; return them as tensors of bytes, and their table's BLAKE3 if wanted."""
+) -> Filled:
+    """Write the files; return them as tensors of bytes, and their table's BLAKE3 if wanted.
+
+    Args:
+        builder: has the store.
+        plan: the target.
+        new: the folder, empty.
+        content: the files.
+        find: waits for a tensor if it must, and returns its digest and where its bytes lie.
+        strong: whether the BLAKE3 is wanted.
+
+    Raises:
+        BlobLost: a tensor's bytes are not those of its digest.
+    """
     form = LAYOUTS[plan.target.layout].FORMAT
-    blobs = builder.store.blobs
-    builder.fetch(plan, needed, needed)
     packed = {
-        file: [Packed(name, tensor, builder.locate(plan, needed, name)) for name, tensor in shard]
+        file: [Packed(name, tensor, partial(find, name)) for name, tensor in shard]
         for file, shard in content.weights.items()
     }
     threads = max(1, cores() // len(packed))
@@ -281,6 +337,7 @@ def _fill(
         hashers = {file: blake3(max_threads=threads) for file in packed}
 
     def put(file: str) -> Tensor:
+        blobs = builder.store.blobs
         return write(new / file, packed[file], form, blobs, threads, hashers.get(file))
 
     with ThreadPoolExecutor(cores()) as pool:
@@ -288,8 +345,6 @@ def _fill(
     for name, data in content.small.items():
         (new / name).write_bytes(data)
         made[name] = Tensor("uint8", (len(data),), digest(data))
-    blobs.meter.read += sum(tensor.nbytes for shard in packed.values() for _, tensor, _ in shard)
-    blobs.meter.written += sum(tensor.nbytes for tensor in made.values())
     known = {file: hasher.hexdigest() for file, hasher in hashers.items()}
     return made, _table(new, made, known) if strong else None
 

@@ -31,7 +31,7 @@ from cache.errors import CacheError, NoRoom
 from cache.manifests import Manifest, ManifestError
 from tasks import options
 from tasks.command_line import INTERRUPTED, Command
-from tasks.config import STATE
+from tasks.config import BUILD, STATE
 from tasks.words import plural
 
 USAGE = """\
@@ -174,7 +174,11 @@ class Run(Command, DoitRun):  # type: ignore[misc]
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         cmd_run.TaskControl = Control  # doit looks the class up there, and has no hook for it
         with interruptible("layers that are done are kept; run doit again to go on"), alone():
-            status = int(super().execute(params, args))
+            try:
+                status = int(super().execute(params, args))
+            finally:
+                for end in options.at_end:
+                    end()
             _finish_uploads()
             return status
 
@@ -300,7 +304,10 @@ def _interrupt(*_: Any) -> NoReturn:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Hold the lock of the state beside models.toml; wait for whoever holds it, and say who."""
+    """Hold the lock of the state beside models.toml; wait for whoever holds it, and say who.
+
+    What builds that were killed left in build/ is removed then.
+    """
     models = Path(get_var("models", "models.toml"))
     if not models.exists():  # loading the tasks says so, and must leave no state behind
         yield
@@ -318,4 +325,6 @@ def alone() -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
+        for left in state.with_name(BUILD).glob(f"{files.TEMPORARY}*"):
+            files.remove(left)
         yield

@@ -40,11 +40,17 @@ T = TypeVar("T")
 
 
 class Packed(NamedTuple):
-    """One tensor of a weight file, and where its bytes lie."""
+    """One tensor of a weight file.
+
+    Attributes:
+        name: its name.
+        tensor: its dtype and shape.
+        find: waits for its bytes if it must, and returns their digest and where they lie.
+    """
 
     name: str
     tensor: Tensor
-    parts: Sequence[Part]
+    find: Callable[[], tuple[str, Sequence[Part]]]
 
 
 class Piece(NamedTuple):
@@ -118,8 +124,8 @@ def write(
                     whole.update(data)
                     if also:
                         also.update(data)
-                if packed and state.hexdigest() != packed.tensor.digest:
-                    raise BlobLost(packed.tensor.digest, f"{packed.name} has other bytes there")
+                if packed and state.hexdigest() != (digest := packed.find()[0]):
+                    raise BlobLost(digest, f"{packed.name} has other bytes there")
         finally:
             copier.shutdown(cancel_futures=True)
         size = file.seek(0, os.SEEK_END)
@@ -138,7 +144,7 @@ def _pieces(runs: Iterator[bytes | Packed]) -> Iterator[Piece]:
     at = 0
     for each in runs:
         packed = None if isinstance(each, bytes) else each
-        for run in [each] if isinstance(each, bytes) else each.parts:
+        for run in [each] if isinstance(each, bytes) else each.find()[1]:
             for start in range(0, _length(run), COPY_BYTES):
                 size = min(COPY_BYTES, _length(run) - start)
                 if isinstance(run, bytes):
@@ -222,13 +228,13 @@ def _npz(
 
     def check(packed: Packed) -> int:
         crc = zlib.crc32(_npy_header(packed.tensor))
-        for chunk in blobs.chunks(packed.parts):
+        for chunk in blobs.chunks(packed.find()[1]):
             crc = zlib.crc32(chunk, crc)
         return crc
 
     directory = []
     at = 0
-    for packed, crc in zip(shard, list(pool.map(check, shard)), strict=True):
+    for packed, crc in zip(shard, pool.map(check, shard), strict=True):
         name = f"{packed.name}.npy".encode()
         npy = _npy_header(packed.tensor)
         size = len(npy) + packed.tensor.nbytes

@@ -17,36 +17,12 @@ from pathlib import Path
 import pytest
 
 from front_door import REPOSITORY, doit, log
-from projects import FOUR_BIT, SOURCES, Project, contents, create, hooked, outcomes
+from projects import FOUR_BIT, SOURCES, Project, contents, create, outcomes
+from running import DEADLINE_SECONDS, start, temporary, wait_for
 
 # Everything from cast on is another's than FOUR_BIT's, and so is the layout of build/model.
 CHANGED = {"dtype": "bfloat16", "quantize": {"bits": 8}, "max_shard_size": "300kB"}
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -signal.SIGKILL}
-DEADLINE_SECONDS = 60
-
-
-def start(project: Project, *args: str, hook: dict | None = None) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "doit", *args, f"models={project.folder / 'models.toml'}"],
-        cwd=REPOSITORY,
-        env={**os.environ, **hooked(hook)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
-    """Wait until a condition holds or the process has ended."""
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < end, "nothing happens"
-        time.sleep(0.001)
-
-
-def temporary(folder: Path) -> list[str]:
-    """What is left of files that were being written."""
-    return [str(path.relative_to(folder)) for path in folder.rglob(".tmp-*")]
 
 
 def computed(entries: list[dict]) -> set[str]:

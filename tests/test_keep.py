@@ -179,7 +179,7 @@ def quantize_and_pack(project: Project) -> None:
     def nothing(*_) -> None:
         """Neither lock nor remote has a say."""
 
-    pack.run(found.builder, plan, folder, manifest, "test", nothing, nothing, strong=False)
+    pack.run(found.builder, plan, folder, manifest, "test", nothing, nothing, None, strong=False)
 
 
 def test_a_checkpoint_that_goes_while_it_is_needed(tmp_path: Path) -> None:

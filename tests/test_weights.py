@@ -28,7 +28,8 @@ def packed(blobs: Blobs, name: str, array: np.ndarray) -> weights.Packed:
     with blobs.writing() as writer:
         writer.write(memoryview(array.tobytes()))
     tensor = Tensor(str(array.dtype), array.shape, writer.digest)
-    return weights.Packed(name, tensor, blobs.locate(tensor.digest, tensor.nbytes))
+    found = tensor.digest, blobs.locate(tensor.digest, tensor.nbytes)
+    return weights.Packed(name, tensor, lambda: found)
 
 
 def arrays(told: list[tuple[str, list[int]]]) -> dict[str, np.ndarray]:
@@ -122,7 +123,8 @@ def test_a_file_that_changes_after_it_was_found(tmp_path: Path, change: str) -> 
     blobs.refer(digest(b"a" * 1000), [part])
     found = blobs.locate(digest(b"a" * 1000), 1000)
     checkpoint.write_bytes(b"b" * (1000 if change == "overwritten" else 10))
-    packed = weights.Packed("w", Tensor("uint8", (1000,), digest(b"a" * 1000)), found)
+    tensor = Tensor("uint8", (1000,), "")
+    packed = weights.Packed("w", tensor, lambda: (digest(b"a" * 1000), found))
     with pytest.raises(FileChanged, match="changed while it was read"):
         blobs.read_into(found, memoryview(bytearray(1000)))
     with pytest.raises(FileChanged, match="changed while it was read"):

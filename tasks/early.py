@@ -1,0 +1,153 @@
+"""early: a target's weight files are begun while its layers are still made.
+
+Packing copies, and two threads that write to one file wait for each other in the kernel: where a
+GPU quantizes, that takes half as long as all layers do, and can be done behind them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cache import files
+from cache.blobs import Part
+from cache.manifests import Manifest, Tensor
+from tasks import pack, sizes
+from tasks.build import Builder
+from tasks.plan import Plan
+
+
+class Stopped(Exception):
+    """What is being written is not wanted any more."""
+
+
+class Begun:
+    """What packing would write beside build/TARGET, written by a thread as layers become ready.
+
+    Nobody hears of its errors: packing does anew what it did not end, and meets them itself.
+    """
+
+    def __init__(self, builder: Builder, plan: Plan, folder: Path, *, strong: bool) -> None:
+        """Begin.
+
+        Args:
+            builder: has the store.
+            plan: the target.
+            folder: build/TARGET.
+            strong: whether the BLAKE3 of the files is wanted.
+        """
+        self.target = plan.target.name
+        self._new = pack.beside(folder)
+        self._blobs = builder.store.blobs
+        self._tensors: dict[str, Tensor] = {}
+        self._changed = threading.Condition()
+        self._over = False
+        self._result: tuple[pack.Content, pack.Filled] | None = None
+
+        def write() -> None:
+            outline = {
+                name: (node, tensor)
+                for node in plan.stages["quantize"]
+                for name, tensor in sizes.made(node).items()
+            }
+            content = pack.Content.of(builder, plan, outline)
+            # Twice, since the layers take as much, and must not fail for this.
+            pack.make_room(self._new, 2 * content.nbytes)
+            self._result = (
+                content,
+                pack.fill(builder, plan, self._new, content, self._find, strong=strong),
+            )
+
+        def run() -> None:
+            with suppress(Exception):
+                write()
+
+        self._thread = threading.Thread(target=run, name="early", daemon=True)
+        self._thread.start()
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what a layer has become. What came first stays: it may be written already."""
+        with self._changed:
+            self._tensors = tensors | self._tensors
+            self._changed.notify_all()
+
+    def finish(self, content: pack.Content) -> pack.Filled | None:
+        """Return what was written once it is all there, or None if it is not ``content``."""
+        tensors = {name: tensor for shard in content.weights.values() for name, tensor in shard}
+        if self._tensors.items() <= tensors.items():
+            self.add(tensors)
+            self._thread.join()
+            if self._result and _alike(self._result[0], content):
+                return self._result[1]
+        self._end()
+        return None
+
+    def stop(self) -> None:
+        """Stop, and remove what was written; what packing took over is elsewhere by now."""
+        self._end()
+        files.remove(self._new)
+
+    def _end(self) -> None:
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _find(self, name: str) -> tuple[str, Sequence[Part]]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or name in self._tensors)
+            if self._over:
+                raise Stopped
+            tensor = self._tensors[name]
+        return tensor.digest, self._blobs.locate(tensor.digest, tensor.nbytes)
+
+
+class Early:
+    """Begins to pack one target at a time: the first of which a layer is made."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun: Begun | None = None
+
+    def layer(
+        self, builder: Builder, plan: Plan, folder: Path, manifest: Manifest, *, strong: bool
+    ) -> None:
+        """Take note of a quantized layer of a target that will be packed."""
+        with self._lock:
+            if self._begun is None:
+                self._begun = Begun(builder, plan, folder, strong=strong)
+            if self._begun.target == plan.target.name:
+                self._begun.add(manifest.tensors)
+
+    @contextmanager
+    def taken(self, target: str) -> Iterator[Begun | None]:
+        """Give what was begun of a target, if it was; it ends with the block."""
+        with self._lock:
+            begun = self._begun if self._begun and self._begun.target == target else None
+        try:
+            yield begun
+        finally:
+            if begun:
+                begun.stop()
+                with self._lock:
+                    self._begun = None
+
+    def stop(self) -> None:
+        """Stop what nobody took: its target failed."""
+        if self._begun:
+            self._begun.stop()
+
+
+def _alike(one: pack.Content, other: pack.Content) -> bool:
+    """Tell whether two contents are the same, but for the tensors' digests."""
+
+    def form(content: pack.Content) -> dict[str, list[Any]]:
+        return {
+            file: [(name, tensor.dtype, tensor.shape) for name, tensor in shard]
+            for file, shard in content.weights.items()
+        }
+
+    return form(one) == form(other) and one.small == other.small
