@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cache import files
 from cache.blobs import Part
+from cache.errors import BlobLost
 from cache.manifests import Manifest, Tensor
 from tasks import pack, sizes
 from tasks.build import Builder
@@ -27,7 +28,8 @@ class Stopped(Exception):
 class Begun:
     """What packing would write beside build/TARGET, written by a thread as layers become ready.
 
-    Nobody hears of its errors: packing does anew what it did not end, and meets them itself.
+    Nobody hears of its errors: packing does anew what it did not end, and meets them itself. So it
+    holds no lock of the store between tasks: what is collected meanwhile is found to be lost.
     """
 
     def __init__(self, builder: Builder, plan: Plan, folder: Path, *, strong: bool) -> None:
@@ -54,16 +56,19 @@ class Begun:
                 for name, tensor in sizes.made(node).items()
             }
             content = pack.Content.of(builder, plan, outline)
-            # Twice, since the layers take as much, and must not fail for this.
-            pack.make_room(self._new, 2 * content.nbytes)
+            nodes = [node for stage in plan.stages.values() for node in stage]
+            layers = sum(sizes.moved(builder, plan, node).written for node in nodes)
+            pack.make_room(self._new, content.nbytes + layers)  # no layer is to fail for this
             self._result = (
                 content,
                 pack.fill(builder, plan, self._new, content, self._find, strong=strong),
             )
 
         def run() -> None:
-            with suppress(Exception):
+            try:
                 write()
+            except Exception:
+                files.remove(self._new)
 
         self._thread = threading.Thread(target=run, name="early", daemon=True)
         self._thread.start()
@@ -78,23 +83,25 @@ class Begun:
         """Return what was written once it is all there, or None if it is not ``content``."""
         tensors = {name: tensor for shard in content.weights.values() for name, tensor in shard}
         if self._tensors.items() <= tensors.items():
-            self.add(tensors)
+            self.add(tensors)  # of layers that did not run, too
             self._thread.join()
             if self._result and _alike(self._result[0], content):
                 return self._result[1]
-        self._end()
+        self.abandon()
+        self._thread.join()
         return None
 
-    def stop(self) -> None:
-        """Stop, and remove what was written; what packing took over is elsewhere by now."""
-        self._end()
-        files.remove(self._new)
-
-    def _end(self) -> None:
+    def abandon(self) -> None:
+        """Have it stop before long; wait for nothing."""
         with self._changed:
             self._over = True
             self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Stop, and remove what was written; what packing took over is elsewhere by now."""
+        self.abandon()
         self._thread.join()
+        files.remove(self._new)
 
     def _find(self, name: str) -> tuple[str, Sequence[Part]]:
         with self._changed:
@@ -102,7 +109,11 @@ class Begun:
             if self._over:
                 raise Stopped
             tensor = self._tensors[name]
-        return tensor.digest, self._blobs.locate(tensor.digest, tensor.nbytes)
+        try:
+            return tensor.digest, self._blobs.locate(tensor.digest, tensor.nbytes)
+        except BlobLost:  # or never here, where a remote has it
+            self.abandon()  # the other files too
+            raise
 
 
 class Early:
@@ -111,15 +122,16 @@ class Early:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._begun: Begun | None = None
+        self._over = False
 
     def layer(
         self, builder: Builder, plan: Plan, folder: Path, manifest: Manifest, *, strong: bool
     ) -> None:
         """Take note of a quantized layer of a target that will be packed."""
         with self._lock:
-            if self._begun is None:
+            if self._begun is None and not self._over:
                 self._begun = Begun(builder, plan, folder, strong=strong)
-            if self._begun.target == plan.target.name:
+            if self._begun and self._begun.target == plan.target.name:
                 self._begun.add(manifest.tensors)
 
     @contextmanager
@@ -135,8 +147,15 @@ class Early:
                 with self._lock:
                     self._begun = None
 
+    def abandon(self) -> None:
+        """Have all stop before long. Tasks may still be at work, so that no file is touched."""
+        with self._lock:
+            self._over = True
+            if self._begun:
+                self._begun.abandon()
+
     def stop(self) -> None:
-        """Stop what nobody took: its target failed."""
+        """Stop, when all tasks have ended, what none of them took."""
         if self._begun:
             self._begun.stop()
 

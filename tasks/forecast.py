@@ -486,7 +486,7 @@ class Forecast:
 def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
     """Return how many seconds steps will take, by earlier ones; None if too little is known.
 
-    Layers run in threads at once, packing comes after.
+    Layers run in threads at once, packing comes after, or meanwhile, and then takes no time.
     """
     seconds: defaultdict[tuple[str, bool], float] = defaultdict(
         float

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
     memory = Memory(read.memory_bytes or machine_memory() // 2)
     log = Log(state / "log.jsonl")
     found = Graph(folder, Builder(store, state, log, run_id, read.keep, memory), plans, lock)
-    options.at_end.append(found.early.stop)
+    options.early = found.early
     return found
 
 
@@ -357,8 +358,9 @@ def _told(error: OSError) -> str:
 
 
 def _packs(target: str) -> bool:
-    """Tell whether a run will surely pack a target."""
-    return not options.asked or not {"pack", f"pack:{target}"}.isdisjoint(options.asked)
+    """Tell whether a run means to pack a target."""
+    task = f"pack:{target}"
+    return not options.asked or any(n == "pack" or fnmatch(task, n) for n in options.asked)
 
 
 def _remove(folder: Path, manifest_path: Path) -> None:

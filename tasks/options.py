@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cache.remote import Remote
+    from tasks.early import Early
 
 locked = False  # --locked: any difference from models.lock is an error
 asked: list[str] | None = None  # the tasks that a run names; None: it is another command
 read_only = False  # nothing may be written
 remotes: list[Remote] = []  # opened: to be finished before doit returns
-at_end: list[Callable[[], None]] = []  # to be called when all tasks ended, well or not
+early: Early | None = None  # packs meanwhile: to be stopped before doit returns

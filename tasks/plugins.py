@@ -176,9 +176,12 @@ class Run(Command, DoitRun):  # type: ignore[misc]
         with interruptible("layers that are done are kept; run doit again to go on"), alone():
             try:
                 status = int(super().execute(params, args))
-            finally:
-                for end in options.at_end:
-                    end()
+            except BaseException:
+                if options.early:
+                    options.early.abandon()
+                raise
+            if options.early:
+                options.early.stop()
             _finish_uploads()
             return status
 
@@ -306,7 +309,7 @@ def _interrupt(*_: Any) -> NoReturn:
 def alone() -> Iterator[None]:
     """Hold the lock of the state beside models.toml; wait for whoever holds it, and say who.
 
-    What builds that were killed left in build/ is removed then.
+    What a build that was killed had begun to pack is removed then.
     """
     models = Path(get_var("models", "models.toml"))
     if not models.exists():  # loading the tasks says so, and must leave no state behind
@@ -326,5 +329,6 @@ def alone() -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         for left in state.with_name(BUILD).glob(f"{files.TEMPORARY}*"):
-            files.remove(left)
+            if (state / "manifests" / left.name.removeprefix(files.TEMPORARY)).exists():
+                files.remove(left)
         yield

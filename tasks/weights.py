@@ -59,12 +59,12 @@ class Piece(NamedTuple):
     Attributes:
         at: where it belongs in the weight file.
         run: its bytes, or where they lie.
-        packed: the tensor that it is of, if any.
+        tensor: name and digest of the tensor that it is of, if any.
     """
 
     at: int
     run: bytes | Part
-    packed: Packed | None
+    tensor: tuple[str, str] | None
 
     @property
     def length(self) -> int:
@@ -114,7 +114,7 @@ def write(
         pieces = _pieces(FORMATS[form](shard, blobs, pool))
         jobs = ((piece, copier.submit(_put, file.fileno(), piece, blobs)) for piece in pieces)
         try:
-            for packed, some in groupby(_ahead(jobs), lambda each: each[0].packed):
+            for tensor, some in groupby(_ahead(jobs), lambda each: each[0].tensor):
                 state = xxhash.xxh3_128()
                 for piece, job in some:
                     job.result()
@@ -124,8 +124,8 @@ def write(
                     whole.update(data)
                     if also:
                         also.update(data)
-                if packed and state.hexdigest() != (digest := packed.find()[0]):
-                    raise BlobLost(digest, f"{packed.name} has other bytes there")
+                if tensor and state.hexdigest() != tensor[1]:
+                    raise BlobLost(tensor[1], f"{tensor[0]} has other bytes there")
         finally:
             copier.shutdown(cancel_futures=True)
         size = file.seek(0, os.SEEK_END)
@@ -143,14 +143,20 @@ def _ahead(each: Iterator[T]) -> Iterator[T]:
 def _pieces(runs: Iterator[bytes | Packed]) -> Iterator[Piece]:
     at = 0
     for each in runs:
-        packed = None if isinstance(each, bytes) else each
-        for run in [each] if isinstance(each, bytes) else each.find()[1]:
+        tensor: tuple[str, str] | None = None
+        parts: Sequence[bytes | Part]
+        if isinstance(each, bytes):
+            parts = [each]
+        else:
+            digest, parts = each.find()
+            tensor = each.name, digest
+        for run in parts:
             for start in range(0, _length(run), COPY_BYTES):
                 size = min(COPY_BYTES, _length(run) - start)
                 if isinstance(run, bytes):
-                    yield Piece(at, run[start : start + size], packed)
+                    yield Piece(at, run[start : start + size], tensor)
                 else:
-                    yield Piece(at, run._replace(offset=run.offset + start, length=size), packed)
+                    yield Piece(at, run._replace(offset=run.offset + start, length=size), tensor)
                 at += size
 
 

@@ -21,19 +21,20 @@ SUFFIXES = (".safetensors", ".npz")
 
 @dataclass
 class Held:
-    """A build that waits at the end of its last layer."""
+    """A build that waits where it first opens a file, by default at the end of its last layer.
+
+    That layer's manifest is looked at when its blobs are there, just before it is written.
+    """
 
     project: Project
-    last: str = "lm_head"
+    at: str = os.sep.join(["", "quantize", "lm_head.json"])
     args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._mark, self._go = self.project.folder / "mark", self.project.folder / "go"
         self._mark.unlink(missing_ok=True)
         self._go.unlink(missing_ok=True)
-        # The manifest is looked at when the layer is made, just before it is written.
-        part = os.sep.join(["", "quantize", f"{self.last}.json"])
-        hook = {"hold": [part, str(self._mark), str(self._go)]}
+        hook = {"hold": [self.at, str(self._mark), str(self._go)]}
         self.process = start(self.project, *self.args, hook=hook)
         self.until(self._mark.exists)
 
@@ -41,13 +42,18 @@ class Held:
         wait_for(condition, self.process)
         assert self.process.poll() is None, self.process.communicate()
 
-    def written(self) -> int:
-        """Bytes of the weight files that are begun."""
-        return sum(
-            path.stat().st_size
-            for path in (self.project.folder / "build").glob(".tmp-model/*.*")
-            if path.suffix in SUFFIXES
-        )
+    def written(self, least: float) -> set[int]:
+        """Wait until the weight files that are begun have this many bytes; their inodes."""
+        found: dict[int, int] = {}
+
+        def enough() -> bool:
+            for path in (self.project.folder / "build" / ".tmp-model").glob("*.*"):
+                if path.suffix in SUFFIXES:
+                    found[path.stat().st_ino] = path.stat().st_size
+            return sum(found.values()) >= least
+
+        self.until(enough)
+        return set(found)
 
     def go_on(self, status: int = 0) -> str:
         self._go.touch()
@@ -55,6 +61,12 @@ class Held:
         assert self.process.returncode == status, output
         assert "Traceback" not in output
         return output
+
+
+def packed(project: Project) -> set[int]:
+    """The inodes of the packed weight files."""
+    files = (project.folder / "build" / "model").glob("*.*")
+    return {path.stat().st_ino for path in files if path.suffix in SUFFIXES}
 
 
 def all_but_the_last(project: Project, last: str) -> int:
@@ -79,25 +91,23 @@ def all_but_the_last(project: Project, last: str) -> int:
 def test_all_but_the_last_layer_is_written_meanwhile(
     kind: str, last: str, keys: dict, tmp_path: Path
 ) -> None:
-    keys = FOUR_BIT | keys
-    least = 0.99 * all_but_the_last(create(tmp_path / "other", kind, **keys), last)
-    project = create(tmp_path / "project", kind, **keys)
-    held = Held(project, last)
-    held.until(lambda: held.written() >= least)
-    assert not (project.folder / "build" / "model").exists()
-    held.go_on()
-    assert project.built() == project.anew()
-    assert temporary(project.folder) == []
-    assert project.doit().entries == []
-    # The same over what is there, which stays until all is written.
-    before = project.built()
-    project.configure(quantize={"bits": 8})
-    held = Held(project, last)
-    held.until(lambda: held.written() >= least)
-    assert project.built() == before
-    held.go_on()
-    assert project.built() == project.anew()
-    assert temporary(project.folder) == []
+    other = create(tmp_path / "other", kind)
+    project = create(tmp_path / "project", kind)
+    before: dict[str, str] = {}
+    for bits in (4, 8):  # at first there is nothing, then what stays until all is written
+        settings = {"dtype": "float16", "quantize": {"bits": bits}, **keys}
+        other.configure(**settings)
+        project.configure(**settings)
+        least = 0.99 * all_but_the_last(other, last)
+        held = Held(project, os.sep.join(["", "quantize", f"{last}.json"]))
+        begun = held.written(least)
+        assert project.built() == before
+        held.go_on()
+        assert begun <= packed(project), "it was written anew"
+        before = project.built()
+        assert before == project.anew()
+        assert temporary(project.folder) == []
+        assert project.doit().entries == []
 
 
 def test_nothing_is_begun_that_was_not_asked_for(tmp_path: Path) -> None:
@@ -109,20 +119,35 @@ def test_nothing_is_begun_that_was_not_asked_for(tmp_path: Path) -> None:
     assert project.built() == project.anew()
 
 
-def test_what_changes_meanwhile_is_packed_as_it_is(tmp_path: Path) -> None:
-    """Blobs that were copied or not, lost or damaged; nothing wrong is ever packed."""
-    project = create(tmp_path, "huggingface", **FOUR_BIT)
+@pytest.mark.parametrize("copied", [True, False])
+def test_blobs_that_are_damaged_meanwhile(copied: bool, tmp_path: Path) -> None:
+    """Those that were copied already matter no more; the others are made again."""
+    other = create(tmp_path / "other", "huggingface", **FOUR_BIT)
+    least = 0.99 * all_but_the_last(other, "lm_head")
+    project = create(tmp_path / "project", "huggingface", **FOUR_BIT)
     held = Held(project)
-    held.until(lambda: held.written() > 0)
-    project.blob("quantize", "layers.0", "model.layers.0.mlp.up_proj.weight").unlink()
+    begun = held.written(least)
+    names = [f"lm_head.{part}" for part in ("weight", "scales", "biases")]
+    last = {_made(other, name) for name in names}
+    assert len(last) == 3
+    changed = 0
     for blob in (project.store / "blobs").glob("*/*"):
-        if blob.stat().st_size > 4096 and blob.suffix != ".parts":
+        if blob.suffix != ".parts" and (blob.parent.name + blob.name in last) != copied:
             data = bytearray(blob.read_bytes())
             data[0] ^= 1
             blob.write_bytes(data)
+            changed += 1
+    assert changed >= 3
     held.go_on()
     assert project.built() == project.anew()
+    assert (begun <= packed(project)) == copied
     assert temporary(project.folder) == []
+
+
+def _made(project: Project, name: str) -> str:
+    """The digest of a tensor of the last layer."""
+    blob = project.blob("quantize", "lm_head", name)
+    return blob.parent.name + blob.name
 
 
 def test_a_target_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -131,27 +156,42 @@ def test_a_target_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     before = project.built()
     project.configure(quantize={"bits": 8})
     held = Held(project)
-    held.until(lambda: held.written() > 0)
-    shutil.rmtree(project.state / "manifests" / "model" / "quantize")
-    (project.state / "manifests" / "model" / "quantize").touch()  # so that it cannot be written
+    held.written(1)
+    manifests = project.state / "manifests" / "model" / "quantize"
+    shutil.rmtree(manifests)
+    manifests.touch()  # so that the last one cannot be written
     assert "ERROR" in held.go_on(status=1)
     assert project.built() == before
     assert temporary(project.folder / "build") == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_an_end_before_the_time(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["layers", "pack"])
+def test_an_end_before_the_time(where: str, number: signal.Signals, tmp_path: Path) -> None:
+    """It comes at once, whatever is being written: each thread that the hook holds stays held."""
     project = create(tmp_path, "huggingface", **FOUR_BIT)
     project.doit()
     before = project.built()
     project.configure(quantize={"bits": 8})
-    held = Held(project)
-    held.until(lambda: held.written() > 0)
+    if where == "layers":
+        held = Held(project)
+        held.written(1)
+    else:
+        held = Held(project, os.sep.join([".tmp-model", "config.json"]))
     held.process.send_signal(number)
-    held.process.communicate(timeout=DEADLINE_SECONDS)
-    assert bool(temporary(tmp_path / "build")) == (number == signal.SIGKILL)
+    held.process.communicate(timeout=DEADLINE_SECONDS / 6)
+    assert held.process.returncode == (130 if number == signal.SIGINT else -number)
     assert project.built() == before
     project.configure(**FOUR_BIT)  # taken back: there is nothing to pack, and nothing is left
     assert "pack:model" not in outcomes(project.doit()).get("computed", set())
     assert temporary(tmp_path / "build") == []
     assert project.built() == before
+
+
+def test_what_is_others_stays(tmp_path: Path) -> None:
+    project = create(tmp_path, "huggingface", **FOUR_BIT)
+    mine = tmp_path / "build" / ".tmp-mine" / "file"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    project.doit()
+    assert mine.exists()
