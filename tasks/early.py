@@ -6,13 +6,13 @@ GPU quantizes, that takes half as long as all layers do, and can be done behind 
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cache import files
 from cache.blobs import Part
 from cache.errors import BlobLost
 from cache.manifests import Manifest, Tensor
@@ -47,7 +47,7 @@ class Begun:
         self._tensors: dict[str, Tensor] = {}
         self._changed = threading.Condition()
         self._over = False
-        self._result: tuple[pack.Content, pack.Filled] | None = None
+        self._result: tuple[pack.Content, pack.Filled, dict[str, list[int]] | None] | None = None
 
         def write() -> None:
             outline = {
@@ -59,16 +59,14 @@ class Begun:
             nodes = [node for stage in plan.stages.values() for node in stage]
             layers = sum(sizes.moved(builder, plan, node).written for node in nodes)
             pack.make_room(self._new, content.nbytes + layers)  # no layer is to fail for this
-            self._result = (
-                content,
-                pack.fill(builder, plan, self._new, content, self._find, strong=strong),
-            )
+            filled = pack.fill(builder, plan, self._new, content, self._find, strong=strong)
+            self._result = content, filled, pack.stamps(str(self._new), list(filled[0]))
 
         def run() -> None:
             try:
                 write()
             except Exception:
-                files.remove(self._new)
+                shutil.rmtree(self._new, ignore_errors=True)
 
         self._thread = threading.Thread(target=run, name="early", daemon=True)
         self._thread.start()
@@ -85,8 +83,10 @@ class Begun:
         if self._tensors.items() <= tensors.items():
             self.add(tensors)  # of layers that did not run, too
             self._thread.join()
-            if self._result and _alike(self._result[0], content):
-                return self._result[1]
+            if self._result:
+                written, filled, stamps = self._result
+                if _alike(written, content) and pack.intact_files(str(self._new), stamps):
+                    return filled
         self.abandon()
         self._thread.join()
         return None
@@ -101,7 +101,7 @@ class Begun:
         """Stop, and remove what was written; what packing took over is elsewhere by now."""
         self.abandon()
         self._thread.join()
-        files.remove(self._new)
+        shutil.rmtree(self._new, ignore_errors=True)
 
     def _find(self, name: str) -> tuple[str, Sequence[Part]]:
         with self._changed:

@@ -243,7 +243,7 @@ def make_room(new: Path, need: int) -> None:
         NoRoom: the disk cannot take them.
     """
     new.parent.mkdir(parents=True, exist_ok=True)
-    files.remove(new)  # of a build that was cut off
+    shutil.rmtree(new, ignore_errors=True)  # of a build that was cut off
     files.room(new.parent, need)
     new.mkdir()
 
@@ -287,7 +287,7 @@ def _write(
             raise files.no_room(folder.parent, need) from error
         raise
     finally:
-        files.remove(new)
+        shutil.rmtree(new, ignore_errors=True)
     return result
 
 

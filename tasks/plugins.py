@@ -6,6 +6,7 @@ import fcntl
 import gc
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -330,5 +331,5 @@ def alone() -> Iterator[None]:
         lock.flush()
         for left in state.with_name(BUILD).glob(f"{files.TEMPORARY}*"):
             if (state / "manifests" / left.name.removeprefix(files.TEMPORARY)).exists():
-                files.remove(left)
+                shutil.rmtree(left, ignore_errors=True)
         yield

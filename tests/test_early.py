@@ -150,6 +150,28 @@ def _made(project: Project, name: str) -> str:
     return blob.parent.name + blob.name
 
 
+def test_a_file_that_is_removed_meanwhile(tmp_path: Path) -> None:
+    settings = {**FOUR_BIT, "max_shard_size": "300kB"}
+    least = 0.99 * all_but_the_last(
+        create(tmp_path / "other", "huggingface", **settings), "lm_head"
+    )
+    project = create(tmp_path / "project", "huggingface", **settings)
+    held = Held(project)
+    held.written(least)
+    first, *_ = sorted((project.folder / "build" / ".tmp-model").glob("*.safetensors"))
+    first.unlink()
+    held.go_on()
+    assert project.built() == project.anew()
+
+
+def test_nowhere_to_begin(tmp_path: Path) -> None:
+    project = create(tmp_path, "huggingface", **FOUR_BIT)
+    (tmp_path / "build").touch()
+    done = project.doit(expect=1)
+    assert f"ERROR: pack:model: {tmp_path}/build: " in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 def test_a_target_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     project = create(tmp_path, "huggingface", **FOUR_BIT)
     project.doit()
