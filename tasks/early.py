@@ -1,7 +1,8 @@
 """early: a target's weight files are begun while its layers are still made.
 
 Packing copies, and two threads that write to one file wait for each other in the kernel: where a
-GPU quantizes, that takes half as long as all layers do, and can be done behind them.
+GPU quantizes, that takes half as long as all layers do, and can be done behind them. It keeps two
+cores busy, so that where there are no more nothing is gained, and the layers lose.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from cache.blobs import Part
 from cache.errors import BlobLost
 from cache.manifests import Manifest, Tensor
 from tasks import pack, sizes
-from tasks.build import Builder
+from tasks.build import Builder, cores
 from tasks.plan import Plan
+
+BUSY_CORES = 2  # by packing: one thread copies, one reads behind it
 
 
 class Stopped(Exception):
@@ -117,7 +120,7 @@ class Begun:
 
 
 class Early:
-    """Begins to pack one target at a time: the first of which a layer is made."""
+    """Begins to pack one target at a time, the first of which a layer is made."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -129,7 +132,7 @@ class Early:
     ) -> None:
         """Take note of a quantized layer of a target that will be packed."""
         with self._lock:
-            if self._begun is None and not self._over:
+            if self._begun is None and not self._over and cores() > BUSY_CORES:
                 self._begun = Begun(builder, plan, folder, strong=strong)
             if self._begun and self._begun.target == plan.target.name:
                 self._begun.add(manifest.tensors)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,13 @@ class Held:
     project: Project
     at: str = os.sep.join(["", "quantize", "lm_head.json"])
     args: tuple[str, ...] = ()
+    cores: int = 4
 
     def __post_init__(self) -> None:
         self._mark, self._go = self.project.folder / "mark", self.project.folder / "go"
         self._mark.unlink(missing_ok=True)
         self._go.unlink(missing_ok=True)
-        hook = {"hold": [self.at, str(self._mark), str(self._go)]}
+        hook = {"hold": [self.at, str(self._mark), str(self._go)], "cores": self.cores}
         self.process = start(self.project, *self.args, hook=hook)
         self.until(self._mark.exists)
 
@@ -116,6 +118,15 @@ def test_nothing_is_begun_that_was_not_asked_for(tmp_path: Path) -> None:
     held.go_on()
     assert not (tmp_path / "build").exists()
     project.doit("pack:model")
+    assert project.built() == project.anew()
+
+
+def test_two_cores_are_left_to_the_layers(tmp_path: Path) -> None:
+    project = create(tmp_path, "huggingface", **FOUR_BIT)
+    held = Held(project, cores=2)
+    time.sleep(0.5)
+    assert not (tmp_path / "build").exists()
+    held.go_on()
     assert project.built() == project.anew()
 
 

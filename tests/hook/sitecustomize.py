@@ -8,6 +8,7 @@ What it does is told, as JSON, by the environment variable MLX_MAKE_TEST_HOOK:
     {"full": [COUNT, NAME]}             from then on events of that name meet a full disk; of
                                         "open", those that may make a file
     {"free": BYTES}                     what shutil.disk_usage says is free
+    {"cores": COUNT}                    how many cores the process may use, as os says
     {"hold": [PART, MARK, FILE]}        at an event whose path has PART: make MARK, then wait until
                                         FILE exists, in each thread that comes there
     {"meet": [PART, SECONDS]}           two threads of tasks that open paths with PART first meet
@@ -100,6 +101,8 @@ def _install(told):
     if "free" in told:
         usage = shutil.disk_usage
         shutil.disk_usage = lambda path: usage(path)._replace(free=told["free"])
+    if "cores" in told:
+        os.sched_getaffinity = lambda _: set(range(told["cores"]))
     sys.addaudithook(hook)
 
 
