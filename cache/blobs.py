@@ -215,12 +215,18 @@ class Blobs:
         start = 0
         for part in parts:
             with open(part.path, "rb", buffering=0) as file:
-                self._fill(file.fileno(), part, buffer[start : start + part.length])
+                self.fill(file.fileno(), part, buffer[start : start + part.length])
                 part.check(file.fileno())
             start += part.length
         self.meter.read += start
 
-    def _fill(self, descriptor: int, part: Part, buffer: memoryview) -> None:
+    @staticmethod
+    def fill(descriptor: int, part: Part, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of ``part``, whose file is open.
+
+        Raises:
+            FileChanged: the file is too short.
+        """
         done = 0
         while done < part.length:  # one call reads 2 GiB at most
             count = os.preadv(descriptor, [buffer[done:]], part.offset + done)

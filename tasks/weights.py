@@ -119,7 +119,7 @@ def write(
                 for piece, job in some:
                     job.result()
                     data = buffer[: piece.length]
-                    blobs.read_into([Part(str(path), piece.at, piece.length, None)], data)
+                    blobs.fill(file.fileno(), Part(str(path), piece.at, piece.length, None), data)
                     state.update(data)
                     whole.update(data)
                     if also:
