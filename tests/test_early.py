@@ -45,17 +45,21 @@ class Held:
         assert self.process.poll() is None, self.process.communicate()
 
     def written(self, least: float) -> set[int]:
-        """Wait until the weight files that are begun have this many bytes; their inodes."""
-        found: dict[int, int] = {}
+        """Wait until the weight files that are begun have this many bytes; their inodes.
+
+        A link keeps each, so that no other file can get its inode.
+        """
+        begun: list[Path] = []
 
         def enough() -> bool:
-            for path in (self.project.folder / "build" / ".tmp-model").glob("*.*"):
-                if path.suffix in SUFFIXES:
-                    found[path.stat().st_ino] = path.stat().st_size
-            return sum(found.values()) >= least
+            begun[:] = weight_files(self.project, ".tmp-model")
+            return sum(path.stat().st_size for path in begun) >= least
 
         self.until(enough)
-        return set(found)
+        inodes = {path.stat().st_ino: path for path in begun}
+        for inode, path in inodes.items():
+            os.link(path, self.project.folder / f"inode-{inode}")
+        return set(inodes)
 
     def go_on(self, status: int = 0) -> str:
         self._go.touch()
@@ -65,21 +69,28 @@ class Held:
         return output
 
 
+def weight_files(project: Project, folder: str) -> list[Path]:
+    """The weight files in a folder of build/."""
+    paths = (project.folder / "build" / folder).glob("*.*")
+    return [path for path in paths if path.suffix in SUFFIXES]
+
+
 def packed(project: Project) -> set[int]:
     """The inodes of the packed weight files."""
-    files = (project.folder / "build" / "model").glob("*.*")
-    return {path.stat().st_ino for path in files if path.suffix in SUFFIXES}
+    return {path.stat().st_ino for path in weight_files(project, "model")}
+
+
+def blobs_of(project: Project, layer: str) -> list[Path]:
+    """The blobs of what quantize made of a layer."""
+    manifest = json.loads(project.manifest("quantize", layer).read_bytes())
+    return [project.blob("quantize", layer, name) for name, *_ in manifest["tensors"]]
 
 
 def all_but_the_last(project: Project, last: str) -> int:
     """Build a project; bytes of the weight files, but for those of the last layer's tensors."""
     project.doit()
-    files = (project.folder / "build" / "model").glob("*.*")
-    whole = sum(path.stat().st_size for path in files if path.suffix in SUFFIXES)
-    manifest = json.loads(project.manifest("quantize", last).read_bytes())
-    names = [name for name, *_ in manifest["tensors"]]
-    blobs = [project.blob("quantize", last, name) for name in names]
-    return whole - sum(blob.stat().st_size for blob in blobs)
+    whole = sum(path.stat().st_size for path in weight_files(project, "model"))
+    return whole - sum(blob.stat().st_size for blob in blobs_of(project, last))
 
 
 @pytest.mark.parametrize(
@@ -138,12 +149,11 @@ def test_blobs_that_are_damaged_meanwhile(copied: bool, tmp_path: Path) -> None:
     project = create(tmp_path / "project", "huggingface", **FOUR_BIT)
     held = Held(project)
     begun = held.written(least)
-    names = [f"lm_head.{part}" for part in ("weight", "scales", "biases")]
-    last = {_made(other, name) for name in names}
+    last = {blob.relative_to(other.store) for blob in blobs_of(other, "lm_head")}
     assert len(last) == 3
     changed = 0
     for blob in (project.store / "blobs").glob("*/*"):
-        if blob.suffix != ".parts" and (blob.parent.name + blob.name in last) != copied:
+        if blob.suffix != ".parts" and (blob.relative_to(project.store) in last) != copied:
             data = bytearray(blob.read_bytes())
             data[0] ^= 1
             blob.write_bytes(data)
@@ -153,12 +163,6 @@ def test_blobs_that_are_damaged_meanwhile(copied: bool, tmp_path: Path) -> None:
     assert project.built() == project.anew()
     assert (begun <= packed(project)) == copied
     assert temporary(project.folder) == []
-
-
-def _made(project: Project, name: str) -> str:
-    """The digest of a tensor of the last layer."""
-    blob = project.blob("quantize", "lm_head", name)
-    return blob.parent.name + blob.name
 
 
 def test_a_file_that_is_removed_meanwhile(tmp_path: Path) -> None:
@@ -184,12 +188,14 @@ def test_nowhere_to_begin(tmp_path: Path) -> None:
 
 
 def test_a_target_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    project = create(tmp_path, "huggingface", **FOUR_BIT)
+    other = create(tmp_path / "other", "huggingface", dtype="float16", quantize={"bits": 8})
+    least = 0.99 * all_but_the_last(other, "lm_head")
+    project = create(tmp_path / "project", "huggingface", **FOUR_BIT)
     project.doit()
     before = project.built()
     project.configure(quantize={"bits": 8})
     held = Held(project)
-    held.written(1)
+    held.written(least)  # all other layers are done with their manifests
     manifests = project.state / "manifests" / "model" / "quantize"
     shutil.rmtree(manifests)
     manifests.touch()  # so that the last one cannot be written
