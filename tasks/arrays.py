@@ -2,109 +2,51 @@
 
 from __future__ import annotations
 
-import io
-import json
-import os
 import threading
 from collections.abc import Sequence
-from typing import Any, cast
+from itertools import accumulate
+from typing import cast
 
 import mlx.core as mx
 
 from cache.blobs import Blobs, Part
-
-SAFETENSORS_DTYPES = {
-    "bool_": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16",
-    "uint32": "U32", "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16",
-    "bfloat16": "BF16", "float32": "F32", "complex64": "C64",
-}  # fmt: skip
+from tasks import cuda
 
 
-def read(blobs: Blobs, parts: Sequence[Part], dtype: str, shape: Sequence[int]) -> mx.array:
-    """Return an array of the bytes in ``parts``, evaluated, on the current stream's device.
+def read(
+    blobs: Blobs,
+    parts: Sequence[Part],
+    dtype: str,
+    shape: Sequence[int],
+    memory: mx.array | None = None,
+) -> mx.array:
+    """Return an array of the bytes in ``parts``.
 
     Args:
         blobs: the store.
         parts: the runs of bytes, row-major, little-endian.
         dtype: as MLX spells it.
         shape: of the array.
+        memory: what to read them into, if it is large enough: (bytes,), uint8. The array lives
+            until the next is read into it, and so must be evaluated before.
 
     Raises:
         FileChanged: a file is another than when it was found.
     """
     count = sum(part.length for part in parts)
-    if count and mx.default_device().type == mx.gpu:
-        return _load(blobs, parts, dtype, shape)
+    if memory is None or memory.size < count:
+        memory = blank(count)
+    if count:
+        blobs.read_into(parts, memoryview(cast(bytearray, memory))[:count])
+    return memory[:count].view(getattr(mx, dtype)).reshape(shape)
+
+
+def blank(count: int) -> mx.array:
+    """Return memory of the CPU's that is nobody else's, and so may be filled in place."""
     with mx.stream(mx.cpu):
-        buffer = mx.zeros((count,), mx.uint8)
-        mx.eval(buffer)
-        if count:
-            # The array is new and nobody else's, so its memory may be filled in place.
-            blobs.read_into(parts, memoryview(cast(bytearray, buffer)))
-        array = buffer.view(getattr(mx, dtype)).reshape(shape)
-        mx.eval(array)
-    return array
-
-
-def _load(blobs: Blobs, parts: Sequence[Part], dtype: str, shape: Sequence[int]) -> mx.array:
-    """Do as ``read``, by ``mx.load``, which copies to a GPU of its own memory at full speed."""
-    file = _Safetensors(blobs, parts, dtype, shape)
-    loaded = mx.load(cast(str, file), format="safetensors")  # its stubs know paths alone
-    array = cast("dict[str, mx.array]", loaded)["array"]
-    mx.eval(array)
-    if file.error:
-        raise file.error
-    return array
-
-
-class _Safetensors(io.RawIOBase):
-    """Bytes in ``parts`` as if they were a safetensors file of one tensor, ``array``."""
-
-    name = "array.safetensors"
-
-    def __init__(self, blobs: Blobs, parts: Sequence[Part], dtype: str, shape: Sequence[int]):
-        super().__init__()
-        count = sum(part.length for part in parts)
-        entry = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape)}
-        header = json.dumps({"array": {**entry, "data_offsets": [0, count]}}).encode()
-        self._header = len(header).to_bytes(8, "little") + header
-        self._blobs = blobs
-        self._parts = parts
-        self._size = len(self._header) + count
-        self._at = 0
-        self.error: Exception | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Read; an error waits in ``error``, as MLX's thread that calls this cannot raise it."""
-        target = memoryview(buffer).cast("B")
-        begin = len(self._header)
-        if self._at < begin:
-            piece = self._header[self._at : self._at + len(target)]
-            target[: len(piece)] = piece
-            count = len(piece)
-        else:
-            count = min(len(target), self._size - self._at)
-            start = self._at - begin
-            try:
-                self._blobs.read_into(slice_parts(self._parts, start, start + count), target)
-            except Exception as error:
-                self.error = error
-        self._at += count
-        return count
+        memory = mx.zeros((count,), mx.uint8)
+        mx.eval(memory)
+    return memory
 
 
 def slice_parts(parts: Sequence[Part], start: int, stop: int) -> list[Part]:
@@ -117,6 +59,11 @@ def slice_parts(parts: Sequence[Part], start: int, stop: int) -> list[Part]:
             found.append(part._replace(offset=part.offset + first - at, length=last - first))
         at += part.length
     return found
+
+
+def share(array: mx.array) -> None:
+    """Evaluate an array of the CPU's, and have a GPU read it where it lies."""
+    cuda.share(view(array))
 
 
 def flat(array: mx.array) -> mx.array:
@@ -137,19 +84,55 @@ def view(array: mx.array) -> memoryview:
     return memoryview(cast(bytes, found))
 
 
+def views(arrays: Sequence[mx.array], *others: mx.array, together: bool) -> list[memoryview]:
+    """Evaluate arrays, and ``others``, on the current stream; return the bytes of each.
+
+    Args:
+        arrays: the arrays.
+        others: what is to be evaluated at the same time: a GPU is waited for each time.
+        together: whether to put them into one array first, as a GPU's should: what it makes leaves
+            it in one go, and kernels that write small pieces write them into its own memory.
+    """
+    flats = [flat(array) for array in arrays]
+    if not together:
+        mx.eval(flats, others)
+        return [memoryview(cast(bytes, one)) for one in flats]
+    joined = mx.concatenate(flats)
+    mx.eval(joined, others)
+    memory = memoryview(cast(bytes, joined))
+    cuda.share(memory)
+    ends = accumulate(one.size for one in flats)
+    return [memory[end - one.size : end] for one, end in zip(flats, ends, strict=True)]
+
+
 def dtype_name(array: mx.array) -> str:
     """Return an array's dtype as MLX spells it."""
     return str(array.dtype).removeprefix("mlx.core.")
 
 
 class Streams(threading.local):
-    """One stream a thread and device: MLX runs what shares a stream one after another."""
+    """What each thread has of MLX for itself.
+
+    One stream a device, since MLX runs what shares a stream one after another, and memory to read
+    blocks into.
+    """
 
     def __init__(self) -> None:
         self._streams: dict[str, mx.Stream] = {}
+        self._memory: mx.array | None = None
 
     def get(self, device: str) -> mx.Stream:
         """Return this thread's stream on ``cpu`` or ``gpu``."""
         if device not in self._streams:
             self._streams[device] = mx.new_stream(mx.cpu if device == "cpu" else mx.gpu)
         return self._streams[device]
+
+    def memory(self, count: int) -> mx.array:
+        """Return at least ``count`` bytes to read one block after another into, for a GPU too.
+
+        (bytes,), uint8. New memory for each block would cost as much as reading it.
+        """
+        if self._memory is None or self._memory.size < count:
+            self._memory = blank(count)
+            share(self._memory)
+        return self._memory

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from cache.manifests import Manifest, Tensor
-from tasks import rows
+from tasks import arrays, rows
 from tasks.quantize import BLOCK_BYTES, PARTS, Setting
 from tasks.rows import Rows
 
@@ -93,6 +93,9 @@ def _compare(
     for start, stop in rows.spans(original, BLOCK_BYTES[device]):
         block = original.read(start, stop)
         quantized = [part.read(start, stop) for part in packed]
+        if device == "gpu":
+            for array in (block, *quantized):
+                arrays.share(array)
         with mx.stream(builder.streams.get(device)):
             wide = block.astype(mx.float32)
             restored = dequantize(quantized, setting).astype(mx.float32)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
@@ -30,9 +30,6 @@ PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modul
 # A core's cache holds the one; a GPU pays by the call, though not for so long that Metal's
 # watchdog minds.
 BLOCK_BYTES = {"cpu": 2 << 20, "gpu": 16 << 20}
-# Integers of a dtype's size, and the bits of +infinity: more of them is NaN.
-INFINITY = {mx.float16: (mx.int16, mx.uint16, 0x7C00), mx.bfloat16: (mx.int16, mx.uint16, 0x7F80),
-            mx.float32: (mx.int32, mx.uint32, 0x7F800000)}  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -217,11 +214,26 @@ def _may_widen(dtype: mx.Dtype, setting: Setting) -> bool:
 
 def not_finite(weight: mx.array) -> mx.array:
     """Return, lazily, whether an element is infinite or NaN. Twenty times faster than isfinite."""
-    signed, unsigned, infinity = INFINITY[weight.dtype]
-    sign = 1 << (8 * weight.itemsize - 1)
+    signed, unsigned, positive, negative = _infinities(weight.dtype)
     # The largest as signed numbers has no sign bit, the largest as unsigned ones has it.
-    positive = mx.max(weight.view(signed)) >= mx.array(infinity, signed)
-    return mx.logical_or(positive, mx.max(weight.view(unsigned)) >= sign + infinity)
+    return mx.logical_or(
+        mx.max(weight.view(signed)) >= positive, mx.max(weight.view(unsigned)) >= negative
+    )
+
+
+@lru_cache
+def _infinities(dtype: mx.Dtype) -> tuple[mx.Dtype, mx.Dtype, mx.array, mx.array]:
+    """Return what to view floats as, signed and unsigned, and infinity and its negative in these.
+
+    More than infinity is NaN.
+    """
+    signed, unsigned, bits = {
+        mx.float16: (mx.int16, mx.uint16, 0x7C00),
+        mx.bfloat16: (mx.int16, mx.uint16, 0x7F80),
+        mx.float32: (mx.int32, mx.uint32, 0x7F800000),
+    }[dtype]
+    sign = 1 << (8 * dtype.size - 1)
+    return signed, unsigned, mx.array(bits, signed), mx.array(sign + bits, unsigned)
 
 
 def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
@@ -247,37 +259,41 @@ def _quantize_rows(
 ) -> tuple[dict[str, Tensor], bool]:
     """Quantize a weight; return its parts, and whether all of it was finite."""
     device = "cpu" if backend == "cpu" else "gpu"
+    stream = builder.streams.get(device)
     names = PARTS[: 3 if setting.mode == "affine" else 2]
+    told = setting._asdict()
     finite = True
-    shapes: list[tuple[str, int]] = []
+    packed: tuple[mx.array, ...] = ()
     with ExitStack() as stack:
         packed_bytes = prod(whole.shape) * setting.bits // 8
         writers = [stack.enter_context(builder.store.blobs.writing(packed_bytes)) for _ in names]
-        stream = builder.streams.get(device)
-        # What is only read may be read to the device. What is also joined or cast is the CPU's.
-        reader = stream if isinstance(whole, rows.Stored) else builder.streams.get("cpu")
-        blocks = rows.blocks(whole, BLOCK_BYTES[device])
-        while True:
-            with mx.stream(reader):
-                block = next(blocks, None)
-            if block is None:
-                break
+        for start, stop in rows.spans(whole, BLOCK_BYTES[device]):
+            block = _read(builder, whole, start, stop, device)
             with mx.stream(stream):
                 odd = not_finite(block)
                 if device == "cpu":
                     packed = quantize_wide(block, block.astype(mx.float32), setting)
                 else:
-                    packed = quantize(block, **setting._asdict())
-                flat = [arrays.flat(array) for array in packed]
-                mx.eval(odd, flat)  # at once: a GPU is waited for each time
-                for writer, array in zip(writers, flat, strict=True):
-                    writer.write(memoryview(cast(bytes, array)))
-                shapes = [(arrays.dtype_name(array), array.shape[-1]) for array in packed]
+                    packed = quantize(block, **told)
+                made = arrays.views(packed, odd, together=device == "gpu")
+            for writer, data in zip(writers, made, strict=True):
+                writer.write(data)
             finite = finite and not odd.item()
     return {
-        name: Tensor(dtype, (*whole.shape[:-1], columns), writer.digest)
-        for name, (dtype, columns), writer in zip(names, shapes, writers, strict=True)
+        name: Tensor(arrays.dtype_name(part), (*whole.shape[:-1], part.shape[-1]), writer.digest)
+        for name, part, writer in zip(names, packed, writers, strict=True)
     }, finite
+
+
+def _read(builder: Builder, whole: Rows, start: int, stop: int, device: str) -> mx.array:
+    """Return rows of a weight, where ``device`` can read them, until the next are asked for."""
+    if isinstance(whole, rows.Stored):
+        with mx.stream(builder.streams.get(device)):
+            return whole.read(start, stop, builder.streams.memory(BLOCK_BYTES[device]))
+    block = whole.read(start, stop)  # joined or cast: the CPU's
+    if device == "gpu":
+        arrays.share(block)
+    return block
 
 
 def weight_name(path: str) -> str:

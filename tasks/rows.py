@@ -71,12 +71,12 @@ class Stored:
     shape: tuple[int, ...]
     unit: int = 1
 
-    def read(self, start: int, stop: int) -> mx.array:
-        """Return rows ``start`` to ``stop``."""
+    def read(self, start: int, stop: int, memory: mx.array | None = None) -> mx.array:
+        """Return rows ``start`` to ``stop``, in ``memory`` if they fit, see ``arrays.read``."""
         columns = self.shape[-1] if self.shape else 1
         row_bytes = columns * DTYPE_BYTES[self.dtype]
         parts = arrays.slice_parts(self.parts, start * row_bytes, stop * row_bytes)
-        return arrays.read(self.blobs, parts, self.dtype, (stop - start, columns))
+        return arrays.read(self.blobs, parts, self.dtype, (stop - start, columns), memory)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,14 @@ import xxhash
 from cache.blobs import Blobs, Part
 from cache.errors import BlobLost, FileChanged
 from cache.manifests import Tensor
-from tasks.arrays import SAFETENSORS_DTYPES
 
 COPY_BYTES = 8 << 20  # at a time
 AHEAD = 64  # pieces that wait for the thread that copies
+SAFETENSORS_DTYPES = {
+    "bool_": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16",
+    "uint32": "U32", "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16",
+    "bfloat16": "BF16", "float32": "F32", "complex64": "C64",
+}  # fmt: skip
 # As mx.savez spells them; NumPy has no bfloat16, MLX reads two raw bytes as one.
 NPY_DTYPES = {
     "bool_": "|b1", "uint8": "|u1", "int8": "|i1", "uint16": "<u2", "int16": "<i2",

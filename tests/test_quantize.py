@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache.blobs import Blobs, Part
+from tasks import arrays, rows
 from tasks.config import MODES
 from tasks.quantize import Setting, not_finite, quantize, quantize_wide
 
@@ -97,3 +99,34 @@ def test_not_finite_of_one_odd_number(dtype: mx.Dtype) -> None:
             for other in (0, sign, infinity - 1, sign | (infinity - 1)):
                 weight = mx.array(np.array([other, number, other], RAW[dtype])).view(dtype)
                 assert not_finite(weight).item() is (edge >= infinity), hex(number)
+
+
+@calm
+@given(data=st.data())
+def test_views_together_are_the_same_bytes(data: st.DataObject) -> None:
+    sizes = st.lists(st.tuples(st.sampled_from([mx.uint8, *RAW]), st.integers(1, 40)), min_size=1)
+    made = [mx.random.uniform(0, 200, (n, 3)).astype(t) for t, n in data.draw(sizes)]
+    apart = arrays.views(made, together=False)
+    together = arrays.views(made, together=True)
+    assert [bytes(view) for view in together] == [bytes(view) for view in apart]
+    assert [bytes(view) for view in apart] == [raw(array.reshape(-1)) for array in made]
+
+
+@calm
+@given(room=st.integers(0, 400), spans=st.lists(st.integers(1, 12), min_size=1, max_size=5))
+def test_blocks_in_one_memory(
+    tmp_path_factory: pytest.TempPathFactory, room: int, spans: list[int]
+) -> None:
+    """Whether a block fits into the memory or not, and whatever lies there from the last one."""
+    path = tmp_path_factory.getbasetemp() / "blocks"
+    whole = mx.random.normal((sum(spans), 8)).astype(mx.bfloat16)
+    path.write_bytes(raw(whole))
+    stored = rows.Stored(
+        Blobs(path.parent), [Part(str(path), 0, whole.nbytes, None)], "bfloat16", (sum(spans), 8)
+    )
+    memory = arrays.blank(room)
+    at = 0
+    for count in spans:
+        block = stored.read(at, at + count, memory)
+        assert raw(block) == raw(whole[at : at + count])
+        at += count
