@@ -238,11 +238,14 @@ class Blobs:
         """Yield the bytes of ``parts`` in pieces; each is valid until the next is asked for."""
         buffer = memoryview(bytearray(min(CHUNK_BYTES, max((p.length for p in parts), default=0))))
         for part in parts:
-            for start in range(0, part.length, CHUNK_BYTES):
-                length = min(CHUNK_BYTES, part.length - start)
-                piece = part._replace(offset=part.offset + start, length=length)
-                self.read_into([piece], buffer[:length])
-                yield buffer[:length]
+            with open(part.path, "rb", buffering=0) as file:
+                for start in range(0, part.length, CHUNK_BYTES):
+                    length = min(CHUNK_BYTES, part.length - start)
+                    piece = part._replace(offset=part.offset + start, length=length)
+                    self.fill(file.fileno(), piece, buffer[:length])
+                    piece.check(file.fileno())
+                    self.meter.read += length
+                    yield buffer[:length]
 
     def _reference(self, digest: str) -> Path:
         path = self.path(digest)

@@ -56,12 +56,15 @@ def temporary(folder: Path, need: int = 0) -> Iterator[tuple[IO[bytes], str]]:
     """
     name = ""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if need:
-            room(folder, need)
-        handle, name = tempfile.mkstemp(prefix=own_prefix(), dir=folder)
+        try:
+            handle, name = tempfile.mkstemp(prefix=own_prefix(), dir=folder)
+        except FileNotFoundError:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=own_prefix(), dir=folder)
         os.fchmod(handle, MODE)  # mkstemp makes files that nobody else can read
         with open(handle, "wb", buffering=0) as file:
+            if need:
+                room(folder, need)
             yield file, name
     except OSError as error:
         if is_full(error):
