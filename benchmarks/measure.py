@@ -111,6 +111,8 @@ def measure(command: Sequence[str]) -> Usage:
     os.sync()  # lest writes of an earlier command are still under way
     # Everything is local here: without this, a hub that does not answer would be measured too.
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    # What pip installs is compiled: the checkout's modules are to be so after the warm-up.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile() as printed:
         start = time.perf_counter()
         process = subprocess.Popen(
