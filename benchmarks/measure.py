@@ -5,6 +5,7 @@ Linux only: the figures come from /proc. compare.py says what each of them means
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import subprocess
@@ -12,11 +13,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 0.005
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class BenchmarkError(Exception):
@@ -102,12 +105,24 @@ class PeakMemory(threading.Thread):
         self.join()
 
 
+def _wait_for_orphans() -> None:
+    """Waits for what a command left behind it (doit: removing what it replaced).
+
+    It is not counted, as nobody waits for it; but the next command must not run beside it.
+    """
+    with suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
+
+
 def measure(command: Sequence[str]) -> Usage:
     """Runs the command in the repository root and tells what it took.
 
     Raises:
         BenchmarkError: if it fails; the message ends with what it printed last.
     """
+    # Orphans become this process's children.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     os.sync()  # lest writes of an earlier command are still under way
     # Everything is local here: without this, a hub that does not answer would be measured too.
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -131,7 +146,9 @@ def measure(command: Sequence[str]) -> Usage:
         seconds = time.perf_counter() - start
         counts = proc_fields(f"/proc/{process.pid}/io")
         peak.stop()
-        if status := process.wait():
+        status = process.wait()
+        _wait_for_orphans()
+        if status:
             printed.seek(0)
             tail = printed.read().decode(errors="replace")[-3000:]
             raise BenchmarkError(f"exit status {status} of: {shlex.join(command)}\n{tail}")

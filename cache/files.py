@@ -23,6 +23,7 @@ USE_SECONDS = 3600  # how exactly files tell when they were last used
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 MODE = 0o666 & ~_UMASK
+_removers: list[int] = []  # processes of ``remove_behind``
 
 
 class Stamp(NamedTuple):
@@ -108,7 +109,11 @@ def room(folder: Path, need: int) -> None:
         NoRoom: there is less free.
     """
     if need > shutil.disk_usage(folder).free:
-        raise no_room(folder, need)
+        while _removers:  # what they remove is room
+            with suppress(ChildProcessError, IndexError):  # another thread may wait as well
+                os.waitpid(_removers.pop(), 0)
+        if need > shutil.disk_usage(folder).free:
+            raise no_room(folder, need)
 
 
 def own_prefix() -> str:
@@ -159,6 +164,39 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def discard(folder: Path, trash: Path) -> None:
+    """Remove a folder that may be there, in a process of its own that outlives this one.
+
+    A disk takes up to half a second a GB, of which this process would do nothing but wait.
+
+    Args:
+        folder: its name is free at once.
+        trash: a folder on the same file system. What is left there by a process that was killed is
+            to be given to ``remove_behind``.
+    """
+    aside = trash / f"{folder.name}-{time.time_ns()}"
+    try:
+        trash.mkdir(parents=True, exist_ok=True)
+        folder.rename(aside)
+    except FileNotFoundError:
+        return
+    except OSError:  # another file system
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        remove_behind(aside)
+
+
+def remove_behind(path: Path) -> None:
+    """Remove a file or a folder, in a process of its own that outlives this one."""
+    # Whoever reads what this process prints must not wait for that one.
+    quiet = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in range(3)]
+    command = ["rm", "-rf", "--", str(path)]
+    try:
+        _removers.append(os.posix_spawnp("rm", command, os.environ, file_actions=quiet))
+    except OSError:
+        remove(path)
 
 
 def _runs(process: int) -> bool:

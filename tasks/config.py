@@ -20,6 +20,7 @@ BUILD = "build"
 REPORTS = "reports"
 STATE = ".mlx-make"
 CACHE_DIR = f"{STATE}/cache"
+TRASH = "trash"  # within STATE: what is being removed
 BARE = r"[\w-]+"
 PART = rf"{BARE}|\"[^\"]*\"|'[^']*'"
 KEY = rf"(?:{PART})(?:\s*\.\s*(?:{PART}))*"

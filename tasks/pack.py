@@ -22,6 +22,7 @@ from cache.errors import BlobLost
 from cache.files import Stamp
 from cache.manifests import Action, Manifest, Tensor
 from tasks.build import Builder, cores
+from tasks.config import TRASH
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
 from tasks.plan import Needed, Plan
@@ -287,7 +288,7 @@ def _write(
             raise files.no_room(folder.parent, need) from error
         raise
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        files.discard(new, builder.state / TRASH)  # the old folder, once they are exchanged
     return result
 
 
@@ -361,7 +362,7 @@ def _table(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> str:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Put ``new`` in the place of ``old`` in one step, where the system has one."""
+    """Let two folders take each other's place, in one step where the system has one."""
     if not old.exists():
         new.rename(old)
         return
@@ -370,7 +371,7 @@ def _exchange(new: Path, old: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         old.rename(aside)
         new.rename(old)
-        shutil.rmtree(aside, ignore_errors=True)
+        aside.rename(new)
 
 
 def _exchange_in_one(new: bytes, old: bytes) -> bool:

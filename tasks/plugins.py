@@ -6,7 +6,6 @@ import fcntl
 import gc
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,7 @@ from cache.errors import CacheError, NoRoom
 from cache.manifests import Manifest, ManifestError
 from tasks import options
 from tasks.command_line import INTERRUPTED, Command
-from tasks.config import BUILD, STATE
+from tasks.config import BUILD, STATE, TRASH
 from tasks.words import plural
 
 USAGE = """\
@@ -310,7 +309,7 @@ def _interrupt(*_: Any) -> NoReturn:
 def alone() -> Iterator[None]:
     """Hold the lock of the state beside models.toml; wait for whoever holds it, and say who.
 
-    What a build that was killed had begun to pack is removed then.
+    What a build that was killed had begun to pack, or to remove, is removed then.
     """
     models = Path(get_var("models", "models.toml"))
     if not models.exists():  # loading the tasks says so, and must leave no state behind
@@ -329,7 +328,9 @@ def alone() -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
+        for left in (state / TRASH).glob("*"):
+            files.remove_behind(left)
         for left in state.with_name(BUILD).glob(f"{files.TEMPORARY}*"):
             if (state / "manifests" / left.name.removeprefix(files.TEMPORARY)).exists():
-                shutil.rmtree(left, ignore_errors=True)
+                files.discard(left, state / TRASH)
         yield
