@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_SECONDS = 0.005
+ORPHAN_SECONDS = 60
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -109,10 +110,16 @@ def _wait_for_orphans() -> None:
     """Waits for what a command left behind it (doit: removing what it replaced).
 
     It is not counted, as nobody waits for it; but the next command must not run beside it.
+
+    Raises:
+        BenchmarkError: if it does not end.
     """
+    end = time.monotonic() + ORPHAN_SECONDS
     with suppress(ChildProcessError):
-        while True:
-            os.waitpid(-1, 0)
+        while time.monotonic() < end:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(SAMPLE_SECONDS)
+        raise BenchmarkError(f"what a command left behind it still runs after {ORPHAN_SECONDS} s")
 
 
 def measure(command: Sequence[str]) -> Usage:

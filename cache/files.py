@@ -6,7 +6,9 @@ import errno
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +25,8 @@ USE_SECONDS = 3600  # how exactly files tell when they were last used
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 MODE = 0o666 & ~_UMASK
-_removers: list[int] = []  # processes of ``remove_behind``
+_removers: list[subprocess.Popen[bytes]] = []  # of ``remove_behind``, those that may still run
+_removing = threading.Lock()  # held while the list changes
 
 
 class Stamp(NamedTuple):
@@ -109,9 +112,8 @@ def room(folder: Path, need: int) -> None:
         NoRoom: there is less free.
     """
     if need > shutil.disk_usage(folder).free:
-        while _removers:  # what they remove is room
-            with suppress(ChildProcessError, IndexError):  # another thread may wait as well
-                os.waitpid(_removers.pop(), 0)
+        for remover in tuple(_removers):  # what it removes is room
+            remover.wait()
         if need > shutil.disk_usage(folder).free:
             raise no_room(folder, need)
 
@@ -160,7 +162,7 @@ def abandoned(path: Path) -> bool:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder that others may remove as well."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -172,9 +174,9 @@ def discard(folder: Path, trash: Path) -> None:
     A disk takes up to half a second a GB, of which this process would do nothing but wait.
 
     Args:
-        folder: its name is free at once.
-        trash: a folder on the same file system. What is left there by a process that was killed is
-            to be given to ``remove_behind``.
+        folder: its name is free at once; it begins with ``TEMPORARY``.
+        trash: a folder on the same file system; on another one the removal is waited for. What a
+            removal that was killed leaves there is to be given to ``remove_behind``.
     """
     aside = trash / f"{folder.name}-{time.time_ns()}"
     try:
@@ -182,21 +184,27 @@ def discard(folder: Path, trash: Path) -> None:
         folder.rename(aside)
     except FileNotFoundError:
         return
-    except OSError:  # another file system
-        shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        remove(folder)
     else:
         remove_behind(aside)
 
 
-def remove_behind(path: Path) -> None:
-    """Remove a file or a folder, in a process of its own that outlives this one."""
-    # Whoever reads what this process prints must not wait for that one.
-    quiet = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in range(3)]
-    command = ["rm", "-rf", "--", str(path)]
+def remove_behind(*paths: Path) -> None:
+    """Remove files and folders, in a process of its own that outlives this one."""
+    if not paths:
+        return
+    quiet = subprocess.DEVNULL  # whoever reads what this process prints must not wait for that one
     try:
-        _removers.append(os.posix_spawnp("rm", command, os.environ, file_actions=quiet))
-    except OSError:
-        remove(path)
+        remover = subprocess.Popen(
+            ["rm", "-rf", "--", *paths], stdin=quiet, stdout=quiet, stderr=quiet, process_group=0
+        )
+    except OSError:  # there is no rm
+        for path in paths:
+            remove(path)
+        return
+    with _removing:
+        _removers[:] = [remover, *(one for one in _removers if one.poll() is None)]
 
 
 def _runs(process: int) -> bool:

@@ -27,8 +27,8 @@ def read(
         parts: the runs of bytes, row-major, little-endian.
         dtype: as MLX spells it.
         shape: of the array.
-        memory: what to read them into, if it is large enough: (bytes,), uint8. The array lives
-            until the next is read into it, and so must be evaluated before.
+        memory: what to read them into, if it is large enough: (bytes,), uint8. The next that is
+            read into it overwrites the array, so what is made of that must be evaluated before.
 
     Raises:
         FileChanged: a file is another than when it was found.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from functools import cache
 
 import mlx.core as mx
@@ -19,7 +20,8 @@ def share(memory: memoryview) -> None:
     That is advice: whether it is taken or not, the bits are the same.
     """
     if memory.nbytes and mx.cuda.is_available():
-        _advise(ctypes.addressof(ctypes.c_char.from_buffer(memory)), memory.nbytes)
+        with suppress(OSError):  # a driver by another name
+            _advise(ctypes.addressof(ctypes.c_char.from_buffer(memory)), memory.nbytes)
 
 
 @cache  # MLX gives the same memory again and again

@@ -328,8 +328,7 @@ def alone() -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        for left in (state / TRASH).glob("*"):
-            files.remove_behind(left)
+        files.remove_behind(*(state / TRASH).glob(f"{files.TEMPORARY}*"))
         for left in state.with_name(BUILD).glob(f"{files.TEMPORARY}*"):
             if (state / "manifests" / left.name.removeprefix(files.TEMPORARY)).exists():
                 files.discard(left, state / TRASH)

@@ -33,5 +33,6 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 
 
 def temporary(folder: Path) -> list[str]:
-    """What is left of files that were being written."""
-    return [str(path.relative_to(folder)) for path in folder.rglob(".tmp-*")]
+    """What is left of files that were being written; what is being removed goes by itself."""
+    found = [path.relative_to(folder) for path in folder.rglob(".tmp-*")]
+    return [str(path) for path in found if "trash" not in path.parts]

@@ -1,5 +1,9 @@
 """What quantizes on the CPU in a faster way than MLX's own: the same to the bit, for any bits."""
 
+import ctypes
+from pathlib import Path
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,9 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.blobs import Blobs, Part
+from cache.store import Store
 from tasks import arrays, rows
 from tasks.config import MODES
-from tasks.quantize import Setting, not_finite, quantize, quantize_wide
+from tasks.quantize import (
+    BLOCK_BYTES,
+    Setting,
+    _quantize_rows,
+    not_finite,
+    quantize,
+    quantize_wide,
+)
 
 SETTINGS = [
     Setting(group_size, bits, mode)
@@ -54,6 +66,10 @@ def bits(dtype: mx.Dtype, shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarra
         return array
 
     return st.builds(strewn, st.integers(0, 2**31), st.sampled_from([None, *SIZES]), places)
+
+
+def address(array: mx.array) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memoryview(array.view(mx.uint8))))
 
 
 def raw(array: mx.array) -> bytes:
@@ -125,8 +141,33 @@ def test_blocks_in_one_memory(
         Blobs(path.parent), [Part(str(path), 0, whole.nbytes, None)], "bfloat16", (sum(spans), 8)
     )
     memory = arrays.blank(room)
+    begin = address(memory) if room else 0
     at = 0
     for count in spans:
         block = stored.read(at, at + count, memory)
         assert raw(block) == raw(whole[at : at + count])
+        assert (room > 0 and address(block) == begin) is (count * 16 <= room)
         at += count
+
+
+@pytest.mark.parametrize("source", ["stored", "cast"])
+@pytest.mark.parametrize("setting", [Setting(64, 4, "affine"), Setting(32, 4, "mxfp4")])
+def test_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: Setting, source: str
+) -> None:
+    """Each block is made before the next one lies in its place; the last of them is a short one."""
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 8 * 256 * 2)
+    whole = mx.random.normal((61, 256)).astype(mx.bfloat16)
+    path = tmp_path / "weights"
+    path.write_bytes(raw(whole))
+    store = Store.at(tmp_path / "cache")
+    part = Part(str(path), 0, whole.nbytes, None)
+    stored = rows.Stored(store.blobs, [part], "bfloat16", (61, 256))
+    read = stored if source == "stored" else rows.Cast(stored, "float16")
+    builder = SimpleNamespace(store=store, streams=arrays.Streams())
+    made, finite = _quantize_rows(builder, read, setting, "cpu")
+    assert finite
+    wanted = quantize(whole.astype(getattr(mx, read.dtype)), **setting._asdict())
+    for tensor, array in zip(made.values(), wanted, strict=True):
+        assert tensor.shape == array.shape
+        assert store.blobs.path(tensor.digest).read_bytes() == raw(array)
