@@ -20,6 +20,7 @@ from cache.errors import NoRoom
 TEMPORARY = ".tmp-"
 SWEEP_SECONDS = 3600
 STRANGE_SWEEP_SECONDS = 24 * 3600
+WRITERS = 16  # of as much at once, for which room is made before any of it is short
 USE_SECONDS = 3600  # how exactly files tell when they were last used
 # There is no call that only reads the umask, and setting it is not safe in threads: read it once.
 _UMASK = os.umask(0)
@@ -111,7 +112,7 @@ def room(folder: Path, need: int) -> None:
     Raises:
         NoRoom: there is less free.
     """
-    if need > shutil.disk_usage(folder).free:
+    if WRITERS * need > shutil.disk_usage(folder).free:  # others write as well
         for remover in tuple(_removers):  # what it removes is room
             remover.wait()
         if need > shutil.disk_usage(folder).free:

@@ -113,6 +113,7 @@ def test_what_is_being_removed_is_room(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with ThreadPoolExecutor(8) as pool:  # one that comes while another waits, waits as well
         list(pool.map(lambda _: files.room(tmp_path, 100), range(8)))
+    assert not any(trash.iterdir())
     with pytest.raises(NoRoom, match="101 bytes are needed, 100 are free"):
         files.room(tmp_path, 101)
 
