@@ -186,7 +186,8 @@ def discard(folder: Path, trash: Path) -> None:
     except FileNotFoundError:
         return
     except OSError:
-        remove(folder)
+        with suppress(OSError):  # whatever brought it here is to be told, not this
+            remove(folder)
     else:
         remove_behind(aside)
 
