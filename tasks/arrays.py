@@ -79,9 +79,7 @@ def view(array: mx.array) -> memoryview:
     """Evaluate an array, and return its bytes as ``flat`` does."""
     if not array.size:
         return memoryview(b"")
-    found = flat(array)
-    mx.eval(found)
-    return memoryview(cast(bytes, found))
+    return views([array], together=False)[0]
 
 
 def views(arrays: Sequence[mx.array], *others: mx.array, together: bool) -> list[memoryview]:
