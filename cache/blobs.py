@@ -18,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -162,14 +163,12 @@ class Blobs:
         Raises:
             NoRoom: the disk is full.
         """
-        with files.temporary(self.root, length) as (file, path):
-            writer = Writer(file)
+        with files.temporary(self.root, length) as new:
+            writer = Writer(new.file)
             yield writer
             self.meter.written += writer.length
             if not self.has(writer.digest, writer.length):
-                target = self.path(writer.digest)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
+                new.rename(self.path(writer.digest))
 
     @contextmanager
     def scratch(self, need: int) -> Iterator[Path]:
@@ -234,14 +233,25 @@ class Blobs:
                 raise FileChanged(part.path)
             done += count
 
-    def chunks(self, parts: Sequence[Part]) -> Iterator[memoryview]:
-        """Yield the bytes of ``parts`` in pieces; each is valid until the next is asked for."""
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, max((p.length for p in parts), default=0))))
+    def chunks(
+        self, parts: Sequence[Part], buffers: Iterator[memoryview] | None = None
+    ) -> Iterator[memoryview]:
+        """Yield the bytes of ``parts`` in pieces.
+
+        Args:
+            parts: the runs of bytes.
+            buffers: what to read them into, ``CHUNK_BYTES`` each, if not always the same: then
+                each piece is valid until the next is asked for.
+        """
+        if buffers is None:
+            longest = max((part.length for part in parts), default=0)
+            buffers = repeat(memoryview(bytearray(min(CHUNK_BYTES, longest))))
         for part in parts:
             with open(part.path, "rb", buffering=0) as file:
                 for start in range(0, part.length, CHUNK_BYTES):
                     length = min(CHUNK_BYTES, part.length - start)
                     piece = part._replace(offset=part.offset + start, length=length)
+                    buffer = next(buffers)
                     self.fill(file.fileno(), piece, buffer[:length])
                     piece.check(file.fileno())
                     self.meter.read += length

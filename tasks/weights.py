@@ -1,31 +1,30 @@
-"""weights: weight files, safetensors and .npz, put together from blobs within the kernel.
+"""weights: weight files, safetensors and .npz, put together from blobs.
 
 A file is laid out first: runs of bytes of its own (headers) between runs of other files (blobs).
-Then each run is written at its place, and read back behind it for the file's digest.
+Then one run after the other is read, digested and written.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from struct import pack
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import xxhash
 
+from cache import files
 from cache.blobs import Blobs, Part
-from cache.errors import BlobLost, FileChanged
+from cache.digest import CHUNK_BYTES
+from cache.errors import BlobLost
 from cache.manifests import Tensor
 
-COPY_BYTES = 8 << 20  # at a time
-AHEAD = 64  # pieces that wait for the thread that copies
+AHEAD = 4  # pieces on their way
 SAFETENSORS_DTYPES = {
     "bool_": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16",
     "uint32": "U32", "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16",
@@ -40,8 +39,6 @@ NPY_DTYPES = {
 ZIP32_LIMIT = 0xFFFFFFFF  # sizes and offsets from here on are in ZIP64 records
 _IN_ZIP64 = 0xFFFFFFFF  # stands in their place
 
-T = TypeVar("T")
-
 
 class Packed(NamedTuple):
     """One tensor of a weight file.
@@ -55,25 +52,6 @@ class Packed(NamedTuple):
     name: str
     tensor: Tensor
     find: Callable[[], tuple[str, Sequence[Part]]]
-
-
-class Piece(NamedTuple):
-    """What is copied at once.
-
-    Attributes:
-        at: where it belongs in the weight file.
-        run: its bytes, or where they lie.
-        tensor: name and digest of the tensor that it is of, if any.
-    """
-
-    at: int
-    run: bytes | Part
-    tensor: tuple[str, str] | None
-
-    @property
-    def length(self) -> int:
-        """Bytes."""
-        return _length(self.run)
 
 
 class Hasher(Protocol):
@@ -93,9 +71,8 @@ def write(
 ) -> Tensor:
     """Write a weight file, and return it as a tensor of bytes.
 
-    Its digest is of what was read back, so that it vouches for the file and not for the blobs; and
-    so each blob is checked. One thread copies, since two that write to one file wait for each other
-    in the kernel; this one reads behind it.
+    This thread reads blobs, checks and digests them; one other writes what was digested behind it,
+    since two that write to one file wait for each other in the kernel.
 
     Args:
         path: the file.
@@ -109,96 +86,38 @@ def write(
         BlobLost: a tensor's bytes are not those of its digest.
     """
     whole = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(COPY_BYTES))
+    buffers = cycle([memoryview(bytearray(CHUNK_BYTES)) for _ in range(AHEAD)])
+    jobs: deque[Future[None]] = deque()
     with (
-        path.open("w+b", buffering=0) as file,
+        path.open("wb", buffering=0) as file,
         ThreadPoolExecutor(threads) as pool,
-        ThreadPoolExecutor(1) as copier,
+        ThreadPoolExecutor(1) as writer,
     ):
-        pieces = _pieces(FORMATS[form](shard, blobs, pool))
-        jobs = ((piece, copier.submit(_put, file.fileno(), piece, blobs)) for piece in pieces)
-        try:
-            for tensor, some in groupby(_ahead(jobs), lambda each: each[0].tensor):
-                state = xxhash.xxh3_128()
-                for piece, job in some:
-                    job.result()
-                    data = buffer[: piece.length]
-                    blobs.fill(file.fileno(), Part(str(path), piece.at, piece.length, None), data)
-                    state.update(data)
-                    whole.update(data)
-                    if also:
-                        also.update(data)
-                if tensor and state.hexdigest() != tensor[1]:
-                    raise BlobLost(tensor[1], f"{tensor[0]} has other bytes there")
-        finally:
-            copier.shutdown(cancel_futures=True)
-        size = file.seek(0, os.SEEK_END)
+        files.reserve(file, sum(packed.tensor.nbytes for packed in shard))
+
+        def put(data: memoryview) -> None:
+            whole.update(data)
+            if also:
+                also.update(data)
+            jobs.append(writer.submit(files.write_all, file, data))
+            if len(jobs) == AHEAD:  # the buffer that comes next is this one's
+                jobs.popleft().result()
+
+        for run in FORMATS[form](shard, blobs, pool):
+            if isinstance(run, bytes):
+                put(memoryview(run))
+                continue
+            digest, parts = run.find()
+            state = xxhash.xxh3_128()
+            for data in blobs.chunks(parts, buffers):
+                state.update(data)
+                put(data)
+            if state.hexdigest() != digest:
+                raise BlobLost(digest, f"{run.name} has other bytes there")
+        for job in jobs:
+            job.result()
+        size = file.tell()
     return Tensor("uint8", (size,), whole.hexdigest())
-
-
-def _ahead(each: Iterator[T]) -> Iterator[T]:
-    """Yield the same, ``AHEAD`` of them behind."""
-    waiting = deque(islice(each, AHEAD))
-    while waiting:
-        waiting.extend(islice(each, 1))
-        yield waiting.popleft()
-
-
-def _pieces(runs: Iterator[bytes | Packed]) -> Iterator[Piece]:
-    at = 0
-    for each in runs:
-        tensor: tuple[str, str] | None = None
-        parts: Sequence[bytes | Part]
-        if isinstance(each, bytes):
-            parts = [each]
-        else:
-            digest, parts = each.find()
-            tensor = each.name, digest
-        for run in parts:
-            for start in range(0, _length(run), COPY_BYTES):
-                size = min(COPY_BYTES, _length(run) - start)
-                if isinstance(run, bytes):
-                    yield Piece(at, run[start : start + size], tensor)
-                else:
-                    yield Piece(at, run._replace(offset=run.offset + start, length=size), tensor)
-                at += size
-
-
-def _length(run: bytes | Part) -> int:
-    return len(run) if isinstance(run, bytes) else run.length
-
-
-def _put(descriptor: int, piece: Piece, blobs: Blobs) -> None:
-    at, run, _ = piece
-    if isinstance(run, Part) and _copy_within_kernel(descriptor, at, run):
-        return
-    for chunk in [memoryview(run)] if isinstance(run, bytes) else blobs.chunks([run]):
-        left = chunk
-        while left:
-            count = os.pwrite(descriptor, left, at)
-            at, left = at + count, left[count:]
-
-
-def _copy_within_kernel(descriptor: int, at: int, part: Part) -> bool:
-    """Copy a part if the system can: not on macOS, and not between file systems of two kinds."""
-    if not hasattr(os, "copy_file_range"):
-        return False
-    with open(part.path, "rb", buffering=0) as source:
-        done = 0
-        while done < part.length:
-            try:
-                count = os.copy_file_range(
-                    source.fileno(), descriptor, part.length - done, part.offset + done, at + done
-                )
-            except OSError as error:
-                if error.errno in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                    return False
-                raise
-            if not count:
-                raise FileChanged(part.path)
-            done += count
-        part.check(source.fileno())
-    return True
 
 
 def _safetensors(
