@@ -29,7 +29,8 @@ VERSION = 1
 PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them
 # A core's cache holds the one; a GPU pays by the call, though not for so long that Metal's
 # watchdog minds.
-BLOCK_BYTES = {"cpu": 2 << 20, "gpu": 16 << 20}
+BLOCK_BYTES = {"cpu": 2 << 20, "gpu": 32 << 20}
+IN_FLIGHT_BLOCKS = 8  # a block, what is made of it, and, in float32, what that is compared with
 
 
 class Setting(NamedTuple):
