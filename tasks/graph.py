@@ -262,7 +262,7 @@ def as_left(path: str, left: list[Any] | None) -> bool:
         return False
     *stamp, digest = left
     try:
-        return list(files.Stamp.of(path)) == stamp or digest_file(Path(path)) == digest
+        return files.Stamp.of(path) == tuple(stamp) or digest_file(Path(path)) == digest
     except FileNotFoundError:
         return False
 

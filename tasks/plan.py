@@ -345,9 +345,9 @@ def _error(quantized: Order) -> Order:
     return Order("error", quantized.layer, error.VERSION, told, frozenset(reads))
 
 
-def _ordered(model: Model, scheme: quantize.Scheme) -> list[list[str]]:
+def _ordered(model: Model, scheme: quantize.Scheme) -> list[tuple[str, ...]]:
     """Return the built model's tensor names, in runs, in the order of its parameters."""
-    by_first: dict[str, list[str]] = {}
+    by_first: dict[str, tuple[str, ...]] = {}
     covered: set[str] = set()
     for module in model.modules:
         setting = scheme.settings.get(module.path)
@@ -356,7 +356,7 @@ def _ordered(model: Model, scheme: quantize.Scheme) -> list[list[str]]:
             by_first[held[0]] = quantize.names(module, setting)
             covered.update(held)
     return [
-        by_first.get(name, [] if name in covered else [name]) for name in model.parameters
+        by_first.get(name, () if name in covered else (name,)) for name in model.parameters
     ]  # fmt: skip
 
 

@@ -113,8 +113,12 @@ class Database(JsonDB):  # type: ignore[misc]
 
     def set(self, task_id: str, dependency: str, value: Any) -> None:
         """Store a value."""
-        self._changed = True
-        super().set(task_id, dependency, value)
+        if dependency == "result:":  # the same as its values, and nothing here asks for it
+            return
+        value = list(value) if isinstance(value, tuple) else value  # as JSON has it
+        if self.get(task_id, dependency) != value:
+            self._changed = True
+            super().set(task_id, dependency, value)
 
     def remove(self, task_id: str) -> None:
         """Forget a task."""

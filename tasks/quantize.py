@@ -6,7 +6,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -156,17 +156,17 @@ def backend(device: str | None) -> str:
     )
 
 
-def names(module: Module, setting: Setting | None) -> list[str]:
+def names(module: Module, setting: Setting | None) -> tuple[str, ...]:
     """Return a module's parameters in the order of the built model, quantized or not."""
-    if setting is None:
-        held = module.names
-    else:
-        held = tuple(
-            name
-            for name in module.quantized_names or ()
-            if name != "biases" or setting.mode == "affine"
-        )
-    return [sys.intern(f"{module.path}.{name}") if module.path else name for name in held]
+    held = module.names if setting is None else module.quantized_names or ()
+    if setting is not None and setting.mode != "affine":
+        held = tuple(name for name in held if name != "biases")
+    return _below(module.path, held)
+
+
+@cache  # all targets of a model ask for the same
+def _below(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sys.intern(f"{path}.{name}") if path else name for name in names)
 
 
 def quantize(weight: mx.array, *, group_size: int, bits: int, mode: str) -> tuple[mx.array, ...]:
