@@ -240,8 +240,8 @@ class Blobs:
 
         Args:
             parts: the runs of bytes.
-            buffers: what to read them into, ``CHUNK_BYTES`` each, if not always the same: then
-                each piece is valid until the next is asked for.
+            buffers: what to read them into, ``CHUNK_BYTES`` each. By default always the same one,
+                so that each piece is valid until the next is asked for.
         """
         if buffers is None:
             longest = max((part.length for part in parts), default=0)

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -30,7 +30,7 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 MODE = 0o666 & ~_UMASK
 _libc = ctypes.CDLL(None)
-_BEGUN = time.time_ns()  # whoever has this process's number later has another
+_BEGUN = time.time_ns()  # another in a later process that has this one's number
 _numbers = itertools.count()
 _removers: list[subprocess.Popen[bytes]] = []  # of ``remove_behind``, those that may still run
 _removing = threading.Lock()  # held while the list changes
@@ -77,11 +77,17 @@ class Temporary:
         self._path = None
 
     def close(self) -> None:
-        """Close it; unless it was renamed, it is gone."""
-        self.file.close()
-        if self._path is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(self._path)
+        """Close it; unless it was renamed, it is gone.
+
+        Raises:
+            OSError: some disks say only now that they are full.
+        """
+        try:
+            self.file.close()
+        finally:
+            if self._path is not None:
+                with suppress(FileNotFoundError):
+                    os.unlink(self._path)
 
 
 @contextmanager
@@ -96,23 +102,20 @@ def temporary(folder: Path, need: int = 0) -> Iterator[Temporary]:
         NoRoom: the disk is full.
     """
     path = f"{folder}/{own_prefix()}{_BEGUN}-{next(_numbers)}"
-    new: Temporary | None = None
     try:
         try:
             new = Temporary(path)
         except FileNotFoundError:
             folder.mkdir(parents=True, exist_ok=True)
             new = Temporary(path)
-        if need:
-            room(folder, need)
-        yield new
+        with closing(new):
+            if need:
+                room(folder, need)
+            yield new
     except OSError as error:
         if is_full(error):
             raise no_room(folder, need) from error
         raise
-    finally:
-        if new is not None:
-            new.close()
 
 
 def write(path: Path, data: bytes | memoryview) -> None:

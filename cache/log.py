@@ -27,7 +27,7 @@ class Entry:
         start: Unix time, seconds.
         seconds: wall time.
         bytes_read: through the store.
-        bytes_written: through the store, copies within the kernel included.
+        bytes_written: through the store, what is packed included.
         thread: name of the thread.
     """
 

@@ -335,11 +335,8 @@ class Builder:
             if need.stage == "unshard":
                 tensors = need.params["tensors"]
                 whole = max(whole, unshard.memory(plan.checkpoint, tensors, again=True))
-        blocks = 0
-        if backend := node.params.get("device"):
-            device = "cpu" if backend == "cpu" else "gpu"
-            blocks = quantize.IN_FLIGHT_BLOCKS * quantize.BLOCK_BYTES[device]
-        return whole + max(rows.IN_FLIGHT_BYTES, blocks)
+        computed = quantize.memory(node.params["device"]) if "device" in node.params else 0
+        return whole + max(rows.IN_FLIGHT_BYTES, computed)
 
     def keeps(self, stage: str) -> bool:
         """Tell whether a stage's results are kept; what is not is made again as it is read."""

@@ -21,7 +21,7 @@ from tasks import pack, sizes
 from tasks.build import Builder, cores
 from tasks.plan import Plan
 
-BUSY_CORES = 2  # by packing: one thread copies, one reads behind it
+BUSY_CORES = 2  # by packing: one thread reads and digests, one writes behind it
 
 
 class Stopped(Exception):

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from cache.manifests import Manifest, Tensor
 from tasks import arrays, rows
-from tasks.quantize import BLOCK_BYTES, PARTS, Setting
+from tasks.quantize import BLOCK_BYTES, PARTS, Setting, device_of
 from tasks.rows import Rows
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _compare(
     builder: Builder, original: Rows, packed: Sequence[Rows], setting: Setting, backend: str
 ) -> tuple[float, float]:
     """Return the Frobenius norms of a weight, and of what quantizing changed in it."""
-    device = "cpu" if backend == "cpu" else "gpu"
+    device = device_of(backend)
     squares = error_squares = 0.0
     for start, stop in rows.spans(original, BLOCK_BYTES[device]):
         block = original.read(start, stop)

@@ -156,6 +156,16 @@ def backend(device: str | None) -> str:
     )
 
 
+def device_of(backend: str) -> str:
+    """Return the device, ``cpu`` or ``gpu``, of what computes."""
+    return "cpu" if backend == "cpu" else "gpu"
+
+
+def memory(backend: str) -> int:
+    """Return the bytes that work on one weight takes: a few blocks, however large it is."""
+    return IN_FLIGHT_BLOCKS * BLOCK_BYTES[device_of(backend)]
+
+
 def names(module: Module, setting: Setting | None) -> tuple[str, ...]:
     """Return a module's parameters in the order of the built model, quantized or not."""
     held = module.names if setting is None else module.quantized_names or ()
@@ -259,7 +269,7 @@ def _quantize_rows(
     builder: Builder, whole: Rows, setting: Setting, backend: str
 ) -> tuple[dict[str, Tensor], bool]:
     """Quantize a weight; return its parts, and whether all of it was finite."""
-    device = "cpu" if backend == "cpu" else "gpu"
+    device = device_of(backend)
     stream = builder.streams.get(device)
     names = PARTS[: 3 if setting.mode == "affine" else 2]
     told = setting._asdict()

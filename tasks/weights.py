@@ -100,7 +100,7 @@ def write(
             if also:
                 also.update(data)
             jobs.append(writer.submit(files.write_all, file, data))
-            if len(jobs) == AHEAD:  # the buffer that comes next is this one's
+            if len(jobs) == AHEAD:  # the buffer that comes next may be this one's
                 jobs.popleft().result()
 
         for run in FORMATS[form](shard, blobs, pool):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import checkpoints
+from cache import files
 from projects import (
     FOUR_BIT,
     LAYERS,
@@ -63,8 +64,10 @@ def built(folder: Path, source: str, **keys) -> Project:
 def test_a_second_build_does_nothing(project: Project, tmp_path: Path) -> None:
     before = project.built()
     record = tmp_path / "record.json"
+    database = files.Stamp.of(project.state / "doit.json")
     done = project.doit(hook={"record": str(record)})
     assert done.entries == []
+    assert files.Stamp.of(project.state / "doit.json") == database
     assert "nothing to do" in done.stdout
     assert project.built() == before == project.anew()
     witness = json.loads(record.read_bytes())

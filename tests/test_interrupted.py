@@ -4,6 +4,7 @@ Whatever happens to a build: the last complete `build/TARGET/` stays whole, what
 and the next build goes on and ends as if nothing had happened.
 """
 
+import errno
 import json
 import os
 import re
@@ -13,9 +14,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from cache import files
+from cache.errors import NoRoom
 from front_door import REPOSITORY, doit, log
 from projects import FOUR_BIT, SOURCES, Project, contents, create, outcomes
 from running import DEADLINE_SECONDS, start, temporary, wait_for
@@ -269,6 +273,18 @@ def test_a_disk_that_fills_up(
     assert "Traceback" not in output, output
     assert project.built() in (before, project.anew())
     finish(project, computed(log(project.folder)[entries:]))
+
+
+def test_a_disk_that_says_so_when_a_file_is_closed(tmp_path: Path) -> None:
+    """As network file systems do."""
+
+    def close() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(NoRoom, match="the disk is full"), files.temporary(tmp_path) as new:
+        new.file.close()
+        new.file = SimpleNamespace(close=close)
+    assert [*tmp_path.iterdir()] == []
 
 
 def can_mount() -> bool:
