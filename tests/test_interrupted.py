@@ -281,9 +281,13 @@ def test_a_disk_that_says_so_when_a_file_is_closed(tmp_path: Path) -> None:
     def close() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(NoRoom, match="the disk is full"), files.temporary(tmp_path) as new:
-        new.file.close()
-        new.file = SimpleNamespace(close=close)
+    def write() -> None:
+        with files.temporary(tmp_path) as new:
+            new.file.close()
+            new.file = SimpleNamespace(close=close)
+
+    with pytest.raises(NoRoom, match="the disk is full"):
+        write()
     assert [*tmp_path.iterdir()] == []
 
 
