@@ -189,7 +189,6 @@ class Blobs:
         """Make a file of the scratch folder a blob, and return its digest."""
         length = path.stat().st_size
         digest = digest_file(path)
-        path.chmod(files.MODE)
         self.path(digest).parent.mkdir(parents=True, exist_ok=True)
         path.replace(self.path(digest))
         self.meter.written += length

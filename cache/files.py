@@ -25,10 +25,6 @@ WRITERS = 16  # of as much at once, for which room is made before any of it is s
 USE_SECONDS = 3600  # how exactly files tell when they were last used
 WRITE_BYTES = 1 << 20
 KEEP_SIZE = 1  # linux/falloc.h, FALLOC_FL_KEEP_SIZE
-# There is no call that only reads the umask, and setting it is not safe in threads: read it once.
-_UMASK = os.umask(0)
-os.umask(_UMASK)
-MODE = 0o666 & ~_UMASK
 _libc = ctypes.CDLL(None)
 _BEGUN = time.time_ns()  # another in a later process that has this one's number
 _numbers = itertools.count()
@@ -62,19 +58,18 @@ class Temporary:
     """
 
     def __init__(self, path: str) -> None:
-        self._path: str | None = path
+        self._path = path
+        self._renamed = False
         self.file: IO[bytes] = open(path, "xb", buffering=0)  # noqa: SIM115
 
     def rename(self, target: Path) -> None:
         """Let it be ``target``, in whose folder's place one is made if there is none."""
-        if self._path is None:
-            raise ValueError(f"{target}: the file was renamed before")
         try:
             os.replace(self._path, target)
         except FileNotFoundError:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(self._path, target)
-        self._path = None
+        self._renamed = True
 
     def close(self) -> None:
         """Close it; unless it was renamed, it is gone.
@@ -85,7 +80,7 @@ class Temporary:
         try:
             self.file.close()
         finally:
-            if self._path is not None:
+            if not self._renamed:
                 with suppress(FileNotFoundError):
                     os.unlink(self._path)
 
