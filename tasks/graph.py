@@ -11,10 +11,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from doit.exceptions import InvalidDodoFile, TaskFailed
+from doit.globals import Globals
 
 from cache import files
 from cache.digest import digest_file, digest_record
@@ -35,6 +38,7 @@ from tasks.reasons import Reason
 CHANGED = "what it is told changed"
 NEVER = "never built here"
 NOT_LEFT = "is not as it was left"
+TOLD = ((True, None, None),)  # as doit keeps what uptodate is, once that is known
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,28 @@ class Graph:
     lock: Lock
     early: Early = field(default_factory=Early)
 
+    @cached_property
+    def settled(self) -> frozenset[str]:
+        """The targets of a lean run whose layers are all up to date.
+
+        They are packed, or not even that. doit would make a task of each of their layers, and then
+        find by the same look at its database that there is nothing to do.
+        """
+        if not options.lean:
+            return frozenset()
+        return frozenset(
+            target
+            for target, found in self.plans.items()
+            if all(self._up_to_date(node) for nodes in found.stages.values() for node in nodes)
+        )
+
     def stage(self, stage: str) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""
-        for found in self.plans.values():
+        plans = [found for name, found in self.plans.items() if name not in self.settled]
+        for found in plans:
             for node in found.nodes(stage):
                 yield self._layer_task(found, node)
-        groups = [f"{stage}:{target}" for target, found in self.plans.items() if found.nodes(stage)]
+        groups = [f"{stage}:{found.target.name}" for found in plans if found.nodes(stage)]
         yield {"basename": stage, "actions": None, "task_dep": groups, "meta": {"graph": self}}
 
     def pack(self) -> Iterator[dict[str, Any]]:
@@ -78,7 +98,18 @@ class Graph:
 
             yield {"basename": "lock", "name": target, "actions": [act], "io": {"capture": False}}
 
-    def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
+    def _up_to_date(self, node: Node) -> bool:
+        """Ask doit's database whether a layer's task is up to date."""
+        database = Globals.dep_manager
+        needs = {self.builder.manifest_path(need) for need in node.needs}
+        task = SimpleNamespace(name=node.name, file_dep=needs, targets=(), uptodate=TOLD)
+        return (
+            not database.status_is_ignore(task)
+            and self._told(node)(task, database.get_values(node.name))  # its target is there, then
+            and database.get_status(task, {}).status == "up-to-date"
+        )
+
+    def _told(self, node: Node) -> Told:
         path = self.builder.manifest_path(node)
 
         def odd(values: Mapping[str, Any]) -> list[Reason]:
@@ -93,7 +124,11 @@ class Graph:
                 return []  # the manifest that is there tells more
             return reasons.of_files(values.get("look"), extract.look(node))
 
-        told = Told(node.order.digest, path, odd, differs)
+        return Told(node.order.digest, path, odd, differs)
+
+    def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
+        path = self.builder.manifest_path(node)
+        told = self._told(node)
 
         def build(why: str) -> dict[str, Any]:
             made: dict[str, Any] = {}
@@ -174,7 +209,7 @@ class Graph:
                 *(str(path) for path in layout.sources(found.checkpoint)),
             ],
             # In reverse: doit is made to run the newest ready task first.
-            "task_dep": [node.name for node in reversed(last)],
+            "task_dep": [node.name for node in reversed(last) if target not in self.settled],
             "targets": [str(manifest_path)],
             "uptodate": [told],
             "clean": [(_remove, [folder, manifest_path])],

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 locked = False  # --locked: any difference from models.lock is an error
 asked: list[str] | None = None  # the tasks that a run names; None: it is another command
+lean = False  # a run of all targets: what is up to date need be no task
 read_only = False  # nothing may be written
 remotes: list[Remote] = []  # opened: to be finished before doit returns
 early: Early | None = None  # packs meanwhile: to be stopped before doit returns

@@ -175,6 +175,7 @@ class Run(Command, DoitRun):  # type: ignore[misc]
         """Run the tasks named in ``args``."""
         options.locked = params["locked"]
         options.asked = args
+        options.lean = not args and not params["always"]
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         cmd_run.TaskControl = Control  # doit looks the class up there, and has no hook for it
         with interruptible("layers that are done are kept; run doit again to go on"), alone():

@@ -268,7 +268,7 @@ def _row(work: Work, now: float) -> list[str]:
     return [
         f"{mark} {work.target}",
         f"{work.state:8}",  # as wide as the widest, lest columns move
-        f"{work.layers}/{work.all_layers}",
+        f"{work.layers}/{work.all_layers}" if work.all_layers else "",
         f"{_rate(work, now):>9}",
         _left(work, now),
         *(str(counts[outcome]) for outcome in OUTCOMES),

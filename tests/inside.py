@@ -30,7 +30,7 @@ def doit(folder: Path, *args: str, expect: int | None = 0) -> front_door.Finishe
     )
     main = DoitMain(Loader(), config_filenames=(), extra_config=plugins)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    options.locked = options.read_only = False
+    options.locked = options.lean = options.read_only = False
     options.remotes.clear()
     out, err = io.StringIO(), io.StringIO()
     try:

@@ -811,3 +811,18 @@ def test_corrupt_blob_that_several_targets_pack_at_once(tmp_path: Path) -> None:
         assert {f"pack:{name}" for name in names} <= {entry["task"] for entry in done.entries}
         for name in names:
             assert project.built(name) == project.anew(name)
+
+
+@huggingface_only
+def test_what_is_up_to_date_runs_if_that_is_asked_for(project: Project) -> None:
+    assert outcomes(project.doit()) == {}
+    assert outcomes(project.doit("-a")) == {"reused": project.tasks()}
+
+
+@huggingface_only
+def test_an_ignored_layer_is_not_up_to_date(project: Project) -> None:
+    assert "1 target is up to date" in project.doit().stdout
+    project.doit("ignore", "cast:model:layers.0")
+    ignored = project.doit()
+    assert outcomes(ignored) == {}
+    assert "up to date" not in ignored.stdout
