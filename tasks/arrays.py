@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import cast
 
-import mlx.core as mx
-
 from cache.blobs import Blobs, Part
-from tasks import cuda
+from tasks import cuda, mx
 
 
 def read(

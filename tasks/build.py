@@ -16,8 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import mlx.core as mx
-
 from cache import files
 from cache.actions import Corrupt, Hit, Miss
 from cache.blobs import Part
@@ -26,7 +24,7 @@ from cache.files import Stamp
 from cache.log import Entry, Log
 from cache.manifests import Action, Manifest, ManifestError, Tensor
 from cache.store import Store
-from tasks import arrays, cast, error, extract, quantize, reasons, rows, sizes, unshard
+from tasks import arrays, cast, error, extract, mx, quantize, reasons, rows, sizes, unshard
 from tasks.errors import BuildError
 from tasks.plan import Needed, Node, Plan
 from tasks.rows import Rows

@@ -1,16 +1,74 @@
-"""cuda: memory that an NVIDIA GPU reads and writes where it lies, as Metal's does by itself."""
+"""cuda: what an NVIDIA GPU is told, and does, that Metal needs no word or no time for."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
-import mlx.core as mx
+from tasks import mx
 
 # cuda.h: what cuMemAdvise is told.
 PREFERRED_LOCATION, ACCESSED_BY = 3, 5
 CPU, FIRST_GPU = -1, 0
+DEVICES = "/dev/nvidia"  # begins the names of a driver's devices on Linux
+CONTROL = f"{DEVICES}ctl"
+
+
+def begin() -> None:
+    """Begin to start CUDA in a thread, if importing MLX will start it.
+
+    It takes 0.2 to 0.3 s, in which Python goes on. MLX's import waits for the same, but with
+    Python's lock in its hand.
+    """
+    if os.path.exists(CONTROL) and _in_mlx():
+        threading.Thread(target=_start, name="cuda").start()
+
+
+def _in_mlx() -> bool:
+    """Tell whether the MLX that is installed has the CUDA backend (a wheel of its own)."""
+    found = find_spec("mlx")
+    folders = found.submodule_search_locations if found else None
+    return any(any(Path(folder).parent.glob("mlx_cuda*")) for folder in folders or ())
+
+
+def _start() -> None:
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    with suppress(OSError, AttributeError):  # MLX meets the same, and has words for it
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), FIRST_GPU) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # MLX's, too
+
+
+def leave() -> None:
+    """Have the driver clear up behind this process, which else would end only after that.
+
+    It clears up as the last process closes the devices, for 0.2 s. So another one holds them
+    until this one is gone.
+    """
+    devices = list(_open_devices()) if os.path.exists(CONTROL) else []
+    if not devices:
+        return
+    quiet = subprocess.DEVNULL
+    reading, _ = os.pipe()  # it is read to its end, which comes with the end of this process
+    with suppress(OSError):  # there is no cat: then it takes as long as it does
+        subprocess.Popen(
+            ["cat"], stdin=reading, stdout=quiet, stderr=quiet, pass_fds=devices, process_group=0
+        )
+    os.close(reading)
+
+
+def _open_devices() -> Iterator[int]:
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one that lists them
+            if os.readlink(f"/proc/self/fd/{name}").startswith(DEVICES):
+                yield int(name)
 
 
 def share(memory: memoryview) -> None:

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
 from cache.manifests import Manifest, Tensor
-from tasks import arrays, rows
+from tasks import arrays, mx, rows
 from tasks.quantize import BLOCK_BYTES, PARTS, Setting, device_of
 from tasks.rows import Rows
 

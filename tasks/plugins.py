@@ -29,7 +29,7 @@ from cache import files
 from cache.digest import digest_file
 from cache.errors import CacheError, NoRoom
 from cache.manifests import Manifest, ManifestError
-from tasks import options
+from tasks import cuda, options
 from tasks.command_line import INTERRUPTED, Command
 from tasks.config import BUILD, STATE, TRASH
 from tasks.words import plural
@@ -171,6 +171,10 @@ class Run(Command, DoitRun):  # type: ignore[misc]
     name = "run"
     cmd_options = (*DoitRun.cmd_options, LOCKED)
 
+    def __init__(self, **kwargs: Any) -> None:
+        cuda.begin()  # now, before all that is imported to run
+        super().__init__(**kwargs)
+
     def execute(self, params: Any, args: list[str]) -> int:
         """Run the tasks named in ``args``."""
         options.locked = params["locked"]
@@ -188,6 +192,7 @@ class Run(Command, DoitRun):  # type: ignore[misc]
             if options.early:
                 options.early.stop()
             _finish_uploads()
+            cuda.leave()
             return status
 
 

@@ -10,10 +10,8 @@ from functools import cache, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import mlx.core as mx
-
 from cache.manifests import Tensor
-from tasks import arrays, rows
+from tasks import arrays, mx, rows
 from tasks.config import Quantize, Rule
 from tasks.errors import ConfigError
 from tasks.keys import MODES

@@ -12,12 +12,10 @@ from functools import cached_property
 from math import prod
 from typing import Protocol
 
-import mlx.core as mx
-
 from cache.blobs import Blobs, Part
 from cache.digest import digest_parts
 from cache.manifests import DTYPE_BYTES, Tensor
-from tasks import arrays
+from tasks import arrays, mx
 
 BLOCK_BYTES = 4 << 20
 IN_FLIGHT_BYTES = 32 << 20  # what working on blocks of one tensor takes, copies included
