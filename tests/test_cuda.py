@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from front_door import REPOSITORY
 from tasks import cuda
 
