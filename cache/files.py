@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -243,17 +243,28 @@ def remove_behind(*paths: Path) -> None:
     """Remove files and folders, in a process of its own that outlives this one."""
     if not paths:
         return
-    quiet = subprocess.DEVNULL  # whoever reads what this process prints must not wait for that one
     try:
-        remover = subprocess.Popen(
-            ["rm", "-rf", "--", *paths], stdin=quiet, stdout=quiet, stderr=quiet, process_group=0
-        )
+        remover = start_behind("rm", "-rf", "--", *paths)
     except OSError:  # there is no rm
         for path in paths:
             remove(path)
         return
     with _removing:
         _removers[:] = [remover, *(one for one in _removers if one.poll() is None)]
+
+
+def start_behind(
+    *command: str | Path, stdin: int = subprocess.DEVNULL, pass_fds: Collection[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a process that may outlive this one, of which nobody hears.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    quiet = subprocess.DEVNULL  # whoever reads what this process prints must not wait for that one
+    return subprocess.Popen(
+        command, stdin=stdin, stdout=quiet, stderr=quiet, pass_fds=pass_fds, process_group=0
+    )
 
 
 def _runs(process: int) -> bool:

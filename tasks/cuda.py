@@ -12,6 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from cache import files
 from tasks import mx
 
 # cuda.h: what cuMemAdvise is told.
@@ -19,13 +20,14 @@ PREFERRED_LOCATION, ACCESSED_BY = 3, 5
 CPU, FIRST_GPU = -1, 0
 DEVICES = "/dev/nvidia"  # begins the names of a driver's devices on Linux
 CONTROL = f"{DEVICES}ctl"
+_holders: list[subprocess.Popen[bytes]] = []  # of ``leave``; whoever forgets one is warned
 
 
 def begin() -> None:
-    """Begin to start CUDA in a thread, if importing MLX will start it.
+    """Begin to start CUDA in a thread, if the MLX that is installed would start it.
 
-    It takes 0.2 to 0.3 s, in which Python goes on. MLX's import waits for the same, but with
-    Python's lock in its hand.
+    It takes 0.2 to 0.3 s, in which Python goes on. MLX's import does the same, but with Python's
+    lock in its hand. A few hundred MB of the GPU's memory are taken from here on.
     """
     if os.path.exists(CONTROL) and _in_mlx():
         threading.Thread(target=_start, name="cuda").start()
@@ -47,21 +49,18 @@ def _start() -> None:
 
 
 def leave() -> None:
-    """Have the driver clear up behind this process, which else would end only after that.
+    """Have the driver clear up behind this process, where it can, and not before its end.
 
-    It clears up as the last process closes the devices, for 0.2 s. So another one holds them
-    until this one is gone.
+    It clears up as the last process closes the devices, for 0.2 s. So another one has them open
+    as well, and ends when a pipe from this one does.
     """
-    devices = list(_open_devices()) if os.path.exists(CONTROL) else []
-    if not devices:
+    if not os.path.exists(CONTROL):
         return
-    quiet = subprocess.DEVNULL
-    reading, _ = os.pipe()  # it is read to its end, which comes with the end of this process
-    with suppress(OSError):  # there is no cat: then it takes as long as it does
-        subprocess.Popen(
-            ["cat"], stdin=reading, stdout=quiet, stderr=quiet, pass_fds=devices, process_group=0
-        )
-    os.close(reading)
+    with suppress(OSError):  # no /proc, no cat: then this end takes as long as it does
+        if devices := list(_open_devices()):
+            reading, _ = os.pipe()  # the other side stays open as long as this process is there
+            _holders.append(files.start_behind("cat", stdin=reading, pass_fds=devices))
+            os.close(reading)
 
 
 def _open_devices() -> Iterator[int]:

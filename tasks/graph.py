@@ -38,7 +38,7 @@ from tasks.reasons import Reason
 CHANGED = "what it is told changed"
 NEVER = "never built here"
 NOT_LEFT = "is not as it was left"
-TOLD = ((True, None, None),)  # as doit keeps what uptodate is, once that is known
+KNOWN = ((True, None, None),)  # as doit keeps what uptodate says, once that is known
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Graph:
     early: Early = field(default_factory=Early)
 
     @cached_property
-    def settled(self) -> frozenset[str]:
+    def up_to_date(self) -> frozenset[str]:
         """The targets of a lean run whose layers are all up to date.
 
         They are packed, or not even that. doit would make a task of each of their layers, and then
@@ -71,12 +71,16 @@ class Graph:
         return frozenset(
             target
             for target, found in self.plans.items()
-            if all(self._up_to_date(node) for nodes in found.stages.values() for node in nodes)
+            if all(
+                self._is_up_to_date(node)
+                for nodes in reversed(found.stages.values())  # most settings change the last
+                for node in nodes
+            )
         )
 
     def stage(self, stage: str) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""
-        plans = [found for name, found in self.plans.items() if name not in self.settled]
+        plans = [found for name, found in self.plans.items() if name not in self.up_to_date]
         for found in plans:
             for node in found.nodes(stage):
                 yield self._layer_task(found, node)
@@ -98,18 +102,20 @@ class Graph:
 
             yield {"basename": "lock", "name": target, "actions": [act], "io": {"capture": False}}
 
-    def _up_to_date(self, node: Node) -> bool:
+    def _is_up_to_date(self, node: Node) -> bool:
         """Ask doit's database whether a layer's task is up to date."""
         database = Globals.dep_manager
         needs = {self.builder.manifest_path(need) for need in node.needs}
-        task = SimpleNamespace(name=node.name, file_dep=needs, targets=(), uptodate=TOLD)
+        task = SimpleNamespace(name=node.name, file_dep=needs, targets=(), uptodate=KNOWN)
         return (
             not database.status_is_ignore(task)
-            and self._told(node)(task, database.get_values(node.name))  # its target is there, then
+            and self._layer_told(node)(
+                task, database.get_values(node.name)
+            )  # its target is there, then
             and database.get_status(task, {}).status == "up-to-date"
         )
 
-    def _told(self, node: Node) -> Told:
+    def _layer_told(self, node: Node) -> Told:
         path = self.builder.manifest_path(node)
 
         def odd(values: Mapping[str, Any]) -> list[Reason]:
@@ -128,7 +134,7 @@ class Graph:
 
     def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
         path = self.builder.manifest_path(node)
-        told = self._told(node)
+        told = self._layer_told(node)
 
         def build(why: str) -> dict[str, Any]:
             made: dict[str, Any] = {}
@@ -209,7 +215,7 @@ class Graph:
                 *(str(path) for path in layout.sources(found.checkpoint)),
             ],
             # In reverse: doit is made to run the newest ready task first.
-            "task_dep": [node.name for node in reversed(last) if target not in self.settled],
+            "task_dep": [node.name for node in reversed(last) if target not in self.up_to_date],
             "targets": [str(manifest_path)],
             "uptodate": [told],
             "clean": [(_remove, [folder, manifest_path])],

@@ -6,13 +6,14 @@ import io
 import runpy
 import signal
 from pathlib import Path
+from unittest import mock
 
 from doit.cmd_base import NamespaceTaskLoader
 from doit.doit_cmd import DoitConfig, DoitMain
 
 import front_door
 import tasks.plugins  # noqa: F401 (dodo.py asks whether doit has them)
-from tasks import options
+from tasks import cuda, options
 
 
 class Loader(NamespaceTaskLoader):
@@ -33,8 +34,10 @@ def doit(folder: Path, *args: str, expect: int | None = 0) -> front_door.Finishe
     options.locked = options.lean = options.read_only = False
     options.remotes.clear()
     out, err = io.StringIO(), io.StringIO()
+    # This process goes on, with CUDA as it is.
+    alone = mock.patch.multiple(cuda, begin=mock.DEFAULT, leave=mock.DEFAULT)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), alone:
             status = main.run([*args, f"models={folder / 'models.toml'}"]) or 0
     finally:
         for remote in options.remotes:

@@ -814,6 +814,17 @@ def test_corrupt_blob_that_several_targets_pack_at_once(tmp_path: Path) -> None:
 
 
 @huggingface_only
+def test_layers_that_are_up_to_date_are_no_tasks(project: Project) -> None:
+    console = ("-r", "console")
+    assert project.doit(*console).stdout.splitlines() == ["-- pack:model"]
+    project.configure("other", dtype="float16", quantize={"bits": 8})
+    lines = project.doit(*console).stdout.splitlines()
+    assert "-- pack:model" in lines
+    assert ".  quantize:other:layers.0" in lines
+    assert not [line for line in lines if ":model:" in line]
+
+
+@huggingface_only
 def test_what_is_up_to_date_runs_if_that_is_asked_for(project: Project) -> None:
     assert outcomes(project.doit()) == {}
     assert outcomes(project.doit("-a")) == {"reused": project.tasks()}
