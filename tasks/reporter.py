@@ -89,8 +89,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             if not self._begun:
                 self._begun = True
                 self._works = progress.works(self._graph.plans, *self._plan)
-                for name in self._finished:
-                    self._count(name)
+                for finished in self._finished:
+                    self._count(finished)
                 if self._live:
                     self._live.show()
             work = self._works.get(target)

@@ -837,3 +837,15 @@ def test_an_ignored_layer_is_not_up_to_date(project: Project) -> None:
     ignored = project.doit()
     assert outcomes(ignored) == {}
     assert "up to date" not in ignored.stdout
+
+
+@huggingface_only
+def test_a_target_is_named_that_was_packed_beside_others(project: Project) -> None:
+    for name in ("other", "third"):
+        project.configure(name, **FOUR_BIT)
+    project.doit()
+    shutil.rmtree(project.folder / "build" / "model")
+    told = project.doit().stdout
+    assert " h\n" not in told
+    assert "1 target built in " in told
+    assert "2 targets are up to date" in told
