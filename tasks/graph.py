@@ -107,11 +107,10 @@ class Graph:
         database = Globals.dep_manager
         needs = {self.builder.manifest_path(need) for need in node.needs}
         task = SimpleNamespace(name=node.name, file_dep=needs, targets=(), uptodate=KNOWN)
+        told = self._layer_told(node)  # which looks for the target, too
         return (
             not database.status_is_ignore(task)
-            and self._layer_told(node)(
-                task, database.get_values(node.name)
-            )  # its target is there, then
+            and told(task, database.get_values(node.name))
             and database.get_status(task, {}).status == "up-to-date"
         )
 
@@ -133,8 +132,8 @@ class Graph:
         return Told(node.order.digest, path, odd, differs)
 
     def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
-        path = self.builder.manifest_path(node)
         told = self._layer_told(node)
+        path = told.made
 
         def build(why: str) -> dict[str, Any]:
             made: dict[str, Any] = {}
@@ -164,6 +163,7 @@ class Graph:
         folder = self._folder(found)
         manifest_path = self.builder.packed_path(target)
         last = found.stages["quantize"]
+        waits_for = [] if target in self.up_to_date else last
         layout = LAYOUTS[found.target.layout]
         parts = pack.told(found)
         told = Told(
@@ -215,7 +215,7 @@ class Graph:
                 *(str(path) for path in layout.sources(found.checkpoint)),
             ],
             # In reverse: doit is made to run the newest ready task first.
-            "task_dep": [node.name for node in reversed(last) if target not in self.up_to_date],
+            "task_dep": [node.name for node in reversed(waits_for)],
             "targets": [str(manifest_path)],
             "uptodate": [told],
             "clean": [(_remove, [folder, manifest_path])],

@@ -40,7 +40,7 @@ def test_devices_stay_open_until_the_process_is_gone(tmp_path: Path) -> None:
         assert process.stdout
         assert process.stdout.readline() == b"left\n"
         assert _read(opened) is None  # empty, and still open for writing elsewhere
-        process.communicate(timeout=60)  # does not wait for who holds the device
+        process.communicate(timeout=DEADLINE_SECONDS)  # does not wait for who holds the device
     end = time.monotonic() + DEADLINE_SECONDS
     while (read := _read(opened)) is None:
         assert time.monotonic() < end, "somebody still holds it"
