@@ -163,7 +163,7 @@ class Graph:
         folder = self._folder(found)
         manifest_path = self.builder.packed_path(target)
         last = found.stages["quantize"]
-        waits_for = [] if target in self.up_to_date else last
+        waits_for = [] if target in self.up_to_date else _large_first(found)
         layout = LAYOUTS[found.target.layout]
         parts = pack.told(found)
         told = Told(
@@ -395,6 +395,17 @@ def _told(error: OSError) -> str:
     return (
         f"{where}{error.strerror or error}. Mend that and run doit again: what is already built "
         "is kept."
+    )
+
+
+def _large_first(found: Plan) -> list[Node]:
+    """Return the last nodes of a target's layers in the order in which they had better be made.
+
+    A head that is begun last ends last, while the other threads have nothing to do. The others
+    keep their order, which is that of the weight files that are begun behind them.
+    """
+    return sorted(
+        found.stages["quantize"], key=lambda node: node.order.layer not in found.outline.large
     )
 
 

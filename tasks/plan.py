@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
 from tasks.model import Model, Module, Parameter, layer_names
 from tasks.quantize import Setting
+
+LARGE = 1.25  # times the usual layer
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,13 @@ class Outline:
     needs: dict[str, list[str]]
     layers: dict[str, list[Parameter]]
     orders: dict[Any, Order] = field(default_factory=dict)
+
+    @cached_property
+    def large(self) -> frozenset[str]:
+        """The layers, as a rule embeddings and head, of many more weights than the usual one."""
+        weights = {layer: sum(prod(p.shape) for p in made) for layer, made in self.layers.items()}
+        usual = sorted(weights.values())[len(weights) // 2]
+        return frozenset(layer for layer, count in weights.items() if count > LARGE * usual)
 
     def order(
         self,
