@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,3 +55,16 @@ def canonical(record: Any) -> bytes:
 def digest_record(record: Any) -> str:
     """Return the digest of a record's canonical bytes."""
     return digest(canonical(record))
+
+
+def digest_rows(rows: Iterable[Any]) -> str:
+    """Return what ``digest_record`` gives a list of ``rows``, one of which is there at a time."""
+
+    def parts() -> Iterator[bytes]:
+        opening = b"["
+        for row in rows:
+            yield opening + canonical(row)
+            opening = b","
+        yield b"]" if opening == b"," else b"[]"
+
+    return digest_parts(parts())

@@ -10,13 +10,11 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache import files
 from cache.actions import Hit
-from cache.blobs import Part
 from cache.digest import canonical, digest, digest_file, digest_record
 from cache.errors import BlobLost
 from cache.files import Stamp
@@ -26,7 +24,7 @@ from tasks.config import TRASH
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
 from tasks.plan import Needed, Plan
-from tasks.weights import Packed, write
+from tasks.weights import Find, write
 
 if TYPE_CHECKING:
     from tasks.early import Begun
@@ -308,7 +306,7 @@ def fill(
     plan: Plan,
     new: Path,
     content: Content,
-    find: Callable[[str], tuple[str, Sequence[Part]]],
+    find: Find,
     *,
     strong: bool,
 ) -> Filled:
@@ -326,23 +324,20 @@ def fill(
         BlobLost: a tensor's bytes are not those of its digest.
     """
     form = LAYOUTS[plan.target.layout].FORMAT
-    packed = {
-        file: [Packed(name, tensor, partial(find, name)) for name, tensor in shard]
-        for file, shard in content.weights.items()
-    }
-    threads = max(1, cores() // len(packed))
+    weights = content.weights
+    threads = max(1, cores() // len(weights))
     hashers: dict[str, Any] = {}
     if strong:
         from blake3 import blake3  # which takes as long as the copy
 
-        hashers = {file: blake3(max_threads=threads) for file in packed}
+        hashers = {file: blake3(max_threads=threads) for file in weights}
 
     def put(file: str) -> Tensor:
         blobs = builder.store.blobs
-        return write(new / file, packed[file], form, blobs, threads, hashers.get(file))
+        return write(new / file, weights[file], form, blobs, find, threads, hashers.get(file))
 
     with ThreadPoolExecutor(cores()) as pool:
-        made = dict(zip(packed, pool.map(put, packed), strict=True))
+        made = dict(zip(weights, pool.map(put, weights), strict=True))
     for name, data in content.small.items():
         (new / name).write_bytes(data)
         made[name] = Tensor("uint8", (len(data),), digest(data))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache import files
-from cache.digest import digest, digest_file, digest_record
+from cache.digest import digest, digest_file, digest_rows
 from cache.errors import Mismatch, NotFetched
 from cache.store import Store
 from tasks.checkpoint import Checkpoint, Stored, Whole, is_pointer
@@ -103,12 +103,13 @@ def _files(
     checkpoint: Checkpoint, digests: Mapping[str, str], small: Mapping[str, bytes]
 ) -> dict[str, list[Any]]:
     found = {name: [len(data), digest(data)] for name, data in small.items()}
-    tables: dict[str, list[list[Any]]] = {name: [] for name in checkpoint.stamps}
-    for key, s in checkpoint.stored.items():
-        tables[s.file].append([key, s.dtype, list(s.shape), digests.get(key)])
+    tables: dict[str, list[tuple[str, Stored]]] = {name: [] for name in checkpoint.stamps}
+    for key, stored in checkpoint.stored.items():
+        tables[stored.file].append((key, stored))
     for name, table in tables.items():
-        if all(row[-1] for row in table):
-            found[name] = [checkpoint.stamps[name].size, digest_record(table)]
+        if all(key in digests for key, _ in table):
+            rows = ([key, stored.dtype, stored.shape, digests[key]] for key, stored in table)
+            found[name] = [checkpoint.stamps[name].size, digest_rows(rows)]
     return found
 
 
@@ -201,8 +202,8 @@ def _to_record(
         "names": checkpoint.names,
         "config": checkpoint.config,
         "files": checkpoint.files,
-        "stored": {key: list(stored) for key, stored in checkpoint.stored.items()},
-        "wholes": {name: list(whole) for name, whole in checkpoint.wholes.items()},
+        "stored": checkpoint.stored,
+        "wholes": checkpoint.wholes,
         "notes": list(checkpoint.notes),
         "digests": dict(sorted(digests.items())),
         "small": {name: [len(data), _blake3(data)] for name, data in small.items()},

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 from struct import pack
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import xxhash
 
@@ -38,20 +38,8 @@ NPY_DTYPES = {
 }  # fmt: skip
 ZIP32_LIMIT = 0xFFFFFFFF  # sizes and offsets from here on are in ZIP64 records
 _IN_ZIP64 = 0xFFFFFFFF  # stands in their place
-
-
-class Packed(NamedTuple):
-    """One tensor of a weight file.
-
-    Attributes:
-        name: its name.
-        tensor: its dtype and shape.
-        find: waits for its bytes if it must, and returns their digest and where they lie.
-    """
-
-    name: str
-    tensor: Tensor
-    find: Callable[[], tuple[str, Sequence[Part]]]
+Shard = Sequence[tuple[str, Tensor]]  # a weight file's tensors by name, in order
+Find = Callable[[str], tuple[str, Sequence[Part]]]  # by name: a digest, and where its bytes lie
 
 
 class Hasher(Protocol):
@@ -63,9 +51,10 @@ class Hasher(Protocol):
 
 def write(
     path: Path,
-    shard: Sequence[Packed],
+    shard: Shard,
     form: str,
     blobs: Blobs,
+    find: Find,
     threads: int,
     also: Hasher | None = None,
 ) -> Tensor:
@@ -76,9 +65,10 @@ def write(
 
     Args:
         path: the file.
-        shard: its tensors, in order.
+        shard: its tensors, of which only dtypes and shapes need be known.
         form: ``safetensors`` or ``npz``.
         blobs: the store.
+        find: waits for a tensor if it must, and returns its digest and where its bytes lie.
         threads: how many may work out checksums.
         also: is given the file's bytes as well.
 
@@ -93,7 +83,7 @@ def write(
         ThreadPoolExecutor(threads) as pool,
         ThreadPoolExecutor(1) as writer,
     ):
-        files.reserve(file, sum(packed.tensor.nbytes for packed in shard))
+        files.reserve(file, sum(tensor.nbytes for _, tensor in shard))
 
         def put(data: memoryview) -> None:
             whole.update(data)
@@ -103,17 +93,17 @@ def write(
             if len(jobs) == AHEAD:  # the buffer that comes next may be this one's
                 jobs.popleft().result()
 
-        for run in FORMATS[form](shard, blobs, pool):
+        for run in FORMATS[form](shard, blobs, find, pool):
             if isinstance(run, bytes):
                 put(memoryview(run))
                 continue
-            digest, parts = run.find()
+            digest, parts = find(run)
             state = xxhash.xxh3_128()
             for data in blobs.chunks(parts, buffers):
                 state.update(data)
                 put(data)
             if state.hexdigest() != digest:
-                raise BlobLost(digest, f"{run.name} has other bytes there")
+                raise BlobLost(digest, f"{run} has other bytes there")
         for job in jobs:
             job.result()
         size = file.tell()
@@ -121,21 +111,21 @@ def write(
 
 
 def _safetensors(
-    shard: Sequence[Packed], _blobs: Blobs, _pool: ThreadPoolExecutor
-) -> Iterator[bytes | Packed]:
+    shard: Shard, _blobs: Blobs, _find: Find, _pool: ThreadPoolExecutor
+) -> Iterator[bytes | str]:
     """Lay out a safetensors file (https://github.com/huggingface/safetensors)."""
     raw = f"{{{','.join(_safetensors_entries(shard))}}}".encode()
     raw += b" " * (-len(raw) % 8)  # so that tensors begin on a multiple of 8
     yield len(raw).to_bytes(8, "little") + raw
-    yield from shard
+    yield from (name for name, _ in shard)
 
 
-def _safetensors_entries(shard: Sequence[Packed]) -> Iterator[str]:
+def _safetensors_entries(shard: Shard) -> Iterator[str]:
     """Yield the header's entries, JSON each: a dictionary of them all takes five times the room."""
     dumps = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
     yield '"__metadata__":{"format":"mlx"}'
     offset = 0
-    for name, tensor, _ in shard:
+    for name, tensor in shard:
         end = offset + tensor.nbytes
         entry = {
             "dtype": SAFETENSORS_DTYPES[tensor.dtype],
@@ -146,31 +136,29 @@ def _safetensors_entries(shard: Sequence[Packed]) -> Iterator[str]:
         offset = end
 
 
-def _npz(
-    shard: Sequence[Packed], blobs: Blobs, pool: ThreadPoolExecutor
-) -> Iterator[bytes | Packed]:
+def _npz(shard: Shard, blobs: Blobs, find: Find, pool: ThreadPoolExecutor) -> Iterator[bytes | str]:
     """Lay out an .npz file as mx.savez does: a zip archive of uncompressed .npy files.
 
     Dated 1980, so that equal weights are equal files. The format is PKWARE's APPNOTE 6.3.10,
     ZIP64 where a size or an offset needs it.
     """
 
-    def check(packed: Packed) -> int:
-        crc = zlib.crc32(_npy_header(packed.tensor))
-        for chunk in blobs.chunks(packed.find()[1]):
+    def check(packed: tuple[str, Tensor]) -> int:
+        name, tensor = packed
+        crc = zlib.crc32(_npy_header(tensor))
+        for chunk in blobs.chunks(find(name)[1]):
             crc = zlib.crc32(chunk, crc)
         return crc
 
     directory = []
     at = 0
-    for packed, crc in zip(shard, pool.map(check, shard), strict=True):
-        name = f"{packed.name}.npy".encode()
-        npy = _npy_header(packed.tensor)
-        size = len(npy) + packed.tensor.nbytes
-        local, central = _zip_entry(name, crc, size, at)
+    for (name, tensor), crc in zip(shard, pool.map(check, shard), strict=True):
+        npy = _npy_header(tensor)
+        size = len(npy) + tensor.nbytes
+        local, central = _zip_entry(f"{name}.npy".encode(), crc, size, at)
         directory.append(central)
         yield local + npy
-        yield packed
+        yield name
         at += len(local) + size
     yield b"".join(directory) + _zip_end(len(directory), sum(map(len, directory)), at)
 
@@ -215,5 +203,6 @@ def _npy_header(tensor: Tensor) -> bytes:
     return b"\x93NUMPY\x01\x00" + pack("<H", len(text)) + text.encode()
 
 
-Layout = Callable[[Sequence[Packed], Blobs, ThreadPoolExecutor], Iterator[bytes | Packed]]
+# Yields bytes, and the names of the tensors whose bytes come between them.
+Layout = Callable[[Shard, Blobs, Find, ThreadPoolExecutor], Iterator[bytes | str]]
 FORMATS: dict[str, Layout] = {"safetensors": _safetensors, "npz": _npz}

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cache.blobs import Blobs, Part
-from cache.digest import canonical, digest, digest_record
+from cache.digest import canonical, digest, digest_record, digest_rows
 from cache.files import Stamp
 from cache.manifests import SCHEMA, Action, Manifest, ManifestError, Tensor
 from tasks import pack, rows, unshard
@@ -87,6 +87,12 @@ def test_canonical_bytes_know_no_order_of_keys(record: Any) -> None:
     assert json.loads(data) == record
     assert b"\n" not in data
     assert digest_record(turned(record)) == digest(data)
+
+
+@calm
+@given(rows=st.lists(records))
+def test_rows_have_the_digest_of_their_list(rows: list[Any]) -> None:
+    assert digest_rows(iter(rows)) == digest_record(rows)
 
 
 @calm

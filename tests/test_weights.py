@@ -1,6 +1,7 @@
 """Weight files, read by the clients that will read them."""
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,12 +27,15 @@ TENSORS = st.lists(
 )
 
 
-def packed(blobs: Blobs, name: str, array: np.ndarray) -> weights.Packed:
-    with blobs.writing() as writer:
-        writer.write(memoryview(array.tobytes()))
-    tensor = Tensor(str(array.dtype), array.shape, writer.digest)
-    found = tensor.digest, blobs.locate(tensor.digest, tensor.nbytes)
-    return weights.Packed(name, tensor, lambda: found)
+def keep(blobs: Blobs, made: dict[str, np.ndarray]) -> tuple[weights.Shard, weights.Find]:
+    """Return arrays as tensors whose bytes are in the store, and what finds these."""
+    tensors = {}
+    for name, array in made.items():
+        with blobs.writing() as writer:
+            writer.write(memoryview(array.tobytes()))
+        tensors[name] = Tensor(str(array.dtype), array.shape, writer.digest)
+    found = {n: (t.digest, blobs.locate(t.digest, t.nbytes)) for n, t in tensors.items()}
+    return list(tensors.items()), found.__getitem__
 
 
 def arrays(told: list[tuple[str, list[int]]]) -> dict[str, np.ndarray]:
@@ -51,7 +55,8 @@ def test_npz_is_what_numpy_and_zipfile_read(
     monkeypatch.setattr(weights, "ZIP32_LIMIT", limit)
     blobs, path = Blobs(tmp_path / "blobs"), tmp_path / "weights.npz"
     made = arrays(told)
-    weights.write(path, [packed(blobs, *item) for item in made.items()], "npz", blobs, 2)
+    shard, find = keep(blobs, made)
+    weights.write(path, shard, "npz", blobs, find, 2)
 
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
@@ -67,7 +72,8 @@ def test_npz_is_what_numpy_and_zipfile_read(
 def test_safetensors_is_what_safetensors_and_mlx_read(tmp_path: Path, told: list) -> None:
     blobs, path = Blobs(tmp_path / "blobs"), tmp_path / "model.safetensors"
     made = arrays(told)
-    weights.write(path, [packed(blobs, *item) for item in made.items()], "safetensors", blobs, 2)
+    shard, find = keep(blobs, made)
+    weights.write(path, shard, "safetensors", blobs, find, 2)
 
     with safe_open(path, "numpy") as read:
         assert read.metadata() == {"format": "mlx"}
@@ -82,10 +88,10 @@ def test_safetensors_is_what_safetensors_and_mlx_read(tmp_path: Path, told: list
 def test_long_runs_go_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blobs = Blobs(tmp_path / "blobs")
     made = {"a": np.arange(12345, dtype=np.uint8), "b": np.arange(777, dtype=np.float32)}
-    shard = [packed(blobs, *item) for item in made.items()]
+    shard, find = keep(blobs, made)
     forms = {"npz": "w.npz", "safetensors": "w.safetensors"}
     for form, name in forms.items():
-        weights.write(tmp_path / name, shard, form, blobs, 3)
+        weights.write(tmp_path / name, shard, form, blobs, find, 3)
 
     for module in (weights, cache.blobs):
         monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
@@ -94,7 +100,7 @@ def test_long_runs_go_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for libc in (SimpleNamespace(fallocate=lambda *_: -1), object()):
         monkeypatch.setattr(files, "_libc", libc)
         for form, name in forms.items():
-            file = weights.write(tmp_path / f"other-{name}", shard, form, blobs, 3)
+            file = weights.write(tmp_path / f"other-{name}", shard, form, blobs, find, 3)
             data = (tmp_path / name).read_bytes()
             assert (tmp_path / f"other-{name}").read_bytes() == data
             assert (file.shape, file.digest) == ((len(data),), digest(data))
@@ -106,9 +112,9 @@ def test_bfloat16_goes_through_npz(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path / "blobs")
     array = mx.random.normal((3, 64)).astype(mx.bfloat16)
     raw = np.array(array.view(mx.uint16))
-    plain = packed(blobs, "w", raw)
-    tensor = Tensor("bfloat16", (3, 64), plain.tensor.digest)
-    weights.write(tmp_path / "w.npz", [plain._replace(tensor=tensor)], "npz", blobs, 1)
+    [(name, tensor)], find = keep(blobs, {"w": raw})
+    shard = [(name, replace(tensor, dtype="bfloat16"))]
+    weights.write(tmp_path / "w.npz", shard, "npz", blobs, find, 1)
     read = mx.load(str(tmp_path / "w.npz"))["w"]
     assert read.dtype == mx.bfloat16
     assert mx.array_equal(read, array).item()
@@ -123,11 +129,13 @@ def test_a_file_that_changes_after_it_was_found(tmp_path: Path, change: str) -> 
     blobs.refer(digest(b"a" * 1000), [part])
     found = blobs.locate(digest(b"a" * 1000), 1000)
     checkpoint.write_bytes(b"b" * (1000 if change == "overwritten" else 10))
-    tensor = Tensor("uint8", (1000,), "")
-    packed = weights.Packed("w", tensor, lambda: (digest(b"a" * 1000), found))
+    shard = [("w", Tensor("uint8", (1000,), digest(b"a" * 1000)))]
     with pytest.raises(FileChanged, match="changed while it was read"):
         blobs.read_into(found, memoryview(bytearray(1000)))
     with pytest.raises(FileChanged, match="changed while it was read"):
-        weights.write(tmp_path / "w.safetensors", [packed], "safetensors", blobs, 1)
+        weights.write(
+            tmp_path / "w.safetensors", shard, "safetensors", blobs,
+            lambda _: (digest(b"a" * 1000), found), 1,
+        )  # fmt: skip
     with pytest.raises(BlobLost, match="changed since it was read"):
         blobs.locate(digest(b"a" * 1000), 1000)
