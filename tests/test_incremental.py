@@ -355,7 +355,7 @@ def test_two_threads_that_meet_at_one_layer_extract_it_once(source: str, tmp_pat
     project = create(tmp_path, source, **FOUR_BIT)
     project.configure("twin", **FOUR_BIT)
     pair = ["extract:model:layers.1", "extract:twin:layers.1"]
-    done = project.doit("-n", "2", *pair, hook={"meet": ["/actions/", 1]})
+    done = project.doit("-n", "2", *pair, hook={"meet": ["/actions/", 1, 1]})
     assert {entry["outcome"] for entry in done.entries} == {"computed", "reused"}
 
 

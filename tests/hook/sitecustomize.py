@@ -11,7 +11,8 @@ What it does is told, as JSON, by the environment variable MLX_MAKE_TEST_HOOK:
     {"cores": COUNT}                    how many cores the process may use, as os says
     {"hold": [PART, MARK, FILE]}        at an event whose path has PART: make MARK, then wait until
                                         FILE exists, in each thread that comes there
-    {"meet": [PART, SECONDS]}           two threads of tasks that open paths with PART first meet
+    {"meet": [PART, SECONDS, COUNT]}    two threads of tasks that open paths with PART first meet,
+                                        each COUNT times
 
 It sees what goes through Python, not what a library in C opens by itself.
 """
@@ -26,6 +27,7 @@ WAIT_SECONDS = 60
 
 def _install(told):
     import atexit
+    import collections
     import contextlib
     import errno
     import shutil
@@ -38,6 +40,7 @@ def _install(told):
     inside = threading.local()
     lock = threading.Lock()
     meeting = threading.Barrier(2)
+    meetings = collections.Counter()
 
     def kill(number):
         at, signal = told["kill"]
@@ -59,8 +62,10 @@ def _install(told):
             time.sleep(0.005)
 
     def meet(path):
-        part, seconds = told["meet"]
-        if part in path and threading.current_thread() is not threading.main_thread():
+        part, seconds, times = told["meet"]
+        thread = threading.current_thread()
+        if part in path and thread is not threading.main_thread() and meetings[thread] < times:
+            meetings[thread] += 1
             with contextlib.suppress(threading.BrokenBarrierError):
                 meeting.wait(seconds)
 
