@@ -11,3 +11,6 @@ for table, known in (("cache", keys.CACHE), ("build", keys.BUILD)):
 
 for name in ("COLUMNS", "LINES"):  # of the terminal that pytest is started from
     os.environ.pop(name, None)
+
+# Else each doit that the tests start compiles all its modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
