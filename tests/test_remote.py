@@ -75,7 +75,7 @@ def remotes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Remotes
         assert not [secret for secret in CREDENTIALS if secret in warning], warning
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # rclone is not idle even where nobody asks it
 def backends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
     """Start each kind of server when it is first wanted."""
     running: dict[str, Server] = {}
