@@ -338,8 +338,8 @@ class Forecast:
             self._results[node] = _Result(found.result, found)
             self._put(node, state, why)
             return
-        passed = _passed_on(node, needed)
-        manifest = Manifest(action, passed) if passed is not None else None
+        whole = not sizes.changed(node)
+        manifest = Manifest(action, _passed_on(node, needed)) if whole else None
         symbol = manifest.result if manifest else action.key
         self._results[node] = _Result(symbol, manifest, new=True)
         if self._runs(action.key):
@@ -393,8 +393,12 @@ class Forecast:
 
     def _needed(self, node: Node) -> Needed:
         """Return the tensors that a node reads, as far as they are known."""
-        results = {need: self._results[need].manifest for need in node.needs}
-        return node.needed({need: manifest for need, manifest in results.items() if manifest})
+        return node.given({need: self._tensors(need) for need in node.needs})
+
+    def _tensors(self, node: Node) -> Mapping[str, Tensor]:
+        """Return what a node makes, as far as it is known."""
+        manifest = self._results[node].manifest
+        return manifest.tensors if manifest else _passed_on(node, self._needed(node))
 
     def _made(self, nodes: Iterable[Node]) -> Needed:
         """Return the tensors that some nodes make, as far as they are known."""
@@ -514,15 +518,15 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
     return layers / threads() + last
 
 
-def _passed_on(node: Node, needed: Needed) -> dict[str, Tensor] | None:
-    """Return what a node makes if it changes nothing, else None."""
-    if sizes.changed(node):
-        return None
-    if node.stage != "unshard":
-        return {name: tensor for name, (_, tensor) in needed.items()}
-    inputs = {name: told[2][0] for name, told in node.params["tensors"].items()}
-    made = sizes.made(node)
-    return {n: replace(made[n], digest=needed[key][1].digest) for n, key in inputs.items()}
+def _passed_on(node: Node, needed: Needed) -> dict[str, Tensor]:
+    """Return what a node makes by passing it on, as far as that is known."""
+    changed = sizes.changed(node)
+    passed = {}
+    for name, tensor in sizes.made(node).items():
+        key = node.params["tensors"][name][2][0] if node.stage == "unshard" else name
+        if name not in changed and key in needed:
+            passed[name] = replace(tensor, digest=needed[key][1].digest)
+    return passed
 
 
 def _again(node: Node, name: str) -> list[str] | None:

@@ -216,7 +216,8 @@ def test_doit_does_what_plan_says(
         compare(world)
 
 
-def compare(world: World) -> None:
+def compare(world: World) -> dict[str, dict]:
+    """Have doit do what is to be done, and return what doit plan said of each task."""
     before = everything(world.folder)
     plan = json.loads(inside.doit(world.mine, "plan", "--json", expect=None).stdout)
     assert everything(world.folder) == before, "doit plan writes nothing"
@@ -224,6 +225,21 @@ def compare(world: World) -> None:
     check(plan, done.entries, lost=world.lost)
     after = json.loads(inside.doit(world.mine, "plan", "--json").stdout)
     assert {step["state"] for step in after["tasks"]} == {"up to date"}
+    return {step["task"]: step for step in plan["tasks"]}
+
+
+def test_a_lost_tensor_that_joining_passes_on(tmp_path: Path, checkpoint: Path) -> None:
+    """What is joined is not known before it is; what lies beside it is, and is read later."""
+    world = World(tmp_path / "world")
+    world.begin(checkpoint)
+    compare(world)
+    layer = world.mine / ".mlx-make" / "manifests" / "a" / "extract" / "layers.1.json"
+    digests = {name: digest for name, *_, digest in json.loads(layer.read_bytes())["tensors"]}
+    lost = digests["layers.1.ffn_norm.weight#0"]
+    (world.store / "blobs" / lost[:2] / f"{lost[2:]}.parts").unlink()
+    world.models["a"] = {"layout": "mlx-examples", "quantize": {"bits": 4}}
+    world.configure(world.mine)
+    assert compare(world)["extract:a:layers.1"]["state"] == "run"
 
 
 def everything(folder: Path) -> dict[str, tuple[int, int]]:
