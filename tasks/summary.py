@@ -129,6 +129,7 @@ def saved(entries: Iterable[Entry], history: Iterable[Entry]) -> str:
         return "Time saved: none, all was computed."
     if unknown.total() == len(spared):
         return "Time saved: unknown, the log has not seen these stages computed."
+    seconds = max(seconds, 0.0)  # a busy machine may reuse tiny results slower than it made them
     words = f"Time saved: {seconds:.1f} s of work (tasks run side by side)"
     if unknown:
         counts = ", ".join(f"{count} × {stage}" for stage, count in sorted(unknown.items()))

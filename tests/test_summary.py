@@ -76,7 +76,7 @@ def test_summary(tmp_path: Path) -> None:
         for stage in (*projects.STAGES, "pack")
     }
     saved = sum(took[e["task"].split(":")[0]] - e["seconds"] for e in second.entries)
-    assert check(project, second).startswith(f"Time saved: {saved:.1f} s of work")
+    assert check(project, second).startswith(f"Time saved: {max(saved, 0.0):.1f} s of work")
 
     (project.state / "log.jsonl").unlink()
     forget(project)
