@@ -57,14 +57,13 @@ def digest_record(record: Any) -> str:
     return digest(canonical(record))
 
 
-def digest_rows(rows: Iterable[Any]) -> str:
-    """Return what ``digest_record`` gives a list of ``rows``, one of which is there at a time."""
+def digest_list(items: Iterable[Any]) -> str:
+    """Return what ``digest_record`` gives a list of ``items``, one of which is there at a time."""
 
     def parts() -> Iterator[bytes]:
-        opening = b"["
-        for row in rows:
-            yield opening + canonical(row)
-            opening = b","
-        yield b"]" if opening == b"," else b"[]"
+        yield b"["
+        for index, item in enumerate(items):
+            yield b"," * (index > 0) + canonical(item)
+        yield b"]"
 
     return digest_parts(parts())

@@ -338,8 +338,7 @@ class Forecast:
             self._results[node] = _Result(found.result, found)
             self._put(node, state, why)
             return
-        whole = not sizes.changed(node)
-        manifest = Manifest(action, _passed_on(node, needed)) if whole else None
+        manifest = None if sizes.changed(node) else Manifest(action, _passed_on(node, needed))
         symbol = manifest.result if manifest else action.key
         self._results[node] = _Result(symbol, manifest, new=True)
         if self._runs(action.key):
@@ -401,7 +400,7 @@ class Forecast:
         return manifest.tensors if manifest else _passed_on(node, self._needed(node))
 
     def _made(self, nodes: Iterable[Node]) -> Needed:
-        """Return the tensors that some nodes make, as far as they are known."""
+        """Return the tensors that some nodes make, of those whose manifests are known."""
         return {
             name: (node, tensor)
             for node in nodes
@@ -420,10 +419,11 @@ class Forecast:
         Returns:
             The bytes to fetch.
         """
+        wanted = [(name, *needed[name]) for name in names if not self._has(needed[name][1])]
         return sum(
-            self._want_one(plan, *needed[name], name, certain)
-            for name in names
-            if not self._has(needed[name][1])
+            # Of two stages' tensors, each has its stage's name in front.
+            self._want_one(plan, maker, tensor, name.removeprefix(f"{maker.stage}:"), certain)
+            for name, maker, tensor in wanted
         )
 
     def _want_one(self, plan: Plan, maker: Node, tensor: Tensor, name: str, certain: bool) -> int:
@@ -520,13 +520,15 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
 
 def _passed_on(node: Node, needed: Needed) -> dict[str, Tensor]:
     """Return what a node makes by passing it on, as far as that is known."""
-    changed = sizes.changed(node)
-    passed = {}
-    for name, tensor in sizes.made(node).items():
-        key = node.params["tensors"][name][2][0] if node.stage == "unshard" else name
-        if name not in changed and key in needed:
-            passed[name] = replace(tensor, digest=needed[key][1].digest)
-    return passed
+    made = sizes.made(node)
+    inputs = {name: name for name in needed}  # in the order that the node will find
+    if node.stage == "unshard":
+        inputs = {name: told[2][0] for name, told in node.params["tensors"].items()}
+    kept = made.keys() - sizes.changed(node)
+    return {
+        name: replace(made[name], digest=needed[key][1].digest)
+        for name, key in inputs.items() if name in kept and key in needed
+    }  # fmt: skip
 
 
 def _again(node: Node, name: str) -> list[str] | None:

@@ -399,7 +399,7 @@ def _told(error: OSError) -> str:
 
 
 def _large_first(found: Plan) -> list[Node]:
-    """Return the last nodes of a target's layers in the order in which they had better be made.
+    """Return the last nodes of a target's layers in the order in which packing has them made.
 
     A head that is begun last ends last, while the other threads have nothing to do. The others
     keep their order, which is that of the weight files that are begun behind them.

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tasks.layouts import LAYOUTS
 from tasks.model import Model, Module, Parameter, layer_names
 from tasks.quantize import Setting
 
-LARGE = 1.25  # times the usual layer
+LARGE = 1.25  # times the third largest layer
 
 
 @dataclass(frozen=True)
@@ -125,10 +124,10 @@ class Outline:
 
     @cached_property
     def large(self) -> frozenset[str]:
-        """The layers, as a rule embeddings and head, of many more weights than the usual one."""
-        weights = {layer: sum(prod(p.shape) for p in made) for layer, made in self.layers.items()}
-        usual = sorted(weights.values())[len(weights) // 2]
-        return frozenset(layer for layer, count in weights.items() if count > LARGE * usual)
+        """At most two layers of many more weights than the others: embeddings and head, or none."""
+        weights = {layer: sum(p.size for p in made) for layer, made in self.layers.items()}
+        third = sorted(weights.values())[-3:][0]
+        return frozenset(layer for layer, count in weights.items() if count > LARGE * third)
 
     def order(
         self,

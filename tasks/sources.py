@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache import files
-from cache.digest import digest, digest_file, digest_rows
+from cache.digest import digest, digest_file, digest_list
 from cache.errors import Mismatch, NotFetched
 from cache.store import Store
 from tasks.checkpoint import Checkpoint, Stored, Whole, is_pointer
@@ -109,7 +109,7 @@ def _files(
     for name, table in tables.items():
         if all(key in digests for key, _ in table):
             rows = ([key, stored.dtype, stored.shape, digests[key]] for key, stored in table)
-            found[name] = [checkpoint.stamps[name].size, digest_rows(rows)]
+            found[name] = [checkpoint.stamps[name].size, digest_list(rows)]
     return found
 
 
@@ -202,7 +202,7 @@ def _to_record(
         "names": checkpoint.names,
         "config": checkpoint.config,
         "files": checkpoint.files,
-        "stored": checkpoint.stored,
+        "stored": checkpoint.stored,  # named tuples: lists in JSON
         "wholes": checkpoint.wholes,
         "notes": list(checkpoint.notes),
         "digests": dict(sorted(digests.items())),

@@ -93,17 +93,17 @@ def write(
             if len(jobs) == AHEAD:  # the buffer that comes next may be this one's
                 jobs.popleft().result()
 
-        for run in FORMATS[form](shard, blobs, find, pool):
-            if isinstance(run, bytes):
-                put(memoryview(run))
+        for piece in FORMATS[form](shard, blobs, find, pool):
+            if isinstance(piece, bytes):
+                put(memoryview(piece))
                 continue
-            digest, parts = find(run)
+            digest, parts = find(piece)
             state = xxhash.xxh3_128()
             for data in blobs.chunks(parts, buffers):
                 state.update(data)
                 put(data)
             if state.hexdigest() != digest:
-                raise BlobLost(digest, f"{run} has other bytes there")
+                raise BlobLost(digest, f"{piece} has other bytes there")
         for job in jobs:
             job.result()
         size = file.tell()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import checkpoints
 from projects import FOUR_BIT, Project, create, outcomes
 from running import DEADLINE_SECONDS, start, temporary, wait_for
 
@@ -86,11 +87,12 @@ def blobs_of(project: Project, layer: str) -> list[Path]:
     return [project.blob("quantize", layer, name) for name, *_ in manifest["tensors"]]
 
 
-def all_but_the_last(project: Project, last: str) -> int:
-    """Build a project; bytes of the weight files, but for those of the last layer's tensors."""
+def all_but_the_last(project: Project, *last: str) -> int:
+    """Build a project; bytes of the weight files, but for those of the last layers' tensors."""
     project.doit()
     whole = sum(path.stat().st_size for path in weight_files(project, "model"))
-    return whole - sum(blob.stat().st_size for blob in blobs_of(project, last))
+    blobs = (blob for layer in last for blob in blobs_of(project, layer))
+    return whole - sum(blob.stat().st_size for blob in blobs)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,19 @@ def test_all_but_the_last_layer_is_written_meanwhile(
         assert before == project.anew()
         assert temporary(project.folder) == []
         assert project.doit().entries == []
+
+
+def test_a_head_that_is_made_first_is_written_last(tmp_path: Path) -> None:
+    """It is large; all that comes before the layer that is waited for is there meanwhile."""
+    other, project = (create(tmp_path / n, "huggingface", **FOUR_BIT) for n in ("other", "project"))
+    for each in (other, project):
+        checkpoints.make("llama", each.checkpoint, vocab_size=2048)
+    least = 0.99 * all_but_the_last(other, "layers.7", "norm", "lm_head")
+    held = Held(project, os.sep.join(["", "quantize", "layers.7.json"]))
+    begun = held.written(least)
+    held.go_on()
+    assert begun <= packed(project), "it was written anew"
+    assert project.built() == project.anew()
 
 
 def test_nothing_is_begun_that_was_not_asked_for(tmp_path: Path) -> None:

@@ -488,9 +488,11 @@ def test_what_models_lock_refuses(tmp_path: Path) -> None:
     assert f"{file.name} is another" in refused()
 
 
-def test_reports(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [["cast"], []])
+def test_reports(keep: list[str], tmp_path: Path) -> None:
     """What plan says of reports is what doit does."""
     project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    project.keep = keep
     project.configure("other", **projects.FOUR_BIT | {"quantize": {"bits": 8}})
 
     def compare_reports(*asked: str, todo: set[str]) -> None:

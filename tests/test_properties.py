@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cache.blobs import Blobs, Part
-from cache.digest import canonical, digest, digest_record, digest_rows
+from cache.digest import canonical, digest, digest_list, digest_record
 from cache.files import Stamp
 from cache.manifests import SCHEMA, Action, Manifest, ManifestError, Tensor
 from tasks import pack, rows, unshard
@@ -90,9 +90,9 @@ def test_canonical_bytes_know_no_order_of_keys(record: Any) -> None:
 
 
 @calm
-@given(rows=st.lists(records))
-def test_rows_have_the_digest_of_their_list(rows: list[Any]) -> None:
-    assert digest_rows(iter(rows)) == digest_record(rows)
+@given(items=st.lists(records))
+def test_items_have_the_digest_of_their_list(items: list[Any]) -> None:
+    assert digest_list(iter(items)) == digest_record(items)
 
 
 @calm

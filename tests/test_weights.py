@@ -129,7 +129,7 @@ def test_a_file_that_changes_after_it_was_found(tmp_path: Path, change: str) -> 
     blobs.refer(digest(b"a" * 1000), [part])
     found = blobs.locate(digest(b"a" * 1000), 1000)
     checkpoint.write_bytes(b"b" * (1000 if change == "overwritten" else 10))
-    shard = [("w", Tensor("uint8", (1000,), digest(b"a" * 1000)))]
+    shard = [("w", Tensor("uint8", (1000,), ""))]
     with pytest.raises(FileChanged, match="changed while it was read"):
         blobs.read_into(found, memoryview(bytearray(1000)))
     with pytest.raises(FileChanged, match="changed while it was read"):
