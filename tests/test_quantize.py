@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from cache.blobs import Blobs, Part
 from cache.store import Store
 from tasks import arrays, rows
-from tasks import quantize as stage
 from tasks.config import MODES
 from tasks.quantize import (
     BLOCK_BYTES,
@@ -22,7 +21,6 @@ from tasks.quantize import (
     not_finite,
     quantize,
     quantize_wide,
-    widens,
 )
 
 SETTINGS = [
@@ -31,7 +29,6 @@ SETTINGS = [
     for group_size in group_sizes
     for bits in all_bits
 ]
-AFFINE = [setting for setting in SETTINGS if setting.mode == "affine"]
 RAW = {mx.float16: np.uint16, mx.bfloat16: np.uint16, mx.float32: np.uint32}
 # By dtype, what rounding and comparing treat in a way of its own: zeros, the least and the greatest
 # subnormal, the least and the greatest normal number, infinity, NaNs, quiet and not.
@@ -82,43 +79,19 @@ def raw(array: mx.array) -> bytes:
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_widened_weights_quantize_as_they_are(dtype: mx.Dtype) -> None:
     @settings(deadline=None, max_examples=40)
-    @given(data=bits(dtype, (2, 256)), setting=st.sampled_from(AFFINE))
+    @given(data=bits(dtype, (2, 256)), setting=st.sampled_from(SETTINGS))
     def check(data: np.ndarray, setting: Setting) -> None:
         with mx.stream(mx.cpu):
             weight = mx.array(data).view(dtype)
             expected = quantize(weight, **setting._asdict())
-            found = quantize_wide(weight, setting)
+            found = quantize_wide(weight, weight.astype(mx.float32), setting)
         assert [(a.dtype, a.shape) for a in found] == [(a.dtype, a.shape) for a in expected]
         assert [raw(array) for array in found] == [raw(array) for array in expected]
 
-    for setting in AFFINE:  # each for certain with any bits at all, and with numbers of each size
+    for setting in SETTINGS:  # each for certain with any bits at all, and with numbers of each size
         for size in [None, *SIZES]:
             check.hypothesis.inner_test(numbers(dtype, (2, 256), 0, size), setting)
     check()
-
-
-def test_widening_is_for_where_it_is_equal_and_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(dtype: mx.Dtype, setting: Setting, *, faster: bool) -> bool:
-        seconds = {quantize_wide: 1.0 if faster else 3.0, quantize: 2.0}
-        monkeypatch.setattr(stage, "_seconds", lambda make: seconds[make.func])
-        widens.cache_clear()
-        return widens(dtype, setting)
-
-    affine = Setting(64, 4, "affine")
-    assert chosen(mx.bfloat16, affine, faster=True)
-    assert not chosen(mx.bfloat16, affine, faster=False)
-    assert not chosen(mx.float32, affine, faster=True)
-    assert not chosen(mx.bfloat16, Setting(32, 4, "mxfp4"), faster=True)
-
-    def other(weight: mx.array, setting: Setting) -> tuple[mx.array, ...]:
-        packed, *parts = quantize(weight, **setting._asdict())
-        return packed + 1, *parts
-
-    monkeypatch.setattr(stage, "quantize_wide", other)
-    monkeypatch.setattr(stage, "_seconds", lambda _: pytest.fail("equal bits come first"))
-    widens.cache_clear()
-    assert not widens(mx.bfloat16, affine)
-    widens.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", EDGES, ids=str)
