@@ -419,12 +419,14 @@ class Forecast:
         Returns:
             The bytes to fetch.
         """
-        wanted = [(name, *needed[name]) for name in names if not self._has(needed[name][1])]
-        return sum(
-            # Of two stages' tensors, each has its stage's name in front.
-            self._want_one(plan, maker, tensor, name.removeprefix(f"{maker.stage}:"), certain)
-            for name, maker, tensor in wanted
-        )
+        fetched = 0
+        for name in names:
+            maker, tensor = needed[name]
+            if not self._has(tensor):  # which what was wanted before it may bring
+                # Of two stages' tensors, each has its stage's name in front.
+                plain = name.removeprefix(f"{maker.stage}:")
+                fetched += self._want_one(plan, maker, tensor, plain, certain)
+        return fetched
 
     def _want_one(self, plan: Plan, maker: Node, tensor: Tensor, name: str, certain: bool) -> int:
         manifest, sharing = self._results[maker].manifest, self._store.sharing
@@ -520,6 +522,8 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
 
 def _passed_on(node: Node, needed: Needed) -> dict[str, Tensor]:
     """Return what a node makes by passing it on, as far as that is known."""
+    if not needed:
+        return {}
     made = sizes.made(node)
     inputs = {name: name for name in needed}  # in the order that the node will find
     if node.stage == "unshard":
