@@ -6,12 +6,12 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache, lru_cache
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cache.manifests import Tensor
-from tasks import arrays, mx, rows
+from tasks import arrays, kernels, mx, rows
 from tasks.config import Quantize, Rule
 from tasks.errors import ConfigError
 from tasks.keys import MODES
@@ -177,74 +177,6 @@ def _below(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sys.intern(f"{path}.{name}") if path else name for name in names)
 
 
-def quantize(weight: mx.array, *, group_size: int, bits: int, mode: str) -> tuple[mx.array, ...]:
-    """Quantize a weight, on the current stream.
-
-    Args:
-        weight: (…, rows, columns), columns a multiple of ``group_size``.
-        group_size: weights that share a scale.
-        bits: bits per weight.
-        mode: ``affine``, ``mxfp4``, ``mxfp8``, ``nvfp4``.
-
-    Returns:
-        The packed weight, uint32 (…, rows, columns · bits / 32); scales (…, rows,
-        columns / group_size); and for ``affine`` biases, shaped as the scales.
-    """
-    return tuple(mx.quantize(weight, group_size, bits, mode))
-
-
-def quantize_wide(weight: mx.array, wide: mx.array, setting: Setting) -> tuple[mx.array, ...]:
-    """Return what ``quantize`` makes of ``weight``, given the same weights in float32.
-
-    MLX's CPU kernel widens each 16-bit weight by itself, as often as it looks at it, and rounds
-    only scales and biases to the weight's dtype. Widening all of them first, in one fast pass,
-    saves a sixth of the time.
-    """
-    if not _may_widen(weight.dtype, setting):
-        return quantize(weight, **setting._asdict())
-    packed, *parts = quantize(wide, **setting._asdict())
-    return packed, *(part.astype(weight.dtype) for part in parts)
-
-
-@lru_cache
-def _may_widen(dtype: mx.Dtype, setting: Setting) -> bool:
-    """Tell, by a sample, whether the MLX that is installed computes so."""
-    if setting.mode != "affine":  # they differ for infinity, NaN, and in nvfp4 beyond 2³⁰
-        return False
-    spread = mx.power(2.0, mx.arange(-12, 4, 0.25))[:, None]  # a magnitude a row
-    sample = (mx.random.normal((64, 512), key=mx.random.key(0)) * spread).astype(dtype)
-    packed, *parts = quantize(sample, **setting._asdict())
-    wide, *wide_parts = quantize(sample.astype(mx.float32), **setting._asdict())
-    return mx.array_equal(packed, wide).item() is True and all(
-        mx.array_equal(one, other.astype(one.dtype)).item()
-        for one, other in zip(parts, wide_parts, strict=True)
-    )
-
-
-def not_finite(weight: mx.array) -> mx.array:
-    """Return, lazily, whether an element is infinite or NaN. Twenty times faster than isfinite."""
-    signed, unsigned, positive, negative = _infinities(weight.dtype)
-    # The largest as signed numbers has no sign bit, the largest as unsigned ones has it.
-    return mx.logical_or(
-        mx.max(weight.view(signed)) >= positive, mx.max(weight.view(unsigned)) >= negative
-    )
-
-
-@lru_cache
-def _infinities(dtype: mx.Dtype) -> tuple[mx.Dtype, mx.Dtype, mx.array, mx.array]:
-    """Return what to view floats as, signed and unsigned, and infinity and its negative in these.
-
-    More than infinity is NaN.
-    """
-    signed, unsigned, bits = {
-        mx.float16: (mx.int16, mx.uint16, 0x7C00),
-        mx.bfloat16: (mx.int16, mx.uint16, 0x7F80),
-        mx.float32: (mx.int32, mx.uint32, 0x7F800000),
-    }[dtype]
-    sign = 1 << (8 * dtype.size - 1)
-    return signed, unsigned, mx.array(bits, signed), mx.array(sign + bits, unsigned)
-
-
 def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
     """Quantize a layer."""
     made: dict[str, Tensor] = {}
@@ -270,7 +202,6 @@ def _quantize_rows(
     device = device_of(backend)
     stream = builder.streams.get(device)
     names = PARTS[: 3 if setting.mode == "affine" else 2]
-    told = setting._asdict()
     finite = True
     packed: tuple[mx.array, ...] = ()
     with ExitStack() as stack:
@@ -279,19 +210,30 @@ def _quantize_rows(
         for start, stop in rows.spans(whole, BLOCK_BYTES[device]):
             block = _read(builder, whole, start, stop, device)
             with mx.stream(stream):
-                odd = not_finite(block)
-                if device == "cpu":
-                    packed = quantize_wide(block, block.astype(mx.float32), setting)
-                else:
-                    packed = quantize(block, **told)
-                made = arrays.views(packed, odd, together=device == "gpu")
+                packed, made, all_finite = _quantize_block(block, setting, device)
             for writer, data in zip(writers, made, strict=True):
                 writer.write(data)
-            finite = finite and not odd.item()
+            finite = finite and all_finite
     return {
         name: Tensor(arrays.dtype_name(part), (*whole.shape[:-1], part.shape[-1]), writer.digest)
         for name, part, writer in zip(names, packed, writers, strict=True)
     }, finite
+
+
+def _quantize_block(
+    block: mx.array, setting: Setting, device: str
+) -> tuple[tuple[mx.array, ...], list[memoryview], bool]:
+    """Quantize rows; return their parts, the bytes of these, and whether all rows were finite."""
+    group_size, bits, mode = setting
+    if device == "cpu" and mode == "affine" and kernels.agrees(block.dtype, group_size, bits):
+        packed, odd = kernels.quantize_affine(block, group_size=group_size, bits=bits)
+        made = arrays.views(packed, odd, together=False)
+        if not odd.item():
+            return packed, made, True
+    packed = kernels.quantize(block, group_size=group_size, bits=bits, mode=mode)
+    odd = kernels.not_finite(block)
+    made = arrays.views(packed, odd, together=device == "gpu")
+    return packed, made, not odd.item()
 
 
 def _read(builder: Builder, whole: Rows, start: int, stop: int, device: str) -> mx.array:

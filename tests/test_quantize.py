@@ -14,14 +14,8 @@ from cache.blobs import Blobs, Part
 from cache.store import Store
 from tasks import arrays, rows
 from tasks.config import MODES
-from tasks.quantize import (
-    BLOCK_BYTES,
-    Setting,
-    _quantize_rows,
-    not_finite,
-    quantize,
-    quantize_wide,
-)
+from tasks.kernels import agrees, not_finite, quantize, quantize_affine
+from tasks.quantize import BLOCK_BYTES, Setting, _quantize_block, _quantize_rows
 
 SETTINGS = [
     Setting(group_size, bits, mode)
@@ -76,22 +70,61 @@ def raw(array: mx.array) -> bytes:
     return bytes(memoryview(array.view(mx.uint8)))
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
-def test_widened_weights_quantize_as_they_are(dtype: mx.Dtype) -> None:
-    @settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("dtype", EDGES, ids=str)
+def test_blocks_are_quantized_as_mlx_does(dtype: mx.Dtype) -> None:
+    @settings(deadline=None, max_examples=100)
     @given(data=bits(dtype, (2, 256)), setting=st.sampled_from(SETTINGS))
     def check(data: np.ndarray, setting: Setting) -> None:
         with mx.stream(mx.cpu):
             weight = mx.array(data).view(dtype)
             expected = quantize(weight, **setting._asdict())
-            found = quantize_wide(weight, weight.astype(mx.float32), setting)
+            found, views, finite = _quantize_block(weight, setting, "cpu")
+            assert finite is mx.isfinite(weight).all().item()
         assert [(a.dtype, a.shape) for a in found] == [(a.dtype, a.shape) for a in expected]
-        assert [raw(array) for array in found] == [raw(array) for array in expected]
+        assert [bytes(view) for view in views] == [raw(array) for array in expected]
 
     for setting in SETTINGS:  # each for certain with any bits at all, and with numbers of each size
         for size in [None, *SIZES]:
             check.hypothesis.inner_test(numbers(dtype, (2, 256), 0, size), setting)
     check()
+
+
+@pytest.mark.parametrize("dtype", EDGES, ids=str)
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s.mode == "affine"], ids=str)
+def test_quantize_affine(dtype: mx.Dtype, setting: Setting) -> None:
+    """The fast way is taken, and for finite weights gives the same bits by itself."""
+    group_size, bits, _ = setting
+    with mx.stream(mx.cpu):
+        assert agrees(dtype, group_size, bits)
+        weight = mx.array(numbers(dtype, (64, 1024), 1, None)).view(dtype)
+        weight = mx.where(mx.isfinite(weight), weight, mx.array(0, dtype))
+        # Whole groups of one sign, of zeros of both signs, and of one number.
+        weight[0], weight[1] = mx.abs(weight[0]), -mx.abs(weight[1])
+        weight[2], weight[3] = weight[2] * 0, weight[3, :1]
+        found, odd = quantize_affine(weight, group_size=group_size, bits=bits)
+        expected = quantize(weight, **setting._asdict())
+        assert not odd.item()
+        assert [raw(array) for array in found] == [raw(array) for array in expected]
+
+
+def test_another_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MLX that quantizes in another way is asked itself."""
+
+    def other(weight: mx.array, group_size: int, bits: int, mode: str) -> list[mx.array]:
+        return [part + 1 for part in made(weight, group_size, bits, mode)]
+
+    made = mx.quantize
+    setting = Setting(64, 4, "affine")
+    weight = mx.random.normal((4, 128)).astype(mx.float16)
+    monkeypatch.setattr(mx, "quantize", other)
+    agrees.cache_clear()
+    try:
+        with mx.stream(mx.cpu):
+            found, _, _ = _quantize_block(weight, setting, "cpu")
+            expected = other(weight, **setting._asdict())
+            assert [raw(array) for array in found] == [raw(array) for array in expected]
+    finally:
+        agrees.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", EDGES, ids=str)
