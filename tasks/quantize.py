@@ -224,14 +224,13 @@ def _quantize_block(
     block: mx.array, setting: Setting, device: str
 ) -> tuple[tuple[mx.array, ...], list[memoryview], bool]:
     """Quantize rows; return their parts, the bytes of these, and whether all rows were finite."""
-    group_size, bits, mode = setting
-    if device == "cpu" and mode == "affine" and kernels.agrees(block.dtype, group_size, bits):
-        packed, odd = kernels.quantize_affine(block, group_size=group_size, bits=bits)
+    told = setting._asdict()
+    if device == "cpu" and kernels.agrees(block.dtype, **told):
+        packed, odd = kernels.quantize_fast(block, **told)
         made = arrays.views(packed, odd, together=False)
         if not odd.item():
             return packed, made, True
-    packed = kernels.quantize(block, group_size=group_size, bits=bits, mode=mode)
-    odd = kernels.not_finite(block)
+    packed, odd = kernels.quantize(block, **told), kernels.not_finite(block)
     made = arrays.views(packed, odd, together=device == "gpu")
     return packed, made, not odd.item()
 

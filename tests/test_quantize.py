@@ -14,7 +14,7 @@ from cache.blobs import Blobs, Part
 from cache.store import Store
 from tasks import arrays, rows
 from tasks.config import MODES
-from tasks.kernels import agrees, not_finite, quantize, quantize_affine
+from tasks.kernels import LARGE, agrees, not_finite, quantize, quantize_fast
 from tasks.quantize import BLOCK_BYTES, Setting, _quantize_block, _quantize_rows
 
 SETTINGS = [
@@ -90,20 +90,28 @@ def test_blocks_are_quantized_as_mlx_does(dtype: mx.Dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", EDGES, ids=str)
-@pytest.mark.parametrize("setting", [s for s in SETTINGS if s.mode == "affine"], ids=str)
-def test_quantize_affine(dtype: mx.Dtype, setting: Setting) -> None:
-    """The fast way is taken, and for finite weights gives the same bits by itself."""
-    group_size, bits, _ = setting
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_quantize_fast(dtype: mx.Dtype, setting: Setting) -> None:
+    """The fast way is taken, and by itself gives the same bits whatever the largest of a group is:
+    each number of 16 bits."""
+    told = setting._asdict()
+    random = np.random.default_rng(0)
+    narrow = dtype if dtype != mx.float32 else mx.bfloat16
     with mx.stream(mx.cpu):
-        assert agrees(dtype, group_size, bits)
-        weight = mx.array(numbers(dtype, (64, 1024), 1, None)).view(dtype)
-        weight = mx.where(mx.isfinite(weight), weight, mx.array(0, dtype))
-        # Whole groups of one sign, of zeros of both signs, and of one number.
-        weight[0], weight[1] = mx.abs(weight[0]), -mx.abs(weight[1])
-        weight[2], weight[3] = weight[2] * 0, weight[3, :1]
-        found, odd = quantize_affine(weight, group_size=group_size, bits=bits)
-        expected = quantize(weight, **setting._asdict())
+        assert agrees(dtype, **told)
+        largest = mx.array(np.arange(EDGES[narrow][5], dtype=np.uint16)).view(narrow)
+        if setting.mode != "affine":
+            largest = mx.where(largest < LARGE, largest, mx.array(1, narrow))
+        shares = random.uniform(-1, 1, (largest.size, setting.group_size)).astype(np.float32)
+        shares[:, 0] = random.choice([-1, 1], largest.size)
+        shares[: largest.size // 8] = np.abs(shares[: largest.size // 8])  # groups of one sign
+        shares[-largest.size // 8 :] = -np.abs(shares[-largest.size // 8 :])
+        weight = (largest[:, None].astype(mx.float32) * mx.array(shares)).astype(dtype)
+        weight = weight.reshape(-1, 128)
+        found, odd = quantize_fast(weight, **told)
+        expected = quantize(weight, **told)
         assert not odd.item()
+        assert [(a.dtype, a.shape) for a in found] == [(a.dtype, a.shape) for a in expected]
         assert [raw(array) for array in found] == [raw(array) for array in expected]
 
 
