@@ -66,7 +66,7 @@ def dequantize(packed: Sequence[mx.array], setting: Setting) -> mx.array:
     """Return what a quantized weight stands for, in the dtype that MLX gives it.
 
     Args:
-        packed: as ``tasks.quantize.quantize`` returns it.
+        packed: as ``tasks.kernels.quantize`` returns it.
         setting: how it was quantized.
     """
     weight, scales = packed[:2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from math import gcd
+from math import gcd, inf
 
 from tasks import mx
 
@@ -12,7 +12,7 @@ ROUND = 1.5 * 2.0**23  # a float32 that is added to it is rounded, ties to even,
 E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # above each, the next of 0 0.5 1 1.5 2 3 4 6
 E2M1_MAX, E4M3_MAX = 6, 448
 E8M0_BIAS = 127
-LARGE = 2.0**30  # MLX's nvfp4 has ways of its own with what is larger than about this
+LARGE = 2.0**30  # from about here on MLX overflows in ways of its own, another in each mode
 LANE = 64  # bits of the widest integer
 
 
@@ -35,37 +35,46 @@ def quantize(weight: mx.array, *, group_size: int, bits: int, mode: str) -> tupl
 def quantize_fast(
     weight: mx.array, *, group_size: int, bits: int, mode: str
 ) -> tuple[tuple[mx.array, ...], mx.array]:
-    """Quantize as MLX does on a CPU, sooner: in half of the time, in fp4 in a twentieth.
+    """Quantize as MLX does on a CPU, in half of its time, in fp4 in a tenth or less.
 
-    In mode affine its kernel (``mlx/backend/cpu/quantized.cpp``) takes one weight after another;
-    for fp4 it compares each with all sixteen numbers of that. Here each step is taken for all
-    weights of a block, which a compiler makes vectors of: the same numbers in the same precision,
-    so the same bits. ``agrees`` tells whether those are the installed MLX's, and in which modes.
+    In mode affine MLX's kernel takes one weight after another, and for fp4 each weight is compared
+    with all sixteen numbers of that. Here each step is taken for all weights of a block, which a
+    compiler makes vectors of: the same numbers in the same precision, so the same bits. ``agrees``
+    tells whether those are the installed MLX's.
 
     Args:
         weight: as for ``quantize``: float16, bfloat16 or float32.
         group_size: weights that share a scale.
         bits: bits per weight.
-        mode: ``affine``, ``mxfp4``, ``nvfp4``.
+        mode: as for ``quantize``.
 
     Returns:
-        As ``quantize``; and, not evaluated yet, whether an element is infinite, NaN or, but in
-        mode affine, as large as ``LARGE``. If so, what was made is not what ``quantize`` makes.
+        As ``quantize``; and, not evaluated yet, whether an element is infinite, NaN or at least
+        ``LARGE``. If so, what was made is not what ``quantize`` makes.
     """
     groups = weight.reshape(-1, group_size)
     if mode == "affine":
-        codes, parts, odd = _affine(groups, bits)
+        codes, parts, large = _affine(groups, bits)
     else:
-        codes, parts, odd = _floats(groups, mode)
+        codes, parts, large = _floats(groups, mode)
     parts = (_pack(codes.reshape(-1), bits).view(mx.uint32), *parts)
-    return tuple(part.reshape(*weight.shape[:-1], -1) for part in parts), odd
+    return tuple(part.reshape(*weight.shape[:-1], -1) for part in parts), large
 
 
 @lru_cache
 def agrees(dtype: mx.Dtype, group_size: int, bits: int, mode: str) -> bool:
     """Tell, by a sample, whether the MLX that is installed quantizes as ``quantize_fast``."""
-    spread = mx.power(2.0, mx.arange(-44, 4, 0.5))[:, None]  # a magnitude a row
-    sample = (mx.random.normal((96, 512), key=mx.random.key(0)) * spread).astype(dtype)
+    width = 128  # of rows: a multiple of each group size
+    exponents = mx.arange(-44, 4)[:, None]
+    spread = mx.random.normal((48, 2 * width), key=mx.random.key(0)) * mx.power(2.0, exponents)
+    spread = spread.reshape(-1, width)
+    # Groups whose largest is about where a scale of mxfp4 and mxfp8 changes; ties; zeros.
+    ulps = 1 + mx.arange(-2, 3) * 2.0**-23
+    changes = mx.concatenate([most * ulps for most in (E2M1_MAX, E4M3_MAX)])
+    changes = (mx.power(2.0, mx.arange(-9, 3))[:, None] * changes).reshape(-1, 1)
+    ties = (mx.arange(width) % 61 - 30)[None] / 4
+    rows = [spread, mx.abs(spread[-32:]), -mx.abs(spread[-32:]), ties, ties * 0]
+    sample = mx.concatenate([*rows, mx.repeat(changes, width, axis=1)]).astype(dtype)
     found, _ = quantize_fast(sample, group_size=group_size, bits=bits, mode=mode)
     expected = quantize(sample, group_size=group_size, bits=bits, mode=mode)
     same = [mx.array_equal(one, other) for one, other in zip(found, expected, strict=True)]
@@ -75,12 +84,13 @@ def agrees(dtype: mx.Dtype, group_size: int, bits: int, mode: str) -> bool:
 def not_finite(weight: mx.array) -> mx.array:
     """Return, lazily, whether an element is infinite or NaN. Twenty times faster than isfinite."""
     signed, unsigned = _integers(weight.dtype)
-    return _odd(weight.dtype, mx.max(weight.view(signed)), mx.max(weight.view(unsigned)))
+    most = mx.max(weight.view(signed)), mx.max(weight.view(unsigned))
+    return _reaches(weight.dtype, *most, bound=inf)
 
 
 def _affine(groups: mx.array, bits: int) -> tuple[mx.array, tuple[mx.array, ...], mx.array]:
-    """Return codes, scales and biases of groups, and whether an element is not finite."""
-    least, most, odd = _extremes(groups)
+    """Return codes, scales and biases of groups, and whether an element is ``LARGE``."""
+    least, most, large = _extremes(groups)
     top = 2**bits - 1
     scales = mx.maximum((most - least) / top, AFFINE_EPS)
     below = mx.abs(least) > mx.abs(most)
@@ -96,7 +106,7 @@ def _affine(groups: mx.array, bits: int) -> tuple[mx.array, tuple[mx.array, ...]
     codes = codes.view(mx.uint32).astype(mx.uint8)
     if bits < 8:
         codes = mx.minimum(codes, top)  # of bytes it is sooner found
-    return codes, (scales.astype(groups.dtype), biases.astype(groups.dtype)), odd
+    return codes, (scales.astype(groups.dtype), biases.astype(groups.dtype)), large
 
 
 def _floats(groups: mx.array, mode: str) -> tuple[mx.array, tuple[mx.array, ...], mx.array]:
@@ -108,35 +118,39 @@ def _floats(groups: mx.array, mode: str) -> tuple[mx.array, tuple[mx.array, ...]
     dtype = groups.dtype
     signed, unsigned = _integers(dtype)
     sign = 1 << (8 * dtype.size - 1)
-    bits = groups.view(unsigned)
-    sizes = bits & (sign - 1)
+    raw = groups.view(unsigned)
+    sizes = raw & (sign - 1)
     most = mx.max(sizes.view(signed), axis=-1, keepdims=True)  # floats are in order of their bits
-    odd = mx.max(most) >= mx.array(LARGE, dtype).view(signed)
+    large = mx.max(most) >= mx.array(LARGE, dtype).view(signed)
     top = mx.array(E4M3_MAX if mode == "mxfp8" else E2M1_MAX, dtype)
     peak = (most.view(dtype) / top).astype(mx.float32)
     if mode == "nvfp4":
         scales = mx.to_fp8(peak)
         divisor = mx.from_fp8(scales, dtype)
-        divisor = mx.where(divisor == 0, float("inf"), divisor)
+        divisor = mx.where(divisor == 0, inf, divisor)  # a group that is too small is all zeros
     else:
-        exponent = mx.where(peak == 0, 0.0, mx.ceil(mx.log2(peak)))
+        exponent = mx.where(peak == 0, 0.0, mx.round(mx.log2(peak)))
+        exponent = exponent + (mx.power(2.0, exponent) < peak)  # ceil misses one, as log2 rounds
         scales = (exponent + E8M0_BIAS).astype(mx.uint8)
         divisor = mx.power(2.0, exponent).astype(dtype)
     if mode == "mxfp8":
-        return mx.to_fp8(groups.astype(mx.float32) / divisor.astype(mx.float32)), (scales,), odd
+        return mx.to_fp8(groups.astype(mx.float32) / divisor.astype(mx.float32)), (scales,), large
     quotients = sizes.view(dtype) / divisor
-    if dtype == mx.float32:  # 16 bits are enough: rounded up, what is above a bound stays so
+    bounds = mx.array(E2M1_BOUNDS, dtype)
+    if dtype == mx.float32:
+        # Half of the bits do, rounded up: a bound has none in the other half, so what is above it
+        # stays above it.
+        bounds = bounds.astype(mx.bfloat16)
         quotients = ((quotients.view(mx.uint32) + 0xFFFF) >> 16).astype(mx.uint16)
-    quotients = quotients.view(mx.int16)
-    bounds = mx.array(E2M1_BOUNDS, mx.bfloat16 if dtype == mx.float32 else dtype).view(mx.int16)
+    quotients, bounds = quotients.view(mx.int16), bounds.view(mx.int16)
     above = [(quotients > bound).view(mx.uint8) for bound in bounds]
     codes = sum(above[1:], above[0])
-    minus = (bits >> (8 * dtype.size - 4)).astype(mx.uint8) & 8
-    return codes | mx.minimum(codes * 8, minus), (scales,), odd  # there is no -0
+    minus = (raw >> (8 * dtype.size - 4)).astype(mx.uint8) & 8
+    return codes | mx.minimum(codes * 8, minus), (scales,), large  # a zero has no sign
 
 
 def _extremes(groups: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Return, in float32, the least and the largest of each group; and what ``not_finite`` does.
+    """Return, in float32, the least and the largest of each group; and whether one is ``LARGE``.
 
     Floats of one sign are in the order of their bits, so integers do, which are compared sooner.
 
@@ -154,22 +168,24 @@ def _extremes(groups: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     smallest = mx.min(groups.view(unsigned), axis=-1, keepdims=True)
     most = mx.where(positive >= 0, positive.view(unsigned), smallest)
     least = mx.where(negative.view(signed) < 0, negative, smallest)
-    odd = _odd(groups.dtype, mx.max(positive), mx.max(negative))
+    large = _reaches(groups.dtype, mx.max(positive), mx.max(negative), bound=LARGE)
     least, most = (one.view(groups.dtype).astype(mx.float32) for one in (least, most))
-    return least, most, odd
+    return least, most, large
 
 
-def _odd(dtype: mx.Dtype, positive: mx.array, negative: mx.array) -> mx.array:
-    """Tell infinity and NaN by the largest of the bits as signed, and as unsigned integers.
+def _reaches(dtype: mx.Dtype, positive: mx.array, negative: mx.array, *, bound: float) -> mx.array:
+    """Tell whether floats reach ``bound`` or its negative. NaN is more than infinity.
 
-    They have no sign bit and have it, unless all floats have the other sign. More than infinity is
-    NaN.
+    Args:
+        dtype: of the floats.
+        positive: the largest of their bits as signed integers: no sign bit, unless all have it.
+        negative: the largest as unsigned integers: the sign bit, unless none has it.
+        bound: positive; what ``dtype`` cannot hold is infinity.
     """
     signed, unsigned = _integers(dtype)
-    infinity = {mx.float16: 0x7C00, mx.bfloat16: 0x7F80, mx.float32: 0x7F800000}[dtype]
-    sign = 1 << (8 * dtype.size - 1)
     return mx.logical_or(
-        positive >= mx.array(infinity, signed), negative >= mx.array(sign + infinity, unsigned)
+        positive >= mx.array(bound, dtype).view(signed),
+        negative >= mx.array(-bound, dtype).view(unsigned),
     )
 
 
