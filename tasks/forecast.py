@@ -141,7 +141,7 @@ class Forecast:
         self._saved = saved
         self._results: dict[Node, _Result | _Kept] = {}
         self._checked: set[str] = set()  # sources
-        self._running: set[str] = set()  # symbols of what will be made
+        self._running: dict[str, bool] = {}  # symbols of what will be made, and whether surely
         self._there: set[str] = set()  # digests of blobs that will be in the cache
         # Else any result may be on record that is not known before it is made.
         self._empty = not self._store.actions.root.exists()
@@ -319,8 +319,10 @@ class Forecast:
             why = reasons.between(old.action, now)
         if not why:
             why = saved.why([]) if saved.runs else [CONTENTS if certain else UNKNOWN]
-        if self._runs(symbol):
-            self._put(node, REUSE, why, certain=certain)
+        made = self._running.get(symbol, False)
+        if self._runs(symbol, surely=certain):
+            # If the other one need not make it after all, this one makes it, if nobody else does.
+            self._put(node, REUSE, why, certain=certain and made)
             return
         needed = self._needed(node)
         names = sizes.reads(self._builder, node) & needed.keys() if needed else set()
@@ -384,10 +386,15 @@ class Forecast:
         manifest = sharing.look_up(action, outline) if sharing else None
         return (manifest, FETCH) if manifest is not None else (None, RUN)
 
-    def _runs(self, symbol: str) -> bool:
-        """Tell whether another task will have made what this one asks for; else this one will."""
+    def _runs(self, symbol: str, *, surely: bool = True) -> bool:
+        """Tell whether another task will have made what this one asks for; else this one will.
+
+        Args:
+            symbol: of what it asks for.
+            surely: whether it asks for certain.
+        """
         shared = symbol in self._running
-        self._running.add(symbol)
+        self._running[symbol] = surely or self._running.get(symbol, False)
         return shared
 
     def _needed(self, node: Node) -> Needed:

@@ -242,6 +242,24 @@ def test_a_lost_tensor_that_joining_passes_on(tmp_path: Path, checkpoint: Path) 
     assert compare(world)["extract:a:layers.1"]["state"] == "run"
 
 
+def test_a_task_that_may_run_and_another_that_shares_its_action(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    """If joining yields what it did, the cast of the one is up to date, and the other's runs."""
+    world = World(tmp_path / "world", lost=True)
+    world.begin(checkpoint)
+    compare(world)
+    (world.mine / ".mlx-make" / "manifests" / "a" / "unshard" / "layers.1.json").unlink()
+    for path in (world.store / "actions").rglob("*.json"):
+        path.unlink()
+    world.models["b"] = {"quantize": {"bits": 8}}
+    world.configure(world.mine)
+    steps = compare(world)
+    assert not steps["cast:a:layers.1"]["certain"]
+    assert not steps["cast:b:layers.1"]["certain"]
+    assert steps["cast:b:layers.0"]["certain"]
+
+
 def everything(folder: Path) -> dict[str, tuple[int, int]]:
     """All files and folders, with size and time."""
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
