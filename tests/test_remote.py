@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import servers
@@ -331,6 +331,7 @@ JSON = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # the first text of a process takes long
 @given(record=JSON, position=st.integers(0), bit=st.integers(0, 7))
 def test_no_bit_of_a_signed_record_can_be_changed(record: object, position: int, bit: int):
     data = bytearray(seal("actions", KEY, record, SECRET))
