@@ -23,7 +23,7 @@ SWEEP_SECONDS = 3600
 STRANGE_SWEEP_SECONDS = 24 * 3600
 WRITERS = 16  # of as much at once, for which room is made before any of it is short
 USE_SECONDS = 3600  # how exactly files tell when they were last used
-WRITE_BYTES = 1 << 20
+WRITE_BYTES = 256 << 10
 KEEP_SIZE = 1  # linux/falloc.h, FALLOC_FL_KEEP_SIZE
 _libc = ctypes.CDLL(None)
 _BEGUN = time.time_ns()  # another in a later process that has this one's number
@@ -131,8 +131,8 @@ def write(path: Path, data: bytes | memoryview) -> None:
 def write_all(file: IO[bytes], data: memoryview) -> None:
     """Write all of ``data`` to an unbuffered file.
 
-    In calls of ``WRITE_BYTES``: for longer ones Linux may look for memory of 2 MiB in one piece,
-    which can take three times as long as the copy.
+    In calls of ``WRITE_BYTES``: for longer ones Linux looks for memory in pieces as long, up to
+    2 MiB, and those are what a virtual machine has given back to its host: ten times the copy.
     """
     while data:
         data = data[file.write(data[:WRITE_BYTES]) :]
