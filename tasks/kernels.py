@@ -121,7 +121,7 @@ def _floats(groups: mx.array, mode: str) -> tuple[mx.array, tuple[mx.array, ...]
     raw = groups.view(unsigned)
     sizes = raw & (sign - 1)
     most = mx.max(sizes.view(signed), axis=-1, keepdims=True)  # floats are in order of their bits
-    large = mx.max(most) >= mx.array(LARGE, dtype).view(signed)
+    large = mx.max(most) >= _bounds(dtype, LARGE)[0]
     top = mx.array(E4M3_MAX if mode == "mxfp8" else E2M1_MAX, dtype)
     peak = (most.view(dtype) / top).astype(mx.float32)
     if mode == "nvfp4":
@@ -182,11 +182,18 @@ def _reaches(dtype: mx.Dtype, positive: mx.array, negative: mx.array, *, bound: 
         negative: the largest as unsigned integers: the sign bit, unless none has it.
         bound: positive; what ``dtype`` cannot hold is infinity.
     """
+    positive_bound, negative_bound = _bounds(dtype, bound)
+    return mx.logical_or(positive >= positive_bound, negative >= negative_bound)
+
+
+@lru_cache
+def _bounds(dtype: mx.Dtype, bound: float) -> tuple[mx.array, mx.array]:
+    """Return the bits of a number as a signed, and of its negative as an unsigned integer."""
     signed, unsigned = _integers(dtype)
-    return mx.logical_or(
-        positive >= mx.array(bound, dtype).view(signed),
-        negative >= mx.array(-bound, dtype).view(unsigned),
-    )
+    with mx.stream(mx.cpu):
+        bits = mx.array(bound, dtype).view(signed).item()
+        negative_bits = mx.array(-bound, dtype).view(unsigned).item()
+    return mx.array(bits, signed), mx.array(negative_bits, unsigned)
 
 
 def _integers(dtype: mx.Dtype) -> tuple[mx.Dtype, mx.Dtype]:
