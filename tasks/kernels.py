@@ -50,7 +50,7 @@ def quantize_fast(
 
     Returns:
         As ``quantize``; and, not evaluated yet, whether an element is infinite, NaN or at least
-        ``LARGE``. If so, what was made is not what ``quantize`` makes.
+        ``LARGE``. If so, what was made may differ from what ``quantize`` makes.
     """
     groups = weight.reshape(-1, group_size)
     if mode == "affine":
