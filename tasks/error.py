@@ -63,15 +63,18 @@ def figures(manifest: Manifest, read: dict[str, bytes]) -> dict[str, tuple[float
 
 
 def dequantize(packed: Sequence[mx.array], setting: Setting) -> mx.array:
-    """Return what a quantized weight stands for, in the dtype that MLX gives it.
+    """Return what rows of a quantized weight stand for, in the dtype that MLX gives it.
 
     Args:
-        packed: as ``tasks.kernels.quantize`` returns it.
+        packed: as ``tasks.kernels.quantize`` returns it: (rows, …) each.
         setting: how it was quantized.
     """
+    count = len(packed[0])
+    if count % 2:  # MLX takes an even number of nvfp4 groups on a CPU
+        packed = [mx.pad(part, [(0, 1), (0, 0)]) for part in packed]
     weight, scales = packed[:2]
     biases = packed[2] if len(packed) > 2 else None
-    return mx.dequantize(weight, scales, biases, **setting._asdict())
+    return mx.dequantize(weight, scales, biases, **setting._asdict())[:count]
 
 
 def _of_stage(needed: Needed, prefix: str) -> Needed:

@@ -28,8 +28,9 @@ PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modul
 # A core's cache holds the one; a GPU pays by the call, though not for so long that Metal's
 # watchdog minds.
 BLOCK_BYTES = {"cpu": 2 << 20, "gpu": 32 << 20}
-IN_FLIGHT_BLOCKS = 10  # a block, and what is made of it on the way to fp4, which takes the most
-SLICES = 16  # MLX's own takes 40 times what it is given, for fp4 on a CPU
+# A block, and what is made of it: on a CPU on the way to fp4, which takes the most.
+IN_FLIGHT_BLOCKS = {"cpu": 10, "gpu": 8}
+SLICES = 16  # MLX's own takes 40 times what it is given, for fp4 on a CPU: so 40/16 of a block
 
 
 class Setting(NamedTuple):
@@ -162,7 +163,8 @@ def device_of(backend: str) -> str:
 
 def memory(backend: str) -> int:
     """Return the bytes that work on one weight takes: a few blocks, however large it is."""
-    return IN_FLIGHT_BLOCKS * BLOCK_BYTES[device_of(backend)]
+    device = device_of(backend)
+    return IN_FLIGHT_BLOCKS[device] * BLOCK_BYTES[device]
 
 
 def names(module: Module, setting: Setting | None) -> tuple[str, ...]:
@@ -241,10 +243,16 @@ def _quantize_block(
 
 
 def _quantize_slices(block: mx.array, setting: Setting) -> tuple[mx.array, ...]:
-    step = 2 * max(1, len(block) // (2 * SLICES))  # MLX's own takes an even number of nvfp4 groups
+    """Quantize rows as MLX's own does, so few at a time that it takes no more memory."""
+    step = 2 * max(1, len(block) // (2 * SLICES))
     slices = []
     for start in range(0, len(block), step):
-        slices.append(kernels.quantize(block[start : start + step], **setting._asdict()))
+        some = block[start : start + step]
+        count = len(some)
+        if count % 2:  # MLX's own takes an even number of nvfp4 groups
+            some = mx.pad(some, [(0, 1), (0, 0)])
+        parts = kernels.quantize(some, **setting._asdict())
+        slices.append([part[:count] for part in parts])
         mx.eval(slices[-1])
     return tuple(mx.concatenate(list(parts)) for parts in zip(*slices, strict=True))
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cache.blobs import Blobs, Part
 from cache.store import Store
 from tasks import arrays, rows
+from tasks.error import dequantize
 from tasks.kernels import quantize
 from tasks.quantize import BLOCK_BYTES, Setting, _quantize_block, _quantize_rows, memory
 
@@ -104,3 +105,20 @@ def test_memory_of_a_block(number: float) -> None:
     assert finite is (number == 1)
     assert [bytes(view) for view in views] == [raw(array) for array in expected]
     assert taken + block.nbytes < 1.5 * memory("cpu")  # it varies with what threads do when
+
+
+@pytest.mark.parametrize("number", [1, 1e31, float("inf")])
+@pytest.mark.parametrize("count", [3, 65])
+def test_an_odd_number_of_nvfp4_groups(number: float, count: int) -> None:
+    """MLX's own takes an even number on a CPU; blocks of such a weight may have another."""
+    setting = Setting(16, 4, "nvfp4")
+    with mx.stream(mx.cpu):
+        whole = mx.random.normal((count + 1, 48)).astype(mx.bfloat16)
+        whole[1, 7] = number
+        expected = [part[:count] for part in quantize(whole, **setting._asdict())]
+        packed, views, finite = _quantize_block(whole[:count], setting, "cpu")
+        if finite:  # of the other one, some of a group is NaN
+            wanted = mx.dequantize(*quantize(whole, **setting._asdict()), None, **setting._asdict())
+            assert mx.array_equal(dequantize(packed, setting), wanted[:count])
+    assert [bytes(view) for view in views] == [raw(mx.contiguous(part)) for part in expected]
+    assert finite is (number != float("inf"))
