@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cache.manifests import Manifest, Tensor
 from tasks import arrays, mx, rows
+from tasks.kernels import even_rows
 from tasks.quantize import BLOCK_BYTES, PARTS, Setting, device_of
 from tasks.rows import Rows
 
@@ -69,12 +70,9 @@ def dequantize(packed: Sequence[mx.array], setting: Setting) -> mx.array:
         packed: as ``tasks.kernels.quantize`` returns it: (rows, …) each.
         setting: how it was quantized.
     """
-    count = len(packed[0])
-    if count % 2:  # MLX takes an even number of nvfp4 groups on a CPU
-        packed = [mx.pad(part, [(0, 1), (0, 0)]) for part in packed]
-    weight, scales = packed[:2]
-    biases = packed[2] if len(packed) > 2 else None
-    return mx.dequantize(weight, scales, biases, **setting._asdict())[:count]
+    weight, scales, *rest = map(even_rows, packed)
+    biases = rest[0] if rest else None
+    return mx.dequantize(weight, scales, biases, **setting._asdict())[: len(packed[0])]
 
 
 def _of_stage(needed: Needed, prefix: str) -> Needed:

@@ -32,6 +32,11 @@ def quantize(weight: mx.array, *, group_size: int, bits: int, mode: str) -> tupl
     return tuple(mx.quantize(weight, group_size, bits, mode))
 
 
+def even_rows(rows: mx.array) -> mx.array:
+    """Return rows, one of zeros more if they are odd: MLX takes nvfp4 groups by twos on a CPU."""
+    return mx.pad(rows, [(0, 1), (0, 0)]) if len(rows) % 2 else rows
+
+
 def quantize_fast(
     weight: mx.array, *, group_size: int, bits: int, mode: str
 ) -> tuple[tuple[mx.array, ...], mx.array]:

@@ -248,11 +248,8 @@ def _quantize_slices(block: mx.array, setting: Setting) -> tuple[mx.array, ...]:
     slices = []
     for start in range(0, len(block), step):
         some = block[start : start + step]
-        count = len(some)
-        if count % 2:  # MLX's own takes an even number of nvfp4 groups
-            some = mx.pad(some, [(0, 1), (0, 0)])
-        parts = kernels.quantize(some, **setting._asdict())
-        slices.append([part[:count] for part in parts])
+        parts = kernels.quantize(kernels.even_rows(some), **setting._asdict())
+        slices.append([part[: len(some)] for part in parts])
         mx.eval(slices[-1])
     return tuple(mx.concatenate(list(parts)) for parts in zip(*slices, strict=True))
 
