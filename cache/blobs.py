@@ -1,12 +1,14 @@
 """blobs: bytes under their digest.
 
 A blob is a file of its own, or a *reference*: runs of bytes in files that the store does not
-own (a tensor in a checkpoint) or that other blobs own (experts stacked one after another), so
-that nothing is copied that already lies on the disk.
+own (a tensor in a checkpoint), that other blobs own (experts stacked one after another), or that
+hold many blobs (*packs*), so that nothing is copied that already lies on the disk.
 
 ```
 blobs/ab/cdef…        the bytes
-blobs/ab/cdef….parts  or where they lie: JSON, [[path, offset, length, size, mtime_ns, inode], …]
+blobs/ab/cdef….parts  or where they lie: JSON, [[path, offset, length, size, mtime_ns, inode], …],
+                      the path relative to blobs/ if it is below
+blobs/packs/…         many blobs, each where it belongs in a weight file
 ```
 """
 
@@ -16,6 +18,7 @@ import json
 import os
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import repeat
@@ -29,6 +32,8 @@ from cache.digest import CHUNK_BYTES, canonical, digest_file, digest_parts
 from cache.errors import BlobLost, FileChanged
 from cache.files import Stamp
 
+PACKS = "packs"
+
 
 class Part(NamedTuple):
     """One run of bytes in a file.
@@ -37,8 +42,8 @@ class Part(NamedTuple):
         path: absolute path of the file.
         offset: first byte.
         length: bytes.
-        stamp: the file's, when the run was digested; None for a blob's own file, which its name
-            vouches for.
+        stamp: the file's, when the run was digested; None for a file of the store's, in which no
+            byte changes once it is written.
     """
 
     path: str
@@ -63,18 +68,38 @@ class Meter(threading.local):
     written = 0
 
 
+class Place(NamedTuple):
+    """Where a blob belongs in a pack.
+
+    Attributes:
+        pack: the file's path.
+        offset: first byte.
+        length: bytes.
+    """
+
+    pack: Path
+    offset: int
+    length: int
+
+    @property
+    def part(self) -> Part:
+        """The blob, once it is written."""
+        return Part(str(self.pack), self.offset, self.length, None)
+
+
 class Writer:
     """Takes a blob's bytes, in order."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], offset: int = 0) -> None:
         self._file = file
+        self._offset = offset
         self._state = xxhash.xxh3_128()
         self.length = 0
 
     def write(self, data: memoryview) -> None:
         """Append bytes."""
         self._state.update(data)
-        files.write_all(self._file, data)
+        files.write_all(self._file, data, self._offset + self.length)
         self.length += data.nbytes
 
     @property
@@ -127,9 +152,15 @@ class Blobs:
         """
         try:
             record = json.loads(path.read_bytes())
-            return [Part(p, at, n, Stamp(*stamp) if stamp else None) for p, at, n, *stamp in record]
+            parts = [
+                Part(os.path.join(self.root, p), at, n, Stamp(*stamp) if stamp else None)
+                for p, at, n, *stamp in record
+            ]
+            if any(part.offset < 0 or part.length < 0 or "\0" in part.path for part in parts):
+                raise ValueError("it names what no file can have")
         except TypeError as error:
             raise ValueError(str(error)) from error
+        return parts
 
     def drop_if_wrong(self, digest: str) -> None:
         """Read a blob again, and forget where it lies if it is not what its name says."""
@@ -171,6 +202,58 @@ class Blobs:
                 new.rename(self.path(writer.digest))
 
     @contextmanager
+    def writing_at(self, place: Place) -> Iterator[Writer]:
+        """Give a writer whose bytes become a blob where they lie, if the block ends well.
+
+        Raises:
+            FileNotFoundError: there is no such pack.
+            NoRoom: the disk is full.
+        """
+        try:
+            with place.pack.open("r+b", buffering=0) as file:
+                writer = Writer(file, place.offset)
+                yield writer
+        except OSError as error:
+            if files.is_full(error):
+                raise files.no_room(self.root, place.length) from error
+            raise
+        self.meter.written += writer.length
+        if not self.has(writer.digest, writer.length):
+            self.refer(writer.digest, [place.part])
+
+    def new_packs(self, count: int, need: int) -> list[Path]:
+        """Return the paths of files for many blobs, empty.
+
+        Args:
+            count: how many.
+            need: bytes of all blobs together.
+
+        Raises:
+            NoRoom: the disk cannot take them.
+        """
+        folder = self.root / PACKS
+        folder.mkdir(parents=True, exist_ok=True)
+        files.room(folder, need)
+        paths = [folder / uuid.uuid4().hex for _ in range(count)]
+        for path in paths:
+            path.touch(exist_ok=False)
+        return paths
+
+    def note_whole(self, pack: Path, digest: str, length: int) -> None:
+        """Take note that a pack is, as a whole, a blob; nothing is written into it any more."""
+        self.refer(digest, [Part(str(pack), 0, length, None)])
+
+    def whole_pack(self, digest: str, length: int) -> Path | None:
+        """Return the pack that is, as a whole, the blob ``digest``, if there is one."""
+        try:
+            (part, *more) = self.locate(digest, length)
+            path = Path(part.path)
+            whole = not more and path.parent == self.root / PACKS
+            return path if whole and path.stat().st_size == length else None
+        except (BlobLost, FileNotFoundError):
+            return None
+
+    @contextmanager
     def scratch(self, need: int) -> Iterator[Path]:
         """Give a folder beside the blobs for files that may become blobs; it goes afterwards.
 
@@ -201,7 +284,7 @@ class Blobs:
         path = self.path(digest)
         length = sum(part.length for part in parts)
         if not path.exists() or path.stat().st_size != length:
-            record = [[p.path, p.offset, p.length, *(p.stamp or ())] for p in parts]
+            record = [[self._relative(p.path), p.offset, p.length, *(p.stamp or ())] for p in parts]
             files.write(self._reference(digest), canonical(record))
 
     def read_into(self, parts: Sequence[Part], buffer: memoryview) -> None:
@@ -277,15 +360,19 @@ class Blobs:
             except OSError as error:
                 raise BlobLost(digest, f"{path}: {error.strerror}") from error
         now = [p._replace(stamp=p.stamp and stamps[p.path]) for p in parts]
-        if now != parts:
+        short = any(p.offset + p.length > stamps[p.path].size for p in now)
+        if now != parts or short:
             # A copied or touched file may still hold the same bytes, so look before giving up.
-            short = any(p.offset + p.length > stamps[p.path].size for p in now)
             if short or digest != digest_parts(self.chunks(now)):
                 raise BlobLost(digest, f"{', '.join(stamps)} changed since it was read")
             self.refer(digest, now)
         with suppress(FileNotFoundError):  # there are the bytes by now
             self._used(reference, Stamp.of(reference))
         return now
+
+    def _relative(self, path: str) -> str:
+        """Return a path as references name it: relative if it is the store's, which may move."""
+        return path.removeprefix(f"{self.root}{os.sep}")
 
     def _used(self, path: Path, stamp: Stamp) -> None:
         if not self._read_only:

@@ -60,7 +60,8 @@ def plan(survey: Survey, wanted: Wanted, max_bytes: int | None, now: float) -> C
         now: Unix time.
     """
     stays = survey.reach(wanted.blobs)
-    garbage = [file for file in survey.files if _is_garbage(file, wanted, now)]
+    packed = {key for digest in survey.parts for key in survey.pinned(digest)}
+    garbage = [file for file in survey.files if _is_garbage(file, wanted, packed, now)]
     left = survey.size - sum(file.size for file in garbage)
     evicted, spare = [], []
     gone = set(garbage)
@@ -81,9 +82,11 @@ def carry_out(collection: Collection) -> None:
         files.remove(file.path)
 
 
-def _is_garbage(file: File, wanted: Wanted, now: float) -> bool:
+def _is_garbage(file: File, wanted: Wanted, packed: set[str], now: float) -> bool:
     if file.kind == "temporary":
         return files.abandoned(file.path)
+    if file.kind == "pack":  # one that is begun has no blob yet
+        return file.key not in packed and now - file.used > files.SWEEP_SECONDS
     if file.kind in ("action", "memo", "source"):
         wants = file.key in (wanted.sources if file.kind == "source" else wanted.actions)
         return not wants and now - file.used > RECORD_SECONDS
@@ -93,20 +96,25 @@ def _is_garbage(file: File, wanted: Wanted, now: float) -> bool:
 def _blobs(survey: Survey, stays: set[str]) -> Iterator[File]:
     """Yield blobs and references in the order in which they may go.
 
-    A blob in which a reference's parts lie is used whenever that is, and goes after it.
+    A file in which a reference's parts lie is used whenever that is, and goes after it. All that
+    lies in one pack is used, stays and goes together: there is no room to be had of a part of it.
     """
     used: dict[str, float] = defaultdict(float)
     for digest, file in survey.of("reference").items():
         for pinned in survey.pinned(digest):
             used[pinned] = max(used[pinned], file.used)
+    packs = survey.of("pack").keys()
+
+    def lies_in(file: File) -> set[str]:
+        return survey.pinned(file.key) & packs if file.kind == "reference" else {file.key}
+
     unwanted = [
         file for file in survey.files
-        if file.kind in ("blob", "reference") and file.key not in stays
+        if file.kind in ("blob", "reference", "pack") and not stays & {file.key, *lies_in(file)}
     ]  # fmt: skip
 
     def turn(file: File) -> tuple[float, bool]:
-        own = file.kind == "blob"
-        return max(file.used, used[file.key]) if own else file.used, own
+        return max([file.used, *(used[key] for key in lies_in(file))]), file.kind != "reference"
 
     yield from sorted(unwanted, key=turn)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import itertools
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import threading
 import time
@@ -25,6 +27,8 @@ WRITERS = 16  # of as much at once, for which room is made before any of it is s
 USE_SECONDS = 3600  # how exactly files tell when they were last used
 WRITE_BYTES = 256 << 10
 KEEP_SIZE = 1  # linux/falloc.h, FALLOC_FL_KEEP_SIZE
+FICLONE = 0x40049409  # linux/fs.h
+WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _libc = ctypes.CDLL(None)
 _BEGUN = time.time_ns()  # another in a later process that has this one's number
 _numbers = itertools.count()
@@ -128,14 +132,15 @@ def write(path: Path, data: bytes | memoryview) -> None:
         new.rename(path)
 
 
-def write_all(file: IO[bytes], data: memoryview) -> None:
-    """Write all of ``data`` to an unbuffered file.
+def write_all(file: IO[bytes], data: memoryview, at: int = 0) -> None:
+    """Write all of ``data`` to a file, from byte ``at`` on.
 
     In calls of ``WRITE_BYTES``: for longer ones Linux looks for memory in pieces as long, up to
     2 MiB, and those are what a virtual machine has given back to its host: ten times the copy.
     """
     while data:
-        data = data[file.write(data[:WRITE_BYTES]) :]
+        count = os.pwrite(file.fileno(), data[:WRITE_BYTES], at)
+        data, at = data[count:], at + count
 
 
 def reserve(file: IO[bytes], length: int) -> None:
@@ -147,6 +152,44 @@ def reserve(file: IO[bytes], length: int) -> None:
     fallocate = getattr(_libc, "fallocate", None)
     if fallocate:
         fallocate(file.fileno(), KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(length))
+
+
+def link(source: Path, target: Path) -> bool:
+    """Let a new file have the bytes of another one that nobody writes to any more.
+
+    It shares its blocks where the file system can do that (a reflink). Else it is the same file (a
+    hard link), and both names are made read-only; or, where that cannot be, a copy.
+
+    Returns:
+        Whether bytes were copied.
+
+    Raises:
+        NoRoom: the disk cannot take a copy.
+    """
+    if _reflink(source, target):
+        return False
+    try:
+        source.chmod(stat.S_IMODE(source.stat().st_mode) & ~WRITABLE)
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another disk, or one without links, or the file is somebody else's
+        room(target.parent, source.stat().st_size)
+        shutil.copyfile(source, target)
+        return True
+    return False
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    if clonefile := getattr(_libc, "clonefile", None):  # macOS
+        return bool(clonefile(os.fsencode(source), os.fsencode(target), 0) == 0)
+    if platform.system() != "Linux":
+        return False
+    with source.open("rb") as old, target.open("xb") as new, suppress(OSError):
+        fcntl.ioctl(new, FICLONE, old.fileno())
+        return True
+    target.unlink()
+    return False
 
 
 def room(folder: Path, need: int) -> None:

@@ -16,10 +16,11 @@ from cache.blobs import Blobs, Part
 from cache.manifests import Manifest
 
 CORRUPT = "corrupt"  # the folder to which `verify` moves what is
-KINDS = ("blob", "reference", "action", "memo", "source", "temporary", CORRUPT)
+KINDS = ("blob", "reference", "pack", "action", "memo", "source", "temporary", CORRUPT)
 _KEYS = {
     "blob": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})",
     "reference": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})\.parts",
+    "pack": r"blobs/(packs)/([0-9a-f]{32})",
     "action": r"actions/([0-9a-f]{2})/([0-9a-f]{30})\.json",
     "memo": r"memos/[^/]+/([0-9a-f]{2})/([0-9a-f]{30})\.json",
     "source": r"sources/([0-9a-f]{2})([0-9a-f]{62})/.+",
@@ -34,7 +35,7 @@ class File:
         path: where it lies.
         kind: one of ``KINDS``. Files that nobody here made are none of them, and left alone.
         key: the digest or key that names it.
-        size: bytes.
+        size: bytes; of a pack, in which there may be holes, those that the disk has.
         used: when it was last used, Unix time, to the hour (``files.used``).
     """
 
@@ -77,9 +78,21 @@ class Survey:
                 continue
         return found
 
+    @cached_property
+    def owned(self) -> dict[str, int]:
+        """The bytes of each blob that the cache itself has, in a file or in a pack."""
+        found = {digest: file.size for digest, file in self.of("blob").items()}
+        packs = self.of("pack").keys()
+        for digest, parts in self.parts.items():
+            # A whole pack begins where no tensor does, at its header; the blobs in it count.
+            whole = [part.offset for part in parts] == [0]
+            if self.pinned(digest) & packs and not whole:
+                found.setdefault(digest, sum(part.length for part in parts))
+        return found
+
     def pinned(self, digest: str) -> set[str]:
-        """Return the blobs in whose files the parts of the reference ``digest`` lie."""
-        # A part without a stamp lies in a blob's own file.
+        """Return the keys of the blobs' and packs' files in which a reference's parts lie."""
+        # A part without a stamp lies in a file of the store's.
         paths = [Path(part.path) for part in self.parts.get(digest, ()) if part.stamp is None]
         return {path.parent.name + path.name for path in paths}
 
@@ -103,6 +116,8 @@ def take(root: Path) -> Survey:
         if kind:
             inside = _walk(path) if stat.S_ISDIR(status.st_mode) else ()
             size = sum(each.st_size for _, each in inside) or status.st_size
+            if kind == "pack":
+                size = min(size, 512 * status.st_blocks)
             found.append(File(path, kind, key, size, status.st_mtime))
     return Survey(Blobs(root / "blobs"), [*_whole_sources(root, found)])
 

@@ -96,7 +96,10 @@ def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
     wrong: the next doit makes it again, built models too.
     """
     survey = surveys.take(read.cache)
-    kinds = [(kind, [f.size for f in survey.files if f.kind == kind]) for kind in verify.KINDS]
+    blobs = survey.owned
+    others = [file for file in survey.files if file.kind in verify.KINDS and file.key not in blobs]
+    sizes = {kind: [file.size for file in others if file.kind == kind] for kind in verify.KINDS}
+    sizes["blob"] += blobs.values()
     suspects = verify.look(survey, cores())
     wrong = []
     if suspects:
@@ -109,7 +112,7 @@ def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
                 verify.set_aside(read.cache, file)
             forgotten = _forget(survey, built, wrong)
         _report(read, built, wrong, forgotten)
-    counts = (f"{len(s)} {cache_stats.KIND_NAMES[k]} ({size(sum(s))})" for k, s in kinds)
+    counts = (f"{len(s)} {cache_stats.KIND_NAMES[k]} ({size(sum(s))})" for k, s in sizes.items())
     print(f"{read.cache}: read {', '.join(counts)}; {len(wrong) or 'none'} corrupt")
     return FAILED if wrong else 0
 
@@ -121,6 +124,13 @@ def _forget(
     spoilt = {file.key for file, _ in wrong if file.kind != "action"}
     mine = list(built)
     keys = verify.made_of(spoilt, [*survey.manifests(), *(r.manifest for r in mine)])
+    # A packed file that the cache has as a whole is build/'s own.
+    packed = [record.manifest for record in mine if record.manifest.action.stage == "pack"]
+    keys |= {
+        manifest.action.key
+        for manifest in packed
+        if spoilt & {tensor.digest for tensor in manifest.tensors.values()}
+    }
     for key, file in survey.of("action").items():
         if key in keys:
             files.remove(file.path)

@@ -17,6 +17,7 @@ LARGEST = 5
 KIND_NAMES = {
     "blob": "blobs",
     "reference": "references",
+    "pack": "packs of blobs",
     "action": "action entries",
     "memo": "memos",
     "source": "source records",
@@ -56,7 +57,7 @@ def _kinds(survey: Survey) -> Iterator[str]:
 
 def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Iterator[str]:
     """Say what each target needs, a blob under the stage that made it."""
-    own = {digest: file.size for digest, file in survey.of("blob").items()}
+    own = survey.owned
     rows: list[tuple[str, ...]] = [("target", *LAYER_STAGES, "all")]
     needed: set[str] = set()
     twice = 0
@@ -73,7 +74,8 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     yield from _table(rows)
     if twice:
         yield f"What several targets share, {size(twice)}, is counted once in (all)."
-    if count := len(spare.keys() & own.keys()):
+    # What lies in one pack with something that is needed stays with it.
+    if count := sum(not survey.pinned(digest) & needed for digest in spare.keys() & own.keys()):
         yield f"No current target needs {count} blobs; doit cache gc removes such with a size cap."
 
 
@@ -95,11 +97,11 @@ def _row(name: str, made: dict[str, str], own: dict[str, int]) -> tuple[str, ...
 
 def _largest(survey: Survey, records: Sequence[Record]) -> Iterator[str]:
     named = owners(records)
-    largest = sorted(survey.of("blob").values(), key=lambda file: -file.size)[:LARGEST]
+    largest = sorted(survey.owned.items(), key=lambda blob: -blob[1])[:LARGEST]
     if largest:
         yield "largest blobs"
-        for file in largest:
-            line = f"{size(file.size):>9}  {described(named.get(file.key, ()))}"
+        for digest, nbytes in largest:
+            line = f"{size(nbytes):>9}  {described(named.get(digest, ()))}"
             yield line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
         yield ""
 

@@ -11,7 +11,6 @@ from cache.manifests import Manifest
 from tasks.config import STATE, Config
 from tasks.lock import Lock
 
-# In this order; pack makes no blobs.
 LAYER_STAGES = ("extract", "unshard", "cast", "quantize", "error")
 
 
@@ -55,9 +54,8 @@ def wanted(config: Config, records: Iterable[Record]) -> Wanted:
     locked = Lock.load(config.path.with_suffix(".lock"), strict=False).sources
     sources = {target.source_name for target in config.targets.values()}
     some = list(records)
-    layers = [record.manifest for record in some if record.manifest.action.stage in LAYER_STAGES]
     return Wanted(
-        frozenset(tensor.digest for manifest in layers for tensor in manifest.tensors.values()),
+        frozenset(tensor.digest for record in some for tensor in record.manifest.tensors.values()),
         frozenset(record.manifest.action.key for record in some),
         frozenset(source.record for name, source in locked.items() if name in sources),
         memos=True,

@@ -110,6 +110,16 @@ class Project:
         (digest,) = (tensor[-1] for tensor in manifest["tensors"] if tensor[0] == name)
         return self.store / "blobs" / digest[:2] / digest[2:]
 
+    def stored(self, stage: str, layer: str, name: str, target: str = "model") -> "Stored":
+        """Where the store has the bytes of a tensor that a stage made."""
+        return Stored(self.blob(stage, layer, name, target))
+
+    def lose_packed(self, target: str = "model") -> None:
+        """Have the store no longer know the built weight files as such."""
+        manifest = json.loads((self.state / "manifests" / target / "pack.json").read_bytes())
+        for _, _, _, digest in manifest["tensors"]:
+            Stored(self.store / "blobs" / digest[:2] / digest[2:]).lose()
+
     def actions(self, stage: str, layer: str, target: str = "model") -> list[Path]:
         """The action cache's entries of what a stage made of a layer."""
         wanted = self.manifest(stage, layer, target).read_bytes()
@@ -131,6 +141,44 @@ class Project:
     def quantizing(self, target: str = "model") -> set[str]:
         """The tasks of a target that changed bits concern: all that quantizes, and pack."""
         return self.tasks(["quantize"], target=target) - {f"quantize:{target}:norm"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A blob: a file of its own, or what a reference says."""
+
+    blob: Path
+
+    @property
+    def reference(self) -> Path:
+        return self.blob.with_name(f"{self.blob.name}.parts")
+
+    @property
+    def part(self) -> tuple[Path, int, int]:
+        """The file that has all of it, its first byte there, and its length."""
+        if self.blob.exists():
+            return self.blob, 0, self.blob.stat().st_size
+        ((path, offset, length, *_),) = json.loads(self.reference.read_bytes())
+        return self.blob.parent.parent / path, offset, length
+
+    @property
+    def length(self) -> int:
+        return self.part[2]
+
+    def lose(self) -> None:
+        self.blob.unlink(missing_ok=True)
+        self.reference.unlink(missing_ok=True)
+
+    def cut(self, left: int) -> None:
+        """Leave so many bytes of it; what comes after it in its file is gone as well."""
+        path, offset, _ = self.part
+        path.chmod(0o644)
+        os.truncate(path, offset + left)
+
+    def flip(self, at: int = 0) -> None:
+        path, offset, _ = self.part
+        path.chmod(0o644)
+        flip(path, offset + at)
 
 
 def create(folder: Path, kind: str, *, cache: Path | None = None, **keys) -> Project:
