@@ -1,17 +1,18 @@
 """weights: weight files, safetensors and .npz, put together from blobs.
 
 A file is laid out first: runs of bytes of its own (headers) between runs of other files (blobs).
-Then one run after the other is read, digested and written.
+Then one run after the other is read, digested and, unless it lies in its place already, written.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import cycle
+from itertools import cycle, repeat
 from pathlib import Path
 from struct import pack
 from typing import Any, Protocol
@@ -64,7 +65,7 @@ def write(
     since two that write to one file wait for each other in the kernel.
 
     Args:
-        path: the file.
+        path: the file. All that is in it is written over, but what ``find`` says lies there.
         shard: its tensors, of which only dtypes and shapes need be known.
         form: ``safetensors`` or ``npz``.
         blobs: the store.
@@ -79,40 +80,63 @@ def write(
     buffers = cycle([memoryview(bytearray(CHUNK_BYTES)) for _ in range(AHEAD)])
     jobs: deque[Future[None]] = deque()
     with (
-        path.open("wb", buffering=0) as file,
+        open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file,
         ThreadPoolExecutor(threads) as pool,
         ThreadPoolExecutor(1) as writer,
     ):
-        files.reserve(file, sum(tensor.nbytes for _, tensor in shard))
+        if not os.fstat(file.fileno()).st_size:
+            files.reserve(file, sum(tensor.nbytes for _, tensor in shard))
+        at = 0
 
-        def put(data: memoryview) -> None:
+        def put(data: memoryview, *, lies_there: bool = False) -> None:
+            nonlocal at
             whole.update(data)
             if also:
                 also.update(data)
-            jobs.append(writer.submit(files.write_all, file, data))
+            if not lies_there:
+                jobs.append(writer.submit(files.write_all, file, data, at))
+            at += data.nbytes
             if len(jobs) == AHEAD:  # the buffer that comes next may be this one's
                 jobs.popleft().result()
 
-        for piece in FORMATS[form](shard, blobs, find, pool):
+        for piece in FORMATS[form](shard, _crcs(shard, blobs, find, pool)):
             if isinstance(piece, bytes):
                 put(memoryview(piece))
                 continue
             digest, parts = find(piece)
+            lies_there = [(part.path, part.offset) for part in parts] == [(str(path), at)]
             state = xxhash.xxh3_128()
-            for data in blobs.chunks(parts, buffers):
+            for data in blobs.chunks(parts, None if lies_there else buffers):
                 state.update(data)
-                put(data)
+                put(data, lies_there=lies_there)
             if state.hexdigest() != digest:
                 raise BlobLost(digest, f"{piece} has other bytes there")
         for job in jobs:
             job.result()
-        size = file.tell()
-    return Tensor("uint8", (size,), whole.hexdigest())
+        file.truncate(at)
+    return Tensor("uint8", (at,), whole.hexdigest())
 
 
-def _safetensors(
-    shard: Shard, _blobs: Blobs, _find: Find, _pool: ThreadPoolExecutor
-) -> Iterator[bytes | str]:
+def offsets(shard: Shard, form: str) -> dict[str, int]:
+    """Return by name where a weight file's tensors begin.
+
+    Args:
+        shard: its tensors, of which only dtypes and shapes need be known.
+        form: ``safetensors`` or ``npz``.
+    """
+    found = {}
+    at = 0
+    sizes = {name: tensor.nbytes for name, tensor in shard}
+    for piece in FORMATS[form](shard, repeat(0, len(shard))):
+        if isinstance(piece, bytes):
+            at += len(piece)
+        else:
+            found[piece] = at
+            at += sizes[piece]
+    return found
+
+
+def _safetensors(shard: Shard, _crcs: Iterable[int]) -> Iterator[bytes | str]:
     """Lay out a safetensors file (https://github.com/huggingface/safetensors)."""
     raw = f"{{{','.join(_safetensors_entries(shard))}}}".encode()
     raw += b" " * (-len(raw) % 8)  # so that tensors begin on a multiple of 8
@@ -136,23 +160,15 @@ def _safetensors_entries(shard: Shard) -> Iterator[str]:
         offset = end
 
 
-def _npz(shard: Shard, blobs: Blobs, find: Find, pool: ThreadPoolExecutor) -> Iterator[bytes | str]:
+def _npz(shard: Shard, crcs: Iterable[int]) -> Iterator[bytes | str]:
     """Lay out an .npz file as mx.savez does: a zip archive of uncompressed .npy files.
 
     Dated 1980, so that equal weights are equal files. The format is PKWARE's APPNOTE 6.3.10,
     ZIP64 where a size or an offset needs it.
     """
-
-    def check(packed: tuple[str, Tensor]) -> int:
-        name, tensor = packed
-        crc = zlib.crc32(_npy_header(tensor))
-        for chunk in blobs.chunks(find(name)[1]):
-            crc = zlib.crc32(chunk, crc)
-        return crc
-
     directory = []
     at = 0
-    for (name, tensor), crc in zip(shard, pool.map(check, shard), strict=True):
+    for (name, tensor), crc in zip(shard, crcs, strict=True):
         npy = _npy_header(tensor)
         size = len(npy) + tensor.nbytes
         local, central = _zip_entry(f"{name}.npy".encode(), crc, size, at)
@@ -161,6 +177,19 @@ def _npz(shard: Shard, blobs: Blobs, find: Find, pool: ThreadPoolExecutor) -> It
         yield name
         at += len(local) + size
     yield b"".join(directory) + _zip_end(len(directory), sum(map(len, directory)), at)
+
+
+def _crcs(shard: Shard, blobs: Blobs, find: Find, pool: ThreadPoolExecutor) -> Iterator[int]:
+    """Yield the CRC-32 of each tensor as a .npy file, some worked out ahead."""
+
+    def check(packed: tuple[str, Tensor]) -> int:
+        name, tensor = packed
+        crc = zlib.crc32(_npy_header(tensor))
+        for chunk in blobs.chunks(find(name)[1]):
+            crc = zlib.crc32(chunk, crc)
+        return crc
+
+    yield from pool.map(check, shard)
 
 
 def _zip_entry(name: bytes, crc: int, size: int, at: int) -> tuple[bytes, bytes]:
@@ -203,6 +232,7 @@ def _npy_header(tensor: Tensor) -> bytes:
     return b"\x93NUMPY\x01\x00" + pack("<H", len(text)) + text.encode()
 
 
-# Yields bytes, and the names of the tensors whose bytes come between them.
-Layout = Callable[[Shard, Blobs, Find, ThreadPoolExecutor], Iterator[bytes | str]]
+# Given the CRC-32s of .npy files if the format has any. Yields bytes, and the names of the tensors
+# whose bytes come between them.
+Layout = Callable[[Shard, Iterable[int]], Iterator[bytes | str]]
 FORMATS: dict[str, Layout] = {"safetensors": _safetensors, "npz": _npz}

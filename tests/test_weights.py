@@ -1,6 +1,7 @@
 """Weight files, read by the clients that will read them."""
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from safetensors import safe_open
 
 import cache.blobs
 from cache import files
-from cache.blobs import Blobs, Part
+from cache.blobs import Blobs, Part, Place
 from cache.digest import digest
 from cache.errors import BlobLost, FileChanged
 from cache.files import Stamp
@@ -65,6 +66,44 @@ def test_npz_is_what_numpy_and_zipfile_read(
         for name, array in made.items():
             assert read[name].dtype == array.dtype
             np.testing.assert_array_equal(read[name], array)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(told=TENSORS, limit=st.sampled_from([weights.ZIP32_LIMIT, 300, 0]), data=st.data())
+@pytest.mark.parametrize("form", ["safetensors", "npz"])
+def test_what_lies_in_its_place_is_left_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: str,
+    told: list,
+    limit: int,
+    data: st.DataObject,
+) -> None:
+    """Any of the tensors, written before all else, make the same file."""
+    monkeypatch.setattr(weights, "ZIP32_LIMIT", limit)
+    blobs, path = Blobs(tmp_path / "blobs"), tmp_path / "weights"
+    made = arrays(told)
+    shard, find = keep(blobs, made)
+    expected = weights.write(path, shard, form, blobs, find, 2)
+    whole = path.read_bytes()
+
+    offsets = weights.offsets(shard, form)
+    for name, array in made.items():
+        assert whole[offsets[name] :][: array.nbytes] == array.tobytes()
+    (pack,) = blobs.new_packs(1, len(whole))
+    there = {name: Place(pack, offsets[name], made[name].nbytes) for name in made}
+    chosen = data.draw(st.sets(st.sampled_from([*made]))) if made else set()
+    for name in chosen:
+        with blobs.writing_at(there[name]) as writer:
+            writer.write(memoryview(made[name].tobytes()))
+        assert writer.digest == find(name)[0]
+
+    def find_there(name: str) -> tuple[str, Sequence[Part]]:
+        digest, parts = find(name)
+        return digest, [there[name].part] if name in chosen else parts
+
+    assert weights.write(pack, shard, form, blobs, find_there, 2) == expected
+    assert pack.read_bytes() == whole
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
