@@ -11,14 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from cache import files
 from cache.actions import Corrupt, Hit, Miss
-from cache.blobs import Part
+from cache.blobs import Part, Writer
 from cache.errors import BlobLost
 from cache.files import Stamp
 from cache.log import Entry, Log
@@ -31,6 +31,7 @@ from tasks.rows import Rows
 
 if TYPE_CHECKING:
     from cache.sharing import Locate
+    from tasks.draft import Drafts
 
 Made = tuple[dict[str, Tensor], list[str]]  # tensors by name, and notes for people
 
@@ -64,7 +65,7 @@ STAGES: dict[str, Stage] = {
 }  # fmt: skip
 AGAIN = {"unshard": unshard.again, "cast": cast.again}  # makes a result that was not kept
 GPU_THREADS = 4
-ALWAYS_KEPT = ("extract", "quantize", "error")  # the checkpoint's, what pack copies, and small
+ALWAYS_KEPT = ("extract", "quantize", "error")  # the checkpoint's, what is packed, and small
 
 
 class Memory:
@@ -125,6 +126,7 @@ class Builder:
         run_id: of this invocation.
         keep: stages whose results are kept, besides ``ALWAYS_KEPT``.
         memory: what tensors in work may take together.
+        drafts: weight files of what is to be packed.
         streams: MLX's, of each thread.
         torch_lock: held while torch reads a file.
         torch_digests: of the tensors that torch had to read, by file and name.
@@ -136,6 +138,7 @@ class Builder:
     run_id: str
     keep: frozenset[str]
     memory: Memory
+    drafts: Drafts
     streams: arrays.Streams = field(default_factory=arrays.Streams)
     torch_lock: threading.Lock = field(default_factory=threading.Lock)
     torch_digests: dict[tuple[Path, Stamp], dict[str, str]] = field(default_factory=dict)
@@ -335,6 +338,15 @@ class Builder:
                 whole = max(whole, unshard.memory(plan.checkpoint, tensors, again=True))
         computed = quantize.memory(node.params["device"]) if "device" in node.params else 0
         return whole + max(rows.IN_FLIGHT_BYTES, computed)
+
+    def writing(self, plan: Plan, name: str, length: int) -> AbstractContextManager[Writer]:
+        """Give a writer of a tensor of a built model, of ``length`` bytes if that is known.
+
+        Raises:
+            NoRoom: the disk is full.
+        """
+        draft = self.drafts.begin(self, plan)
+        return draft.writing(name) if draft else self.store.blobs.writing(length)
 
     def keeps(self, stage: str) -> bool:
         """Tell whether a stage's results are kept; what is not is made again as it is read."""

@@ -1,8 +1,8 @@
 """early: a target's weight files are begun while its layers are still made.
 
-Packing copies, and two threads that write to one file wait for each other in the kernel: where a
-GPU quantizes, that takes half as long as all layers do, and can be done behind them. It keeps two
-cores busy, so that where there are no more nothing is gained, and the layers lose.
+Packing reads, digests, and copies what does not lie in its place: where a GPU quantizes, that takes
+up to half as long as all layers do, and can be done behind them. It keeps two cores busy, so that
+where there are no more nothing is gained, and the layers lose.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from cache.blobs import Part
 from cache.errors import BlobLost
@@ -53,17 +52,15 @@ class Begun:
         self._result: tuple[pack.Content, pack.Filled, dict[str, list[int]] | None] | None = None
 
         def write() -> None:
-            outline = {
-                name: (node, tensor)
-                for node in plan.stages["quantize"]
-                for name, tensor in sizes.made(node).items()
-            }
-            content = pack.Content.of(builder, plan, outline)
+            content = pack.Content.of(builder, plan, sizes.outline(plan))
             nodes = [node for stage in plan.stages.values() for node in stage]
-            layers = sum(sizes.moved(builder, plan, node).written for node in nodes)
-            pack.make_room(self._new, content.nbytes + layers)  # no layer is to fail for this
+            need = content.nbytes
+            need += sum(sizes.moved(builder, plan, node).written for node in nodes)
+            if builder.drafts.begin(builder, plan):  # most of the files is what layers write
+                need -= sum(sizes.total(sizes.new(n).values()) for n in plan.stages["quantize"])
+            pack.make_room(self._new, need)  # no layer is to fail for this
             filled = pack.fill(builder, plan, self._new, content, self._find, strong=strong)
-            self._result = content, filled, pack.stamps(str(self._new), list(filled[0]))
+            self._result = content, filled, pack.stamps(str(self._new), list(filled.files))
 
         def run() -> None:
             try:
@@ -88,7 +85,12 @@ class Begun:
             self._thread.join()
             if self._result:
                 written, filled, stamps = self._result
-                if _alike(written, content) and pack.intact_files(str(self._new), stamps):
+                alike = pack.shapes(written.weights) == pack.shapes(content.weights)
+                if (
+                    alike
+                    and written.small == content.small
+                    and pack.intact_files(str(self._new), stamps)
+                ):
                     return filled
         self.abandon()
         self._thread.join()
@@ -161,15 +163,3 @@ class Early:
         """Stop, when all tasks have ended, what none of them took."""
         if self._begun:
             self._begun.stop()
-
-
-def _alike(one: pack.Content, other: pack.Content) -> bool:
-    """Tell whether two contents are the same, but for the tensors' digests."""
-
-    def form(content: pack.Content) -> dict[str, list[Any]]:
-        return {
-            file: [(name, tensor.dtype, tensor.shape) for name, tensor in shard]
-            for file, shard in content.weights.items()
-        }
-
-    return form(one) == form(other) and one.small == other.small

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cache.manifests import Manifest, Tensor
 from tasks import arrays, mx, rows
 from tasks.kernels import even_rows
-from tasks.quantize import BLOCK_BYTES, PARTS, Setting, device_of
+from tasks.quantize import BLOCK_BYTES, Setting, device_of, parts
 from tasks.rows import Rows
 
 if TYPE_CHECKING:
@@ -22,12 +22,6 @@ CAST, QUANTIZE = "cast:", "quantize:"  # what the inputs' names begin with
 NORM, ERROR_NORM = "norm", "error_norm"
 
 
-def parts(weight: str, setting: Setting) -> list[str]:
-    """Return the names of what a weight is quantized to."""
-    prefix = weight.removesuffix("weight")
-    return [prefix + part for part in PARTS[: 3 if setting.mode == "affine" else 2]]
-
-
 def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
     """Compare a layer's quantized weights with what they were made of.
 
@@ -37,6 +31,8 @@ def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
     before = _of_stage(needed, CAST)
     after = _of_stage(needed, QUANTIZE)
     builder.fetch(plan, after, after)
+    for _, tensor in after.values():  # it may lie in a file of build/, to be altered by hand
+        builder.store.blobs.drop_if_wrong(tensor.digest)
     norms, error_norms = [], []
     for name, told in sorted(node.params["compared"].items()):
         setting = Setting(*told)

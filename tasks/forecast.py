@@ -16,7 +16,7 @@ from cache.actions import Hit
 from cache.digest import digest_record
 from cache.log import Entry
 from cache.manifests import Action, Manifest, Tensor
-from tasks import extract, pack, reasons, sizes, unshard
+from tasks import draft, extract, pack, reasons, sizes, unshard
 from tasks.build import Builder, threads
 from tasks.config import BUILD
 from tasks.errors import BuildError
@@ -263,22 +263,34 @@ class Forecast:
     def _pack(self, plan: Plan, step: Step, saved: Saved) -> Step:
         last = plan.stages["quantize"]
         needed = self._made(last)
+        in_place = self._written_in_place(plan)
         if not all(self._results[node].manifest for node in last):
             size = sum(sizes.total(sizes.made(node).values()) for node in last)
             parts = [pack.told(plan), [self._results[node].symbol for node in last]]
             shared = self._runs(digest_record(parts))
             certain = not shared and self._surely(saved, last)
-            moved = Moved(size, size, self._want(plan, needed, needed, certain=certain))
+            fetched = self._want(plan, needed, needed, certain=certain)
+            moved = Moved(size, size - in_place, fetched)
             return replace(step, state=REUSE if shared else RUN, certain=certain, moved=moved)
         content = pack.Content.of(self._builder, plan, needed)
         found, state = self._recorded(content.action)
         if found and self._holds(plan, found):
             return replace(step, state=state)
         shared = not found and self._runs(content.action.key)
-        fetched = self._want(plan, needed, needed)
-        size = sizes.total(tensor for _, tensor in needed.values())
-        moved = Moved(size, content.nbytes, fetched)
+        size = content.weights_nbytes
+        if found and pack.whole_files(self._store.blobs, content, found.tensors):
+            moved = Moved(size, content.nbytes - size)
+        else:
+            fetched = self._want(plan, needed, needed)
+            moved = Moved(size, content.nbytes - in_place, fetched)
         return replace(step, state=REUSE if shared else state, certain=not shared, moved=moved)
+
+    def _written_in_place(self, plan: Plan) -> int:
+        """Return how many bytes of a target's weight files are there before it is packed."""
+        made = {n for n in plan.stages["quantize"] if self.steps[n.name].state == RUN}
+        if not draft.is_new(plan, made.__contains__):
+            return 0
+        return sum(sizes.total(sizes.new(node).values()) for node in made)
 
     def _extract(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
         why = saved.why([])

@@ -28,6 +28,7 @@ from cache.store import Store
 from tasks import config, extract, options, pack, reasons
 from tasks.build import Builder, Memory, machine_memory, threads
 from tasks.config import BUILD, STATE
+from tasks.draft import Drafts
 from tasks.early import Early
 from tasks.errors import BuildError
 from tasks.layouts import LAYOUTS
@@ -186,11 +187,16 @@ class Graph:
                 built.append(now)
                 notes.extend(more)
 
-            with self.builder.store.lock.using(), self.early.taken(target) as begun:
-                source = self.lock.check_source(self.builder, found, plans)
+            builder, drafts = self.builder, self.builder.drafts
+            with (
+                builder.store.lock.using(),
+                drafts.ending(target),
+                self.early.taken(target) as begun,
+            ):
+                source = self.lock.check_source(builder, found, plans)
                 made = pack.run(
-                    self.builder, found, folder, manifest_path, why, check, accept, begun,
-                    strong=self.lock.is_strong(self.builder, found),
+                    builder, found, folder, manifest_path, why, check, accept, begun,
+                    strong=self.lock.is_strong(builder, found),
                 )  # fmt: skip
             self.lock.update(found, source, built[-1], plans)
             bits = sum(
@@ -337,7 +343,8 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
     run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
     memory = Memory(read.memory_bytes or machine_memory() // 2)
     log = Log(state / "log.jsonl")
-    found = Graph(folder, Builder(store, state, log, run_id, read.keep, memory), plans, lock)
+    builder = Builder(store, state, log, run_id, read.keep, memory, Drafts(_packs))
+    found = Graph(folder, builder, plans, lock)
     options.early = found.early
     return found
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cache import files
 from cache.actions import Hit
@@ -27,10 +27,26 @@ from tasks.plan import Needed, Plan
 from tasks.weights import Find, write
 
 if TYPE_CHECKING:
+    from cache.blobs import Blobs
+    from tasks.draft import Draft
     from tasks.early import Begun
 
 VERSION = 1
-Filled = tuple[dict[str, Tensor], str | None]  # files as tensors of bytes, their table's BLAKE3
+Weights = dict[str, list[tuple[str, Tensor]]]  # weight files' tensors, in order
+
+
+class Filled(NamedTuple):
+    """A folder that was filled.
+
+    Attributes:
+        files: as tensors of bytes.
+        blake3: their table's, if it was wanted.
+        written: bytes, without those that were in their place.
+    """
+
+    files: dict[str, Tensor]
+    blake3: str | None
+    written: int
 
 
 def shards(
@@ -55,6 +71,12 @@ def shards(
     return found
 
 
+def split(plan: Plan, tensors: Mapping[str, Tensor]) -> Weights:
+    """Return a target's weight files by name, each with its tensors in order."""
+    found = shards([(name, tensors[name]) for name in plan.names], plan.target.max_shard_bytes)
+    return dict(zip(LAYOUTS[plan.target.layout].shard_names(len(found)), found, strict=True))
+
+
 @dataclass(frozen=True)
 class Content:
     """What a target's folder will hold.
@@ -66,7 +88,7 @@ class Content:
     """
 
     action: Action
-    weights: dict[str, list[tuple[str, Tensor]]]
+    weights: Weights
     small: dict[str, bytes]
 
     @classmethod
@@ -82,18 +104,17 @@ class Content:
                 f"{', '.join(sorted(missing)[:3])}. Run doit forget -a, then doit."
             )
         layout = LAYOUTS[plan.target.layout]
-        tensors = [(name, needed[name][1]) for name in plan.names]
-        split = shards(tensors, plan.target.max_shard_bytes)
-        sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in split]
+        tensors = {name: needed[name][1] for name in plan.names}
+        weights = split(plan, tensors)
+        sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in weights.values()]
         small = layout.files(plan.checkpoint, builder.store.memos, sizes, plan.weights)
         small["config.json"] = json.dumps(plan.config, indent=4).encode()
-        weights = dict(zip(layout.shard_names(len(split)), split, strict=True))
         params = {
             "format": layout.FORMAT,
             "weights": {file: [name for name, _ in shard] for file, shard in weights.items()},
             "files": {name: digest(data) for name, data in small.items()},
         }
-        inputs = {name: tensor.record for name, tensor in tensors}
+        inputs = {name: tensor.record for name, tensor in tensors.items()}
         return cls(Action("pack", VERSION, params, inputs), weights, small)
 
     @property
@@ -156,12 +177,12 @@ def run(
             if folder.exists() and not manifest_path.exists():
                 _refuse_to_replace(folder)
             told = tuple(dict.fromkeys(notes))
+            known = found.manifest.tensors if isinstance(found, Hit) else {}
             result = _write(
-                builder, plan, needed, folder, content, told, accept, begun, strong=strong
+                builder, plan, needed, folder, content, told, accept, known, begun, strong=strong
             )
             builder.store.actions.put(result)
-            known = isinstance(found, Hit) and found.manifest.tensors == result.tensors
-            if builder.store.sharing and not known:
+            if builder.store.sharing and known != result.tensors:
                 builder.store.sharing.push(result, None)
         builder.publish(manifest_path, result)
         return result
@@ -255,15 +276,24 @@ def _write(
     content: Content,
     notes: tuple[str, ...],
     accept: Callable[[Manifest, str | None], None],
+    known: Mapping[str, Tensor],
     begun: Begun | None,
     *,
     strong: bool,
 ) -> Manifest:
-    """Write the folder anew."""
-    need = content.nbytes
+    """Write the folder anew; ``known`` is what it held the last time, if that is on record."""
+    blobs = builder.store.blobs
+    draft = _draft(builder, plan, content)
+    need = content.nbytes - (draft.nbytes if draft else 0)
     new = beside(folder)
+    filled = None
     try:
-        filled = begun.finish(content) if begun else None
+        if paths := whole_files(blobs, content, known):
+            if begun:
+                begun.stop()
+            filled = _link_whole(blobs, new, content, known, paths, strong=strong)
+        elif begun:
+            filled = begun.finish(content)
         if filled is None:
             make_room(new, need)
             try:
@@ -271,15 +301,17 @@ def _write(
             # Lost, or corrupt and perhaps not the only one, or another thread found it so and
             # dropped it; it is made again.
             except (BlobLost, FileNotFoundError):
+                builder.drafts.end(plan.target.name)  # as little to be trusted as the blobs
                 for _, tensor in needed.values():
-                    builder.store.blobs.drop_if_wrong(tensor.digest)
+                    blobs.drop_if_wrong(tensor.digest)
+                need = content.nbytes
+                make_room(new, need)
                 filled = _fill(builder, plan, needed, new, content, strong=strong)
-        made, blake3 = filled
-        meter = builder.store.blobs.meter
+        meter = blobs.meter
         meter.read += content.weights_nbytes
-        meter.written += sum(tensor.nbytes for tensor in made.values())
-        result = Manifest(content.action, made, notes)
-        accept(result, blake3)
+        meter.written += filled.written
+        result = Manifest(content.action, filled.files, notes)
+        accept(result, filled.blake3)
         _exchange(new, folder)
     except OSError as error:
         if files.is_full(error):
@@ -325,6 +357,7 @@ def fill(
     """
     form = LAYOUTS[plan.target.layout].FORMAT
     weights = content.weights
+    draft = _draft(builder, plan, content)
     threads = max(1, cores() // len(weights))
     hashers: dict[str, Any] = {}
     if strong:
@@ -332,17 +365,97 @@ def fill(
 
         hashers = {file: blake3(max_threads=threads) for file in weights}
 
+    blobs = builder.store.blobs
+    look = draft.finding(find) if draft else find
+
     def put(file: str) -> Tensor:
-        blobs = builder.store.blobs
-        return write(new / file, weights[file], form, blobs, find, threads, hashers.get(file))
+        path = draft.paths[file] if draft else new / file
+        also = hashers.get(file)
+        return write(path, weights[file], form, blobs, look, threads, also)
 
     with ThreadPoolExecutor(cores()) as pool:
         made = dict(zip(weights, pool.map(put, weights), strict=True))
+    written = sum(tensor.nbytes for tensor in made.values())
+    if draft:
+        written -= draft.nbytes
+        for file, tensor in made.items():
+            blobs.note_whole(draft.paths[file], tensor.digest, tensor.nbytes)
+        written += _link(new, draft.paths)
+    known = {file: hasher.hexdigest() for file, hasher in hashers.items()}
+    return _filled(new, content, made, written, known if strong else None)
+
+
+def whole_files(
+    blobs: Blobs, content: Content, known: Mapping[str, Tensor]
+) -> dict[str, Path] | None:
+    """Return the weight files that ``known`` tells of, or None if the cache has not all of them."""
+    found = {
+        file: path
+        for file in content.weights
+        if (tensor := known.get(file)) and (path := blobs.whole_pack(tensor.digest, tensor.nbytes))
+    }
+    return found if len(found) == len(content.weights) else None
+
+
+def _link_whole(
+    blobs: Blobs,
+    new: Path,
+    content: Content,
+    known: Mapping[str, Tensor],
+    paths: Mapping[str, Path],
+    *,
+    strong: bool,
+) -> Filled | None:
+    """Fill a folder with weight files of the cache, unless one is not what it was.
+
+    Raises:
+        NoRoom: the disk cannot take copies, where there must be some.
+    """
+    make_room(new, 0)
+    try:
+        for file, path in paths.items():
+            if digest_file(path) != known[file].digest:
+                blobs.drop_if_wrong(known[file].digest)
+                return None
+        copied = _link(new, paths)
+    except FileNotFoundError:  # it went meanwhile
+        return None
+    made = {file: known[file] for file in content.weights}
+    return _filled(new, content, made, copied, {} if strong else None)
+
+
+def _link(new: Path, paths: Mapping[str, Path]) -> int:
+    """Let a folder have files of the cache; return how many bytes had to be copied."""
+    return sum(path.stat().st_size for file, path in paths.items() if files.link(path, new / file))
+
+
+def _filled(
+    new: Path,
+    content: Content,
+    made: dict[str, Tensor],
+    written: int,
+    blake3s: Mapping[str, str] | None,
+) -> Filled:
+    """Add the small files to a folder; ``blake3s`` are those that are known, None if not wanted."""
     for name, data in content.small.items():
         (new / name).write_bytes(data)
         made[name] = Tensor("uint8", (len(data),), digest(data))
-    known = {file: hasher.hexdigest() for file, hasher in hashers.items()}
-    return made, _table(new, made, known) if strong else None
+        written += len(data)
+    return Filled(made, None if blake3s is None else _table(new, made, blake3s), written)
+
+
+def _draft(builder: Builder, plan: Plan, content: Content) -> Draft | None:
+    """Return the files that were begun in the cache, if they are those of ``content``."""
+    draft = builder.drafts.of(plan.target.name)
+    return draft if draft and shapes(draft.weights) == shapes(content.weights) else None
+
+
+def shapes(weights: Weights) -> dict[str, list[tuple[str, str, tuple[int, ...]]]]:
+    """Return names, dtypes and shapes of weight files' tensors."""
+    return {
+        file: [(name, tensor.dtype, tensor.shape) for name, tensor in shard]
+        for file, shard in weights.items()
+    }
 
 
 def _table(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> str:

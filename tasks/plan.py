@@ -349,7 +349,7 @@ def _errors(outline: Outline, quantized: list[Node]) -> list[Node]:
 def _error(quantized: Order) -> Order:
     computer = dict(quantized.params)
     compared = computer.pop("settings")
-    reads = {part for name, s in compared.items() for part in error.parts(name, Setting(*s))}
+    reads = {part for name, s in compared.items() for part in quantize.parts(name, Setting(*s))}
     told = {"compared": compared, **computer}
     return Order("error", quantized.layer, error.VERSION, told, frozenset(reads))
 

@@ -190,26 +190,25 @@ def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
             continue
         setting = Setting(*node.params["settings"][name])
         whole = builder.rows(plan, needed, name)
-        parts, finite = _quantize_rows(builder, whole, setting, node.params["device"])
+        packed, finite = _quantize_rows(builder, plan, name, whole, setting, node.params["device"])
         if not finite:
             notes.append(f"{name} holds NaN or infinity, which no quantized weight can show")
-        prefix = name.removesuffix("weight")
-        made |= {prefix + part: tensor for part, tensor in parts.items()}
+        made |= packed
     return made, notes
 
 
 def _quantize_rows(
-    builder: Builder, whole: Rows, setting: Setting, backend: str
+    builder: Builder, plan: Plan, name: str, whole: Rows, setting: Setting, backend: str
 ) -> tuple[dict[str, Tensor], bool]:
-    """Quantize a weight; return its parts, and whether all of it was finite."""
+    """Quantize the weight ``name``; return its parts, and whether all of it was finite."""
     device = device_of(backend)
     stream = builder.streams.get(device)
-    names = PARTS[: 3 if setting.mode == "affine" else 2]
+    names = parts(name, setting)
     finite = True
     packed: tuple[mx.array, ...] = ()
     with ExitStack() as stack:
         packed_bytes = prod(whole.shape) * setting.bits // 8
-        writers = [stack.enter_context(builder.store.blobs.writing(packed_bytes)) for _ in names]
+        writers = [stack.enter_context(builder.writing(plan, part, packed_bytes)) for part in names]
         for start, stop in rows.spans(whole, BLOCK_BYTES[device]):
             block = _read(builder, whole, start, stop, device)
             with mx.stream(stream):
@@ -263,6 +262,12 @@ def _read(builder: Builder, whole: Rows, start: int, stop: int, device: str) -> 
     if device == "gpu":
         arrays.share(block)
     return block
+
+
+def parts(weight: str, setting: Setting) -> list[str]:
+    """Return the names of what a weight is quantized to."""
+    prefix = weight.removesuffix("weight")
+    return [prefix + part for part in PARTS[: 3 if setting.mode == "affine" else 2]]
 
 
 def weight_name(path: str) -> str:

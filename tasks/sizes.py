@@ -61,6 +61,15 @@ def made(node: Node) -> dict[str, Tensor]:
     return found
 
 
+def outline(plan: Plan) -> dict[str, tuple[Node, Tensor]]:
+    """Return the tensors of a built model: who makes each, and what it is, without the digest."""
+    return {
+        name: (node, tensor)
+        for node in plan.stages["quantize"]
+        for name, tensor in made(node).items()
+    }
+
+
 def _quantized(
     name: str, tensor: Tensor, group_size: int, bits: int, mode: str
 ) -> dict[str, Tensor]:
@@ -85,6 +94,12 @@ def changed(node: Node) -> set[str]:
     if node.stage == "unshard":
         return {name for name, (*_, steps) in told["tensors"].items() if _joined(steps)}
     return set(told["dtypes"] if node.stage == "cast" else told["settings"])
+
+
+def new(node: Node) -> dict[str, Tensor]:
+    """Return of what cast or quantize makes that which it does not pass on, without the digests."""
+    passed = made(node.needs[0]).keys() - changed(node)
+    return {name: tensor for name, tensor in made(node).items() if name not in passed}
 
 
 def reads(builder: Builder, node: Node) -> set[str]:
@@ -114,8 +129,7 @@ def moved(builder: Builder, plan: Plan, node: Node) -> Moved:
     # What is passed on is copied where the stages before did not keep it.
     late = {n for n in reads(builder, node) - work if not _kept(builder, node.needs[0], n)}
     copied = total(before[name] for name in late)
-    new = total(t for name, t in after.items() if name not in before or name in work)
-    kept_new = new if builder.keeps(node.stage) else 0
+    kept_new = total(new(node).values()) if builder.keeps(node.stage) else 0
     return Moved(total(before[name] for name in work) + copied, kept_new + copied)
 
 

@@ -1,6 +1,8 @@
 """Weight files that are begun while layers are still made.
 
 A build is held at its last layer: by then all that comes before it in the files can be there.
+Layers that are made now write into the files themselves; of those that are on record the blobs are
+copied.
 """
 
 import json
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import checkpoints
-from projects import FOUR_BIT, Project, create, outcomes
+from projects import FOUR_BIT, LAYERS, Project, Stored, create, flip, outcomes
 from running import DEADLINE_SECONDS, start, temporary, wait_for
 
 SUFFIXES = (".safetensors", ".npz")
@@ -34,6 +36,7 @@ class Held:
     cores: int = 4
 
     def __post_init__(self) -> None:
+        self._there = {*packs(self.project)}
         self._mark, self._go = self.project.folder / "mark", self.project.folder / "go"
         self._mark.unlink(missing_ok=True)
         self._go.unlink(missing_ok=True)
@@ -53,8 +56,9 @@ class Held:
         begun: list[Path] = []
 
         def enough() -> bool:
-            begun[:] = weight_files(self.project, ".tmp-model")
-            return sum(path.stat().st_size for path in begun) >= least
+            begun[:] = self.packs() or weight_files(self.project, ".tmp-model")
+            headed = all(path.read_bytes()[:2].strip(b"\0") for path in begun)
+            return headed and sum(path.stat().st_size for path in begun) >= least
 
         self.until(enough)
         inodes = {path.stat().st_ino: path for path in begun}
@@ -62,12 +66,20 @@ class Held:
             os.link(path, self.project.folder / f"inode-{inode}")
         return set(inodes)
 
+    def packs(self) -> list[Path]:
+        """The files that layers write into."""
+        return sorted({*packs(self.project)} - self._there)
+
     def go_on(self, status: int = 0) -> str:
         self._go.touch()
         output = "".join(self.process.communicate(timeout=DEADLINE_SECONDS))
         assert self.process.returncode == status, output
         assert "Traceback" not in output
         return output
+
+
+def packs(project: Project) -> list[Path]:
+    return [*(project.store / "blobs" / "packs").glob("*")]
 
 
 def weight_files(project: Project, folder: str) -> list[Path]:
@@ -81,10 +93,16 @@ def packed(project: Project) -> set[int]:
     return {path.stat().st_ino for path in weight_files(project, "model")}
 
 
-def blobs_of(project: Project, layer: str) -> list[Path]:
+def put_on_record(project: Project) -> None:
+    """Make the layers, and have doit forget that they are there."""
+    project.doit("quantize:model")
+    project.doit("forget", "quantize:model")
+
+
+def blobs_of(project: Project, layer: str) -> list[Stored]:
     """The blobs of what quantize made of a layer."""
     manifest = json.loads(project.manifest("quantize", layer).read_bytes())
-    return [project.blob("quantize", layer, name) for name, *_ in manifest["tensors"]]
+    return [project.stored("quantize", layer, name) for name, *_ in manifest["tensors"]]
 
 
 def all_but_the_last(project: Project, *last: str) -> int:
@@ -92,9 +110,10 @@ def all_but_the_last(project: Project, *last: str) -> int:
     project.doit()
     whole = sum(path.stat().st_size for path in weight_files(project, "model"))
     blobs = (blob for layer in last for blob in blobs_of(project, layer))
-    return whole - sum(blob.stat().st_size for blob in blobs)
+    return whole - sum(blob.length for blob in blobs)
 
 
+@pytest.mark.parametrize("on_record", [False, True])
 @pytest.mark.parametrize(
     ("kind", "last", "keys"),
     [
@@ -104,7 +123,7 @@ def all_but_the_last(project: Project, *last: str) -> int:
     ],
 )
 def test_all_but_the_last_layer_is_written_meanwhile(
-    kind: str, last: str, keys: dict, tmp_path: Path
+    kind: str, last: str, keys: dict, on_record: bool, tmp_path: Path
 ) -> None:
     other = create(tmp_path / "other", kind)
     project = create(tmp_path / "project", kind)
@@ -114,8 +133,11 @@ def test_all_but_the_last_layer_is_written_meanwhile(
         other.configure(**settings)
         project.configure(**settings)
         least = 0.99 * all_but_the_last(other, last)
+        if on_record:
+            put_on_record(project)
         held = Held(project, os.sep.join(["", "quantize", f"{last}.json"]))
         begun = held.written(least)
+        assert (begun == {path.stat().st_ino for path in held.packs()}) != on_record
         assert project.built() == before
         held.go_on()
         assert begun <= packed(project), "it was written anew"
@@ -131,6 +153,7 @@ def test_a_head_that_is_made_first_is_written_last(tmp_path: Path) -> None:
     for each in (other, project):
         checkpoints.make("llama", each.checkpoint, vocab_size=2048)
     least = 0.99 * all_but_the_last(other, "layers.7", "norm", "lm_head")
+    put_on_record(project)
     held = Held(project, os.sep.join(["", "quantize", "layers.7.json"]))
     begun = held.written(least)
     held.go_on()
@@ -160,18 +183,17 @@ def test_two_cores_are_left_to_the_layers(tmp_path: Path) -> None:
 def test_blobs_that_are_damaged_meanwhile(copied: bool, tmp_path: Path) -> None:
     """Those that were copied already matter no more; the others are made again."""
     other = create(tmp_path / "other", "huggingface", **FOUR_BIT)
-    least = 0.99 * all_but_the_last(other, "lm_head")
+    least = all_but_the_last(other, "lm_head")  # every byte of it
     project = create(tmp_path / "project", "huggingface", **FOUR_BIT)
+    put_on_record(project)
     held = Held(project)
     begun = held.written(least)
-    last = {blob.relative_to(other.store) for blob in blobs_of(other, "lm_head")}
+    last = {stored.blob.relative_to(other.store) for stored in blobs_of(other, "lm_head")}
     assert len(last) == 3
     changed = 0
-    for blob in (project.store / "blobs").glob("*/*"):
+    for blob in (project.store / "blobs").glob("??/*"):
         if blob.suffix != ".parts" and (blob.relative_to(project.store) in last) != copied:
-            data = bytearray(blob.read_bytes())
-            data[0] ^= 1
-            blob.write_bytes(data)
+            flip(blob)
             changed += 1
     assert changed >= 3
     held.go_on()
@@ -180,12 +202,36 @@ def test_blobs_that_are_damaged_meanwhile(copied: bool, tmp_path: Path) -> None:
     assert temporary(project.folder) == []
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "removed"])
+def test_a_file_that_is_damaged_before_it_is_whole(damage: str, tmp_path: Path) -> None:
+    """What layers have written there is looked at as all that is packed."""
+    other = create(tmp_path / "other", "huggingface", **FOUR_BIT)
+    last = all_but_the_last(other, "lm_head")  # where that begins
+    project = create(tmp_path / "project", "huggingface", **FOUR_BIT)
+    held = Held(project)
+    held.written(0.99 * last)
+    made = project.state / "manifests" / "model" / "quantize"
+    held.until(lambda: len([*made.glob("*.json")]) == len(LAYERS["huggingface"]) - 1)
+    (pack,) = held.packs()
+    if damage == "flipped":
+        flip(pack, last + 1000)
+    elif damage == "cut":
+        os.truncate(pack, last // 2)
+    else:
+        pack.unlink()
+    held.go_on()
+    assert project.built() == project.anew()
+    assert temporary(project.folder) == []
+    assert project.doit().entries == []
+
+
 def test_a_file_that_is_removed_meanwhile(tmp_path: Path) -> None:
     settings = {**FOUR_BIT, "max_shard_size": "300kB"}
     least = 0.99 * all_but_the_last(
         create(tmp_path / "other", "huggingface", **settings), "lm_head"
     )
     project = create(tmp_path / "project", "huggingface", **settings)
+    put_on_record(project)
     held = Held(project)
     held.written(least)
     first, *_ = sorted((project.folder / "build" / ".tmp-model").glob("*.safetensors"))

@@ -235,10 +235,11 @@ def test_no_room_for_a_build(tmp_path: Path) -> None:
     before = project.built()
     project.configure(**CHANGED)
     done = project.doit(expect=1, hook={"free": 123_456})  # enough for each blob
-    (message,) = [line for line in done.stdout.splitlines() if "ERROR" in line]
-    need, free = told(message)
+    messages = [line for line in done.stdout.splitlines() if "ERROR" in line]
+    ((need, free),) = {tuple(told(message)) for message in messages}
     assert free == 123_456
-    assert outcomes(done).get("failed") == {"pack:model"}
+    assert outcomes(done)["failed"] <= project.quantizing()  # before any is computed
+    assert not outcomes(done)["computed"] & project.quantizing()
     assert "Traceback" not in done.stdout + done.stderr
     assert project.built() == before
     assert temporary(project.folder / "build") == []
@@ -299,7 +300,7 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not can_mount(), reason="this system lets nobody mount a small tmpfs")
-@pytest.mark.parametrize("spare_kib", [80, 1400])
+@pytest.mark.parametrize("spare_kib", [80, 1250])
 def test_a_small_disk(spare_kib: int, tmp_path: Path) -> None:
     """A real one: built at 4 bits there is little left on it; 8 bits do not fit."""
     # The same path for all: a folder into which the small disk is mounted, for one process.
@@ -309,7 +310,9 @@ def test_a_small_disk(spare_kib: int, tmp_path: Path) -> None:
     project.doit()
     before = project.built()
     project.configure(**CHANGED)
-    used = sum(-(-path.stat().st_size // 4096) * 4 for path in project.folder.rglob("*"))
+    paths = [path for path in project.folder.rglob("*") if path.is_file()]
+    stats = {stat.st_ino: stat for stat in map(Path.stat, paths)}  # a file once
+    used = sum(-(-stat.st_size // 4096) * 4 for stat in stats.values())
     script = (
         "set -eu; mount -t tmpfs -o size=$2k none $1; cp -a $3/. $1; shift 3; "
         'status=0; "$@" || status=$?; cp -a $0/. $OUT; exit $status'

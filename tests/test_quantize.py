@@ -79,8 +79,10 @@ def test_block_by_block(
     part = Part(str(path), 0, whole.nbytes, None)
     stored = rows.Stored(store.blobs, [part], "bfloat16", (61, 256))
     read = stored if source == "stored" else rows.Cast(stored, "float16")
-    builder = SimpleNamespace(store=store, streams=arrays.Streams())
-    made, finite = _quantize_rows(builder, read, setting, "cpu")
+    builder = SimpleNamespace(
+        streams=arrays.Streams(), writing=lambda _plan, _name, length: store.blobs.writing(length)
+    )
+    made, finite = _quantize_rows(builder, None, "weight", read, setting, "cpu")
     assert finite
     wanted = quantize(whole.astype(getattr(mx, read.dtype)), **setting._asdict())
     for tensor, array in zip(made.values(), wanted, strict=True):

@@ -525,7 +525,7 @@ def test_push_what_is_half_there(tmp_path: Path) -> None:
     remote = {REMOTE: (tmp_path / "remote").as_uri()}
     one = first(tmp_path, {}, config=SMALL, **FOUR_BIT)
     one.doit()
-    one.blob("quantize", "layers.0", "model.layers.0.mlp.up_proj.scales").unlink()
+    one.stored("quantize", "layers.0", "model.layers.0.mlp.up_proj.scales").lose()
     assert exchanged(one, exchange.push, **remote).missing == 1
 
 

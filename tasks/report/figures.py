@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cache.errors import CacheError
 from cache.files import Stamp
 from cache.manifests import Manifest, Tensor
-from tasks import error
+from tasks import error, quantize
 from tasks.errors import BuildError
 from tasks.quantize import Setting
 
@@ -238,7 +238,7 @@ def pieces(plan: Plan, packed: Manifest, errors: dict[str, Error]) -> list[Piece
     for node in plan.stages["unshard"]:
         for name, (_, shape, *_) in node.params["tensors"].items():
             known = errors.get(name)
-            names = error.parts(name, known.setting) if known else [name]
+            names = quantize.parts(name, known.setting) if known else [name]
             nbytes = sum(tensors[part].nbytes for part in names)
             dtype = tensors[name].dtype
             found.append(Piece(name, node.order.layer, prod(shape), nbytes, dtype, known))

@@ -1,0 +1,175 @@
+"""draft: a target's weight files in the cache, in which what is quantized is written in its place.
+
+So no byte of it is written twice: packing adds what is missing, and links the files to build/.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from cache import files
+from cache.actions import Hit
+from cache.blobs import Part, Place, Writer
+from cache.manifests import Manifest
+from tasks import extract, pack, quantize, sizes, weights
+from tasks.layouts import LAYOUTS
+
+if TYPE_CHECKING:
+    from tasks.build import Builder
+    from tasks.plan import Node, Plan
+    from tasks.weights import Find
+
+
+class Draft:
+    """The weight files of one target, its layers being made.
+
+    Attributes:
+        weights: the tensors of each file, without digests.
+        paths: where the files lie, by their names.
+    """
+
+    def __init__(self, builder: Builder, plan: Plan) -> None:
+        """Begin them.
+
+        Raises:
+            NoRoom: the disk cannot take them.
+        """
+        made = {name: tensor for name, (_, tensor) in sizes.outline(plan).items()}
+        self._blobs = builder.store.blobs
+        self._places: dict[str, Place] = {}
+        self._digests: dict[str, str] = {}  # of what is written, by name
+        self.weights = pack.split(plan, made)
+        packs = self._blobs.new_packs(len(self.weights), sizes.total(made.values()))
+        self.paths = dict(zip(self.weights, packs, strict=True))
+        form = LAYOUTS[plan.target.layout].FORMAT
+        # A GPU's threads then wait less for each other. Else it gains nothing, and a killed build
+        # would leave the room behind.
+        reserves = quantize.device_of(quantize.backend(plan.target.device)) == "gpu"
+        for file, shard in self.weights.items():
+            if reserves:
+                with self.paths[file].open("r+b") as opened:
+                    files.reserve(opened, sizes.total(tensor for _, tensor in shard))
+            for tensor, offset in weights.offsets(shard, form).items():
+                self._places[tensor] = Place(self.paths[file], offset, made[tensor].nbytes)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Writer]:
+        """Give a writer that writes a tensor in its place.
+
+        Raises:
+            NoRoom: the disk is full.
+        """
+        with self._blobs.writing_at(self._places[name]) as writer:
+            yield writer
+        self._digests[name] = writer.digest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are written."""
+        return sum(map(self.nbytes_of, self.weights))
+
+    def nbytes_of(self, file: str) -> int:
+        """Bytes of those of one file."""
+        written = [name for name, _ in self.weights[file] if name in self._digests]
+        return sum(self._places[name].length for name in written)
+
+    def finding(self, find: Find) -> Find:
+        """Return what finds tensors here, if they were written here, and else as ``find`` does."""
+
+        def found(name: str) -> tuple[str, Sequence[Part]]:
+            digest, parts = find(name)
+            if self._digests.get(name) == digest:
+                parts = [self._places[name].part]
+            return digest, parts
+
+        return found
+
+
+class Drafts:
+    """The drafts of the targets that a run packs."""
+
+    def __init__(self, packs: Callable[[str], bool]) -> None:
+        """Begin with none.
+
+        Args:
+            packs: tells whether the run means to pack a target.
+        """
+        self._packs = packs
+        self._lock = threading.Lock()
+        self._drafts: dict[str, Draft | None] = {}
+
+    def begin(self, builder: Builder, plan: Plan) -> Draft | None:
+        """Return a target's draft, begun unless it is already.
+
+        There is none where the target is not packed, or most of it is on record here: a file would
+        stay for the sake of a few of its tensors.
+
+        Raises:
+            NoRoom: the disk cannot take it.
+        """
+        target = plan.target.name
+        if not self._packs(target):
+            return None
+        with self._lock:
+            if target not in self._drafts:
+                known: dict[Node, Manifest | None] = {}
+                new = is_new(plan, lambda node: not _recorded(builder, plan, node, known))
+                self._drafts[target] = Draft(builder, plan) if new else None
+            return self._there(target)
+
+    def of(self, target: str) -> Draft | None:
+        """Return the draft of a target, if it was begun."""
+        with self._lock:
+            return self._there(target)
+
+    def _there(self, target: str) -> Draft | None:
+        draft = self._drafts.get(target)
+        # It may have been collected, or linked to a folder that did not become build/TARGET.
+        if draft and not all(os.access(path, os.W_OK) for path in draft.paths.values()):
+            draft = self._drafts[target] = None
+        return draft
+
+    @contextmanager
+    def ending(self, target: str) -> Iterator[None]:
+        """Have a target's draft, if there is one, end with the block."""
+        try:
+            yield
+        finally:
+            self.end(target)
+
+    def end(self, target: str) -> None:
+        """Have no more written into the draft of a target."""
+        with self._lock:
+            self._drafts[target] = None
+
+
+def is_new(plan: Plan, is_made: Callable[[Node], bool]) -> bool:
+    """Tell whether most bytes of a target are of layers that a run quantizes."""
+    last = plan.stages["quantize"]
+    written = sum(sizes.total(sizes.new(node).values()) for node in last if is_made(node))
+    return 2 * written > sum(sizes.total(sizes.made(node).values()) for node in last)
+
+
+def _recorded(
+    builder: Builder, plan: Plan, node: Node, known: dict[Node, Manifest | None]
+) -> Manifest | None:
+    """Return what is on record here of a node, of the checkpoint as it is; ``known``: of others."""
+    if node in known:
+        return known[node]
+    known[node] = None
+    if node.stage == "extract":
+        tensors = extract.known(builder, plan, node)
+        if tensors is not None:
+            made = {name: (node, tensor) for name, tensor in tensors.items()}
+            known[node] = Manifest(builder.action(node, made), tensors)
+        return known[node]
+    found = {need: _recorded(builder, plan, need, known) for need in node.needs}
+    if read := {need: manifest for need, manifest in found.items() if manifest}:
+        action = builder.action(node, node.needed(read)) if len(read) == len(found) else None
+        if action and isinstance(hit := builder.store.actions.get(action), Hit):
+            known[node] = hit.manifest
+    return known[node]
