@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from cache import files
 from cache.actions import Hit
 from cache.blobs import Part, Place, Writer
 from cache.manifests import Manifest
@@ -46,13 +45,7 @@ class Draft:
         packs = self._blobs.new_packs(len(self.weights), sizes.total(made.values()))
         self.paths = dict(zip(self.weights, packs, strict=True))
         form = LAYOUTS[plan.target.layout].FORMAT
-        # A GPU's threads then wait less for each other. Else it gains nothing, and a killed build
-        # would leave the room behind.
-        reserves = quantize.device_of(quantize.backend(plan.target.device)) == "gpu"
         for file, shard in self.weights.items():
-            if reserves:
-                with self.paths[file].open("r+b") as opened:
-                    files.reserve(opened, sizes.total(tensor for _, tensor in shard))
             for tensor, offset in weights.offsets(shard, form).items():
                 self._places[tensor] = Place(self.paths[file], offset, made[tensor].nbytes)
 
@@ -106,7 +99,7 @@ class Drafts:
         """Return a target's draft, begun unless it is already.
 
         There is none where the target is not packed, or most of it is on record here: a file would
-        stay for the sake of a few of its tensors.
+        stay for the sake of a few of its tensors. See ``is_new``, too.
 
         Raises:
             NoRoom: the disk cannot take it.
@@ -148,7 +141,12 @@ class Drafts:
 
 
 def is_new(plan: Plan, is_made: Callable[[Node], bool]) -> bool:
-    """Tell whether most bytes of a target are of layers that a run quantizes."""
+    """Tell whether a target gets a draft: most bytes of it are of layers that a run quantizes.
+
+    Not by CUDA: its threads write as fast as memory takes it, and in one file wait for each other.
+    """
+    if quantize.backend(plan.target.device) == "cuda":
+        return False
     last = plan.stages["quantize"]
     written = sum(sizes.total(sizes.new(node).values()) for node in last if is_made(node))
     return 2 * written > sum(sizes.total(sizes.made(node).values()) for node in last)
