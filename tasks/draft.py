@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cache.actions import Hit
 from cache.blobs import Part, Place, Writer
 from cache.manifests import Manifest
-from tasks import extract, pack, quantize, sizes, weights
+from tasks import extract, pack, sizes, weights
 from tasks.layouts import LAYOUTS
 
 if TYPE_CHECKING:
@@ -145,9 +145,9 @@ def is_new(plan: Plan, is_made: Callable[[Node], bool]) -> bool:
 
     Not by CUDA: its threads write as fast as memory takes it, and in one file wait for each other.
     """
-    if quantize.backend(plan.target.device) == "cuda":
-        return False
     last = plan.stages["quantize"]
+    if any(node.params.get("device") == "cuda" for node in last):
+        return False
     written = sum(sizes.total(sizes.new(node).values()) for node in last if is_made(node))
     return 2 * written > sum(sizes.total(sizes.made(node).values()) for node in last)
 

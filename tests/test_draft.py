@@ -14,6 +14,7 @@ from cache import files, survey
 from cache.errors import NoRoom
 from projects import FOUR_BIT, Project, create, flip, outcomes
 from running import start, wait_for
+from tasks import draft, graph
 
 SHARDS = {**FOUR_BIT, "max_shard_size": "200kB"}
 
@@ -196,6 +197,17 @@ def test_a_build_that_was_killed(last: str, tmp_path: Path) -> None:
     assert project.built() == project.anew()
     assert len(packs(project) - {first}) == (last == "layers.1")
     assert "none corrupt" in project.doit("cache", "verify").stdout
+
+
+def test_cuda_writes_into_files_of_its_own(tmp_path: Path) -> None:
+    project = create(tmp_path, "huggingface", **FOUR_BIT)
+    plan = graph.load(tmp_path / "models.toml", {}).plans["model"]
+    assert draft.is_new(plan, lambda _: True)
+    for node in plan.stages["quantize"]:
+        if node.params["settings"]:
+            node.params["device"] = "cuda"
+    assert not draft.is_new(plan, lambda _: True)
+    assert not packs(project)
 
 
 def test_a_cache_on_another_disk(tmp_path: Path) -> None:
