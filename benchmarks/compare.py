@@ -364,9 +364,8 @@ class Bench:
             measure(work.command)
 
         def prepare(repeat: int) -> None:
-            # By turns about three files and one, each time by a size that was never asked for: a
-            # size that cuts the files where the last one did leaves nothing to write.
-            size_kb = folder_bytes(built) // (500 if repeat % 2 else 3000) + repeat
+            # One file more each time: what was cut so before is linked, and nothing written.
+            size_kb = folder_bytes(built) // (1000 * (repeat + 2))
             work.describe(source, quantize="{ bits = 4 }", max_shard_size=f'"{size_kb}kB"')
             # Each side gets the memory that the other's output leaves: what was freed long ago, a
             # virtual machine may have given back to its host, and then a copy takes three times as
