@@ -63,12 +63,7 @@ class Draft:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that are written."""
-        return sum(map(self.nbytes_of, self.weights))
-
-    def nbytes_of(self, file: str) -> int:
-        """Bytes of those of one file."""
-        written = [name for name, _ in self.weights[file] if name in self._digests]
-        return sum(self._places[name].length for name in written)
+        return sum(self._places[name].length for name in tuple(self._digests))
 
     def finding(self, find: Find) -> Find:
         """Return what finds tensors here, if they were written here, and else as ``find`` does."""
