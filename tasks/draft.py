@@ -27,8 +27,8 @@ class Draft:
     """The weight files of one target, its layers being made.
 
     Attributes:
-        weights: the tensors of each file, without digests.
-        paths: where the files lie, by their names.
+        shapes: the digest of what the files hold, see ``pack.shapes``.
+        paths: where they lie, by their names.
     """
 
     def __init__(self, builder: Builder, plan: Plan) -> None:
@@ -38,14 +38,15 @@ class Draft:
             NoRoom: the disk cannot take them.
         """
         made = {name: tensor for name, (_, tensor) in sizes.outline(plan).items()}
+        split = pack.split(plan, made)
         self._blobs = builder.store.blobs
         self._places: dict[str, Place] = {}
         self._digests: dict[str, str] = {}  # of what is written, by name
-        self.weights = pack.split(plan, made)
-        packs = self._blobs.new_packs(len(self.weights), sizes.total(made.values()))
-        self.paths = dict(zip(self.weights, packs, strict=True))
+        self.shapes = pack.shapes(split)
+        packs = self._blobs.new_packs(len(split), sizes.total(made.values()))
+        self.paths = dict(zip(split, packs, strict=True))
         form = LAYOUTS[plan.target.layout].FORMAT
-        for file, shard in self.weights.items():
+        for file, shard in split.items():
             for tensor, offset in weights.offsets(shard, form).items():
                 self._places[tensor] = Place(self.paths[file], offset, made[tensor].nbytes)
 

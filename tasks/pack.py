@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cache import files
 from cache.actions import Hit
-from cache.digest import canonical, digest, digest_file, digest_record
+from cache.digest import canonical, digest, digest_file, digest_list, digest_record
 from cache.errors import BlobLost
 from cache.files import Stamp
 from cache.manifests import Action, Manifest, Tensor
@@ -447,15 +447,16 @@ def _filled(
 def _draft(builder: Builder, plan: Plan, content: Content) -> Draft | None:
     """Return the files that were begun in the cache, if they are those of ``content``."""
     draft = builder.drafts.of(plan.target.name)
-    return draft if draft and shapes(draft.weights) == shapes(content.weights) else None
+    return draft if draft and draft.shapes == shapes(content.weights) else None
 
 
-def shapes(weights: Weights) -> dict[str, list[tuple[str, str, tuple[int, ...]]]]:
-    """Return names, dtypes and shapes of weight files' tensors."""
-    return {
-        file: [(name, tensor.dtype, tensor.shape) for name, tensor in shard]
+def shapes(weights: Weights) -> str:
+    """Return the digest of names, dtypes and shapes of weight files' tensors, in order."""
+    return digest_list(
+        [file, name, tensor.dtype, tensor.shape]
         for file, shard in weights.items()
-    }
+        for name, tensor in shard
+    )
 
 
 def _table(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> str:
