@@ -11,14 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from cache import files
 from cache.actions import Corrupt, Hit, Miss
-from cache.blobs import Part, Writer
+from cache.blobs import Part
 from cache.errors import BlobLost
 from cache.files import Stamp
 from cache.log import Entry, Log
@@ -338,15 +338,6 @@ class Builder:
                 whole = max(whole, unshard.memory(plan.checkpoint, tensors, again=True))
         computed = quantize.memory(node.params["device"]) if "device" in node.params else 0
         return whole + max(rows.IN_FLIGHT_BYTES, computed)
-
-    def writing(self, plan: Plan, name: str, length: int) -> AbstractContextManager[Writer]:
-        """Give a writer of a tensor of a built model, of ``length`` bytes if that is known.
-
-        Raises:
-            NoRoom: the disk is full.
-        """
-        draft = self.drafts.begin(self, plan)
-        return draft.writing(name) if draft else self.store.blobs.writing(length)
 
     def keeps(self, stage: str) -> bool:
         """Tell whether a stage's results are kept; what is not is made again as it is read."""

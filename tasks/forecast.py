@@ -287,6 +287,8 @@ class Forecast:
 
     def _written_in_place(self, plan: Plan) -> int:
         """Return how many bytes of a target's weight files are there before it is packed."""
+        if self._quick:
+            return 0
         made = {n for n in plan.stages["quantize"] if self.steps[n.name].state == RUN}
         if not draft.is_new(plan, made.__contains__):
             return 0

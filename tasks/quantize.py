@@ -21,6 +21,7 @@ from tasks.words import plural
 
 if TYPE_CHECKING:
     from tasks.build import Builder, Made
+    from tasks.draft import Draft
     from tasks.plan import Needed, Node, Plan
 
 VERSION = 1
@@ -184,13 +185,14 @@ def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
     """Quantize a layer."""
     made: dict[str, Tensor] = {}
     notes = []
+    draft = builder.drafts.begin(builder, plan) if node.params["settings"] else None
     for name in needed:
         if name not in node.params["settings"]:
             made[name] = builder.kept(plan, needed, name)
             continue
         setting = Setting(*node.params["settings"][name])
         whole = builder.rows(plan, needed, name)
-        packed, finite = _quantize_rows(builder, plan, name, whole, setting, node.params["device"])
+        packed, finite = _quantize_rows(builder, draft, name, whole, setting, node.params["device"])
         if not finite:
             notes.append(f"{name} holds NaN or infinity, which no quantized weight can show")
         made |= packed
@@ -198,9 +200,10 @@ def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
 
 
 def _quantize_rows(
-    builder: Builder, plan: Plan, name: str, whole: Rows, setting: Setting, backend: str
+    builder: Builder, draft: Draft | None, name: str, whole: Rows, setting: Setting, backend: str
 ) -> tuple[dict[str, Tensor], bool]:
     """Quantize the weight ``name``; return its parts, and whether all of it was finite."""
+    blobs = builder.store.blobs
     device = device_of(backend)
     stream = builder.streams.get(device)
     names = parts(name, setting)
@@ -208,7 +211,10 @@ def _quantize_rows(
     packed: tuple[mx.array, ...] = ()
     with ExitStack() as stack:
         packed_bytes = prod(whole.shape) * setting.bits // 8
-        writers = [stack.enter_context(builder.writing(plan, part, packed_bytes)) for part in names]
+        writers = [
+            stack.enter_context(draft.writing(part) if draft else blobs.writing(packed_bytes))
+            for part in names
+        ]
         for start, stop in rows.spans(whole, BLOCK_BYTES[device]):
             block = _read(builder, whole, start, stop, device)
             with mx.stream(stream):

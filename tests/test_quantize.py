@@ -79,9 +79,7 @@ def test_block_by_block(
     part = Part(str(path), 0, whole.nbytes, None)
     stored = rows.Stored(store.blobs, [part], "bfloat16", (61, 256))
     read = stored if source == "stored" else rows.Cast(stored, "float16")
-    builder = SimpleNamespace(
-        streams=arrays.Streams(), writing=lambda _plan, _name, length: store.blobs.writing(length)
-    )
+    builder = SimpleNamespace(store=store, streams=arrays.Streams())
     made, finite = _quantize_rows(builder, None, "weight", read, setting, "cpu")
     assert finite
     wanted = quantize(whole.astype(getattr(mx, read.dtype)), **setting._asdict())
