@@ -132,11 +132,11 @@ def simulate(arguments: Sequence[str]) -> None:
                 made[prefix + part] = made_up(dtype, (*rows, width), *told)
         return made, []
 
-    def write(path: Path, shard: Any, *_: Any) -> Tensor:
-        size = sum(packed.tensor.nbytes for packed in shard)
+    def write(path: Path, shard: Any, _form: Any, _blobs: Any, find: Any, *_: Any) -> Tensor:
+        size = sum(tensor.nbytes for _, tensor in shard)
         with path.open("wb") as file:
             file.truncate(size)
-        return made_up("uint8", (size,), [packed.tensor.digest for packed in shard])
+        return made_up("uint8", (size,), [find(name)[0] for name, _ in shard])
 
     replaced: list[tuple[Any, str, Any]] = [
         (extract, "make", make_extract),
