@@ -89,12 +89,16 @@ def identity(checkpoint: Checkpoint) -> str:
 
 
 def compute(
-    checkpoint: Checkpoint, inputs: Mapping[str, Sequence[Part]], outputs: Mapping[str, Path]
+    checkpoint: Checkpoint,
+    device: str,
+    inputs: Mapping[str, Sequence[Part]],
+    outputs: Mapping[str, Path],
 ) -> None:
     """Have mlx-lm's ``sanitize`` compute parameters that are no plain tensors.
 
     Args:
         checkpoint: with Hugging Face's names.
+        device: ``cpu`` or ``gpu``: what is to be MLX's default, as it is for mlx_lm.convert.
         inputs: where the tensors lie that the parameters are made of, by name.
         outputs: files to write the parameters' bytes into, by the parameter's name.
 
@@ -102,6 +106,7 @@ def compute(
         ArchitectureError: mlx-lm failed.
     """
     told = {
+        "device": device,
         "inputs": {
             name: [[p.path, p.offset, p.length, *(p.stamp or ())] for p in parts]
             for name, parts in inputs.items()

@@ -77,7 +77,8 @@ def _answer(question: dict[str, Any], mx: Any) -> dict[str, Any]:
     tensors = {name: (dtype, shape) for name, dtype, shape in question["tensors"]}
     given = {name: _hollow(mx, dtype, shape) for name, (dtype, shape) in tensors.items()}
     compute = question.get("compute")
-    if compute:
+    if compute:  # in a process of its own
+        mx.set_default_device(getattr(mx, compute["device"]))
         for name, parts in compute["inputs"].items():
             given[name] = _read(parts, *tensors[name])
     kept = {name: a.astype(a.dtype) for name, a in given.items()}  # stay as they are

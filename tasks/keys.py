@@ -177,9 +177,10 @@ MODEL = _table(
     Key(
         "device",
         "word",
-        "Where quantize computes; a CPU and a GPU need not agree to the bit.",
+        "Where quantize, and what mlx-lm's own `sanitize` does, are computed; a CPU and a GPU need not "
+        "agree to the bit.",
         "MLX's default device",
-        "quantize and pack",
+        "what `sanitize` computes, quantize and pack",
         '"cpu"',
         ("cpu", "gpu"),
     ),

@@ -102,7 +102,7 @@ Needed = dict[str, tuple[Node, Tensor]]  # tensors by name: who made each, and w
 
 @dataclass(frozen=True)
 class Outline:
-    """What all targets of one checkpoint and layout have in common.
+    """What all targets of one checkpoint, layout and device have in common.
 
     Attributes:
         checkpoint: the checkpoint.
@@ -212,7 +212,7 @@ class Planner:
         self.memos = memos
         self._recall = recall
         self._checkpoints: dict[tuple[Path, str | None], Checkpoint] = {}
-        self._outlines: dict[tuple[Path, str | None, str], Outline] = {}
+        self._outlines: dict[tuple[Path, str | None, str, str], Outline] = {}
 
     def plan(self, target: Target) -> Plan:
         """Work a target out.
@@ -242,7 +242,9 @@ class Planner:
 
     def _outline(self, target: Target) -> Outline:
         source = (target.source, target.loader)
-        if (*source, target.layout) not in self._outlines:
+        backend = quantize.backend(target.device)
+        key = (*source, target.layout, backend)
+        if key not in self._outlines:
             if source not in self._checkpoints:
                 self._checkpoints[source] = self._recall(target) or loaders.read(
                     *source, self.memos
@@ -251,11 +253,11 @@ class Planner:
             layout = LAYOUTS[target.layout]
             model = layout.model(checkpoint, self.memos)
             layout.sources(checkpoint)  # refuses a checkpoint without tokenizer
-            self._outlines[*source, target.layout] = _outline(checkpoint, model)
-        return self._outlines[*source, target.layout]
+            self._outlines[key] = _outline(checkpoint, model, backend)
+        return self._outlines[key]
 
 
-def _outline(checkpoint: Checkpoint, model: Model) -> Outline:
+def _outline(checkpoint: Checkpoint, model: Model, backend: str) -> Outline:
     used = {key for p in model.parameters.values() for key in p.inputs}
     stored_layers = _by_layer({key: key.split("#")[0] for key in checkpoint.stored if key in used})
     extracts = {}
@@ -275,7 +277,11 @@ def _outline(checkpoint: Checkpoint, model: Model) -> Outline:
             }
         }
         if any(unshard.sanitized(p.steps) for p in layers[layer]):
-            told["sanitize"] = [architecture.identity(checkpoint), platform.machine()]
+            told["sanitize"] = {
+                "asked": architecture.identity(checkpoint),
+                "device": backend,
+                "machine": platform.machine(),
+            }
         unshards[layer] = Order("unshard", layer, unshard.VERSION, told, frozenset(reads))
         needs[layer] = list(dict.fromkeys(reads.values()))
     return Outline(checkpoint, model, extracts, unshards, needs, layers)
