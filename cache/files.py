@@ -320,6 +320,15 @@ def _runs(process: int) -> bool:
     return True
 
 
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Tell whether files can be linked from a folder to another one; neither need be there yet."""
+    return _there(one).stat().st_dev == _there(other).stat().st_dev
+
+
+def _there(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
 def is_full(error: OSError) -> bool:
     """Tell whether an error means that there is no room."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -327,8 +336,7 @@ def is_full(error: OSError) -> bool:
 
 def no_room(folder: Path, need: int = 0) -> NoRoom:
     """Return the error that says so."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(_there(folder)).free
     fact = f"{need:,} bytes are needed, {free:,} are free" if need else f"{free:,} bytes are free"
     return NoRoom(
         f"{folder}: the disk is full: {fact}. Make room and run doit again: what is already built "

@@ -16,6 +16,7 @@ from doit.exceptions import InvalidCommand
 
 from cache.log import Entry
 from tasks import options
+from tasks.build import threads
 from tasks.command_line import Command
 from tasks.forecast import SETTLED, UP_TO_DATE, Forecast, Step, estimate
 from tasks.plugins import Control
@@ -90,7 +91,8 @@ Exit status 0: there is nothing to do, 1: there is, 3: an error, also if models.
     def _execute(self, as_json: bool) -> int:
         found, _ = self.forecast()
         steps, refused = list(found.steps.values()), list(found.refused.values())
-        seconds = estimate(steps, self._log())
+        devices = {plan.target.device for plan in graph(self.task_list).plans.values()}
+        seconds = estimate(steps, self._log(), threads(devices))
         if as_json:
             self.outstream.write(_as_json(steps, seconds, refused))
         else:

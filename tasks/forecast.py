@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from cache import files
 from cache.actions import Hit
 from cache.digest import digest_record
 from cache.log import Entry
 from cache.manifests import Action, Manifest, Tensor
 from tasks import draft, extract, pack, reasons, sizes, unshard
-from tasks.build import Builder, threads
+from tasks.build import Builder
 from tasks.config import BUILD
 from tasks.errors import BuildError
 from tasks.lock import Lock
@@ -279,15 +280,20 @@ class Forecast:
         shared = not found and self._runs(content.action.key)
         size = content.weights_nbytes
         if found and pack.whole_files(self._store.blobs, content, found.tensors):
-            moved = Moved(size, content.nbytes - size)
+            moved = Moved(size, content.nbytes - size * self._links)
         else:
             fetched = self._want(plan, needed, needed)
             moved = Moved(size, content.nbytes - in_place, fetched)
         return replace(step, state=REUSE if shared else state, certain=not shared, moved=moved)
 
+    @cached_property
+    def _links(self) -> bool:
+        """Whether files of the cache are linked to build/, not copied."""
+        return files.on_one_disk(self._store.blobs.root, self._builder.state)
+
     def _written_in_place(self, plan: Plan) -> int:
         """Return how many bytes of a target's weight files are there before it is packed."""
-        if self._quick:
+        if self._quick or not self._links:
             return 0
         made = {n for n in plan.stages["quantize"] if self.steps[n.name].state == RUN}
         if not draft.is_new(plan, made.__contains__):
@@ -510,10 +516,11 @@ class Forecast:
         )
 
 
-def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
+def estimate(steps: Iterable[Step], log: Iterable[Entry], count: int) -> float | None:
     """Return how many seconds steps will take, by earlier ones; None if too little is known.
 
-    Layers run in threads at once, packing comes after, or meanwhile, and then takes no time.
+    Layers run in ``count`` threads at once, packing comes after, or meanwhile, and then takes no
+    time.
     """
     seconds: defaultdict[tuple[str, bool], float] = defaultdict(
         float
@@ -538,7 +545,7 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry]) -> float | None:
             last += took
         else:
             layers += took
-    return layers / threads() + last
+    return layers / count + last
 
 
 def _passed_on(node: Node, needed: Needed) -> dict[str, Tensor]:

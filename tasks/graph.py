@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -378,10 +377,18 @@ def doit_config(models: Path) -> dict[str, Any]:
         "backend": "mlx-make",
         "check_file_uptodate": Checker,
         "reporter": "mlx-make",
-        "num_process": threads(),
+        "num_process": threads(_devices(models)),
         "par_type": "thread",
         "verbosity": 2,
     }
+
+
+def _devices(models: Path) -> Iterator[str | None]:
+    """Yield what targets say of their device; what is wrong with the file ``load`` tells."""
+    try:
+        yield from (target.device for target in config.load(models).targets.values())
+    except (BuildError, OSError):
+        yield None
 
 
 def reported(act: Callable[[], None], values: dict[str, Any]) -> Any:
@@ -418,8 +425,8 @@ def _large_first(found: Plan) -> list[Node]:
 
 def _packs(target: str) -> bool:
     """Tell whether a run means to pack a target."""
-    task = f"pack:{target}"
-    return not options.asked or any(n == "pack" or fnmatch(task, n) for n in options.asked)
+    told = (f"pack:{target}", f"report:{target}")  # which shows what is packed
+    return not options.asked or any(map(options.names, told))
 
 
 def _remove(folder: Path, manifest_path: Path) -> None:

@@ -1,17 +1,21 @@
 """What is done around CUDA, as far as it shows without it."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
+import checkpoints
 from front_door import REPOSITORY
+from projects import create
 from running import DEADLINE_SECONDS
-from tasks import cuda
+from tasks import build, cuda, graph, quantize
 
 LEAVING = """
 import os, sys
@@ -91,3 +95,35 @@ def test_a_missing_driver_is_left_to_mlx(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(cuda.ctypes, "CDLL", fail)
     cuda._start()
+
+
+def test_devices_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what mlx-lm's `sanitize` computes, too; what is only joined is the same anywhere."""
+    project = create(tmp_path, "huggingface", quantize={"bits": 4})
+    shutil.rmtree(project.checkpoint)
+    checkpoints.make("deepseek-v3", project.checkpoint)
+
+    def keys() -> dict[str, str]:
+        nodes = graph.load(tmp_path / "models.toml", {}).plans["model"].stages
+        told = [node for stage in nodes.values() for node in stage]
+        return {node.name: node.order.digest for node in told}
+
+    by_cpu = keys()
+    monkeypatch.setattr(quantize, "backend", lambda _: "cuda")
+    other = {name for name, key in keys().items() if key != by_cpu[name]}
+    assert "unshard:model:layers.1" in other  # embed_q and unembed_out
+    assert "unshard:model:embed_tokens" not in other
+    assert other >= project.quantizing() - {"pack:model"} & by_cpu.keys()
+    assert not any(name.startswith(("extract:", "cast:")) for name in other)
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"), [([None], 4), (["cpu", "gpu"], 4), (["cpu", "cpu"], 16)]
+)
+def test_a_gpu_is_fed_by_a_few_threads(
+    devices: list[str | None], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But what is computed on the CPU beside it by as many as there are cores."""
+    monkeypatch.setattr(build, "cores", lambda: 16)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert build.threads(devices) == expected

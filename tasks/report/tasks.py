@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +133,7 @@ def _is_asked(plan: Plan) -> bool:
     Then what its page shows is made before any page compares its family's targets with it; what is
     not asked for is shown as it is.
     """
-    asked = options.asked or ()
-    return any(p == "report" or fnmatchcase(f"report:{plan.target.name}", p) for p in asked)
+    return options.names(f"report:{plan.target.name}")
 
 
 def _compared(plan: Plan) -> list[str]:
