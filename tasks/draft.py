@@ -5,7 +5,6 @@ So no byte of it is written twice: packing adds what is missing, and links the f
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -117,8 +116,7 @@ class Drafts:
 
     def _there(self, target: str) -> Draft | None:
         draft = self._drafts.get(target)
-        # It may have been collected, or linked to a folder that did not become build/TARGET.
-        if draft and not all(os.access(path, os.W_OK) for path in draft.paths.values()):
+        if draft and not all(path.exists() for path in draft.paths.values()):  # collected
             draft = self._drafts[target] = None
         return draft
 

@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cache.blobs import Part
-from cache.errors import BlobLost
+from cache.errors import BlobLost, CacheError
 from cache.manifests import Manifest, Tensor
 from tasks import pack, sizes
 from tasks.build import Builder, cores
+from tasks.errors import BuildError
 from tasks.plan import Plan
 
 BUSY_CORES = 2  # by packing: one thread reads and digests, one writes behind it
@@ -65,7 +66,7 @@ class Begun:
         def run() -> None:
             try:
                 write()
-            except Exception:
+            except (Stopped, BuildError, CacheError, OSError):
                 shutil.rmtree(self._new, ignore_errors=True)
 
         self._thread = threading.Thread(target=run, name="early", daemon=True)

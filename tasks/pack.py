@@ -380,6 +380,7 @@ def fill(
         written -= draft.nbytes
         for file, tensor in made.items():
             blobs.note_whole(draft.paths[file], tensor.digest, tensor.nbytes)
+        builder.drafts.end(plan.target.name)
         written += _link(new, draft.paths)
     known = {file: hasher.hexdigest() for file, hasher in hashers.items()}
     return _filled(new, content, made, written, known if strong else None)

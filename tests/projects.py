@@ -177,7 +177,6 @@ class Stored:
 
     def flip(self, at: int = 0) -> None:
         path, offset, _ = self.part
-        path.chmod(0o644)
         flip(path, offset + at)
 
 
@@ -227,7 +226,8 @@ def touch(*paths: Path) -> None:
 
 
 def flip(path: Path, offset: int = 0) -> None:
-    """Change one bit of a file in place, and its time."""
+    """Change one bit of a file in place, and its time; a built one is read-only."""
+    path.chmod(0o644)
     with path.open("r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]

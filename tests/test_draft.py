@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import safe_open
 import checkpoints
 from cache import files, survey
 from cache.errors import NoRoom
-from projects import FOUR_BIT, Project, create, flip, outcomes
+from projects import FOUR_BIT, Project, contents, create, flip, outcomes
 from running import start, wait_for
 from tasks import draft, graph
 
@@ -24,9 +25,15 @@ def weights(project: Project, target: str = "model") -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".npz"))
 
 
-def packs(project: Project) -> set[int]:
-    """The inodes of the cache's weight files."""
-    return {path.stat().st_ino for path in (project.store / "blobs" / "packs").glob("*")}
+def packs(project: Project) -> set[str]:
+    """The digests of the cache's weight files."""
+    return {*contents(project.store / "blobs" / "packs").values()}
+
+
+def packed(project: Project, target: str = "model") -> set[str]:
+    """The digests of the built ones."""
+    built = project.built(target)
+    return {built[path.name] for path in weights(project, target)}
 
 
 def written(entries: list[dict], *stages: str) -> int:
@@ -44,8 +51,9 @@ def test_no_byte_is_written_twice(kind: str, keys: dict, tmp_path: Path) -> None
     first = project.built()
     size = sum(path.stat().st_size for path in (tmp_path / "build" / "model").iterdir())
     assert size <= written(done.entries, "quantize", "pack") < 1.01 * size
-    assert {path.stat().st_ino for path in weights(project)} <= packs(project)
-    assert not any(path.stat().st_mode & 0o222 for path in weights(project))
+    assert packed(project) <= packs(project)
+    for path in weights(project):  # the cache's own, where the file system shares no blocks
+        assert path.stat().st_nlink == 1 or not path.stat().st_mode & 0o222
 
     project.configure(quantize={"bits": 8})
     project.doit()
@@ -58,6 +66,32 @@ def test_no_byte_is_written_twice(kind: str, keys: dict, tmp_path: Path) -> None
         assert written(done.entries, "quantize", "pack") < 0.1 * size  # the small files
         assert project.built() == first == project.anew()
     assert project.doit().entries == []
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="FICLONE is Linux's")
+def test_a_file_system_that_shares_blocks(tmp_path: Path) -> None:
+    """A built file is none of the cache's there: what is done to it is done to nothing else."""
+    hook = {"reflinks": True}
+    project = create(tmp_path, "huggingface", **FOUR_BIT)
+    done = project.doit(hook=hook)
+    (path,) = weights(project)
+    size = sum(path.stat().st_size for path in (tmp_path / "build" / "model").iterdir())
+    assert written(done.entries, "quantize", "pack") < 1.01 * size
+    assert packed(project) == packs(project)
+    assert (path.stat().st_nlink, path.stat().st_mode & 0o200) == (1, 0o200)
+    flip(path, 50_000)
+    assert outcomes(project.doit(hook=hook)) == {"reused": {"pack:model"}}
+    assert project.built() == project.anew()
+    assert "none corrupt" in project.doit("cache", "verify").stdout
+
+
+def test_a_report_packs_as_well(tmp_path: Path) -> None:
+    project = create(tmp_path, "huggingface", **FOUR_BIT)
+    plan = json.loads(project.doit("plan", "--json", "report", expect=1).stdout)
+    done = project.doit("report")
+    assert packed(project) == packs(project)
+    total = sum(entry["bytes_written"] for entry in done.entries)
+    assert plan["bytes_written"] == pytest.approx(total, abs=60_000)  # headers, a tokenizer
 
 
 def test_a_cache_that_moved(tmp_path: Path) -> None:
@@ -82,7 +116,7 @@ def test_few_new_layers_are_no_reason_for_another_file(tmp_path: Path) -> None:
     project.configure(quantize={"bits": 4, "rules": [rule]})
     assert outcomes(project.doit()) == {"computed": {"quantize:model:layers.1", "pack:model"}}
     assert packs(project) == before
-    assert not {path.stat().st_ino for path in weights(project)} & before
+    assert not packed(project) & before
     assert project.built() == project.anew()
 
 
@@ -100,7 +134,7 @@ def test_a_change_of_all_that_is_quantized(change: str, tmp_path: Path) -> None:
     done = project.doit()
     size = sum(path.stat().st_size for path in (tmp_path / "build" / "model").iterdir())
     assert size <= written(done.entries, "quantize", "pack") < 1.01 * size
-    assert {path.stat().st_ino for path in weights(project)} <= packs(project)
+    assert packed(project) <= packs(project)
     total = sum(entry["bytes_written"] for entry in done.entries)
     assert plan["bytes_written"] == pytest.approx(total, abs=60_000)  # headers, a tokenizer
     assert project.built() == project.anew()
@@ -111,7 +145,7 @@ def test_a_first_layer_of_which_nothing_is_quantized(tmp_path: Path) -> None:
     rules = [{"match": "model.embed_tokens", "skip": True}]
     project = create(tmp_path, "huggingface", quantize={"bits": 4, "rules": rules})
     project.doit(hook={"cores": 4})
-    assert {path.stat().st_ino for path in weights(project)} == packs(project)
+    assert packed(project) == packs(project)
     assert project.built() == project.anew()
 
 
@@ -155,7 +189,7 @@ def test_a_built_file_that_decayed(tmp_path: Path) -> None:
     """Unnoticed, since its time is as it was; verify finds it, also in what is not quantized."""
     project = create(tmp_path, "huggingface", **FOUR_BIT)
     project.doit()
-    (path,) = weights(project)
+    (path,) = (project.store / "blobs" / "packs").iterdir()  # the built one, too, if it is a link
     before = path.stat()
     with safe_open(path, "mlx") as read:
         norm = bytes(read.get_tensor("model.norm.weight"))
@@ -176,7 +210,7 @@ def test_targets_that_share_layers(tmp_path: Path) -> None:
     project.doit()
     for target in ("model", "shards", "other"):
         assert project.built(target) == project.anew(target)
-    assert {path.stat().st_ino for path in weights(project, "other")} <= packs(project)
+    assert packed(project, "other") <= packs(project)
 
 
 @pytest.mark.parametrize("last", ["layers.1", "layers.6"])
@@ -216,7 +250,10 @@ def test_a_cache_on_another_disk(tmp_path: Path) -> None:
         pytest.skip("there is no other file system here")
     with tempfile.TemporaryDirectory(dir=shared) as folder:
         project = create(tmp_path, "huggingface", cache=Path(folder), **FOUR_BIT)
-        project.doit()
+        plan = json.loads(project.doit("plan", "--json", expect=1).stdout)
+        done = project.doit()
+        total = sum(entry["bytes_written"] for entry in done.entries)
+        assert plan["bytes_written"] == pytest.approx(total, abs=90_000)  # headers, twice
         assert project.built() == project.anew()
         assert all(path.stat().st_nlink == 1 for path in weights(project))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import checkpoints
-from projects import FOUR_BIT, LAYERS, Project, Stored, create, flip, outcomes
+from projects import FOUR_BIT, LAYERS, Project, Stored, contents, create, flip, outcomes
 from running import DEADLINE_SECONDS, start, temporary, wait_for
 
 SUFFIXES = (".safetensors", ".npz")
@@ -89,8 +89,15 @@ def weight_files(project: Project, folder: str) -> list[Path]:
 
 
 def packed(project: Project) -> set[int]:
-    """The inodes of the packed weight files."""
-    return {path.stat().st_ino for path in weight_files(project, "model")}
+    """The inodes of the packed weight files, and of those in the cache that they share blocks with.
+
+    Which is what they do where the file system can; else these are the same files.
+    """
+    built = project.built()
+    wanted = {built[path.name] for path in weight_files(project, "model")}
+    folder = project.store / "blobs" / "packs"
+    shared = [folder / name for name, digest in contents(folder).items() if digest in wanted]
+    return {path.stat().st_ino for path in (*weight_files(project, "model"), *shared)}
 
 
 def put_on_record(project: Project) -> None:

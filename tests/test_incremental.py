@@ -367,19 +367,26 @@ def test_a_damaged_build_is_made_again(project: Project) -> None:
     before = project.built()
     folder = project.folder / "build" / "model"
     weights = folder / "model.safetensors"
+
+    def cut(path: Path) -> None:
+        path.chmod(0o644)
+        os.truncate(path, path.stat().st_size - 1000)
+
     for what, damage in (
         ("weights deleted", weights.unlink),
         ("weights altered", lambda: flip(weights, 50_000)),
-        ("weights cut", lambda: weights.write_bytes(weights.read_bytes()[:-1000])),
+        ("weights cut", lambda: cut(weights)),
         ("config.json altered", lambda: flip(folder / "config.json", 30)),
         ("folder deleted", lambda: shutil.rmtree(folder)),
     ):
+        is_the_caches = weights.exists() and weights.stat().st_nlink > 1
         damage()
         done = outcomes(project.doit())
         assert done["reused"] == {"pack:model"}, what
-        # The file that is altered is the cache's as well; its layer is made again, in a file of its
-        # own, and packing copies from then on.
-        assert len(done.get("computed", ())) == (what == "weights altered"), what
+        # What is altered in the cache's own file is made again, in a file of its own, and packing
+        # copies from then on.
+        again = what == "weights altered" and is_the_caches
+        assert len(done.get("computed", ())) == again, what
         assert project.built() == before, what
     assert project.doit().entries == []
 

@@ -9,6 +9,7 @@ What it does is told, as JSON, by the environment variable MLX_MAKE_TEST_HOOK:
                                         "open", those that may make a file
     {"free": BYTES}                     what shutil.disk_usage says is free
     {"cores": COUNT}                    how many cores the process may use, as os says
+    {"reflinks": true}                  files can share blocks (FICLONE); here, they get a copy
     {"hold": [PART, MARK, FILE]}        at an event whose path has PART: make MARK, then wait until
                                         FILE exists, in each thread that comes there
     {"meet": [PART, SECONDS, COUNT]}    two threads of tasks that open paths with PART first meet,
@@ -30,6 +31,7 @@ def _install(told):
     import collections
     import contextlib
     import errno
+    import fcntl
     import shutil
     import threading
     import time
@@ -108,6 +110,12 @@ def _install(told):
         shutil.disk_usage = lambda path: usage(path)._replace(free=told["free"])
     if "cores" in told:
         os.sched_getaffinity = lambda _: set(range(told["cores"]))
+    if "reflinks" in told:
+
+        def share(new, _, old):
+            os.copy_file_range(old, new.fileno(), os.fstat(old).st_size)
+
+        fcntl.ioctl = share
     sys.addaudithook(hook)
 
 
