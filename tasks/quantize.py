@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them
-# A core's cache holds the one; a GPU pays by the call, though not for so long that Metal's
-# watchdog minds.
+# An operation costs some microseconds to begin: smaller blocks take longer, larger ones only more
+# memory. A GPU pays by the call, though not for so long that Metal's watchdog minds.
 BLOCK_BYTES = {"cpu": 2 << 20, "gpu": 32 << 20}
 # A block, and what is made of it: on a CPU on the way to fp4, which takes the most.
 IN_FLIGHT_BLOCKS = {"cpu": 10, "gpu": 8}
