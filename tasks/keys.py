@@ -177,8 +177,8 @@ MODEL = _table(
     Key(
         "device",
         "word",
-        "Where quantize computes, and mlx-lm's own `sanitize`; a CPU and a GPU need not agree to the "
-        "bit.",
+        "Where quantize computes, and mlx-lm's own `sanitize`; a CPU and a GPU need not agree to "
+        "the bit.",
         "MLX's default device",
         "what `sanitize` computes, quantize and pack",
         '"cpu"',
