@@ -63,16 +63,18 @@ def plan(survey: Survey, wanted: Wanted, max_bytes: int | None, now: float) -> C
     packed = {key for digest in survey.parts for key in survey.pinned(digest)}
     garbage = [file for file in survey.files if _is_garbage(file, wanted, packed, now)]
     left = survey.size - sum(file.size for file in garbage)
-    evicted, spare = [], []
-    gone = set(garbage)
-    for file in (*_blobs(survey, stays), *_records(survey, wanted)):
-        if file in gone:
-            continue
+    evicted: list[File] = []
+    spare: list[File] = []
+    seen = set(garbage)
+    for group in (*_blobs(survey, stays), *_records(survey, wanted)):
+        # What lies in two files is in both groups, and goes with the first.
+        some = [file for file in group if file not in seen]
+        seen.update(some)
         if max_bytes is not None and left > max_bytes:
-            evicted.append(file)
-            left -= file.size
+            evicted += some
+            left -= sum(file.size for file in some)
         else:
-            spare.append(file)
+            spare += some
     return Collection(garbage, evicted, spare, left)
 
 
@@ -93,37 +95,36 @@ def _is_garbage(file: File, wanted: Wanted, packed: set[str], now: float) -> boo
     return file.kind == CORRUPT
 
 
-def _blobs(survey: Survey, stays: set[str]) -> Iterator[File]:
-    """Yield blobs and references in the order in which they may go.
+def _blobs(survey: Survey, stays: set[str]) -> Iterator[list[File]]:
+    """Yield blobs and references in the order in which they may go, in groups that go as a whole.
 
-    A file in which a reference's parts lie is used whenever that is, and goes after it. All that
-    lies in one pack is used, stays and goes together: there is no room to be had of a part of it.
+    A file in which a reference's parts lie is used whenever that is. If it is a blob it goes after
+    it; a pack goes with all references into it, since there is no room to be had of a part.
     """
-    used: dict[str, float] = defaultdict(float)
+    packs = survey.of("pack")
+    inside: dict[str, list[File]] = defaultdict(list)
+    groups = []
     for digest, file in survey.of("reference").items():
-        for pinned in survey.pinned(digest):
-            used[pinned] = max(used[pinned], file.used)
-    packs = survey.of("pack").keys()
+        where = survey.pinned(digest)
+        for key in where:
+            inside[key].append(file)
+        if where.isdisjoint(packs):
+            groups.append([file])
+    # The file last: if removing is interrupted, no reference is left to nothing.
+    groups += [[*inside[key], file] for key, file in (survey.of("blob") | packs).items()]
 
-    def lies_in(file: File) -> set[str]:
-        return survey.pinned(file.key) & packs if file.kind == "reference" else {file.key}
+    def turn(group: list[File]) -> tuple[float, bool]:
+        return max(file.used for file in group), group[-1].kind == "blob"
 
-    unwanted = [
-        file for file in survey.files
-        if file.kind in ("blob", "reference", "pack") and not stays & {file.key, *lies_in(file)}
-    ]  # fmt: skip
-
-    def turn(file: File) -> tuple[float, bool]:
-        return max([file.used, *(used[key] for key in lies_in(file))]), file.kind != "reference"
-
+    unwanted = [group for group in groups if stays.isdisjoint(file.key for file in group)]
     yield from sorted(unwanted, key=turn)
 
 
-def _records(survey: Survey, wanted: Wanted) -> Iterator[File]:
-    """Yield other records; after the blobs, since they are small and save much."""
+def _records(survey: Survey, wanted: Wanted) -> Iterator[list[File]]:
+    """Yield other records, each alone; after the blobs, since they are small and save much."""
     unwanted = [
         *(file for key, file in survey.of("action").items() if key not in wanted.actions),
         *(file for key, file in survey.of("source").items() if key not in wanted.sources),
         *(survey.of("memo").values() if not wanted.memos else ()),
     ]
-    yield from sorted(unwanted, key=lambda file: file.used)
+    yield from ([file] for file in sorted(unwanted, key=lambda file: file.used))

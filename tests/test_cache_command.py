@@ -238,6 +238,32 @@ def test_least_recently_used_goes_and_what_a_target_needs_stays(tmp_path):
     assert "nothing to do" in project.doit().stdout
 
 
+def test_what_lies_in_one_pack_goes_together(tmp_path):
+    """Of references alone no room is to be had, and what they name would be lost."""
+    project = projects.create(tmp_path, "huggingface", **projects.FOUR_BIT)
+    project.doit()
+    made = files_of(project, blobs(project))
+    project.configure(quantize={"bits": 6})  # which leaves most biases as they are
+    project.doit()
+    found = survey.take(project.store)
+    (pack,) = {key for key, file in found.of("pack").items() if file.path in made}
+    inside = {key for key in found.of("reference") if pack in found.pinned(key)}
+    assert len(inside) > 20
+    unit = {file.path for file in found.files if file.key in {pack, *inside}}
+    for path in unit:
+        age(path, 9 * DAY)
+
+    cap = found.size - 150  # as much as a few references have
+    project.doit("cache", "gc", "--max-size", str(cap))
+    left = survey.take(project.store)
+    assert left.size <= cap
+    assert {file.path for file in found.files} - {file.path for file in left.files} == unit
+    assert "nothing to do" in project.doit().stdout
+    project.configure(quantize={"bits": 4})
+    project.doit()
+    assert project.built() == project.anew()
+
+
 def test_without_a_cap_only_garbage_goes(tmp_path):
     project = projects.create(tmp_path, "meta", **projects.FOUR_BIT)
     project.doit()
