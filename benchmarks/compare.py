@@ -330,7 +330,10 @@ class Bench:
         return Scenario(
             "cold, 3, 4, 6 and 8 bit",
             [convert, Side("doit", [work.command], work.wipe, targets)],
-            [Goal("four variants: wall", ratio("seconds"), 0.45)],
+            [
+                Goal("four variants: wall", ratio("seconds"), 0.45),
+                self.most_memory("four variants: peak RSS", source),
+            ],
             equal=list(zip(convert.outputs, targets, strict=True)),
         )
 
@@ -349,7 +352,10 @@ class Bench:
         return Scenario(
             "4 bit is built, 8 bit is asked for",
             [convert, Side("doit", [work.command], prepare, [work.built("model")])],
-            [Goal("changed bits: wall", ratio("seconds"), 0.4)],
+            [
+                Goal("changed bits: wall", ratio("seconds"), 0.4),
+                self.most_memory("changed bits: peak RSS", source),
+            ],
             equal=[(convert.outputs[0], work.built("model"))],
         )
 
@@ -370,7 +376,7 @@ class Bench:
             # Each side gets the memory that the other's output leaves: what was freed long ago, a
             # virtual machine may have given back to its host, and then a copy takes three times as
             # long. So cp's goes now, as doit's does behind it.
-            shutil.rmtree(copy)
+            remover(copy)(repeat)
 
         def copies(results: Sequence[Result]) -> float:
             cp, doit = (result.median.seconds for result in results)
@@ -382,7 +388,10 @@ class Bench:
                 Side("cp -r", [["cp", "-r", str(built), str(copy)]]),
                 Side("doit", [work.command], prepare, [built]),
             ],
-            [Goal(f"changed max_shard_size: (wall − {PACK_START_SECONDS} s) ÷ cp", copies, 1.5)],
+            [
+                Goal(f"changed max_shard_size: (wall − {PACK_START_SECONDS} s) ÷ cp", copies, 1.5),
+                self.most_memory("changed max_shard_size: peak RSS", source),
+            ],
             set_up=set_up,
         )
 
@@ -670,13 +679,19 @@ def machine(scratch: Path) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory_bytes = proc_fields("/proc/meminfo")["MemTotal"]
-    file_system = subprocess.run(
-        ["df", "--output=fstype", str(scratch)], check=True, capture_output=True, text=True
-    ).stdout.split()[-1]
     return (
         f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
-        f"{memory_bytes / 2**30:.0f} GiB of memory, Linux {platform.release()}, {file_system}"
+        f"{memory_bytes / 2**30:.0f} GiB of memory, Linux {platform.release()}, "
+        f"{file_system(scratch)}"
     )
+
+
+def file_system(folder: Path) -> str:
+    """What a folder lies on, such as ext4."""
+    told = subprocess.run(
+        ["df", "--output=fstype", str(folder)], check=True, capture_output=True, text=True
+    )
+    return told.stdout.split()[-1]
 
 
 def versions(python: str) -> str:
@@ -773,6 +788,12 @@ def main() -> None:
         shape=[f"--{name}={value}" for name, value in sizes.items() if value is not None],
         mlx_examples=arguments.mlx_examples and arguments.mlx_examples.resolve(),
     )
+    bench.scratch.mkdir(parents=True, exist_ok=True)
+    if file_system(bench.scratch) == "tmpfs":
+        sys.exit(
+            f"compare.py: {bench.scratch} is in memory (tmpfs), where the kernel counts no byte as "
+            "written. Name a folder on a disk: --scratch FOLDER"
+        )
     results: list[Result] = []
     goals: list[tuple[Goal, float]] = []
     failures = []
@@ -783,7 +804,7 @@ def main() -> None:
             if len(found) == len(scenario.sides):
                 goals += [(goal, goal.reached(found)) for goal in scenario.goals]
             results += found
-        except BenchmarkError as error:  # the other scenarios' minutes are not lost
+        except (BenchmarkError, OSError) as error:  # the other scenarios' minutes are not lost
             failures.append(f"compare.py: {name}: {error}")
         shutil.rmtree(bench.scratch / "work", ignore_errors=True)
     for line in report(results, goals, bench, arguments.repeats):
