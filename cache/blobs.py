@@ -205,9 +205,6 @@ class Blobs:
     def writing_at(self, place: Place) -> Iterator[Writer]:
         """Give a writer whose bytes become a blob where they lie, if the block ends well.
 
-        The blob is known to lie there from then on, wherever else it does: what is wanted together
-        lies in one file, and an older one can go.
-
         Raises:
             FileNotFoundError: there is no such pack.
             NoRoom: the disk is full.
@@ -221,7 +218,8 @@ class Blobs:
                 raise files.no_room(self.root, place.length) from error
             raise
         self.meter.written += writer.length
-        self.refer(writer.digest, [place.part])
+        if not self.has(writer.digest, writer.length):
+            self.refer(writer.digest, [place.part])
 
     def new_packs(self, count: int, need: int) -> list[Path]:
         """Return the paths of files for many blobs, empty.

@@ -6,13 +6,13 @@ So no byte of it is written twice: packing adds what is missing, and links the f
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cache.actions import Hit
 from cache.blobs import Part, Place, Writer
-from cache.manifests import Manifest
+from cache.manifests import Manifest, Tensor
 from tasks import extract, pack, sizes, weights
 from tasks.layouts import LAYOUTS
 
@@ -41,6 +41,7 @@ class Draft:
         self._blobs = builder.store.blobs
         self._places: dict[str, Place] = {}
         self._digests: dict[str, str] = {}  # of what is written, by name
+        self._elsewhere: set[str] = set()  # names of what the cache has in another file as well
         self.shapes = pack.shapes(split)
         packs = self._blobs.new_packs(len(split), sizes.total(made.values()))
         self.paths = dict(zip(split, packs, strict=True))
@@ -70,11 +71,25 @@ class Draft:
 
         def found(name: str) -> tuple[str, Sequence[Part]]:
             digest, parts = find(name)
-            if self._digests.get(name) == digest:
-                parts = [self._places[name].part]
-            return digest, parts
+            if self._digests.get(name) != digest:
+                return digest, parts
+            here = [self._places[name].part]
+            if parts != here:
+                self._elsewhere.add(name)
+            return digest, here
 
         return found
+
+    def note_whole(self, made: Mapping[str, Tensor]) -> None:
+        """Take note that the files are whole, as tensors of bytes by their names.
+
+        What the cache has in another file as well is known to lie here from now on: what is wanted
+        together lies together, and an older file can go.
+        """
+        for file, tensor in made.items():
+            self._blobs.note_whole(self.paths[file], tensor.digest, tensor.nbytes)
+        for name in self._elsewhere:
+            self._blobs.refer(self._digests[name], [self._places[name].part])
 
 
 class Drafts:

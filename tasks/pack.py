@@ -378,8 +378,7 @@ def fill(
     written = sum(tensor.nbytes for tensor in made.values())
     if draft:
         written -= draft.nbytes
-        for file, tensor in made.items():
-            blobs.note_whole(draft.paths[file], tensor.digest, tensor.nbytes)
+        draft.note_whole(made)
         builder.drafts.end(plan.target.name)
         written += _link(new, draft.paths)
     known = {file: hasher.hexdigest() for file, hasher in hashers.items()}
