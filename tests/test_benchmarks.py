@@ -10,6 +10,7 @@ import pytest
 
 from front_door import REPOSITORY
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="they measure by /proc")
 SMALL = {"layers": 2, "hidden": 128, "intermediate": 256, "heads": 4, "kv-heads": 2, "vocab": 512}
 
 
@@ -36,7 +37,6 @@ def test_a_simulated_giant(tmp_path: Path) -> None:
     assert "| 1 | nothing to do: `doit` |" in out
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it measures by /proc")
 def test_a_comparison(tmp_path: Path) -> None:
     """With a goal's figures, but for what mlx_lm.convert is run for; one side alone has none."""
     df = subprocess.run(["df", "--output=fstype", tmp_path], capture_output=True, check=True)
