@@ -90,11 +90,15 @@ class Survey:
                 found.setdefault(digest, sum(part.length for part in parts))
         return found
 
+    @cached_property
+    def _pinned(self) -> dict[str, set[str]]:
+        # A part without a stamp lies in a file of the store's.
+        paths = {d: [Path(p.path) for p in ps if p.stamp is None] for d, ps in self.parts.items()}
+        return {d: {path.parent.name + path.name for path in ps} for d, ps in paths.items()}
+
     def pinned(self, digest: str) -> set[str]:
         """Return the keys of the blobs' and packs' files in which a reference's parts lie."""
-        # A part without a stamp lies in a file of the store's.
-        paths = [Path(part.path) for part in self.parts.get(digest, ()) if part.stamp is None]
-        return {path.parent.name + path.name for path in paths}
+        return self._pinned.get(digest, set())
 
     def reach(self, digests: Iterable[str]) -> set[str]:
         """Return ``digests`` and what they are a reference to."""
