@@ -131,10 +131,7 @@ def _nbytes(checkpoint: Checkpoint, told: Mapping[str, Any], names: Sequence[str
 def _sanitize(builder: Builder, plan: Plan, node: Node, needed: Needed) -> dict[str, Tensor]:
     """Have mlx-lm make what is no plain tensor of the checkpoint."""
     told = node.params["tensors"]
-    made: dict[str, Tensor] = {}
-    if "sanitize" not in node.params:
-        return made
-    device = quantize.device_of(node.params["sanitize"]["device"])
+    made = {}
     for batch in _batches(plan.checkpoint, told):
         keys = dict.fromkeys(key for name in batch for key in told[name][2])
         inputs = {key: builder.locate(plan, needed, key) for key in keys}
@@ -142,6 +139,7 @@ def _sanitize(builder: Builder, plan: Plan, node: Node, needed: Needed) -> dict[
         need = sum(tensor.nbytes for tensor in tensors.values())
         with builder.store.blobs.scratch(need) as folder:
             outputs = {name: folder / str(number) for number, name in enumerate(batch)}
+            device = quantize.device_of(node.params["sanitize"]["device"])
             architecture.compute(plan.checkpoint, device, inputs, outputs)
             for name, tensor in tensors.items():
                 found = builder.store.blobs.adopt(outputs[name])
