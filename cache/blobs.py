@@ -209,14 +209,12 @@ class Blobs:
             FileNotFoundError: there is no such pack.
             NoRoom: the disk is full.
         """
-        try:
-            with place.pack.open("r+b", buffering=0) as file:
-                writer = Writer(file, place.offset)
-                yield writer
-        except OSError as error:
-            if files.is_full(error):
-                raise files.no_room(self.root, place.length) from error
-            raise
+        with (
+            files.full_disk(self.root, place.length),
+            place.pack.open("r+b", buffering=0) as file,
+        ):
+            writer = Writer(file, place.offset)
+            yield writer
         self.meter.written += writer.length
         if not self.has(writer.digest, writer.length):
             self.refer(writer.digest, [place.part])

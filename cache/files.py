@@ -101,7 +101,7 @@ def temporary(folder: Path, need: int = 0) -> Iterator[Temporary]:
         NoRoom: the disk is full.
     """
     path = f"{folder}/{own_prefix()}{_BEGUN}-{next(_numbers)}"
-    try:
+    with full_disk(folder, need):
         try:
             new = Temporary(path)
         except FileNotFoundError:
@@ -111,6 +111,17 @@ def temporary(folder: Path, need: int = 0) -> Iterator[Temporary]:
             if need:
                 room(folder, need)
             yield new
+
+
+@contextmanager
+def full_disk(folder: Path, need: int = 0) -> Iterator[None]:
+    """Say it in words if the disk is full in the block, which writes ``need`` bytes to ``folder``.
+
+    Raises:
+        NoRoom: it is.
+    """
+    try:
+        yield
     except OSError as error:
         if is_full(error):
             raise no_room(folder, need) from error
