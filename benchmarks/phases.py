@@ -15,9 +15,8 @@ import argparse
 import hashlib
 import itertools
 import json
-import shutil
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from measure import ROOT, BenchmarkError
+from measure import BenchmarkError, measure
 
 BITS = {4: "4 bit, from nothing", 8: "8 bit after 4 bit"}
 
@@ -45,28 +44,21 @@ def build(folder: Path, checkpoint: Path, bits: int, threads: int | None) -> tup
     models = folder / "models.toml"
     models.write_text(f'[models.model]\nsource = "{checkpoint}"\nquantize = {{ bits = {bits} }}\n')
     count = [] if threads is None else ["-n", str(threads)]
+    os.sync()  # which ``measure`` does first, too: then it has nothing to do
     begin = time.time()
-    done = subprocess.run(
-        [sys.executable, "-m", "doit", *count, f"models={models}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    end = time.time()
-    if done.returncode:
-        raise BenchmarkError(done.stdout + done.stderr)
+    wall = measure([sys.executable, "-m", "doit", *count, f"models={models}"]).seconds
     entries = [json.loads(line) for line in (folder / ".mlx-make" / "log.jsonl").open()]
     entries = [entry for entry in entries if entry["run"] == entries[-1]["run"]]
     ends = defaultdict(list)
     for entry in entries:
         ends[entry["task"].startswith("pack:")].append(entry["start"] + entry["seconds"])
-    marks = [begin, min(entry["start"] for entry in entries), max(ends[False]), *ends[True], end]
+    first = min(entry["start"] for entry in entries)
+    marks = [begin, first, max(ends[False]), *ends[True], begin + wall]
     digest = hashlib.sha256()
     for path in sorted((folder / "build" / "model").glob("*.safetensors")):
         digest.update(path.read_bytes())
     steps = [after - before for before, after in itertools.pairwise(marks)]
-    return Phases(end - begin, *steps), digest.hexdigest()
+    return Phases(wall, *steps), digest.hexdigest()
 
 
 def main() -> None:
@@ -83,15 +75,15 @@ def main() -> None:
     digests: dict[int, str] = {}
     for _ in range(told.repeats):
         for threads in told.threads:
-            folder = Path(tempfile.mkdtemp(prefix="mlx-make-phases-", dir=told.scratch))
-            try:
+            # What a build replaced may still be on its way out of there.
+            with tempfile.TemporaryDirectory(
+                dir=told.scratch, ignore_cleanup_errors=True
+            ) as folder:
                 for bits in BITS:
-                    phases, digest = build(folder, told.checkpoint.resolve(), bits, threads)
+                    phases, digest = build(Path(folder), told.checkpoint.resolve(), bits, threads)
                     found[bits, threads].append(phases)
                     if digests.setdefault(bits, digest) != digest:
                         raise BenchmarkError(f"{bits} bits in {threads} threads: other bytes")
-            finally:
-                shutil.rmtree(folder)
     print("| what | threads | wall, s | start | layers | packing | end | sha256 |")
     print("|---|---|---|---|---|---|---|---|")
     for (bits, threads), all_phases in sorted(found.items(), key=lambda item: item[0][0]):
