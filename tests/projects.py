@@ -101,6 +101,11 @@ class Project:
         """The digest of each file that a build from nothing makes of the same."""
         return _anew(json.dumps(self.models[target]), self.kind, _Checkpoint.at(self.checkpoint))
 
+    @property
+    def packs(self) -> Path:
+        """Where the cache has weight files."""
+        return self.store / "blobs" / "packs"
+
     def manifest(self, stage: str, layer: str, target: str = "model") -> Path:
         return self.state / "manifests" / target / stage / f"{layer}.json"
 
@@ -108,6 +113,9 @@ class Project:
         """Where the store would have the bytes of a tensor that a stage made."""
         manifest = json.loads(self.manifest(stage, layer, target).read_bytes())
         (digest,) = (tensor[-1] for tensor in manifest["tensors"] if tensor[0] == name)
+        return self._blob(digest)
+
+    def _blob(self, digest: str) -> Path:
         return self.store / "blobs" / digest[:2] / digest[2:]
 
     def stored(self, stage: str, layer: str, name: str, target: str = "model") -> "Stored":
@@ -118,7 +126,7 @@ class Project:
         """Have the store no longer know the built weight files as such."""
         manifest = json.loads((self.state / "manifests" / target / "pack.json").read_bytes())
         for _, _, _, digest in manifest["tensors"]:
-            Stored(self.store / "blobs" / digest[:2] / digest[2:]).lose()
+            Stored(self._blob(digest)).lose()
 
     def actions(self, stage: str, layer: str, target: str = "model") -> list[Path]:
         """The action cache's entries of what a stage made of a layer."""

@@ -27,7 +27,7 @@ def weights(project: Project, target: str = "model") -> list[Path]:
 
 def packs(project: Project) -> set[str]:
     """The digests of the cache's weight files."""
-    return {*contents(project.store / "blobs" / "packs").values()}
+    return {*contents(project.packs).values()}
 
 
 def packed(project: Project, target: str = "model") -> set[str]:
@@ -189,7 +189,7 @@ def test_a_built_file_that_decayed(tmp_path: Path) -> None:
     """Unnoticed, since its time is as it was; verify finds it, also in what is not quantized."""
     project = create(tmp_path, "huggingface", **FOUR_BIT)
     project.doit()
-    (path,) = (project.store / "blobs" / "packs").iterdir()  # the built one, too, if it is a link
+    (path,) = project.packs.iterdir()  # the built one, too, if it is a link
     before = path.stat()
     with safe_open(path, "mlx") as read:
         norm = bytes(read.get_tensor("model.norm.weight"))

@@ -37,7 +37,7 @@ class Held:
     cores: int = 4
 
     def __post_init__(self) -> None:
-        self._there = {*packs(self.project)}
+        self._there = {*self.project.packs.glob("*")}
         self._mark, self._go = self.project.folder / "mark", self.project.folder / "go"
         self._mark.unlink(missing_ok=True)
         self._go.unlink(missing_ok=True)
@@ -80,7 +80,7 @@ class Held:
 
     def packs(self) -> list[Path]:
         """The files that layers write into."""
-        return sorted({*packs(self.project)} - self._there)
+        return sorted({*self.project.packs.glob("*")} - self._there)
 
     def go_on(self, status: int = 0) -> str:
         self._go.touch()
@@ -88,10 +88,6 @@ class Held:
         assert self.process.returncode == status, output
         assert "Traceback" not in output
         return output
-
-
-def packs(project: Project) -> list[Path]:
-    return [*(project.store / "blobs" / "packs").glob("*")]
 
 
 def weight_files(project: Project, folder: str) -> list[Path]:
@@ -107,8 +103,8 @@ def packed(project: Project) -> set[int]:
     """
     built = project.built()
     wanted = {built[path.name] for path in weight_files(project, "model")}
-    folder = project.store / "blobs" / "packs"
-    shared = [folder / name for name, digest in contents(folder).items() if digest in wanted]
+    cached = contents(project.packs).items()
+    shared = [project.packs / name for name, digest in cached if digest in wanted]
     return {path.stat().st_ino for path in (*weight_files(project, "model"), *shared)}
 
 
