@@ -10,13 +10,15 @@ from doit import doit_cmd, get_var
 from doit.action import CmdAction
 from doit.exceptions import InvalidDodoFile
 
-from tasks import example, graph, options
+from tasks.checkpoints import example
+from tasks.cli import invocation as options
+from tasks.cli import task_graph as graph
 
 ROOT = Path(__file__).parent
 # Whoever installed mlx-make has no tests, no benchmarks and no use for the example.
 IS_CHECKOUT = (ROOT / "tests").is_dir()
 
-if "tasks.plugins" not in sys.modules:  # doit -f: another folder's pyproject.toml was read
+if "tasks.cli.run" not in sys.modules:  # doit -f: another folder's pyproject.toml was read
     raise InvalidDodoFile(
         "doit is without mlx-make's plugins, which it takes from pyproject.toml in the folder "
         f"where it is started. Run mlx-make instead, or doit models=PATH in {ROOT}."
@@ -72,7 +74,7 @@ def task_error() -> Tasks:
 def task_report() -> Tasks:
     """Write reports/TARGET.html, and an overview, reports/index.html."""
     if options.asked != []:
-        from tasks.report import tasks as reports  # which nothing else imports
+        from tasks.cli import report_tasks as reports  # which nothing else imports
 
         yield from reports.report(loaded())
 

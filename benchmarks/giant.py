@@ -93,11 +93,12 @@ def models_toml(source: Path, targets: int, *, bits: int = 4) -> str:
 def simulate(arguments: Sequence[str]) -> None:
     """Runs doit in this process, with stages that read and compute nothing."""
     sys.path.insert(0, str(ROOT))
-    from cache import files
     from cache.digest import digest_record
-    from cache.manifests import Tensor
-    from tasks import cast, extract, pack, quantize
-    from tasks.build import Builder
+    from cache.files import atomic as files
+    from cache.records.manifests import Tensor
+    from tasks.execution import pack
+    from tasks.execution.builder import Builder
+    from tasks.stages import cast, extract, quantize
 
     def made_up(dtype: str, shape: Sequence[int], *made_of: Any) -> Tensor:
         return Tensor(dtype, tuple(shape), digest_record([dtype, list(shape), *made_of]))

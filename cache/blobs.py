@@ -27,10 +27,10 @@ from typing import IO, NamedTuple
 
 import xxhash
 
-from cache import files
 from cache.digest import CHUNK_BYTES, canonical, digest_file, digest_parts
 from cache.errors import BlobLost, FileChanged
-from cache.files import Stamp
+from cache.files import atomic as files
+from cache.files.atomic import Stamp
 
 PACKS = "packs"
 

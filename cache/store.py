@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache import files
-from cache.actions import Actions
 from cache.blobs import Blobs
+from cache.files import atomic as files
 from cache.lock import Lock
-from cache.memos import Memos
+from cache.records.actions import Actions
+from cache.records.memos import Memos
 
 if TYPE_CHECKING:
-    from cache.sharing import Sharing
+    from cache.remote.sharing import Sharing
 
 
 @dataclass(frozen=True)

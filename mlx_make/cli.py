@@ -53,7 +53,7 @@ def main() -> int:
         return 3
     if args[:1] in (["--help"], ["-h"]):
         args[0] = "help"
-    from tasks.command_line import piped
+    from tasks.cli.command import piped
 
     with piped():
         # The current folder's pyproject.toml and doit.cfg may configure a doit of the user's own.

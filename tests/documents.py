@@ -9,8 +9,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tasks import keys
-from tasks.keys import MODES, Key
+from tasks.config import keys
+from tasks.config.keys import MODES, Key
 
 Table = dict[str, Any]
 

@@ -12,8 +12,9 @@ from doit.cmd_base import NamespaceTaskLoader
 from doit.doit_cmd import DoitConfig, DoitMain
 
 import front_door
-import tasks.plugins  # noqa: F401 (dodo.py asks whether doit has them)
-from tasks import cuda, options
+import tasks.cli.run  # noqa: F401 (dodo.py asks whether doit has them)
+from tasks.cli import invocation as options
+from tasks.tensors import cuda
 
 
 class Loader(NamespaceTaskLoader):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from checkpoints import random_array
-from tasks import example
+from tasks.checkpoints import example
 
 VOCABULARY = 528  # a multiple of 8 and of 3; like Code Llama's, more than its tokenizer has
 SPECIAL_TOKENS = 256  # that follow the ranks of Llama 3's tokenizer.model

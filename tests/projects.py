@@ -19,8 +19,8 @@ from pathlib import Path
 
 import checkpoints
 import front_door
-from tasks import example
-from tasks.checkpoint import read_safetensors, read_torch
+from tasks.checkpoints import example
+from tasks.checkpoints.checkpoint import read_safetensors, read_torch
 
 HOOK = Path(__file__).parent / "hook"
 SOURCES = ("meta", "huggingface")

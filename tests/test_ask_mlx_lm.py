@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from tasks import ask_mlx_lm
+from tasks.layouts import mlx_lm_probe as ask_mlx_lm
 
 
 @pytest.fixture

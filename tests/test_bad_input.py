@@ -22,11 +22,12 @@ from doit.exceptions import InvalidDodoFile
 from safetensors.torch import save_file
 
 import checkpoints
-from cache.memos import Memos
+from cache.records.memos import Memos
 from front_door import Finished, doit
-from tasks import example, graph
-from tasks.checkpoint import Stored, headers, read_safetensors, read_torch
-from tasks.errors import CheckpointError
+from tasks.checkpoints import example
+from tasks.checkpoints.checkpoint import Stored, headers, read_safetensors, read_torch
+from tasks.cli import task_graph as graph
+from tasks.core.errors import CheckpointError
 
 HAS_GPU = mx.metal.is_available() or mx.cuda.is_available()
 OLD = b"the last build"

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 import projects
-from cache import collect, survey
 from cache.blobs import Blobs
 from cache.digest import digest
 from cache.lock import Lock
-from tasks import cache_command, config
-from tasks.words import size
+from cache.maintenance import gc as collect
+from cache.maintenance import survey
+from tasks.cli.commands import cache as cache_command
+from tasks.config import reader as config
+from tasks.core.text import size
 
 HOUR = 3600
 DAY = 24 * HOUR

@@ -1,4 +1,4 @@
-"""tests of tasks/command_line.py: mistyped names, and readers that leave before all is said."""
+"""tests of tasks/cli/command.py: mistyped names, and readers that leave before all is said."""
 
 import fcntl
 import json

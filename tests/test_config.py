@@ -1,4 +1,4 @@
-"""tests of tasks/config.py: what models.toml may say, and that nothing else gets through."""
+"""tests of tasks/config/reader.py: what models.toml may say, and that nothing else gets through."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import documents
 import front_door
-from tasks import config
-from tasks.config import Config, Quantize, Rule, Target
-from tasks.errors import ConfigError
+from tasks.config import reader as config
+from tasks.config.reader import Config, Quantize, Rule, Target
+from tasks.core.errors import ConfigError
 
 # On a busy machine any example may seem slow.
 calm = settings(deadline=None)

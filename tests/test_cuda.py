@@ -15,7 +15,10 @@ import checkpoints
 from front_door import REPOSITORY
 from projects import create
 from running import DEADLINE_SECONDS
-from tasks import build, cuda, graph, quantize
+from tasks.cli import task_graph as graph
+from tasks.execution import builder as build
+from tasks.stages import quantize
+from tasks.tensors import cuda
 
 LEAVING = """
 import os, sys

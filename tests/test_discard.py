@@ -15,10 +15,10 @@ import pytest
 
 import front_door
 import projects
-from cache import files
 from cache.errors import NoRoom
+from cache.files import atomic as files
 from projects import FOUR_BIT, Project
-from tasks import pack
+from tasks.execution import pack
 
 SECONDS = 60
 

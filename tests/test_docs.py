@@ -15,7 +15,8 @@ from mlx_lm.convert import configure_parser
 import projects
 from front_door import REPOSITORY
 from projects import Project
-from tasks import keys, manual
+from tasks.cli.commands import manual
+from tasks.config import keys
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md"), *REPOSITORY.glob("benchmarks/*.md")])
@@ -71,7 +72,7 @@ def test_every_page_is_linked() -> None:
 
 
 def test_commands_and_options() -> None:
-    """Are those that the code has: python -m tasks.manual writes them."""
+    """Are those that the code has: python -m tasks.cli.commands.manual writes them."""
     assert manual.PAGE.read_text(encoding="utf-8") == manual.page()
 
 

@@ -11,11 +11,13 @@ import pytest
 from safetensors import safe_open
 
 import checkpoints
-from cache import files, survey
 from cache.errors import NoRoom
+from cache.files import atomic as files
+from cache.maintenance import survey
 from projects import FOUR_BIT, Project, contents, create, flip, outcomes
 from running import start, wait_for
-from tasks import draft, graph
+from tasks.cli import task_graph as graph
+from tasks.execution import draft
 
 SHARDS = {**FOUR_BIT, "max_shard_size": "200kB"}
 

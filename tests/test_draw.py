@@ -1,4 +1,4 @@
-"""tests of tasks/draw.py: what Mermaid and Graphviz themselves read out of `doit graph`."""
+"""tests of tasks/cli/commands/graph.py: what Mermaid and Graphviz themselves read out of `doit graph`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import projects
-from tasks import draw
-from tasks.draw import Box
+from tasks.cli.commands import graph as draw
+from tasks.cli.commands.graph import Box
 
 LAYERS = "embed_tokens, layers.0–7, norm, lm_head"
 STORED = "embed_tokens, layers.0–7, lm_head, norm"  # as the files have them

@@ -1,4 +1,4 @@
-"""tests of tasks/example.py: the same checkpoint each time, and of the shape of Meta's."""
+"""tests of tasks/checkpoints/example.py: the same checkpoint each time, and of the shape of Meta's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import example
+from tasks.checkpoints import example
 
 
 @pytest.fixture(scope="module")

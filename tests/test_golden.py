@@ -16,7 +16,7 @@ import pytest
 
 import checkpoints
 import projects
-from cache.manifests import Action
+from cache.records.manifests import Action
 
 GOLDEN = Path(__file__).parent / "golden" / "actions.json"
 COMPUTER = ("mlx", "machine", "sanitize")  # parameters that name versions and machines

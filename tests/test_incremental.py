@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import checkpoints
-from cache import files
+from cache.files import atomic as files
 from projects import (
     FOUR_BIT,
     LAYERS,
@@ -30,7 +30,7 @@ from projects import (
     touch,
     weight_files,
 )
-from tasks.checkpoint import read_safetensors
+from tasks.checkpoints.checkpoint import read_safetensors
 
 HEAVY = {"torch", "transformers", "mlx_lm", "numpy"}
 ALL_BUT_EXTRACT = ("unshard", "cast", "quantize")

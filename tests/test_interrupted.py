@@ -18,8 +18,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cache import files
 from cache.errors import NoRoom
+from cache.files import atomic as files
 from front_door import REPOSITORY, doit, log
 from projects import FOUR_BIT, SOURCES, Project, contents, create, outcomes
 from running import DEADLINE_SECONDS, start, temporary, wait_for

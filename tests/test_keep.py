@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import checkpoints
-from cache import survey
+from cache.maintenance import survey
 from projects import FOUR_BIT, Project, create, outcomes, weight_files
-from tasks import graph, pack
+from tasks.cli import task_graph as graph
+from tasks.execution import pack
 
 POLICIES: dict[str, list[str] | None] = {
     "default": None,

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import kernels
-from tasks.config import MODES
-from tasks.kernels import agrees, not_finite, quantize, quantize_fast
-from tasks.quantize import Setting, _quantize_block
+from tasks.config.reader import MODES
+from tasks.stages.quantize import Setting, _quantize_block
+from tasks.tensors import kernels
+from tasks.tensors.kernels import agrees, not_finite, quantize, quantize_fast
 
 SETTINGS = [
     Setting(group_size, bits, mode)

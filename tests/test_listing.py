@@ -1,4 +1,4 @@
-"""tests of tasks/listing.py: `doit list`."""
+"""tests of tasks/cli/commands/list.py: `doit list`."""
 
 from pathlib import Path
 

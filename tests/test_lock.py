@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import checkpoints
-from cache.actions import Actions
-from cache.files import Stamp
-from cache.manifests import Action, Manifest
+from cache.files.atomic import Stamp
+from cache.records.actions import Actions
+from cache.records.manifests import Action, Manifest
 from front_door import doit
 from projects import FOUR_BIT, Project, alter, contents, create, outcomes, restore
 

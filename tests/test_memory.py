@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from mlx_lm.convert import convert
 
 import checkpoints
-from cache.manifests import Tensor
+from cache.records.manifests import Tensor
 from front_door import doit
 from projects import FOUR_BIT, SOURCES, create
-from tasks import graph, unshard
-from tasks.build import Memory
+from tasks.cli import task_graph as graph
+from tasks.execution.builder import Memory
+from tasks.stages import unshard
 
 calm = settings(deadline=None)
 PATIENCE_SECONDS = 20  # after which threads that do not end have locked each other out

@@ -1,4 +1,4 @@
-"""tests of tasks/names.py: the configurations of Meta's models, and what transformers 5 saves."""
+"""tests of tasks/layouts/llama_names.py: the configurations of Meta's models, and what transformers 5 saves."""
 
 import importlib
 import json
@@ -11,8 +11,8 @@ from transformers import AutoConfig
 
 from checkpoints import VOCABULARY, make
 from front_door import doit
-from tasks.checkpoint import Checkpoint, Whole
-from tasks.names import rope, to_huggingface
+from tasks.checkpoints.checkpoint import Checkpoint, Whole
+from tasks.layouts.llama_names import rope, to_huggingface
 
 LLAMA_2 = {"norm_eps": 1e-05, "vocab_size": -1}
 LLAMA_3 = {"norm_eps": 1e-05, "n_kv_heads": 8, "rope_theta": 500000.0, "vocab_size": 128256}

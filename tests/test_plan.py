@@ -1,4 +1,4 @@
-"""tests of tasks/commands.py and tasks/forecast.py: doit then does what doit plan says."""
+"""tests of tasks/cli/commands/plan.py and tasks/planning/forecast.py: doit then does what doit plan says."""
 
 import fcntl
 import json
@@ -18,7 +18,7 @@ import inside
 import meta
 import projects
 from projects import Project
-from tasks import architecture
+from tasks.layouts import architecture
 
 OUTCOME = {"run": "computed", "reuse": "reused", "fetch": "fetched"}
 QUANTIZE = (

@@ -17,14 +17,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cache import collect, survey
 from cache.blobs import Blobs, Part
 from cache.digest import canonical, digest, digest_list, digest_record
-from cache.files import Stamp
-from cache.manifests import SCHEMA, Action, Manifest, ManifestError, Tensor
-from tasks import pack, rows, unshard
-from tasks.arrays import view
-from tasks.model import layer_names
+from cache.files.atomic import Stamp
+from cache.maintenance import gc as collect
+from cache.maintenance import survey
+from cache.records.manifests import SCHEMA, Action, Manifest, ManifestError, Tensor
+from tasks.execution import pack
+from tasks.layouts.model import layer_names
+from tasks.stages import unshard
+from tasks.tensors import rows
+from tasks.tensors.arrays import view
 
 # On a busy machine any example may seem slow.
 calm = settings(deadline=None)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from cache.blobs import Blobs, Part
 from cache.store import Store
-from tasks import arrays, rows
-from tasks.error import dequantize
-from tasks.kernels import quantize
-from tasks.quantize import BLOCK_BYTES, Setting, _quantize_block, _quantize_rows, memory
+from tasks.stages.measure import dequantize
+from tasks.stages.quantize import BLOCK_BYTES, Setting, _quantize_block, _quantize_rows, memory
+from tasks.tensors import arrays, rows
+from tasks.tensors.kernels import quantize
 
 calm = settings(deadline=None)
 

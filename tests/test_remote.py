@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import servers
-from cache import transport
 from cache.digest import canonical
 from cache.errors import BadRemote, Mismatch, NotFetched, Refused
-from cache.remote import Remote, blake3_of
-from cache.transport import PIECE_BYTES
-from cache.trust import seal, unseal
+from cache.remote import transport
+from cache.remote.remote import Remote, blake3_of
+from cache.remote.signing import seal, unseal
+from cache.remote.transport import PIECE_BYTES
 from front_door import REPOSITORY
 from servers import Answer, Flipped, Reset, Server, Stalled, Torn
 

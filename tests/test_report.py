@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.log import Entry
+from cache.records.log import Entry
 from projects import FOUR_BIT, LAYERS, Project, create, outcomes
 from tasks.report.timeline import critical_path, last_run
 

@@ -19,8 +19,8 @@ import pytest
 
 from front_door import REPOSITORY, log
 from projects import FOUR_BIT, Project, create, hooked
-from tasks.progress import Pace
-from tasks.words import duration
+from tasks.cli.terminal.progress import Pace
+from tasks.core.text import duration
 
 ROWS = 100  # enough for nothing to scroll away
 DEADLINE_SECONDS = 60

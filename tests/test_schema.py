@@ -1,4 +1,4 @@
-"""tests of tasks/schema.py: that what it wrote is what the code does."""
+"""tests of tasks/config/schema.py: that what it wrote is what the code does."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from jsonschema import Draft202012Validator
 
 import documents
 from front_door import REPOSITORY
-from tasks import config, keys, schema
-from tasks.errors import ConfigError
+from tasks.config import keys, schema
+from tasks.config import reader as config
+from tasks.core.errors import ConfigError
 
 VALIDATOR = Draft202012Validator(schema.schema())
 TABLES = {
@@ -63,7 +64,7 @@ def accepts(text: str) -> bool:
 
 @pytest.mark.parametrize("path", schema.files(), ids=lambda path: path.name)
 def test_what_is_committed_is_what_the_code_makes(path: Path) -> None:
-    assert path.read_text(encoding="utf-8") == schema.files()[path], "python -m tasks.schema"
+    assert path.read_text(encoding="utf-8") == schema.files()[path], "python -m tasks.config.schema"
 
 
 def test_the_schema_is_one() -> None:

@@ -27,19 +27,22 @@ import meta
 import servers
 from cache.blobs import Part
 from cache.digest import digest
-from cache.files import Stamp
+from cache.files.atomic import Stamp
 from cache.lock import Lock
-from cache.manifests import Action, Manifest, Tensor
-from cache.remote import Remote, blake3_of
-from cache.sharing import Sharing
+from cache.records.manifests import Action, Manifest, Tensor
+from cache.remote.remote import Remote, blake3_of
+from cache.remote.sharing import Sharing
+from cache.remote.signing import seal
+from cache.remote.transport import PIECE_BYTES
 from cache.store import Store
-from cache.transport import PIECE_BYTES
-from cache.trust import seal
 from front_door import REPOSITORY, Finished, doit
 from projects import FOUR_BIT, Project, contents, flip, outcomes
-from tasks import exchange, graph, options, sources
-from tasks.errors import CheckpointError
-from tasks.sources import Source
+from tasks.cli import invocation as options
+from tasks.cli import task_graph as graph
+from tasks.core.errors import CheckpointError
+from tasks.execution import exchange
+from tasks.planning import source_record as sources
+from tasks.planning.source_record import Source
 
 BIG = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 4}
 SMALL = {"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 64}

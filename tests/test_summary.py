@@ -1,4 +1,4 @@
-"""tests of tasks/summary.py: what a build did, told in Markdown."""
+"""tests of tasks/cli/commands/summary.py: what a build did, told in Markdown."""
 
 import re
 import shutil
@@ -10,9 +10,9 @@ import pytest
 
 import front_door
 import projects
-from cache.log import Entry
+from cache.records.log import Entry
 from projects import Project
-from tasks import summary
+from tasks.cli.commands import summary
 
 OUTCOMES = ("computed", "reused", "fetched", "failed")
 

@@ -1,4 +1,4 @@
-"""tests of tasks/tokenizer.py: a built folder tokenizes as Meta's own code does."""
+"""tests of tasks/layouts/llama_tokenizer.py: a built folder tokenizes as Meta's own code does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tasks import example, tokenizer
+from tasks.checkpoints import example
+from tasks.layouts import llama_tokenizer as tokenizer
 
 ROOT = Path(__file__).parents[1]
 

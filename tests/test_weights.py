@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import cache.blobs
-from cache import files
 from cache.blobs import Blobs, Part, Place
 from cache.digest import digest
 from cache.errors import BlobLost, FileChanged
-from cache.files import Stamp
-from cache.manifests import DTYPE_BYTES, Tensor
-from tasks import weights
+from cache.files import atomic as files
+from cache.files.atomic import Stamp
+from cache.records.manifests import DTYPE_BYTES, Tensor
+from tasks.layouts import weight_file as weights
 
 NUMPY_HAS = [dtype for dtype in DTYPE_BYTES if dtype not in ("bfloat16", "complex64", "bool_")]
 TENSORS = st.lists(

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from cache.memos import Memos
-from tasks.checkpoint import Checkpoint
-from tasks.config import Target
+from cache.records.memos import Memos
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.config.reader import Target
 from tasks.layouts import mlx_examples, mlx_lm
-from tasks.model import Model
+from tasks.layouts.model import Model
 
 
 class Layout(Protocol):

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cache.memos import Memos
-from tasks import tokenizer
-from tasks.checkpoint import Checkpoint
-from tasks.config import Target
-from tasks.errors import CheckpointError, ConfigError
-from tasks.keys import RECIPES
-from tasks.model import Model, Module, Parameter
-from tasks.names import to_meta
+from cache.records.memos import Memos
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.config.keys import RECIPES
+from tasks.config.reader import Target
+from tasks.core.errors import CheckpointError, ConfigError
+from tasks.layouts import llama_tokenizer as tokenizer
+from tasks.layouts.llama_names import to_meta
+from tasks.layouts.model import Model, Module, Parameter
 
 FORMAT = "npz"
 # What llama.py's configuration may hold; it fails on any other key.

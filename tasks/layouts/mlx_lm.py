@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from cache.digest import digest
-from cache.files import Stamp
-from cache.memos import Memos
-from tasks import architecture, tokenizer
-from tasks.checkpoint import Checkpoint
-from tasks.config import Target
-from tasks.errors import CheckpointError
-from tasks.model import Model
-from tasks.names import to_huggingface
+from cache.files.atomic import Stamp
+from cache.records.memos import Memos
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.config.reader import Target
+from tasks.core.errors import CheckpointError
+from tasks.layouts import architecture
+from tasks.layouts import llama_tokenizer as tokenizer
+from tasks.layouts.llama_names import to_huggingface
+from tasks.layouts.model import Model
 
 FORMAT = "safetensors"
 _MAKING = threading.Lock()  # transformers cannot be imported by two threads at once

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache.errors import CacheError
-from cache.files import Stamp
-from cache.manifests import Manifest, Tensor
-from tasks import error, quantize
-from tasks.errors import BuildError
-from tasks.quantize import Setting
+from cache.files.atomic import Stamp
+from cache.records.manifests import Manifest, Tensor
+from tasks.core.errors import BuildError
+from tasks.stages import measure as error
+from tasks.stages import quantize
+from tasks.stages.quantize import Setting
 
 if TYPE_CHECKING:
-    from tasks.build import Builder
-    from tasks.plan import Node, Plan
+    from tasks.execution.builder import Builder
+    from tasks.planning.plan import Node, Plan
 
 # What a module is for, told from its path: the first that matches. Names of mlx-lm's models, and
 # Meta's.

@@ -10,19 +10,19 @@ from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache.manifests import Manifest
-from tasks import lock as locks
-from tasks import words
-from tasks.cast import FLOATING
-from tasks.errors import BuildError
+from cache.records.manifests import Manifest
+from tasks.core import text as words
+from tasks.core.errors import BuildError
+from tasks.planning import lockfile as locks
 from tasks.report import INDEX, charts, figures, page_name, timeline, trace_name
 from tasks.report.figures import Figures, Piece, Reader
+from tasks.stages.cast import FLOATING
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from tasks.lock import Lock
-    from tasks.plan import Plan
+    from tasks.planning.lockfile import Lock
+    from tasks.planning.plan import Plan
 
 WORST = 10
 LAYERS_HEIGHT = 160.0  # of the chart of layers, in CSS pixels

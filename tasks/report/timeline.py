@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache.log import MAX_BYTES, Entry
+from cache.records.log import MAX_BYTES, Entry
 
 if TYPE_CHECKING:
-    from tasks.plan import Plan
+    from tasks.planning.plan import Plan
 
 STAGES = ("extract", "unshard", "cast", "quantize", "pack")
 _FIELDS = [field.name for field in fields(Entry)]

@@ -1,0 +1,166 @@
+"""survey: what lies in a cache folder, and what of it is wanted."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from cache.blobs import Blobs, Part
+from cache.files import atomic as files
+from cache.records.manifests import Manifest
+
+CORRUPT = "corrupt"  # the folder to which `verify` moves what is
+KINDS = ("blob", "reference", "pack", "action", "memo", "source", "temporary", CORRUPT)
+_KEYS = {
+    "blob": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})",
+    "reference": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})\.parts",
+    "pack": r"blobs/(packs)/([0-9a-f]{32})",
+    "action": r"actions/([0-9a-f]{2})/([0-9a-f]{30})\.json",
+    "memo": r"memos/[^/]+/([0-9a-f]{2})/([0-9a-f]{30})\.json",
+    "source": r"sources/([0-9a-f]{2})([0-9a-f]{62})/.+",
+}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the cache; or a folder, if it is temporary, or a source's record.
+
+    Attributes:
+        path: where it lies.
+        kind: one of ``KINDS``. Files that nobody here made are none of them, and left alone.
+        key: the digest or key that names it.
+        size: bytes; of a pack, in which there may be holes, those that the disk has.
+        used: when it was last used, Unix time, to the hour (``files.used``).
+    """
+
+    path: Path
+    kind: str
+    key: str
+    size: int
+    used: float
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a cache folder held when it was looked through.
+
+    Attributes:
+        blobs: the store's.
+        files: all files.
+    """
+
+    blobs: Blobs
+    files: list[File]
+
+    def of(self, kind: str) -> dict[str, File]:
+        """Return the files of a kind by key."""
+        return {file.key: file for file in self.files if file.kind == kind}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @cached_property
+    def parts(self) -> dict[str, list[Part]]:
+        """Where each reference that can be read says that its bytes lie."""
+        found = {}
+        for digest, file in self.of("reference").items():
+            try:
+                found[digest] = self.blobs.reference(file.path)
+            except (FileNotFoundError, ValueError):
+                continue
+        return found
+
+    @cached_property
+    def owned(self) -> dict[str, int]:
+        """The bytes of each blob that the cache itself has, in a file or in a pack."""
+        found = {digest: file.size for digest, file in self.of("blob").items()}
+        packs = self.of("pack").keys()
+        for digest, parts in self.parts.items():
+            # A whole pack begins where no tensor does, at its header; the blobs in it count.
+            whole = [part.offset for part in parts] == [0]
+            if self.pinned(digest) & packs and not whole:
+                found.setdefault(digest, sum(part.length for part in parts))
+        return found
+
+    @cached_property
+    def _pinned(self) -> dict[str, set[str]]:
+        # A part without a stamp lies in a file of the store's.
+        paths = {d: [Path(p.path) for p in ps if p.stamp is None] for d, ps in self.parts.items()}
+        return {d: {path.parent.name + path.name for path in ps} for d, ps in paths.items()}
+
+    def pinned(self, digest: str) -> set[str]:
+        """Return the keys of the blobs' and packs' files in which a reference's parts lie."""
+        return self._pinned.get(digest, set())
+
+    def reach(self, digests: Iterable[str]) -> set[str]:
+        """Return ``digests`` and what they are a reference to."""
+        found = set(digests)
+        return found.union(*(self.pinned(digest) for digest in found))
+
+    def manifests(self) -> Iterator[Manifest]:
+        """Yield what the action entries say, those that can be read."""
+        for file in self.of("action").values():
+            if manifest := Manifest.at(file.path):
+                yield manifest
+
+
+def take(root: Path) -> Survey:
+    """Look through the cache in folder ``root``, which need not exist."""
+    found = []
+    for path, status in _walk(root):
+        kind, key = _kind(str(path.relative_to(root)))
+        if kind:
+            inside = _walk(path) if stat.S_ISDIR(status.st_mode) else ()
+            size = sum(each.st_size for _, each in inside) or status.st_size
+            if kind == "pack":
+                size = min(size, 512 * status.st_blocks)
+            found.append(File(path, kind, key, size, status.st_mtime))
+    return Survey(Blobs(root / "blobs"), [*_whole_sources(root, found)])
+
+
+def _whole_sources(root: Path, found: Iterable[File]) -> Iterator[File]:
+    """Yield the files, but those of one source's record as its folder: it goes as a whole."""
+    sources: dict[str, list[File]] = {}
+    for file in found:
+        if file.kind == "source":
+            sources.setdefault(file.key, []).append(file)
+        else:
+            yield file
+    for key, some in sources.items():
+        size, used = sum(file.size for file in some), max(file.used for file in some)
+        yield File(root / "sources" / key, "source", key, size, used)
+
+
+def _kind(name: str) -> tuple[str, str]:
+    """Return the kind and key of the file ``name``, empty if it is none of the cache's."""
+    if name.startswith(f"{CORRUPT}/"):
+        return CORRUPT, name
+    if Path(name).name.startswith(files.TEMPORARY):
+        return "temporary", name
+    for kind, form in _KEYS.items():
+        if match := re.fullmatch(form, name):
+            return kind, match[1] + match[2]
+    return "", ""
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield the files below a folder, and temporary folders; what goes meanwhile is not there."""
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(files.TEMPORARY):
+            yield from _walk(path)
+        else:
+            with suppress(FileNotFoundError):
+                yield path, entry.stat(follow_symlinks=False)

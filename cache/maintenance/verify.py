@@ -1,0 +1,125 @@
+"""verify: reads all that a cache holds, and sets aside what is not what its name says."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from cache.blobs import Blobs
+from cache.digest import digest_file, digest_parts
+from cache.errors import FileChanged
+from cache.files.atomic import Stamp
+from cache.maintenance.survey import CORRUPT, File, Survey
+from cache.records.manifests import Manifest, ManifestError, OtherSchema
+
+KINDS = ("blob", "reference", "action")
+
+
+class Wrong(NamedTuple):
+    """A file that is not what its name says.
+
+    Attributes:
+        file: the file.
+        cause: what was found instead, for people.
+    """
+
+    file: File
+    cause: str
+
+
+def look(survey: Survey, threads: int) -> list[Wrong]:
+    """Read every blob, action entry, and what references refer to as long as that is unchanged.
+
+    Args:
+        survey: what there is.
+        threads: how many files are read at once, piece by piece.
+    """
+    to_read = [file for file in survey.files if file.kind in KINDS]
+    with ThreadPoolExecutor(threads) as pool:
+        causes = pool.map(lambda file: check(survey.blobs, file), to_read)
+        return [Wrong(file, cause) for file, cause in zip(to_read, causes, strict=True) if cause]
+
+
+def check(blobs: Blobs, file: File) -> str:
+    """Return what is wrong with a file; nothing, if it went meanwhile.
+
+    Raises:
+        OSError: it could not be read, and that does not say that it is damaged.
+    """
+    try:
+        return _CHECKS[file.kind](blobs, file)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        if error.errno == errno.EIO:
+            return "the disk cannot read it"
+        raise
+
+
+def set_aside(root: Path, file: File) -> None:
+    """Move a file to the cache's folder of corrupt ones; the lock must be held alone."""
+    target = root / CORRUPT / file.path.relative_to(root)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(file.path, target)
+
+
+def made_of(wrong: Iterable[str], manifests: Iterable[Manifest]) -> set[str]:
+    """Return the keys of the actions that may have read wrong bytes, or what was made of them.
+
+    Whether they did so before the bytes went wrong, nobody knows.
+
+    Args:
+        wrong: digests of the blobs.
+        manifests: what was made.
+    """
+    found: set[str] = set()
+    spoilt = set(wrong)
+    rest = list(manifests)
+    while now := [m for m in rest if spoilt & {read[-1] for read in m.action.inputs.values()}]:
+        for manifest in now:
+            found.add(manifest.action.key)
+            read = {read[-1] for read in manifest.action.inputs.values()}
+            spoilt |= {tensor.digest for tensor in manifest.tensors.values()} - read
+        rest = [manifest for manifest in rest if manifest.action.key not in found]
+    return found
+
+
+def _blob(_blobs: Blobs, file: File) -> str:
+    found = digest_file(file.path)
+    return "" if found == file.key else f"its bytes are {found}"
+
+
+def _reference(blobs: Blobs, file: File) -> str:
+    try:
+        parts = blobs.reference(file.path)
+    except ValueError as error:
+        return f"it cannot be read: {error}"
+    if any(part.stamp and Stamp.of(part.path) != part.stamp for part in parts):
+        return ""  # it holds no longer, and is looked into before it is used
+    try:
+        found = digest_parts(blobs.chunks(parts))
+    except FileChanged:
+        return "" if all(part.stamp for part in parts) else "a blob that it is part of is too short"
+    where = ", ".join(sorted({part.path for part in parts}))
+    return "" if found == file.key else f"{where} holds other bytes there, with an unchanged time"
+
+
+def _action(_blobs: Blobs, file: File) -> str:
+    try:
+        manifest = Manifest.from_bytes(file.path.read_bytes())
+    except OtherSchema:
+        return ""  # for another version to say
+    except ManifestError as error:
+        return str(error)
+    return "" if manifest.action.key == file.key else "it records another action"
+
+
+_CHECKS: dict[str, Callable[[Blobs, File], str]] = {
+    "blob": _blob,
+    "reference": _reference,
+    "action": _action,
+}

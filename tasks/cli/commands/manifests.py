@@ -1,0 +1,82 @@
+"""records: what was last built of the targets of a models.toml, as its manifests say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.maintenance.gc import Wanted
+from cache.records.manifests import Manifest
+from tasks.config.reader import STATE, Config
+from tasks.planning.lockfile import Lock
+
+LAYER_STAGES = ("extract", "unshard", "cast", "quantize", "error")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One task's manifest.
+
+    Attributes:
+        target: the target's name.
+        task: the task's name.
+        path: where the manifest lies.
+        manifest: what it says.
+    """
+
+    target: str
+    task: str
+    path: Path
+    manifest: Manifest
+
+
+def read(config: Config) -> list[Record]:
+    """Return the records of all targets, stage by stage."""
+    folder = config.path.parent / STATE / "manifests"
+    found = []
+    for stage in (*LAYER_STAGES, "pack"):
+        for target in config.targets:
+            pattern = "pack.json" if stage == "pack" else f"{stage}/*.json"
+            for path in sorted((folder / target).glob(pattern)):
+                task = f"pack:{target}" if stage == "pack" else f"{stage}:{target}:{path.stem}"
+                if manifest := Manifest.at(path):  # else made again when doit looks
+                    found.append(Record(target, task, path, manifest))
+    return found
+
+
+def wanted(config: Config, records: Iterable[Record]) -> Wanted:
+    """Return what the targets need of the cache, to be built with other settings as well.
+
+    Raises:
+        ConfigError: models.lock, which names the sources' records, cannot be read.
+    """
+    locked = Lock.load(config.path.with_suffix(".lock"), strict=False).sources
+    sources = {target.source_name for target in config.targets.values()}
+    some = list(records)
+    return Wanted(
+        frozenset(tensor.digest for record in some for tensor in record.manifest.tensors.values()),
+        frozenset(record.manifest.action.key for record in some),
+        frozenset(source.record for name, source in locked.items() if name in sources),
+        memos=True,
+    )
+
+
+def owners(records: Iterable[Record]) -> dict[str, list[tuple[Record, str]]]:
+    """Return by digest the records that name a blob, in the order of stages, and the tensor."""
+    found: dict[str, list[tuple[Record, str]]] = {}
+    for record in records:
+        for name, tensor in record.manifest.tensors.items():
+            found.setdefault(tensor.digest, []).append((record, name))
+    return found
+
+
+def described(named: Iterable[tuple[Record, str]]) -> str:
+    """Return for people what a blob is, given the records that name it."""
+    some = list(named)
+    if not some:
+        return "of no current target"
+    record, name = some[0]
+    others = {other.target for other, _ in some} - {record.target}
+    more = f", and of {', '.join(sorted(others))}" if others else ""
+    return f"{record.task} {name}{more}"

@@ -1,0 +1,107 @@
+"""manual: ``python -m tasks.cli.commands.manual`` writes docs/cli.md, the commands and their options."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from doit.cmdparse import CmdOption
+from doit.doit_cmd import DoitMain
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = ROOT / "docs" / "cli.md"
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """Return the page."""
+    configured = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    plugins = configured["tool"]["doit"]["plugins"]["command"]
+    doits = {command.get_name(): command for command in DoitMain.DOIT_CMDS}
+    parts = [INTRODUCTION]
+    rest = {**doits}
+    for name in sorted(plugins):
+        module, _, attribute = plugins[name].partition(":")
+        found = import_module(module)
+        command = getattr(found, attribute)
+        if name in doits and _says(command) == _says(doits[name]):
+            continue
+        rest.pop(name, None)
+        parts += _section(name, command, doits.get(name))
+        for below, one in getattr(found, "SUBCOMMANDS", {}).items():
+            options = [_option(CmdOption(option)) for option in one.options]
+            parts += [f"### `doit {name} {below}`", _sentence(one.purpose), *options]
+    parts += [REST, "\n".join(f"- `doit {n}`: {rest[n].doc_purpose}" for n in sorted(rest))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _says(command: Any) -> tuple[Any, ...]:
+    """Return what there is to say of a command."""
+    return command.doc_purpose, command.doc_usage, command.doc_description, command.cmd_options
+
+
+def _section(name: str, command: Any, doits: Any | None) -> Iterator[str]:
+    yield f"## `doit {name}`"
+    usage = f"doit {name} {command.doc_usage or ''}".strip()
+    yield f"```text\n{usage}\n```"
+    yield _sentence(command.doc_purpose)
+    if command.doc_description:
+        yield command.doc_description.strip()
+    known = [option["name"] for option in doits.cmd_options] if doits else []
+    ours = [CmdOption(option) for option in command.cmd_options if option["name"] not in known]
+    if ours:
+        yield "\n".join(_option(option) for option in ours)
+    if known:
+        yield f"All options of doit's own `{name}` hold: `doit help {name}` shows them."
+
+
+def _option(option: CmdOption) -> str:
+    spelled = ", ".join(f"`{form}`" for form in option.help_param().split(", "))
+    meaning = re.sub(r" \[default: (.*?)\]", r". Default: `\1`", option.help)
+    lines = [f"- {spelled}: {_sentence(meaning % {'default': option.default})}"]
+    lines += [f"  - `{value}`: {_sentence(text)}" for value, text in option.choices.items()]
+    return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."
+
+
+INTRODUCTION = """\
+<!-- Written by `python -m tasks.cli.commands.manual` from the commands themselves: change those. -->
+
+# Command line
+
+It is [doit](https://pydoit.org)'s own, with the commands and options below on top. Installed, read
+`mlx-make` for `doit`. `doit help COMMAND` shows all that a command takes.
+
+| | |
+|---|---|
+| `doit` | builds every target: it is `doit run` |
+| `doit pack:llama-7b` | builds one |
+| `doit quantize:llama-7b` | one [stage](README.md#stages) of one target, and what it needs |
+| `doit quantize:llama-7b:layers.0` | the same for one layer |
+| `doit quantize` | one stage of every target |
+| `doit models=PATH` | takes another `models.toml`, before or after a command |
+
+All state and output lie beside `models.toml`.
+
+Exit status 0: all is well; 1: a task failed; 2: a task could not be tried; 3: `models.toml` or the
+command line is wrong, and nothing was done; 130: interrupted; 141: whoever read the output is gone
+(`doit | head`), or cannot take it (a full disk), which ends a build as an interrupt does."""
+REST = """\
+## doit's own
+
+These are [doit's](https://pydoit.org/cmd-other.html); `mlx-make` leaves out those for a dodo.py of
+one's own (`dumpdb`, `strace`, `tabcompletion`)."""
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""summary: what was built, reused and fetched, and what that saved, in Markdown, from the log."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from doit import get_var
+
+from cache.records.log import OUTCOMES, Entry, Log
+from cache.records.manifests import Manifest
+from tasks.cli.command import Command
+from tasks.config.reader import STATE
+from tasks.core.text import size
+
+STAGES = ("extract", "unshard", "cast", "quantize", "pack", "error", "report")
+NOTHING = "### mlx-make\n\nNo task ran.\n"
+
+
+class Summary(Command):
+    """Prints what the last run did, or all runs since a time."""
+
+    name = "summary"
+    doc_purpose = "say in Markdown what was built, reused and fetched"
+    doc_usage = "[models=PATH]"
+    cmd_options = (
+        {
+            "name": "since",
+            "long": "since",
+            "type": float,
+            "default": None,
+            "help": "of all runs since then, Unix time, and not of the last one",
+        },
+    )
+
+    def execute(self, opt_values: Mapping[str, Any], pos_args: list[str]) -> int:
+        """Print the summary."""
+        state = Path(get_var("models", "models.toml")).absolute().parent / STATE
+        history = list(Log(state / "log.jsonl").entries())
+        since = opt_values["since"]
+        if since is None:
+            entries = [entry for entry in history if entry.run == history[-1].run]
+        else:
+            entries = [entry for entry in history if entry.start >= since]
+        print(markdown(entries, history, sizes(state / "manifests")), end="")
+        return 0
+
+
+def sizes(manifests: Path) -> dict[str, int]:
+    """Return the bytes of each built model, by target.
+
+    Args:
+        manifests: the folder with one folder a target.
+    """
+    found = {}
+    for path in manifests.glob("*/pack.json"):
+        if manifest := Manifest.at(path):  # else the next build makes it again
+            tensors = manifest.tensors.values()
+            found[path.parent.name] = sum(tensor.nbytes for tensor in tensors)
+    return found
+
+
+def markdown(
+    entries: Sequence[Entry], history: Iterable[Entry], built_bytes: Mapping[str, int]
+) -> str:
+    """Return the summary.
+
+    Args:
+        entries: what it is of.
+        history: all that the log knows, to tell how long what was not computed would have taken.
+        built_bytes: the size of each built model, by target.
+    """
+    if not entries:
+        return NOTHING
+    targets, stages = defaultdict(list), defaultdict(list)
+    for entry in entries:
+        stages[_stage(entry)].append(entry)
+        if ":" in entry.task:  # report's overview is of all targets
+            targets[entry.task.split(":")[1]].append(entry)
+    by_target = [
+        [target, size(built_bytes[target]) if target in built_bytes else "", *_counts(found)]
+        for target, found in sorted(targets.items())
+    ]
+    by_stage = [
+        [
+            stage,
+            *_counts(stages[stage]),
+            f"{sum(entry.seconds for entry in stages[stage]):.1f} s",
+            size(sum(entry.bytes_read for entry in stages[stage])),
+            size(sum(entry.bytes_written for entry in stages[stage])),
+        ]
+        for stage in STAGES
+        if stage in stages
+    ]
+    failed = [f"- failed: `{entry.task}`" for entry in entries if entry.outcome == "failed"]
+    parts = [
+        "### mlx-make",
+        _table(["target", "size", *OUTCOMES], by_target),
+        _table(["stage", *OUTCOMES, "work", "read", "written"], by_stage),
+        *(["\n".join(failed)] if failed else []),
+        saved(entries, history),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def saved(entries: Iterable[Entry], history: Iterable[Entry]) -> str:
+    """Say how much work reused and fetched results saved, as far as the log knows.
+
+    Args:
+        entries: what was done.
+        history: what was ever done: a result that was not computed would have taken the median of
+            its stage, less what it did take.
+    """
+    computed = defaultdict(list)
+    for entry in history:
+        if entry.outcome == "computed":
+            computed[_stage(entry)].append(entry.seconds)
+    spared = [entry for entry in entries if entry.outcome in ("reused", "fetched")]
+    unknown = Counter(_stage(entry) for entry in spared if not computed[_stage(entry)])
+    seconds = sum(
+        median(computed[_stage(entry)]) - entry.seconds
+        for entry in spared
+        if computed[_stage(entry)]
+    )
+    if not spared:
+        return "Time saved: none, all was computed."
+    if unknown.total() == len(spared):
+        return "Time saved: unknown, the log has not seen these stages computed."
+    seconds = max(seconds, 0.0)  # a busy machine may reuse tiny results slower than it made them
+    words = f"Time saved: {seconds:.1f} s of work (tasks run side by side)"
+    if unknown:
+        counts = ", ".join(f"{count} × {stage}" for stage, count in sorted(unknown.items()))
+        words += f"; not counted, since the log has not seen them computed: {counts}"
+    return f"{words}."
+
+
+def _stage(entry: Entry) -> str:
+    return entry.task.partition(":")[0]
+
+
+def _counts(entries: Iterable[Entry]) -> list[str]:
+    counts = Counter(entry.outcome for entry in entries)
+    return [str(counts[outcome] or "") for outcome in OUTCOMES]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

@@ -1,0 +1,156 @@
+"""tasks: doit's tasks that write reports: one a target, and one for the overview."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cache.digest import digest_record
+from cache.files import atomic as files
+from cache.records.manifests import Manifest
+from tasks.cli import invocation as options
+from tasks.cli.task_graph import NOT_LEFT, Graph, Told
+from tasks.config.reader import REPORTS
+from tasks.core import text as words
+from tasks.execution import pack
+from tasks.planning.plan import Plan
+from tasks.report import INDEX, page_name, timeline, trace_name
+from tasks.report.figures import Reader
+from tasks.stages.reasons import Reason
+
+VERSION = 1
+
+
+def report(graph: Graph) -> Iterator[dict[str, Any]]:
+    """Yield the tasks."""
+    reader = Reader(graph.builder)
+    families: dict[str, list[Plan]] = {}
+    for plan in graph.plans.values():
+        families.setdefault(plan.target.source_name, []).append(plan)
+    for family in families.values():
+        first = [plan for plan in family if _is_asked(plan)]
+        for plan in family:
+            yield _target_task(graph, reader, plan, family, first)
+    yield _overview_task(graph, reader)
+
+
+def _target_task(
+    graph: Graph, reader: Reader, plan: Plan, family: list[Plan], first: list[Plan]
+) -> dict[str, Any]:
+    name = plan.target.name
+    folder = graph.folder / REPORTS
+    builder = graph.builder
+    manifest = builder.packed_path(name)
+    written = [page_name(name), trace_name(name)]
+    told = Told(
+        digest_record([VERSION, {**asdict(plan.target), "source": "", "where": ""}]),
+        str(folder / written[0]),
+        lambda values: _odd(folder, values, seen=_seen(graph, reader, plan, family)),
+        lambda _: [],
+    )
+
+    def build(why: str) -> dict[str, Any]:
+        from tasks.report import pages  # only where one is written
+
+        using = builder.store.lock.using()
+        with using, builder.logged(f"report:{name}", why) as record:
+            seen = _seen(graph, reader, plan, family)
+            packed = Manifest.from_bytes(manifest.read_bytes())
+            made = pages.target(reader, plan, packed, graph.lock, family)
+            files.write(folder / written[0], made.page.encode())
+            if made.trace is None:
+                (folder / written[1]).unlink(missing_ok=True)
+            else:
+                files.write(folder / written[1], made.trace.encode())
+            record["outcome"] = "computed"
+        kept = written if made.trace else written[:1]
+        return {
+            "seen": seen,
+            "outputs": pack.stamps(str(folder), kept),
+            "summary": f"{REPORTS}/{written[0]}: {words.size(len(made.page.encode()))}",
+            "notes": [],
+        }
+
+    return {
+        "basename": f"report:{name}",
+        "actions": [told.action(build)],
+        "doc": "Write the target's report.",
+        "file_dep": [*(builder.manifest_path(node) for node in plan.errors), str(manifest)],
+        "task_dep": [task for other in first for task in _compared(other)],
+        "targets": [str(folder / written[0])],
+        "uptodate": [told],
+        "clean": [(_remove, [[folder / file for file in written]])],
+        "io": {"capture": False},
+        "meta": {"plan": plan, "beside": first, "told": told},
+    }
+
+
+def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
+    folder = graph.folder / REPORTS
+    path = folder / INDEX
+    told = Told(
+        digest_record([VERSION, list(graph.plans)]),
+        str(path),
+        lambda values: _odd(folder, values),
+        lambda _: [],
+    )
+
+    def build(why: str) -> dict[str, Any]:
+        from tasks.report import pages
+
+        using = graph.builder.store.lock.using()
+        with using, graph.builder.logged("report", why) as record:
+            files.write(path, pages.overview(reader, graph.plans.values()).encode())
+            record["outcome"] = "computed"
+        return {
+            "outputs": pack.stamps(str(folder), [INDEX]),
+            "summary": f"{REPORTS}/{INDEX}: {words.plural(len(graph.plans), 'target')}",
+            "notes": [],
+        }
+
+    return {
+        "basename": "report",
+        "actions": [told.action(build)],
+        "file_dep": [str(folder / page_name(name)) for name in graph.plans],
+        "targets": [str(path)],
+        "uptodate": [told],
+        "clean": [(_remove, [[path]])],
+        "io": {"capture": False},
+        "meta": {"plans": list(graph.plans.values()), "told": told},
+    }
+
+
+def _odd(folder: Path, values: Mapping[str, Any], seen: Any = None) -> list[Reason]:
+    """Say how a page is not as it was left, or shows what has changed since."""
+    if not pack.intact_files(str(folder), values.get("outputs")):
+        return [Reason(f"{folder} {NOT_LEFT}")]
+    return [Reason("what it shows has changed")] if values.get("seen") != seen else []
+
+
+def _is_asked(plan: Plan) -> bool:
+    """Tell whether this call of doit writes a target's report.
+
+    Then what its page shows is made before any page compares its family's targets with it; what is
+    not asked for is shown as it is.
+    """
+    return options.names(f"report:{plan.target.name}")
+
+
+def _compared(plan: Plan) -> list[str]:
+    name = plan.target.name
+    return [f"pack:{name}", *([f"error:{name}"] if plan.errors else [])]
+
+
+def _seen(graph: Graph, reader: Reader, plan: Plan, family: list[Plan]) -> str:
+    """Return a digest of what a page shows besides the manifests that it depends on."""
+    stamps = [reader.stamps(other) for other in family if other is not plan]
+    source = graph.lock.sources.get(plan.target.source_name)
+    run = timeline.last_run(graph.builder.log.path, plan.target.name)
+    return digest_record([stamps, asdict(source) if source else None, run])
+
+
+def _remove(paths: list[Any]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,339 @@
+"""reporter: says what doit does: live lines on a terminal, plain ones elsewhere, then a summary."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from doit.exceptions import UnmetDependency
+from doit.reporter import ConsoleReporter
+
+from cache.records.log import Entry
+from tasks.cli.terminal import progress
+from tasks.cli.terminal.live import Line, Live
+from tasks.cli.terminal.progress import OUTCOMES, Work
+from tasks.config.reader import BUILD
+from tasks.core.text import clock, duration, plural, size
+
+LINE_SECONDS = 10.0  # between two plain lines on how far it is
+SPINNER = "|/-\\"
+STYLES = {"waiting": "dim", "done": "green", "failed": "bold red"}
+
+
+class Reporter(ConsoleReporter):  # type: ignore[misc]
+    """Says what is built, and nothing of what is up to date but how many targets are.
+
+    doit calls it from all of its threads.
+    """
+
+    desc = "mlx-make: a live line a target on a terminal, plain lines elsewhere"
+
+    def __init__(self, outstream: Any, options: dict[str, Any]) -> None:
+        super().__init__(outstream, options)
+        self._live = Live(outstream, self._lines) if _is_terminal(outstream) else None
+        self._lock = threading.Lock()
+        self._start = self._said_at = time.monotonic()
+        self._said: set[str] = set()
+        self._fresh = 0
+        self._graph: Any = None
+        self._plan: tuple[Mapping[str, Any], Iterable[str]] = ({}, ())
+        self._begun = False
+        self._works: dict[str, Work] = {}
+        self._outcomes: dict[str, str] = {}  # of all tasks that were looked into
+        self._finished: list[str] = []  # before the first task began
+
+    def initialize(self, tasks: Mapping[str, Any], selected_tasks: Iterable[str]) -> None:
+        """Take note of what a run may do; it is looked at once something is to be done."""
+        self._plan = tasks, selected_tasks
+        self._graph = next(
+            (t.meta["graph"] for t in tasks.values() if t.meta and "graph" in t.meta), None
+        )
+        if self._graph:
+            self._graph.builder.log.listeners.append(self._log)
+        if self._live:
+            self._live.start()
+
+    def write(self, text: str) -> None:
+        """Write whole lines, at once."""
+        if self._live:
+            self._live.write(text)
+            return
+        with self._lock:
+            self.outstream.write(text)
+            self.outstream.flush()
+
+    def execute_task(self, task: Any) -> None:
+        """Say, or show, what begins."""
+        if not task.actions:
+            return
+        stage, target = _parts(task.name)
+        if self._graph and target in self._graph.plans:
+            counted = self._begin(task.name)
+            if counted and self._live:
+                return
+        self._say_once(f"{target}: {stage}" if target else stage)
+
+    def _begin(self, name: str) -> bool:
+        """Take note of a task that begins; tell whether it is one that is counted."""
+        stage, target = _parts(name)
+        with self._lock:
+            if not self._begun:
+                self._begun = True
+                self._works = progress.works(self._graph.plans, *self._plan)
+                for finished in self._finished:
+                    self._count(finished)
+                if self._live:
+                    self._live.show()
+            work = self._works.get(target)
+            counted = work is not None and name in work.weights
+            if work and counted:
+                work.begin(stage, time.monotonic())
+            return counted
+
+    def _say_once(self, line: str) -> None:
+        with self._lock:
+            new = line not in self._said
+            self._said.add(line)
+        if new:
+            self.write(f"{line}\n")
+
+    def add_success(self, task: Any) -> None:
+        """Count a task; say what a target has become."""
+        self._finish(task.name)
+        if summary := task.values.get("summary"):
+            self.write(f"{summary}\n")
+        stage, target = _parts(task.name)
+        work = self._works.get(target)
+        if not work:
+            return
+        if stage == "pack":
+            work.state, work.ended = "done", time.monotonic()
+            work.size, work.bits_per_weight = task.values["size"], task.values["bits_per_weight"]
+            for note in task.values["notes"]:
+                self.write(f"note: {target}: {note}\n")
+            if not self._live:
+                self.write(f"{_built(work)}\n")
+        elif stage == work.last and not self._live:
+            self._say_how_far(work)
+
+    def skip_uptodate(self, task: Any) -> None:
+        """Count a task, and targets that are up to date."""
+        self._fresh += task.name.startswith("pack:")
+        self._finish(task.name)
+
+    def add_failure(self, task: Any, fail: Any) -> None:
+        """Keep the failure for the end; what merely needs what failed is none."""
+        if isinstance(fail, UnmetDependency):
+            return
+        self.failures.append({"task": task, "exception": fail})
+        stage, target = _parts(task.name)
+        if work := self._works.get(target):
+            work.state = "failed"
+            if not self._live:
+                self._say_once(f"{target}: {stage} failed")
+
+    def complete_run(self) -> None:
+        """Sum up, and say what failed, whole and last."""
+        if self._live:
+            self._live.stop()
+        if sys.exc_info()[0] is None:  # not interrupted
+            self._sum_up()
+        for failure in self.failures:
+            message = failure["exception"].get_msg().rstrip("\n")
+            self.write(f"ERROR: {failure['task'].name}: {message}\n")
+        for message in self.runtime_errors:
+            self.write(f"ERROR: {message}\n")
+
+    def _finish(self, name: str) -> None:
+        with self._lock:
+            if self._begun:
+                self._count(name)
+            else:
+                self._finished.append(name)
+
+    def _count(self, name: str) -> None:
+        stage, target = _parts(name)
+        work = self._works.get(target)
+        if work and name in work.weights:
+            work.finish(name)
+            if stage == "pack" and work.began is None:
+                work.state = "up to date"
+
+    def _log(self, entry: Entry) -> None:
+        self._outcomes[entry.task] = entry.outcome
+        if work := self._works.get(_parts(entry.task)[1]):
+            work.log(entry)
+
+    def _say_how_far(self, work: Work) -> None:
+        now = time.monotonic()
+        if now - self._said_at < LINE_SECONDS or work.layers == work.all_layers:
+            return
+        self._said_at = now
+        parts = [f"{work.layers} of {work.all_layers} layers", _rate(work, now)]
+        if left := _left(work, now):
+            parts.append(f"{left} left")
+        self.write(f"{work.target}: {', '.join(filter(None, parts))}\n")
+
+    def _sum_up(self) -> None:
+        begun = [work for work in self._works.values() if work.began is not None]
+        built = [work for work in begun if work.state == "done"]
+        if self._live:
+            table = _aligned(_with_something(_summary(built)))
+            if len(built) < 2 or len(table[0]) > shutil.get_terminal_size().columns:
+                table = [_built(work) for work in built]
+            self.write("".join(f"{line}\n" for line in table))
+        if begun:
+            self.write(self._total(begun, built))
+        if self._fresh and not self.failures:
+            prefix = "" if self._said or begun else "nothing to do: "
+            are = "are" if self._fresh > 1 else "is"
+            self.write(f"{prefix}{plural(self._fresh, 'target')} {are} up to date\n")
+
+    def _total(self, begun: Sequence[Work], built: Sequence[Work]) -> str:
+        failed = sum(work.state == "failed" for work in begun)
+        outcomes = Counter(self._outcomes.values())
+        what = [
+            f"{plural(len(built), 'target')} built" if built else _counts(outcomes),
+            f"{plural(failed, 'target')} failed" if failed else "",
+        ]
+        took = duration(time.monotonic() - self._start)
+        folder = self._graph.folder
+        where = "" if folder == Path.cwd() else f", in {folder}"
+        peak = size(_peak_memory_bytes())
+        return f"{', '.join(filter(None, what))} in {took}, peak memory {peak}{where}\n"
+
+    def _lines(self, columns: int, rows: int) -> list[Line]:
+        """Return what is shown now: a heading, and a line for each target that fits."""
+        now = time.monotonic()
+        shown = [work for work in self._works.values() if work.state != "up to date"]
+        room = max(rows - 3, 1)
+        if len(shown) > room:  # those at work first
+            shown.sort(key=lambda work: work.state in ("done", "waiting"))
+        table = [["  target", f"{'stage':8}", "layers", "rate", "left", *OUTCOMES]]
+        table += [_row(work, now) for work in shown[:room]]
+        lines = _aligned(_narrowed(_with_something(table), columns - 1))
+        styles = ["dim", *(STYLES.get(work.state, "") for work in shown)]
+        found = list(zip(lines, styles, strict=False))
+        if more := len(shown) - room:
+            found += [(f"  and {more} more"[: columns - 1], "dim")] if more > 0 else []
+        return found
+
+
+def _built(work: Work) -> str:
+    return (
+        f"{BUILD}/{work.target}: {size(work.size)}, {work.bits_per_weight:.3g} bits per weight, "
+        f"{_counts(work.counts())} in {duration(work.seconds)}"
+    )
+
+
+def _summary(built: Iterable[Work]) -> list[list[str]]:
+    rows = [["", "size", "bits/weight", *OUTCOMES, "time"]]
+    for work in built:
+        counts = work.counts()
+        rows.append(
+            [
+                f"{BUILD}/{work.target}",
+                size(work.size),
+                f"{work.bits_per_weight:.3g}",
+                *(str(counts[outcome]) for outcome in OUTCOMES),
+                duration(work.seconds),
+            ]
+        )
+    return rows
+
+
+def _is_terminal(stream: Any) -> bool:
+    return bool(stream.isatty()) and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Return the stage and target of a task's name; of any other task, its name and nothing."""
+    stage, _, rest = name.partition(":")
+    return stage, rest.partition(":")[0]
+
+
+def _row(work: Work, now: float) -> list[str]:
+    counts = work.counts()
+    at_work = work.state not in STYLES
+    mark = SPINNER[int(now / 0.2) % len(SPINNER)] if at_work else " "
+    return [
+        f"{mark} {work.target}",
+        f"{work.state:8}",  # as wide as the widest, lest columns move
+        f"{work.layers}/{work.all_layers}" if work.all_layers else "",
+        f"{_rate(work, now):>9}",
+        _left(work, now),
+        *(str(counts[outcome]) for outcome in OUTCOMES),
+    ]
+
+
+def _with_something(table: list[list[str]]) -> list[list[str]]:
+    """Leave out the columns of outcomes that no task had."""
+    kept = [
+        index
+        for index, name in enumerate(table[0])
+        if name not in OUTCOMES or any(row[index] != "0" for row in table[1:])
+    ]
+    return [[row[index] for index in kept] for row in table]
+
+
+def _narrowed(table: list[list[str]], columns: int) -> list[list[str]]:
+    """Leave out what matters least until a table fits, and at last cut the targets' names."""
+    for name in ("fetched", "reused", "computed", "rate", "stage", "left"):
+        heads = [head.strip() for head in table[0]]
+        if sum(_widths(table)) > columns and name in heads:
+            index = heads.index(name)
+            table = [[*row[:index], *row[index + 1 :]] for row in table]
+    first, *others = _widths(table)
+    room = max(columns - sum(others), 3)
+    if first > room:
+        table = [
+            [f"{row[0][: room - 1]}…"[:room] if len(row[0]) > room else row[0], *row[1:]]
+            for row in table
+        ]
+    return table
+
+
+def _widths(table: list[list[str]]) -> list[int]:
+    """Return the width of each column, with the space before it."""
+    widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
+    return [widths[0] - 2, *widths[1:]]
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    first, *others = _widths(table)
+    return [row[0].ljust(first) + "".join(map(str.rjust, row[1:], others)) for row in table]
+
+
+def _counts(counts: Counter[str]) -> str:
+    found = [(counts[outcome], outcome) for outcome in OUTCOMES if counts[outcome]]
+    return ", ".join(
+        f"{count} {outcome}" if index else f"{plural(count, 'task')} {outcome}"
+        for index, (count, outcome) in enumerate(found)
+    )
+
+
+def _rate(work: Work, now: float) -> str:
+    rate = work.rate(now)
+    return "" if rate is None else f"{size(rate)}/s"
+
+
+def _left(work: Work, now: float) -> str:
+    left = work.left(now)
+    return "" if left is None else clock(left)
+
+
+def _peak_memory_bytes() -> int:
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux's ru_maxrss begins with that of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024  # type: ignore[index]

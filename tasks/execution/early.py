@@ -1,0 +1,167 @@
+"""early: a target's weight files are begun while its layers are still made.
+
+Packing reads, digests, and copies what does not lie in its place: where a GPU quantizes, that takes
+up to half as long as all layers do, and can be done behind them. It keeps two cores busy, so that
+where there are no more nothing is gained, and the layers lose.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from cache.blobs import Part
+from cache.errors import BlobLost, CacheError
+from cache.records.manifests import Manifest, Tensor
+from tasks.core.errors import BuildError
+from tasks.execution import pack
+from tasks.execution.builder import Builder, cores
+from tasks.planning import sizes
+from tasks.planning.plan import Plan
+
+BUSY_CORES = 2  # by packing: one thread reads and digests, one writes behind it
+
+
+class Stopped(Exception):
+    """What is being written is not wanted any more."""
+
+
+class Begun:
+    """What packing would write beside build/TARGET, written by a thread as layers become ready.
+
+    Nobody hears of its errors: packing does anew what it did not end, and meets them itself. So it
+    holds no lock of the store between tasks: what is collected meanwhile is found to be lost.
+    """
+
+    def __init__(self, builder: Builder, plan: Plan, folder: Path, *, strong: bool) -> None:
+        """Begin.
+
+        Args:
+            builder: has the store.
+            plan: the target.
+            folder: build/TARGET.
+            strong: whether the BLAKE3 of the files is wanted.
+        """
+        self.target = plan.target.name
+        self._new = pack.beside(folder)
+        self._blobs = builder.store.blobs
+        self._tensors: dict[str, Tensor] = {}
+        self._changed = threading.Condition()
+        self._over = False
+        self._result: tuple[pack.Content, pack.Filled, dict[str, list[int]] | None] | None = None
+
+        def write() -> None:
+            content = pack.Content.of(builder, plan, sizes.outline(plan))
+            nodes = [node for stage in plan.stages.values() for node in stage]
+            need = content.nbytes
+            need += sum(sizes.moved(builder, plan, node).written for node in nodes)
+            if builder.drafts.begin(builder, plan):  # most of the files is what layers write
+                need -= sum(sizes.total(sizes.new(n).values()) for n in plan.stages["quantize"])
+            pack.make_room(self._new, need)  # no layer is to fail for this
+            filled = pack.fill(builder, plan, self._new, content, self._find, strong=strong)
+            self._result = content, filled, pack.stamps(str(self._new), list(filled.files))
+
+        def run() -> None:
+            try:
+                write()
+            except (Stopped, BuildError, CacheError, OSError):
+                shutil.rmtree(self._new, ignore_errors=True)
+
+        self._thread = threading.Thread(target=run, name="early", daemon=True)
+        self._thread.start()
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what a layer has become. What came first stays: it may be written already."""
+        with self._changed:
+            self._tensors = tensors | self._tensors
+            self._changed.notify_all()
+
+    def finish(self, content: pack.Content) -> pack.Filled | None:
+        """Return what was written once it is all there, or None if it is not ``content``."""
+        tensors = {name: tensor for shard in content.weights.values() for name, tensor in shard}
+        if self._tensors.items() <= tensors.items():
+            self.add(tensors)  # of layers that did not run, too
+            self._thread.join()
+            if self._result:
+                written, filled, stamps = self._result
+                alike = pack.shapes(written.weights) == pack.shapes(content.weights)
+                if (
+                    alike
+                    and written.small == content.small
+                    and pack.intact_files(str(self._new), stamps)
+                ):
+                    return filled
+        self.abandon()
+        self._thread.join()
+        return None
+
+    def abandon(self) -> None:
+        """Have it stop before long; wait for nothing."""
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Stop, and remove what was written; what packing took over is elsewhere by now."""
+        self.abandon()
+        self._thread.join()
+        shutil.rmtree(self._new, ignore_errors=True)
+
+    def _find(self, name: str) -> tuple[str, Sequence[Part]]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or name in self._tensors)
+            if self._over:
+                raise Stopped
+            tensor = self._tensors[name]
+        try:
+            return tensor.digest, self._blobs.locate(tensor.digest, tensor.nbytes)
+        except BlobLost:  # or never here, where a remote has it
+            self.abandon()  # the other files too
+            raise
+
+
+class Early:
+    """Begins to pack one target at a time, the first of which a layer is made."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun: Begun | None = None
+        self._over = False
+
+    def layer(
+        self, builder: Builder, plan: Plan, folder: Path, manifest: Manifest, *, strong: bool
+    ) -> None:
+        """Take note of a quantized layer of a target that will be packed."""
+        with self._lock:
+            if self._begun is None and not self._over and cores() > BUSY_CORES:
+                self._begun = Begun(builder, plan, folder, strong=strong)
+            if self._begun and self._begun.target == plan.target.name:
+                self._begun.add(manifest.tensors)
+
+    @contextmanager
+    def taken(self, target: str) -> Iterator[Begun | None]:
+        """Give what was begun of a target, if it was; it ends with the block."""
+        with self._lock:
+            begun = self._begun if self._begun and self._begun.target == target else None
+        try:
+            yield begun
+        finally:
+            if begun:
+                begun.stop()
+                with self._lock:
+                    self._begun = None
+
+    def abandon(self) -> None:
+        """Have all stop before long. Tasks may still be at work, so that no file is touched."""
+        with self._lock:
+            self._over = True
+            if self._begun:
+                self._begun.abandon()
+
+    def stop(self) -> None:
+        """Stop, when all tasks have ended, what none of them took."""
+        if self._begun:
+            self._begun.stop()

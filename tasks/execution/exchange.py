@@ -1,0 +1,118 @@
+"""exchange: all results of targets to a remote store, or from there, whatever runs or not.
+
+The cache's lock is held for one result at a time, as by a task: a transfer may take hours, and who
+collects garbage would wait for it, and builds for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cache.records.actions import Hit
+from cache.records.manifests import Manifest
+from cache.remote.sharing import Sharing
+from tasks.execution.builder import Builder, cores
+from tasks.planning import sizes
+from tasks.planning import source_record as sources
+from tasks.planning.plan import Node, Plan
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """How many of the targets' results were exchanged.
+
+    Attributes:
+        results: manifests, with what they name.
+        missing: those that were not there to be exchanged.
+    """
+
+    results: int
+    missing: int
+
+
+def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged:
+    """Upload all that is built of ``plans`` and that the remote does not have.
+
+    What is not there, or goes away meanwhile, is left out.
+    """
+    plans = list(plans)
+    by_source: dict[str, list[Plan]] = {}
+    for plan in plans:
+        by_source.setdefault(plan.target.source_name, []).append(plan)
+    for same in by_source.values():
+        if record := same[0].checkpoint.record:
+            sources.share(builder.store, record)
+        else:
+            sources.take(builder, same)  # shares it
+
+    def push_one(of: tuple[Node, Manifest]) -> bool:
+        node, manifest = of
+        with builder.store.lock.using():
+            return sharing.push_now(manifest, builder.shared(node), look=True)
+
+    built = list(_built(builder, plans))
+    pool = ThreadPoolExecutor(cores())
+    try:
+        done = list(pool.map(push_one, built))
+    finally:  # who is interrupted does not wait
+        pool.shutdown(wait=False, cancel_futures=True)
+    packed = 0
+    for plan in plans:
+        manifest = Manifest.at(builder.packed_path(plan.target.name))
+        packed += manifest is not None and sharing.push_now(manifest, None)
+    there = [node for (node, _), pushed in zip(built, done, strict=True) if pushed]
+    return Exchanged(len(there) + packed, _missing(plans, there) + len(plans) - packed)
+
+
+def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged:
+    """Fetch all that the remote has of ``plans``, so that it can be built without it."""
+    plans = list(plans)
+    there = []
+    for plan in plans:
+        found: dict[Node, Manifest] = {}
+        for node in (*plan.stages["extract"], *_shared(plan)):
+            with builder.store.lock.using():
+                manifest = _pulled(builder, plan, node, found)
+                if manifest is None:
+                    continue
+                found[node] = manifest
+                if node.stage == "extract":
+                    continue
+                there.append(node)
+                if builder.shared(node):
+                    sharing.fetch_all([(manifest.action.key, t) for t in manifest.tensors.values()])
+    return Exchanged(len(there), _missing(plans, there))
+
+
+def _shared(plan: Plan) -> list[Node]:
+    """Return a target's nodes whose results are shared: those of extract are not."""
+    stages = [nodes for stage, nodes in plan.stages.items() if stage != "extract"]
+    return [node for nodes in (*stages, plan.errors) for node in nodes]
+
+
+def _missing(plans: Iterable[Plan], there: Iterable[Node]) -> int:
+    """Return how many results that models are made of are not there; errors are for reports."""
+    wanted = {node for plan in plans for node in _shared(plan) if node.stage != "error"}
+    return len(wanted.difference(there))
+
+
+def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Node, Manifest]]:
+    for plan in plans:
+        for node in _shared(plan):
+            if manifest := Manifest.at(builder.manifest_path(node)):
+                yield node, manifest
+
+
+def _pulled(
+    builder: Builder, plan: Plan, node: Node, found: dict[Node, Manifest]
+) -> Manifest | None:
+    """Return what a node made, here or elsewhere, without making anything but extract's."""
+    if node.stage == "extract":
+        return builder.look(plan, node)
+    if not all(need in found for need in node.needs):
+        return None
+    needed = node.needed({need: found[need] for need in node.needs})
+    hit, _ = builder.find(builder.action(node, needed), sizes.made(node))
+    return hit.manifest if isinstance(hit, Hit) else None

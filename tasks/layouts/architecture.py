@@ -1,0 +1,184 @@
+"""architecture: the plan of a Hugging Face model, as mlx-lm's own classes give it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cache.blobs import Part
+from cache.digest import digest_record
+from cache.records.memos import Memos
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.errors import ArchitectureError, BuildError
+from tasks.layouts.llama_names import rope
+from tasks.layouts.model import Model, Module, Parameter
+
+SCHEMA = 3  # of ask_mlx_lm's answers; raised when they change
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of what an answer depends on.
+
+    Raises:
+        ArchitectureError: mlx-lm is not installed.
+    """
+    try:
+        return {name: version(name) for name in ("mlx", "mlx-lm")}
+    except PackageNotFoundError as error:
+        raise ArchitectureError(f"{error.name} is not installed: pip install mlx-lm") from error
+
+
+def model(checkpoint: Checkpoint, memos: Memos) -> Model:
+    """Return what mlx-lm makes of a checkpoint with Hugging Face's names.
+
+    mlx-lm is asked once for a checkpoint: ``memos`` keeps the answer.
+
+    Raises:
+        ArchitectureError: mlx-lm does not know the architecture or refuses the checkpoint.
+    """
+    question = _question(checkpoint)
+    answer = memos.get("architectures", question)
+    if answer is None:
+        answer = _ask(question, checkpoint.folder)
+        memos.put("architectures", question, answer)
+    parameters = {}
+    for name, dtype, shape, cast, inputs, steps in answer["parameters"]:
+        wholes = [checkpoint.wholes[i] for i in inputs]
+        if len(wholes) > 1 and any(whole.steps for whole in wholes):
+            raise ArchitectureError(
+                f"{checkpoint.folder}: {name} joins tensors that are themselves made of shards, "
+                "which is not supported. Use the model's Hugging Face checkpoint."
+            )
+        name = sys.intern(name)  # as in the checkpoint, in manifests, and of what is quantized
+        parameters[name] = Parameter(
+            name,
+            sys.intern(dtype),
+            tuple(shape),
+            tuple(key for whole in wholes for key in whole.inputs),
+            (*wholes[0].steps, *steps),
+            cast,
+        )
+    modules = tuple(
+        Module(path, _names(*names), None if after is None else _names(*after), verdict, count)
+        for path, names, after, verdict, count in answer["modules"]
+    )
+    config = {key: value for key, value in answer["config"].items() if key != "_name_or_path"}
+    if not answer["keep_vision_config"]:
+        config.pop("vision_config", None)
+    notes = (*checkpoint.notes, *_dropped(answer["dropped"]))
+    return Model(parameters, modules, config, answer["recipes"], notes)
+
+
+@cache
+def _names(*names: str) -> tuple[str, ...]:
+    """Return the names, one object for all modules that have the same."""
+    return names
+
+
+def identity(checkpoint: Checkpoint) -> str:
+    """Return a digest of all that mlx-lm's ``sanitize`` depends on besides the tensors' data."""
+    return digest_record(_question(checkpoint))
+
+
+def compute(
+    checkpoint: Checkpoint,
+    device: str,
+    inputs: Mapping[str, Sequence[Part]],
+    outputs: Mapping[str, Path],
+) -> None:
+    """Have mlx-lm's ``sanitize`` compute parameters that are no plain tensors.
+
+    Args:
+        checkpoint: with Hugging Face's names.
+        device: ``cpu`` or ``gpu``: what is to be MLX's default, as it is for mlx_lm.convert.
+        inputs: where the tensors lie that the parameters are made of, by name.
+        outputs: files to write the parameters' bytes into, by the parameter's name.
+
+    Raises:
+        ArchitectureError: mlx-lm failed.
+    """
+    told = {
+        "device": device,
+        "inputs": {
+            name: [[p.path, p.offset, p.length, *(p.stamp or ())] for p in parts]
+            for name, parts in inputs.items()
+        },
+        "outputs": {name: str(path) for name, path in outputs.items()},
+    }
+    _ask({**_question(checkpoint), "compute": told}, checkpoint.folder)
+
+
+def _question(checkpoint: Checkpoint) -> dict[str, Any]:
+    extra = rope(checkpoint.config)
+    files = dict(checkpoint.files)
+    if extra or "config.json" not in files:
+        files["config.json"] = json.dumps({**checkpoint.config, **extra})
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "files": files,
+        "tensors": checkpoint.table,
+    }
+
+
+def _dropped(names: list[str]) -> tuple[str, ...]:
+    buffers = [name for name in names if "rotary_emb" in name]
+    left = [name for name in names if name not in buffers]
+    if not left:
+        return ()
+    return (
+        f"{len(left)} tensors of the checkpoint belong to no part of the model that mlx-lm knows "
+        f"and are left out, as mlx_lm.convert does: {', '.join(left[:3])}"
+        + (", …" if len(left) > 3 else ""),
+    )
+
+
+def _ask(question: dict[str, Any], folder: Path) -> dict[str, Any]:
+    for light in (True, False):
+        asked = {**question, "light": light}
+        # Starting a process costs more than the answer, most of all where MLX brings up a GPU.
+        if light and "compute" not in question:
+            from tasks.layouts import mlx_lm_probe as ask_mlx_lm  # once for a checkpoint
+
+            answer = json.loads(json.dumps(ask_mlx_lm.answer(asked)))
+        else:
+            answer = _ask_process(asked, folder)
+        if "error" not in answer:
+            return dict(answer)
+        if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict of mlx-lm's
+            raise BuildError(f"{folder}: {answer['error']}")
+        # mlx-lm's own verdicts are ValueErrors; left-out modules can show as any other.
+        if answer["kind"] == "ValueError":
+            break
+    raise ArchitectureError(
+        f"{folder}: mlx-lm {versions()['mlx-lm']} says: {answer['error']} "
+        "If the checkpoint is whole, a newer one may know it: pip install -U mlx-lm"
+    )
+
+
+def _ask_process(question: dict[str, Any], folder: Path) -> Any:
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        # -P: the current folder may have a tasks/ of its own.
+        [sys.executable, "-P", "-m", "tasks.layouts.mlx_lm_probe"],
+        input=json.dumps(question),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        raise ArchitectureError(
+            f"{folder}: asking mlx-lm failed (exit status {done.returncode}):\n"
+            f"{done.stderr[-2000:]}"
+        ) from None

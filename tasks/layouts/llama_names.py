@@ -1,0 +1,230 @@
+"""names: a Llama's tensors by Meta's names and by Hugging Face's, and its two configurations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tasks.checkpoints import llama
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.errors import CheckpointError
+
+META_TO_HUGGINGFACE = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+HUGGINGFACE_TO_META = {new: old for old, new in META_TO_HUGGINGFACE.items()}
+BUFFER = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # worked out again by every implementation
+# config.json's names for what params.json says.
+LLAMA_3_SCALING = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def to_huggingface(checkpoint: Checkpoint, token_ids: Mapping[str, Any]) -> Checkpoint:
+    """Return Meta's ``checkpoint`` as Hugging Face would ship it.
+
+    Rows of wq and wk go from interleaved to half-split rotary order, as in transformers'
+    ``convert_llama_weights_to_hf.py``.
+
+    Args:
+        checkpoint: with Meta's names.
+        token_ids: config.json's ``bos_token_id`` and ``eos_token_id``.
+    """
+    params = checkpoint.config
+    heads = {"wq": params["n_heads"], "wk": params.get("n_kv_heads") or params["n_heads"]}
+    wholes = {}
+    for name, whole in checkpoint.wholes.items():
+        module = name.rsplit(".", 2)[-2]
+        if module in heads:
+            whole = whole._replace(steps=(*whole.steps, ["half_split", heads[module]]))
+        wholes[_rename(name, META_TO_HUGGINGFACE, "model.layers.")] = whole
+    config = {**_huggingface_config(checkpoint), **token_ids}
+    return replace(checkpoint, names="huggingface", config=config, wholes=wholes)
+
+
+def to_meta(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a Hugging Face Llama by Meta's names, rows left in half-split rotary order.
+
+    That is what mlx-examples' ``tiny_llama`` makes; its config says ``rope_traditional`` false.
+
+    Raises:
+        CheckpointError: it is no Llama, or one that mlx-examples' llama.py cannot compute.
+    """
+    config, folder = checkpoint.config, checkpoint.folder
+    if config["model_type"] != "llama":
+        raise CheckpointError(
+            f"{folder} is a {config['model_type']}; layout mlx-examples is for Llama only. "
+            'Use layout = "mlx-lm".'
+        )
+    wholes = {}
+    for name, whole in checkpoint.wholes.items():
+        if BUFFER.fullmatch(name):
+            continue
+        try:
+            wholes[_rename(name, HUGGINGFACE_TO_META, "layers.")] = whole
+        except KeyError:
+            raise CheckpointError(
+                f'{folder}: mlx-examples\' llama.py has no place for {name}. Use layout = "mlx-lm".'
+            ) from None
+    if "output.weight" not in wholes and "tok_embeddings.weight" in wholes:
+        wholes["output.weight"] = wholes["tok_embeddings.weight"]  # tied: llama.py has no ties
+    try:
+        params = _meta_params(checkpoint)
+        shapes = llama.shapes(params, hidden=params["hidden_dim"], vocab=params["vocab_size"])
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not describe a Llama: {error!r}. Fetch it again."
+        ) from error
+    ordered = {name: wholes[name] for name in shapes if name in wholes}
+    for name, whole in ordered.items():
+        if whole.shape != shapes[name]:
+            raise CheckpointError(
+                f"{folder}: {name} is {whole.shape}, where config.json calls for {shapes[name]}. "
+                "One of them is of another model."
+            )
+    if odd := wholes.keys() ^ shapes.keys():
+        raise CheckpointError(
+            f"{folder}: {min(odd)} is {'not expected' if min(odd) in wholes else 'missing'} "
+            f"({len(odd)} such) for a Llama of {params['n_layers']} layers. Fetch it again."
+        )
+    return replace(checkpoint, names="meta", config=params, wholes=ordered)
+
+
+def rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings of config.json that it gives elsewhere only, by their old keys.
+
+    A folder saved by transformers 5 keeps them under ``rope_parameters``, for each kind of
+    attention if they differ, and in ``text_config`` for a model that also sees. Most of mlx-lm's
+    classes do not look there: they would convert without a word and speak nonsense. Those that
+    do get nothing.
+    """
+    found: dict[str, Any] = {}
+    inner = config.get("rope_parameters")
+    if isinstance(inner, dict) and not _reads_rope_parameters(str(config.get("model_type"))):
+        kinds = {kind: table for kind, table in inner.items() if isinstance(table, dict)}
+        table = kinds.get("full_attention", {}) if kinds else inner
+        told = {
+            "rope_theta": table.get("rope_theta"),
+            "rope_local_base_freq": kinds.get("sliding_attention", {}).get("rope_theta"),
+            "partial_rotary_factor": None if kinds else table.get("partial_rotary_factor"),
+        }
+        found = {k: v for k, v in told.items() if v is not None and k not in config}
+        if table.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+            found["rope_scaling"] = {key: table[key] for key in table if key != "rope_theta"}
+    text = config.get("text_config")
+    if isinstance(text, dict) and (more := rope(text)):
+        found["text_config"] = {**text, **more}
+    return found
+
+
+@cache
+def _reads_rope_parameters(model_type: str) -> bool:
+    """Tell whether mlx-lm's class looks into ``rope_parameters``.
+
+    Told from its source and from the modules that it builds on, since importing them takes
+    seconds.
+    """
+    spec = find_spec("mlx_lm")  # finds the package without running it
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    models = Path(spec.submodule_search_locations[0], "models")
+    names = (model_type, model_type.removesuffix("_text"))
+    found = [path for name in names if (path := models / f"{name}.py").is_file()]
+    if not found:  # mlx-lm has another class do for it, such as llama for mistral
+        return False
+    source = found[0].read_text(encoding="utf-8")
+    used = [
+        name
+        for module, several in re.findall(r"^from \.(\w*) import (.+)$", source, re.MULTILINE)
+        for name in ([module] if module else re.split(r", *", several))
+    ]
+    paths = [found[0], *(path for name in used if (path := models / f"{name}.py").is_file())]
+    return any("rope_parameters" in path.read_text(encoding="utf-8") for path in paths)
+
+
+def _rename(name: str, table: dict[str, str], prefix: str) -> str:
+    if match := re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(.+)\.weight", name):
+        return f"{prefix}{match[1]}.{table[match[2]]}.weight"
+    path, _, kind = name.rpartition(".")
+    if kind != "weight":
+        raise KeyError(name)
+    return f"{table[path]}.weight"
+
+
+def _huggingface_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    params, wholes = checkpoint.config, checkpoint.wholes
+    heads = params["n_heads"]
+    theta = params.get("rope_theta") or 10000.0
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": params["dim"],
+        "intermediate_size": wholes["layers.0.feed_forward.w1.weight"].shape[0],
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": params.get("n_kv_heads") or heads,
+        "head_dim": params.get("head_dim") or params["dim"] // heads,
+        "rms_norm_eps": params["norm_eps"],
+        "rope_theta": theta,
+        "rope_scaling": None,
+        "vocab_size": params["vocab_size"],
+        "tie_word_embeddings": "output.weight" not in wholes,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "torch_dtype": wholes["tok_embeddings.weight"].dtype,
+    }
+    # params.json does not say how long a context was trained; these are the published lengths.
+    # Llama 1 is told from 2 by norm_eps, its 65B from 2's 70B by the heads, which are not grouped.
+    large = params["dim"] == 8192 and not params.get("n_kv_heads")
+    context = 2048 if params["norm_eps"] < 1e-5 or large else 4096
+    context = {1e6: 16384, 500000.0: 8192}.get(theta, context)
+    if params.get("use_scaled_rope"):
+        # Llama 3.1 scales by 8; 3.2's text models, told by their widths, by 32.
+        factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] < 4096 else 8.0)
+        config["rope_scaling"] = {**LLAMA_3_SCALING, "factor": float(factor)}
+        context = 131072
+    return {**config, "max_position_embeddings": context}
+
+
+def _meta_params(checkpoint: Checkpoint) -> dict[str, Any]:
+    config, folder = checkpoint.config, checkpoint.folder
+    config = {**config, **rope(config)}
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        raise CheckpointError(
+            f"{folder} scales its rotary embedding ({scaling}), which mlx-examples' llama.py does "
+            'not: the model would speak nonsense. Use layout = "mlx-lm".'
+        )
+    heads = config["num_attention_heads"]
+    return {
+        "dim": config["hidden_size"],
+        "hidden_dim": config["intermediate_size"],
+        "n_heads": heads,
+        "n_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "n_layers": config["num_hidden_layers"],
+        "vocab_size": config["vocab_size"],
+        "norm_eps": config["rms_norm_eps"],
+        "rope_theta": config.get("rope_theta", 10000.0),
+        "rope_traditional": False,
+    }

@@ -1,0 +1,375 @@
+"""ask_mlx_lm: what mlx-lm would do with a checkpoint, worked out from its headers alone.
+
+It gives mlx-lm's own ``load_model`` arrays that hold no data, and asked for a ``light`` answer it
+leaves out modules that a conversion does not need and that take seconds to import (transformers
+and torch). Question and answer are JSON; see ``tasks.layouts.architecture`` for what they hold.
+
+Asked to ``compute``, it is given some tensors' data and writes the parameters made of them. That,
+and whatever needs the heavy modules, is for a process of its own (``python -m tasks.layouts.mlx_lm_probe``,
+question on standard input, answer on standard output).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from tasks.config.keys import RECIPES
+from tasks.layouts.model import layer_names
+
+LABELS = 500  # arrays at once: MLX's functions take 1024 names, and two sorts are compared
+STUBS = ("mlx_lm.tokenizer_utils", "huggingface_hub")
+
+
+class StubUsed(Exception):
+    """mlx-lm used a module that was left out; ask again with everything imported."""
+
+
+def main() -> None:
+    """Answer one question."""
+    answered = answer(json.load(sys.stdin))
+    json.dump(answered, sys.stdout)
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """Answer a question; all that is replaced meanwhile is put back. Not safe beside threads."""
+    import mlx.core as mx
+
+    replaced = {name: getattr(mx, name) for name in ("load", "stack", "concatenate")}
+    random = {name: getattr(mx.random, name) for name in ("uniform", "normal")}
+    modules = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_replaced(name)}
+    try:
+        if question["light"]:
+            _leave_out_heavy_modules()
+        return _answer(question, mx)
+    except Exception as error:  # whatever mlx-lm raises is its verdict on the checkpoint
+        return {"error": str(error), "kind": type(error).__name__}
+    finally:
+        for name, original in replaced.items():
+            setattr(mx, name, original)
+        for name, original in random.items():
+            setattr(mx.random, name, original)
+        for name in list(sys.modules):
+            if _is_replaced(name):
+                del sys.modules[name]
+        sys.modules.update(modules)
+
+
+def _is_replaced(name: str) -> bool:
+    return name in STUBS or name.partition(".")[0] == "mlx_lm"
+
+
+def _answer(question: dict[str, Any], mx: Any) -> dict[str, Any]:
+    nn: Any = importlib.import_module("mlx.nn")
+
+    convert = importlib.import_module("mlx_lm.convert")
+    utils = importlib.import_module("mlx_lm.utils")
+
+    tensors = {name: (dtype, shape) for name, dtype, shape in question["tensors"]}
+    given = {name: _hollow(mx, dtype, shape) for name, (dtype, shape) in tensors.items()}
+    compute = question.get("compute")
+    if compute:  # in a process of its own
+        mx.set_default_device(getattr(mx, compute["device"]))
+        for name, parts in compute["inputs"].items():
+            given[name] = _read(parts, *tensors[name])
+    kept = {name: a.astype(a.dtype) for name, a in given.items()}  # stay as they are
+    joins = _record_joins(mx)
+    _leave_out_noise(mx)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, text in question["files"].items():
+            (folder / file).write_text(text)
+        (folder / "model.safetensors").touch()
+        mx.load = lambda *_, **__: dict(given)  # the only reader load_model knows
+        model, config = utils.load_model(folder, lazy=True)
+
+    if compute:
+        return _write(dict(_flat(model.parameters())), compute["outputs"])
+    changed = _changed(mx, given, kept)
+    names = {id(a): name for name, a in given.items() if name not in changed}
+    cast_predicate = getattr(model, "cast_predicate", lambda _: True)
+    parameters: list[list[Any]] = []
+    computed: dict[str, Any] = {}
+    for name, array in _flat(model.parameters()):
+        steps: list[Any] = []
+        if (origin := names.get(id(array))) is not None:
+            inputs = [origin]
+        elif (join := joins.get(id(array))) and all(
+            id(a) in names and a.dtype == array.dtype for a in join[2]
+        ):
+            inputs, steps = [names[id(a)] for a in join[2]], [[join[0], join[1]]]
+        else:
+            inputs = []
+            computed[name] = array
+        dtype = str(array.dtype).removeprefix("mlx.core.")
+        floating = bool(mx.issubdtype(array.dtype, mx.floating))
+        cast = bool(floating and cast_predicate(name))
+        parameters.append([name, dtype, list(array.shape), cast, inputs, steps])
+    reach = _inputs_reached(mx, kept, computed) if computed else {}
+    for parameter in parameters:
+        if (name := parameter[0]) in computed:
+            parameter[4], parameter[5] = reach[name], [["sanitize", name]]
+
+    modules: list[list[Any]] = []
+    leaves = _flat(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))
+    own = getattr(model, "quant_predicate", None)
+    for path, module in leaves:
+        held = [name for name, _ in _flat(module.parameters())]
+        after = _after_quantizing(mx, module) if hasattr(module, "to_quantized") else None
+        verdict = own(path, module) if own and after is not None else True
+        modules.append([path, held, after, verdict, _count(module)])
+    if sum(m[4] for m in modules) != utils.get_total_parameters(model):
+        raise AssertionError("mlx-lm counts parameters in another way than expected")
+
+    recipes: dict[str, Any] = {}
+    for recipe in RECIPES:
+        try:
+            predicate = convert.mixed_quant_predicate_builder(recipe, model, 64)
+            recipes[recipe] = {
+                path: predicate(path, module)["bits"]
+                for path, module in leaves
+                if hasattr(module, "to_quantized")
+            }
+        except Exception as error:  # mlx_lm.convert would raise the very same
+            recipes[recipe] = str(error)
+
+    used = {i for p in parameters for i in p[4]}
+    encode = getattr(utils, "_encode_tagged_floats", lambda c: c)
+    return {
+        "parameters": parameters,
+        "modules": modules,
+        "recipes": recipes,
+        "config": encode(config),
+        "keep_vision_config": "vision_tower" in getattr(model, "model", {}),
+        "dropped": sorted(set(tensors) - used),
+    }
+
+
+def _flat(tree: Any, **options: Any) -> list[tuple[str, Any]]:
+    from mlx.utils import tree_flatten
+
+    return list(cast("list[tuple[str, Any]]", tree_flatten(tree, **options)))
+
+
+def _leave_out_heavy_modules() -> None:
+    spec = importlib.util.find_spec("mlx_lm")  # finds the package without running it
+    if spec is None or spec.submodule_search_locations is None:
+        raise ImportError("mlx-lm is not installed: pip install mlx-lm")
+    package = types.ModuleType("mlx_lm")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["mlx_lm"] = package
+    for name in STUBS:
+        sys.modules[name] = _Stub(name)
+
+
+class _Stub(types.ModuleType):
+    """A module whose names can be imported but not used."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def used(*_: Any, **__: Any) -> Any:
+            raise StubUsed(f"{self.__name__}.{name}")
+
+        return used
+
+
+def _hollow(mx: Any, dtype: str, shape: Sequence[int]) -> Any:
+    """Return an array of this shape that takes no memory, even if it is evaluated.
+
+    What makes it is an operation that no model uses, by which a graph shows where its inputs are.
+    """
+    return mx.stop_gradient(_zeros(getattr(mx, dtype), tuple(shape)))
+
+
+@functools.cache
+def _zeros(dtype: Any, shape: tuple[int, ...]) -> Any:
+    import mlx.core as mx
+
+    return mx.broadcast_to(mx.array(0, dtype), shape)
+
+
+def _read(parts: list[list[Any]], dtype: str, shape: Sequence[int]) -> Any:
+    from cache.blobs import Blobs, Part
+    from cache.files.atomic import Stamp
+    from tasks.tensors import arrays
+
+    found = [Part(p, at, n, Stamp(*stamp) if stamp else None) for p, at, n, *stamp in parts]
+    return arrays.read(Blobs(Path()), found, dtype, shape)
+
+
+def _write(parameters: dict[str, Any], outputs: dict[str, str]) -> dict[str, Any]:
+    from tasks.tensors import arrays
+
+    for name, path in outputs.items():
+        Path(path).write_bytes(arrays.view(parameters.pop(name)))
+    return {"written": len(outputs)}
+
+
+def _record_joins(mx: Any) -> dict[int, tuple[str, int, list[Any], Any]]:
+    """Watch ``mx.stack`` and ``mx.concatenate``: a join of whole tensors needs no computing.
+
+    Returns:
+        By the ``id`` of a result: what was done, the axis, the arrays joined, the result (held,
+        so that no other array gets its ``id``).
+    """
+    seen: dict[int, tuple[str, int, list[Any], Any]] = {}
+
+    def watch(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def joined(arrays: Sequence[Any], axis: int = 0, **more: Any) -> Any:
+            arrays = list(arrays)
+            result = original(arrays, axis, **more)
+            seen[id(result)] = (name, axis, arrays, result)
+            return result
+
+        return joined
+
+    mx.stack = watch("stack", mx.stack)
+    mx.concatenate = watch("concatenate", mx.concatenate)
+    return seen
+
+
+def _leave_out_noise(mx: Any) -> None:
+    """Have modules begin with zeros: the checkpoint's tensors take their place.
+
+    MLX's generator would hold on to the graph of every random number that was asked for.
+    """
+
+    def quiet(original: Callable[..., Any]) -> Callable[..., Any]:
+        def zeros(*args: Any, **named: Any) -> Any:
+            if args or "shape" not in named:
+                return original(*args, **named)
+            dtype = named.get("dtype") or mx.float32
+            return _zeros(dtype, tuple(named["shape"])).astype(dtype)  # an object of its own
+
+        return zeros
+
+    mx.random.uniform = quiet(mx.random.uniform)
+    mx.random.normal = quiet(mx.random.normal)
+
+
+def _count(module: Any) -> int:
+    """Count a module's weights as mlx-lm does, those already packed included."""
+    if hasattr(module, "bits"):
+        bias = module.bias.size if hasattr(module, "bias") else 0
+        return int(bias + module.weight.size * 32 // module.bits)
+    return sum(value.size for _, value in _flat(module.parameters()))
+
+
+def _after_quantizing(mx: Any, module: Any) -> list[str]:
+    """Return the names of a module's parameters once quantized, in order, biases included.
+
+    Empty if it would not be quantized as ``mx.quantize`` of its weight: not ours to guess.
+    """
+    if not mx.issubdtype(module.weight.dtype, mx.floating):
+        return []
+    if module.weight.ndim < 2 or module.weight.shape[-1] % 32:
+        names = [n for n, _ in _flat(module.parameters())]
+        at = names.index("weight") + 1
+        return [*names[:at], "scales", "biases", *names[at:]]
+    names = [n for n, _ in _flat(module.to_quantized(group_size=32, bits=4).parameters())]
+    held = {n for n, _ in _flat(module.parameters())}
+    return names if set(names) == held | {"scales", "biases"} else []
+
+
+def _changed(mx: Any, given: dict[str, Any], kept: dict[str, Any]) -> set[str]:
+    """Return the tensors that ``sanitize`` changed in place: the objects are the same still.
+
+    A cast to its own dtype is the array itself under another Python object, and an array has one
+    label, the last that it is given: where ``now`` is left, the two have parted.
+    """
+    changed = set()
+    for batch in _batches(given):
+        labels = {f"now{i}": given[name] for i, name in enumerate(batch)}
+        labels |= {f"in{i}": kept[name] for i, name in enumerate(batch)}
+        seen = set(re.findall(r"\bnow\d+\b", _graph(mx, labels)))
+        changed |= {name for i, name in enumerate(batch) if f"now{i}" in seen}
+    return changed
+
+
+def _inputs_reached(
+    mx: Any, given: dict[str, Any], computed: dict[str, Any]
+) -> dict[str, list[str]]:
+    """Return, for each computed array, the checkpoint's tensors it is made of."""
+    place = {name: i for i, name in enumerate(given)}
+    layer_of = layer_names([*given, *computed])
+    layers: dict[str, list[str]] = {}
+    for name in computed:
+        layers.setdefault(layer_of[name], []).append(name)
+    found: dict[str, set[str]] = {name: set() for name in computed}
+    for layer, names in layers.items():
+        # Most layers are made of themselves: label those first, and others only as needed.
+        own = [name for name in given if layer_of[name] == layer]
+        likely = [*own, *(name for name in given if layer_of[name] != layer)]
+        for outputs in _batches(names):
+            left = {f"out{i}": name for i, name in enumerate(outputs)}
+            for batch in _batches(likely):
+                name_of = {f"in{place[name]}": name for name in batch}
+                inputs = {label: given[name] for label, name in name_of.items()}
+                arrays = {label: computed[name] for label, name in left.items()}
+                graph = _Graph(_graph(mx, arrays | inputs))
+                for label, array in arrays.items():
+                    if label in graph.labels:
+                        reached, whole = graph.reach(label, inputs)
+                    else:  # another's array by a second name: it takes the label if it comes last
+                        other = _Graph(_graph(mx, {**inputs, label: array}))
+                        reached, whole = inputs.keys() - other.labels, True
+                        if not reached:  # not an input's
+                            reached, whole = other.reach(label, inputs)
+                    found[left[label]] |= {name_of[i] for i in reached}
+                    if whole:
+                        del left[label]
+                if not left:
+                    break
+    return {name: sorted(reached, key=place.__getitem__) for name, reached in found.items()}
+
+
+def _batches(names: Iterable[str]) -> Iterator[list[str]]:
+    names = list(names)
+    for start in range(0, len(names), LABELS):
+        yield names[start : start + LABELS]
+
+
+class _Graph:
+    """A graph as ``mx.export_to_dot`` writes it."""
+
+    def __init__(self, text: str) -> None:
+        self.sources: dict[str, list[str]] = {}
+        for source, target in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', text, re.M):
+            self.sources.setdefault(target, []).append(source)
+        self.labels = {*self.sources, *(s for found in self.sources.values() for s in found)}
+        self.hollow = set(re.findall(r'(\d+) \[label ="StopGradient"', text))
+
+    def reach(self, label: str, inputs: Container[str]) -> tuple[set[str], bool]:
+        """Return the inputs that an array is made of, and whether there are no others."""
+        stack, seen = [label], {label}
+        while stack:
+            node = stack.pop()
+            if node not in inputs:
+                new = [source for source in self.sources.get(node, ()) if source not in seen]
+                seen.update(new)
+                stack += new
+        return {node for node in seen if node in inputs}, not seen & self.hollow
+
+
+def _graph(mx: Any, labels: dict[str, Any]) -> str:
+    """Return the graph that computes arrays, in DOT; each has the last label that it is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        dot = Path(folder) / "graph.dot"
+        mx.export_to_dot(str(dot), *labels.values(), **labels)
+        return dot.read_text()
+
+
+if __name__ == "__main__":
+    main()

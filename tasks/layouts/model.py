@@ -1,0 +1,92 @@
+"""model: a model as a layout names it: its parameters, and the modules that hold them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NamedTuple
+
+
+class Parameter(NamedTuple):
+    """A parameter of the model, and what it is made from.
+
+    Attributes:
+        name: in the layout.
+        dtype: as made, before any cast.
+        shape: as made.
+        inputs: keys of stored tensors (``Checkpoint.stored``), in order.
+        steps: what to do with them, see ``tasks.stages.unshard``.
+        castable: whether the model lets its dtype be changed.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    inputs: tuple[str, ...]
+    steps: tuple[Any, ...]
+    castable: bool
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+class Module(NamedTuple):
+    """A leaf module.
+
+    Attributes:
+        path: in the model, dotted.
+        names: its parameters', below ``path``, in order.
+        quantized_names: the same once it is quantized, affine; None if it cannot be quantized,
+            empty if it can but not as ``mx.quantize`` of its weight.
+        verdict: what the model itself says of quantizing it: yes, no, or with which settings.
+        weights: how many it has, as mlx-lm counts them.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    quantized_names: tuple[str, ...] | None
+    verdict: bool | dict[str, Any]
+    weights: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in a layout.
+
+    Attributes:
+        parameters: by name, in the order in which the layout writes them.
+        modules: the leaf modules.
+        config: config.json as far as it does not depend on the target's settings.
+        recipes: per mixed recipe, bits by module path, or why it does not fit the model.
+        notes: what people should know.
+    """
+
+    parameters: dict[str, Parameter]
+    modules: tuple[Module, ...]
+    config: dict[str, Any]
+    recipes: dict[str, dict[str, int] | str]
+    notes: tuple[str, ...] = field(default=())
+
+
+def layer_names(names: list[str]) -> dict[str, str]:
+    """Return the layer of each parameter or tensor name.
+
+    A layer is the path up to its first number (``layers.0``), or for what belongs to no block
+    the module's path (``norm``). Prefixes that all models have (``model.``) are dropped, unless
+    two layers would then share a name.
+    """
+    full = {name: _layer(name) for name in names}
+    short = {layer: re.sub(r"^((language_model|model|transformer|backbone)\.)+", "", layer)
+             for layer in full.values()}  # fmt: skip
+    if len(set(short.values())) < len(short):
+        short = {layer: layer for layer in short}
+    return {name: short[layer] for name, layer in full.items()}
+
+
+def _layer(name: str) -> str:
+    if match := re.match(r"(.*?[^.]+\.\d+)\.", name):
+        return match[1]
+    return name.rsplit(".", 1)[0] if "." in name else name

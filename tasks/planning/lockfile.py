@@ -1,0 +1,426 @@
+"""lock: models.lock: what was built of what. For version control, beside models.toml.
+
+```json
+{
+  "version": 1,
+  "sources": {"checkpoints/llama-7b": {"files": {"config.json": [654, "ab…"], …}, "record": …}},
+  "targets": {"llama-7b": {"source": …, "settings": …, "action": …, "output": …, "blake3": …, …}}
+}
+```
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache.digest import digest_record
+from cache.files import atomic as files
+from cache.records.manifests import Action, Manifest, Tensor
+from cache.store import Store
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.config.reader import Target
+from tasks.core.errors import BuildError, CheckpointError, ConfigError
+from tasks.planning import source_record as sources
+from tasks.planning.source_record import Source
+
+if TYPE_CHECKING:
+    from tasks.execution.builder import Builder
+    from tasks.planning.plan import Plan
+
+VERSION = 1
+SHOWN = 10  # names in a message
+# Of a stage's parameters those that say what computes it: "sanitize" names mlx-lm's version.
+COMPUTER = ("mlx", "device", "machine", "sanitize")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A target as models.lock has it.
+
+    Attributes:
+        source: its source's record.
+        settings: digest of all that models.toml and the plan say of it.
+        computer: what computed it, if anything was: MLX's version, device, machine.
+        action: key of the action that packed it.
+        output: digest of the packed files' names and digests.
+        blake3: the same, by BLAKE3: the one that nobody can make other files for. None if no remote
+            store was set when it was locked.
+    """
+
+    source: str
+    settings: str
+    computer: dict[str, str] | None
+    action: str
+    output: str
+    blake3: str | None = None
+
+
+@dataclass
+class Lock:
+    """models.lock. Safe in threads.
+
+    Attributes:
+        path: the file.
+        sources: by their names in models.toml.
+        targets: by name.
+        strict: whether any difference is an error (``doit --locked``).
+    """
+
+    path: Path
+    sources: dict[str, Source]
+    targets: dict[str, Built]
+    strict: bool = False
+    _writing: threading.Lock = field(default_factory=threading.Lock)
+    _taken: dict[str, Source] = field(default_factory=dict)
+    _digests: dict[str, dict[str, str]] = field(default_factory=dict)  # by record
+
+    @classmethod
+    def load(cls, path: Path, *, strict: bool) -> Lock:
+        """Read the file, which need not exist unless ``strict``.
+
+        Raises:
+            ConfigError: it is damaged, or a newer version wrote it.
+        """
+        try:
+            record = json.loads(path.read_bytes())
+            if record["version"] != VERSION:
+                raise ConfigError(
+                    f"{path} is of version {record['version']}, this mlx-make reads {VERSION}: "
+                    "update mlx-make."
+                )
+            return cls(
+                path,
+                {name: Source.read(entry) for name, entry in record["sources"].items()},
+                {name: Built(**entry) for name, entry in record["targets"].items()},
+                strict,
+            )
+        except FileNotFoundError as error:
+            if not strict:
+                return cls(path, {}, {}, strict)
+            raise ConfigError(
+                f"{path} does not exist, and --locked builds only what it says. Run doit without "
+                "--locked, and commit the file."
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if b"<<<<<<<" in path.read_bytes():
+                raise ConfigError(
+                    f"{path} holds a merge's conflict. Take either side of the whole file (git "
+                    f"checkout --ours {path.name}), then doit lock and doit: they write it anew."
+                ) from error
+            raise ConfigError(
+                f"{path} is no lock file ({type(error).__name__}: {error}). Take it from version "
+                "control again, or remove it: the next build writes it anew."
+            ) from error
+
+    def recall(self, store: Store, target: Target) -> Checkpoint | None:
+        """Return a target's checkpoint by its record, where its weights are not here.
+
+        Raises:
+            CheckpointError: the record is nowhere, or what is here is another checkpoint's.
+        """
+        source = self.sources.get(target.source_name)
+        if source is None or sources.has_weights(target.source):
+            return None
+        if odd := sources.strangers(target.source, source):
+            raise CheckpointError(
+                f"source {target.source} has no weights, and {', '.join(odd[:SHOWN])} there "
+                f"{'is' if len(odd) == 1 else 'are'} not what {self.path.name} has. Get the whole "
+                "checkpoint, or take the file away."
+            )
+        found = sources.recall(store, source)
+        if found is None:
+            fact = "has no weights" if target.source.exists() else "does not exist"
+            if any(sources.weights(target.source)):
+                fact = "has Git LFS pointers for weights (git lfs pull gets them)"
+            raise CheckpointError(
+                f"source {target.source} {fact}, and what {self.path.name} says of it (record "
+                f"{source.record[:16]}…) is neither in the cache nor whole in a remote. Get the "
+                "checkpoint, or name the remote that it was built with: [cache] remote."
+            )
+        return found
+
+    def check_plans(self, plans: Iterable[Plan]) -> None:
+        """If ``strict``, refuse a models.toml that is not the one that was locked.
+
+        Raises:
+            BuildError: it is another.
+        """
+        if not self.strict:
+            return
+        now = {plan.target.name: plan for plan in plans}
+        names = {plan.target.source_name for plan in now.values()}
+        odd = [
+            f"{file} of source {target.source_name} is another"
+            for target in {p.target.source_name: p.target for p in now.values()}.values()
+            if target.source_name in self.sources
+            for file in sources.strangers(target.source, self.sources[target.source_name])
+        ]
+        odd += [f"source {name} is not in it" for name in sorted(names - self.sources.keys())]
+        odd += [f"it has a source {name}" for name in sorted(self.sources.keys() - names)]
+        odd += [f"it has a target {name}" for name in sorted(self.targets.keys() - now.keys())]
+        for name, plan in now.items():
+            if name not in self.targets:
+                odd.append(f"target {name} is not in it")
+            elif self.targets[name].settings != settings(plan):
+                odd.append(f"target {name} has other settings, or its source other tensors")
+            elif (source := self.sources.get(plan.target.source_name)) and (
+                source.record != self.targets[name].source
+            ):
+                odd.append(f"target {name} is of an older source")
+        if odd:
+            raise BuildError(
+                f"{self.path.name} is not of this models.toml and its sources: "
+                f"{_some(odd, '; ')}. If that is wanted, run doit "
+                "without --locked, and commit the file."
+            )
+
+    def check_layer(self, store: Store, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse a layer of the checkpoint that is not what was locked.
+
+        Raises:
+            BuildError: it is another.
+        """
+        source = self.sources.get(plan.target.source_name)
+        if source is None or plan.checkpoint.record == source.record:
+            return
+        sizes = {name: stamp.size for name, stamp in plan.checkpoint.stamps.items()}
+        odd = [
+            f"{name} has {size:,} bytes, locked are {source.files[name][0]:,}"
+            for name, size in sizes.items()
+            if name in source.files and source.files[name][0] != size
+        ]
+        if source.record not in self._digests:
+            self._digests[source.record] = sources.digests(store, source)
+        known = self._digests[source.record]
+        odd += [
+            f"tensor {key} has other contents"
+            for key, tensor in tensors.items()
+            if known.get(key, tensor.digest) != tensor.digest
+        ]
+        if odd:
+            raise self._drift(plan.target, odd)
+
+    def check_source(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> Source:
+        """Return a target's source as it is now; it must be as it is locked, if it is.
+
+        Raises:
+            BuildError: it is not.
+        """
+        locked = self.sources.get(plan.target.source_name)
+        if locked and plan.checkpoint.record == locked.record:
+            return locked
+        now = self.take(builder, plan, plans)
+        if locked:
+            self._compare(plan, now.files, locked.files)
+        return now
+
+    def check_known(self, plan: Plan, digests: Mapping[str, str]) -> None:
+        """Refuse what ``check_source`` will, as far as that is known without reading weights.
+
+        Args:
+            plan: the target.
+            digests: of stored tensors, by key.
+
+        Raises:
+            BuildError: the source is not as it is locked.
+        """
+        locked = self.sources.get(plan.target.source_name)
+        if locked and plan.checkpoint.record != locked.record:
+            now = sources.known_files(plan.checkpoint, digests)
+            unknown = plan.checkpoint.stamps.keys() - now.keys()
+            as_locked = {name: locked.files[name] for name in unknown & locked.files.keys()}
+            self._compare(plan, now | as_locked, locked.files)
+
+    def _compare(
+        self, plan: Plan, now: Mapping[str, list[Any]], locked: Mapping[str, list[Any]]
+    ) -> None:
+        odd = [
+            f"{name} is "
+            + ("new" if name not in locked else "gone" if name not in now else "another")
+            for name in sorted(now.keys() | locked.keys())
+            if now.get(name) != locked.get(name)
+        ]
+        if odd:
+            raise self._drift(plan.target, odd)
+
+    def take(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> Source:
+        """Return a target's source as it is now, worked out once a run."""
+        name = plan.target.source_name
+        with self._writing:
+            if name not in self._taken:
+                same = [p for p in plans if p.target.source_name == name]
+                self._taken[name] = sources.take(builder, same)
+            return self._taken[name]
+
+    def accept(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> None:
+        """Lock a target's source as it is now.
+
+        Raises:
+            BuildError: nothing is to be written.
+        """
+        if self.strict:
+            raise BuildError("--locked never writes models.lock. Run doit lock without it.")
+        if plan.checkpoint.record:
+            return  # not here: there is nothing new to accept
+        plans = list(plans)
+        now = self.take(builder, plan, plans)
+        with self._writing:
+            self.sources[plan.target.source_name] = now
+            self._save(plans)
+
+    def check_target(
+        self, builder: Builder, plan: Plan, source: Source, action: Action
+    ) -> list[str]:
+        """Compare what is about to be packed with what is locked.
+
+        Returns:
+            Notes for people: what differs although nothing that was asked for does.
+
+        Raises:
+            BuildError: it differs, and ``strict``.
+        """
+        locked = self.targets.get(plan.target.name)
+        if not locked or locked.action == action.key:
+            return []
+        asked = (source.record, settings(plan))
+        if (locked.source, locked.settings) != asked and not self.strict:
+            return []
+        fact = f"differs from {self.path.name} although nothing it is built from does: "
+        fact += _differences(builder.recorded(locked.action), action)
+        if locked.computer != computer(plan):
+            fact += f"; locked was computed by {_told(locked.computer)}, this by "
+            fact += _told(computer(plan))
+        if self.strict:
+            raise self._another(plan, fact)
+        return [fact]
+
+    def is_strong(self, builder: Builder, plan: Plan) -> bool:
+        """Tell whether a target's output has its BLAKE3 in the lock, or gets it.
+
+        It takes as long as copying the output does, and is for who gets results from others.
+        """
+        locked = self.targets.get(plan.target.name)
+        return builder.store.sharing is not None or bool(locked and locked.blake3)
+
+    def check_output(
+        self, plan: Plan, source: Source, packed: Manifest, blake3: str | None
+    ) -> tuple[Built, list[str]]:
+        """Compare what was packed with what is locked.
+
+        Returns:
+            What is to be locked of a target, and notes for people.
+
+        Raises:
+            BuildError: it differs, and ``strict``; or somebody made it to look as if it did not.
+        """
+        built = Built(
+            source.record, settings(plan), computer(plan), packed.action.key, packed.result, blake3
+        )
+        locked = self.targets.get(plan.target.name)
+        notes = []
+        if locked and locked.output != built.output:
+            fact = f"was built as {built.output}, and is {locked.output} in {self.path.name}"
+            if self.strict:
+                raise self._another(plan, fact)
+            if locked.action == built.action:  # else check_target said what differs
+                notes.append(f"{fact}, of the same tensors and files: that was edited")
+        # By accident no two outputs have one xxh3.
+        if locked and locked.output == built.output and locked.blake3 not in (None, blake3):
+            raise BuildError(
+                f"{plan.target.name} was built with BLAKE3 {blake3}, and is {locked.blake3} in "
+                f"{self.path.name}, though with the same xxh3: a tensor was made to be taken for "
+                "another one, or the file was edited. If it was not, remove the cache's folder, "
+                "and find out who wrote to its remote, or to it."
+            )
+        return built, notes
+
+    def update(self, plan: Plan, source: Source, built: Built, plans: Iterable[Plan]) -> None:
+        """Lock what was built, unless ``strict``: then it is what is locked."""
+        if self.strict:
+            return
+        with self._writing:
+            self.sources[plan.target.source_name] = source
+            self.targets[plan.target.name] = built
+            self._save(plans)
+
+    def state(self, plan: Plan) -> str | None:
+        """Return a digest of what is locked of a target, or None if it is not."""
+        source = self.sources.get(plan.target.source_name)
+        built = self.targets.get(plan.target.name)
+        return digest_record([asdict(source), asdict(built)]) if source and built else None
+
+    def _save(self, plans: Iterable[Plan]) -> None:
+        """Write the file, without what models.toml does not have any more."""
+        targets = {plan.target.name: plan.target.source_name for plan in plans}
+        kept = set(targets.values())
+        record = {
+            "version": VERSION,
+            "sources": {n: asdict(s) for n, s in self.sources.items() if n in kept},
+            "targets": {n: asdict(b) for n, b in self.targets.items() if n in targets},
+        }
+        data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+        if not self.path.exists() or self.path.read_bytes() != data:
+            files.write(self.path, data)
+
+    def _another(self, plan: Plan, fact: str) -> BuildError:
+        return BuildError(
+            f"{plan.target.name} {fact}. If that is wanted, run doit without --locked, and commit "
+            "the file."
+        )
+
+    def _drift(self, target: Target, odd: list[str]) -> BuildError:
+        return BuildError(
+            f"{target.name}: source {target.source_name} is not what {self.path.name} has: "
+            f"{_some(odd, '; ')}. If the new one is wanted, accept it: doit lock, then "
+            "doit."
+        )
+
+
+def settings(plan: Plan) -> str:
+    """Return a digest of all that a target is told, but for what computes it."""
+    nodes = [
+        [n.stage, n.order.layer, n.order.version,
+         {key: value for key, value in n.params.items() if key not in COMPUTER}]
+        for stage in plan.stages.values() for n in stage
+    ]  # fmt: skip
+    target = plan.target
+    return digest_record(
+        [target.layout, target.max_shard_bytes, plan.names, json.dumps(plan.config), nodes]
+    )
+
+
+def computer(plan: Plan) -> dict[str, str] | None:
+    """Return what computes a target: MLX's version, device, machine; None if nothing does."""
+    found = {
+        key: str(node.params[key])
+        for stage in plan.stages.values() for node in stage for key in COMPUTER
+        if key in node.params
+    }  # fmt: skip
+    return found or None
+
+
+def _differences(old: Manifest | None, new: Action) -> str:
+    """Return in words how what is packed differs, tensor by tensor."""
+    if old is None:
+        return "what was packed then is not on record here"
+    before, after = old.action.inputs, new.inputs
+    odd = [
+        name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)
+    ]
+    if not odd:
+        return "the tensors are the same, the other files are not"
+    return f"{len(odd)} of {len(after)} tensors: {_some(odd, ', ')}"
+
+
+def _told(computer: dict[str, str] | None) -> str:
+    return ", ".join(f"{key} {value}" for key, value in (computer or {}).items()) or "nothing"
+
+
+def _some(facts: list[str], separator: str) -> str:
+    more = f" and {len(facts) - SHOWN} more" if len(facts) > SHOWN else ""
+    return separator.join(facts[:SHOWN]) + more

@@ -1,0 +1,132 @@
+"""extract: a layer's tensors, digested where they lie in the checkpoint.
+
+Nothing is copied, but for tensors that only torch can read: those of files older than torch 1.6,
+and views that are not row-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cache.blobs import Part
+from cache.digest import digest_parts
+from cache.errors import FileChanged
+from cache.files import atomic as files
+from cache.records.manifests import Tensor
+from tasks.checkpoints.checkpoint import TORCH, Checkpoint, load_with_torch
+from tasks.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tasks.execution.builder import Builder
+    from tasks.planning.plan import Node, Plan
+
+VERSION = 1
+
+
+def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dict[str, Tensor]:
+    """Digest a layer's stored tensors.
+
+    Args:
+        builder: gives the store.
+        plan: the target.
+        node: the layer.
+        look: read them even if files of these stamps were digested before.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        FileChanged: a file changes meanwhile.
+    """
+    if plan.checkpoint.record:
+        return _recalled(plan, node, look=look)
+    blobs = builder.store.blobs
+    known = None if look else builder.store.memos.get("extracts", [VERSION, node.order.look])
+    tensors: dict[str, Tensor] = {}
+    for index, (key, (dtype, shape)) in enumerate(node.params["tensors"].items()):
+        path, stored = plan.stored(key)
+        if known and blobs.has(known[index], stored.nbytes):
+            tensors[key] = Tensor(dtype, tuple(shape), known[index])
+            continue
+        try:
+            stamp = plan.checkpoint.stamps[stored.file]
+            if stored.offset == TORCH:
+                found = _with_torch(builder, plan, path, stamp)[stored.name]
+            else:
+                part = Part(str(path), stored.offset, stored.nbytes, stamp)
+                found = digest_parts(blobs.chunks([part]))
+                blobs.refer(found, [part])
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        tensors[key] = Tensor(dtype, tuple(shape), found)
+    digests = [tensor.digest for tensor in tensors.values()]
+    if digests != known:
+        builder.store.memos.put("extracts", [VERSION, node.order.look], digests)
+    return tensors
+
+
+def _recalled(plan: Plan, node: Node, *, look: bool) -> dict[str, Tensor]:
+    """Return a layer's tensors of a checkpoint that is not here."""
+    told = node.params["tensors"]
+    digests = plan.checkpoint.digests
+    if look or not told.keys() <= digests.keys():
+        raise CheckpointError(
+            f"{plan.target.source} is not here whole, and {node.order.layer} must be made of it: "
+            f"what was made of {', '.join(list(told)[:3])}, … before is neither in the cache nor "
+            "in a remote. Get the checkpoint."
+        )
+    return {key: Tensor(dtype, tuple(shape), digests[key]) for key, (dtype, shape) in told.items()}
+
+
+def look(node: Node) -> Any:
+    """Return what tells whether to look at the checkpoint again: folder, and stamps of files.
+
+    Of a checkpoint that is not here, its record.
+    """
+    found = node.order.look
+    return found if isinstance(found, str) else found[:2]
+
+
+def known(builder: Builder, plan: Plan, node: Node) -> dict[str, Tensor] | None:
+    """Return a layer's tensors without reading them, if such files were read before."""
+    if plan.checkpoint.record:
+        return _recalled(plan, node, look=False)
+    digests = builder.store.memos.get("extracts", [VERSION, node.order.look])
+    if digests is None:
+        return None
+    told = node.params["tensors"].items()
+    return {
+        key: Tensor(dtype, tuple(shape), digest)
+        for (key, (dtype, shape)), digest in zip(told, digests, strict=True)
+    }
+
+
+def memory(checkpoint: Checkpoint, told: Iterable[str]) -> int:
+    """Return how many bytes are held at once: a file that torch must read is read whole."""
+    stored = [checkpoint.stored[key] for key in told]
+    if checkpoint.record:
+        return 0
+    return max((checkpoint.stamps[s.file].size for s in stored if s.offset == TORCH), default=0)
+
+
+def _with_torch(builder: Builder, plan: Plan, path: Path, stamp: files.Stamp) -> dict[str, str]:
+    """Return the digests of a file's tensors that only torch can read, kept as blobs.
+
+    All of them at once, since torch reads such a file as a whole.
+    """
+    import torch
+
+    with builder.torch_lock:
+        if (path, stamp) not in builder.torch_digests:
+            loaded = load_with_torch(path)
+            if files.Stamp.of(path) != stamp:
+                raise FileChanged(str(path))
+            digests = {}
+            for stored in plan.checkpoint.stored.values():
+                if (stored.file, stored.offset) == (path.name, TORCH):
+                    flat = loaded[stored.name].contiguous().reshape(-1)
+                    with builder.store.blobs.writing(stored.nbytes) as writer:
+                        writer.write(memoryview(flat.view(torch.uint8).numpy()))
+                    digests[stored.name] = writer.digest
+            builder.torch_digests[path, stamp] = digests
+        return builder.torch_digests[path, stamp]

@@ -1,0 +1,89 @@
+"""cuda: what an NVIDIA GPU is told, and does, that Metal needs no word or no time for."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from cache.files import atomic as files
+from tasks.tensors import mx
+
+# cuda.h: what cuMemAdvise is told.
+PREFERRED_LOCATION, ACCESSED_BY = 3, 5
+CPU, FIRST_GPU = -1, 0
+DEVICES = "/dev/nvidia"  # begins the names of a driver's devices on Linux
+CONTROL = f"{DEVICES}ctl"
+_holders: list[subprocess.Popen[bytes]] = []  # of ``leave``; whoever forgets one is warned
+
+
+def begin() -> None:
+    """Begin to start CUDA in a thread, if the MLX that is installed would start it.
+
+    It takes 0.2 to 0.3 s, in which Python goes on. MLX's import does the same, but with Python's
+    lock in its hand. A few hundred MB of the GPU's memory are taken from here on.
+    """
+    if os.path.exists(CONTROL) and _in_mlx():
+        threading.Thread(target=_start, name="cuda").start()
+
+
+def _in_mlx() -> bool:
+    """Tell whether the MLX that is installed has the CUDA backend (a wheel of its own)."""
+    found = find_spec("mlx")
+    folders = found.submodule_search_locations if found else None
+    return any(any(Path(folder).parent.glob("mlx_cuda*")) for folder in folders or ())
+
+
+def _start() -> None:
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    with suppress(OSError, AttributeError):  # MLX meets the same, and has words for it
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), FIRST_GPU) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # MLX's, too
+
+
+def leave() -> None:
+    """Have the driver clear up behind this process, where it can, and not before its end.
+
+    It clears up as the last process closes the devices, for 0.2 s. So another one has them open
+    as well, and ends when a pipe from this one does.
+    """
+    if not os.path.exists(CONTROL):
+        return
+    with suppress(OSError):  # no /proc, no cat: then this end takes as long as it does
+        if devices := list(_open_devices()):
+            reading, _ = os.pipe()  # the other side stays open as long as this process is there
+            _holders.append(files.start_behind("cat", stdin=reading, pass_fds=devices))
+            os.close(reading)
+
+
+def _open_devices() -> Iterator[int]:
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one that lists them
+            if os.readlink(f"/proc/self/fd/{name}").startswith(DEVICES):
+                yield int(name)
+
+
+def share(memory: memoryview) -> None:
+    """Have a GPU read and write memory of MLX's where it lies, with the CPU.
+
+    CUDA moves it page by page, to whichever side touches it, unless it is told to leave it there.
+    That is advice: whether it is taken or not, the bits are the same.
+    """
+    if memory.nbytes and mx.cuda.is_available():
+        with suppress(OSError):  # a driver by another name
+            _advise(ctypes.addressof(ctypes.c_char.from_buffer(memory)), memory.nbytes)
+
+
+@cache  # MLX gives the same memory again and again
+def _advise(address: int, count: int) -> None:
+    advise = ctypes.CDLL("libcuda.so.1").cuMemAdvise
+    advise.argtypes = (ctypes.c_uint64, ctypes.c_size_t, ctypes.c_int, ctypes.c_int)
+    advise(address, count, PREFERRED_LOCATION, CPU)
+    advise(address, count, ACCESSED_BY, FIRST_GPU)

@@ -1,0 +1,230 @@
+"""rows: tensors read block by block of rows, so that memory does not grow with their size.
+
+A *row* is one run along the last axis. Casting and quantizing look at no more than one row at a
+time, so working block by block gives the same bits as working on the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Protocol
+
+from cache.blobs import Blobs, Part
+from cache.digest import digest_parts
+from cache.records.manifests import DTYPE_BYTES, Tensor
+from tasks.tensors import arrays, mx
+
+BLOCK_BYTES = 4 << 20
+IN_FLIGHT_BYTES = 32 << 20  # what working on blocks of one tensor takes, copies included
+
+
+class Rows(Protocol):
+    """A tensor that can be read by rows."""
+
+    @property
+    def dtype(self) -> str:
+        """As MLX spells it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+
+    @property
+    def unit(self) -> int:
+        """Number of rows that must be read together: blocks begin at multiples of it."""
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``: (stop - start, columns)."""
+
+
+def count(rows: Rows) -> int:
+    """Return the number of rows; a vector is one row."""
+    return prod(rows.shape[:-1])
+
+
+def blocks(rows: Rows, block_bytes: int = BLOCK_BYTES) -> Iterator[mx.array]:
+    """Yield all rows, in blocks of about ``block_bytes`` bytes: (some, columns) each."""
+    return (rows.read(start, stop) for start, stop in spans(rows, block_bytes))
+
+
+def spans(rows: Rows, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield where such blocks begin and end."""
+    row_bytes = max(1, (rows.shape[-1] if rows.shape else 1) * DTYPE_BYTES[rows.dtype])
+    step = max(1, block_bytes // (row_bytes * rows.unit)) * rows.unit
+    total = count(rows)
+    for start in range(0, total, step):
+        yield start, min(start + step, total)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor whose bytes lie in files, in order."""
+
+    blobs: Blobs
+    parts: Sequence[Part]
+    dtype: str
+    shape: tuple[int, ...]
+    unit: int = 1
+
+    def read(self, start: int, stop: int, memory: mx.array | None = None) -> mx.array:
+        """Return rows ``start`` to ``stop``, in ``memory`` if they fit, see ``arrays.read``."""
+        columns = self.shape[-1] if self.shape else 1
+        row_bytes = columns * DTYPE_BYTES[self.dtype]
+        parts = arrays.slice_parts(self.parts, start * row_bytes, stop * row_bytes)
+        return arrays.read(self.blobs, parts, self.dtype, (stop - start, columns), memory)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Matrices of as many rows each, joined on the last axis."""
+
+    sources: Sequence[Rows]
+    unit: int = 1
+
+    @property
+    def dtype(self) -> str:
+        """As MLX spells it."""
+        return self.sources[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return (*self.sources[0].shape[:-1], sum(s.shape[-1] for s in self.sources))
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        return mx.concatenate([source.read(start, stop) for source in self.sources], axis=-1)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A tensor in another dtype, rounded to nearest, ties to even."""
+
+    source: Rows
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.source.shape
+
+    @property
+    def unit(self) -> int:
+        """As of the source."""
+        return self.source.unit
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        return self.source.read(start, stop).astype(getattr(mx, self.dtype))
+
+
+@dataclass(frozen=True)
+class HalfSplit:
+    """Rows of wq or wk, from interleaved to half-split rotary order."""
+
+    source: Rows
+    heads: int
+
+    @property
+    def dtype(self) -> str:
+        """As MLX spells it."""
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.source.shape
+
+    @property
+    def unit(self) -> int:
+        """A head."""
+        return self.source.shape[0] // self.heads
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        return half_split(self.source.read(start, stop), heads=(stop - start) // self.unit)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Tensors joined on an axis that rows do not follow: made as a whole."""
+
+    sources: Sequence[Rows]
+    step: str
+    axis: int
+    unit: int = 1
+
+    @property
+    def dtype(self) -> str:
+        """As MLX spells it."""
+        return self.sources[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self._array.shape)
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        return self._array.reshape(-1, self.shape[-1])[start:stop]
+
+    @cached_property
+    def _array(self) -> mx.array:
+        whole = [s.read(0, count(s)).reshape(s.shape) for s in self.sources]
+        join = mx.concatenate if self.step == "concatenate" else mx.stack
+        return join(whole, self.axis)
+
+
+def half_split(weight: mx.array, *, heads: int) -> mx.array:
+    """Reorder the rows of wq or wk from interleaved to half-split rotary order.
+
+    Meta rotates rows 2i and 2i + 1 of a head together, Hugging Face rows i and i + d / 2
+    (transformers, ``convert_llama_weights_to_hf.py``).
+
+    Args:
+        weight: (heads · d, width).
+        heads: number of heads.
+
+    Returns:
+        (heads · d, width).
+    """
+    rows, width = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, width)  # heads, d / 2, 2, width
+    return pairs.swapaxes(1, 2).reshape(rows, width)
+
+
+def end_to_end(sources: Sequence[Rows], shape: tuple[int, ...]) -> Stored:
+    """Return stored tensors as one, their bytes one after another."""
+    stored = [source for source in sources if isinstance(source, Stored)]
+    if len(stored) != len(sources):
+        raise ValueError("only stored tensors can be joined end to end")
+    if any(source.dtype != stored[0].dtype for source in stored):
+        raise ValueError("only tensors of one dtype can be joined end to end")
+    parts = [part for source in stored for part in source.parts]
+    return Stored(stored[0].blobs, parts, stored[0].dtype, shape)
+
+
+def digest(blobs: Blobs, whole: Rows, *, keep: bool) -> Tensor:
+    """Read a tensor through, and return it by its digest.
+
+    Args:
+        blobs: the store.
+        whole: the tensor.
+        keep: whether the store must have its bytes afterwards. What only lies elsewhere in one
+            piece after another is never copied.
+    """
+    if isinstance(whole, Stored):
+        found = digest_parts(blobs.chunks(whole.parts))
+        blobs.refer(found, whole.parts)
+    elif keep:
+        length = Tensor(whole.dtype, whole.shape, "").nbytes
+        with blobs.writing(length) as writer:
+            for block in blocks(whole):
+                writer.write(arrays.view(block))
+        found = writer.digest
+    else:
+        found = digest_parts(arrays.view(block) for block in blocks(whole))
+    return Tensor(whole.dtype, whole.shape, found)
