@@ -11,14 +11,13 @@ from doit.action import CmdAction
 from doit.exceptions import InvalidDodoFile
 
 from tasks.checkpoints import example
-from tasks.cli import invocation as options
-from tasks.cli import task_graph as graph
+from tasks.cli import invocation, session, task_graph
 
 ROOT = Path(__file__).parent
 # Whoever installed mlx-make has no tests, no benchmarks and no use for the example.
 IS_CHECKOUT = (ROOT / "tests").is_dir()
 
-if "tasks.cli.run" not in sys.modules:  # doit -f: another folder's pyproject.toml was read
+if "tasks.cli.doit_database" not in sys.modules:  # doit -f: another folder's pyproject.toml was read
     raise InvalidDodoFile(
         "doit is without mlx-make's plugins, which it takes from pyproject.toml in the folder "
         f"where it is started. Run mlx-make instead, or doit models=PATH in {ROOT}."
@@ -29,15 +28,15 @@ if odd := (doit_cmd._CMDLINE_VARS or {}).keys() - {"models"}:
 
 MODELS = Path(get_var("models", "models.toml"))
 EXAMPLE = ROOT / "checkpoints" / "tiny-llama"
-DOIT_CONFIG = graph.doit_config(MODELS)
+DOIT_CONFIG = session.doit_config(MODELS)
 
 Tasks = Iterator[dict[str, Any]]
 
 
 @cache
-def loaded() -> graph.Graph:
+def loaded() -> task_graph.Graph:
     """Read models.toml, once."""
-    return graph.load(MODELS, make={EXAMPLE: example.make} if IS_CHECKOUT else {})
+    return session.load(MODELS, make={EXAMPLE: example.make} if IS_CHECKOUT else {})
 
 
 def task_extract() -> Tasks:
@@ -67,16 +66,18 @@ def task_pack() -> Tasks:
 
 def task_error() -> Tasks:
     """Measure what quantizing took from each layer."""
-    if options.asked != []:  # a plain doit builds models: a fifth of its tasks would be for nothing
+    if (
+        invocation.asked != []
+    ):  # a plain doit builds models: a fifth of its tasks would be for nothing
         yield from loaded().stage("error")
 
 
 def task_report() -> Tasks:
     """Write reports/TARGET.html, and an overview, reports/index.html."""
-    if options.asked != []:
-        from tasks.cli import report_tasks as reports  # which nothing else imports
+    if invocation.asked != []:
+        from tasks.cli import report_tasks  # which nothing else imports
 
-        yield from reports.report(loaded())
+        yield from report_tasks.report(loaded())
 
 
 def task_lock() -> Tasks:

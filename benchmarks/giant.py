@@ -94,7 +94,7 @@ def simulate(arguments: Sequence[str]) -> None:
     """Runs doit in this process, with stages that read and compute nothing."""
     sys.path.insert(0, str(ROOT))
     from cache.digest import digest_record
-    from cache.files import atomic as files
+    from cache.files import atomic
     from cache.records.manifests import Tensor
     from tasks.execution import pack
     from tasks.execution.builder import Builder
@@ -145,7 +145,7 @@ def simulate(arguments: Sequence[str]) -> None:
         (quantize, "make", make_quantize),
         (pack, "write", write),
         (Builder, "locate", lambda *_: []),
-        (files, "room", lambda *_: None),  # there is none for a model of this size
+        (atomic, "room", lambda *_: None),  # there is none for a model of this size
     ]
     for where, name, function in replaced:
         setattr(where, name, function)

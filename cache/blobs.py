@@ -29,8 +29,8 @@ import xxhash
 
 from cache.digest import CHUNK_BYTES, canonical, digest_file, digest_parts
 from cache.errors import BlobLost, FileChanged
-from cache.files import atomic as files
-from cache.files.atomic import Stamp
+from cache.files import atomic
+from cache.files.stamp import Stamp
 
 PACKS = "packs"
 
@@ -99,7 +99,7 @@ class Writer:
     def write(self, data: memoryview) -> None:
         """Append bytes."""
         self._state.update(data)
-        files.write_all(self._file, data, self._offset + self.length)
+        atomic.write_all(self._file, data, self._offset + self.length)
         self.length += data.nbytes
 
     @property
@@ -194,7 +194,7 @@ class Blobs:
         Raises:
             NoRoom: the disk is full.
         """
-        with files.temporary(self.root, length) as new:
+        with atomic.temporary(self.root, length) as new:
             writer = Writer(new.file)
             yield writer
             self.meter.written += writer.length
@@ -210,7 +210,7 @@ class Blobs:
             NoRoom: the disk is full.
         """
         with (
-            files.full_disk(self.root, place.length),
+            atomic.full_disk(self.root, place.length),
             place.pack.open("r+b", buffering=0) as file,
         ):
             writer = Writer(file, place.offset)
@@ -231,7 +231,7 @@ class Blobs:
         """
         folder = self.root / PACKS
         folder.mkdir(parents=True, exist_ok=True)
-        files.room(folder, need)
+        atomic.room(folder, need)
         paths = [folder / uuid.uuid4().hex for _ in range(count)]
         for path in paths:
             path.touch(exist_ok=False)
@@ -262,8 +262,8 @@ class Blobs:
             NoRoom: there is less free.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        files.room(self.root, need)
-        with tempfile.TemporaryDirectory(prefix=files.own_prefix(), dir=self.root) as folder:
+        atomic.room(self.root, need)
+        with tempfile.TemporaryDirectory(prefix=atomic.own_prefix(), dir=self.root) as folder:
             yield Path(folder)
 
     def adopt(self, path: Path) -> str:
@@ -283,7 +283,7 @@ class Blobs:
         length = sum(part.length for part in parts)
         if not path.exists() or path.stat().st_size != length:
             record = [[self._relative(p.path), p.offset, p.length, *(p.stamp or ())] for p in parts]
-            files.write(self._reference(digest), canonical(record))
+            atomic.write(self._reference(digest), canonical(record))
 
     def read_into(self, parts: Sequence[Part], buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of ``parts``, one after another.
@@ -374,4 +374,4 @@ class Blobs:
 
     def _used(self, path: Path, stamp: Stamp) -> None:
         if not self._read_only:
-            files.used(path, stamp.mtime_ns)
+            atomic.used(path, stamp.mtime_ns)

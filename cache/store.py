@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache.blobs import Blobs
-from cache.files import atomic as files
+from cache.files import atomic
 from cache.lock import Lock
 from cache.records.actions import Actions
 from cache.records.memos import Memos
@@ -47,7 +47,7 @@ class Store:
             read_only: looking things up leaves nothing behind.
         """
         if not read_only:
-            files.sweep(root / "blobs")
+            atomic.sweep(root / "blobs")
         blobs = Blobs(root / "blobs", read_only=read_only)
         memos = Memos(root / "memos", read_only=read_only)
         actions = Actions(root / "actions", read_only=read_only)
@@ -56,4 +56,4 @@ class Store:
     def used(self, path: Path) -> None:
         """Note that a file that is none of a blob, an action or a memo was used."""
         if not self.read_only:
-            files.used(path, path.stat().st_mtime_ns)
+            atomic.used(path, path.stat().st_mtime_ns)

@@ -10,7 +10,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tasks.config import keys
-from tasks.config.keys import MODES, Key
+from tasks.config.keys import Key
+from tasks.core import spec
+from tasks.core.spec import MODES
 
 Table = dict[str, Any]
 
@@ -87,7 +89,7 @@ def _quantize(draw: st.DrawFn) -> Table:
     if own:
         table["mode"] = own
     if mode == "affine" and "bits" not in table and draw(st.booleans()):
-        table["recipe"] = draw(st.sampled_from(keys.RECIPES))
+        table["recipe"] = draw(st.sampled_from(spec.RECIPES))
     return table
 
 
@@ -218,8 +220,8 @@ WORDS = (
     *keys.QUANTIZE,
     *keys.RULE,
     *(word for key in (*keys.MODEL.values(), *keys.CACHE.values()) for word in key.valid),
-    *keys.RECIPES,
-    *keys.MODES,
+    *spec.RECIPES,
+    *spec.MODES,
     *("5GiB", "0", "~", "~nobody-of-that-name", "*", "\0", "\x7f", "s3://b", "s3://u:p@b", "://"),
 )
 _texts = st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"]))

@@ -13,7 +13,7 @@ from doit.doit_cmd import DoitConfig, DoitMain
 
 import front_door
 import tasks.cli.run  # noqa: F401 (dodo.py asks whether doit has them)
-from tasks.cli import invocation as options
+from tasks.cli import invocation
 from tasks.tensors import cuda
 
 
@@ -32,8 +32,8 @@ def doit(folder: Path, *args: str, expect: int | None = 0) -> front_door.Finishe
     )
     main = DoitMain(Loader(), config_filenames=(), extra_config=plugins)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    options.locked = options.lean = options.read_only = False
-    options.remotes.clear()
+    invocation.locked = invocation.lean = invocation.read_only = False
+    invocation.remotes.clear()
     out, err = io.StringIO(), io.StringIO()
     # This process goes on, with CUDA as it is.
     alone = mock.patch.multiple(cuda, begin=mock.DEFAULT, leave=mock.DEFAULT)
@@ -41,7 +41,7 @@ def doit(folder: Path, *args: str, expect: int | None = 0) -> front_door.Finishe
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), alone:
             status = main.run([*args, f"models={folder / 'models.toml'}"]) or 0
     finally:
-        for remote in options.remotes:
+        for remote in invocation.remotes:
             remote.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)

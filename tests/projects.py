@@ -20,7 +20,8 @@ from pathlib import Path
 import checkpoints
 import front_door
 from tasks.checkpoints import example
-from tasks.checkpoints.checkpoint import read_safetensors, read_torch
+from tasks.checkpoints.safetensors_file import read_safetensors
+from tasks.checkpoints.torch_file import read_torch
 
 HOOK = Path(__file__).parent / "hook"
 SOURCES = ("meta", "huggingface")

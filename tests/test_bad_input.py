@@ -25,8 +25,11 @@ import checkpoints
 from cache.records.memos import Memos
 from front_door import Finished, doit
 from tasks.checkpoints import example
-from tasks.checkpoints.checkpoint import Stored, headers, read_safetensors, read_torch
-from tasks.cli import task_graph as graph
+from tasks.checkpoints.checkpoint import Stored
+from tasks.checkpoints.headers import headers
+from tasks.checkpoints.safetensors_file import read_safetensors
+from tasks.checkpoints.torch_file import read_torch
+from tasks.cli import session, task_graph
 from tasks.core.errors import CheckpointError
 
 HAS_GPU = mx.metal.is_available() or mx.cuda.is_available()
@@ -86,9 +89,9 @@ class Project:
         assert [word for word in words if word not in said] == [], said
         return said
 
-    def loads(self) -> graph.Graph:
+    def loads(self) -> task_graph.Graph:
         """What doit does before any task."""
-        return graph.load(self.folder / "models.toml", {})
+        return session.load(self.folder / "models.toml", {})
 
     def content(self) -> Mapping[str, bytes]:
         """All files but doit's state, which says nothing of a build."""

@@ -20,7 +20,7 @@ from cache.lock import Lock
 from cache.maintenance import gc as collect
 from cache.maintenance import survey
 from tasks.cli.commands import cache as cache_command
-from tasks.config import reader as config
+from tasks.config import reader
 from tasks.core.text import size
 
 HOUR = 3600
@@ -413,7 +413,7 @@ def test_builds_beside_collectors_come_out_right(tmp_path):
         projects.create(tmp_path / kind, kind, cache=tmp_path / "cache", **projects.FOUR_BIT)
         for kind in projects.SOURCES
     ]
-    read = config.load(some[0].folder / "models.toml")
+    read = reader.load(some[0].folder / "models.toml")
     stop = threading.Event()
     failures = []
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 import documents
 import front_door
-from tasks.config import reader as config
-from tasks.config.reader import Config, Quantize, Rule, Target
+from tasks.config import reader
+from tasks.config.reader import Config
 from tasks.core.errors import ConfigError
+from tasks.core.spec import Quantize, Rule, Target
 
 # On a busy machine any example may seem slow.
 calm = settings(deadline=None)
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read(folder: Path, text: str | bytes) -> Config:
     data = text if isinstance(text, bytes) else text.encode()
     (folder / "models.toml").write_bytes(data)
-    return config.load(folder / "models.toml")
+    return reader.load(folder / "models.toml")
 
 
 def refused(folder: Path, text: str | bytes) -> str | None:
@@ -157,7 +158,7 @@ def test_paths_are_of_the_file_s_folder(
     """Not of the one that doit is run in; and absolute, since doit may go elsewhere."""
     (tmp_path / "models.toml").write_text('[models.a]\nsource = "b"')
     monkeypatch.chdir(tmp_path.parent)
-    found = config.load(Path(tmp_path.name) / "models.toml")
+    found = reader.load(Path(tmp_path.name) / "models.toml")
     assert found.targets["a"].source == tmp_path / "b"
     assert found.cache == tmp_path / ".mlx-make/cache"
 

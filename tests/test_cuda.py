@@ -15,8 +15,8 @@ import checkpoints
 from front_door import REPOSITORY
 from projects import create
 from running import DEADLINE_SECONDS
-from tasks.cli import task_graph as graph
-from tasks.execution import builder as build
+from tasks.cli import session
+from tasks.execution import builder, resources
 from tasks.stages import quantize
 from tasks.tensors import cuda
 
@@ -107,7 +107,7 @@ def test_devices_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     checkpoints.make("deepseek-v3", project.checkpoint)
 
     def keys() -> dict[str, str]:
-        nodes = graph.load(tmp_path / "models.toml", {}).plans["model"].stages
+        nodes = session.load(tmp_path / "models.toml", {}).plans["model"].stages
         told = [node for stage in nodes.values() for node in stage]
         return {node.name: node.order.digest for node in told}
 
@@ -127,6 +127,6 @@ def test_a_gpu_is_fed_by_a_few_threads(
     devices: list[str | None], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But what is computed on the CPU beside it by as many as there are cores."""
-    monkeypatch.setattr(build, "cores", lambda: 16)
+    monkeypatch.setattr(builder, "cores", lambda: 16)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert build.threads(devices) == expected
+    assert resources.threads(devices) == expected

@@ -16,7 +16,7 @@ import pytest
 import front_door
 import projects
 from cache.errors import NoRoom
-from cache.files import atomic as files
+from cache.files import atomic
 from projects import FOUR_BIT, Project
 from tasks.execution import pack
 
@@ -108,14 +108,14 @@ def test_what_is_being_removed_is_room(tmp_path: Path, monkeypatch: pytest.Monke
         return shutil._ntuple_diskusage(100, 0, 0 if any(trash.iterdir()) else 100)
 
     (tmp_path / ".tmp-model").mkdir()
-    files.discard(tmp_path / ".tmp-model", trash)
+    atomic.discard(tmp_path / ".tmp-model", trash)
     assert [path.name.rpartition("-")[0] for path in trash.iterdir()] == [".tmp-model"]
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with ThreadPoolExecutor(8) as pool:  # one that comes while another waits, waits as well
-        list(pool.map(lambda _: files.room(tmp_path, 100), range(8)))
+        list(pool.map(lambda _: atomic.room(tmp_path, 100), range(8)))
     assert not any(trash.iterdir())
     with pytest.raises(NoRoom, match="101 bytes are needed, 100 are free"):
-        files.room(tmp_path, 101)
+        atomic.room(tmp_path, 101)
 
 
 def test_on_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,11 +125,11 @@ def test_on_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Path, "rename", rename)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
-    files.discard(tmp_path / "model", tmp_path / "trash")
+    atomic.discard(tmp_path / "model", tmp_path / "trash")
     assert not (tmp_path / "model").exists()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "model").symlink_to(tmp_path / "elsewhere")
-    files.discard(tmp_path / "model", tmp_path / "trash")
+    atomic.discard(tmp_path / "model", tmp_path / "trash")
     assert not (tmp_path / "model").is_symlink()
     assert (tmp_path / "elsewhere").is_dir()
 
@@ -163,7 +163,7 @@ def test_nothing_of_the_build_is_held(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    files.discard(tmp_path / "model", tmp_path / "trash")
+    atomic.discard(tmp_path / "model", tmp_path / "trash")
     assert not any((tmp_path / "trash").iterdir())
 
 

@@ -12,12 +12,12 @@ from safetensors import safe_open
 
 import checkpoints
 from cache.errors import NoRoom
-from cache.files import atomic as files
+from cache.files import atomic, link
 from cache.maintenance import survey
 from projects import FOUR_BIT, Project, contents, create, flip, outcomes
 from running import start, wait_for
-from tasks.cli import task_graph as graph
-from tasks.execution import draft
+from tasks.cli import session
+from tasks.planning import bundle
 
 SHARDS = {**FOUR_BIT, "max_shard_size": "200kB"}
 
@@ -237,12 +237,12 @@ def test_a_build_that_was_killed(last: str, tmp_path: Path) -> None:
 
 def test_cuda_writes_into_files_of_its_own(tmp_path: Path) -> None:
     project = create(tmp_path, "huggingface", **FOUR_BIT)
-    plan = graph.load(tmp_path / "models.toml", {}).plans["model"]
-    assert draft.is_new(plan, lambda _: True)
+    plan = session.load(tmp_path / "models.toml", {}).plans["model"]
+    assert bundle.is_new(plan, lambda _: True)
     for node in plan.stages["quantize"]:
         if node.params["settings"]:
             node.params["device"] = "cuda"
-    assert not draft.is_new(plan, lambda _: True)
+    assert not bundle.is_new(plan, lambda _: True)
     assert not packs(project)
 
 
@@ -268,14 +268,14 @@ def test_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no links here")
 
-    assert not files.link(source, tmp_path / "linked")
+    assert not link.link(source, tmp_path / "linked")
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(files, "_reflink", lambda *_: False)
-    assert files.link(source, tmp_path / "copied")
+    monkeypatch.setattr(link, "_reflink", lambda *_: False)
+    assert link.link(source, tmp_path / "copied")
     for name in ("linked", "copied"):
         assert (tmp_path / name).read_bytes() == source.read_bytes()
     assert (tmp_path / "copied").stat().st_ino != source.stat().st_ino
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(NoRoom):
-        files.link(source, tmp_path / "refused")
+        link.link(source, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()

@@ -1,4 +1,4 @@
-"""tests of tasks/cli/commands/graph.py: what Mermaid and Graphviz themselves read out of `doit graph`."""
+"""What Mermaid and Graphviz themselves read out of `doit graph`."""
 
 from __future__ import annotations
 

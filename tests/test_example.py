@@ -1,4 +1,4 @@
-"""tests of tasks/checkpoints/example.py: the same checkpoint each time, and of the shape of Meta's."""
+"""The same checkpoint each time, and of the shape of Meta's."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import checkpoints
-from cache.files import atomic as files
+from cache.files.stamp import Stamp
 from projects import (
     FOUR_BIT,
     LAYERS,
@@ -30,7 +30,7 @@ from projects import (
     touch,
     weight_files,
 )
-from tasks.checkpoints.checkpoint import read_safetensors
+from tasks.checkpoints.safetensors_file import read_safetensors
 
 HEAVY = {"torch", "transformers", "mlx_lm", "numpy"}
 ALL_BUT_EXTRACT = ("unshard", "cast", "quantize")
@@ -64,10 +64,10 @@ def built(folder: Path, source: str, **keys) -> Project:
 def test_a_second_build_does_nothing(project: Project, tmp_path: Path) -> None:
     before = project.built()
     record = tmp_path / "record.json"
-    database = files.Stamp.of(project.state / "doit.json")
+    database = Stamp.of(project.state / "doit.json")
     done = project.doit(hook={"record": str(record)})
     assert done.entries == []
-    assert files.Stamp.of(project.state / "doit.json") == database
+    assert Stamp.of(project.state / "doit.json") == database
     assert "nothing to do" in done.stdout
     assert project.built() == before == project.anew()
     witness = json.loads(record.read_bytes())

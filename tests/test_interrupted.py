@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from cache.errors import NoRoom
-from cache.files import atomic as files
+from cache.files import atomic
 from front_door import REPOSITORY, doit, log
 from projects import FOUR_BIT, SOURCES, Project, contents, create, outcomes
 from running import DEADLINE_SECONDS, start, temporary, wait_for
@@ -283,7 +283,7 @@ def test_a_disk_that_says_so_when_a_file_is_closed(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def write() -> None:
-        with files.temporary(tmp_path) as new:
+        with atomic.temporary(tmp_path) as new:
             new.file.close()
             new.file = SimpleNamespace(close=close)
 

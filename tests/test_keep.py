@@ -12,7 +12,7 @@ import pytest
 import checkpoints
 from cache.maintenance import survey
 from projects import FOUR_BIT, Project, create, outcomes, weight_files
-from tasks.cli import task_graph as graph
+from tasks.cli import session
 from tasks.execution import pack
 
 POLICIES: dict[str, list[str] | None] = {
@@ -167,7 +167,7 @@ def test_each_blob_lost(policy: str, tmp_path: Path) -> None:
 
 def quantize_and_pack(project: Project) -> None:
     """What doit would do if no record of quantize and pack were left, in this process."""
-    found = graph.load(project.folder / "models.toml", {})
+    found = session.load(project.folder / "models.toml", {})
     shutil.rmtree(project.state / "manifests" / "model" / "quantize")
     shutil.rmtree(project.store / "actions")
     shutil.rmtree(project.folder / "build")

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.config.reader import MODES
-from tasks.stages.quantize import Setting, _quantize_block
+from tasks.stages.quantize import _quantize_block
+from tasks.stages.quantize_scheme import Setting
 from tasks.tensors import kernels
 from tasks.tensors.kernels import agrees, not_finite, quantize, quantize_fast
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import checkpoints
-from cache.files.atomic import Stamp
+from cache.files.stamp import Stamp
 from cache.records.actions import Actions
 from cache.records.manifests import Action, Manifest
 from front_door import doit

@@ -17,8 +17,8 @@ import checkpoints
 from cache.records.manifests import Tensor
 from front_door import doit
 from projects import FOUR_BIT, SOURCES, create
-from tasks.cli import task_graph as graph
-from tasks.execution.builder import Memory
+from tasks.cli import session
+from tasks.execution.resources import Memory
 from tasks.stages import unshard
 
 calm = settings(deadline=None)
@@ -76,7 +76,7 @@ def test_what_fits_runs_together() -> None:
 def test_who_waits_for_memory_holds_no_action(tmp_path: Path) -> None:
     """Else an action that has memory and wants the other one's result would wait for ever."""
     project = create(tmp_path, "meta", **FOUR_BIT)
-    found = graph.load(project.folder / "models.toml", {})
+    found = session.load(project.folder / "models.toml", {})
     builder, plan = found.builder, found.plans["model"]
     node = plan.stages["quantize"][0]
     key = builder.action(node, builder.needed(plan, node)).key
@@ -160,7 +160,7 @@ def test_batches_make_what_one_makes(
     experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "models.toml").write_text(f'[models.model]\nsource = "{experts}"\n')
-    found = graph.load(tmp_path / "models.toml", {})
+    found = session.load(tmp_path / "models.toml", {})
     plan = found.plans["model"]
     node = next(n for n in plan.stages["unshard"] if n.order.layer == "layers.1")
     for need in node.needs:

@@ -1,4 +1,4 @@
-"""tests of tasks/layouts/llama_names.py: the configurations of Meta's models, and what transformers 5 saves."""
+"""The configurations of Meta's models, and what transformers 5 saves."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""tests of tasks/cli/commands/plan.py and tasks/planning/forecast.py: doit then does what doit plan says."""
+"""Doit then does what doit plan says."""
 
 import fcntl
 import json

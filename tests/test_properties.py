@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from cache.blobs import Blobs, Part
 from cache.digest import canonical, digest, digest_list, digest_record
-from cache.files.atomic import Stamp
+from cache.files.stamp import Stamp
 from cache.maintenance import gc as collect
 from cache.maintenance import survey
 from cache.records.manifests import SCHEMA, Action, Manifest, ManifestError, Tensor
-from tasks.execution import pack
 from tasks.layouts.model import layer_names
+from tasks.planning import bundle
 from tasks.stages import unshard
 from tasks.tensors import rows
 from tasks.tensors.arrays import view
@@ -51,7 +51,7 @@ sizes = st.lists(st.integers(0, 40), max_size=30)
 def test_shards(sizes: list[int], limit: int) -> None:
     """As mlx-lm's own, less the empty first one that some versions make of a large tensor."""
     tensors = [(f"t{i}", Tensor("uint8", (size,), digest(b""))) for i, size in enumerate(sizes)]
-    made = pack.shards(tensors, limit)
+    made = bundle.shards(tensors, limit)
     assert [packed for shard in made for packed in shard] == tensors
     assert all(made)
     for shard in made:

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from cache.blobs import Blobs, Part
 from cache.store import Store
 from tasks.stages.measure import dequantize
-from tasks.stages.quantize import BLOCK_BYTES, Setting, _quantize_block, _quantize_rows, memory
+from tasks.stages.quantize import _quantize_block, _quantize_rows, memory
+from tasks.stages.quantize_scheme import Setting
 from tasks.tensors import arrays, rows
+from tasks.tensors.device import BLOCK_BYTES
 from tasks.tensors.kernels import quantize
 
 calm = settings(deadline=None)

@@ -314,7 +314,7 @@ def test_a_record_of_absurd_size(
     """Its size is asked for first: nothing of it is fetched."""
     _, url = faulty
     ready(remotes, url)
-    monkeypatch.setattr("cache.remote.MAX_RECORD_BYTES", 10)
+    monkeypatch.setattr("cache.remote.remote.MAX_RECORD_BYTES", 10)
     remote = remotes(url)
     assert remote.record("actions", KEY) is None
     assert remote.fetched_bytes == 0

@@ -14,8 +14,7 @@ from jsonschema import Draft202012Validator
 
 import documents
 from front_door import REPOSITORY
-from tasks.config import keys, schema
-from tasks.config import reader as config
+from tasks.config import keys, reader, schema
 from tasks.core.errors import ConfigError
 
 VALIDATOR = Draft202012Validator(schema.schema())
@@ -41,11 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("schema")
 
 
-def read(folder: Path, text: str) -> config.Config | None:
+def read(folder: Path, text: str) -> reader.Config | None:
     """What config makes of it; None if it refuses."""
     (folder / "models.toml").write_text(text, encoding="utf-8")
     try:
-        return config.load(folder / "models.toml")
+        return reader.load(folder / "models.toml")
     except ConfigError:
         return None
 

@@ -27,7 +27,7 @@ import meta
 import servers
 from cache.blobs import Part
 from cache.digest import digest
-from cache.files.atomic import Stamp
+from cache.files.stamp import Stamp
 from cache.lock import Lock
 from cache.records.manifests import Action, Manifest, Tensor
 from cache.remote.remote import Remote, blake3_of
@@ -37,11 +37,10 @@ from cache.remote.transport import PIECE_BYTES
 from cache.store import Store
 from front_door import REPOSITORY, Finished, doit
 from projects import FOUR_BIT, Project, contents, flip, outcomes
-from tasks.cli import invocation as options
-from tasks.cli import task_graph as graph
+from tasks.cli import invocation, session, task_graph
 from tasks.core.errors import CheckpointError
 from tasks.execution import exchange
-from tasks.planning import source_record as sources
+from tasks.planning import source_record
 from tasks.planning.source_record import Source
 
 BIG = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 4}
@@ -410,9 +409,9 @@ def assert_nowhere(secrets: tuple[str, ...], said: list[Finished], *folders: Pat
 
 
 def exchanged(machine: Machine, act: Callable, **environ: str) -> exchange.Exchanged:
-    options.remotes.clear()
+    invocation.remotes.clear()
     with environment(machine.environ | environ):
-        made = graph.load(machine.folder / "models.toml", {})
+        made = session.load(machine.folder / "models.toml", {})
         sharing = made.builder.store.sharing
         assert sharing is not None
         done = act(made.builder, sharing, made.plans.values())
@@ -572,7 +571,7 @@ def test_a_record_that_leaves_its_folder(file: str, tmp_path: Path) -> None:
     store = replace(store, sharing=Sharing(store.actions, store.blobs, remote))
     source = Source({}, blake3_of([record]), len(record))
     with pytest.raises(CheckpointError, match="no file of a checkpoint's folder"):
-        sources.recall(store, source)
+        source_record.recall(store, source)
     assert not (tmp_path / "cache" / "sources").exists()
 
 
@@ -734,11 +733,11 @@ def environment(told: dict[str, str]) -> Iterator[None]:
 
 def build(machine: Machine, capsys: pytest.CaptureFixture) -> tuple[list[str], set[str]]:
     """Run all tasks as doit would, one after the other; errors, and the warnings."""
-    options.remotes.clear()
+    invocation.remotes.clear()
     errors = []
     with environment(machine.environ):
         try:
-            made = graph.load(machine.folder / "models.toml", {})
+            made = session.load(machine.folder / "models.toml", {})
             tasks = [task for stage in ("extract", "unshard", "cast", "quantize")
                      for task in made.stage(stage)] + list(made.pack())  # fmt: skip
             for task in tasks:
@@ -749,9 +748,9 @@ def build(machine: Machine, capsys: pytest.CaptureFixture) -> tuple[list[str], s
                         break
                 if errors:
                     break
-        except graph.InvalidDodoFile as error:
+        except task_graph.InvalidDodoFile as error:
             errors.append(str(error))
-        for remote in options.remotes:
+        for remote in invocation.remotes:
             remote.finish()
             remote.close()
     return errors, {line for line in capsys.readouterr().err.splitlines() if line}

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tasks.checkpoints import example
-from tasks.layouts import llama_tokenizer as tokenizer
+from tasks.layouts import llama_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -149,7 +149,7 @@ def test_sentencepiece_ids_and_text_are_the_originals(llama2: Path, load: Any) -
     from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer
 
     original = sentencepiece.SentencePieceProcessor(model_file=str(llama2))
-    loaded = load(tokenizer.files(llama2))
+    loaded = load(llama_tokenizer.files(llama2))
 
     for text in (*TEXTS, *samples(500)):
         ids = original.encode(text)
@@ -180,7 +180,7 @@ def test_transformers_own_conversion_differs(llama2: Path) -> None:
 def test_tiktoken_ids_and_text_are_the_originals(llama3: Path, load: Any) -> None:
     from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer
 
-    loaded = load(tokenizer.files(llama3))
+    loaded = load(llama_tokenizer.files(llama3))
     bos = len(RANKS)
 
     for text in (*TEXTS, *samples(500)):
@@ -207,10 +207,10 @@ def test_tiktoken_ids_and_text_are_the_originals(llama3: Path, load: Any) -> Non
     ],
 )
 def test_special_tokens_follow_the_ranks(
-    release: tokenizer.Release, named: dict[str, int], llama3: Path, load: Any
+    release: llama_tokenizer.Release, named: dict[str, int], llama3: Path, load: Any
 ) -> None:
     first = len(RANKS)
-    loaded = load(tokenizer.files(llama3, release=release))
+    loaded = load(llama_tokenizer.files(llama3, release=release))
     alike = {
         "<|begin_of_text|>": 0,
         "<|end_of_text|>": 1,
@@ -226,15 +226,15 @@ def test_special_tokens_follow_the_ranks(
             *tiktoken_encode("in"),
         ]
     assert (loaded.bos_token, loaded.eos_token) == ("<|begin_of_text|>", "<|end_of_text|>")
-    assert tokenizer.token_ids(llama3, release=release) == {
+    assert llama_tokenizer.token_ids(llama3, release=release) == {
         "bos_token_id": first,
         "eos_token_id": [first + 1, *([first + 8] if release == "3.1" else []), first + 9],
     }
 
 
 def test_release_is_told_by_scaled_rope() -> None:
-    assert tokenizer.release_of({"rope_theta": 500000.0}) == "3"
-    assert tokenizer.release_of({"rope_theta": 500000.0, "use_scaled_rope": True}) == "3.1"
+    assert llama_tokenizer.release_of({"rope_theta": 500000.0}) == "3"
+    assert llama_tokenizer.release_of({"rope_theta": 500000.0, "use_scaled_rope": True}) == "3.1"
 
 
 @pytest.mark.parametrize("which", ["llama2", "llama3"])
@@ -256,7 +256,7 @@ def test_files_are_the_same_each_time(which: str, request: pytest.FixtureRequest
             "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2",
         },
     )
-    assert run.stdout == repr(tokenizer.files(file)).encode()
+    assert run.stdout == repr(llama_tokenizer.files(file)).encode()
 
 
 def test_kind_and_ids_import_nothing(llama2: Path, llama3: Path) -> None:
@@ -291,8 +291,8 @@ def test_kind_and_ids_import_nothing(llama2: Path, llama3: Path) -> None:
 def test_neither_format_is_an_error(content: bytes, says: str, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.model"
     file.write_bytes(content)
-    with pytest.raises(tokenizer.TokenizerError, match="neither a sentencepiece") as error:
-        tokenizer.files(file)
+    with pytest.raises(llama_tokenizer.TokenizerError, match="neither a sentencepiece") as error:
+        llama_tokenizer.files(file)
     assert says in str(error.value)
     assert str(file) in str(error.value)
     assert "replace it by the tokenizer.model that came with the checkpoint" in str(error.value)
@@ -301,19 +301,19 @@ def test_neither_format_is_an_error(content: bytes, says: str, tmp_path: Path) -
 def test_damage_is_an_error(llama2: Path, llama3: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.model"
     cut.write_bytes(llama2.read_bytes()[:-1000])
-    with pytest.raises(tokenizer.TokenizerError, match="cut short or damaged"):
-        tokenizer.files(cut)
+    with pytest.raises(llama_tokenizer.TokenizerError, match="cut short or damaged"):
+        llama_tokenizer.files(cut)
 
     lines = llama3.read_bytes().splitlines(keepends=True)
     cut.write_bytes(b"".join([*lines[:100], *lines[101:]]))
-    with pytest.raises(tokenizer.TokenizerError, match="ranks are not 0 to"):
-        tokenizer.files(cut)
+    with pytest.raises(llama_tokenizer.TokenizerError, match="ranks are not 0 to"):
+        llama_tokenizer.files(cut)
     cut.write_bytes(b"".join(lines[:250]))
-    with pytest.raises(tokenizer.TokenizerError, match="lack some of the 256 bytes"):
-        tokenizer.files(cut)
+    with pytest.raises(llama_tokenizer.TokenizerError, match="lack some of the 256 bytes"):
+        llama_tokenizer.files(cut)
     cut.write_bytes(b"".join([*lines[:100], b"!!!! 100\n", *lines[101:]]))
-    with pytest.raises(tokenizer.TokenizerError, match=r"cut\.model:101: b'!!!! 100'"):
-        tokenizer.files(cut)
+    with pytest.raises(llama_tokenizer.TokenizerError, match=r"cut\.model:101: b'!!!! 100'"):
+        llama_tokenizer.files(cut)
 
 
 def test_what_would_tokenize_otherwise_is_refused(llama2: Path, tmp_path: Path) -> None:
@@ -325,19 +325,21 @@ def test_what_would_tokenize_otherwise_is_refused(llama2: Path, tmp_path: Path) 
     model.pieces[300].type = model.pieces[300].USER_DEFINED
     file = tmp_path / "tokenizer.model"
     file.write_bytes(model.SerializeToString())
-    with pytest.raises(tokenizer.TokenizerError) as error:
-        tokenizer.files(file)
+    with pytest.raises(llama_tokenizer.TokenizerError) as error:
+        llama_tokenizer.files(file)
     assert "add_dummy_prefix is False, Llama's is True" in str(error.value)
     assert f"piece 300 {model.pieces[300].piece!r} is USER_DEFINED" in str(error.value)
 
     llama4 = ranks_file(tmp_path, [*BYTES, *(i.to_bytes(3, "big") for i in range(128_000))])
-    with pytest.raises(tokenizer.TokenizerError, match="128256 ranks, where Llama 3 has 128000"):
-        tokenizer.files(llama4)
+    with pytest.raises(
+        llama_tokenizer.TokenizerError, match="128256 ranks, where Llama 3 has 128000"
+    ):
+        llama_tokenizer.files(llama4)
 
 
 def test_config_says_no_more_than_it_must(llama2: Path) -> None:
     """add_bos_token, say, would have transformers put a post-processor of its own in place."""
-    files = tokenizer.files(llama2)
+    files = llama_tokenizer.files(llama2)
     assert json.loads(files["tokenizer_config.json"]).keys() == {
         "bos_token",
         "clean_up_tokenization_spaces",

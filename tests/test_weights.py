@@ -17,10 +17,10 @@ import cache.blobs
 from cache.blobs import Blobs, Part, Place
 from cache.digest import digest
 from cache.errors import BlobLost, FileChanged
-from cache.files import atomic as files
-from cache.files.atomic import Stamp
+from cache.files import atomic
+from cache.files.stamp import Stamp
 from cache.records.manifests import DTYPE_BYTES, Tensor
-from tasks.layouts import weight_file as weights
+from tasks.layouts import weight_file
 
 NUMPY_HAS = [dtype for dtype in DTYPE_BYTES if dtype not in ("bfloat16", "complex64", "bool_")]
 TENSORS = st.lists(
@@ -28,7 +28,7 @@ TENSORS = st.lists(
 )
 
 
-def keep(blobs: Blobs, made: dict[str, np.ndarray]) -> tuple[weights.Shard, weights.Find]:
+def keep(blobs: Blobs, made: dict[str, np.ndarray]) -> tuple[weight_file.Shard, weight_file.Find]:
     """Return arrays as tensors whose bytes are in the store, and what finds these."""
     tensors = {}
     for name, array in made.items():
@@ -48,16 +48,16 @@ def arrays(told: list[tuple[str, list[int]]]) -> dict[str, np.ndarray]:
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(told=TENSORS, limit=st.sampled_from([weights.ZIP32_LIMIT, 300, 0]))
+@given(told=TENSORS, limit=st.sampled_from([weight_file.ZIP32_LIMIT, 300, 0]))
 def test_npz_is_what_numpy_and_zipfile_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list, limit: int
 ) -> None:
     """Also with ZIP64 records, which the limit brings on where it is small."""
-    monkeypatch.setattr(weights, "ZIP32_LIMIT", limit)
+    monkeypatch.setattr(weight_file, "ZIP32_LIMIT", limit)
     blobs, path = Blobs(tmp_path / "blobs"), tmp_path / "weights.npz"
     made = arrays(told)
     shard, find = keep(blobs, made)
-    weights.write(path, shard, "npz", blobs, find, 2)
+    weight_file.write(path, shard, "npz", blobs, find, 2)
 
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
@@ -69,7 +69,7 @@ def test_npz_is_what_numpy_and_zipfile_read(
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(told=TENSORS, limit=st.sampled_from([weights.ZIP32_LIMIT, 300, 0]), data=st.data())
+@given(told=TENSORS, limit=st.sampled_from([weight_file.ZIP32_LIMIT, 300, 0]), data=st.data())
 @pytest.mark.parametrize("form", ["safetensors", "npz"])
 def test_what_lies_in_its_place_is_left_there(
     tmp_path: Path,
@@ -80,14 +80,14 @@ def test_what_lies_in_its_place_is_left_there(
     data: st.DataObject,
 ) -> None:
     """Any of the tensors, written before all else, make the same file."""
-    monkeypatch.setattr(weights, "ZIP32_LIMIT", limit)
+    monkeypatch.setattr(weight_file, "ZIP32_LIMIT", limit)
     blobs, path = Blobs(tmp_path / "blobs"), tmp_path / "weights"
     made = arrays(told)
     shard, find = keep(blobs, made)
-    expected = weights.write(path, shard, form, blobs, find, 2)
+    expected = weight_file.write(path, shard, form, blobs, find, 2)
     whole = path.read_bytes()
 
-    offsets = weights.offsets(shard, form)
+    offsets = weight_file.offsets(shard, form)
     for name, array in made.items():
         assert whole[offsets[name] :][: array.nbytes] == array.tobytes()
     (pack,) = blobs.new_packs(1, len(whole))
@@ -102,7 +102,7 @@ def test_what_lies_in_its_place_is_left_there(
         digest, parts = find(name)
         return digest, [there[name].part] if name in chosen else parts
 
-    assert weights.write(pack, shard, form, blobs, find_there, 2) == expected
+    assert weight_file.write(pack, shard, form, blobs, find_there, 2) == expected
     assert pack.read_bytes() == whole
 
 
@@ -112,7 +112,7 @@ def test_safetensors_is_what_safetensors_and_mlx_read(tmp_path: Path, told: list
     blobs, path = Blobs(tmp_path / "blobs"), tmp_path / "model.safetensors"
     made = arrays(told)
     shard, find = keep(blobs, made)
-    weights.write(path, shard, "safetensors", blobs, find, 2)
+    weight_file.write(path, shard, "safetensors", blobs, find, 2)
 
     with safe_open(path, "numpy") as read:
         assert read.metadata() == {"format": "mlx"}
@@ -130,16 +130,16 @@ def test_long_runs_go_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     shard, find = keep(blobs, made)
     forms = {"npz": "w.npz", "safetensors": "w.safetensors"}
     for form, name in forms.items():
-        weights.write(tmp_path / name, shard, form, blobs, find, 3)
+        weight_file.write(tmp_path / name, shard, form, blobs, find, 3)
 
-    for module in (weights, cache.blobs):
+    for module in (weight_file, cache.blobs):
         monkeypatch.setattr(module, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(files, "WRITE_BYTES", 300)
+    monkeypatch.setattr(atomic, "WRITE_BYTES", 300)
     # The same comes out where the file system sets nothing aside, and where no system does.
     for libc in (SimpleNamespace(fallocate=lambda *_: -1), object()):
-        monkeypatch.setattr(files, "_libc", libc)
+        monkeypatch.setattr(atomic, "_libc", libc)
         for form, name in forms.items():
-            file = weights.write(tmp_path / f"other-{name}", shard, form, blobs, find, 3)
+            file = weight_file.write(tmp_path / f"other-{name}", shard, form, blobs, find, 3)
             data = (tmp_path / name).read_bytes()
             assert (tmp_path / f"other-{name}").read_bytes() == data
             assert (file.shape, file.digest) == ((len(data),), digest(data))
@@ -153,7 +153,7 @@ def test_bfloat16_goes_through_npz(tmp_path: Path) -> None:
     raw = np.array(array.view(mx.uint16))
     [(name, tensor)], find = keep(blobs, {"w": raw})
     shard = [(name, replace(tensor, dtype="bfloat16"))]
-    weights.write(tmp_path / "w.npz", shard, "npz", blobs, find, 1)
+    weight_file.write(tmp_path / "w.npz", shard, "npz", blobs, find, 1)
     read = mx.load(str(tmp_path / "w.npz"))["w"]
     assert read.dtype == mx.bfloat16
     assert mx.array_equal(read, array).item()
@@ -172,7 +172,7 @@ def test_a_file_that_changes_after_it_was_found(tmp_path: Path, change: str) -> 
     with pytest.raises(FileChanged, match="changed while it was read"):
         blobs.read_into(found, memoryview(bytearray(1000)))
     with pytest.raises(FileChanged, match="changed while it was read"):
-        weights.write(
+        weight_file.write(
             tmp_path / "w.safetensors", shard, "safetensors", blobs,
             lambda _: (digest(b"a" * 1000), found), 1,
         )  # fmt: skip

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import itertools
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from cache.errors import NoRoom
 
@@ -27,31 +25,11 @@ WRITERS = 16  # of as much at once, for which room is made before any of it is s
 USE_SECONDS = 3600  # how exactly files tell when they were last used
 WRITE_BYTES = 256 << 10
 KEEP_SIZE = 1  # linux/falloc.h, FALLOC_FL_KEEP_SIZE
-FICLONE = 0x40049409  # linux/fs.h
-WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 _libc = ctypes.CDLL(None)
 _BEGUN = time.time_ns()  # another in a later process that has this one's number
 _numbers = itertools.count()
 _removers: list[subprocess.Popen[bytes]] = []  # of ``remove_behind``, those that may still run
 _removing = threading.Lock()  # held while the list changes
-
-
-class Stamp(NamedTuple):
-    """What tells, without reading it, that a file is the one last seen."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: str | Path | int) -> Stamp:
-        """Return the stamp of the file at ``path``, links followed, or of an open one."""
-        return cls.of_stat(os.stat(path))
-
-    @classmethod
-    def of_stat(cls, stat: os.stat_result) -> Stamp:
-        """Return the stamp in what ``os.stat`` told."""
-        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 class Temporary:
@@ -163,44 +141,6 @@ def reserve(file: IO[bytes], length: int) -> None:
     fallocate = getattr(_libc, "fallocate", None)
     if fallocate:
         fallocate(file.fileno(), KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(length))
-
-
-def link(source: Path, target: Path) -> bool:
-    """Let a new file have the bytes of another one that nobody writes to any more.
-
-    It shares its blocks where the file system can do that (a reflink). Else it is the same file (a
-    hard link), and both names are made read-only; or, where that cannot be, a copy.
-
-    Returns:
-        Whether bytes were copied.
-
-    Raises:
-        NoRoom: the disk cannot take a copy.
-    """
-    if _reflink(source, target):
-        return False
-    try:
-        source.chmod(stat.S_IMODE(source.stat().st_mode) & ~WRITABLE)
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:  # another disk, or one without links, or the file is somebody else's
-        room(target.parent, source.stat().st_size)
-        shutil.copyfile(source, target)
-        return True
-    return False
-
-
-def _reflink(source: Path, target: Path) -> bool:
-    if clonefile := getattr(_libc, "clonefile", None):  # macOS
-        return bool(clonefile(os.fsencode(source), os.fsencode(target), 0) == 0)
-    if platform.system() != "Linux":
-        return False
-    with source.open("rb") as old, target.open("xb") as new, suppress(OSError):
-        fcntl.ioctl(new, FICLONE, old.fileno())
-        return True
-    target.unlink()
-    return False
 
 
 def room(folder: Path, need: int) -> None:
@@ -329,11 +269,6 @@ def _runs(process: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
-
-
-def on_one_disk(one: Path, other: Path) -> bool:
-    """Tell whether files can be linked from a folder to another one; neither need be there yet."""
-    return _there(one).stat().st_dev == _there(other).stat().st_dev
 
 
 def _there(folder: Path) -> Path:

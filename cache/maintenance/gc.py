@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from cache.files import atomic as files
+from cache.files import atomic
 from cache.maintenance.survey import CORRUPT, File, Survey
 
 RECORD_SECONDS = 90 * 24 * 3600  # how long records (all but blobs) are kept that nobody uses
@@ -81,14 +81,14 @@ def plan(survey: Survey, wanted: Wanted, max_bytes: int | None, now: float) -> C
 def carry_out(collection: Collection) -> None:
     """Remove what goes; the lock must be held alone."""
     for file in (*collection.garbage, *collection.evicted):
-        files.remove(file.path)
+        atomic.remove(file.path)
 
 
 def _is_garbage(file: File, wanted: Wanted, packed: set[str], now: float) -> bool:
     if file.kind == "temporary":
-        return files.abandoned(file.path)
+        return atomic.abandoned(file.path)
     if file.kind == "pack":  # one that is begun has no blob yet
-        return file.key not in packed and now - file.used > files.SWEEP_SECONDS
+        return file.key not in packed and now - file.used > atomic.SWEEP_SECONDS
     if file.kind in ("action", "memo", "source"):
         wants = file.key in (wanted.sources if file.kind == "source" else wanted.actions)
         return not wants and now - file.used > RECORD_SECONDS

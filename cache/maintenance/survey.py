@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cache.blobs import Blobs, Part
-from cache.files import atomic as files
+from cache.files import atomic
 from cache.records.manifests import Manifest
 
 CORRUPT = "corrupt"  # the folder to which `verify` moves what is
@@ -143,7 +143,7 @@ def _kind(name: str) -> tuple[str, str]:
     """Return the kind and key of the file ``name``, empty if it is none of the cache's."""
     if name.startswith(f"{CORRUPT}/"):
         return CORRUPT, name
-    if Path(name).name.startswith(files.TEMPORARY):
+    if Path(name).name.startswith(atomic.TEMPORARY):
         return "temporary", name
     for kind, form in _KEYS.items():
         if match := re.fullmatch(form, name):
@@ -159,7 +159,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         return
     for entry in entries:
         path = Path(entry.path)
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(files.TEMPORARY):
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(atomic.TEMPORARY):
             yield from _walk(path)
         else:
             with suppress(FileNotFoundError):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from cache.blobs import Blobs
 from cache.digest import digest_file, digest_parts
 from cache.errors import FileChanged
-from cache.files.atomic import Stamp
+from cache.files.stamp import Stamp
 from cache.maintenance.survey import CORRUPT, File, Survey
 from cache.records.manifests import Manifest, ManifestError, OtherSchema
 

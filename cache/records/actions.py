@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.files import atomic as files
+from cache.files import atomic
 from cache.records.manifests import Action, Manifest, ManifestError
 
 
@@ -65,7 +65,7 @@ class Actions:
             return Corrupt(path, "it records another action")
         if not self._read_only:
             with suppress(FileNotFoundError):
-                files.used(path, path.stat().st_mtime_ns)
+                atomic.used(path, path.stat().st_mtime_ns)
         return Hit(manifest)
 
     def read(self, key: str) -> Manifest | None:
@@ -75,7 +75,7 @@ class Actions:
 
     def put(self, manifest: Manifest) -> None:
         """Record a result. Its blobs must be in place: whoever finds it relies on them."""
-        files.write(self.path(manifest.action.key), manifest.to_bytes())
+        atomic.write(self.path(manifest.action.key), manifest.to_bytes())
 
     @contextmanager
     def running(self, key: str) -> Iterator[None]:

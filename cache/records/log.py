@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cache.files import atomic as files
+from cache.files import atomic
 
 MAX_BYTES = 16 << 20
 OUTCOMES = ("computed", "reused", "fetched", "failed")  # reused: from the action cache
@@ -87,4 +87,4 @@ class Log:
 
     def _trim(self) -> None:
         data = self.path.read_bytes()
-        files.write(self.path, data[data.index(b"\n", len(data) // 2) + 1 :])
+        atomic.write(self.path, data[data.index(b"\n", len(data) // 2) + 1 :])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.digest import digest_record
-from cache.files import atomic as files
+from cache.files import atomic
 
 
 class Memos:
@@ -29,7 +29,7 @@ class Memos:
         try:
             answer = json.loads(path.read_bytes())
             if not self._read_only:
-                files.used(path, path.stat().st_mtime_ns)
+                atomic.used(path, path.stat().st_mtime_ns)
             return answer
         except (FileNotFoundError, ValueError):
             return None
@@ -39,7 +39,7 @@ class Memos:
         if self._read_only:
             return
         data = json.dumps(answer, separators=(",", ":")).encode()
-        files.write(self._path(kind, question), data)
+        atomic.write(self._path(kind, question), data)
 
     def _path(self, kind: str, question: Any) -> Path:
         key = digest_record(question)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.records.memos import Memos
-from tasks.checkpoints.checkpoint import TORCH, Checkpoint, Stored, Whole, headers
-from tasks.core.errors import CheckpointError
+from tasks.checkpoints.checkpoint import TORCH, Checkpoint, Stored, Whole
 from tasks.checkpoints.folder import numbered, read_json
+from tasks.checkpoints.headers import headers
+from tasks.core.errors import CheckpointError
 
 WEIGHTS: tuple[str, ...] = ("consolidated.*.pth",)
 PATTERN = r"consolidated\.(\d+)\.pth"

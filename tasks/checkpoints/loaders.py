@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 from cache.records.memos import Memos
+from tasks.checkpoints import llama, transformers
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import CheckpointError
-from tasks.checkpoints import llama, transformers
 
 
 class Loader(Protocol):

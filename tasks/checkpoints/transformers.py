@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.records.memos import Memos
-from tasks.checkpoints.checkpoint import TORCH, Checkpoint, Stored, Whole, headers
-from tasks.core.errors import CheckpointError
+from tasks.checkpoints.checkpoint import TORCH, Checkpoint, Stored, Whole
 from tasks.checkpoints.folder import numbered, read_json, read_text
+from tasks.checkpoints.headers import headers
+from tasks.core.errors import CheckpointError
 
 # The kinds of weight file, the first that is there wins: (all of them, a numbered row, index).
 KINDS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -9,12 +10,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
-from pathlib import PurePath
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, NoReturn
 
+from doit import get_var
 from doit.cmd_base import Command as DoitCommand
 from doit.cmdparse import CmdParseError
 from doit.exceptions import InvalidCommand
+
+from cache.files import atomic
+from tasks.core.workspace import BUILD, STATE, TRASH
 
 INTERRUPTED = 130  # as shells report SIGINT
 UNREAD = 128 + signal.SIGPIPE  # as shells report it
@@ -124,3 +129,59 @@ def _printable() -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def interruptible(kept: str) -> Iterator[None]:
+    """End the process at once, and without a traceback, when it is interrupted.
+
+    Args:
+        kept: what is not lost, for people.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    # It may be ignored, as by nohup.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {kept}", file=sys.stderr, flush=True)
+        # Threads may still be deep in a computation, or in an upload: do not wait for them.
+        os._exit(INTERRUPTED)
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    # Once is enough: what follows is short, and leaves the terminal and the database in order.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hold the lock of the state beside models.toml; wait for whoever holds it, and say who.
+
+    What a build that was killed had begun to pack, or to remove, is removed then.
+    """
+    models = Path(get_var("models", "models.toml"))
+    if not models.exists():  # loading the tasks says so, and must leave no state behind
+        yield
+        return
+    state = models.absolute().parent / STATE
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            print(f"waiting for doit, process {holder}, which works here", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        atomic.remove_behind(*(state / TRASH).glob(f"{atomic.TEMPORARY}*"))
+        for left in state.with_name(BUILD).glob(f"{atomic.TEMPORARY}*"):
+            if (state / "manifests" / left.name.removeprefix(atomic.TEMPORARY)).exists():
+                atomic.discard(left, state / TRASH)
+        yield

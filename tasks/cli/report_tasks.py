@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from cache.digest import digest_record
-from cache.files import atomic as files
+from cache.files import atomic
 from cache.records.manifests import Manifest
-from tasks.cli import invocation as options
-from tasks.cli.task_graph import NOT_LEFT, Graph, Told
-from tasks.config.reader import REPORTS
+from tasks.cli import invocation
+from tasks.cli.task_graph import Graph
+from tasks.cli.up_to_date import NOT_LEFT, Told
 from tasks.core import text as words
+from tasks.core.workspace import REPORTS
 from tasks.execution import pack
 from tasks.planning.plan import Plan
 from tasks.report import INDEX, page_name, timeline, trace_name
@@ -59,11 +60,11 @@ def _target_task(
             seen = _seen(graph, reader, plan, family)
             packed = Manifest.from_bytes(manifest.read_bytes())
             made = pages.target(reader, plan, packed, graph.lock, family)
-            files.write(folder / written[0], made.page.encode())
+            atomic.write(folder / written[0], made.page.encode())
             if made.trace is None:
                 (folder / written[1]).unlink(missing_ok=True)
             else:
-                files.write(folder / written[1], made.trace.encode())
+                atomic.write(folder / written[1], made.trace.encode())
             record["outcome"] = "computed"
         kept = written if made.trace else written[:1]
         return {
@@ -102,7 +103,7 @@ def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
 
         using = graph.builder.store.lock.using()
         with using, graph.builder.logged("report", why) as record:
-            files.write(path, pages.overview(reader, graph.plans.values()).encode())
+            atomic.write(path, pages.overview(reader, graph.plans.values()).encode())
             record["outcome"] = "computed"
         return {
             "outputs": pack.stamps(str(folder), [INDEX]),
@@ -135,7 +136,7 @@ def _is_asked(plan: Plan) -> bool:
     Then what its page shows is made before any page compares its family's targets with it; what is
     not asked for is shown as it is.
     """
-    return options.names(f"report:{plan.target.name}")
+    return invocation.names(f"report:{plan.target.name}")
 
 
 def _compared(plan: Plan) -> list[str]:

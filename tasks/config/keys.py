@@ -5,14 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# What mx.quantize takes: mode -> (group sizes, bits), the first of each being MLX's default.
-MODES = {
-    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
-RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+from tasks.core.spec import MODES, RECIPES
+
 MAX_SHARD = {"mlx-lm": 5 << 30, "mlx-examples": 15 << 30}  # bytes: the peers' own limits
 UNITS = {
     "": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9,

@@ -6,94 +6,23 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tasks.config import keys
-from tasks.config.keys import MAX_NAME_BYTES, MAX_SHARD, MODES, REMOTES, UNITS, Key
+from tasks.config.keys import MAX_NAME_BYTES, MAX_SHARD, REMOTES, UNITS, Key
 from tasks.core.errors import ConfigError
+from tasks.core.spec import MODES, Quantize, Rule, Target
+from tasks.core.workspace import BUILD, CACHE_DIR
 
-# Beside models.toml: what is built, what there is to read of it, and all the rest.
-BUILD = "build"
-REPORTS = "reports"
-STATE = ".mlx-make"
-CACHE_DIR = f"{STATE}/cache"
-TRASH = "trash"  # within STATE: what is being removed
 BARE = r"[\w-]+"
 PART = rf"{BARE}|\"[^\"]*\"|'[^']*'"
 KEY = rf"(?:{PART})(?:\s*\.\s*(?:{PART}))*"
 SIZE = rf"{keys.NUMBER}([A-Za-z]*)\s*"
 
 At = tuple[str | int, ...]  # where in the file: keys, and indices of array elements
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How the modules whose path ``match`` covers are quantized, where it differs.
-
-    Attributes:
-        match: shell pattern (``*``, ``?``, ``[…]``) over the whole module path.
-        bits: bits per weight, or None for the target's.
-        group_size: weights that share a scale, or None for the target's.
-        mode: quantization mode, or None for the target's.
-        skip: leave the module unquantized.
-    """
-
-    match: str
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str | None = None
-    skip: bool = False
-
-
-@dataclass(frozen=True)
-class Quantize:
-    """What ``quantize`` asks for; None is MLX's default for the mode.
-
-    Attributes:
-        bits: bits per weight.
-        group_size: weights that share a scale.
-        mode: quantization mode, as MLX spells it.
-        recipe: one of mlx-lm's mixed recipes, in place of ``bits``.
-        rules: exceptions, the first that matches wins.
-    """
-
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str = "affine"
-    recipe: str | None = None
-    rules: tuple[Rule, ...] = ()
-
-
-@dataclass(frozen=True)
-class Target:
-    """One model, or one variant of it, to build.
-
-    Attributes:
-        name: name of its folder under build/.
-        source: the checkpoint's folder, absolute.
-        source_name: what models.toml calls it, with the loader if it names one.
-        loader: which loader reads it, or None to tell from the folder.
-        layout: how the built model's files are laid out.
-        dtype: what floating tensors are cast to, or None for the layout's default.
-        quantize: how it is quantized, or None.
-        device: where quantize computes, or None for MLX's default device.
-        max_shard_bytes: largest size of a weight file's tensors together, in bytes.
-        where: the file and the line that ask for it, for messages.
-    """
-
-    name: str
-    source: Path
-    source_name: str
-    loader: str | None
-    layout: str
-    dtype: str | None
-    quantize: Quantize | None
-    device: str | None
-    max_shard_bytes: int
-    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""schema: ``python -m tasks.config.schema`` writes models.toml's JSON Schema and reference into docs/."""
+"""schema: ``python -m tasks.config.schema`` writes models.toml's JSON Schema and reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config import keys
-from tasks.config.keys import MAX_NAME_BYTES, MODES, REMOTES, UNITS, Key
+from tasks.config.keys import MAX_NAME_BYTES, REMOTES, UNITS, Key
+from tasks.core.spec import MODES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -6,29 +6,28 @@ so that whoever finds a record finds what it speaks of.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from cache.blobs import Part
 from cache.errors import BlobLost
-from cache.files import atomic as files
-from cache.files.atomic import Stamp
+from cache.files import atomic
+from cache.files.stamp import Stamp
 from cache.records.actions import Corrupt, Hit, Miss
 from cache.records.log import Entry, Log
 from cache.records.manifests import Action, Manifest, ManifestError, Tensor
 from cache.store import Store
 from tasks.core.errors import BuildError
+from tasks.execution.resources import Memory
 from tasks.planning import sizes
 from tasks.planning.plan import Needed, Node, Plan
-from tasks.stages import cast, extract, quantize, reasons, unshard
-from tasks.stages import measure as error
+from tasks.stages import cast, extract, measure, quantize, reasons, unshard
 from tasks.tensors import arrays, mx, rows
 from tasks.tensors.rows import Rows
 
@@ -39,27 +38,6 @@ if TYPE_CHECKING:
 Made = tuple[dict[str, Tensor], list[str]]  # tensors by name, and notes for people
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def threads(devices: Iterable[str | None]) -> int:
-    """Return how many tasks run at once: as many as there are cores, fewer where a GPU computes.
-
-    It is fed by a few threads, and more of them only wait for each other (on 16 cores with an
-    H100 8 threads take 0.8 of the time of 16). With 4 the first layer is there sooner, and with it
-    what packing can begin with.
-
-    Args:
-        devices: of the targets, as they name them; asked for only where there is a GPU.
-    """
-    by_gpu = mx.default_device().type == mx.gpu and any(device != "cpu" for device in devices)
-    return min(cores(), GPU_THREADS) if by_gpu else cores()
-
-
 class Stage(Protocol):
     """What the module of a stage that computes has; the modules say what each does."""
 
@@ -68,50 +46,10 @@ class Stage(Protocol):
 
 
 STAGES: dict[str, Stage] = {
-    "unshard": unshard, "cast": cast, "quantize": quantize, "error": error
+    "unshard": unshard, "cast": cast, "quantize": quantize, "error": measure
 }  # fmt: skip
 AGAIN = {"unshard": unshard.again, "cast": cast.again}  # makes a result that was not kept
-GPU_THREADS = 4
 ALWAYS_KEPT = ("extract", "quantize", "error")  # the checkpoint's, what is packed, and small
-
-
-class Memory:
-    """Bytes that actions hold at once, so that few large layers run together and many small ones.
-
-    Args:
-        limit: bytes; one action that needs more runs alone.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._held = 0
-        self._changed = threading.Condition()
-        self._mine = threading.local()
-
-    @contextmanager
-    def held(self, need: int) -> Iterator[None]:
-        """Hold ``need`` bytes, when they are free. An action within another does not wait."""
-        need = min(need, self.limit)
-        nested = getattr(self._mine, "depth", 0)
-        self._mine.depth = nested + 1
-        with self._changed:
-            self._changed.wait_for(lambda: nested or self._held + need <= self.limit)
-            self._held += need
-        try:
-            yield
-        finally:
-            self._mine.depth = nested
-            with self._changed:
-                self._held -= need
-                self._changed.notify_all()
-
-
-def machine_memory() -> int:
-    """Return the bytes of memory that this process may use."""
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # a container's limit; "max" if there is none
-        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return found
 
 
 def _not_kept(builder: Builder, node: Node) -> Iterator[Node]:
@@ -182,7 +120,7 @@ class Builder:
                 return
         except FileNotFoundError:
             pass
-        files.write(path, data)
+        atomic.write(path, data)
 
     @contextmanager
     def logged(self, task: str, why: str) -> Iterator[dict[str, str]]:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 from cache.blobs import Part, Place, Writer
 from cache.records.actions import Hit
 from cache.records.manifests import Manifest, Tensor
-from tasks.execution import pack
-from tasks.layouts import LAYOUTS
-from tasks.layouts import weight_file as weights
-from tasks.planning import sizes
+from tasks.layouts import LAYOUTS, weight_file
+from tasks.planning import bundle, sizes
+from tasks.planning.bundle import is_new
 from tasks.stages import extract
 
 if TYPE_CHECKING:
@@ -40,17 +39,17 @@ class Draft:
             NoRoom: the disk cannot take them.
         """
         made = {name: tensor for name, (_, tensor) in sizes.outline(plan).items()}
-        split = pack.split(plan, made)
+        split = bundle.split(plan, made)
         self._blobs = builder.store.blobs
         self._places: dict[str, Place] = {}
         self._digests: dict[str, str] = {}  # of what is written, by name
         self._elsewhere: set[str] = set()  # names of what the cache has in another file as well
-        self.shapes = pack.shapes(split)
+        self.shapes = bundle.shapes(split)
         packs = self._blobs.new_packs(len(split), sizes.total(made.values()))
         self.paths = dict(zip(split, packs, strict=True))
         form = LAYOUTS[plan.target.layout].FORMAT
         for file, shard in split.items():
-            for tensor, offset in weights.offsets(shard, form).items():
+            for tensor, offset in weight_file.offsets(shard, form).items():
                 self._places[tensor] = Place(self.paths[file], offset, made[tensor].nbytes)
 
     @contextmanager
@@ -150,18 +149,6 @@ class Drafts:
         """Have no more written into the draft of a target."""
         with self._lock:
             self._drafts[target] = None
-
-
-def is_new(plan: Plan, is_made: Callable[[Node], bool]) -> bool:
-    """Tell whether a target gets a draft: most bytes of it are of layers that a run quantizes.
-
-    Not by CUDA: its threads write as fast as memory takes it, and in one file wait for each other.
-    """
-    last = plan.stages["quantize"]
-    if any(node.params.get("device") == "cuda" for node in last):
-        return False
-    written = sum(sizes.total(sizes.new(node).values()) for node in last if is_made(node))
-    return 2 * written > sum(sizes.total(sizes.made(node).values()) for node in last)
 
 
 def _recorded(

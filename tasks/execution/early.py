@@ -18,8 +18,9 @@ from cache.errors import BlobLost, CacheError
 from cache.records.manifests import Manifest, Tensor
 from tasks.core.errors import BuildError
 from tasks.execution import pack
-from tasks.execution.builder import Builder, cores
-from tasks.planning import sizes
+from tasks.execution.builder import Builder
+from tasks.execution.resources import cores
+from tasks.planning import bundle, sizes
 from tasks.planning.plan import Plan
 
 BUSY_CORES = 2  # by packing: one thread reads and digests, one writes behind it
@@ -51,10 +52,10 @@ class Begun:
         self._tensors: dict[str, Tensor] = {}
         self._changed = threading.Condition()
         self._over = False
-        self._result: tuple[pack.Content, pack.Filled, dict[str, list[int]] | None] | None = None
+        self._result: tuple[bundle.Content, pack.Filled, dict[str, list[int]] | None] | None = None
 
         def write() -> None:
-            content = pack.Content.of(builder, plan, sizes.outline(plan))
+            content = bundle.Content.of(builder, plan, sizes.outline(plan))
             nodes = [node for stage in plan.stages.values() for node in stage]
             need = content.nbytes
             need += sum(sizes.moved(builder, plan, node).written for node in nodes)
@@ -79,7 +80,7 @@ class Begun:
             self._tensors = tensors | self._tensors
             self._changed.notify_all()
 
-    def finish(self, content: pack.Content) -> pack.Filled | None:
+    def finish(self, content: bundle.Content) -> pack.Filled | None:
         """Return what was written once it is all there, or None if it is not ``content``."""
         tensors = {name: tensor for shard in content.weights.values() for name, tensor in shard}
         if self._tensors.items() <= tensors.items():
@@ -87,7 +88,7 @@ class Begun:
             self._thread.join()
             if self._result:
                 written, filled, stamps = self._result
-                alike = pack.shapes(written.weights) == pack.shapes(content.weights)
+                alike = bundle.shapes(written.weights) == bundle.shapes(content.weights)
                 if (
                     alike
                     and written.small == content.small

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from cache.records.actions import Hit
 from cache.records.manifests import Manifest
 from cache.remote.sharing import Sharing
-from tasks.execution.builder import Builder, cores
-from tasks.planning import sizes
-from tasks.planning import source_record as sources
+from tasks.execution.builder import Builder
+from tasks.execution.resources import cores
+from tasks.planning import sizes, source_record
 from tasks.planning.plan import Node, Plan
 
 
@@ -43,9 +43,9 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
         by_source.setdefault(plan.target.source_name, []).append(plan)
     for same in by_source.values():
         if record := same[0].checkpoint.record:
-            sources.share(builder.store, record)
+            source_record.share(builder.store, record)
         else:
-            sources.take(builder, same)  # shares it
+            source_record.take(builder, same)  # shares it
 
     def push_one(of: tuple[Node, Manifest]) -> bool:
         node, manifest = of

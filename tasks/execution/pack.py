@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cache.digest import canonical, digest, digest_file, digest_list, digest_record
+from cache.digest import canonical, digest, digest_file
 from cache.errors import BlobLost
-from cache.files import atomic as files
-from cache.files.atomic import Stamp
+from cache.files import atomic, link
+from cache.files.stamp import Stamp
 from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor
-from tasks.config.reader import TRASH
 from tasks.core.errors import BuildError
-from tasks.execution.builder import Builder, cores
+from tasks.core.workspace import TRASH
+from tasks.execution.builder import Builder
+from tasks.execution.resources import cores
 from tasks.layouts import LAYOUTS
 from tasks.layouts.weight_file import Find, write
+from tasks.planning.bundle import Content, shapes, whole_files
 from tasks.planning.plan import Needed, Plan
 
 if TYPE_CHECKING:
     from cache.blobs import Blobs
     from tasks.execution.draft import Draft
     from tasks.execution.early import Begun
-
-VERSION = 1
-Weights = dict[str, list[tuple[str, Tensor]]]  # weight files' tensors, in order
 
 
 class Filled(NamedTuple):
@@ -47,85 +44,6 @@ class Filled(NamedTuple):
     files: dict[str, Tensor]
     blake3: str | None
     written: int
-
-
-def shards(
-    tensors: Sequence[tuple[str, Tensor]], max_shard_bytes: int
-) -> list[list[tuple[str, Tensor]]]:
-    """Split tensors into weight files, greedily and in order, as the peers do.
-
-    A tensor over the limit gets a file of its own; no file is empty.
-
-    Args:
-        tensors: all of the model's, by name, in order.
-        max_shard_bytes: most that a file's tensors have together.
-    """
-    found: list[list[tuple[str, Tensor]]] = []
-    size = 0
-    for name, tensor in tensors:
-        if not found or size + tensor.nbytes > max_shard_bytes:
-            found.append([])
-            size = 0
-        found[-1].append((name, tensor))
-        size += tensor.nbytes
-    return found
-
-
-def split(plan: Plan, tensors: Mapping[str, Tensor]) -> Weights:
-    """Return a target's weight files by name, each with its tensors in order."""
-    found = shards([(name, tensors[name]) for name in plan.names], plan.target.max_shard_bytes)
-    return dict(zip(LAYOUTS[plan.target.layout].shard_names(len(found)), found, strict=True))
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a target's folder will hold.
-
-    Attributes:
-        action: the action of packing it.
-        weights: the tensors of each weight file.
-        small: the other files.
-    """
-
-    action: Action
-    weights: Weights
-    small: dict[str, bytes]
-
-    @classmethod
-    def of(cls, builder: Builder, plan: Plan, needed: Needed) -> Content:
-        """Work it out.
-
-        Raises:
-            BuildError: the layers are not those of the plan.
-        """
-        if missing := set(plan.names) ^ needed.keys():
-            raise BuildError(
-                f"{plan.target.name}: the plan and the built layers disagree on "
-                f"{', '.join(sorted(missing)[:3])}. Run doit forget -a, then doit."
-            )
-        layout = LAYOUTS[plan.target.layout]
-        tensors = {name: needed[name][1] for name in plan.names}
-        weights = split(plan, tensors)
-        sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in weights.values()]
-        small = layout.files(plan.checkpoint, builder.store.memos, sizes, plan.weights)
-        small["config.json"] = json.dumps(plan.config, indent=4).encode()
-        params = {
-            "format": layout.FORMAT,
-            "weights": {file: [name for name, _ in shard] for file, shard in weights.items()},
-            "files": {name: digest(data) for name, data in small.items()},
-        }
-        inputs = {name: tensor.record for name, tensor in tensors.items()}
-        return cls(Action("pack", VERSION, params, inputs), weights, small)
-
-    @property
-    def weights_nbytes(self) -> int:
-        """Size of the tensors."""
-        return sum(tensor.nbytes for shard in self.weights.values() for _, tensor in shard)
-
-    @property
-    def nbytes(self) -> int:
-        """Size, but for the weight files' headers."""
-        return self.weights_nbytes + sum(map(len, self.small.values()))
 
 
 def run(
@@ -188,18 +106,6 @@ def run(
         return result
 
 
-def told(plan: Plan) -> dict[str, Any]:
-    """Return what a target's packing is told, short enough to be kept and shown."""
-    return {
-        "mlx-make's pack": VERSION,
-        "layout": plan.target.layout,
-        "max_shard_size": plan.target.max_shard_bytes,
-        "config.json": digest(json.dumps(plan.config).encode()),
-        "names of tensors": digest_record(plan.names),
-        "notes": digest_record(plan.notes),
-    }
-
-
 def stamps(folder: str, names: Sequence[str]) -> dict[str, list[int]] | None:
     """Return the stamp of each file of a built model, or None if one is missing."""
     try:
@@ -253,7 +159,7 @@ def _holds(folder: Path, tensors: dict[str, Tensor]) -> bool:
 
 def beside(folder: Path) -> Path:
     """Return where the new folder is written that will take the place of build/TARGET."""
-    return folder.with_name(f"{files.TEMPORARY}{folder.name}")
+    return folder.with_name(f"{atomic.TEMPORARY}{folder.name}")
 
 
 def make_room(new: Path, need: int) -> None:
@@ -264,7 +170,7 @@ def make_room(new: Path, need: int) -> None:
     """
     new.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(new, ignore_errors=True)  # of a build that was cut off
-    files.room(new.parent, need)
+    atomic.room(new.parent, need)
     new.mkdir()
 
 
@@ -314,11 +220,11 @@ def _write(
         accept(result, filled.blake3)
         _exchange(new, folder)
     except OSError as error:
-        if files.is_full(error):
-            raise files.no_room(folder.parent, need) from error
+        if atomic.is_full(error):
+            raise atomic.no_room(folder.parent, need) from error
         raise
     finally:
-        files.discard(new, builder.state / TRASH)  # the old folder, once they are exchanged
+        atomic.discard(new, builder.state / TRASH)  # the old folder, once they are exchanged
     return result
 
 
@@ -385,18 +291,6 @@ def fill(
     return _filled(new, content, made, written, known if strong else None)
 
 
-def whole_files(
-    blobs: Blobs, content: Content, known: Mapping[str, Tensor]
-) -> dict[str, Path] | None:
-    """Return the weight files that ``known`` tells of, or None if the cache has not all of them."""
-    found = {
-        file: path
-        for file in content.weights
-        if (tensor := known.get(file)) and (path := blobs.whole_pack(tensor.digest, tensor.nbytes))
-    }
-    return found if len(found) == len(content.weights) else None
-
-
 def _link_whole(
     blobs: Blobs,
     new: Path,
@@ -426,7 +320,7 @@ def _link_whole(
 
 def _link(new: Path, paths: Mapping[str, Path]) -> int:
     """Let a folder have files of the cache; return how many bytes had to be copied."""
-    return sum(path.stat().st_size for file, path in paths.items() if files.link(path, new / file))
+    return sum(path.stat().st_size for file, path in paths.items() if link.link(path, new / file))
 
 
 def _filled(
@@ -450,15 +344,6 @@ def _draft(builder: Builder, plan: Plan, content: Content) -> Draft | None:
     return draft if draft and draft.shapes == shapes(content.weights) else None
 
 
-def shapes(weights: Weights) -> str:
-    """Return the digest of names, dtypes and shapes of weight files' tensors, in order."""
-    return digest_list(
-        [file, name, tensor.dtype, tensor.shape]
-        for file, shard in weights.items()
-        for name, tensor in shard
-    )
-
-
 def _table(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> str:
     """Return the BLAKE3 of a table of files' names and BLAKE3s, of which some are known."""
     from blake3 import blake3
@@ -476,7 +361,7 @@ def _exchange(new: Path, old: Path) -> None:
         new.rename(old)
         return
     if not _exchange_in_one(os.fsencode(new), os.fsencode(old)):
-        aside = old.with_name(f"{files.TEMPORARY}{old.name}~")  # no target's name has a '~'
+        aside = old.with_name(f"{atomic.TEMPORARY}{old.name}~")  # no target's name has a '~'
         shutil.rmtree(aside, ignore_errors=True)
         old.rename(aside)
         new.rename(old)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.config.reader import Target
+from tasks.core.spec import Target
 from tasks.layouts import mlx_examples, mlx_lm
 from tasks.layouts.model import Model
 

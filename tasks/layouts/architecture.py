@@ -146,9 +146,9 @@ def _ask(question: dict[str, Any], folder: Path) -> dict[str, Any]:
         asked = {**question, "light": light}
         # Starting a process costs more than the answer, most of all where MLX brings up a GPU.
         if light and "compute" not in question:
-            from tasks.layouts import mlx_lm_probe as ask_mlx_lm  # once for a checkpoint
+            from tasks.layouts import mlx_lm_probe  # once for a checkpoint
 
-            answer = json.loads(json.dumps(ask_mlx_lm.answer(asked)))
+            answer = json.loads(json.dumps(mlx_lm_probe.answer(asked)))
         else:
             answer = _ask_process(asked, folder)
         if "error" not in answer:

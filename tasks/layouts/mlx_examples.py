@@ -8,10 +8,9 @@ from typing import Any
 
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.config.keys import RECIPES
-from tasks.config.reader import Target
 from tasks.core.errors import CheckpointError, ConfigError
-from tasks.layouts import llama_tokenizer as tokenizer
+from tasks.core.spec import RECIPES, Target
+from tasks.layouts import llama_tokenizer
 from tasks.layouts.llama_names import to_meta
 from tasks.layouts.model import Model, Module, Parameter
 
@@ -122,7 +121,7 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
 
 def _tokenizer_notes(folder: Path) -> tuple[str, ...]:
     path = folder / "tokenizer.model"
-    if not path.exists() or not tokenizer.is_tiktoken(path):
+    if not path.exists() or not llama_tokenizer.is_tiktoken(path):
         return ()
     return (
         "tokenizer.model is tiktoken's, as Llama 3's are; mlx-examples' llama.py reads only "

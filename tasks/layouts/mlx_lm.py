@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from cache.digest import digest
-from cache.files.atomic import Stamp
+from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.config.reader import Target
 from tasks.core.errors import CheckpointError
-from tasks.layouts import architecture
-from tasks.layouts import llama_tokenizer as tokenizer
+from tasks.core.spec import Target
+from tasks.layouts import architecture, llama_tokenizer
 from tasks.layouts.llama_names import to_huggingface
 from tasks.layouts.model import Model
 
@@ -135,11 +134,11 @@ def files(
 
 def _token_ids(checkpoint: Checkpoint, memos: Memos) -> dict[str, Any]:
     path = tokenizer_model(checkpoint.folder)
-    release = tokenizer.release_of(checkpoint.config)
-    question = [tokenizer.VERSION, str(path), *Stamp.of(path), release]
+    release = llama_tokenizer.release_of(checkpoint.config)
+    question = [llama_tokenizer.VERSION, str(path), *Stamp.of(path), release]
     answer = memos.get("token_ids", question)
     if answer is None:
-        answer = tokenizer.token_ids(path, release=release)
+        answer = llama_tokenizer.token_ids(path, release=release)
         memos.put("token_ids", question, answer)
     return dict(answer)
 
@@ -147,13 +146,13 @@ def _token_ids(checkpoint: Checkpoint, memos: Memos) -> dict[str, Any]:
 def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
     """Return Hugging Face's tokenizer files, made once: that takes seconds of imports."""
     path = checkpoint.folder / "tokenizer.model"
-    release = tokenizer.release_of(checkpoint.config)
+    release = llama_tokenizer.release_of(checkpoint.config)
     versions = [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
-    question = [tokenizer.VERSION, digest(path.read_bytes()), release, versions]
+    question = [llama_tokenizer.VERSION, digest(path.read_bytes()), release, versions]
     with _MAKING:
         answer = memos.get("tokenizers", question)
         if answer is None:
-            made = tokenizer.files(path, release=release)
+            made = llama_tokenizer.files(path, release=release)
             answer = {name: data.decode("latin-1") for name, data in made.items()}
             memos.put("tokenizers", question, answer)
     return {name: text.encode("latin-1") for name, text in answer.items()}

@@ -5,8 +5,8 @@ leaves out modules that a conversion does not need and that take seconds to impo
 and torch). Question and answer are JSON; see ``tasks.layouts.architecture`` for what they hold.
 
 Asked to ``compute``, it is given some tensors' data and writes the parameters made of them. That,
-and whatever needs the heavy modules, is for a process of its own (``python -m tasks.layouts.mlx_lm_probe``,
-question on standard input, answer on standard output).
+and whatever needs the heavy modules, is for a process of its own
+(``python -m tasks.layouts.mlx_lm_probe``, question on standard input, answer on standard output).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from tasks.config.keys import RECIPES
+from tasks.core.spec import RECIPES
 from tasks.layouts.model import layer_names
 
 LABELS = 500  # arrays at once: MLX's functions take 1024 names, and two sorts are compared
@@ -202,7 +202,7 @@ def _zeros(dtype: Any, shape: tuple[int, ...]) -> Any:
 
 def _read(parts: list[list[Any]], dtype: str, shape: Sequence[int]) -> Any:
     from cache.blobs import Blobs, Part
-    from cache.files.atomic import Stamp
+    from cache.files.stamp import Stamp
     from tasks.tensors import arrays
 
     found = [Part(p, at, n, Stamp(*stamp) if stamp else None) for p, at, n, *stamp in parts]

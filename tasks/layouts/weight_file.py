@@ -22,7 +22,7 @@ import xxhash
 from cache.blobs import Blobs, Part
 from cache.digest import CHUNK_BYTES
 from cache.errors import BlobLost
-from cache.files import atomic as files
+from cache.files import atomic
 from cache.records.manifests import Tensor
 
 AHEAD = 4  # pieces on their way
@@ -85,7 +85,7 @@ def write(
         ThreadPoolExecutor(1) as writer,
     ):
         if not os.fstat(file.fileno()).st_size:
-            files.reserve(file, sum(tensor.nbytes for _, tensor in shard))
+            atomic.reserve(file, sum(tensor.nbytes for _, tensor in shard))
         at = 0
 
         def put(data: memoryview, *, lies_there: bool = False) -> None:
@@ -94,7 +94,7 @@ def write(
             if also:
                 also.update(data)
             if not lies_there:
-                jobs.append(writer.submit(files.write_all, file, data, at))
+                jobs.append(writer.submit(atomic.write_all, file, data, at))
             at += data.nbytes
             if len(jobs) == AHEAD:  # the buffer that comes next may be this one's
                 jobs.popleft().result()

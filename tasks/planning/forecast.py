@@ -7,21 +7,18 @@ made of a result that nobody knows yet is not certain: it may come out as it was
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from cache.digest import digest_record
-from cache.files import atomic as files
+from cache.files import link
 from cache.records.actions import Hit
-from cache.records.log import Entry
 from cache.records.manifests import Action, Manifest, Tensor
-from tasks.config.reader import BUILD
 from tasks.core.errors import BuildError
-from tasks.execution import draft, pack
+from tasks.core.workspace import BUILD
 from tasks.execution.builder import Builder
-from tasks.planning import sizes
+from tasks.planning import bundle, sizes
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Needed, Node, Plan
 from tasks.planning.sizes import Moved
@@ -269,19 +266,19 @@ class Forecast:
         in_place = self._written_in_place(plan)
         if not all(self._results[node].manifest for node in last):
             size = sum(sizes.total(sizes.made(node).values()) for node in last)
-            parts = [pack.told(plan), [self._results[node].symbol for node in last]]
+            parts = [bundle.told(plan), [self._results[node].symbol for node in last]]
             shared = self._runs(digest_record(parts))
             certain = not shared and self._surely(saved, last)
             fetched = self._want(plan, needed, needed, certain=certain)
             moved = Moved(size, size - in_place, fetched)
             return replace(step, state=REUSE if shared else RUN, certain=certain, moved=moved)
-        content = pack.Content.of(self._builder, plan, needed)
+        content = bundle.Content.of(self._builder, plan, needed)
         found, state = self._recorded(content.action)
         if found and self._holds(plan, found):
             return replace(step, state=state)
         shared = not found and self._runs(content.action.key)
         size = content.weights_nbytes
-        if found and pack.whole_files(self._store.blobs, content, found.tensors):
+        if found and bundle.whole_files(self._store.blobs, content, found.tensors):
             moved = Moved(size, content.nbytes - size * self._links)
         else:
             fetched = self._want(plan, needed, needed)
@@ -291,14 +288,14 @@ class Forecast:
     @cached_property
     def _links(self) -> bool:
         """Whether files of the cache are linked to build/, not copied."""
-        return files.on_one_disk(self._store.blobs.root, self._builder.state)
+        return link.on_one_disk(self._store.blobs.root, self._builder.state)
 
     def _written_in_place(self, plan: Plan) -> int:
         """Return how many bytes of a target's weight files are there before it is packed."""
         if self._quick or not self._links:
             return 0
         made = {n for n in plan.stages["quantize"] if self.steps[n.name].state == RUN}
-        if not draft.is_new(plan, made.__contains__):
+        if not bundle.is_new(plan, made.__contains__):
             return 0
         return sum(sizes.total(sizes.new(node).values()) for node in made)
 
@@ -516,38 +513,6 @@ class Forecast:
         self.steps[node.name] = Step(
             node.name, node.target, node.stage, node.order.layer, state, tuple(why), certain, moved
         )
-
-
-def estimate(steps: Iterable[Step], log: Iterable[Entry], count: int) -> float | None:
-    """Return how many seconds steps will take, by earlier ones; None if too little is known.
-
-    Layers run in ``count`` threads at once, packing comes after, or meanwhile, and then takes no
-    time.
-    """
-    seconds: defaultdict[tuple[str, bool], float] = defaultdict(
-        float
-    )  # by stage, and whether any bytes are moved
-    amounts: Counter[tuple[str, bool]] = Counter()  # bytes, or else tasks
-    for entry in log:
-        moved = entry.bytes_read + entry.bytes_written
-        if entry.outcome != "failed":
-            kind = (entry.task.partition(":")[0], moved > 0)
-            seconds[kind] += entry.seconds
-            amounts[kind] += moved or 1
-    layers = last = 0.0
-    for step in steps:
-        moved = step.moved.read + step.moved.written
-        kind = (step.stage, moved > 0)
-        if step.state in SETTLED or (not moved and not amounts[kind]):
-            continue
-        if not amounts[kind]:
-            return None
-        took = seconds[kind] / amounts[kind] * (moved or 1)
-        if step.stage == "pack":
-            last += took
-        else:
-            layers += took
-    return layers / count + last
 
 
 def _passed_on(node: Node, needed: Needed) -> dict[str, Tensor]:

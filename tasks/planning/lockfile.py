@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache.digest import digest_record
-from cache.files import atomic as files
+from cache.files import atomic
 from cache.records.manifests import Action, Manifest, Tensor
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.config.reader import Target
 from tasks.core.errors import BuildError, CheckpointError, ConfigError
-from tasks.planning import source_record as sources
+from tasks.core.spec import Target
+from tasks.planning import source_record
 from tasks.planning.source_record import Source
 
 if TYPE_CHECKING:
@@ -124,18 +124,18 @@ class Lock:
             CheckpointError: the record is nowhere, or what is here is another checkpoint's.
         """
         source = self.sources.get(target.source_name)
-        if source is None or sources.has_weights(target.source):
+        if source is None or source_record.has_weights(target.source):
             return None
-        if odd := sources.strangers(target.source, source):
+        if odd := source_record.strangers(target.source, source):
             raise CheckpointError(
                 f"source {target.source} has no weights, and {', '.join(odd[:SHOWN])} there "
                 f"{'is' if len(odd) == 1 else 'are'} not what {self.path.name} has. Get the whole "
                 "checkpoint, or take the file away."
             )
-        found = sources.recall(store, source)
+        found = source_record.recall(store, source)
         if found is None:
             fact = "has no weights" if target.source.exists() else "does not exist"
-            if any(sources.weights(target.source)):
+            if any(source_record.weights(target.source)):
                 fact = "has Git LFS pointers for weights (git lfs pull gets them)"
             raise CheckpointError(
                 f"source {target.source} {fact}, and what {self.path.name} says of it (record "
@@ -158,7 +158,7 @@ class Lock:
             f"{file} of source {target.source_name} is another"
             for target in {p.target.source_name: p.target for p in now.values()}.values()
             if target.source_name in self.sources
-            for file in sources.strangers(target.source, self.sources[target.source_name])
+            for file in source_record.strangers(target.source, self.sources[target.source_name])
         ]
         odd += [f"source {name} is not in it" for name in sorted(names - self.sources.keys())]
         odd += [f"it has a source {name}" for name in sorted(self.sources.keys() - names)]
@@ -195,7 +195,7 @@ class Lock:
             if name in source.files and source.files[name][0] != size
         ]
         if source.record not in self._digests:
-            self._digests[source.record] = sources.digests(store, source)
+            self._digests[source.record] = source_record.digests(store, source)
         known = self._digests[source.record]
         odd += [
             f"tensor {key} has other contents"
@@ -231,7 +231,7 @@ class Lock:
         """
         locked = self.sources.get(plan.target.source_name)
         if locked and plan.checkpoint.record != locked.record:
-            now = sources.known_files(plan.checkpoint, digests)
+            now = source_record.known_files(plan.checkpoint, digests)
             unknown = plan.checkpoint.stamps.keys() - now.keys()
             as_locked = {name: locked.files[name] for name in unknown & locked.files.keys()}
             self._compare(plan, now | as_locked, locked.files)
@@ -254,7 +254,7 @@ class Lock:
         with self._writing:
             if name not in self._taken:
                 same = [p for p in plans if p.target.source_name == name]
-                self._taken[name] = sources.take(builder, same)
+                self._taken[name] = source_record.take(builder, same)
             return self._taken[name]
 
     def accept(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> None:
@@ -365,7 +365,7 @@ class Lock:
         }
         data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
         if not self.path.exists() or self.path.read_bytes() != data:
-            files.write(self.path, data)
+            atomic.write(self.path, data)
 
     def _another(self, plan: Plan, fact: str) -> BuildError:
         return BuildError(

@@ -14,13 +14,13 @@ from cache.records.manifests import Manifest, Tensor
 from cache.records.memos import Memos
 from tasks.checkpoints import loaders
 from tasks.checkpoints.checkpoint import Checkpoint, Stored
-from tasks.config.reader import Target
 from tasks.core.errors import BuildError
+from tasks.core.spec import Target
 from tasks.layouts import LAYOUTS, architecture
 from tasks.layouts.model import Model, Module, Parameter, layer_names
-from tasks.stages import cast, extract, quantize, unshard
-from tasks.stages import measure as error
-from tasks.stages.quantize import Setting
+from tasks.stages import cast, extract, measure, quantize, quantize_scheme, unshard
+from tasks.stages.quantize_scheme import Setting
+from tasks.tensors import device
 
 LARGE = 1.25  # times the third largest layer
 
@@ -233,7 +233,7 @@ class Planner:
         outline = self._outline(target)
         checkpoint, model = outline.checkpoint, outline.model
         layout.check(target, model)
-        scheme = quantize.plan(model, target.quantize)
+        scheme = quantize_scheme.plan(model, target.quantize)
         config = layout.config(target, model, scheme.config)
         dtype = target.dtype or layout.default_dtype(checkpoint, model)
         stages = _nodes(target, outline, dtype, scheme)
@@ -244,7 +244,7 @@ class Planner:
 
     def _outline(self, target: Target) -> Outline:
         source = (target.source, target.loader)
-        backend = quantize.backend(target.device)
+        backend = device.backend(target.device)
         key = (*source, target.layout, backend)
         if key not in self._outlines:
             if source not in self._checkpoints:
@@ -311,13 +311,13 @@ def _by_layer(names: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _nodes(
-    target: Target, outline: Outline, dtype: str | None, scheme: quantize.Scheme
+    target: Target, outline: Outline, dtype: str | None, scheme: quantize_scheme.Scheme
 ) -> dict[str, list[Node]]:
     casts = cast.plan(outline.model, dtype)
-    settings = {quantize.weight_name(path): s for path, s in scheme.settings.items()}
+    settings = {quantize_scheme.weight_name(path): s for path, s in scheme.settings.items()}
     computer = {
         "mlx": architecture.versions()["mlx"],
-        "device": quantize.backend(target.device),
+        "device": device.backend(target.device),
         "machine": platform.machine(),  # compilers need not round alike on x86-64 and arm64
     }
     extracts = {layer: Node(order, target.name) for layer, order in outline.extract.items()}
@@ -357,27 +357,29 @@ def _errors(outline: Outline, quantized: list[Node]) -> list[Node]:
 def _error(quantized: Order) -> Order:
     computer = dict(quantized.params)
     compared = computer.pop("settings")
-    reads = {part for name, s in compared.items() for part in quantize.parts(name, Setting(*s))}
+    reads = {
+        part for name, s in compared.items() for part in quantize_scheme.parts(name, Setting(*s))
+    }
     told = {"compared": compared, **computer}
-    return Order("error", quantized.layer, error.VERSION, told, frozenset(reads))
+    return Order("error", quantized.layer, measure.VERSION, told, frozenset(reads))
 
 
-def _ordered(model: Model, scheme: quantize.Scheme) -> list[tuple[str, ...]]:
+def _ordered(model: Model, scheme: quantize_scheme.Scheme) -> list[tuple[str, ...]]:
     """Return the built model's tensor names, in runs, in the order of its parameters."""
     by_first: dict[str, tuple[str, ...]] = {}
     covered: set[str] = set()
     for module in model.modules:
         setting = scheme.settings.get(module.path)
-        held = quantize.names(module, None)
+        held = quantize_scheme.names(module, None)
         if held:
-            by_first[held[0]] = quantize.names(module, setting)
+            by_first[held[0]] = quantize_scheme.names(module, setting)
             covered.update(held)
     return [
         by_first.get(name, () if name in covered else (name,)) for name in model.parameters
     ]  # fmt: skip
 
 
-def _weights(model: Model, module: Module, scheme: quantize.Scheme) -> int:
+def _weights(model: Model, module: Module, scheme: quantize_scheme.Scheme) -> int:
     if module.path not in scheme.settings:
         return module.weights
     prefix = f"{module.path}." if module.path else ""

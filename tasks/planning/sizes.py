@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.records.manifests import Tensor
 from tasks.checkpoints.checkpoint import TORCH
-from tasks.stages import measure as error
-from tasks.stages import unshard
+from tasks.stages import measure, unshard
 
 if TYPE_CHECKING:
     from tasks.execution.builder import Builder
@@ -48,7 +47,7 @@ def made(node: Node) -> dict[str, Tensor]:
         return {name: Tensor(t[0], tuple(t[1]), "") for name, t in told["tensors"].items()}
     if node.stage == "error":
         vector = Tensor("float32", (len(told["compared"]),), "")
-        return {error.NORM: vector, error.ERROR_NORM: vector}
+        return {measure.NORM: vector, measure.ERROR_NORM: vector}
     (need,) = node.needs
     tensors = made(need)
     if node.stage == "cast":
@@ -91,7 +90,7 @@ def changed(node: Node) -> set[str]:
     if node.stage == "extract":
         return set()
     if node.stage == "error":
-        return {error.NORM, error.ERROR_NORM}
+        return {measure.NORM, measure.ERROR_NORM}
     if node.stage == "unshard":
         return {name for name, (*_, steps) in told["tensors"].items() if _joined(steps)}
     return set(told["dtypes"] if node.stage == "cast" else told["settings"])

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache.digest import digest, digest_file, digest_list
 from cache.errors import Mismatch, NotFetched
-from cache.files import atomic as files
+from cache.files import atomic
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint, Stored, Whole, is_pointer
 from tasks.checkpoints.loaders import WEIGHTS
@@ -239,8 +239,8 @@ def _from_record(data: bytes, name: str, folder: Path) -> Checkpoint:
 def _keep(store: Store, name: str, record: bytes, small: Mapping[str, bytes]) -> None:
     folder = _folder(store, name)
     for file, data in small.items():
-        files.write(folder / "files" / file, data)
-    files.write(folder / "record.json", record)  # last: where it is, all is
+        atomic.write(folder / "files" / file, data)
+    atomic.write(folder / "record.json", record)  # last: where it is, all is
 
 
 def _kept(store: Store, name: str) -> bytes | None:

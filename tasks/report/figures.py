@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache.errors import CacheError
-from cache.files.atomic import Stamp
+from cache.files.stamp import Stamp
 from cache.records.manifests import Manifest, Tensor
 from tasks.core.errors import BuildError
-from tasks.stages import measure as error
-from tasks.stages import quantize
-from tasks.stages.quantize import Setting
+from tasks.stages import measure, quantize_scheme
+from tasks.stages.quantize_scheme import Setting
 
 if TYPE_CHECKING:
     from tasks.execution.builder import Builder
@@ -239,7 +238,7 @@ def pieces(plan: Plan, packed: Manifest, errors: dict[str, Error]) -> list[Piece
     for node in plan.stages["unshard"]:
         for name, (_, shape, *_) in node.params["tensors"].items():
             known = errors.get(name)
-            names = quantize.parts(name, known.setting) if known else [name]
+            names = quantize_scheme.parts(name, known.setting) if known else [name]
             nbytes = sum(tensors[part].nbytes for part in names)
             dtype = tensors[name].dtype
             found.append(Piece(name, node.order.layer, prod(shape), nbytes, dtype, known))
@@ -253,11 +252,11 @@ def _errors(builder: Builder, plan: Plan, packed: Manifest) -> dict[str, Error] 
         if manifest is None or manifest.action.params != node.params:
             return None
         for name, record in manifest.action.inputs.items():
-            part = name.removeprefix(error.QUANTIZE)
+            part = name.removeprefix(measure.QUANTIZE)
             if part != name and packed.action.inputs.get(part) != record:
                 return None  # packed since, or not yet
         try:
-            norms = error.figures(manifest, _bytes(builder, plan, node, manifest))
+            norms = measure.figures(manifest, _bytes(builder, plan, node, manifest))
         except (BuildError, CacheError, OSError):
             return None
         for name, setting in node.params["compared"].items():

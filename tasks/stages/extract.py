@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from cache.blobs import Part
 from cache.digest import digest_parts
 from cache.errors import FileChanged
-from cache.files import atomic as files
+from cache.files.stamp import Stamp
 from cache.records.manifests import Tensor
-from tasks.checkpoints.checkpoint import TORCH, Checkpoint, load_with_torch
+from tasks.checkpoints.checkpoint import TORCH, Checkpoint
+from tasks.checkpoints.torch_file import load_with_torch
 from tasks.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def memory(checkpoint: Checkpoint, told: Iterable[str]) -> int:
     return max((checkpoint.stamps[s.file].size for s in stored if s.offset == TORCH), default=0)
 
 
-def _with_torch(builder: Builder, plan: Plan, path: Path, stamp: files.Stamp) -> dict[str, str]:
+def _with_torch(builder: Builder, plan: Plan, path: Path, stamp: Stamp) -> dict[str, str]:
     """Return the digests of a file's tensors that only torch can read, kept as blobs.
 
     All of them at once, since torch reads such a file as a whole.
@@ -119,7 +120,7 @@ def _with_torch(builder: Builder, plan: Plan, path: Path, stamp: files.Stamp) ->
     with builder.torch_lock:
         if (path, stamp) not in builder.torch_digests:
             loaded = load_with_torch(path)
-            if files.Stamp.of(path) != stamp:
+            if Stamp.of(path) != stamp:
                 raise FileChanged(str(path))
             digests = {}
             for stored in plan.checkpoint.stored.values():

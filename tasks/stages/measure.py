@@ -8,8 +8,9 @@ from math import sqrt
 from typing import TYPE_CHECKING
 
 from cache.records.manifests import Manifest, Tensor
-from tasks.stages.quantize import BLOCK_BYTES, Setting, device_of, parts
+from tasks.stages.quantize_scheme import Setting, parts
 from tasks.tensors import arrays, mx, rows
+from tasks.tensors.device import BLOCK_BYTES, device_of
 from tasks.tensors.kernels import even_rows
 from tasks.tensors.rows import Rows
 

@@ -19,8 +19,7 @@ from cache.records.manifests import Tensor
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import CheckpointError
 from tasks.layouts import architecture
-from tasks.stages import quantize
-from tasks.tensors import rows
+from tasks.tensors import device, rows
 from tasks.tensors.rows import Rows
 
 if TYPE_CHECKING:
@@ -141,8 +140,8 @@ def _sanitize(builder: Builder, plan: Plan, node: Node, needed: Needed) -> dict[
         need = sum(tensor.nbytes for tensor in tensors.values())
         with builder.store.blobs.scratch(need) as folder:
             outputs = {name: folder / str(number) for number, name in enumerate(batch)}
-            device = quantize.device_of(node.params["sanitize"]["device"])
-            architecture.compute(plan.checkpoint, device, inputs, outputs)
+            computes = device.device_of(node.params["sanitize"]["device"])
+            architecture.compute(plan.checkpoint, computes, inputs, outputs)
             for name, tensor in tensors.items():
                 found = builder.store.blobs.adopt(outputs[name])
                 made[name] = replace(tensor, digest=found)

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from cache.files import atomic as files
+from cache.files import atomic
 from tasks.tensors import mx
 
 # cuda.h: what cuMemAdvise is told.
@@ -59,7 +59,7 @@ def leave() -> None:
     with suppress(OSError):  # no /proc, no cat: then this end takes as long as it does
         if devices := list(_open_devices()):
             reading, _ = os.pipe()  # the other side stays open as long as this process is there
-            _holders.append(files.start_behind("cat", stdin=reading, pass_fds=devices))
+            _holders.append(atomic.start_behind("cat", stdin=reading, pass_fds=devices))
             os.close(reading)
 
 

@@ -14,24 +14,23 @@ from doit.cmdparse import CmdOption, CmdParse, CmdParseError
 from doit.exceptions import InvalidDodoFile
 
 from cache.errors import CacheError
-from cache.files import atomic as files
+from cache.files import atomic
 from cache.lock import Lock
 from cache.maintenance import gc as collect
 from cache.maintenance import survey as surveys
 from cache.maintenance import verify
 from cache.maintenance.survey import File
 from cache.remote.sharing import Sharing
-from tasks.cli import run as plugins
-from tasks.cli import task_graph as graph
+from tasks.cli import command, session, task_graph
 from tasks.cli.command import Command
 from tasks.cli.commands import cache_stats
 from tasks.cli.commands import manifests as records
-from tasks.config import reader as config
+from tasks.config import reader
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.text import plural, size
 from tasks.execution import exchange
-from tasks.execution.builder import cores
+from tasks.execution.resources import cores
 
 FAILED = 1  # exit status, as doit's own when a task fails
 
@@ -70,8 +69,8 @@ class Cache(Command):
         if more:
             raise CmdParseError(f"doit cache {name} takes no {more[0]!r}")
         try:
-            with plugins.interruptible("what is done is kept; run it again to go on"):
-                return chosen.run(config.load(Path(get_var("models", "models.toml"))), options)
+            with command.interruptible("what is done is kept; run it again to go on"):
+                return chosen.run(reader.load(Path(get_var("models", "models.toml"))), options)
         except (BuildError, CacheError) as error:
             raise InvalidDodoFile(str(error)) from error
         except OSError as error:
@@ -110,7 +109,7 @@ def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
     suspects = verify.look(survey, cores())
     wrong = []
     if suspects:
-        with plugins.alone(), Lock(read.cache).alone(_waiting):
+        with command.alone(), Lock(read.cache).alone(_waiting):
             # Looked at again: it may be another file by now.
             looked = [(file, verify.check(survey.blobs, file)) for file, _ in suspects]
             wrong = [verify.Wrong(file, cause) for file, cause in looked if cause]
@@ -140,10 +139,10 @@ def _forget(
     }
     for key, file in survey.of("action").items():
         if key in keys:
-            files.remove(file.path)
+            atomic.remove(file.path)
     forgotten = [record for record in mine if record.manifest.action.key in keys]
     for record in forgotten:
-        files.remove(record.path)
+        atomic.remove(record.path)
     return [record.task for record in forgotten]
 
 
@@ -170,7 +169,7 @@ def gc(read: Config, options: Mapping[str, Any]) -> int:
     """Remove garbage, and what is least recently used until the cache is as small as asked."""
     cap = read.max_bytes
     if options["max_size"] is not None:
-        cap = config.size_bytes(options["max_size"])
+        cap = reader.size_bytes(options["max_size"])
         if cap is None:
             raise CmdParseError(f"--max-size {options['max_size']} is no size: write it as 20GB")
     if options["all"] and cap is None:
@@ -250,8 +249,8 @@ def pull(read: Config, _options: Mapping[str, Any]) -> int:
     return _missing(exchanged, "in neither place: doit makes them")
 
 
-def _shared(read: Config) -> tuple[graph.Graph, Sharing]:
-    built = graph.load(read.path, make={})
+def _shared(read: Config) -> tuple[task_graph.Graph, Sharing]:
+    built = session.load(read.path, make={})
     sharing = built.builder.store.sharing
     if sharing is None:
         raise ConfigError(

@@ -9,8 +9,9 @@ from cache.maintenance.survey import KINDS, Survey
 from cache.records.log import OUTCOMES, Log
 from cache.records.manifests import Manifest
 from tasks.cli.commands.manifests import LAYER_STAGES, Record, described, owners
-from tasks.config.reader import STATE, Config
+from tasks.config.reader import Config
 from tasks.core.text import plural, size
+from tasks.core.workspace import STATE
 
 WIDTH = 80
 LARGEST = 5

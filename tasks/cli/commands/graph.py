@@ -18,8 +18,8 @@ from cache.digest import digest_record
 from tasks.cli.command import Command
 from tasks.cli.commands.forecasting import forecast, graph
 from tasks.cli.commands.list import state, told, warn
-from tasks.config.keys import MODES
-from tasks.config.reader import BUILD
+from tasks.core.spec import MODES
+from tasks.core.workspace import BUILD
 from tasks.planning.forecast import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.planning.plan import Node, Plan
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cache.maintenance.gc import Wanted
 from cache.records.manifests import Manifest
-from tasks.config.reader import STATE, Config
+from tasks.config.reader import Config
+from tasks.core.workspace import STATE
 from tasks.planning.lockfile import Lock
 
 LAYER_STAGES = ("extract", "unshard", "cast", "quantize", "error")

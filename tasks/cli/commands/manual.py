@@ -1,4 +1,4 @@
-"""manual: ``python -m tasks.cli.commands.manual`` writes docs/cli.md, the commands and their options."""
+"""manual: ``python -m tasks.cli.commands.manual`` writes docs/cli.md, commands and options."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _sentence(text: str) -> str:
 
 
 INTRODUCTION = """\
-<!-- Written by `python -m tasks.cli.commands.manual` from the commands themselves: change those. -->
+<!-- Written by `python -m tasks.cli.commands.manual` from the commands: change those. -->
 
 # Command line
 

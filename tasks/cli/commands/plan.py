@@ -15,13 +15,14 @@ from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidCommand
 
 from cache.records.log import Entry
-from tasks.cli import invocation as options
+from tasks.cli import invocation
 from tasks.cli.command import Command
+from tasks.cli.commands.estimate import estimate
 from tasks.cli.commands.forecasting import forecast, graph
 from tasks.cli.run import Control
 from tasks.core.text import duration, plural, size
-from tasks.execution.builder import threads
-from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step, estimate
+from tasks.execution.resources import threads
+from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step
 from tasks.planning.sizes import Moved
 from tasks.stages.reasons import Reason
 
@@ -47,11 +48,11 @@ class _Foresight(Command, DoitCmdBase):  # type: ignore[misc]
 
     def execute(self, params: Any, args: list[str]) -> int:
         """Load the tasks, and say what is asked."""
-        options.read_only, options.asked = True, args
+        invocation.read_only, invocation.asked = True, args
         try:
             return int(super().execute(params, args))
         finally:
-            options.read_only, options.asked = False, None
+            invocation.read_only, invocation.asked = False, None
 
     def forecast(self) -> tuple[Forecast, list[Step]]:
         """Return what a run of the tasks that are asked for does, and what these alone do."""

@@ -13,8 +13,8 @@ from doit import get_var
 from cache.records.log import OUTCOMES, Entry, Log
 from cache.records.manifests import Manifest
 from tasks.cli.command import Command
-from tasks.config.reader import STATE
 from tasks.core.text import size
+from tasks.core.workspace import STATE
 
 STAGES = ("extract", "unshard", "cast", "quantize", "pack", "error", "report")
 NOTHING = "### mlx-make\n\nNo task ran.\n"

@@ -21,8 +21,8 @@ from cache.records.log import Entry
 from tasks.cli.terminal import progress
 from tasks.cli.terminal.live import Line, Live
 from tasks.cli.terminal.progress import OUTCOMES, Work
-from tasks.config.reader import BUILD
 from tasks.core.text import clock, duration, plural, size
+from tasks.core.workspace import BUILD
 
 LINE_SECONDS = 10.0  # between two plain lines on how far it is
 SPINNER = "|/-\\"

@@ -1,0 +1,25 @@
+"""stamp: ."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Stamp(NamedTuple):
+    """What tells, without reading it, that a file is the one last seen."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str | Path | int) -> Stamp:
+        """Return the stamp of the file at ``path``, links followed, or of an open one."""
+        return cls.of_stat(os.stat(path))
+
+    @classmethod
+    def of_stat(cls, stat: os.stat_result) -> Stamp:
+        """Return the stamp in what ``os.stat`` told."""
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)

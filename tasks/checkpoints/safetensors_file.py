@@ -1,0 +1,64 @@
+"""safetensors_file: ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tasks.checkpoints.checkpoint import Stored, _damaged, _sizes
+from tasks.core.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # as the safetensors library allows
+
+
+# Both spelled as mx.load gives them back; MLX has no eight-bit floats, models unpack the bytes.
+SAFETENSORS_DTYPES = {
+    "BOOL": "bool_", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
+    "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64", "F16": "float16",
+    "BF16": "bfloat16", "F32": "float32", "C64": "complex64", "F8_E4M3": "uint8",
+    "F8_E8M0": "uint8", "F8_E5M2": "uint8", "F4": "uint8",
+}  # fmt: skip
+
+
+def read_safetensors(path: Path) -> list[Stored]:
+    """Read a safetensors file's header (https://github.com/huggingface/safetensors).
+
+    Raises:
+        CheckpointError: it is truncated, corrupt, or holds a dtype that MLX has not.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise _damaged(path, f"its header should have {length:,} bytes, the file has {size:,}")
+        raw = file.read(length)
+    begin = 8 + length
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = []
+        filled = 0  # as the format asks: one tensor after the other, nothing between or after
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            if start != filled:
+                raise _damaged(path, f"{name} begins at byte {start:,} of the data, not {filled:,}")
+            filled = end
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
+                raise CheckpointError(
+                    f"{path}: {name} has dtype {entry['dtype']}, which MLX does not have. "
+                    "Convert the checkpoint to one that it has: bfloat16, float16, float32."
+                )
+            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+            shape = tuple(entry["shape"])
+            if entry["dtype"] == "F4":  # two to a byte
+                shape = (*shape[:-1], shape[-1] // 2)
+            stored = Stored(name, dtype, _sizes(shape), path.name, begin + start)
+            if stored.nbytes != end - start:
+                raise _damaged(path, f"{name} has {end - start:,} bytes for shape {shape}")
+            tensors.append(stored)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON of that format ({error!r})") from error
+    if begin + filled != size:
+        raise _damaged(path, f"its tensors end at byte {begin + filled:,}, the file at {size:,}")
+    order = {name: number for number, name in enumerate(header)}
+    return sorted(tensors, key=lambda tensor: order[tensor.name])

@@ -1,0 +1,193 @@
+"""torch_file: ."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from cache.records.manifests import DTYPE_BYTES
+from tasks.checkpoints.checkpoint import TORCH, Stored, _damaged, _sizes
+from tasks.core.errors import CheckpointError
+
+ZIP = b"PK\x03\x04"  # what a zip archive, and each of its members, begins with
+
+
+TORCH_DTYPES = {
+    "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16",
+    "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool_",
+    "ComplexFloatStorage": "complex64",
+}  # fmt: skip
+
+
+def read_torch(path: Path) -> list[Stored]:
+    """Read where the tensors of a ``torch.save`` file lie.
+
+    The usual file, a zip archive of uncompressed storages, is read here without torch, whose
+    import takes longer than most layers; nothing in its pickle is called but three stand-ins.
+    Anything else is left to ``torch.load(weights_only=True)``.
+
+    Raises:
+        CheckpointError: it is damaged, or wants to run code.
+    """
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != ZIP:
+        return _read_with_torch(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read_zip(path, archive)
+    except (CheckpointError, OSError):
+        raise
+    except _NotPlain:
+        return _read_with_torch(path)
+    except Exception as error:  # whatever a damaged archive or pickle leads to
+        raise _damaged(path, _cause(error)) from error
+
+
+class _NotPlain(Exception):
+    """The file is not the plain kind that is read here."""
+
+
+class _Tensor(NamedTuple):
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # in the storage, elements
+    plain: bool  # row-major, nothing between
+
+
+def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
+    members = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+    if "data.pkl" not in members:
+        raise _damaged(path, "a zip archive without data.pkl")
+    if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+        raise _NotPlain
+    state = _Unpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
+    if not isinstance(state, dict) or not all(isinstance(t, _Tensor) for t in state.values()):
+        raise _NotPlain
+    starts: dict[str, int] = {}
+    tensors = []
+    with path.open("rb") as file:
+        for name, tensor in state.items():
+            info = members[f"data/{tensor.key}"]
+            if tensor.key not in starts:
+                starts[tensor.key] = _storage_start(path, file, info)
+            start = tensor.offset * DTYPE_BYTES[tensor.dtype]
+            plain = tensor.plain and info.compress_type == zipfile.ZIP_STORED
+            offset = starts[tensor.key] + start if plain else TORCH
+            stored = Stored(str(name), tensor.dtype, tensor.shape, path.name, offset)
+            if plain and not 0 <= start <= info.file_size - stored.nbytes:
+                raise _damaged(path, f"{name} reaches past the end of its storage")
+            tensors.append(stored)
+    return tensors
+
+
+def _storage_start(path: Path, file: IO[bytes], info: zipfile.ZipInfo) -> int:
+    """Return where the bytes of a member of the archive begin."""
+    file.seek(info.header_offset)
+    local = file.read(30)  # the local header has its own lengths of name and extra
+    lengths = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
+    start = info.header_offset + 30 + sum(lengths)
+    if local[:4] != ZIP or start + info.compress_size > path.stat().st_size:
+        raise _damaged(path, f"{info.filename} is not where the archive says")
+    return start
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles a state dict without running anything that the file names."""
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, storage, key, _location, _count = pid
+        if kind != "storage":
+            raise _NotPlain
+        return storage, key
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in TORCH_DTYPES:
+            return TORCH_DTYPES[name]
+        known = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+        }
+        if (module, name) not in known:
+            raise _NotPlain(f"{module}.{name}")
+        return known[module, name]
+
+
+def _rebuild_tensor(
+    storage: tuple[str, str], offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> _Tensor:
+    expected, step = [], 1
+    for size in reversed(shape):
+        expected.append(step)
+        step *= size
+    contiguous = all(
+        size <= 1 or have == want
+        for size, have, want in zip(shape, stride, reversed(expected), strict=True)
+    )
+    return _Tensor(storage[1], storage[0], _sizes(shape), offset, contiguous)
+
+
+def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
+    return tensor
+
+
+def _read_with_torch(path: Path) -> list[Stored]:
+    tensors = []
+    for name, tensor in load_with_torch(path).items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = {"bool": "bool_"}.get(dtype, dtype)
+        if str(tensor.layout) != "torch.strided":
+            dtype = f"{dtype} ({tensor.layout})"
+        if dtype not in DTYPE_BYTES:
+            raise CheckpointError(
+                f"{path}: {name} has dtype {dtype}, which MLX does not have. "
+                "Convert the checkpoint to one that it has: bfloat16, float16, float32."
+            )
+        tensors.append(Stored(name, dtype, tuple(tensor.shape), path.name, TORCH))
+    return tensors
+
+
+def load_with_torch(path: Path) -> dict[str, Any]:
+    """Load a ``torch.save`` file's tensors, by name.
+
+    Raises:
+        CheckpointError: it is damaged, holds no tensors, or wants to run code.
+    """
+    import torch
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of how the file was once written
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if not refused:
+            raise _damaged(path, "it is no plain pickle of tensors, all that is read") from error
+        raise CheckpointError(
+            f"{path} is refused: its pickle asks for more than tensors ({refused[1]}), which would "
+            "run its author's code on this machine; nothing of it was run. Get the checkpoint as "
+            "safetensors, or save its state_dict alone."
+        ) from error
+    except Exception as error:  # whatever a damaged file leads to
+        raise _damaged(path, _cause(error)) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors.")
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{path} is no plain dict of tensors: {name!r} is a {type(value).__name__}. "
+                "Save the model's state_dict alone."
+            )
+    return {str(name): value for name, value in state.items()}
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

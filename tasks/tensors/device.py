@@ -1,0 +1,41 @@
+"""device: ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tasks.core.errors import ConfigError
+from tasks.tensors import mx
+
+if TYPE_CHECKING:
+    pass
+
+# An operation costs some microseconds to begin: smaller blocks take longer, larger ones only more
+# memory. A GPU pays by the call, though not for so long that Metal's watchdog minds.
+BLOCK_BYTES = {"cpu": 2 << 20, "gpu": 32 << 20}
+
+
+def backend(device: str | None) -> str:
+    """Return what computes on ``device``: ``cpu``, ``metal``, ``cuda``. They differ in the bits.
+
+    Args:
+        device: ``cpu``, ``gpu``, or None for MLX's default device.
+
+    Raises:
+        ConfigError: MLX has no GPU here.
+    """
+    if device == "cpu" or (device is None and mx.default_device().type == mx.cpu):
+        return "cpu"
+    if mx.metal.is_available():
+        return "metal"
+    if mx.cuda.is_available():
+        return "cuda"
+    raise ConfigError(
+        'device = "gpu", but MLX finds no GPU on this machine. Use device = "cpu", or leave it '
+        "out for MLX's own default."
+    )
+
+
+def device_of(backend: str) -> str:
+    """Return the device, ``cpu`` or ``gpu``, of what computes."""
+    return "cpu" if backend == "cpu" else "gpu"
