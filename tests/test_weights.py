@@ -20,7 +20,10 @@ from cache.errors import BlobLost, FileChanged
 from cache.files import atomic
 from cache.files.stamp import Stamp
 from cache.records.manifests import DTYPE_BYTES, Tensor
-from tasks.layouts import weight_file
+from tasks.layouts import npz_format, weight_file
+from tasks.layouts.npz_format import NPZ
+from tasks.layouts.safetensors_format import SAFETENSORS
+from tasks.layouts.weight_file import WeightFormat
 
 NUMPY_HAS = [dtype for dtype in DTYPE_BYTES if dtype not in ("bfloat16", "complex64", "bool_")]
 TENSORS = st.lists(
@@ -48,16 +51,16 @@ def arrays(told: list[tuple[str, list[int]]]) -> dict[str, np.ndarray]:
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(told=TENSORS, limit=st.sampled_from([weight_file.ZIP32_LIMIT, 300, 0]))
+@given(told=TENSORS, limit=st.sampled_from([npz_format.ZIP32_LIMIT, 300, 0]))
 def test_npz_is_what_numpy_and_zipfile_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list, limit: int
 ) -> None:
     """Also with ZIP64 records, which the limit brings on where it is small."""
-    monkeypatch.setattr(weight_file, "ZIP32_LIMIT", limit)
+    monkeypatch.setattr(npz_format, "ZIP32_LIMIT", limit)
     blobs, path = Blobs(tmp_path / "blobs"), tmp_path / "weights.npz"
     made = arrays(told)
     shard, find = keep(blobs, made)
-    weight_file.write(path, shard, "npz", blobs, find, 2)
+    weight_file.write(path, shard, NPZ, blobs, find, 2)
 
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
@@ -69,18 +72,18 @@ def test_npz_is_what_numpy_and_zipfile_read(
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(told=TENSORS, limit=st.sampled_from([weight_file.ZIP32_LIMIT, 300, 0]), data=st.data())
-@pytest.mark.parametrize("form", ["safetensors", "npz"])
+@given(told=TENSORS, limit=st.sampled_from([npz_format.ZIP32_LIMIT, 300, 0]), data=st.data())
+@pytest.mark.parametrize("form", [SAFETENSORS, NPZ], ids=lambda form: form.name)
 def test_what_lies_in_its_place_is_left_there(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    form: str,
+    form: WeightFormat,
     told: list,
     limit: int,
     data: st.DataObject,
 ) -> None:
     """Any of the tensors, written before all else, make the same file."""
-    monkeypatch.setattr(weight_file, "ZIP32_LIMIT", limit)
+    monkeypatch.setattr(npz_format, "ZIP32_LIMIT", limit)
     blobs, path = Blobs(tmp_path / "blobs"), tmp_path / "weights"
     made = arrays(told)
     shard, find = keep(blobs, made)
@@ -112,7 +115,7 @@ def test_safetensors_is_what_safetensors_and_mlx_read(tmp_path: Path, told: list
     blobs, path = Blobs(tmp_path / "blobs"), tmp_path / "model.safetensors"
     made = arrays(told)
     shard, find = keep(blobs, made)
-    weight_file.write(path, shard, "safetensors", blobs, find, 2)
+    weight_file.write(path, shard, SAFETENSORS, blobs, find, 2)
 
     with safe_open(path, "numpy") as read:
         assert read.metadata() == {"format": "mlx"}
@@ -128,8 +131,8 @@ def test_long_runs_go_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     blobs = Blobs(tmp_path / "blobs")
     made = {"a": np.arange(12345, dtype=np.uint8), "b": np.arange(777, dtype=np.float32)}
     shard, find = keep(blobs, made)
-    forms = {"npz": "w.npz", "safetensors": "w.safetensors"}
-    for form, name in forms.items():
+    forms = [(form, f"w{form.suffix}") for form in (NPZ, SAFETENSORS)]
+    for form, name in forms:
         weight_file.write(tmp_path / name, shard, form, blobs, find, 3)
 
     for module in (weight_file, cache.blobs):
@@ -138,7 +141,7 @@ def test_long_runs_go_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # The same comes out where the file system sets nothing aside, and where no system does.
     for libc in (SimpleNamespace(fallocate=lambda *_: -1), object()):
         monkeypatch.setattr(atomic, "_libc", libc)
-        for form, name in forms.items():
+        for form, name in forms:
             file = weight_file.write(tmp_path / f"other-{name}", shard, form, blobs, find, 3)
             data = (tmp_path / name).read_bytes()
             assert (tmp_path / f"other-{name}").read_bytes() == data
@@ -153,7 +156,7 @@ def test_bfloat16_goes_through_npz(tmp_path: Path) -> None:
     raw = np.array(array.view(mx.uint16))
     [(name, tensor)], find = keep(blobs, {"w": raw})
     shard = [(name, replace(tensor, dtype="bfloat16"))]
-    weight_file.write(tmp_path / "w.npz", shard, "npz", blobs, find, 1)
+    weight_file.write(tmp_path / "w.npz", shard, NPZ, blobs, find, 1)
     read = mx.load(str(tmp_path / "w.npz"))["w"]
     assert read.dtype == mx.bfloat16
     assert mx.array_equal(read, array).item()
@@ -173,7 +176,7 @@ def test_a_file_that_changes_after_it_was_found(tmp_path: Path, change: str) -> 
         blobs.read_into(found, memoryview(bytearray(1000)))
     with pytest.raises(FileChanged, match="changed while it was read"):
         weight_file.write(
-            tmp_path / "w.safetensors", shard, "safetensors", blobs,
+            tmp_path / "w.safetensors", shard, SAFETENSORS, blobs,
             lambda _: (digest(b"a" * 1000), found), 1,
         )  # fmt: skip
     with pytest.raises(BlobLost, match="changed since it was read"):

@@ -21,7 +21,7 @@ from tasks.core.workspace import BUILD
 from tasks.execution import pack
 from tasks.execution.builder import Builder
 from tasks.execution.early import Early
-from tasks.layouts import LAYOUTS
+from tasks.layouts import LAYOUTS, weight_suffixes
 from tasks.planning import bundle
 from tasks.planning.lockfile import Built, Lock
 from tasks.planning.plan import Node, Plan
@@ -188,7 +188,7 @@ class Graph:
             self.lock.update(found, source, built[-1], plans)
             bits = sum(
                 tensor.nbytes for name, tensor in made.tensors.items()
-                if name.endswith((".safetensors", ".npz"))
+                if name.endswith(weight_suffixes())
             ) * 8 / found.weights  # fmt: skip
             return {
                 "parts": parts,

@@ -47,9 +47,9 @@ class Draft:
         self.shapes = bundle.shapes(split)
         packs = self._blobs.new_packs(len(split), sizes.total(made.values()))
         self.paths = dict(zip(split, packs, strict=True))
-        form = LAYOUTS[plan.target.layout].FORMAT
+        weight_format = LAYOUTS[plan.target.layout].weight_format
         for file, shard in split.items():
-            for tensor, offset in weight_file.offsets(shard, form).items():
+            for tensor, offset in weight_file.offsets(shard, weight_format).items():
                 self._places[tensor] = Place(self.paths[file], offset, made[tensor].nbytes)
 
     @contextmanager

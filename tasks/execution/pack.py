@@ -21,7 +21,7 @@ from tasks.core.errors import BuildError
 from tasks.core.workspace import TRASH
 from tasks.execution.builder import Builder
 from tasks.execution.resources import cores
-from tasks.layouts import LAYOUTS
+from tasks.layouts import LAYOUTS, weight_suffixes
 from tasks.layouts.weight_file import Find, write
 from tasks.planning.bundle import Content, shapes, whole_files
 from tasks.planning.plan import Needed, Plan
@@ -123,9 +123,9 @@ def intact(folder: str, outputs: dict[str, list[int]]) -> bool:
         folder: build/TARGET.
         outputs: the files' stamps when they were built.
     """
+    suffixes = weight_suffixes()
     return intact_files(folder, outputs) and not any(
-        name.endswith((".safetensors", ".npz")) and name not in outputs
-        for name in os.listdir(folder)
+        name.endswith(suffixes) and name not in outputs for name in os.listdir(folder)
     )
 
 
@@ -261,7 +261,7 @@ def fill(
     Raises:
         BlobLost: a tensor's bytes are not those of its digest.
     """
-    form = LAYOUTS[plan.target.layout].FORMAT
+    weight_format = LAYOUTS[plan.target.layout].weight_format
     weights = content.weights
     draft = _draft(builder, plan, content)
     threads = max(1, cores() // len(weights))
@@ -277,7 +277,7 @@ def fill(
     def put(file: str) -> Tensor:
         path = draft.paths[file] if draft else new / file
         also = hashers.get(file)
-        return write(path, weights[file], form, blobs, look, threads, also)
+        return write(path, weights[file], weight_format, blobs, look, threads, also)
 
     with ThreadPoolExecutor(cores()) as pool:
         made = dict(zip(weights, pool.map(put, weights), strict=True))

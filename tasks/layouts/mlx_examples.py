@@ -13,8 +13,10 @@ from tasks.core.spec import RECIPES, Target
 from tasks.layouts import llama_tokenizer
 from tasks.layouts.llama_names import to_meta
 from tasks.layouts.model import Model, Module, Parameter
+from tasks.layouts.npz_format import NPZ
 
-FORMAT = "npz"
+weight_format = NPZ
+default_shard_bytes = 15 << 30  # the peer's own limit
 # What llama.py's configuration may hold; it fails on any other key.
 KEYS = (
     "dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps",

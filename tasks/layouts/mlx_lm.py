@@ -18,8 +18,10 @@ from tasks.core.spec import Target
 from tasks.layouts import architecture, llama_tokenizer
 from tasks.layouts.llama_names import to_huggingface
 from tasks.layouts.model import Model
+from tasks.layouts.safetensors_format import SAFETENSORS
 
-FORMAT = "safetensors"
+weight_format = SAFETENSORS
+default_shard_bytes = 5 << 30  # the peer's own limit
 _MAKING = threading.Lock()  # transformers cannot be imported by two threads at once
 # What a tokenizer may be made of, by transformers' own file names, and code that goes with it.
 TOKENIZER = (

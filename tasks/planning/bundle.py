@@ -89,7 +89,7 @@ class Content:
         small = layout.files(plan.checkpoint, builder.store.memos, sizes, plan.weights)
         small["config.json"] = json.dumps(plan.config, indent=4).encode()
         params = {
-            "format": layout.FORMAT,
+            "format": layout.weight_format.name,
             "weights": {file: [name for name, _ in shard] for file, shard in weights.items()},
             "files": {name: digest(data) for name, data in small.items()},
         }
