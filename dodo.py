@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent
 # Whoever installed mlx-make has no tests, no benchmarks and no use for the example.
 IS_CHECKOUT = (ROOT / "tests").is_dir()
 
-if "tasks.cli.doit_database" not in sys.modules:  # doit -f: another folder's pyproject.toml was read
+# doit -f: another folder's pyproject.toml was read.
+if "tasks.cli.doit_database" not in sys.modules:
     raise InvalidDodoFile(
         "doit is without mlx-make's plugins, which it takes from pyproject.toml in the folder "
         f"where it is started. Run mlx-make instead, or doit models=PATH in {ROOT}."

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 import checkpoints
 from cache.errors import NoRoom
-from cache.files import atomic, link
+from cache.files import link
 from cache.maintenance import survey
 from projects import FOUR_BIT, Project, contents, create, flip, outcomes
 from running import start, wait_for
