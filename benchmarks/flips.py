@@ -28,9 +28,7 @@ from measure import ROOT, BenchmarkError
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-import checkpoints
-import inside
-import servers
+from support import checkpoints, inside, servers
 
 MODELS = """\
 [models.model]

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     sys.path.insert(0, str(ROOT / "tests"))
-    import servers
+    from support import servers
 
     print("| objects | direction | obstore MB/s | remote MB/s | ratio |\n|---|---|---|---|---|")
     for title, sizes in SETS.items():

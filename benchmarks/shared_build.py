@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import servers  # noqa: E402 - of the tests, which are no package
+from support import servers  # noqa: E402 - of the tests, which are no package
 
 MODES = {"without a remote": "off", "empty, read-only": "read-only", "empty": "read-write"}
 KEEPS = {"cast": "cast", "": ","}

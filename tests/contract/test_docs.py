@@ -1,0 +1,141 @@
+"""tests of the documentation: what it links to is there, what it says can be typed runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlx_lm.convert import configure_parser
+
+from support import projects
+from support.front_door import REPOSITORY
+from support.projects import Project
+from tasks.cli.commands import manual
+from tasks.config import keys
+
+DOCS = REPOSITORY / "docs"
+PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md"), *REPOSITORY.glob("benchmarks/*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """A page's fenced blocks in these languages, with their languages."""
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [(language, text) for language, text in found if language in languages]
+
+
+def typed(page: Path) -> list[str]:
+    """What a page's console blocks show as typed."""
+    return [
+        line[2:]
+        for _, text in blocks(page, "console")
+        for line in text.splitlines()
+        if line.startswith("$ ")
+    ]
+
+
+def anchors(page: Path) -> set[str]:
+    """A page's headings as GitHub makes anchors of them."""
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> Iterator[tuple[Path, str]]:
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if "://" not in link:
+            path, _, anchor = link.partition("#")
+            yield (page.parent / path if path else page), anchor
+
+
+@every_page
+def test_links(page: Path) -> None:
+    for path, anchor in links(page):
+        assert path.exists(), f"{page}: {path}"
+        if anchor:
+            assert anchor in anchors(path), f"{page}: {path}#{anchor}"
+
+
+def test_every_page_is_linked() -> None:
+    index = {path.resolve() for path, _ in links(DOCS / "README.md")}
+    assert index >= {*DOCS.rglob("*.md")} - {DOCS / "README.md"}
+    assert (DOCS / "README.md").resolve() in {
+        p.resolve() for p, _ in links(REPOSITORY / "README.md")
+    }
+
+
+def test_commands_and_options() -> None:
+    """Are those that the code has: python -m tasks.cli.commands.manual writes them."""
+    assert manual.PAGE.read_text(encoding="utf-8") == manual.page()
+
+
+def test_flags_of_mlx_lm() -> None:
+    """Are all told, and no others; and what they are here is."""
+    page = (DOCS / "coming-from.md").read_text(encoding="utf-8")
+    _, of_mlx_lm, of_convert = re.split("^## ", page, flags=re.MULTILINE)
+    flags = re.compile(r"`(--?[\w-]+)`")
+    rows = re.findall(r"^\| (`-.*?) \| (.*) \|$", of_mlx_lm, re.MULTILINE)
+    told = {flag for first, _ in rows for flag in flags.findall(first)}
+    options = {o for action in configure_parser()._actions for o in action.option_strings}
+    assert told == options - {"-h", "--help"}
+    rows += re.findall(r"^\| (`-.*?) \| (.*) \|$", of_convert, re.MULTILINE)
+    known = {*keys.MODEL, *(f"quantize.{key}" for key in keys.QUANTIZE)}
+    for _, here in rows:
+        named = re.match(r"`([\w.]+)(?: = \{\})?`", here)
+        assert named is None or named[1] in known, here
+        assert named or here.startswith(("not here", "the target's name")), here
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The checkout's own models.toml, in a folder of its own."""
+    project = projects.create(tmp_path_factory.mktemp("docs") / "project", "meta")
+    (project.folder / "checkpoints").mkdir()
+    project.checkpoint.rename(project.folder / "checkpoints" / "tiny-llama")
+    models = (REPOSITORY / "models.toml").read_text(encoding="utf-8")
+    (project.folder / "models.toml").write_text(models, encoding="utf-8")
+    return project
+
+
+def test_drawing(project: Project) -> None:
+    project.doit("pack:tiny-llama")
+    call = next(line for line in typed(DOCS / "concepts.md") if line.startswith("doit graph "))
+    ((_, drawing),) = blocks(DOCS / "concepts.md", "mermaid")
+    assert project.doit(*call.split()[1:]).stdout == drawing
+
+
+@every_page
+def test_commands_run(project: Project, page: Path) -> None:
+    for line in typed(page):
+        program, *args = line.split()
+        if program == "doit":
+            project.doit(*args)
+
+
+@pytest.mark.real_model
+def test_getting_started(tmp_path: Path) -> None:
+    """All of it, as it stands, from the download to the answer."""
+    scripts = Path(sys.executable).parent
+    env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    said = ""
+    page = DOCS / "getting-started.md"
+    for language, text in blocks(page, "bash", "python", "toml", "console"):
+        if language == "toml":
+            (tmp_path / "models.toml").write_text(text, encoding="utf-8")
+            continue
+        shown = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
+        script = "\n".join(shown) if language == "console" else text
+        call = [sys.executable, "-c", text] if language == "python" else ["bash", "-ec", script]
+        done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+        said += done.stdout
+    assert "Paris" in said
+    (answer,) = (text for _, text in blocks(page, "text"))
+    assert answer in said

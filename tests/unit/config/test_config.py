@@ -1,0 +1,427 @@
+"""tests of tasks/config/reader.py: what models.toml may say, and that nothing else gets through."""
+
+from __future__ import annotations
+
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from support import documents, front_door
+from tasks.config import reader
+from tasks.config.reader import Config
+from tasks.core.errors import ConfigError
+from tasks.core.spec import Quantize, Rule, Target
+
+# On a busy machine any example may seem slow.
+calm = settings(deadline=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all examples: each overwrites its `models.toml`."""
+    return tmp_path_factory.mktemp("config")
+
+
+def read(folder: Path, text: str | bytes) -> Config:
+    data = text if isinstance(text, bytes) else text.encode()
+    (folder / "models.toml").write_bytes(data)
+    return reader.load(folder / "models.toml")
+
+
+def refused(folder: Path, text: str | bytes) -> str | None:
+    """The message, which names the file; None if nothing is wrong."""
+    try:
+        read(folder, text)
+    except ConfigError as error:
+        message = str(error)
+        assert message.startswith(str(folder / "models.toml"))
+        return message
+    return None
+
+
+# Accepted forms
+
+
+def target(folder: Path, lines: str, name: str = "a") -> Target:
+    return read(folder, f'[models.a]\nsource = "b"\n{lines}').targets[name]
+
+
+def test_what_is_not_said(folder: Path) -> None:
+    found = read(folder, '[models.a]\nsource = "b"')
+    model = Target("a", folder / "b", "b", None, "mlx-lm", None, None, None, 5 << 30)
+    assert found == Config(
+        path=folder / "models.toml",
+        targets={"a": model},
+        cache=folder / ".mlx-make/cache",
+        keep=frozenset({"cast"}),
+        remote=None,
+        mode="read-write",
+        max_bytes=None,
+        memory_bytes=None,
+    )
+    assert target(folder, 'layout = "mlx-examples"').max_shard_bytes == 15 << 30
+
+
+def test_all_that_can_be_said(folder: Path) -> None:
+    found = target(
+        folder,
+        'loader = "transformers"\nlayout = "mlx-lm"\ndtype = "bfloat16"\ndevice = "cpu"\n'
+        'max_shard_size = "2GiB"\n[models.a.quantize]\nbits = 3\ngroup_size = 32\nmode = "affine"\n'
+        '[[models.a.quantize.rules]]\nmatch = "lm_head"\nskip = true\n'
+        '[[models.a.quantize.rules]]\nmatch = "*.mlp.*"\nmode = "mxfp4"\n'
+        '[[models.a.quantize.rules]]\nmatch = "*"\nbits = 6\ngroup_size = 128\n',
+    )
+    rules = (
+        Rule("lm_head", skip=True),
+        Rule("*.mlp.*", mode="mxfp4"),
+        Rule("*", bits=6, group_size=128),
+    )
+    quantize = Quantize(3, 32, "affine", None, rules)
+    assert found == Target(
+        "a",
+        folder / "b",
+        "b (transformers)",
+        "transformers",
+        "mlx-lm",
+        "bfloat16",
+        quantize,
+        "cpu",
+        2 << 30,
+    )
+
+
+def test_an_empty_quantize_asks_for_mlx_s_default(folder: Path) -> None:
+    assert target(folder, "quantize = {}").quantize == Quantize()
+
+
+def test_variants_lie_over_their_model(folder: Path) -> None:
+    """Key by key; a table is one key's value, and false takes it back."""
+    found = read(
+        folder,
+        '[models.a]\nsource = "b"\ndtype = "float16"\nquantize = { bits = 4, group_size = 32 }\n'
+        "[models.a.variants.8bit]\nquantize = { bits = 8 }\n"
+        "[models.a.variants.plain]\nquantize = false\n"
+        '[models.a.variants.same]\n[models.a.variants.other]\nsource = "c"\ndtype = "float32"\n',
+    ).targets
+    assert list(found) == ["a", "a-8bit", "a-plain", "a-same", "a-other"]
+    assert {name: one.quantize for name, one in found.items()} == {
+        "a": Quantize(4, 32),
+        "a-8bit": Quantize(8),
+        "a-plain": None,
+        "a-same": Quantize(4, 32),
+        "a-other": Quantize(4, 32),
+    }
+    assert [one.dtype for one in found.values()] == ["float16"] * 4 + ["float32"]
+    assert {one.source.name for one in found.values()} == {"b", "c"}
+    assert found["a-other"].source == folder / "c"
+
+
+def test_defaults_lie_under_all_models(folder: Path) -> None:
+    found = read(
+        folder,
+        '[defaults]\nsource = "b"\nlayout = "mlx-examples"\nquantize = { bits = 4 }\n'
+        'max_shard_size = "1GiB"\n[models.a]\n[models.c]\nsource = "d"\nquantize = false\n'
+        '[models.c.variants.lm]\nlayout = "mlx-lm"\n',
+    ).targets
+    assert [one.source.name for one in found.values()] == ["b", "d", "d"]
+    assert [one.layout for one in found.values()] == ["mlx-examples", "mlx-examples", "mlx-lm"]
+    assert [one.quantize for one in found.values()] == [Quantize(4), None, None]
+    assert {one.max_shard_bytes for one in found.values()} == {1 << 30}
+
+
+def test_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for text, path in {
+        "b": folder / "b",
+        "b/c d": folder / "b/c d",
+        "./b": folder / "b",
+        "../b": folder / "../b",
+        "~/b": Path("/home/somebody/b"),
+        "/b/c": Path("/b/c"),
+        "β": folder / "β",
+    }.items():
+        text = json.dumps(text, ensure_ascii=False)
+        found = read(folder, f"[models.a]\nsource = {text}\n[cache]\ndir = {text}\n")
+        assert (found.targets["a"].source, found.cache) == (path, path)
+
+
+def test_paths_are_of_the_file_s_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the one that doit is run in; and absolute, since doit may go elsewhere."""
+    (tmp_path / "models.toml").write_text('[models.a]\nsource = "b"')
+    monkeypatch.chdir(tmp_path.parent)
+    found = reader.load(Path(tmp_path.name) / "models.toml")
+    assert found.targets["a"].source == tmp_path / "b"
+    assert found.cache == tmp_path / ".mlx-make/cache"
+
+
+@pytest.mark.parametrize("name", ["a", "A_b-1.5+x", "_a", "3", "llama-3.1-8b", "größe", "a" * 200])
+def test_names(folder: Path, name: str) -> None:
+    assert list(read(folder, f'[models."{name}"]\nsource = "b"').targets) == [name]
+
+
+def test_where_a_target_is_asked_for(folder: Path) -> None:
+    found = read(
+        folder,
+        '# A comment\n[ models . "a" ]  # another\nsource = "b"\n\n[models.a.variants.c]\n',
+    ).targets
+    assert found["a"].where == f"{folder}/models.toml:2"
+    assert found["a-c"].where == f"{folder}/models.toml:5"
+
+
+# The cache and the build
+
+
+def settings_of(folder: Path, lines: str) -> Config:
+    return read(folder, f'[models.a]\nsource = "b"\n{lines}')
+
+
+def test_cache_and_build(folder: Path) -> None:
+    found = settings_of(
+        folder,
+        '[cache]\ndir = "c"\nkeep = ["unshard", "cast"]\nremote = "s3://bucket/a/b"\n'
+        'mode = "read-only"\nmax_size = "20GB"\n[build]\nmemory = "4GiB"\n',
+    )
+    assert found.cache == folder / "c"
+    assert found.keep == {"unshard", "cast"}
+    assert (found.remote, found.mode) == ("s3://bucket/a/b", "read-only")
+    assert (found.max_bytes, found.memory_bytes) == (20 * 10**9, 4 << 30)
+    assert settings_of(folder, "[cache]\nkeep = []").keep == frozenset()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["s3://b", "s3://my-bucket.eu/", "gs://my_bucket/a/b", "az://container/größe", "https://host",
+     "https://host:8443/a%20b/", "http://127.0.0.1:9000/a", "http://[::1]:80/a@b", "file:///",
+     "file:///a/b%23c"],
+)  # fmt: skip
+def test_remotes(folder: Path, url: str) -> None:
+    assert settings_of(folder, f'[cache]\nremote = "{url}"').remote == url
+
+
+@pytest.mark.parametrize(
+    ("url", "fact", "mend"),
+    [
+        ("bucket/a", "is no URL; valid: s3://BUCKET/PREFIX, gs://", "file:///ABSOLUTE/PATH"),
+        ("", "is no URL; valid: ", ""),
+        ("s3:/b", "is no URL; valid: ", ""),
+        ("user:secret@host/a", "is no URL; valid: ", ""),
+        ("ftp://host/a", "has the scheme 'ftp'; valid: s3://BUCKET", "Did you mean 'http'?"),
+        ("S3://b", "has the scheme 'S3'; valid: ", "Did you mean 's3'?"),
+        ("s3:///a", "has no bucket after s3://", 'Write "s3://BUCKET/PREFIX"'),
+        ("gs://", "has no bucket after gs://", 'Write "gs://BUCKET/PREFIX"'),
+        ("az:///a", "has no container after az://", 'Write "az://CONTAINER/PREFIX"'),
+        ("https://", "has no host after https://", 'Write "https://HOST/PATH"'),
+        ("http://:80/", "has no host after http://", 'Write "http://HOST/PATH"'),
+        ("http://host:port/", "has no host after http://", ""),
+        ("file://a/b", "has no absolute path after file://", 'Write "file:///ABSOLUTE/PATH"'),
+        ("https://user:secret@host/a", "holds credentials", "come from the environment"),
+        ("s3://secret@b/a", "holds credentials", "come from the environment"),
+        ("ftp://user:secret@host/a", "holds credentials", "come from the environment"),
+        ("s3://user:sec/ret@host/a", "has no bucket after s3://", ""),
+        ("az://c/a?sig=secret", "has a query or a fragment", "come from the environment"),
+        ("https://host/a#b", "has a query or a fragment", "'#' %23"),
+        ("s3://b/a c", "has a space or a control character", "Write a space as %20"),
+        ("s3://b/\\u0000", "has a space or a control character", ""),
+    ],
+)
+def test_what_is_no_remote(folder: Path, url: str, fact: str, mend: str) -> None:
+    message = refused(folder, f'[models.a]\nsource = "b"\n[cache]\nremote = "{url}"')
+    assert message is not None
+    assert f"/models.toml:4: cache.remote {fact}" in message
+    assert mend in message
+    assert "sec" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('keep = "cast"', 'keep is \'cast\', must be a list such as ["unshard", "cast"]'),
+        ("keep = [1]", "keep is [1], must be a list such as"),
+        ('keep = ["cast", "Unshard"]', "keep[1] is 'Unshard'; valid: unshard, cast. Did you mean"),
+        ('keep = ["quantize"]', "keep[0] is 'quantize'; valid: unshard, cast"),
+        ('remote = ["https://u:secret@h"]', 'remote is no string. Write "s3://BUCKET/PREFIX"'),
+        ('mode = "readonly"', "mode is 'readonly'; valid: read-write, read-only, off. Did you"),
+        ("max_size = 0", "max_size is 0: no room for a tensor"),
+        ('max_size = "5 gb"', "max_size is '5 gb', which is no size; units are"),
+    ],
+)
+def test_what_is_no_setting_of_the_cache(folder: Path, line: str, words: str) -> None:
+    message = refused(folder, f'[models.a]\nsource = "b"\n[cache]\n{line}')
+    assert message is not None
+    assert f"/models.toml:4: cache.{words}" in message
+    assert "secret" not in message
+
+
+ENVIRONMENT = {
+    "MLX_MAKE_CACHE_DIR": "other",
+    "MLX_MAKE_CACHE_KEEP": "unshard, cast",
+    "MLX_MAKE_CACHE_REMOTE": "file:///a",
+    "MLX_MAKE_CACHE_MODE": "off",
+    "MLX_MAKE_CACHE_MAX_SIZE": "1000",
+    "MLX_MAKE_BUILD_MEMORY": "1GiB",
+}
+SAID = """\
+[cache]
+dir = "c"
+keep = []
+remote = "s3://b"
+mode = "read-only"
+max_size = "1MB"
+[build]
+memory = "2GiB"
+"""
+
+
+@pytest.mark.parametrize("lines", ["", SAID])
+def test_the_environment_wins(folder: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    found = settings_of(folder, lines)
+    assert found.cache == folder / "other"
+    assert found.keep == {"unshard", "cast"}
+    assert (found.remote, found.mode) == ("file:///a", "off")
+    assert (found.max_bytes, found.memory_bytes) == (1000, 1 << 30)
+    monkeypatch.setenv("MLX_MAKE_CACHE_KEEP", ",")
+    assert settings_of(folder, lines).keep == frozenset()
+
+
+def test_an_empty_variable_says_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = settings_of(folder, SAID)
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, "")
+    assert settings_of(folder, SAID) == before
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("MLX_MAKE_CACHE_DIR", "models.toml", "cache.dir is "),
+        ("MLX_MAKE_CACHE_DIR", "build/c", "cache.dir "),
+        ("MLX_MAKE_CACHE_KEEP", "cast,caste", "cache.keep[1] is 'caste'; valid: unshard, cast. "),
+        ("MLX_MAKE_CACHE_REMOTE", "s3://u:secret@b", "cache.remote holds credentials. Take"),
+        ("MLX_MAKE_CACHE_MODE", "of", "cache.mode is 'of'; valid: read-write, read-only, off. Did"),
+        ("MLX_MAKE_CACHE_MAX_SIZE", "lots", "cache.max_size is 'lots', which is no size"),
+        ("MLX_MAKE_BUILD_MEMORY", "0", "build.memory is '0': no room"),
+    ],
+)
+def test_a_message_names_the_variable(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as refusal:
+        settings_of(folder, SAID)
+    assert str(refusal.value).startswith(f"{variable}: {words}")
+    assert "secret" not in str(refusal.value)
+
+
+def test_a_message_names_the_variable_as_doit_says_it(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text('[models.a]\nsource = "b"')
+    done = front_door.doit(tmp_path, "list", expect=3, env={"MLX_MAKE_CACHE_MODE": "readonly"})
+    assert "MLX_MAKE_CACHE_MODE: cache.mode is 'readonly'; valid: read-write" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# Sizes
+
+
+UNITS = {
+    "B": 1,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+}
+counts = st.integers(1, 10**18 - 1)
+
+
+def size(folder: Path, value: str) -> int:
+    return target(folder, f"max_shard_size = {value}").max_shard_bytes
+
+
+@given(count=counts, unit=st.sampled_from(list(UNITS)), space=st.sampled_from(["", " ", "  "]))
+@calm
+def test_sizes(folder: Path, count: int, unit: str, space: str) -> None:
+    assert size(folder, str(count)) == count
+    assert size(folder, f'"{count}"') == count
+    assert size(folder, f'"{count}{space}{unit}"') == count * UNITS[unit]
+
+
+@given(
+    whole=st.integers(0, 10**6),
+    part=st.from_regex(r"[0-9]{1,18}", fullmatch=True),
+    unit=st.sampled_from(list(UNITS)),
+)
+@calm
+def test_sizes_with_a_point(folder: Path, whole: int, part: str, unit: str) -> None:
+    """Rounded down to whole bytes, not to what a float can hold."""
+    text = f"{whole}.{part}{unit}"
+    exact = math.floor(Fraction(f"{whole}.{part}") * UNITS[unit])
+    if exact:
+        assert size(folder, f'"{text}"') == exact
+    else:
+        message = refused(folder, f'[models.a]\nsource = "b"\nmax_shard_size = "{text}"')
+        assert message is not None
+        assert f"a.max_shard_size is '{text}': no room for a tensor" in message
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["0", "-1", "true", "1e9", "[]", "''", "' '", "'GiB'", "'-1GiB'", "'1,5GiB'", "'.5GiB'",
+     "'1.GiB'", "'1 G'", "'1gib'", "'1TiB'", "'1GiB 1MiB'", "'1e3MB'", "'٣GiB'", "'nan'",
+     f"'{10**18}GiB'", "0x" + "f" * 5000],
+)  # fmt: skip
+def test_what_is_no_size(folder: Path, value: str) -> None:
+    message = refused(folder, f'[models.a]\nsource = "b"\nmax_shard_size = {value}')
+    assert message is not None
+    assert "/models.toml:3: models.a.max_shard_size is " in message
+
+
+# Anything at all
+
+
+@given(document=documents.anything())
+@settings(calm, max_examples=600)
+def test_any_table(folder: Path, document: dict[str, Any]) -> None:
+    """It is read, or refused with a message that names the file; nothing else ever happens."""
+    text = documents.toml(document)
+    if refused(folder, text) is None:
+        assert read(folder, text).targets
+
+
+@given(data=st.binary(max_size=200) | st.text().map(lambda text: text.encode(errors="replace")))
+@calm
+def test_any_file(folder: Path, data: bytes) -> None:
+    assert refused(folder, data) is not None
+
+
+@given(
+    start=st.integers(0, len(documents.EXAMPLE)),
+    length=st.integers(0, 20),
+    other=st.text(max_size=3),
+)
+@settings(calm, max_examples=400)
+def test_a_file_with_a_slip(folder: Path, start: int, length: int, other: str) -> None:
+    text = documents.EXAMPLE
+    assert refused(folder, text) is None
+    refused(folder, (text[:start] + other + text[start + length :]).encode(errors="replace"))
+
+
+def test_a_message_names_the_line(folder: Path) -> None:
+    """Whatever is wrong there."""
+    lines = documents.EXAMPLE.splitlines()
+    for i, line in enumerate(lines):
+        key, equals, _ = line.partition(" = ")
+        for wrong in (f"{key}x = 1", f"{key} = 1.5") if equals else ():
+            message = refused(folder, "\n".join([*lines[:i], wrong, *lines[i + 1 :]]))
+            assert message is not None
+            assert f"/models.toml:{i + 1}: " in message

@@ -1,0 +1,132 @@
+"""What is done around CUDA, as far as it shows without it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from support import checkpoints
+from support.front_door import REPOSITORY
+from support.projects import create
+from support.running import DEADLINE_SECONDS
+from tasks.cli import session
+from tasks.execution import builder, resources
+from tasks.stages import quantize
+from tasks.tensors import cuda
+
+LEAVING = """
+import os, sys
+from tasks.tensors import cuda
+
+cuda.CONTROL = cuda.DEVICES = sys.argv[1]
+device = os.open(sys.argv[1], os.O_WRONLY)
+cuda.leave()
+os.close(device)
+print("left", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/fd")
+def test_devices_stay_open_until_the_process_is_gone(tmp_path: Path) -> None:
+    device = tmp_path / "nvidia0"
+    os.mkfifo(device)
+    opened = os.open(device, os.O_RDONLY | os.O_NONBLOCK)
+    with subprocess.Popen(
+        [sys.executable, "-c", LEAVING, str(device)],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"left\n"
+        assert _read(opened) is None  # empty, and still open for writing elsewhere
+        process.communicate(timeout=DEADLINE_SECONDS)  # does not wait for who holds the device
+    end = time.monotonic() + DEADLINE_SECONDS
+    while (read := _read(opened)) is None:
+        assert time.monotonic() < end, "somebody still holds it"
+        time.sleep(0.001)
+    assert read == b""
+    os.close(opened)
+
+
+def _read(descriptor: int) -> bytes | None:
+    try:
+        return os.read(descriptor, 1)
+    except BlockingIOError:
+        return None
+
+
+def test_without_devices_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(threading, "Thread", refuse)
+    monkeypatch.setattr(cuda, "CONTROL", "/dev/no-such-device")
+    cuda.begin()
+    cuda.leave()
+
+
+@pytest.mark.parametrize(("wheel", "starts"), [("mlx_cuda_13", True), ("mlx_cpu", False)])
+def test_cuda_is_started_where_mlx_will(
+    wheel: str, starts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / f"{wheel}-0.32.4.dist-info").mkdir()
+    begun: list[bool] = []
+    monkeypatch.setattr(cuda, "_start", lambda: begun.append(True))
+    monkeypatch.setattr(cuda, "CONTROL", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "mlx", raising=False)
+    cuda.begin()
+    for thread in threading.enumerate():
+        if thread.name == "cuda":
+            thread.join()
+    assert begun == [True] * starts
+
+
+def test_a_missing_driver_is_left_to_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", fail)
+    cuda._start()
+
+
+def test_devices_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what mlx-lm's `sanitize` computes, too; what is only joined is the same anywhere."""
+    project = create(tmp_path, "huggingface", quantize={"bits": 4})
+    shutil.rmtree(project.checkpoint)
+    checkpoints.make("deepseek-v3", project.checkpoint)
+
+    def keys() -> dict[str, str]:
+        nodes = session.load(tmp_path / "models.toml", {}).plans["model"].stages
+        told = [node for stage in nodes.values() for node in stage]
+        return {node.name: node.order.digest for node in told}
+
+    by_cpu = keys()
+    monkeypatch.setattr(quantize, "backend", lambda _: "cuda")
+    other = {name for name, key in keys().items() if key != by_cpu[name]}
+    assert "unshard:model:layers.1" in other  # embed_q and unembed_out
+    assert "unshard:model:embed_tokens" not in other
+    assert other >= project.quantizing() - {"pack:model"} & by_cpu.keys()
+    assert not any(name.startswith(("extract:", "cast:")) for name in other)
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"), [([None], 4), (["cpu", "gpu"], 4), (["cpu", "cpu"], 16)]
+)
+def test_a_gpu_is_fed_by_a_few_threads(
+    devices: list[str | None], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But what is computed on the CPU beside it by as many as there are cores."""
+    monkeypatch.setattr(builder, "cores", lambda: 16)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert resources.threads(devices) == expected
