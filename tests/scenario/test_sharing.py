@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doit.exceptions import InvalidDodoFile
 
 from cache.blobs import Part
 from cache.digest import digest
@@ -35,7 +36,7 @@ from cache.store import Store
 from support import checkpoints, meta, servers
 from support.front_door import REPOSITORY, Finished, doit
 from support.projects import FOUR_BIT, Project, contents, flip, outcomes
-from tasks.cli import invocation, session, task_graph
+from tasks.cli import invocation, session
 from tasks.core.errors import CheckpointError
 from tasks.execution import exchange
 from tasks.planning import source_record
@@ -746,7 +747,7 @@ def build(machine: Machine, capsys: pytest.CaptureFixture) -> tuple[list[str], s
                         break
                 if errors:
                     break
-        except task_graph.InvalidDodoFile as error:
+        except InvalidDodoFile as error:
             errors.append(str(error))
         for remote in invocation.remotes:
             remote.finish()

@@ -16,13 +16,12 @@ from support.front_door import REPOSITORY
 from support.projects import create
 from support.running import DEADLINE_SECONDS
 from tasks.cli import session
-from tasks.execution import builder, resources
-from tasks.stages import quantize
-from tasks.tensors import cuda
+from tasks.execution import resources
+from tasks.tensors import cuda, device
 
 LEAVING = """
 import os, sys
-from tasks.tensors import cuda
+from tasks.tensors import cuda, device
 
 cuda.CONTROL = cuda.DEVICES = sys.argv[1]
 device = os.open(sys.argv[1], os.O_WRONLY)
@@ -112,7 +111,7 @@ def test_devices_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
         return {node.name: node.order.digest for node in told}
 
     by_cpu = keys()
-    monkeypatch.setattr(quantize, "backend", lambda _: "cuda")
+    monkeypatch.setattr(device, "backend", lambda _: "cuda")
     other = {name for name, key in keys().items() if key != by_cpu[name]}
     assert "unshard:model:layers.1" in other  # embed_q and unembed_out
     assert "unshard:model:embed_tokens" not in other
@@ -127,6 +126,6 @@ def test_a_gpu_is_fed_by_a_few_threads(
     devices: list[str | None], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But what is computed on the CPU beside it by as many as there are cores."""
-    monkeypatch.setattr(builder, "cores", lambda: 16)
+    monkeypatch.setattr(resources, "cores", lambda: 16)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     assert resources.threads(devices) == expected
