@@ -2,7 +2,7 @@
 
 A blob is a file of its own, or a *reference*: runs of bytes in files that the store does not
 own (a tensor in a checkpoint), that other blobs own (experts stacked one after another), or that
-hold many blobs (*packs*), so that nothing is copied that already lies on the disk.
+hold many blobs (*containers*), so that nothing is copied that already lies on the disk.
 
 ```
 blobs/ab/cdef…        the bytes
@@ -29,10 +29,10 @@ import xxhash
 
 from cache.digest import CHUNK_BYTES, canonical, digest_file, digest_parts
 from cache.errors import BlobLost, FileChanged
-from cache.files import atomic
+from cache.files import atomic, space
 from cache.files.stamp import Stamp
 
-PACKS = "packs"
+CONTAINERS = "packs"  # its name on disk
 
 
 class Part(NamedTuple):
@@ -69,22 +69,22 @@ class Meter(threading.local):
 
 
 class Place(NamedTuple):
-    """Where a blob belongs in a pack.
+    """Where a blob belongs in a container.
 
     Attributes:
-        pack: the file's path.
+        container: the file's path.
         offset: first byte.
         length: bytes.
     """
 
-    pack: Path
+    container: Path
     offset: int
     length: int
 
     @property
     def part(self) -> Part:
         """The blob, once it is written."""
-        return Part(str(self.pack), self.offset, self.length, None)
+        return Part(str(self.container), self.offset, self.length, None)
 
 
 class Writer:
@@ -137,7 +137,7 @@ class Blobs:
         except FileNotFoundError:
             return self._locate_reference(digest, length)
         if stamp.size == length:
-            self._used(path, stamp)
+            self._touch(path, stamp)
             return [Part(str(path), 0, length, None)]
         if self._reference(digest).exists():
             return self._locate_reference(digest, length)
@@ -206,12 +206,12 @@ class Blobs:
         """Give a writer whose bytes become a blob where they lie, if the block ends well.
 
         Raises:
-            FileNotFoundError: there is no such pack.
+            FileNotFoundError: there is no such container.
             NoRoom: the disk is full.
         """
         with (
-            atomic.full_disk(self.root, place.length),
-            place.pack.open("r+b", buffering=0) as file,
+            space.enospc_as_no_room(self.root, place.length),
+            place.container.open("r+b", buffering=0) as file,
         ):
             writer = Writer(file, place.offset)
             yield writer
@@ -219,7 +219,7 @@ class Blobs:
         if not self.has(writer.digest, writer.length):
             self.refer(writer.digest, [place.part])
 
-    def new_packs(self, count: int, need: int) -> list[Path]:
+    def new_containers(self, count: int, need: int) -> list[Path]:
         """Return the paths of files for many blobs, empty.
 
         Args:
@@ -229,24 +229,24 @@ class Blobs:
         Raises:
             NoRoom: the disk cannot take them.
         """
-        folder = self.root / PACKS
+        folder = self.root / CONTAINERS
         folder.mkdir(parents=True, exist_ok=True)
-        atomic.room(folder, need)
+        space.require_free(folder, need)
         paths = [folder / uuid.uuid4().hex for _ in range(count)]
         for path in paths:
             path.touch(exist_ok=False)
         return paths
 
-    def note_whole(self, pack: Path, digest: str, length: int) -> None:
-        """Take note that a pack is, as a whole, a blob; nothing is written into it any more."""
-        self.refer(digest, [Part(str(pack), 0, length, None)])
+    def note_whole(self, container: Path, digest: str, length: int) -> None:
+        """Note that a whole container is a blob; nothing is written into it any more."""
+        self.refer(digest, [Part(str(container), 0, length, None)])
 
-    def whole_pack(self, digest: str, length: int) -> Path | None:
-        """Return the pack that is, as a whole, the blob ``digest``, if there is one."""
+    def whole_container(self, digest: str, length: int) -> Path | None:
+        """Return the container that is, as a whole, the blob ``digest``, if there is one."""
         try:
             (part, *more) = self.locate(digest, length)
             path = Path(part.path)
-            whole = not more and path.parent == self.root / PACKS
+            whole = not more and path.parent == self.root / CONTAINERS
             return path if whole and path.stat().st_size == length else None
         except (BlobLost, FileNotFoundError):
             return None
@@ -262,7 +262,7 @@ class Blobs:
             NoRoom: there is less free.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        atomic.room(self.root, need)
+        space.require_free(self.root, need)
         with tempfile.TemporaryDirectory(prefix=atomic.own_prefix(), dir=self.root) as folder:
             yield Path(folder)
 
@@ -365,13 +365,13 @@ class Blobs:
                 raise BlobLost(digest, f"{', '.join(stamps)} changed since it was read")
             self.refer(digest, now)
         with suppress(FileNotFoundError):  # there are the bytes by now
-            self._used(reference, Stamp.of(reference))
+            self._touch(reference, Stamp.of(reference))
         return now
 
     def _relative(self, path: str) -> str:
         """Return a path as references name it: relative if it is the store's, which may move."""
         return path.removeprefix(f"{self.root}{os.sep}")
 
-    def _used(self, path: Path, stamp: Stamp) -> None:
+    def _touch(self, path: Path, stamp: Stamp) -> None:
         if not self._read_only:
-            atomic.used(path, stamp.mtime_ns)
+            atomic.touch(path, stamp.mtime_ns)

@@ -23,7 +23,7 @@ class FileChanged(CacheError):
     """A file that the store refers to, or reads, is another than when it was looked at."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(f"{path} changed while it was read. Run doit again when it is whole.")
+        super().__init__(f"{path} changed while it was read.")
 
 
 class NoRoom(CacheError):

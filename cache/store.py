@@ -53,7 +53,7 @@ class Store:
         actions = Actions(root / "actions", read_only=read_only)
         return cls(blobs, actions, memos, root, Lock(root), read_only=read_only)
 
-    def used(self, path: Path) -> None:
+    def touch(self, path: Path) -> None:
         """Note that a file that is none of a blob, an action or a memo was used."""
         if not self.read_only:
-            atomic.used(path, path.stat().st_mtime_ns)
+            atomic.touch(path, path.stat().st_mtime_ns)

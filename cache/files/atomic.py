@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import itertools
 import os
 import platform
-import shutil
-import subprocess
-import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from cache.errors import NoRoom
+from cache.files import trash
+from cache.files.space import enospc_as_no_room, require_free
 
 TEMPORARY = ".tmp-"
 SWEEP_SECONDS = 3600
 STRANGE_SWEEP_SECONDS = 24 * 3600
-WRITERS = 16  # of as much at once, for which room is made before any of it is short
 USE_SECONDS = 3600  # how exactly files tell when they were last used
 WRITE_BYTES = 256 << 10
-KEEP_SIZE = 1  # linux/falloc.h, FALLOC_FL_KEEP_SIZE
-_libc = ctypes.CDLL(None)
 _BEGUN = time.time_ns()  # another in a later process that has this one's number
 _numbers = itertools.count()
-_removers: list[subprocess.Popen[bytes]] = []  # of ``remove_behind``, those that may still run
-_removing = threading.Lock()  # held while the list changes
 
 
 class Temporary:
@@ -79,7 +70,7 @@ def temporary(folder: Path, need: int = 0) -> Iterator[Temporary]:
         NoRoom: the disk is full.
     """
     path = f"{folder}/{own_prefix()}{_BEGUN}-{next(_numbers)}"
-    with full_disk(folder, need):
+    with enospc_as_no_room(folder, need):
         try:
             new = Temporary(path)
         except FileNotFoundError:
@@ -87,23 +78,8 @@ def temporary(folder: Path, need: int = 0) -> Iterator[Temporary]:
             new = Temporary(path)
         with closing(new):
             if need:
-                room(folder, need)
+                require_free(folder, need)
             yield new
-
-
-@contextmanager
-def full_disk(folder: Path, need: int = 0) -> Iterator[None]:
-    """Say it in words if the disk is full in the block, which writes ``need`` bytes to ``folder``.
-
-    Raises:
-        NoRoom: it is.
-    """
-    try:
-        yield
-    except OSError as error:
-        if is_full(error):
-            raise no_room(folder, need) from error
-        raise
 
 
 def write(path: Path, data: bytes | memoryview) -> None:
@@ -132,40 +108,12 @@ def write_all(file: IO[bytes], data: memoryview, at: int = 0) -> None:
         data, at = data[count:], at + count
 
 
-def reserve(file: IO[bytes], length: int) -> None:
-    """Have the disk set aside, at once, what a file will hold: a quarter less time to write it.
-
-    Only where the system and the file system can; ``os.posix_fallocate`` would write into each
-    block elsewhere. The file's size stays that of what was written.
-    """
-    fallocate = getattr(_libc, "fallocate", None)
-    if fallocate:
-        fallocate(file.fileno(), KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(length))
-
-
-def room(folder: Path, need: int) -> None:
-    """Refuse to begin what the disk cannot take.
-
-    Args:
-        folder: where it will be written.
-        need: bytes.
-
-    Raises:
-        NoRoom: there is less free.
-    """
-    if WRITERS * need > shutil.disk_usage(folder).free:  # others write as well
-        for remover in tuple(_removers):  # what it removes is room
-            remover.wait()
-        if need > shutil.disk_usage(folder).free:
-            raise no_room(folder, need)
-
-
 def own_prefix() -> str:
     """Return how this process's temporary names begin, so that others can tell whose they are."""
     return f"{TEMPORARY}{platform.node()}-{os.getpid()}-"
 
 
-def used(path: str | Path, mtime_ns: int) -> None:
+def touch(path: str | Path, mtime_ns: int) -> None:
     """Note that a file was used, in its mtime: access times are off on many systems (noatime).
 
     Args:
@@ -181,7 +129,7 @@ def sweep(folder: Path) -> None:
     """Remove temporary files that killed processes left."""
     for path in folder.glob(f"{TEMPORARY}*"):
         if abandoned(path):
-            remove(path)
+            trash.remove(path)
 
 
 def abandoned(path: Path) -> bool:
@@ -202,65 +150,6 @@ def abandoned(path: Path) -> bool:
     return age >= (SWEEP_SECONDS if ours else STRANGE_SWEEP_SECONDS)
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder that others may remove as well."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def discard(folder: Path, trash: Path) -> None:
-    """Remove a folder that may be there, in a process of its own that outlives this one.
-
-    A disk takes up to half a second a GB, of which this process would do nothing but wait.
-
-    Args:
-        folder: its name is free at once; it begins with ``TEMPORARY``.
-        trash: a folder on the same file system; on another one the removal is waited for. What a
-            removal that was killed leaves there is to be given to ``remove_behind``.
-    """
-    aside = trash / f"{folder.name}-{time.time_ns()}"
-    try:
-        trash.mkdir(parents=True, exist_ok=True)
-        folder.rename(aside)
-    except FileNotFoundError:
-        return
-    except OSError:
-        with suppress(OSError):  # whatever brought it here is to be told, not this
-            remove(folder)
-    else:
-        remove_behind(aside)
-
-
-def remove_behind(*paths: Path) -> None:
-    """Remove files and folders, in a process of its own that outlives this one."""
-    if not paths:
-        return
-    try:
-        remover = start_behind("rm", "-rf", "--", *paths)
-    except OSError:  # there is no rm
-        for path in paths:
-            remove(path)
-        return
-    with _removing:
-        _removers[:] = [remover, *(one for one in _removers if one.poll() is None)]
-
-
-def start_behind(
-    *command: str | Path, stdin: int = subprocess.DEVNULL, pass_fds: Collection[int] = ()
-) -> subprocess.Popen[bytes]:
-    """Start a process that may outlive this one, of which nobody hears.
-
-    Raises:
-        OSError: it cannot be started.
-    """
-    quiet = subprocess.DEVNULL  # whoever reads what this process prints must not wait for that one
-    return subprocess.Popen(
-        command, stdin=stdin, stdout=quiet, stderr=quiet, pass_fds=pass_fds, process_group=0
-    )
-
-
 def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -269,22 +158,3 @@ def _runs(process: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
-
-
-def _there(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def is_full(error: OSError) -> bool:
-    """Tell whether an error means that there is no room."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def no_room(folder: Path, need: int = 0) -> NoRoom:
-    """Return the error that says so."""
-    free = shutil.disk_usage(_there(folder)).free
-    fact = f"{need:,} bytes are needed, {free:,} are free" if need else f"{free:,} bytes are free"
-    return NoRoom(
-        f"{folder}: the disk is full: {fact}. Make room and run doit again: what is already built "
-        "is kept."
-    )

@@ -1,7 +1,8 @@
-"""link: ."""
+"""link: lets a file have the bytes of another one, without a copy where the disk can do that."""
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import platform
@@ -10,12 +11,11 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from cache.files.atomic import _libc, _there, room
+from cache.files.space import existing, require_free
 
 FICLONE = 0x40049409  # linux/fs.h
-
-
 WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+_libc = ctypes.CDLL(None)
 
 
 def link(source: Path, target: Path) -> bool:
@@ -38,7 +38,7 @@ def link(source: Path, target: Path) -> bool:
     except FileNotFoundError:
         raise
     except OSError:  # another disk, or one without links, or the file is somebody else's
-        room(target.parent, source.stat().st_size)
+        require_free(target.parent, source.stat().st_size)
         shutil.copyfile(source, target)
         return True
     return False
@@ -58,4 +58,4 @@ def _reflink(source: Path, target: Path) -> bool:
 
 def on_one_disk(one: Path, other: Path) -> bool:
     """Tell whether files can be linked from a folder to another one; neither need be there yet."""
-    return _there(one).stat().st_dev == _there(other).stat().st_dev
+    return existing(one).stat().st_dev == existing(other).stat().st_dev

@@ -1,4 +1,4 @@
-"""collect: garbage collection: what may go from a cache, least recently used first.
+"""gc: garbage collection: what may go from a cache, least recently used first.
 
 It is made so that nobody else has to be asked: who has a cache folder in common with others knows
 only what they used of late. See ``cache.lock`` on builds that run meanwhile.
@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from cache.files import atomic
+from cache.files import atomic, trash
 from cache.maintenance.survey import CORRUPT, File, Survey
 
 RECORD_SECONDS = 90 * 24 * 3600  # how long records (all but blobs) are kept that nobody uses
@@ -60,8 +60,8 @@ def plan(survey: Survey, wanted: Wanted, max_bytes: int | None, now: float) -> C
         now: Unix time.
     """
     stays = survey.reach(wanted.blobs)
-    packed = {key for digest in survey.parts for key in survey.pinned(digest)}
-    garbage = [file for file in survey.files if _is_garbage(file, wanted, packed, now)]
+    filled = {key for digest in survey.parts for key in survey.pinned(digest)}
+    garbage = [file for file in survey.files if _is_garbage(file, wanted, filled, now)]
     left = survey.size - sum(file.size for file in garbage)
     evicted: list[File] = []
     spare: list[File] = []
@@ -81,14 +81,14 @@ def plan(survey: Survey, wanted: Wanted, max_bytes: int | None, now: float) -> C
 def carry_out(collection: Collection) -> None:
     """Remove what goes; the lock must be held alone."""
     for file in (*collection.garbage, *collection.evicted):
-        atomic.remove(file.path)
+        trash.remove(file.path)
 
 
-def _is_garbage(file: File, wanted: Wanted, packed: set[str], now: float) -> bool:
+def _is_garbage(file: File, wanted: Wanted, filled: set[str], now: float) -> bool:
     if file.kind == "temporary":
         return atomic.abandoned(file.path)
-    if file.kind == "pack":  # one that is begun has no blob yet
-        return file.key not in packed and now - file.used > atomic.SWEEP_SECONDS
+    if file.kind == "container":  # one that is begun has no blob yet
+        return file.key not in filled and now - file.used > atomic.SWEEP_SECONDS
     if file.kind in ("action", "memo", "source"):
         wants = file.key in (wanted.sources if file.kind == "source" else wanted.actions)
         return not wants and now - file.used > RECORD_SECONDS
@@ -99,19 +99,19 @@ def _blobs(survey: Survey, stays: set[str]) -> Iterator[list[File]]:
     """Yield blobs and references in the order in which they may go, in groups that go as a whole.
 
     A file in which a reference's parts lie is used whenever that is. If it is a blob it goes after
-    it; a pack goes with all references into it, since there is no room to be had of a part.
+    it; a container goes with all references into it, since there is no room to be had of a part.
     """
-    packs = survey.of("pack")
+    containers = survey.of("container")
     inside: dict[str, list[File]] = defaultdict(list)
     groups = []
     for digest, file in survey.of("reference").items():
         where = survey.pinned(digest)
         for key in where:
             inside[key].append(file)
-        if where.isdisjoint(packs):
+        if where.isdisjoint(containers):
             groups.append([file])
     # The file last: if removing is interrupted, no reference is left to nothing.
-    groups += [[*inside[key], file] for key, file in (survey.of("blob") | packs).items()]
+    groups += [[*inside[key], file] for key, file in (survey.of("blob") | containers).items()]
 
     def turn(group: list[File]) -> tuple[float, bool]:
         return max(file.used for file in group), group[-1].kind == "blob"

@@ -16,11 +16,11 @@ from cache.files import atomic
 from cache.records.manifests import Manifest
 
 CORRUPT = "corrupt"  # the folder to which `verify` moves what is
-KINDS = ("blob", "reference", "pack", "action", "memo", "source", "temporary", CORRUPT)
+KINDS = ("blob", "reference", "container", "action", "memo", "source", "temporary", CORRUPT)
 _KEYS = {
     "blob": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})",
     "reference": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})\.parts",
-    "pack": r"blobs/(packs)/([0-9a-f]{32})",
+    "container": r"blobs/(packs)/([0-9a-f]{32})",
     "action": r"actions/([0-9a-f]{2})/([0-9a-f]{30})\.json",
     "memo": r"memos/[^/]+/([0-9a-f]{2})/([0-9a-f]{30})\.json",
     "source": r"sources/([0-9a-f]{2})([0-9a-f]{62})/.+",
@@ -35,8 +35,8 @@ class File:
         path: where it lies.
         kind: one of ``KINDS``. Files that nobody here made are none of them, and left alone.
         key: the digest or key that names it.
-        size: bytes; of a pack, in which there may be holes, those that the disk has.
-        used: when it was last used, Unix time, to the hour (``files.used``).
+        size: bytes; of a container, in which there may be holes, those that the disk has.
+        used: when it was last used, Unix time, to the hour (``atomic.touch``).
     """
 
     path: Path
@@ -80,13 +80,13 @@ class Survey:
 
     @cached_property
     def owned(self) -> dict[str, int]:
-        """The bytes of each blob that the cache itself has, in a file or in a pack."""
+        """The bytes of each blob that the cache itself has, in a file or in a container."""
         found = {digest: file.size for digest, file in self.of("blob").items()}
-        packs = self.of("pack").keys()
+        containers = self.of("container").keys()
         for digest, parts in self.parts.items():
-            # A whole pack begins where no tensor does, at its header; the blobs in it count.
+            # A whole container begins where no tensor does, at its header; the blobs in it count.
             whole = [part.offset for part in parts] == [0]
-            if self.pinned(digest) & packs and not whole:
+            if self.pinned(digest) & containers and not whole:
                 found.setdefault(digest, sum(part.length for part in parts))
         return found
 
@@ -97,7 +97,7 @@ class Survey:
         return {d: {path.parent.name + path.name for path in ps} for d, ps in paths.items()}
 
     def pinned(self, digest: str) -> set[str]:
-        """Return the keys of the blobs' and packs' files in which a reference's parts lie."""
+        """Return the keys of the blobs' and containers' files in which a reference's parts lie."""
         return self._pinned.get(digest, set())
 
     def reach(self, digests: Iterable[str]) -> set[str]:
@@ -112,7 +112,7 @@ class Survey:
                 yield manifest
 
 
-def take(root: Path) -> Survey:
+def inventory(root: Path) -> Survey:
     """Look through the cache in folder ``root``, which need not exist."""
     found = []
     for path, status in _walk(root):
@@ -120,7 +120,7 @@ def take(root: Path) -> Survey:
         if kind:
             inside = _walk(path) if stat.S_ISDIR(status.st_mode) else ()
             size = sum(each.st_size for _, each in inside) or status.st_size
-            if kind == "pack":
+            if kind == "container":
                 size = min(size, 512 * status.st_blocks)
             found.append(File(path, kind, key, size, status.st_mtime))
     return Survey(Blobs(root / "blobs"), [*_whole_sources(root, found)])

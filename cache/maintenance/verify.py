@@ -31,7 +31,7 @@ class Wrong(NamedTuple):
     cause: str
 
 
-def look(survey: Survey, threads: int) -> list[Wrong]:
+def scan(survey: Survey, threads: int) -> list[Wrong]:
     """Read every blob, action entry, and what references refer to as long as that is unchanged.
 
     Args:

@@ -65,7 +65,7 @@ class Actions:
             return Corrupt(path, "it records another action")
         if not self._read_only:
             with suppress(FileNotFoundError):
-                atomic.used(path, path.stat().st_mtime_ns)
+                atomic.touch(path, path.stat().st_mtime_ns)
         return Hit(manifest)
 
     def read(self, key: str) -> Manifest | None:

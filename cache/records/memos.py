@@ -29,7 +29,7 @@ class Memos:
         try:
             answer = json.loads(path.read_bytes())
             if not self._read_only:
-                atomic.used(path, path.stat().st_mtime_ns)
+                atomic.touch(path, path.stat().st_mtime_ns)
             return answer
         except (FileNotFoundError, ValueError):
             return None

@@ -2,7 +2,7 @@
 
 ```
 blobs/ab/cdef…              bytes under their BLAKE3
-records/KIND/ab/cdef….json  sealed records (see trust) under a key
+records/KIND/ab/cdef….json  records (see ``signing``) under a key
 ```
 Whoever can write there can write anything, so nothing is used before it is checked: a blob
 against its name, a record against its signature, where a signing key is set. A remote is never
@@ -23,8 +23,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from cache.errors import Mismatch, NotFetched, Refused
-from cache.remote import transport
-from cache.remote.signing import seal, unseal
+from cache.remote import connect, transport
+from cache.remote.signing import check_signature, sign
 from cache.remote.transport import (
     PARALLEL,
     PIECE_BYTES,
@@ -128,18 +128,13 @@ class Remote:
         """Bytes of blobs and records had from it so far."""
         return self._fetched_bytes
 
-    @property
-    def pushed_bytes(self) -> int:
-        """Bytes of blobs and records put there so far."""
-        return self._pushed_bytes
-
     def record(self, kind: str, key: str) -> Any | None:
         """Return the record of ``kind`` under ``key``, or None if there is none to be used."""
         path = _record_path(kind, key)
         try:
             data = self._try(f"get {path}", lambda it: it.get(path, MAX_RECORD_BYTES))
             self._count(fetched=len(data))
-            return unseal(kind, key, data, self._secret)
+            return check_signature(kind, key, data, self._secret)
         except (Absent, _GivenUp):
             return None
         except WrongSize:
@@ -159,20 +154,20 @@ class Remote:
                 "is set here, and who can write there."
             )
 
-    def put_record(self, kind: str, key: str, record: Any, *, look: bool = False) -> None:
+    def put_record(self, kind: str, key: str, record: Any, *, ask_first: bool = False) -> None:
         """Put a record (JSON), after the blobs that it names: whoever finds it relies on them.
 
         Args:
             kind: its kind.
             key: its key.
             record: the record.
-            look: ask first whether the very same is there.
+            ask_first: ask whether the very same is there.
         """
         if not self.writable:
             return
         path = _record_path(kind, key)
-        data = seal(kind, key, record, self._secret)
-        if look:
+        data = sign(kind, key, record, self._secret)
+        if ask_first:
             with suppress(Absent, WrongSize, _GivenUp):
                 there = self._try(f"get {path}", lambda it: it.get(path, len(data)))
                 self._count(fetched=len(there))
@@ -340,7 +335,7 @@ class Remote:
     def _open(self) -> Transport:
         with self._lock:
             if self._transport is None:
-                self._transport = transport.connect(
+                self._transport = connect.connect(
                     self._url,
                     timeout=self._timeout,
                     create=self.writable,

@@ -126,7 +126,9 @@ class Sharing:
         """
         self.remote.later(lambda: self.push_now(manifest, locate))
 
-    def push_now(self, manifest: Manifest, locate: Locate | None, *, look: bool = False) -> bool:
+    def push_now(
+        self, manifest: Manifest, locate: Locate | None, *, ask_first: bool = False
+    ) -> bool:
         """Upload a result, and tell whether that was possible.
 
         A record that names blobs is not replaced by one that names none, unless it was refused.
@@ -134,7 +136,7 @@ class Sharing:
         Args:
             manifest: the result.
             locate: as for ``push``.
-            look: whether the record may be there already.
+            ask_first: whether the record may be there already.
         """
         key = manifest.action.key
         if not locate and key not in self._refused and self.read(key):
@@ -147,7 +149,7 @@ class Sharing:
         except (BlobLost, FileChanged, Mismatch, OSError):
             return False  # gone or changed meanwhile: it is for the build to say so
         record = {"manifest": json.loads(manifest.to_bytes()), "blake3": names}
-        self.remote.put_record(KIND, key, record, look=look)
+        self.remote.put_record(KIND, key, record, ask_first=ask_first)
         return True
 
     def push_blob(self, tensor: Tensor, parts: Sequence[Part]) -> str:

@@ -1,6 +1,6 @@
-"""trust: records sealed for a place that others can write to.
+"""signing: records signed for a place that others can write to.
 
-A sealed record is canonical JSON, ``{"record": …, "signature": …}``. The signature is
+A signed record is canonical JSON, ``{"record": …, "signature": …}``. The signature is
 HMAC-SHA256 over the record's kind and key and the record itself, so that an entry cannot be put
 under another key. It says that somebody who holds the secret wrote the record; what the record
 names by BLAKE3 digest is thereby vouched for too.
@@ -18,35 +18,35 @@ from cache.errors import Refused
 _PURPOSE = "mlx-make record 1"  # a secret shared with another use yields no signature of ours
 
 
-def seal(kind: str, key: str, record: Any, secret: bytes | None) -> bytes:
+def sign(kind: str, key: str, record: Any, secret: bytes | None) -> bytes:
     """Return the bytes to keep under ``kind`` and ``key``, signed if there is a ``secret``.
 
     An empty secret is none: a CI service hands an unset one over as an empty string.
     """
-    sealed = {"record": record}
+    signed = {"record": record}
     if secret:
-        sealed["signature"] = _signature(kind, key, record, secret)
-    return canonical(sealed)
+        signed["signature"] = _signature(kind, key, record, secret)
+    return canonical(signed)
 
 
-def unseal(kind: str, key: str, data: bytes, secret: bytes | None) -> Any:
+def check_signature(kind: str, key: str, data: bytes, secret: bytes | None) -> Any:
     """Return the record in ``data``, found under ``kind`` and ``key``.
 
     Without a secret a signature is not looked at.
 
     Raises:
-        Refused: the bytes are no sealed record, or, with a secret, not signed with it.
+        Refused: the bytes are no such record, or, with a secret, not signed with it.
     """
     name = f"{kind}/{key}"
     try:
-        sealed = json.loads(data)
-        record = sealed["record"]
+        signed = json.loads(data)
+        record = signed["record"]
         expected = _signature(kind, key, record, secret) if secret else None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refused(name, f"it is not a sealed record ({type(error).__name__})") from error
     if expected is None:
         return record
-    signature = sealed.get("signature")
+    signature = signed.get("signature")
     if not isinstance(signature, str):
         raise Refused(name, "it is not signed")
     if not hmac.compare_digest(signature.encode("utf-8", "surrogatepass"), expected.encode()):

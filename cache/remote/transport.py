@@ -7,32 +7,24 @@ which nobody else can. Every request moves ``PIECE_BYTES`` at most, so that one 
 from __future__ import annotations
 
 import errno
-import random
 import re
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
-from uuid import uuid4
+from urllib.parse import urlsplit
 
 from cache.errors import BadRemote
-from cache.remote.credentials import PASSWORD, USER, aws_profile, basic_auth, basic_header
+from cache.remote.credentials import PASSWORD, USER, aws_profile
 
 if TYPE_CHECKING:
-    import requests
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 PIECE_BYTES = 8 << 20  # S3 takes 10,000 parts: blobs of 80 GB
 PARALLEL = 4  # pieces of one blob under way at once
 CONNECT_SECONDS = 5
 PART_SECONDS = 3  # for which a part of a multipart upload is repeated
-_SEND_BYTES = 1 << 20
-_BODY_CHARS = 1 << 16
-_MOVES = 5  # tries
+BODY_CHARS = 1 << 16
 
 SCHEMES = ("s3", "gs", "az", "https", "http", "file")
 _CREDENTIALS = {
@@ -45,7 +37,7 @@ _CREDENTIALS = {
     "file": "the folder's owner and mode",
 }
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
-_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -114,21 +106,6 @@ def shown(url: str) -> str:
     rest = re.sub(r"^.*:.*@", "", rest, flags=re.DOTALL)  # a password may hold what ends a host
     host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
-
-
-def connect(url: str, *, timeout: float, create: bool) -> Transport:
-    """Return the transport for ``url``. Nothing is asked of a server yet.
-
-    Args:
-        url: one that ``check`` has passed.
-        timeout: seconds that one request may take.
-        create: a local folder that is not there is made.
-
-    Raises:
-        Fault: the credentials, or a local folder, cannot be read.
-    """
-    kind = HttpTransport if url.startswith("http") else Transport
-    return kind(url, timeout=timeout, create=create)
 
 
 class Transport:
@@ -273,7 +250,7 @@ class Transport:
             obstore.put(
                 self._parts_store,
                 path,
-                _noting(chunks, raised),
+                noting(chunks, raised),
                 use_multipart=True,
                 chunk_size=PIECE_BYTES,
                 max_concurrency=PARALLEL,
@@ -319,7 +296,7 @@ class Transport:
             return self._refused("no credentials were found that it takes", answered=False)
         status = re.search(r"status code: (\d{3})[^:]*:? ?(.*)", text, re.DOTALL)
         if status:
-            return self.of_status(int(status[1]), status[2][:_BODY_CHARS])
+            return self.of_status(int(status[1]), status[2][:BODY_CHARS])
         if "Received redirect without LOCATION" in text:
             return Fault(
                 "it answered that the bucket is in another region",
@@ -332,7 +309,7 @@ class Transport:
             return self._of_errno(int(system[1]) if system else 0)
         kind = re.search(r"kind: (Connect|Timeout|Interrupted|Request|Decode|Unknown)", text)
         if kind:
-            return self._of_connection(kind[1], text)
+            return self.of_connection(kind[1], text)
         return Fault(
             f"it cannot be opened or read ({type(error).__name__})",
             f"Check its address, and the credentials: {_CREDENTIALS[self._scheme]}.",
@@ -340,7 +317,8 @@ class Transport:
             answered=False,
         )
 
-    def _of_connection(self, kind: str, text: str) -> Fault:
+    def of_connection(self, kind: str, text: str) -> Fault:
+        """Return the fault of a connection that failed in the way that obstore calls ``kind``."""
         said = re.findall(r'message: "([\w \-]+)"', text)
         name = "its name is not known" if "dns error" in text else ""
         tls = "its certificate is not trusted" if "certificate" in text else ""
@@ -390,165 +368,16 @@ class Transport:
             mend = "The server takes no uploads. Have it allow PUT, or use it read-only."
         elif status == 413:
             mend = "Raise the size of a body that the server takes (nginx: client_max_body_size)."
-        elif status not in _TRANSIENT:
+        elif status not in TRANSIENT:
             mend = "Check its address."
-        return Fault(said, mend, transient=status in _TRANSIENT, answered=True)
+        return Fault(said, mend, transient=status in TRANSIENT, answered=True)
 
     def _refused(self, cause: str, *, answered: bool) -> Fault:
         mend = f"Check the credentials: {_CREDENTIALS[self._scheme]}."
         return Fault(cause, mend, transient=False, answered=answered)
 
 
-class HttpTransport(Transport):
-    """A plain HTTP or WebDAV server.
-
-    obstore would hold a whole blob in memory to PUT it, and makes no parents of the URL's own
-    path, so writing is done with requests.
-    """
-
-    def __init__(self, url: str, *, timeout: float, create: bool) -> None:
-        self._auth = basic_auth(url)
-        parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
-        self._url = urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
-        self._made: set[str] = set()
-        super().__init__(self._url, timeout=timeout, create=create)
-
-    def _open_remote(self, url: str, client: ClientConfig, retry: RetryConfig) -> ObjectStore:
-        from obstore.store import HTTPStore
-
-        if self._auth:
-            client["default_headers"] = {"authorization": basic_header(self._auth)}
-        return HTTPStore.from_url(url, client_options=client, retry_config=retry)
-
-    @cached_property
-    def _session(self) -> requests.Session:
-        import requests
-
-        session = requests.Session()
-        session.auth = self._auth
-        return session
-
-    def put(self, path: str, data: bytes) -> None:
-        """Make an object, or replace it."""
-        self.stream(path, len(data), iter([memoryview(data)]))
-
-    def stream(self, path: str, length: int, chunks: Iterator[memoryview]) -> None:
-        """Make an object, or replace it.
-
-        Where the server can MOVE, it is there when it is whole, and two that make it at once do
-        not meet. Elsewhere that is the server's matter.
-        """
-        # First, since a server may answer a large body without reading it, and close.
-        self._make_parents(path)
-        if not self._moves:
-            return self._put(path, length, chunks)
-        temporary = f"{path}.{uuid4().hex}"
-        try:
-            self._put(temporary, length, chunks)
-            self._move(temporary, path)
-        except BaseException:
-            with suppress(Fault):
-                self._request("DELETE", f"{self._url}/{temporary}").close()
-            raise
-        return None
-
-    def _move(self, temporary: str, path: str) -> None:
-        target = {"Destination": f"{self._url}/{path}", "Overwrite": "T"}
-        for again in reversed(range(_MOVES)):
-            with self._request("MOVE", f"{self._url}/{temporary}", headers=target) as response:
-                if 200 <= response.status_code < 300:
-                    return
-                if not again:
-                    self._expect_ok(response)
-            # Servers that remove what is there first refuse it where two do so at once.
-            time.sleep(random.uniform(0.01, 0.1))
-
-    @cached_property
-    def _moves(self) -> bool:
-        """Whether it can MOVE: it says that it is WebDAV, or does not find what is not there."""
-        with self._request("OPTIONS", self._url) as response:
-            if "DAV" in response.headers:
-                return True
-        nothing = f"{self._url}/{uuid4().hex}"
-        target = {"Destination": f"{nothing}-moved"}
-        with self._request("MOVE", nothing, headers=target) as response:
-            return response.status_code == 404
-
-    def _put(self, path: str, length: int, chunks: Iterator[memoryview]) -> None:
-        raised: list[BaseException] = []
-        body = _Body(length, _noting(chunks, raised)) if length else b"".join(chunks)
-        try:
-            with self._request("PUT", f"{self._url}/{path}", data=body) as response:
-                self._expect_ok(response)
-        except Fault:
-            if raised:
-                raise raised[0] from None
-            raise
-
-    def _expect_ok(self, response: requests.Response) -> None:
-        if not 200 <= response.status_code < 300:  # a redirect of a PUT is not followed
-            raise self.of_status(response.status_code, response.text[:_BODY_CHARS])
-
-    def _make_parents(self, path: str) -> None:
-        """Make the folders above ``path``. Servers without folders say no, which is no harm."""
-        base = urlsplit(self._url)
-        folders = [*base.path.strip("/").split("/"), *path.split("/")[:-1]]
-        for count in range(1, len(folders) + 1):
-            folder = "/".join(folders[:count])
-            if folder and folder not in self._made:
-                place = urlunsplit((base.scheme, base.netloc, f"/{folder}/", "", ""))
-                with self._request("MKCOL", place) as response:
-                    if response.status_code in _TRANSIENT:
-                        raise self.of_status(response.status_code, "")
-                self._made.add(folder)
-
-    def _request(self, method: str, url: str, **options: Any) -> requests.Response:
-        with self._faults():
-            return self._session.request(
-                method, url, timeout=self._timeout, allow_redirects=method == "GET", **options
-            )
-
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
-        from requests.exceptions import ConnectTimeout, RequestException, SSLError, Timeout
-
-        try:
-            yield
-        except RequestException as error:
-            text = str(error)
-            if isinstance(error, Timeout) or "timed out" in text:
-                kind = "Timeout"
-            else:
-                kind = "Connect" if "NewConnectionError" in text else "Interrupted"
-            if isinstance(error, SSLError):
-                text = "certificate"
-            elif "NameResolutionError" in text:
-                text = "dns error"
-            elif "Connection refused" in text:
-                text = 'message: "Connection refused"'
-            fault = self._of_connection(kind, text)
-            fault.answered &= not isinstance(error, ConnectTimeout)
-            raise fault from error
-
-
-class _Body:
-    """A request's body: its length, and its bytes in pieces that a slow line sends in time."""
-
-    def __init__(self, length: int, chunks: Iterator[memoryview]) -> None:
-        self._length = length
-        self._chunks = chunks
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[memoryview]:
-        for chunk in self._chunks:
-            for start in range(0, chunk.nbytes, _SEND_BYTES):
-                yield chunk[start : start + _SEND_BYTES]
-
-
-def _noting(chunks: Iterator[memoryview], raised: list[BaseException]) -> Iterator[memoryview]:
+def noting(chunks: Iterator[memoryview], raised: list[BaseException]) -> Iterator[memoryview]:
     """Yield ``chunks``; what they raise is also put into ``raised``, as it may come out changed."""
     try:
         yield from chunks

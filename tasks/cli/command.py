@@ -18,7 +18,7 @@ from doit.cmd_base import Command as DoitCommand
 from doit.cmdparse import CmdParseError
 from doit.exceptions import InvalidCommand
 
-from cache.files import atomic
+from cache.files import atomic, trash
 from tasks.core.workspace import BUILD, STATE, TRASH
 
 INTERRUPTED = 130  # as shells report SIGINT
@@ -180,8 +180,8 @@ def alone() -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        atomic.remove_behind(*(state / TRASH).glob(f"{atomic.TEMPORARY}*"))
+        trash.remove_behind(*(state / TRASH).glob(f"{atomic.TEMPORARY}*"))
         for left in state.with_name(BUILD).glob(f"{atomic.TEMPORARY}*"):
             if (state / "manifests" / left.name.removeprefix(atomic.TEMPORARY)).exists():
-                atomic.discard(left, state / TRASH)
+                trash.discard(left, state / TRASH)
         yield

@@ -15,6 +15,7 @@ from cache.errors import NoRoom
 from cache.files import atomic
 from cache.files.stamp import Stamp
 from cache.records.manifests import Manifest, ManifestError
+from tasks.cli import failures
 
 
 class Checker(FileChangedChecker):  # type: ignore[misc]
@@ -101,5 +102,5 @@ class Database(JsonDB):  # type: ignore[misc]
             try:
                 atomic.write(Path(self.name), data)
             except NoRoom as error:  # the action cache remembers what was built
-                print(f"warning: {error}", file=sys.stderr)
+                print(f"warning: {failures.message(error)}", file=sys.stderr)
             self._changed = False

@@ -12,7 +12,7 @@ from doit.control import TaskControl, TaskDispatcher
 from doit.exceptions import InvalidCommand
 
 from cache.errors import CacheError
-from tasks.cli import invocation
+from tasks.cli import failures, invocation
 from tasks.cli.command import Command, alone, interruptible
 from tasks.core.text import plural
 from tasks.tensors import cuda
@@ -78,7 +78,6 @@ class Run(Command, DoitRun):  # type: ignore[misc]
             if invocation.early:
                 invocation.early.stop()
             _finish_uploads()
-            cuda.leave()
             return status
 
 
@@ -87,7 +86,7 @@ def _finish_uploads() -> None:
         try:
             pushed = remote.finish()
         except (CacheError, OSError) as error:  # what was built is built
-            print(f"warning: {error}", file=sys.stderr)
+            print(f"warning: {failures.message(error)}", file=sys.stderr)
             continue
         finally:
             remote.close()

@@ -14,16 +14,15 @@ from typing import Any
 from doit.exceptions import InvalidDodoFile
 
 from cache.errors import CacheError
-from cache.records.log import Log
 from cache.store import Store
-from tasks.cli import invocation
+from tasks.cli import failures, invocation
 from tasks.cli.task_graph import Graph, _packs
-from tasks.cli.up_to_date import _told
 from tasks.config import reader
 from tasks.core.errors import BuildError
 from tasks.core.workspace import STATE
 from tasks.execution.builder import Builder
 from tasks.execution.draft import Drafts
+from tasks.execution.log import Log
 from tasks.execution.resources import Memory, machine_memory, threads
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Planner
@@ -49,10 +48,8 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
         planner = Planner(store.memos, lambda target: lock.recall(store, target))
         plans = {name: planner.plan(target) for name, target in read.targets.items()}
         lock.check_plans(plans.values())
-    except (BuildError, CacheError) as error:
-        raise InvalidDodoFile(str(error)) from error
-    except OSError as error:
-        raise InvalidDodoFile(_told(error)) from error
+    except (BuildError, CacheError, OSError) as error:
+        raise InvalidDodoFile(failures.message(error)) from error
     folder = read.path.parent
     state = folder / STATE
     run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"

@@ -131,8 +131,10 @@ class Graph:
                 made["look"] = extract.look(node)
                 self.lock.check_layer(self.builder.store, found, manifest.tensors)
             if node.stage == "quantize" and _packs(node.target):
-                strong = self.lock.is_strong(self.builder, found)
-                self.early.layer(self.builder, found, self._folder(found), manifest, strong=strong)
+                with_blake3 = self.lock.wants_blake3(self.builder, found)
+                self.early.layer(
+                    self.builder, found, self._folder(found), manifest, with_blake3=with_blake3
+                )
             return {**made, "left": [*Stamp.of(path), digest_file(Path(path))]}
 
         return {
@@ -183,7 +185,7 @@ class Graph:
                 source = self.lock.check_source(builder, found, plans)
                 made = pack.run(
                     builder, found, folder, manifest_path, why, check, accept, begun,
-                    strong=self.lock.is_strong(builder, found),
+                    with_blake3=self.lock.wants_blake3(builder, found),
                 )  # fmt: skip
             self.lock.update(found, source, built[-1], plans)
             bits = sum(

@@ -11,8 +11,8 @@ from doit.exceptions import TaskFailed
 
 from cache.digest import digest_file
 from cache.errors import CacheError
-from cache.files import atomic
 from cache.files.stamp import Stamp
+from tasks.cli import failures
 from tasks.core.errors import BuildError
 from tasks.stages import reasons
 from tasks.stages.reasons import Reason
@@ -105,18 +105,6 @@ def reported(act: Callable[[], None], values: dict[str, Any]) -> Any:
     """Run ``act``; what a user can mend is a failure with a message and no traceback."""
     try:
         act()
-    except (BuildError, CacheError) as error:
-        return TaskFailed(str(error))
-    except OSError as error:
-        return TaskFailed(_told(error))
+    except (BuildError, CacheError, OSError) as error:
+        return TaskFailed(failures.message(error))
     return values
-
-
-def _told(error: OSError) -> str:
-    if atomic.is_full(error):
-        return str(atomic.no_room(Path(error.filename or ".")))
-    where = f"{error.filename}: " if error.filename else ""
-    return (
-        f"{where}{error.strerror or error}. Mend that and run doit again: what is already built "
-        "is kept."
-    )

@@ -20,10 +20,10 @@ from cache.errors import BlobLost
 from cache.files import atomic
 from cache.files.stamp import Stamp
 from cache.records.actions import Corrupt, Hit, Miss
-from cache.records.log import Entry, Log
 from cache.records.manifests import Action, Manifest, ManifestError, Tensor
 from cache.store import Store
 from tasks.core.errors import BuildError
+from tasks.execution.log import Entry, Log
 from tasks.execution.resources import Memory
 from tasks.planning import sizes
 from tasks.planning.plan import Needed, Node, Plan

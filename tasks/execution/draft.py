@@ -45,7 +45,7 @@ class Draft:
         self._digests: dict[str, str] = {}  # of what is written, by name
         self._elsewhere: set[str] = set()  # names of what the cache has in another file as well
         self.shapes = bundle.shapes(split)
-        packs = self._blobs.new_packs(len(split), sizes.total(made.values()))
+        packs = self._blobs.new_containers(len(split), sizes.total(made.values()))
         self.paths = dict(zip(split, packs, strict=True))
         weight_format = LAYOUTS[plan.target.layout].weight_format
         for file, shard in split.items():

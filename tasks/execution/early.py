@@ -37,14 +37,14 @@ class Begun:
     holds no lock of the store between tasks: what is collected meanwhile is found to be lost.
     """
 
-    def __init__(self, builder: Builder, plan: Plan, folder: Path, *, strong: bool) -> None:
+    def __init__(self, builder: Builder, plan: Plan, folder: Path, *, with_blake3: bool) -> None:
         """Begin.
 
         Args:
             builder: has the store.
             plan: the target.
             folder: build/TARGET.
-            strong: whether the BLAKE3 of the files is wanted.
+            with_blake3: whether the BLAKE3 of the files is wanted.
         """
         self.target = plan.target.name
         self._new = pack.beside(folder)
@@ -62,7 +62,9 @@ class Begun:
             if builder.drafts.begin(builder, plan):  # most of the files is what layers write
                 need -= sum(sizes.total(sizes.new(n).values()) for n in plan.stages["quantize"])
             pack.make_room(self._new, need)  # no layer is to fail for this
-            filled = pack.fill(builder, plan, self._new, content, self._find, strong=strong)
+            filled = pack.fill(
+                builder, plan, self._new, content, self._find, with_blake3=with_blake3
+            )
             self._result = content, filled, pack.stamps(str(self._new), list(filled.files))
 
         def run() -> None:
@@ -133,12 +135,12 @@ class Early:
         self._over = False
 
     def layer(
-        self, builder: Builder, plan: Plan, folder: Path, manifest: Manifest, *, strong: bool
+        self, builder: Builder, plan: Plan, folder: Path, manifest: Manifest, *, with_blake3: bool
     ) -> None:
         """Take note of a quantized layer of a target that will be packed."""
         with self._lock:
             if self._begun is None and not self._over and cores() > BUSY_CORES:
-                self._begun = Begun(builder, plan, folder, strong=strong)
+                self._begun = Begun(builder, plan, folder, with_blake3=with_blake3)
             if self._begun and self._begun.target == plan.target.name:
                 self._begun.add(manifest.tensors)
 

@@ -50,7 +50,7 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     def push_one(of: tuple[Node, Manifest]) -> bool:
         node, manifest = of
         with builder.store.lock.using():
-            return sharing.push_now(manifest, builder.shared(node), look=True)
+            return sharing.push_now(manifest, builder.shared(node), ask_first=True)
 
     built = list(_built(builder, plans))
     pool = ThreadPoolExecutor(cores())

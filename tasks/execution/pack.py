@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cache.digest import canonical, digest, digest_file
 from cache.errors import BlobLost
-from cache.files import atomic, link
+from cache.files import atomic, link, space, trash
 from cache.files.stamp import Stamp
 from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor
@@ -56,7 +56,7 @@ def run(
     accept: Callable[[Manifest, str | None], None],
     begun: Begun | None,
     *,
-    strong: bool,
+    with_blake3: bool,
 ) -> Manifest:
     """Bring a target's folder up to date.
 
@@ -73,7 +73,7 @@ def run(
         accept: refuses what must not take the folder's place; given the BLAKE3, too, of the table
             of the files' names and BLAKE3s.
         begun: what was written of it already, if anything.
-        strong: whether that BLAKE3 is wanted; else None is given.
+        with_blake3: whether that BLAKE3 is wanted; else None is given.
 
     Raises:
         NoRoom: the disk cannot take the new folder.
@@ -90,14 +90,23 @@ def run(
         found, record["outcome"] = builder.find(content.action)
         if isinstance(found, Hit) and _holds(folder, found.manifest.tensors):
             result = found.manifest
-            accept(result, _table(folder, result.tensors, {}) if strong else None)
+            accept(result, _table(folder, result.tensors, {}) if with_blake3 else None)
         else:
             if folder.exists() and not manifest_path.exists():
                 _refuse_to_replace(folder)
             told = tuple(dict.fromkeys(notes))
             known = found.manifest.tensors if isinstance(found, Hit) else {}
             result = _write(
-                builder, plan, needed, folder, content, told, accept, known, begun, strong=strong
+                builder,
+                plan,
+                needed,
+                folder,
+                content,
+                told,
+                accept,
+                known,
+                begun,
+                with_blake3=with_blake3,
             )
             builder.store.actions.put(result)
             if builder.store.sharing and known != result.tensors:
@@ -170,7 +179,7 @@ def make_room(new: Path, need: int) -> None:
     """
     new.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(new, ignore_errors=True)  # of a build that was cut off
-    atomic.room(new.parent, need)
+    space.require_free(new.parent, need)
     new.mkdir()
 
 
@@ -185,7 +194,7 @@ def _write(
     known: Mapping[str, Tensor],
     begun: Begun | None,
     *,
-    strong: bool,
+    with_blake3: bool,
 ) -> Manifest:
     """Write the folder anew; ``known`` is what it held the last time, if that is on record."""
     blobs = builder.store.blobs
@@ -197,13 +206,13 @@ def _write(
         if paths := whole_files(blobs, content, known):
             if begun:
                 begun.stop()
-            filled = _link_whole(blobs, new, content, known, paths, strong=strong)
+            filled = _link_whole(blobs, new, content, known, paths, with_blake3=with_blake3)
         elif begun:
             filled = begun.finish(content)
         if filled is None:
             make_room(new, need)
             try:
-                filled = _fill(builder, plan, needed, new, content, strong=strong)
+                filled = _fill(builder, plan, needed, new, content, with_blake3=with_blake3)
             # Lost, or corrupt and perhaps not the only one, or another thread found it so and
             # dropped it; it is made again.
             except (BlobLost, FileNotFoundError):
@@ -212,7 +221,7 @@ def _write(
                     blobs.drop_if_wrong(tensor.digest)
                 need = content.nbytes
                 make_room(new, need)
-                filled = _fill(builder, plan, needed, new, content, strong=strong)
+                filled = _fill(builder, plan, needed, new, content, with_blake3=with_blake3)
         meter = blobs.meter
         meter.read += content.weights_nbytes
         meter.written += filled.written
@@ -220,23 +229,23 @@ def _write(
         accept(result, filled.blake3)
         _exchange(new, folder)
     except OSError as error:
-        if atomic.is_full(error):
-            raise atomic.no_room(folder.parent, need) from error
+        if space.is_full(error):
+            raise space.no_room(folder.parent, need) from error
         raise
     finally:
-        atomic.discard(new, builder.state / TRASH)  # the old folder, once they are exchanged
+        trash.discard(new, builder.state / TRASH)  # the old folder, once they are exchanged
     return result
 
 
 def _fill(
-    builder: Builder, plan: Plan, needed: Needed, new: Path, content: Content, *, strong: bool
+    builder: Builder, plan: Plan, needed: Needed, new: Path, content: Content, *, with_blake3: bool
 ) -> Filled:
     builder.fetch(plan, needed, needed)
     found = {
         name: (tensor.digest, builder.locate(plan, needed, name))
         for name, (_, tensor) in needed.items()
     }
-    return fill(builder, plan, new, content, found.__getitem__, strong=strong)
+    return fill(builder, plan, new, content, found.__getitem__, with_blake3=with_blake3)
 
 
 def fill(
@@ -246,7 +255,7 @@ def fill(
     content: Content,
     find: Find,
     *,
-    strong: bool,
+    with_blake3: bool,
 ) -> Filled:
     """Write the files; return them as tensors of bytes, and their table's BLAKE3 if wanted.
 
@@ -256,7 +265,7 @@ def fill(
         new: the folder, empty.
         content: the files.
         find: waits for a tensor if it must, and returns its digest and where its bytes lie.
-        strong: whether the BLAKE3 is wanted.
+        with_blake3: whether the BLAKE3 is wanted.
 
     Raises:
         BlobLost: a tensor's bytes are not those of its digest.
@@ -266,7 +275,7 @@ def fill(
     draft = _draft(builder, plan, content)
     threads = max(1, cores() // len(weights))
     hashers: dict[str, Any] = {}
-    if strong:
+    if with_blake3:
         from blake3 import blake3  # which takes as long as the copy
 
         hashers = {file: blake3(max_threads=threads) for file in weights}
@@ -288,7 +297,7 @@ def fill(
         builder.drafts.end(plan.target.name)
         written += _link(new, draft.paths)
     known = {file: hasher.hexdigest() for file, hasher in hashers.items()}
-    return _filled(new, content, made, written, known if strong else None)
+    return _filled(new, content, made, written, known if with_blake3 else None)
 
 
 def _link_whole(
@@ -298,7 +307,7 @@ def _link_whole(
     known: Mapping[str, Tensor],
     paths: Mapping[str, Path],
     *,
-    strong: bool,
+    with_blake3: bool,
 ) -> Filled | None:
     """Fill a folder with weight files of the cache, unless one is not what it was.
 
@@ -315,7 +324,7 @@ def _link_whole(
     except FileNotFoundError:  # it went meanwhile
         return None
     made = {file: known[file] for file in content.weights}
-    return _filled(new, content, made, copied, {} if strong else None)
+    return _filled(new, content, made, copied, {} if with_blake3 else None)
 
 
 def _link(new: Path, paths: Mapping[str, Path]) -> int:

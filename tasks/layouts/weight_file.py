@@ -22,7 +22,7 @@ import xxhash
 from cache.blobs import Blobs, Part
 from cache.digest import CHUNK_BYTES
 from cache.errors import BlobLost
-from cache.files import atomic
+from cache.files import atomic, space
 from cache.records.manifests import Tensor
 
 AHEAD = 4  # pieces on their way
@@ -92,7 +92,7 @@ def write(
         ThreadPoolExecutor(1) as writer,
     ):
         if not os.fstat(file.fileno()).st_size:
-            atomic.reserve(file, sum(tensor.nbytes for _, tensor in shard))
+            space.reserve(file, sum(tensor.nbytes for _, tensor in shard))
         output = _Output(file, writer, also)
         crcs = _crcs(shard, weight_format, blobs, find, pool)
         for piece in weight_format.arrange(shard, crcs):

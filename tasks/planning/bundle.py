@@ -126,7 +126,8 @@ def whole_files(
     found = {
         file: path
         for file in content.weights
-        if (tensor := known.get(file)) and (path := blobs.whole_pack(tensor.digest, tensor.nbytes))
+        if (tensor := known.get(file))
+        and (path := blobs.whole_container(tensor.digest, tensor.nbytes))
     }
     return found if len(found) == len(content.weights) else None
 

@@ -299,7 +299,7 @@ class Lock:
             raise self._another(plan, fact)
         return [fact]
 
-    def is_strong(self, builder: Builder, plan: Plan) -> bool:
+    def wants_blake3(self, builder: Builder, plan: Plan) -> bool:
         """Tell whether a target's output has its BLAKE3 in the lock, or gets it.
 
         It takes as long as copying the output does, and is for who gets results from others.

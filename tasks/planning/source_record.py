@@ -247,7 +247,7 @@ def _kept(store: Store, name: str) -> bytes | None:
     folder = _folder(store, name)
     try:
         record = (folder / "record.json").read_bytes()
-        store.used(folder / "record.json")
+        store.touch(folder / "record.json")
         if _blake3(record) != name:
             return None
         for file, (_, blake3) in json.loads(record)["small"].items():

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from math import inf, isfinite, nan
 from typing import NamedTuple
 
-from cache.records import log
-from cache.records.log import Entry
 from tasks.core import text as words
+from tasks.execution import log
+from tasks.execution.log import Entry
 from tasks.report import timeline
 from tasks.report.figures import KINDS, Error, Figures, Piece, together
 from tasks.report.timeline import Timeline

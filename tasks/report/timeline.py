@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache.records.log import MAX_BYTES, Entry
+from tasks.execution.log import MAX_BYTES, Entry
 
 if TYPE_CHECKING:
     from tasks.planning.plan import Plan

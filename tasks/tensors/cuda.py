@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from cache.files import atomic
 from tasks.tensors import mx
 
 # cuda.h: what cuMemAdvise is told.
 PREFERRED_LOCATION, ACCESSED_BY = 3, 5
 CPU, FIRST_GPU = -1, 0
-DEVICES = "/dev/nvidia"  # begins the names of a driver's devices on Linux
-CONTROL = f"{DEVICES}ctl"
-_holders: list[subprocess.Popen[bytes]] = []  # of ``leave``; whoever forgets one is warned
+CONTROL = "/dev/nvidiactl"  # there where a driver is, on Linux
 
 
 def begin() -> None:
@@ -46,28 +41,6 @@ def _start() -> None:
         driver = ctypes.CDLL("libcuda.so.1")
         if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), FIRST_GPU) == 0:
             driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # MLX's, too
-
-
-def leave() -> None:
-    """Have the driver clear up behind this process, where it can, and not before its end.
-
-    It clears up as the last process closes the devices, for 0.2 s. So another one has them open
-    as well, and ends when a pipe from this one does.
-    """
-    if not os.path.exists(CONTROL):
-        return
-    with suppress(OSError):  # no /proc, no cat: then this end takes as long as it does
-        if devices := list(_open_devices()):
-            reading, _ = os.pipe()  # the other side stays open as long as this process is there
-            _holders.append(atomic.start_behind("cat", stdin=reading, pass_fds=devices))
-            os.close(reading)
-
-
-def _open_devices() -> Iterator[int]:
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # the one that lists them
-            if os.readlink(f"/proc/self/fd/{name}").startswith(DEVICES):
-                yield int(name)
 
 
 def share(memory: memoryview) -> None:

@@ -22,7 +22,7 @@ from cache.digest import canonical
 from cache.errors import BadRemote, Mismatch, NotFetched, Refused
 from cache.remote import transport
 from cache.remote.remote import Remote, blake3_of
-from cache.remote.signing import seal, unseal
+from cache.remote.signing import check_signature, sign
 from cache.remote.transport import PIECE_BYTES
 from support import servers
 from support.front_door import REPOSITORY
@@ -140,7 +140,7 @@ def test_records(place: Server, remotes: Remotes):
     remote.put_record("actions", KEY, "another")
     assert remote.record("actions", KEY) == "another"
     written = place.folder / "records/actions" / KEY[:2] / f"{KEY[2:]}.json"
-    assert written.read_bytes() == seal("actions", KEY, "another", None)
+    assert written.read_bytes() == sign("actions", KEY, "another", None)
     assert remotes.warnings == []
 
 
@@ -157,9 +157,9 @@ def test_blobs(place: Server, remotes: Remotes, length: int):
     assert there.has(name, length)
     assert not there.has(name, length + 1)
     assert fetched(there, name, length) == data
-    assert (here.pushed_bytes, there.fetched_bytes) == (length, length)
+    assert (here.finish().bytes, there.fetched_bytes) == (length, length)
     assert not here.push(name, length, iter(()))  # it is there: nothing is read
-    assert here.pushed_bytes == length
+    assert here.finish().bytes == length
     assert remotes.warnings == []
 
 
@@ -227,7 +227,7 @@ def test_machines_that_push_the_same_at_once(place: Server, remotes: Remotes, le
 
     with ThreadPoolExecutor(len(machines)) as pool:
         list(pool.map(push, machines))
-    assert [machine.pushed_bytes > length for machine in machines] == [True] * len(machines)
+    assert [machine.finish().bytes > length for machine in machines] == [True] * len(machines)
     for machine in machines:
         assert machine.record("actions", KEY) == {"blob": name}
         assert fetched(machine, name, length) == data
@@ -283,10 +283,10 @@ def test_signed_records(place: Server, remotes: Remotes):
 @pytest.mark.parametrize(
     ("data", "cause"),
     [
-        (seal("actions", KEY, 1, None), "not signed"),
-        (seal("sources", KEY, 1, SECRET), "signature"),
-        (seal("actions", KEY[::-1], 1, SECRET), "signature"),
-        (seal("actions", KEY, 1, SECRET).replace(b'"record":1', b'"record":2'), "signature"),
+        (sign("actions", KEY, 1, None), "not signed"),
+        (sign("sources", KEY, 1, SECRET), "signature"),
+        (sign("actions", KEY[::-1], 1, SECRET), "signature"),
+        (sign("actions", KEY, 1, SECRET).replace(b'"record":1', b'"record":2'), "signature"),
         (b'{"record":1,"signature":5}', "not signed"),
         (b'{"record":1,"signature":"\\ud800"}', "signature"),
         (b'{"record":NaN,"signature":""}', "not a sealed record"),
@@ -334,20 +334,20 @@ JSON = st.recursive(
 @settings(suppress_health_check=[HealthCheck.too_slow])  # the first text of a process takes long
 @given(record=JSON, position=st.integers(0), bit=st.integers(0, 7))
 def test_no_bit_of_a_signed_record_can_be_changed(record: object, position: int, bit: int):
-    data = bytearray(seal("actions", KEY, record, SECRET))
-    assert unseal("actions", KEY, bytes(data), SECRET) == record
+    data = bytearray(sign("actions", KEY, record, SECRET))
+    assert check_signature("actions", KEY, bytes(data), SECRET) == record
     data[position % len(data)] ^= 1 << bit
     try:
-        changed = unseal("actions", KEY, bytes(data), SECRET)
+        changed = check_signature("actions", KEY, bytes(data), SECRET)
     except Refused:
         return
     assert canonical(changed) == canonical(record)
 
 
 def test_the_seal_never_changes():
-    assert seal("actions", "ab", {"b": 1, "a": "ü"}, None) == '{"record":{"a":"ü","b":1}}'.encode()
-    assert seal("actions", "ab", 1, b"") == b'{"record":1}'
-    assert seal("actions", "ab", 1, b"key") == (
+    assert sign("actions", "ab", {"b": 1, "a": "ü"}, None) == '{"record":{"a":"ü","b":1}}'.encode()
+    assert sign("actions", "ab", 1, b"") == b'{"record":1}'
+    assert sign("actions", "ab", 1, b"key") == (
         b'{"record":1,"signature":"710ac43a6682913c4dfcdf6f8625747bb6c563ff112f84d3e2b86eb6fd4a311c"}'
     )
 
@@ -419,12 +419,11 @@ def is_dead(remote: Remote, server: servers.Faulty | None, name: str, length: in
     assert not remote.has(name, length)
     with pytest.raises(NotFetched):
         fetched(remote, name, length)
+    before_pushed = remote.finish().bytes
     remote.put_record("actions", KEY, 1)
     assert not remote.push(name, length, iter(()))
     remote.later(lambda: remote.put_record("actions", KEY, 1))
-    before_pushed = remote.pushed_bytes
-    remote.finish()
-    assert remote.pushed_bytes == before_pushed
+    assert remote.finish().bytes == before_pushed
     assert time.monotonic() - begin < 0.5
     assert (len(server.requests) if server else 0) == before
 
@@ -526,7 +525,7 @@ def test_a_server_that_redirects_uploads(remotes: Remotes):
         server.misdeed = lambda request: Answer(308) if request.method == "PUT" else None
         remote = remotes(f"http://127.0.0.1:{server.port}/x")
         assert not remote.push(name, 1000, chunks(data))
-    assert remote.pushed_bytes == 0
+    assert remote.finish().bytes == 0
     remotes.one_warning("is only read from now on", "308", "address")
 
 

@@ -16,8 +16,7 @@ import pytest
 from cache.blobs import Blobs
 from cache.digest import digest
 from cache.lock import Lock
-from cache.maintenance import gc as collect
-from cache.maintenance import survey
+from cache.maintenance import gc, survey
 from support import projects
 from tasks.cli.commands import cache as cache_command
 from tasks.config import reader
@@ -35,15 +34,15 @@ def age(path: Path, seconds: float) -> None:
 
 def blobs(project: projects.Project) -> dict[str, int]:
     """The bytes of the blobs that the store has itself."""
-    return survey.take(project.store).owned
+    return survey.inventory(project.store).owned
 
 
 def files_of(project: projects.Project, made: Iterable[str]) -> set[Path]:
     """The files that are there for the sake of blobs."""
-    found = survey.take(project.store)
+    found = survey.inventory(project.store)
     keys = found.reach(made)
     keys |= {whole for whole in found.of("reference") if found.pinned(whole) & keys}
-    kinds = ("blob", "reference", "pack")
+    kinds = ("blob", "reference", "container")
     return {file.path for file in found.files if file.kind in kinds and file.key in keys}
 
 
@@ -190,7 +189,7 @@ def test_a_reference_to_nothing_is_found(parts, tmp_path):
     stored.reference.write_bytes(parts)
     assert "scales" in project.doit("cache", "verify", expect=1).stdout
     assert "none corrupt" in project.doit("cache", "verify").stdout
-    assert "packs of blobs" in project.doit("cache", "stats").stdout
+    assert "containers of blobs" in project.doit("cache", "stats").stdout
 
 
 def test_a_damaged_action_entry_is_found(tmp_path):
@@ -225,10 +224,10 @@ def test_least_recently_used_goes_and_what_a_target_needs_stays(tmp_path):
     def left() -> set[Path]:
         return {path for path in made[4] | made[6] | made[8] | made[3] if path.exists()}
 
-    found = survey.take(project.store)
+    found = survey.inventory(project.store)
     cap = found.size - sum(file.size for file in found.files if file.path in made[8])
     dry = project.doit("cache", "gc", "--max-size", str(cap), "--dry-run").stdout
-    assert "would remove 1 packs of blobs" in dry
+    assert "would remove 1 containers of blobs" in dry
     assert made[8] <= left()
     project.doit("cache", "gc", "--max-size", str(cap))
     assert left() == made[4] | made[6] | made[3]
@@ -247,8 +246,8 @@ def test_what_lies_in_one_pack_goes_together(tmp_path):
     made = files_of(project, blobs(project))
     project.configure(quantize={"bits": 6})  # which leaves most biases as they are
     project.doit()
-    found = survey.take(project.store)
-    (pack,) = {key for key, file in found.of("pack").items() if file.path in made}
+    found = survey.inventory(project.store)
+    (pack,) = {key for key, file in found.of("container").items() if file.path in made}
     inside = {key for key in found.of("reference") if pack in found.pinned(key)}
     assert len(inside) > 20
     unit = {file.path for file in found.files if file.key in {pack, *inside}}
@@ -257,7 +256,7 @@ def test_what_lies_in_one_pack_goes_together(tmp_path):
 
     cap = found.size - 150  # as much as a few references have
     project.doit("cache", "gc", "--max-size", str(cap))
-    left = survey.take(project.store)
+    left = survey.inventory(project.store)
     assert left.size <= cap
     assert {file.path for file in found.files} - {file.path for file in left.files} == unit
     assert "nothing to do" in project.doit().stdout
@@ -379,12 +378,12 @@ def test_a_reference_keeps_the_blobs_that_it_is_made_of(tmp_path):
         age(store.path(keys[name]), 9 * DAY)
     keys["stack"] = digest(b"a" * 50 + b"b" * 70)
     store.refer(keys["stack"], parts)
-    found = survey.take(tmp_path)
+    found = survey.inventory(tmp_path)
 
     def evicted(wanted: str, cap: int) -> list[str]:
         names = {key: name for name, key in keys.items()}
         blobs = frozenset(key for name, key in keys.items() if name == wanted)
-        plan = collect.plan(found, collect.Wanted(blobs), cap, time.time())
+        plan = gc.plan(found, gc.Wanted(blobs), cap, time.time())
         return [names[file.key] for file in plan.evicted]
 
     assert evicted("stack", 0) == ["alone"]

@@ -159,9 +159,9 @@ def test_what_lies_beside_a_wanted_layer_stays(tmp_path: Path) -> None:
     project.configure(quantize={"bits": 4, "rules": [rule]})
     project.doit()
     assert "No current target needs" not in project.doit("cache", "stats").stdout
-    there = survey.take(project.store).owned
+    there = survey.inventory(project.store).owned
     project.doit("cache", "gc", "--max-size", "1")
-    assert survey.take(project.store).owned == there
+    assert survey.inventory(project.store).owned == there
     shutil.rmtree(tmp_path / "build")
     project.lose_packed()
     assert not outcomes(project.doit()).get("computed")

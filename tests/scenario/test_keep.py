@@ -47,7 +47,7 @@ def in_meta(folder: Path, policy: list[str] | None, **keys) -> Project:
 
 def owned(project: Project) -> set[str]:
     """The digests of the blobs whose bytes the store has itself."""
-    return {*survey.take(project.store).owned}
+    return {*survey.inventory(project.store).owned}
 
 
 def made(project: Project, stage: str) -> Iterator[tuple[list, str]]:
@@ -180,7 +180,9 @@ def quantize_and_pack(project: Project) -> None:
     def nothing(*_) -> None:
         """Neither lock nor remote has a say."""
 
-    pack.run(found.builder, plan, folder, manifest, "test", nothing, nothing, None, strong=False)
+    pack.run(
+        found.builder, plan, folder, manifest, "test", nothing, nothing, None, with_blake3=False
+    )
 
 
 def test_a_checkpoint_that_goes_while_it_is_needed(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache.records.log import Entry
 from support.projects import FOUR_BIT, LAYERS, Project, create, outcomes
+from tasks.execution.log import Entry
 from tasks.report.timeline import critical_path, last_run
 
 CHROMIUM = next(

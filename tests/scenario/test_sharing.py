@@ -30,7 +30,7 @@ from cache.lock import Lock
 from cache.records.manifests import Action, Manifest, Tensor
 from cache.remote.remote import Remote, blake3_of
 from cache.remote.sharing import Sharing
-from cache.remote.signing import seal
+from cache.remote.signing import sign
 from cache.remote.transport import PIECE_BYTES
 from cache.store import Store
 from support import checkpoints, meta, servers
@@ -652,7 +652,7 @@ def test_a_result_that_the_action_cannot_have_made(
         record = json.loads(altered[path])["record"]
         tensors = WRONG[wrong](manifest.tensors)
         record["manifest"] = json.loads(replace(manifest, tensors=tensors).to_bytes())
-        path.write_bytes(seal("actions", key, record, None))
+        path.write_bytes(sign("actions", key, record, None))
         assert path.read_bytes() != altered[path]
     name = f"{wrong} {tmp_path.name}".replace(" ", "-")
     two = original.beside(f"two-{name}", checkpoint=True, **{REMOTE: remote.as_uri()})

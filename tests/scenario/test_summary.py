@@ -8,10 +8,10 @@ from statistics import median
 
 import pytest
 
-from cache.records.log import Entry
 from support import front_door, projects
 from support.projects import Project
 from tasks.cli.commands import summary
+from tasks.execution.log import Entry
 
 OUTCOMES = ("computed", "reused", "fetched", "failed")
 

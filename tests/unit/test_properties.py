@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from cache.blobs import Blobs, Part
 from cache.digest import canonical, digest, digest_list, digest_record
 from cache.files.stamp import Stamp
-from cache.maintenance import gc as collect
-from cache.maintenance import survey
+from cache.maintenance import gc, survey
 from cache.records.manifests import SCHEMA, Action, Manifest, ManifestError, Tensor
 from tasks.layouts.model import layer_names
 from tasks.planning import bundle
@@ -236,7 +235,7 @@ def test_a_newer_schema_is_refused() -> None:
         Manifest.from_bytes(newer)
 
 
-# collect.plan
+# gc.plan
 
 
 ages = st.integers(0, 3)  # some are equal
@@ -260,7 +259,7 @@ def test_what_is_evicted_at_any_size(
     """Files, the first of them packs, and references that lie in one or more of them."""
     with tempfile.TemporaryDirectory() as folder:
         blobs = Blobs(Path(folder, "blobs"))
-        paths = blobs.new_packs(min(packs, len(held)), 0)
+        paths = blobs.new_containers(min(packs, len(held)), 0)
         paths += [blobs.path(digest(b"%d" % i)) for i in range(len(paths), len(held))]
         names = [digest(b"reference %d" % i) for i in range(len(references))]
         for path, (_, length) in zip(paths, held, strict=True):
@@ -272,12 +271,12 @@ def test_what_is_evicted_at_any_size(
         referred = [path.with_name(f"{path.name}.parts") for path in map(blobs.path, names)]
         for path, (age, _) in zip([*paths, *referred], [*held, *references], strict=True):
             os.utime(path, (10**9 - age, 10**9 - age))
-        found = survey.take(Path(folder))
+        found = survey.inventory(Path(folder))
         _ = found.parts  # read while they are there
 
     kept = frozenset(name for i, name in enumerate(names) if i in wanted)
     cap = round(found.size * share)
-    made = collect.plan(found, collect.Wanted(blobs=kept), cap, 10**9)
+    made = gc.plan(found, gc.Wanted(blobs=kept), cap, 10**9)
     gone = {*made.garbage, *made.evicted}
     left = {file.key for file in found.files if file not in gone}
     assert len(made.garbage) + len(made.evicted) == len(gone)
@@ -288,7 +287,7 @@ def test_what_is_evicted_at_any_size(
     # No reference is left to what went, and of what lies in packs none went without a file's room.
     lies_in = {name: found.pinned(name) for name in names}
     assert all(lies_in[name] <= left for name in names if name in left)
-    packed = {name for name in names if lies_in[name] & found.of("pack").keys()}
+    packed = {name for name in names if lies_in[name] & found.of("container").keys()}
     assert all(lies_in[name] - left for name in packed - left)
     # The last that went had to.
     for last in made.evicted[-1:]:

@@ -14,14 +14,13 @@ from doit.cmdparse import CmdOption, CmdParse, CmdParseError
 from doit.exceptions import InvalidDodoFile
 
 from cache.errors import CacheError
-from cache.files import atomic
+from cache.files import trash
 from cache.lock import Lock
-from cache.maintenance import gc as collect
+from cache.maintenance import gc, verify
 from cache.maintenance import survey as surveys
-from cache.maintenance import verify
 from cache.maintenance.survey import File
 from cache.remote.sharing import Sharing
-from tasks.cli import command, session, task_graph
+from tasks.cli import command, failures, session, task_graph
 from tasks.cli.command import Command
 from tasks.cli.commands import cache_stats
 from tasks.cli.commands import manifests as records
@@ -72,7 +71,7 @@ class Cache(Command):
             with command.interruptible("what is done is kept; run it again to go on"):
                 return chosen.run(reader.load(Path(get_var("models", "models.toml"))), options)
         except (BuildError, CacheError) as error:
-            raise InvalidDodoFile(str(error)) from error
+            raise InvalidDodoFile(failures.message(error)) from error
         except OSError as error:
             if error.filename is None:  # what is printed cannot be, or nobody reads it
                 raise
@@ -90,7 +89,7 @@ class Cache(Command):
 
 def stats(read: Config, _options: Mapping[str, Any]) -> int:
     """Print what the cache holds."""
-    for line in cache_stats.text(read, surveys.take(read.cache), records.read(read)):
+    for line in cache_stats.text(read, surveys.inventory(read.cache), records.read(read)):
         print(line)
     return 0
 
@@ -101,12 +100,12 @@ def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
     What may have been made of corrupt bytes is forgotten, since nobody knows when they went
     wrong: the next doit makes it again, built models too.
     """
-    survey = surveys.take(read.cache)
+    survey = surveys.inventory(read.cache)
     blobs = survey.owned
     others = [file for file in survey.files if file.kind in verify.KINDS and file.key not in blobs]
     sizes = {kind: [file.size for file in others if file.kind == kind] for kind in verify.KINDS}
     sizes["blob"] += blobs.values()
-    suspects = verify.look(survey, cores())
+    suspects = verify.scan(survey, cores())
     wrong = []
     if suspects:
         with command.alone(), Lock(read.cache).alone(_waiting):
@@ -139,10 +138,10 @@ def _forget(
     }
     for key, file in survey.of("action").items():
         if key in keys:
-            atomic.remove(file.path)
+            trash.remove(file.path)
     forgotten = [record for record in mine if record.manifest.action.key in keys]
     for record in forgotten:
-        atomic.remove(record.path)
+        trash.remove(record.path)
     return [record.task for record in forgotten]
 
 
@@ -165,7 +164,7 @@ def _report(
             print(f"    {task}")
 
 
-def gc(read: Config, options: Mapping[str, Any]) -> int:
+def collect_garbage(read: Config, options: Mapping[str, Any]) -> int:
     """Remove garbage, and what is least recently used until the cache is as small as asked."""
     cap = read.max_bytes
     if options["max_size"] is not None:
@@ -175,9 +174,9 @@ def gc(read: Config, options: Mapping[str, Any]) -> int:
     if options["all"] and cap is None:
         raise CmdParseError("--all needs a size cap: --max-size 20GB, or [cache] max_size")
 
-    def plan() -> collect.Collection:
-        wanted = collect.Wanted() if options["all"] else records.wanted(read, records.read(read))
-        return collect.plan(surveys.take(read.cache), wanted, cap, time.time())
+    def plan() -> gc.Collection:
+        wanted = gc.Wanted() if options["all"] else records.wanted(read, records.read(read))
+        return gc.plan(surveys.inventory(read.cache), wanted, cap, time.time())
 
     if options["dry_run"]:
         found = plan()
@@ -185,14 +184,14 @@ def gc(read: Config, options: Mapping[str, Any]) -> int:
         read.cache.mkdir(parents=True, exist_ok=True)
         with Lock(read.cache).alone(_waiting):
             found = plan()
-            collect.carry_out(found)
+            gc.carry_out(found)
     removed = "would remove" if options["dry_run"] else "removed"
     _say(removed, found, read, cap, everything=options["all"])
     return 0
 
 
 def _say(
-    removed: str, found: collect.Collection, read: Config, cap: int | None, everything: bool
+    removed: str, found: gc.Collection, read: Config, cap: int | None, everything: bool
 ) -> None:
     for kind, name in cache_stats.KIND_NAMES.items():
         for files_, why in ((found.garbage, "garbage"), (found.evicted, "least recently used")):
@@ -278,7 +277,7 @@ SUBCOMMANDS = {
     "verify": Subcommand("reads all of it, and sets aside what is corrupt", verify_all),
     "gc": Subcommand(
         "removes garbage, and the least recently used above a size",
-        gc,
+        collect_garbage,
         (
             {
                 "name": "max_size",

@@ -6,19 +6,19 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from cache.maintenance.survey import KINDS, Survey
-from cache.records.log import OUTCOMES, Log
 from cache.records.manifests import Manifest
 from tasks.cli.commands.manifests import LAYER_STAGES, Record, described, owners
 from tasks.config.reader import Config
 from tasks.core.text import plural, size
 from tasks.core.workspace import STATE
+from tasks.execution.log import OUTCOMES, Log
 
 WIDTH = 80
 LARGEST = 5
 KIND_NAMES = {
     "blob": "blobs",
     "reference": "references",
-    "pack": "packs of blobs",
+    "container": "containers of blobs",
     "action": "action entries",
     "memo": "memos",
     "source": "source records",
@@ -75,7 +75,7 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     yield from _table(rows)
     if twice:
         yield f"What several targets share, {size(twice)}, is counted once in (all)."
-    # What lies in one pack with something that is needed stays with it.
+    # What lies in one container with something that is needed stays with it.
     if count := sum(not survey.pinned(digest) & needed for digest in spare.keys() & own.keys()):
         yield f"No current target needs {count} blobs; doit cache gc removes such with a size cap."
 

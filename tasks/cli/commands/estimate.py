@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from cache.records.log import Entry
+from tasks.execution.log import Entry
 from tasks.planning.forecast import SETTLED, Step
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from doit.exceptions import InvalidCommand
 
 from cache.errors import CacheError
+from tasks.cli import failures
 from tasks.cli.task_graph import Graph
 from tasks.core.errors import BuildError
 from tasks.planning.forecast import Forecast, Saved
@@ -58,7 +59,7 @@ def add(found: Forecast, tasks: Mapping[str, Any], asked: Iterable[str]) -> None
         for name in asked:
             _add(found, tasks, name)
     except (BuildError, CacheError) as error:
-        raise InvalidCommand(str(error)) from error
+        raise InvalidCommand(failures.message(error)) from error
 
 
 def _add(found: Forecast, tasks: Mapping[str, Any], name: str) -> None:

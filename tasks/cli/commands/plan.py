@@ -14,13 +14,13 @@ from typing import Any
 from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidCommand
 
-from cache.records.log import Entry
 from tasks.cli import invocation
 from tasks.cli.command import Command
 from tasks.cli.commands.estimate import estimate
 from tasks.cli.commands.forecasting import forecast, graph
 from tasks.cli.run import Control
 from tasks.core.text import duration, plural, size
+from tasks.execution.log import Entry
 from tasks.execution.resources import threads
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step
 from tasks.planning.sizes import Moved

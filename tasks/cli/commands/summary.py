@@ -10,11 +10,11 @@ from typing import Any
 
 from doit import get_var
 
-from cache.records.log import OUTCOMES, Entry, Log
 from cache.records.manifests import Manifest
 from tasks.cli.command import Command
 from tasks.core.text import size
 from tasks.core.workspace import STATE
+from tasks.execution.log import OUTCOMES, Entry, Log
 
 STAGES = ("extract", "unshard", "cast", "quantize", "pack", "error", "report")
 NOTHING = "### mlx-make\n\nNo task ran.\n"

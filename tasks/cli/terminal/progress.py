@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache.records import log
-from cache.records.log import Entry
 from cache.records.manifests import Tensor
+from tasks.execution import log
+from tasks.execution.log import Entry
 from tasks.planning.plan import Node, Plan
 
 OUTCOMES = tuple(outcome for outcome in log.OUTCOMES if outcome != "failed")

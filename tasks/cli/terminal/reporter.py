@@ -17,12 +17,12 @@ from typing import Any
 from doit.exceptions import UnmetDependency
 from doit.reporter import ConsoleReporter
 
-from cache.records.log import Entry
 from tasks.cli.terminal import progress
 from tasks.cli.terminal.live import Line, Live
 from tasks.cli.terminal.progress import OUTCOMES, Work
 from tasks.core.text import clock, duration, plural, size
 from tasks.core.workspace import BUILD
+from tasks.execution.log import Entry
 
 LINE_SECONDS = 10.0  # between two plain lines on how far it is
 SPINNER = "|/-\\"

@@ -17,7 +17,7 @@ import cache.blobs
 from cache.blobs import Blobs, Part, Place
 from cache.digest import digest
 from cache.errors import BlobLost, FileChanged
-from cache.files import atomic
+from cache.files import atomic, space
 from cache.files.stamp import Stamp
 from cache.records.manifests import DTYPE_BYTES, Tensor
 from tasks.layouts import npz_format, weight_file
@@ -93,7 +93,7 @@ def test_what_lies_in_its_place_is_left_there(
     offsets = weight_file.offsets(shard, form)
     for name, array in made.items():
         assert whole[offsets[name] :][: array.nbytes] == array.tobytes()
-    (pack,) = blobs.new_packs(1, len(whole))
+    (pack,) = blobs.new_containers(1, len(whole))
     there = {name: Place(pack, offsets[name], made[name].nbytes) for name in made}
     chosen = data.draw(st.sets(st.sampled_from([*made]))) if made else set()
     for name in chosen:
@@ -140,7 +140,7 @@ def test_long_runs_go_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(atomic, "WRITE_BYTES", 300)
     # The same comes out where the file system sets nothing aside, and where no system does.
     for libc in (SimpleNamespace(fallocate=lambda *_: -1), object()):
-        monkeypatch.setattr(atomic, "_libc", libc)
+        monkeypatch.setattr(space, "_libc", libc)
         for form, name in forms:
             file = weight_file.write(tmp_path / f"other-{name}", shard, form, blobs, find, 3)
             data = (tmp_path / name).read_bytes()
