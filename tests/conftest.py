@@ -1,7 +1,11 @@
-"""conftest: what the tests' environment must not say."""
+"""conftest: what the tests' environment must not say, and what no test leaves behind."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
+
+from support import running
 from tasks.config import keys
 
 # Else whoever sets them would run other tests than everybody.
@@ -14,3 +18,12 @@ for name in ("COLUMNS", "LINES"):  # of the terminal that pytest is started from
 
 # Else each doit that the tests start compiles all its modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+running.heed_interrupts()
+
+
+@pytest.fixture(autouse=True)
+def reaped() -> Iterator[None]:
+    """No process outlives the test that started it."""
+    yield
+    running.reap()

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from cache.blobs import Blobs
 from cache.digest import digest
 from cache.lock import Lock
 from cache.maintenance import gc, survey
-from support import projects
+from support import projects, running
 from tasks.cli.commands import cache as cache_command
 from tasks.config import reader
 from tasks.core.text import size
@@ -53,7 +52,7 @@ def spoil(path: Path) -> None:
 
 
 def dead_process() -> int:
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+    with running.spawn([sys.executable, "-c", ""]) as process:
         process.wait()
     return process.pid
 

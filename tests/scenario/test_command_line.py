@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support import front_door, projects
+from support import front_door, projects, running
 from support.projects import Project
 
 UNREAD = 141  # as shells report SIGPIPE
@@ -36,7 +36,6 @@ def unread(project: Project, entry: tuple[str, ...], *args: str, unbuffered: boo
             stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=front_door.TIMEOUT_SECONDS,
             check=False,
         )
     assert (done.returncode, done.stderr) == (UNREAD, "")
@@ -178,7 +177,7 @@ def test_locale_without_arrows(tmp_path: Path) -> None:
 def shell(line: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         line, shell=True, cwd=front_door.REPOSITORY, capture_output=True, text=True,
-        timeout=front_door.TIMEOUT_SECONDS, check=False,
+        check=False,
     )  # fmt: skip
 
 
@@ -192,17 +191,10 @@ def test_info(project: Project) -> None:
 def test_not_beside_a_build(project: Project, command: str) -> None:
     """Each writes doit's database, as a build does when it ends."""
     project.state.mkdir(exist_ok=True)
-    call = [sys.executable, "-m", "doit", command, "lint", f"models={project.folder}/models.toml"]
     with (project.state / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        process = subprocess.Popen(
-            call,
-            cwd=front_door.REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = running.start(project, command, "lint")
         assert process.stderr is not None
         assert process.stderr.readline().startswith("waiting for doit, process ")
-    _, said = process.communicate(timeout=front_door.TIMEOUT_SECONDS)
+    _, said = process.communicate(timeout=running.DEADLINE_SECONDS)
     assert (process.returncode, said) == (0, "")

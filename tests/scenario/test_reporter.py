@@ -8,8 +8,6 @@ import re
 import select
 import signal
 import struct
-import subprocess
-import sys
 import termios
 import time
 from pathlib import Path
@@ -17,13 +15,13 @@ from pathlib import Path
 import pyte
 import pytest
 
-from support.front_door import REPOSITORY, log
-from support.projects import FOUR_BIT, Project, create, hooked
+from support.front_door import log
+from support.projects import FOUR_BIT, Project, create
+from support.running import DEADLINE_SECONDS, start
 from tasks.cli.terminal.progress import Pace
 from tasks.core.text import duration
 
 ROWS = 100  # enough for nothing to scroll away
-DEADLINE_SECONDS = 60
 TOOK = r"in \d+\.\d s"
 SIZE = r"[\d.]+ [kM]B"
 
@@ -39,10 +37,11 @@ class Terminal:
         self._stream = pyte.ByteStream(self.screen)
         self._end, other = pty.openpty()
         self.resize(columns)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "doit", *args, f"models={project.folder / 'models.toml'}"],
-            cwd=REPOSITORY,
-            env={**os.environ, "TERM": "xterm-256color", **hooked(hook), **env},
+        self.process = start(
+            project,
+            *args,
+            hook=hook,
+            env={"TERM": "xterm-256color", **env},
             stdin=other,
             stdout=other,
             stderr=other,

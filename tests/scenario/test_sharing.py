@@ -10,8 +10,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,8 +32,9 @@ from cache.remote.signing import sign
 from cache.remote.transport import PIECE_BYTES
 from cache.store import Store
 from support import checkpoints, meta, servers
-from support.front_door import REPOSITORY, Finished, doit
+from support.front_door import Finished, doit
 from support.projects import FOUR_BIT, Project, contents, flip, outcomes
+from support.running import DEADLINE_SECONDS, start
 from tasks.cli import invocation, session
 from tasks.core.errors import CheckpointError
 from tasks.execution import exchange
@@ -478,16 +477,12 @@ def test_an_upload_that_is_interrupted(args: list[str], number: int, tmp_path: P
     if args == ["cache", "push"]:
         one.doit()
     with servers.faulty(misdeed) as server:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "doit", *args, f"models={one.folder / 'models.toml'}"],
-            cwd=REPOSITORY, env={**os.environ, **at(server)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        process = start(one, *args, env=at(server))
         assert stalled.wait(20)
         time.sleep(0.5)
         process.send_signal(number)
         begin = time.monotonic()
-        said = "".join(process.communicate())
+        said = "".join(process.communicate(timeout=DEADLINE_SECONDS))
         assert time.monotonic() - begin < 2
     assert process.returncode == 130, said
     assert "interrupted: " in said
@@ -585,13 +580,7 @@ def test_two_push_at_once(tmp_path: Path) -> None:
         other = machine(tmp_path / "other", environ)
         other.checkpoint.symlink_to(one.checkpoint)
         other.configure(**FOUR_BIT)
-        calls = [
-            subprocess.Popen(
-                [sys.executable, "-m", "doit", f"models={each.folder / 'models.toml'}"],
-                cwd=REPOSITORY, env={**os.environ, **environ}, stderr=subprocess.PIPE, text=True,
-            )
-            for each in (one, other)
-        ]  # fmt: skip
+        calls = [start(each, env=environ, stdout=None) for each in (one, other)]
         assert [(call.communicate()[1], call.returncode) for call in calls] == [("", 0)] * 2
         assert (one.folder / "models.lock").read_bytes() == (
             other.folder / "models.lock"

@@ -54,7 +54,6 @@ class Environment:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=front_door.TIMEOUT_SECONDS,
         )
         assert done.returncode == expect, done.stdout
         assert "Traceback" not in done.stdout

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_SECONDS = 600
 
 
 @dataclass
@@ -51,7 +50,6 @@ def doit(
         env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_SECONDS,
         check=False,
     )
     assert expect is None or done.returncode == expect, (

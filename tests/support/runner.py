@@ -95,7 +95,6 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=front_door.TIMEOUT_SECONDS,
         )
         self.said += done.stdout
         outputs |= dict(line.split("=", 1) for line in files["output"].read_text().splitlines())
