@@ -1,5 +1,6 @@
 """mlx-make: builds the models that models.toml lists. ``doit list`` shows the tasks."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -89,8 +90,11 @@ def task_lock() -> Tasks:
 if IS_CHECKOUT:
 
     def task_lint() -> dict[str, Any]:
-        """Check this project's code: ruff and mypy."""
-        return _python("-m ruff check", "-m ruff format --check", "-m mypy")
+        """Check this project's code: ruff, mypy and import-linter."""
+        lint_imports = "from importlinter.cli import lint_imports_command as lint; lint()"
+        return _python(
+            "-m ruff check", "-m ruff format --check", "-m mypy", f"-c '{lint_imports}'"
+        )
 
     def task_test() -> dict[str, Any]:
         """Run this project's tests."""
@@ -102,5 +106,5 @@ if IS_CHECKOUT:
 
 
 def _python(*calls: str) -> dict[str, Any]:
-    commands = [[sys.executable, *call.split()] for call in calls]
+    commands = [[sys.executable, *shlex.split(call)] for call in calls]
     return {"actions": [CmdAction(command, shell=False, cwd=ROOT) for command in commands]}

@@ -418,7 +418,8 @@ def test_builds_beside_collectors_come_out_right(tmp_path):
     def collect_all() -> None:
         try:
             while not stop.wait(0.01):
-                cache_command.collect_garbage(read, {"max_size": "1", "all": True, "dry_run": False})
+                options = {"max_size": "1", "all": True, "dry_run": False}
+                cache_command.collect_garbage(read, options)
         except BaseException as error:
             failures.append(error)
 

@@ -33,7 +33,7 @@ def test_states(tmp_path: Path) -> None:
         expected |= {f"{stage}:other": state for stage, state in other.items()}
         assert list(found) == [*expected, *OTHERS]
         assert found | expected == found
-        assert found["lint"] == "Check this project's code: ruff and mypy."
+        assert found["lint"] == "Check this project's code: ruff, mypy and import-linter."
         assert not done.stderr
 
     expect(all_run, shared)
