@@ -92,9 +92,7 @@ if IS_CHECKOUT:
     def task_lint() -> dict[str, Any]:
         """Check this project's code: ruff, mypy and import-linter."""
         lint_imports = "from importlinter.cli import lint_imports_command as lint; lint()"
-        return _python(
-            "-m ruff check", "-m ruff format --check", "-m mypy", f"-c '{lint_imports}'"
-        )
+        return _python("-m ruff check", "-m ruff format --check", "-m mypy", f"-c '{lint_imports}'")
 
     def task_test() -> dict[str, Any]:
         """Run this project's tests."""
