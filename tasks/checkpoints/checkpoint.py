@@ -1,48 +1,21 @@
-"""checkpoint: what a checkpoint holds, told from its files' headers alone."""
+"""checkpoint: what a checkpoint holds, known from its files' headers and small files alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cache.blobs import Part
 from cache.files.stamp import Stamp
-from cache.records.manifests import DTYPE_BYTES
-from tasks.core.errors import CheckpointError
-
-LFS = b"version https://git-lfs"
-LFS_BYTES = 1024  # a pointer has fewer
-TORCH = -1  # offset of a tensor that does not lie in its file as plain bytes: torch must read it
+from tasks.checkpoints.source import Source
+from tasks.checkpoints.stored import TORCH, Stored
 
 
-class Stored(NamedTuple):
-    """A tensor as it lies in one of the checkpoint's files.
-
-    Attributes:
-        name: its name there.
-        dtype: as MLX spells it.
-        shape: of what is stored: one shard's part, where the checkpoint is sharded.
-        file: the file's name in the checkpoint's folder.
-        offset: first byte in the file, or ``TORCH``.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-class Whole(NamedTuple):
-    """A whole tensor of the model, and how it is made from stored ones.
+class LogicalTensor(NamedTuple):
+    """A tensor of the model, and how it is made from stored ones: a sharded one from its parts.
 
     Attributes:
         dtype: as MLX spells it.
@@ -62,58 +35,56 @@ class Checkpoint:
     """A checkpoint, read by a loader.
 
     Attributes:
-        folder: where it lies.
+        source: where its bytes come from.
         names: whose tensor names it has, ``huggingface`` or ``meta``.
         config: config.json or params.json.
-        files: the other small files that tell how the model is built, text by name.
+        files: the other small files that say how the model is built, text by name.
         stored: the tensors in its files, by key: the name, with ``#N`` for shard N if sharded.
-        wholes: the model's tensors, by name.
-        stamps: of each weight file.
+        tensors: the model's tensors, by name.
+        stamps: of each weight file; none if the weights are not available.
         notes: what people should know, e.g. files that were left out.
-        record: BLAKE3 of what the checkpoint is known by, if it is not here itself: ``folder``
-            then holds its small files alone, and ``stamps`` are none.
-        digests: of stored tensors, by key, as the record has them.
     """
 
-    folder: Path
+    source: Source
     names: str
     config: dict[str, Any]
     files: dict[str, str]
     stored: dict[str, Stored]
-    wholes: dict[str, Whole]
+    tensors: dict[str, LogicalTensor]
     stamps: dict[str, Stamp]
     notes: tuple[str, ...] = field(default=())
-    record: str | None = None
-    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its small files."""
+        return self.source.small_files
 
     @cached_property
     def table(self) -> list[Any]:
-        """The whole tensors as JSON: what the plan of a model depends on."""
-        return [[name, w.dtype, list(w.shape)] for name, w in self.wholes.items()]
+        """The model's tensors as JSON: what the plan of a model depends on."""
+        return [[name, t.dtype, list(t.shape)] for name, t in self.tensors.items()]
 
+    def part(self, key: str) -> Part | None:
+        """Return where a stored tensor's bytes lie, if they lie in a file of this machine."""
+        stored = self.stored[key]
+        path = self.source.path(stored.file)
+        if path is None:
+            return None
+        return Part(str(path), stored.offset, stored.nbytes, self.stamps[stored.file])
 
-def _sizes(shape: Iterable[Any]) -> tuple[int, ...]:
-    """Return a shape; raise ValueError for what is none."""
-    shape = tuple(shape)
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"shape {shape}")
-    return shape
+    def must_copy(self, key: str) -> bool:
+        """Tell whether a stored tensor's bytes are only had as a copy in the cache."""
+        stored = self.stored[key]
+        return stored.offset == TORCH or self.source.path(stored.file) is None
 
-
-def is_pointer(path: Path) -> bool:
-    """Tell whether a file is a Git LFS pointer, which stands for one that was not fetched.
-
-    Weights are not opened for it: a pointer is smaller (git-lfs, docs/spec.md).
-    """
-    if path.stat().st_size >= LFS_BYTES:
-        return False
-    with path.open("rb") as file:
-        return file.read(len(LFS)) == LFS
-
-
-def _damaged(path: Path, fact: str) -> CheckpointError:
-    if is_pointer(path):
-        return CheckpointError(
-            f"{path} is a Git LFS pointer, not the file itself. Run git lfs pull in its folder."
-        )
-    return CheckpointError(f"{path} is damaged or incomplete: {fact}. Fetch it again.")
+    def fingerprint(self, keys: Iterable[str]) -> Any:
+        """Return JSON that is another wherever stored tensors may have other bytes."""
+        if self.source.identity:
+            return self.source.identity
+        keys = list(keys)
+        stored = [self.stored[key] for key in keys]
+        return [
+            self.source.location,
+            [[file, *self.stamps[file]] for file in sorted({s.file for s in stored})],
+            [[key, s.file, s.offset] for key, s in zip(keys, stored, strict=True)],
+        ]

@@ -1,85 +1,115 @@
-"""files: what both loaders ask of a checkpoint's folder."""
+"""folder: a checkpoint in a folder of this machine."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from cache.digest import CHUNK_BYTES
+from cache.files.stamp import Stamp
+from cache.records.memos import Memos
+from tasks.checkpoints import loaders
+from tasks.checkpoints.headers import headers
+from tasks.checkpoints.small_files import is_pointer
+from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
+from tasks.core.spec import SourceSpec
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Return the object in a JSON file that the checkpoint must have.
-
-    Raises:
-        CheckpointError: it is missing or no JSON object.
-    """
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} is missing: {what}. Fetch it from where the checkpoint came from."
-        )
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}. Fetch it again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is no JSON object. Fetch it again.")
-    return value
+def spec(text: str, base: Path) -> SourceSpec:
+    """Return the folder that models.toml calls ``text``; a relative path starts at ``base``."""
+    return SourceSpec("folder", str((base / Path(text).expanduser()).absolute()))
 
 
-def read_text(path: Path) -> str:
-    """Return the text of one of a checkpoint's small files.
-
-    Raises:
-        CheckpointError: it cannot be read, or is no text.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Fetch it again.") from error
+def open_source(spec: SourceSpec) -> FolderSource:
+    """Return a folder as a source; it need not exist."""
+    return FolderSource(Path(spec.location))
 
 
-def numbered(paths: Iterable[Path], pattern: str) -> list[Path]:
-    """Return shard files in numeric order.
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder with weights and small files side by side."""
 
-    Args:
-        paths: the files.
-        pattern: a regular expression over the name; group 1 is the shard's number and group 2,
-            if there is one, how many shards there are.
+    small_files: Path
 
-    Raises:
-        CheckpointError: the row has a gap.
-    """
-    rows: dict[int, re.Match[str]] = {}
-    counts: set[int] = set()
-    for path in sorted(paths):
-        folder, match = path.parent, re.fullmatch(pattern, path.name)
-        if not match:
-            continue
-        if other := rows.get(int(match[1])):
-            raise CheckpointError(f"{folder}: {other[0]} and {match[0]} are one shard. Remove one.")
-        rows[int(match[1])] = match
-        if match.re.groups > 1:
-            counts.add(int(match[2]))
-    if not rows:
-        return []
-    if len(counts) > 1:
-        raise CheckpointError(
-            f"{folder} mixes shards of {len(counts)} checkpoints "
-            f"(of {' and of '.join(map(str, sorted(counts)))}). Remove those of the other."
-        )
-    first = 1 if counts and 0 not in rows else 0  # numbered from 1 where the count is told
-    last = first + counts.pop() if counts else max(rows) + 1
-    for number in range(first, last):
-        if number not in rows:
-            match = next(iter(rows.values()))
-            name = match[0][: match.start(1)] + str(number).zfill(len(match[1]))
-            have = ", ".join(found[0] for _, found in sorted(rows.items()))
+    @property
+    def location(self) -> str:
+        """The folder."""
+        return str(self.small_files)
+
+    @property
+    def identity(self) -> None:
+        """None: a folder may hold anything tomorrow."""
+        return
+
+    @cached_property
+    def available(self) -> bool:
+        """Whether there are weights, and not just Git LFS pointers in their place."""
+        return not all(map(is_pointer, self.weights()))
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """None."""
+        return {}
+
+    @cached_property
+    def revision(self) -> str | None:
+        """The commit that huggingface_hub downloaded, by its own bookkeeping."""
+        real = self.small_files.resolve()
+        if real.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", real.name):
+            return real.name
+        downloads = self.small_files / ".cache" / "huggingface" / "download"
+        for path in sorted(downloads.glob("*.metadata")):
+            first = path.read_text(errors="replace").partition("\n")[0]
+            if re.fullmatch(r"[0-9a-f]{40}", first):
+                return first
+        return None
+
+    def weights(self) -> Iterator[Path]:
+        """Yield the weight files of any loader, Git LFS pointers as well."""
+        for pattern in loaders.weight_patterns():
+            yield from (path for path in self.small_files.glob(pattern) if path.is_file())
+
+    def path(self, name: str) -> Path:
+        """Return a weight file."""
+        return self.small_files / name
+
+    def read(self, name: str, start: int, nbytes: int) -> Iterator[bytes]:
+        """Yield bytes of a weight file, from ``start`` on.
+
+        Raises:
+            CheckpointError: it cannot be read, or ends before that.
+        """
+        path = self.path(name)
+        left = nbytes
+        try:
+            with path.open("rb") as file:
+                file.seek(start)
+                while left and (data := file.read(min(left, CHUNK_BYTES))):
+                    left -= len(data)
+                    yield data
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if left:
             raise CheckpointError(
-                f"{folder}: {name}{match[0][match.end(1) :]} is missing (there are {have}). "
-                "Fetch the missing files."
+                f"{path} ends {left:,} bytes before byte {start + nbytes:,}. Fetch it again."
             )
-    return [folder / found[0] for _, found in sorted(rows.items())]
+
+    def names(self, pattern: str) -> list[str]:
+        """Return the names of its files that match a shell pattern, sorted."""
+        return sorted(path.name for path in self.small_files.glob(pattern))
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is such a file."""
+        return self.path(name).exists()
+
+    def headers(self, names: Iterable[str], memos: Memos) -> dict[str, tuple[Stamp, list[Stored]]]:
+        """Return each weight file's stamp and tensors, in the order in which it has them.
+
+        Raises:
+            CheckpointError: a file is damaged, or of a kind that must not be read.
+        """
+        return headers([self.path(name) for name in names], memos)

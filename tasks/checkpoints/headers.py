@@ -1,19 +1,42 @@
-"""headers: ."""
+"""headers: reads the headers of weight files, each by its format, and remembers them.
+
+A new format is one module and one name in ``FILE_FORMATS``.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
-from tasks.checkpoints.checkpoint import Stored
-from tasks.checkpoints.safetensors_file import read_safetensors
-from tasks.checkpoints.torch_file import read_torch
+from tasks.checkpoints import safetensors_file, torch_file
+from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
 
 HEADERS_VERSION = 1  # raised when what is read of a header changes
+
+
+class FileFormat(Protocol):
+    """What the module of a format has.
+
+    Attributes:
+        SUFFIXES: what the names of its files end with.
+    """
+
+    SUFFIXES: tuple[str, ...]
+
+    def read(self, path: Path) -> list[Stored]:
+        """Return a file's tensors, in its own order, without their data.
+
+        Raises:
+            CheckpointError: it is damaged, or of a kind that must not be read.
+        """
+
+
+FILE_FORMATS: tuple[FileFormat, ...] = (safetensors_file, torch_file)
 
 
 def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[Stored]]]:
@@ -31,9 +54,10 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
         question = [HEADERS_VERSION, str(path.absolute()), *stamp]
         answer = memos.get("headers", question)
         if answer is None:
-            read = read_safetensors if path.suffix == ".safetensors" else read_torch
+            formats = (f for f in FILE_FORMATS if path.suffix in f.SUFFIXES)
+            file_format = next(formats, torch_file)  # which finds out itself what it is
             try:
-                answer = [[s.name, s.dtype, s.shape, s.offset] for s in read(path)]
+                answer = [[s.name, s.dtype, s.shape, s.offset] for s in file_format.read(path)]
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             memos.put("headers", question, answer)

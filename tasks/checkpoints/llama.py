@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from cache.records.memos import Memos
-from tasks.checkpoints.checkpoint import TORCH, Checkpoint, Stored, Whole
-from tasks.checkpoints.folder import numbered, read_json
-from tasks.checkpoints.headers import headers
+from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
+from tasks.checkpoints.small_files import numbered, read_json
+from tasks.checkpoints.source import ReadableSource
+from tasks.checkpoints.stored import TORCH, Stored
 from tasks.core.errors import CheckpointError
 
 WEIGHTS: tuple[str, ...] = ("consolidated.*.pth",)
+HOLDS = "consolidated.NN.pth with params.json (Meta)"
 PATTERN = r"consolidated\.(\d+)\.pth"
 # Worked out again by every implementation; no part of the model. Llama 1 7B has one a layer.
 BUFFER = re.compile(r"(.*\.)?rope\.freqs")
@@ -28,47 +30,49 @@ REQUIRED = {"dim": int, "n_layers": int, "n_heads": int, "norm_eps": float}
 OPTIONAL = {"n_kv_heads": int, "head_dim": int, "rope_theta": float, "rope_scaling_factor": float}
 
 
-def fits(folder: Path) -> bool:
-    """Tell whether ``folder`` looks like one of these."""
-    params, config = folder / "params.json", folder / "config.json"
-    return any(folder.glob(WEIGHTS[0])) or (params.exists() and not config.exists())
+def fits(source: ReadableSource) -> bool:
+    """Tell whether a source looks like one of these."""
+    return bool(source.names(WEIGHTS[0])) or (
+        source.has("params.json") and not source.has("config.json")
+    )
 
 
-def read(folder: Path, memos: Memos) -> Checkpoint:
+def read(source: ReadableSource, memos: Memos) -> Checkpoint:
     """Read the checkpoint's headers.
 
     Raises:
         CheckpointError: a file is missing or damaged, or shards do not fit together.
     """
-    paths = numbered(folder.glob(WEIGHTS[0]), PATTERN)
-    if not paths:
+    folder = source.small_files
+    names = numbered(source.location, source.names(WEIGHTS[0]), PATTERN)
+    if not names:
         raise CheckpointError(
             f"source {folder} has no consolidated.NN.pth. Name the folder that has them."
         )
     params = _params(folder / "params.json")
-    tables = headers(paths, memos)
+    tables = source.headers(names, memos)
     shards = [
         {s.name: s for s in stored if not BUFFER.fullmatch(s.name)} for _, stored in tables.values()
     ]
     _drop_tied_head(shards)
     expected = _shapes(folder, params, shards)
-    for path, shard in zip(paths, shards, strict=True):
-        if odd := shard.keys() ^ expected.keys():
-            name = min(odd)
+    for file, shard in zip(names, shards, strict=True):
+        if mismatches := shard.keys() ^ expected.keys():
+            name = min(mismatches)
             what = "no tensor of such a Llama" if name in shard else "missing"
             raise CheckpointError(
-                f"{path}: {name} is {what} ({len(odd)} such). The file or params.json is of "
-                "another model, or the file is incomplete."
+                f"{folder / file}: {name} is {what} ({len(mismatches)} such). The file or "
+                "params.json is of another model, or the file is incomplete."
             )
-    wholes: dict[str, Whole] = {}
+    tensors: dict[str, LogicalTensor] = {}
     stored: dict[str, Stored] = {}
     for name, shape in expected.items():
         parts = [shard[name] for shard in shards]
         keys = tuple(f"{name}#{number}" for number in range(len(parts)))
         stored.update(zip(keys, parts, strict=True))
-        wholes[name] = _join(folder, name, shape, parts, keys)
+        tensors[name] = _join(folder, name, shape, parts, keys)
     stamps = {name: stamp for name, (stamp, _) in tables.items()}
-    return Checkpoint(folder, "meta", _real(params, expected), {}, stored, wholes, stamps)
+    return Checkpoint(source, "meta", _real(params, expected), {}, stored, tensors, stamps)
 
 
 def _params(path: Path) -> dict[str, Any]:
@@ -166,7 +170,7 @@ def _vocabulary(dim: int, shards: list[dict[str, Stored]]) -> int:
 
 def _join(
     folder: Path, name: str, shape: tuple[int, ...], parts: list[Stored], keys: tuple[str, ...]
-) -> Whole:
+) -> LogicalTensor:
     kinds = {(part.dtype, part.shape) for part in parts}
     if len(kinds) > 1:
         told = ", ".join(f"{part.file} {part.dtype} {part.shape}" for part in parts)
@@ -176,12 +180,12 @@ def _join(
     dtype, have = parts[0].dtype, parts[0].shape
     count = len(parts)
     if have == shape:  # whole in every rank
-        return Whole(dtype, shape, keys, (["same"],) if count > 1 else ())
+        return LogicalTensor(dtype, shape, keys, (["same"],) if count > 1 else ())
     for axis in range(len(shape)):
         sliced = list(shape)
         sliced[axis] //= count
         if have == tuple(sliced) and shape[axis] % count == 0:
-            return Whole(dtype, shape, keys, (["concatenate", axis],))
+            return LogicalTensor(dtype, shape, keys, (["concatenate", axis],))
     raise CheckpointError(
         f"{folder}: {name} is {have} in each of {count} shards, which make no {shape}, the shape "
         "that params.json calls for. A shard is missing, or params.json is of another model."

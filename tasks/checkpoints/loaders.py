@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Protocol
 
 from cache.records.memos import Memos
 from tasks.checkpoints import llama, transformers
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.source import ReadableSource
 from tasks.core.errors import CheckpointError
 
 
@@ -16,45 +16,58 @@ class Loader(Protocol):
     """What a loader's module has.
 
     Attributes:
-        WEIGHTS: patterns of the weight files that it reads.
+        WEIGHTS: shell patterns of the weight files that it reads.
+        HOLDS: what it reads, for messages: the weight files, and the file beside them.
     """
 
     WEIGHTS: tuple[str, ...]
+    HOLDS: str
 
-    def fits(self, folder: Path) -> bool: ...
-    def read(self, folder: Path, memos: Memos) -> Checkpoint: ...
+    def fits(self, source: ReadableSource) -> bool:
+        """Tell whether a source looks like a checkpoint of this kind."""
+
+    def read(self, source: ReadableSource, memos: Memos) -> Checkpoint:
+        """Read a checkpoint's headers and small files.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
 
 
 LOADERS: dict[str, Loader] = {"llama": llama, "transformers": transformers}
-WEIGHTS = tuple(pattern for loader in LOADERS.values() for pattern in loader.WEIGHTS)
 
 
-def read(folder: Path, loader: str | None, memos: Memos) -> Checkpoint:
-    """Read the checkpoint in ``folder``, by the loader named or by the one that knows it.
+def weight_patterns() -> tuple[str, ...]:
+    """Return the shell patterns of all weight files, whatever the loader."""
+    return tuple(pattern for loader in LOADERS.values() for pattern in loader.WEIGHTS)
+
+
+def read(source: ReadableSource, loader: str | None, memos: Memos) -> Checkpoint:
+    """Read a checkpoint, by the loader named or by the one that knows it.
 
     Raises:
         CheckpointError: it is missing, incomplete or damaged, or no loader knows it.
     """
+    folder = source.small_files
     if not os.path.isdir(folder):  # Path.is_dir raises for a name too long
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise CheckpointError(f"source {folder} {what}. Name the checkpoint's folder.")
     if not loader:
-        fit = [name for name, module in LOADERS.items() if module.fits(folder)]
+        fit = [name for name, module in LOADERS.items() if module.fits(source)]
         if not fit:
-            names = sorted(path.name for path in folder.iterdir())
+            names = source.names("*")
             raise CheckpointError(
-                f"source {folder} "
+                f"source {source.location} "
                 + ("is empty" if not names else f"holds no checkpoint (it has {_some(names)})")
-                + ": expected consolidated.NN.pth with params.json (Meta), or *.safetensors or "
-                "pytorch_model*.bin with config.json (Hugging Face)."
+                + f": expected {', or '.join(module.HOLDS for module in LOADERS.values())}."
             )
         if len(fit) > 1:
             raise CheckpointError(
-                f"source {folder} holds checkpoints of {len(fit)} kinds. Say which: "
+                f"source {source.location} holds checkpoints of {len(fit)} kinds. Say which: "
                 + " or ".join(f'loader = "{name}"' for name in fit)
             )
         loader = fit[0]
-    return LOADERS[loader].read(folder, memos)
+    return LOADERS[loader].read(source, memos)
 
 
 def _some(names: list[str]) -> str:

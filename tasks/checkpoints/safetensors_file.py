@@ -1,13 +1,15 @@
-"""safetensors_file: ."""
+"""safetensors_file: where the tensors of a .safetensors file lie, by its header."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from tasks.checkpoints.checkpoint import Stored, _damaged, _sizes
+from tasks.checkpoints.small_files import damaged
+from tasks.checkpoints.stored import Stored, checked_shape
 from tasks.core.errors import CheckpointError
 
+SUFFIXES: tuple[str, ...] = (".safetensors",)
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library allows
 
 
@@ -20,7 +22,7 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
-def read_safetensors(path: Path) -> list[Stored]:
+def read(path: Path) -> list[Stored]:
     """Read a safetensors file's header (https://github.com/huggingface/safetensors).
 
     Raises:
@@ -30,7 +32,7 @@ def read_safetensors(path: Path) -> list[Stored]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise _damaged(path, f"its header should have {length:,} bytes, the file has {size:,}")
+            raise damaged(path, f"its header should have {length:,} bytes, the file has {size:,}")
         raw = file.read(length)
     begin = 8 + length
     try:
@@ -41,7 +43,7 @@ def read_safetensors(path: Path) -> list[Stored]:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             if start != filled:
-                raise _damaged(path, f"{name} begins at byte {start:,} of the data, not {filled:,}")
+                raise damaged(path, f"{name} begins at byte {start:,} of the data, not {filled:,}")
             filled = end
             if entry["dtype"] not in SAFETENSORS_DTYPES:
                 raise CheckpointError(
@@ -52,13 +54,13 @@ def read_safetensors(path: Path) -> list[Stored]:
             shape = tuple(entry["shape"])
             if entry["dtype"] == "F4":  # two to a byte
                 shape = (*shape[:-1], shape[-1] // 2)
-            stored = Stored(name, dtype, _sizes(shape), path.name, begin + start)
+            stored = Stored(name, dtype, checked_shape(shape), path.name, begin + start)
             if stored.nbytes != end - start:
-                raise _damaged(path, f"{name} has {end - start:,} bytes for shape {shape}")
+                raise damaged(path, f"{name} has {end - start:,} bytes for shape {shape}")
             tensors.append(stored)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, f"its header is not JSON of that format ({error!r})") from error
+        raise damaged(path, f"its header is not JSON of that format ({error!r})") from error
     if begin + filled != size:
-        raise _damaged(path, f"its tensors end at byte {begin + filled:,}, the file at {size:,}")
+        raise damaged(path, f"its tensors end at byte {begin + filled:,}, the file at {size:,}")
     order = {name: number for number, name in enumerate(header)}
     return sorted(tensors, key=lambda tensor: order[tensor.name])

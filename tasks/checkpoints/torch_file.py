@@ -1,4 +1,4 @@
-"""torch_file: ."""
+"""torch_file: where the tensors of a file by ``torch.save`` lie, by its pickle, never run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cache.records.manifests import DTYPE_BYTES
-from tasks.checkpoints.checkpoint import TORCH, Stored, _damaged, _sizes
+from tasks.checkpoints.small_files import damaged
+from tasks.checkpoints.stored import TORCH, Stored, checked_shape
 from tasks.core.errors import CheckpointError
 
+SUFFIXES: tuple[str, ...] = (".pth", ".bin")
 ZIP = b"PK\x03\x04"  # what a zip archive, and each of its members, begins with
 
 
@@ -26,7 +28,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-def read_torch(path: Path) -> list[Stored]:
+def read(path: Path) -> list[Stored]:
     """Read where the tensors of a ``torch.save`` file lie.
 
     The usual file, a zip archive of uncompressed storages, is read here without torch, whose
@@ -48,7 +50,7 @@ def read_torch(path: Path) -> list[Stored]:
     except _NotPlain:
         return _read_with_torch(path)
     except Exception as error:  # whatever a damaged archive or pickle leads to
-        raise _damaged(path, _cause(error)) from error
+        raise damaged(path, _cause(error)) from error
 
 
 class _NotPlain(Exception):
@@ -66,7 +68,7 @@ class _Tensor(NamedTuple):
 def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
     members = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
     if "data.pkl" not in members:
-        raise _damaged(path, "a zip archive without data.pkl")
+        raise damaged(path, "a zip archive without data.pkl")
     if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
         raise _NotPlain
     state = _Unpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
@@ -84,7 +86,7 @@ def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
             offset = starts[tensor.key] + start if plain else TORCH
             stored = Stored(str(name), tensor.dtype, tensor.shape, path.name, offset)
             if plain and not 0 <= start <= info.file_size - stored.nbytes:
-                raise _damaged(path, f"{name} reaches past the end of its storage")
+                raise damaged(path, f"{name} reaches past the end of its storage")
             tensors.append(stored)
     return tensors
 
@@ -96,7 +98,7 @@ def _storage_start(path: Path, file: IO[bytes], info: zipfile.ZipInfo) -> int:
     lengths = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
     start = info.header_offset + 30 + sum(lengths)
     if local[:4] != ZIP or start + info.compress_size > path.stat().st_size:
-        raise _damaged(path, f"{info.filename} is not where the archive says")
+        raise damaged(path, f"{info.filename} is not where the archive says")
     return start
 
 
@@ -133,7 +135,7 @@ def _rebuild_tensor(
         size <= 1 or have == want
         for size, have, want in zip(shape, stride, reversed(expected), strict=True)
     )
-    return _Tensor(storage[1], storage[0], _sizes(shape), offset, contiguous)
+    return _Tensor(storage[1], storage[0], checked_shape(shape), offset, contiguous)
 
 
 def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
@@ -170,14 +172,14 @@ def load_with_torch(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if not refused:
-            raise _damaged(path, "it is no plain pickle of tensors, all that is read") from error
+            raise damaged(path, "it is no plain pickle of tensors, all that is read") from error
         raise CheckpointError(
             f"{path} is refused: its pickle asks for more than tensors ({refused[1]}), which would "
             "run its author's code on this machine; nothing of it was run. Get the checkpoint as "
             "safetensors, or save its state_dict alone."
         ) from error
     except Exception as error:  # whatever a damaged file leads to
-        raise _damaged(path, _cause(error)) from error
+        raise damaged(path, _cause(error)) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors.")
     for name, value in state.items():

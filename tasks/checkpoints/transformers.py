@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.records.memos import Memos
-from tasks.checkpoints.checkpoint import TORCH, Checkpoint, Stored, Whole
-from tasks.checkpoints.folder import numbered, read_json, read_text
-from tasks.checkpoints.headers import headers
+from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
+from tasks.checkpoints.small_files import numbered, read_json, read_text
+from tasks.checkpoints.source import ReadableSource
+from tasks.checkpoints.stored import TORCH, Stored
 from tasks.core.errors import CheckpointError
 
 # The kinds of weight file, the first that is there wins: (all of them, a numbered row, index).
@@ -18,33 +19,33 @@ KINDS = (
     ("pytorch_model*.bin", r"pytorch_model-(\d+)-of-(\d+)\.bin", "pytorch_model.bin.index.json"),
 )
 WEIGHTS = tuple(pattern for pattern, *_ in KINDS)
+HOLDS = "*.safetensors or pytorch_model*.bin with config.json (Hugging Face)"
 # What mlx-lm reads beside config.json to build a model.
 SIDE_FILES = ("generation_config.json", "hf_quant_config.json")
 
 
-def fits(folder: Path) -> bool:
-    """Tell whether ``folder`` looks like one of these."""
-    return (folder / "config.json").exists() or any(
-        True for pattern, *_ in KINDS for _ in folder.glob(pattern)
-    )
+def fits(source: ReadableSource) -> bool:
+    """Tell whether a source looks like one of these."""
+    return source.has("config.json") or any(source.names(pattern) for pattern, *_ in KINDS)
 
 
-def read(folder: Path, memos: Memos) -> Checkpoint:
+def read(source: ReadableSource, memos: Memos) -> Checkpoint:
     """Read the checkpoint's headers.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
+    folder = source.small_files
     config = read_json(folder / "config.json", "it names the architecture and its dimensions")
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"{folder / 'config.json'} has no model_type, which names the architecture."
         )
-    paths, notes = _weight_files(folder)
-    tables = headers(paths, memos)
+    names, notes = _weight_files(source)
+    tables = source.headers(names, memos)
     stored: dict[str, Stored] = {}
-    for _, tensors in tables.values():
-        for tensor in tensors:
+    for _, header in tables.values():
+        for tensor in header:
             if (other := stored.get(tensor.name)) is not None:
                 raise CheckpointError(
                     f"{folder}: {tensor.name} is both in {other.file} and in {tensor.file}. "
@@ -59,9 +60,9 @@ def read(folder: Path, memos: Memos) -> Checkpoint:
         for name in ("config.json", *SIDE_FILES)
         if (folder / name).exists()
     }
-    wholes = {name: Whole(s.dtype, s.shape, (name,)) for name, s in stored.items()}
+    tensors = {name: LogicalTensor(s.dtype, s.shape, (name,)) for name, s in stored.items()}
     stamps = {name: stamp for name, (stamp, _) in tables.items()}
-    return Checkpoint(folder, "huggingface", config, files, stored, wholes, stamps, notes)
+    return Checkpoint(source, "huggingface", config, files, stored, tensors, stamps, notes)
 
 
 def _drop_tied_head(config: dict[str, Any], stored: dict[str, Stored]) -> None:
@@ -74,12 +75,14 @@ def _drop_tied_head(config: dict[str, Any], stored: dict[str, Stored]) -> None:
         del stored[head.name]
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
+def _weight_files(source: ReadableSource) -> tuple[list[str], tuple[str, ...]]:
+    """Return the names of the weight files, and notes on those that are left out."""
+    folder = source.small_files
     for pattern, row, index in KINDS:
-        found = sorted(folder.glob(pattern))
-        if not found:
+        names = source.names(pattern)
+        if not names:
             continue
-        if (folder / index).exists():
+        if source.has(index):
             weight_map = read_json(folder / index, "it lists the shards").get("weight_map")
             if not isinstance(weight_map, dict) or not all(
                 isinstance(name, str) and Path(name).name == name for name in weight_map.values()
@@ -88,16 +91,16 @@ def _weight_files(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
                     f"{folder / index} has no weight_map from tensors to files. Fetch it again."
                 )
             named = sorted(set(weight_map.values()))
-            if missing := [name for name in named if not (folder / name).exists()]:
+            if missing := [name for name in named if not source.has(name)]:
                 raise CheckpointError(
                     f"{folder}: {missing[0]} is missing ({len(missing)} of the {len(named)} files "
                     f"that {index} names). Fetch the missing files."
                 )
-            extra = [path.name for path in found if path.name not in named]
+            extra = [name for name in names if name not in named]
             notes = (f"{', '.join(extra)} left out: not in {index}",) if extra else ()
-            return [folder / name for name in named], notes
-        numbered(found, row)  # only to refuse a gap
-        return found, ()
+            return named, notes
+        numbered(source.location, names, row)  # only to refuse a gap
+        return names, ()
     raise CheckpointError(
         f"{folder} has no *.safetensors and no pytorch_model*.bin. Fetch the weight files."
     )

@@ -43,8 +43,9 @@ def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
         lock = Lock.load(read.path.with_suffix(".lock"), strict=invocation.locked)
         store = _store(read)
         for target in read.targets.values():
-            if target.source in make:
-                make[target.source](target.source)
+            folder = Path(target.source.location)
+            if folder in make:
+                make[folder](folder)
         planner = Planner(store.memos, lambda target: lock.recall(store, target))
         plans = {name: planner.plan(target) for name, target in read.targets.items()}
         lock.check_plans(plans.values())

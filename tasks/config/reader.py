@@ -11,10 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tasks.checkpoints import sources
 from tasks.config import keys
 from tasks.config.keys import MAX_NAME_BYTES, MAX_SHARD, REMOTES, UNITS, Key
 from tasks.core.errors import ConfigError
-from tasks.core.spec import MODES, Quantize, Rule, Target
+from tasks.core.spec import MODES, Quantize, Rule, SourceSpec, Target
 from tasks.core.workspace import BUILD, CACHE_DIR
 
 BARE = r"[\w-]+"
@@ -100,7 +101,7 @@ class _Reader:
         built = (self.path.parent / BUILD).resolve()
         for place, at in [
             (folder, ("cache", "dir")),
-            *((t.source, ("models",)) for t in targets.values()),
+            *((Path(t.source.location), ("models",)) for t in targets.values()),
         ]:
             if place.resolve().is_relative_to(built):  # removed as targets are built
                 self.refuse(
@@ -216,7 +217,7 @@ class _Reader:
         layout = self.one_of(model, keys.MODEL["layout"], at) or "mlx-lm"
         return Target(
             name,
-            self.folder(source, (*at, "source")),
+            self.source(source, (*at, "source")),
             f"{source} ({loader})" if loader else source,
             loader,
             layout,
@@ -226,6 +227,11 @@ class _Reader:
             self.size(model, keys.MODEL["max_shard_size"], at) or MAX_SHARD[layout],
             self.where(at),
         )
+
+    def source(self, text: str, at: At) -> SourceSpec:
+        if sources.kind(text) == "folder":
+            self.folder(text, at)  # refuses what no folder can be called
+        return sources.spec(text, self.path.parent)
 
     def folder(self, text: str, at: At) -> Path:
         try:

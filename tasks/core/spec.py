@@ -1,9 +1,8 @@
-"""spec: ."""
+"""spec: what models.toml asks for, worked out: targets, sources, quantization."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,28 @@ class Quantize:
 
 
 @dataclass(frozen=True)
+class SourceSpec:
+    """Where a checkpoint is to be had.
+
+    Attributes:
+        kind: the type of source, a key of ``tasks.checkpoints.sources.SOURCES``.
+        location: where, as that type has it: of a folder, its absolute path.
+    """
+
+    kind: str
+    location: str
+
+    def __str__(self) -> str:
+        return self.location
+
+
+@dataclass(frozen=True)
 class Target:
     """One model, or one variant of it, to build.
 
     Attributes:
         name: name of its folder under build/.
-        source: the checkpoint's folder, absolute.
+        source: where the checkpoint is to be had.
         source_name: what models.toml calls it, with the loader if it names one.
         loader: which loader reads it, or None to tell from the folder.
         layout: how the built model's files are laid out.
@@ -62,7 +77,7 @@ class Target:
     """
 
     name: str
-    source: Path
+    source: SourceSpec
     source_name: str
     loader: str | None
     layout: str

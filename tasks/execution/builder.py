@@ -179,7 +179,7 @@ class Builder:
             with self._working(plan, node, node.order.digest):
                 manifest = self._look(plan, node, lost=False)
                 known = isinstance(self.store.actions.get(manifest.action), Hit)
-                if known or plan.checkpoint.record:
+                if known or not plan.checkpoint.source.available:
                     return manifest, "reused"
                 self.store.actions.put(manifest)
                 return manifest, "computed"

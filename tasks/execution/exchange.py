@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from cache.records.actions import Hit
 from cache.records.manifests import Manifest
 from cache.remote.sharing import Sharing
+from tasks.checkpoints import record
 from tasks.execution.builder import Builder
 from tasks.execution.resources import cores
 from tasks.planning import sizes, source_record
@@ -42,10 +43,11 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     for plan in plans:
         by_source.setdefault(plan.target.source_name, []).append(plan)
     for same in by_source.values():
-        if record := same[0].checkpoint.record:
-            source_record.share(builder.store, record)
+        source = same[0].checkpoint.source
+        if source.available or source.identity is None:
+            source_record.snapshot(builder, same)  # shares it
         else:
-            source_record.take(builder, same)  # shares it
+            record.share(builder.store, source.identity)
 
     def push_one(of: tuple[Node, Manifest]) -> bool:
         node, manifest = of

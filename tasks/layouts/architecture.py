@@ -51,8 +51,8 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
         memos.put("architectures", question, answer)
     parameters = {}
     for name, dtype, shape, cast, inputs, steps in answer["parameters"]:
-        wholes = [checkpoint.wholes[i] for i in inputs]
-        if len(wholes) > 1 and any(whole.steps for whole in wholes):
+        tensors = [checkpoint.tensors[i] for i in inputs]
+        if len(tensors) > 1 and any(tensor.steps for tensor in tensors):
             raise ArchitectureError(
                 f"{checkpoint.folder}: {name} joins tensors that are themselves made of shards, "
                 "which is not supported. Use the model's Hugging Face checkpoint."
@@ -62,8 +62,8 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
             name,
             sys.intern(dtype),
             tuple(shape),
-            tuple(key for whole in wholes for key in whole.inputs),
-            (*wholes[0].steps, *steps),
+            tuple(key for tensor in tensors for key in tensor.inputs),
+            (*tensors[0].steps, *steps),
             cast,
         )
     modules = tuple(

@@ -51,14 +51,14 @@ def to_huggingface(checkpoint: Checkpoint, token_ids: Mapping[str, Any]) -> Chec
     """
     params = checkpoint.config
     heads = {"wq": params["n_heads"], "wk": params.get("n_kv_heads") or params["n_heads"]}
-    wholes = {}
-    for name, whole in checkpoint.wholes.items():
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
         module = name.rsplit(".", 2)[-2]
         if module in heads:
-            whole = whole._replace(steps=(*whole.steps, ["half_split", heads[module]]))
-        wholes[_rename(name, META_TO_HUGGINGFACE, "model.layers.")] = whole
+            tensor = tensor._replace(steps=(*tensor.steps, ["half_split", heads[module]]))
+        tensors[_rename(name, META_TO_HUGGINGFACE, "model.layers.")] = tensor
     config = {**_huggingface_config(checkpoint), **token_ids}
-    return replace(checkpoint, names="huggingface", config=config, wholes=wholes)
+    return replace(checkpoint, names="huggingface", config=config, tensors=tensors)
 
 
 def to_meta(checkpoint: Checkpoint) -> Checkpoint:
@@ -75,18 +75,18 @@ def to_meta(checkpoint: Checkpoint) -> Checkpoint:
             f"{folder} is a {config['model_type']}; layout mlx-examples is for Llama only. "
             'Use layout = "mlx-lm".'
         )
-    wholes = {}
-    for name, whole in checkpoint.wholes.items():
+    tensors = {}
+    for name, tensor in checkpoint.tensors.items():
         if BUFFER.fullmatch(name):
             continue
         try:
-            wholes[_rename(name, HUGGINGFACE_TO_META, "layers.")] = whole
+            tensors[_rename(name, HUGGINGFACE_TO_META, "layers.")] = tensor
         except KeyError:
             raise CheckpointError(
                 f'{folder}: mlx-examples\' llama.py has no place for {name}. Use layout = "mlx-lm".'
             ) from None
-    if "output.weight" not in wholes and "tok_embeddings.weight" in wholes:
-        wholes["output.weight"] = wholes["tok_embeddings.weight"]  # tied: llama.py has no ties
+    if "output.weight" not in tensors and "tok_embeddings.weight" in tensors:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]  # tied: llama.py has no ties
     try:
         params = _meta_params(checkpoint)
         shapes = llama.shapes(params, hidden=params["hidden_dim"], vocab=params["vocab_size"])
@@ -94,19 +94,19 @@ def to_meta(checkpoint: Checkpoint) -> Checkpoint:
         raise CheckpointError(
             f"{folder / 'config.json'} does not describe a Llama: {error!r}. Fetch it again."
         ) from error
-    ordered = {name: wholes[name] for name in shapes if name in wholes}
-    for name, whole in ordered.items():
-        if whole.shape != shapes[name]:
+    ordered = {name: tensors[name] for name in shapes if name in tensors}
+    for name, tensor in ordered.items():
+        if tensor.shape != shapes[name]:
             raise CheckpointError(
-                f"{folder}: {name} is {whole.shape}, where config.json calls for {shapes[name]}. "
+                f"{folder}: {name} is {tensor.shape}, where config.json calls for {shapes[name]}. "
                 "One of them is of another model."
             )
-    if odd := wholes.keys() ^ shapes.keys():
+    if odd := tensors.keys() ^ shapes.keys():
         raise CheckpointError(
-            f"{folder}: {min(odd)} is {'not expected' if min(odd) in wholes else 'missing'} "
+            f"{folder}: {min(odd)} is {'not expected' if min(odd) in tensors else 'missing'} "
             f"({len(odd)} such) for a Llama of {params['n_layers']} layers. Fetch it again."
         )
-    return replace(checkpoint, names="meta", config=params, wholes=ordered)
+    return replace(checkpoint, names="meta", config=params, tensors=ordered)
 
 
 def rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -171,14 +171,14 @@ def _rename(name: str, table: dict[str, str], prefix: str) -> str:
 
 
 def _huggingface_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    params, wholes = checkpoint.config, checkpoint.wholes
+    params, tensors = checkpoint.config, checkpoint.tensors
     heads = params["n_heads"]
     theta = params.get("rope_theta") or 10000.0
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": params["dim"],
-        "intermediate_size": wholes["layers.0.feed_forward.w1.weight"].shape[0],
+        "intermediate_size": tensors["layers.0.feed_forward.w1.weight"].shape[0],
         "num_hidden_layers": params["n_layers"],
         "num_attention_heads": heads,
         "num_key_value_heads": params.get("n_kv_heads") or heads,
@@ -187,11 +187,11 @@ def _huggingface_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": None,
         "vocab_size": params["vocab_size"],
-        "tie_word_embeddings": "output.weight" not in wholes,
+        "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": False,
         "mlp_bias": False,
         "hidden_act": "silu",
-        "torch_dtype": wholes["tok_embeddings.weight"].dtype,
+        "torch_dtype": tensors["tok_embeddings.weight"].dtype,
     }
     # params.json does not say how long a context was trained; these are the published lengths.
     # Llama 1 is told from 2 by norm_eps, its 65B from 2's 70B by the heads, which are not grouped.

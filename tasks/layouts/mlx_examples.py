@@ -39,12 +39,12 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
             "mlx-examples' llama.py does not: the model would speak nonsense. "
             'Use layout = "mlx-lm".'
         )
-    wholes = dict(checkpoint.wholes)
-    if "output.weight" not in wholes:
-        wholes["output.weight"] = wholes["tok_embeddings.weight"]  # tied: llama.py has no ties
+    tensors = dict(checkpoint.tensors)
+    if "output.weight" not in tensors:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]  # tied: llama.py has no ties
     parameters = {
         name: Parameter(name, w.dtype, w.shape, w.inputs, w.steps, castable=True)
-        for name, w in wholes.items()
+        for name, w in tensors.items()
     }
     modules = []
     for name, parameter in parameters.items():

@@ -186,7 +186,7 @@ class Forecast:
             step = replace(step, state=IGNORED)
         elif saved.runs or others or changed:
             self._check(plan)
-            if not plan.checkpoint.record:  # models.lock looks at it, and refers to all of it
+            if plan.checkpoint.source.available:  # models.lock looks at it, and refers to all of it
                 looked = self._made(plan.stages["extract"])
                 self._there |= {tensor.digest for _, tensor in looked.values()}
             why = tuple(saved.why([*map(self._path, changed), *sorted(others)]))
@@ -320,11 +320,11 @@ class Forecast:
         if old:
             why = [*why, *reasons.between(old.action, manifest.action)]
         lost = 0
-        if not plan.checkpoint.record:  # else it is known by its record, and cannot be read
+        if plan.checkpoint.source.available:  # else it is known by its record, and cannot be read
             lost = sum(t.nbytes for t in tensors.values() if not self._has(t))
             self._there |= {tensor.digest for tensor in tensors.values()}
         known = isinstance(self._store.actions.get(manifest.action), Hit)
-        reuse = known or plan.checkpoint.record or self._runs(manifest.action.key)
+        reuse = known or not plan.checkpoint.source.available or self._runs(manifest.action.key)
         self._put(node, REUSE if reuse else RUN, why, moved=Moved(lost))
 
     def _unknown(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
@@ -459,7 +459,7 @@ class Forecast:
         if sharing and manifest and sharing.has(manifest.action.key, tensor):
             self._there.add(tensor.digest)
             return tensor.nbytes
-        if maker.stage == "extract" and plan.checkpoint.record:
+        if maker.stage == "extract" and not plan.checkpoint.source.available:
             self._refuse_making(plan, maker)
             return 0
         needed = self._needed(maker)

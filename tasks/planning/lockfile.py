@@ -22,11 +22,13 @@ from cache.digest import digest_record
 from cache.files import atomic
 from cache.records.manifests import Action, Manifest, Tensor
 from cache.store import Store
+from tasks.checkpoints import record, sources
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.loaders import weight_patterns
 from tasks.core.errors import BuildError, CheckpointError, ConfigError
 from tasks.core.spec import Target
 from tasks.planning import source_record
-from tasks.planning.source_record import Source
+from tasks.planning.source_record import LockedSource
 
 if TYPE_CHECKING:
     from tasks.execution.builder import Builder
@@ -72,11 +74,11 @@ class Lock:
     """
 
     path: Path
-    sources: dict[str, Source]
+    sources: dict[str, LockedSource]
     targets: dict[str, Built]
     strict: bool = False
     _writing: threading.Lock = field(default_factory=threading.Lock)
-    _taken: dict[str, Source] = field(default_factory=dict)
+    _taken: dict[str, LockedSource] = field(default_factory=dict)
     _digests: dict[str, dict[str, str]] = field(default_factory=dict)  # by record
 
     @classmethod
@@ -95,7 +97,7 @@ class Lock:
                 )
             return cls(
                 path,
-                {name: Source.read(entry) for name, entry in record["sources"].items()},
+                {name: LockedSource.read(entry) for name, entry in record["sources"].items()},
                 {name: Built(**entry) for name, entry in record["targets"].items()},
                 strict,
             )
@@ -124,18 +126,19 @@ class Lock:
             CheckpointError: the record is nowhere, or what is here is another checkpoint's.
         """
         source = self.sources.get(target.source_name)
-        if source is None or source_record.has_weights(target.source):
+        here = sources.open_source(target.source)
+        if source is None or here.available:
             return None
-        if odd := source_record.strangers(target.source, source):
+        if odd := source_record.mismatched_files(here.small_files, source):
             raise CheckpointError(
                 f"source {target.source} has no weights, and {', '.join(odd[:SHOWN])} there "
                 f"{'is' if len(odd) == 1 else 'are'} not what {self.path.name} has. Get the whole "
                 "checkpoint, or take the file away."
             )
-        found = source_record.recall(store, source)
+        found = record.recall(store, source.record, source.nbytes)
         if found is None:
-            fact = "has no weights" if target.source.exists() else "does not exist"
-            if any(source_record.weights(target.source)):
+            fact = "has no weights" if here.small_files.exists() else "does not exist"
+            if any(here.names(pattern) for pattern in weight_patterns()):
                 fact = "has Git LFS pointers for weights (git lfs pull gets them)"
             raise CheckpointError(
                 f"source {target.source} {fact}, and what {self.path.name} says of it (record "
@@ -158,7 +161,9 @@ class Lock:
             f"{file} of source {target.source_name} is another"
             for target in {p.target.source_name: p.target for p in now.values()}.values()
             if target.source_name in self.sources
-            for file in source_record.strangers(target.source, self.sources[target.source_name])
+            for file in source_record.mismatched_files(
+                sources.open_source(target.source).small_files, self.sources[target.source_name]
+            )
         ]
         odd += [f"source {name} is not in it" for name in sorted(names - self.sources.keys())]
         odd += [f"it has a source {name}" for name in sorted(self.sources.keys() - names)]
@@ -186,7 +191,7 @@ class Lock:
             BuildError: it is another.
         """
         source = self.sources.get(plan.target.source_name)
-        if source is None or plan.checkpoint.record == source.record:
+        if source is None or plan.checkpoint.source.identity == source.record:
             return
         sizes = {name: stamp.size for name, stamp in plan.checkpoint.stamps.items()}
         odd = [
@@ -195,7 +200,7 @@ class Lock:
             if name in source.files and source.files[name][0] != size
         ]
         if source.record not in self._digests:
-            self._digests[source.record] = source_record.digests(store, source)
+            self._digests[source.record] = record.tensor_digests(store, source.record)
         known = self._digests[source.record]
         odd += [
             f"tensor {key} has other contents"
@@ -205,14 +210,14 @@ class Lock:
         if odd:
             raise self._drift(plan.target, odd)
 
-    def check_source(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> Source:
+    def check_source(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> LockedSource:
         """Return a target's source as it is now; it must be as it is locked, if it is.
 
         Raises:
             BuildError: it is not.
         """
         locked = self.sources.get(plan.target.source_name)
-        if locked and plan.checkpoint.record == locked.record:
+        if locked and plan.checkpoint.source.identity == locked.record:
             return locked
         now = self.take(builder, plan, plans)
         if locked:
@@ -230,8 +235,8 @@ class Lock:
             BuildError: the source is not as it is locked.
         """
         locked = self.sources.get(plan.target.source_name)
-        if locked and plan.checkpoint.record != locked.record:
-            now = source_record.known_files(plan.checkpoint, digests)
+        if locked and plan.checkpoint.source.identity != locked.record:
+            now = source_record.file_digests(plan.checkpoint, digests)
             unknown = plan.checkpoint.stamps.keys() - now.keys()
             as_locked = {name: locked.files[name] for name in unknown & locked.files.keys()}
             self._compare(plan, now | as_locked, locked.files)
@@ -248,13 +253,13 @@ class Lock:
         if odd:
             raise self._drift(plan.target, odd)
 
-    def take(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> Source:
+    def take(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> LockedSource:
         """Return a target's source as it is now, worked out once a run."""
         name = plan.target.source_name
         with self._writing:
             if name not in self._taken:
                 same = [p for p in plans if p.target.source_name == name]
-                self._taken[name] = source_record.take(builder, same)
+                self._taken[name] = source_record.snapshot(builder, same)
             return self._taken[name]
 
     def accept(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> None:
@@ -265,7 +270,7 @@ class Lock:
         """
         if self.strict:
             raise BuildError("--locked never writes models.lock. Run doit lock without it.")
-        if plan.checkpoint.record:
+        if not plan.checkpoint.source.available:
             return  # not here: there is nothing new to accept
         plans = list(plans)
         now = self.take(builder, plan, plans)
@@ -274,7 +279,7 @@ class Lock:
             self._save(plans)
 
     def check_target(
-        self, builder: Builder, plan: Plan, source: Source, action: Action
+        self, builder: Builder, plan: Plan, source: LockedSource, action: Action
     ) -> list[str]:
         """Compare what is about to be packed with what is locked.
 
@@ -308,7 +313,7 @@ class Lock:
         return builder.store.sharing is not None or bool(locked and locked.blake3)
 
     def check_output(
-        self, plan: Plan, source: Source, packed: Manifest, blake3: str | None
+        self, plan: Plan, source: LockedSource, packed: Manifest, blake3: str | None
     ) -> tuple[Built, list[str]]:
         """Compare what was packed with what is locked.
 
@@ -339,7 +344,7 @@ class Lock:
             )
         return built, notes
 
-    def update(self, plan: Plan, source: Source, built: Built, plans: Iterable[Plan]) -> None:
+    def update(self, plan: Plan, source: LockedSource, built: Built, plans: Iterable[Plan]) -> None:
         """Lock what was built, unless ``strict``: then it is what is locked."""
         if self.strict:
             return

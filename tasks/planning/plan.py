@@ -6,16 +6,15 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from cache.digest import digest_record
 from cache.records.manifests import Manifest, Tensor
 from cache.records.memos import Memos
-from tasks.checkpoints import loaders
-from tasks.checkpoints.checkpoint import Checkpoint, Stored
+from tasks.checkpoints import loaders, sources
+from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import BuildError
-from tasks.core.spec import Target
+from tasks.core.spec import SourceSpec, Target
 from tasks.layouts import LAYOUTS, architecture
 from tasks.layouts.model import Model, Module, Parameter, layer_names
 from tasks.stages import cast, extract, measure, quantize, quantize_scheme, unshard
@@ -195,11 +194,6 @@ class Plan:
         """Return the nodes of a per-layer stage."""
         return self.errors if stage == "error" else self.stages[stage]
 
-    def stored(self, key: str) -> tuple[Path, Stored]:
-        """Return the file of a stored tensor, and where it lies there."""
-        stored = self.checkpoint.stored[key]
-        return self.checkpoint.folder / stored.file, stored
-
 
 class Planner:
     """Plans targets; what several have in common is read once."""
@@ -213,8 +207,8 @@ class Planner:
         """
         self.memos = memos
         self._recall = recall
-        self._checkpoints: dict[tuple[Path, str | None], Checkpoint] = {}
-        self._outlines: dict[tuple[Path, str | None, str, str], Outline] = {}
+        self._checkpoints: dict[tuple[SourceSpec, str | None], Checkpoint] = {}
+        self._outlines: dict[tuple[SourceSpec, str | None, str, str], Outline] = {}
 
     def plan(self, target: Target) -> Plan:
         """Work a target out.
@@ -249,7 +243,7 @@ class Planner:
         if key not in self._outlines:
             if source not in self._checkpoints:
                 self._checkpoints[source] = self._recall(target) or loaders.read(
-                    *source, self.memos
+                    sources.open_source(target.source), target.loader, self.memos
                 )
             checkpoint = self._checkpoints[source]
             layout = LAYOUTS[target.layout]
@@ -293,11 +287,7 @@ def extracting(checkpoint: Checkpoint, layer: str, keys: list[str]) -> Order:
     """Return the order that extracts stored tensors."""
     stored = [checkpoint.stored[key] for key in keys]
     tensors = {key: [s.dtype, list(s.shape)] for key, s in zip(keys, stored, strict=True)}
-    look: Any = checkpoint.record or [
-        str(checkpoint.folder),
-        [[file, *checkpoint.stamps[file]] for file in sorted({s.file for s in stored})],
-        [[key, s.file, s.offset] for key, s in zip(keys, stored, strict=True)],
-    ]
+    look = checkpoint.fingerprint(keys)
     return Order("extract", layer, extract.VERSION, {"tensors": tensors}, look=look)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cache.records.manifests import Tensor
-from tasks.checkpoints.checkpoint import TORCH
 from tasks.stages import measure, unshard
 
 if TYPE_CHECKING:
@@ -114,9 +113,9 @@ def reads(builder: Builder, node: Node) -> set[str]:
 def moved(builder: Builder, plan: Plan, node: Node) -> Moved:
     """Return how many bytes a node's action reads and writes, if nothing of it is there yet."""
     if node.stage == "extract":
-        stored = [plan.checkpoint.stored[key] for key in node.params["tensors"]]
-        by_torch = sum(s.nbytes for s in stored if s.offset == TORCH)  # copied into the cache
-        return Moved(sum(s.nbytes for s in stored), by_torch)
+        stored = {key: plan.checkpoint.stored[key].nbytes for key in node.params["tensors"]}
+        copied = sum(n for key, n in stored.items() if plan.checkpoint.must_copy(key))
+        return Moved(sum(stored.values()), copied)
     if node.stage == "error":
         return Moved(total(_read(node).values()), total(made(node).values()))
     after, before = made(node), made(node.needs[0])

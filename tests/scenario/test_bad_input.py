@@ -24,11 +24,9 @@ from safetensors.torch import save_file
 from cache.records.memos import Memos
 from support import checkpoints
 from support.front_door import Finished, doit
-from tasks.checkpoints import example
-from tasks.checkpoints.checkpoint import Stored
+from tasks.checkpoints import example, safetensors_file, torch_file
 from tasks.checkpoints.headers import headers
-from tasks.checkpoints.safetensors_file import read_safetensors
-from tasks.checkpoints.torch_file import read_torch
+from tasks.checkpoints.stored import Stored
 from tasks.cli import session, task_graph
 from tasks.core.errors import CheckpointError
 
@@ -945,12 +943,12 @@ def test_a_file_of_gaps_or_overlaps(tmp_path: Path) -> None:
         path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(size))
         return path
 
-    assert [t.name for t in read_safetensors(file((4, 8), (0, 4)))] == ["t0", "t1"]
+    assert [t.name for t in safetensors_file.read(file((4, 8), (0, 4)))] == ["t0", "t1"]
     for offsets in [(0, 4), (5, 8)], [(0, 5), (4, 8)], [(0, 4)], [(1, 8)], [(-4, 4), (4, 8)]:
         with pytest.raises(CheckpointError, match="is damaged or incomplete"):
-            read_safetensors(file(*offsets))
+            safetensors_file.read(file(*offsets))
     with pytest.raises(CheckpointError, match=r"end at byte [\d,]+, the file at"):
-        read_safetensors(file((0, 8), size=9))
+        safetensors_file.read(file((0, 8), size=9))
 
 
 # Pickles that would run code
@@ -997,7 +995,7 @@ def test_code_is_not_run(tmp_path: Path, kind: str) -> None:
     path = small_files(tmp_path)[0]
     with_code(kind, path, tmp_path / "ran")
     with pytest.raises(CheckpointError, match=re.escape(REFUSED)):
-        read_torch(path)
+        torch_file.read(path)
     assert not (tmp_path / "ran").exists()
     # That the test would see it run:
     if kind == "bare":
@@ -1017,7 +1015,7 @@ def test_what_is_no_dict_of_tensors(tmp_path: Path) -> None:
     ):
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=words):
-            read_torch(path)
+            torch_file.read(path)
 
 
 # Weights that no quantized weight can show

@@ -17,6 +17,7 @@ from cache.digest import digest
 from cache.lock import Lock
 from cache.maintenance import gc, survey
 from support import projects, running
+from tasks.checkpoints import safetensors_file
 from tasks.cli.commands import cache as cache_command
 from tasks.config import reader
 from tasks.core.text import size
@@ -175,7 +176,7 @@ def test_a_checkpoint_that_changed_unnoticed_is_found(tmp_path):
 
 
 def holds(path: Path, name: str) -> bool:
-    return any(stored.name == name for stored in projects.read_safetensors(path))
+    return any(stored.name == name for stored in safetensors_file.read(path))
 
 
 @pytest.mark.parametrize(

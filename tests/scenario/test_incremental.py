@@ -30,7 +30,7 @@ from support.projects import (
     touch,
     weight_files,
 )
-from tasks.checkpoints.safetensors_file import read_safetensors
+from tasks.checkpoints import safetensors_file
 
 HEAVY = {"torch", "transformers", "mlx_lm", "numpy"}
 ALL_BUT_EXTRACT = ("unshard", "cast", "quantize")
@@ -267,7 +267,7 @@ def test_what_the_cast_rounds_away_stops_there(tmp_path: Path) -> None:
     project.doit()
     before = project.built()
     weights = project.checkpoint / "model.safetensors"
-    tensors = {stored.name: stored for stored in read_safetensors(weights)}
+    tensors = {stored.name: stored for stored in safetensors_file.read(weights)}
     flip(weights, tensors["model.layers.1.mlp.up_proj.weight"].offset)
     project.accept()
     done = outcomes(project.doit())

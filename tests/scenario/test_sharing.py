@@ -35,11 +35,10 @@ from support import checkpoints, meta, servers
 from support.front_door import Finished, doit
 from support.projects import FOUR_BIT, Project, contents, flip, outcomes
 from support.running import DEADLINE_SECONDS, start
+from tasks.checkpoints import record as records
 from tasks.cli import invocation, session
 from tasks.core.errors import CheckpointError
 from tasks.execution import exchange
-from tasks.planning import source_record
-from tasks.planning.source_record import Source
 
 BIG = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 4}
 SMALL = {"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 64}
@@ -563,9 +562,8 @@ def test_a_record_that_leaves_its_folder(file: str, tmp_path: Path) -> None:
         assert remote.push(blake3_of([data]), len(data), [data])
     store = Store.at(tmp_path / "cache")
     store = replace(store, sharing=Sharing(store.actions, store.blobs, remote))
-    source = Source({}, blake3_of([record]), len(record))
     with pytest.raises(CheckpointError, match="no file of a checkpoint's folder"):
-        source_record.recall(store, source)
+        records.recall(store, blake3_of([record]), len(record))
     assert not (tmp_path / "cache" / "sources").exists()
 
 

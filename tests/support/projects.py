@@ -18,9 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from support import checkpoints, front_door
-from tasks.checkpoints import example
-from tasks.checkpoints.safetensors_file import read_safetensors
-from tasks.checkpoints.torch_file import read_torch
+from tasks.checkpoints import example, safetensors_file, torch_file
 
 HOOK = Path(__file__).parent / "hook"
 SOURCES = ("meta", "huggingface")
@@ -247,7 +245,7 @@ def flip(path: Path, offset: int = 0) -> None:
 def alter(checkpoint: Path, name: str) -> tuple[Path, bytes]:
     """Change a tensor in the first file that has it, in place; the file, and what it held."""
     for path in weight_files(checkpoint):
-        read = read_safetensors if path.suffix == ".safetensors" else read_torch
+        read = (safetensors_file if path.suffix == ".safetensors" else torch_file).read
         for stored in read(path):
             if stored.name == name:
                 before = path.read_bytes()

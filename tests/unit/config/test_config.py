@@ -16,7 +16,7 @@ from support import documents, front_door
 from tasks.config import reader
 from tasks.config.reader import Config
 from tasks.core.errors import ConfigError
-from tasks.core.spec import Quantize, Rule, Target
+from tasks.core.spec import Quantize, Rule, SourceSpec, Target
 
 # On a busy machine any example may seem slow.
 calm = settings(deadline=None)
@@ -54,7 +54,9 @@ def target(folder: Path, lines: str, name: str = "a") -> Target:
 
 def test_what_is_not_said(folder: Path) -> None:
     found = read(folder, '[models.a]\nsource = "b"')
-    model = Target("a", folder / "b", "b", None, "mlx-lm", None, None, None, 5 << 30)
+    model = Target(
+        "a", SourceSpec("folder", str(folder / "b")), "b", None, "mlx-lm", None, None, None, 5 << 30
+    )
     assert found == Config(
         path=folder / "models.toml",
         targets={"a": model},
@@ -85,7 +87,7 @@ def test_all_that_can_be_said(folder: Path) -> None:
     quantize = Quantize(3, 32, "affine", None, rules)
     assert found == Target(
         "a",
-        folder / "b",
+        SourceSpec("folder", str(folder / "b")),
         "b (transformers)",
         "transformers",
         "mlx-lm",
@@ -118,8 +120,8 @@ def test_variants_lie_over_their_model(folder: Path) -> None:
         "a-other": Quantize(4, 32),
     }
     assert [one.dtype for one in found.values()] == ["float16"] * 4 + ["float32"]
-    assert {one.source.name for one in found.values()} == {"b", "c"}
-    assert found["a-other"].source == folder / "c"
+    assert {Path(one.source.location).name for one in found.values()} == {"b", "c"}
+    assert found["a-other"].source == SourceSpec("folder", str(folder / "c"))
 
 
 def test_defaults_lie_under_all_models(folder: Path) -> None:
@@ -129,7 +131,7 @@ def test_defaults_lie_under_all_models(folder: Path) -> None:
         'max_shard_size = "1GiB"\n[models.a]\n[models.c]\nsource = "d"\nquantize = false\n'
         '[models.c.variants.lm]\nlayout = "mlx-lm"\n',
     ).targets
-    assert [one.source.name for one in found.values()] == ["b", "d", "d"]
+    assert [Path(one.source.location).name for one in found.values()] == ["b", "d", "d"]
     assert [one.layout for one in found.values()] == ["mlx-examples", "mlx-examples", "mlx-lm"]
     assert [one.quantize for one in found.values()] == [Quantize(4), None, None]
     assert {one.max_shard_bytes for one in found.values()} == {1 << 30}
@@ -148,7 +150,7 @@ def test_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         text = json.dumps(text, ensure_ascii=False)
         found = read(folder, f"[models.a]\nsource = {text}\n[cache]\ndir = {text}\n")
-        assert (found.targets["a"].source, found.cache) == (path, path)
+        assert (found.targets["a"].source.location, found.cache) == (str(path), path)
 
 
 def test_paths_are_of_the_file_s_folder(
@@ -158,7 +160,7 @@ def test_paths_are_of_the_file_s_folder(
     (tmp_path / "models.toml").write_text('[models.a]\nsource = "b"')
     monkeypatch.chdir(tmp_path.parent)
     found = reader.load(Path(tmp_path.name) / "models.toml")
-    assert found.targets["a"].source == tmp_path / "b"
+    assert found.targets["a"].source.location == str(tmp_path / "b")
     assert found.cache == tmp_path / ".mlx-make/cache"
 
 

@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from support.checkpoints import VOCABULARY, make
 from support.front_door import doit
-from tasks.checkpoints.checkpoint import Checkpoint, Whole
+from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
+from tasks.checkpoints.folder import FolderSource
 from tasks.layouts.llama_names import rope, to_huggingface
 
 LLAMA_2 = {"norm_eps": 1e-05, "vocab_size": -1}
@@ -43,14 +44,14 @@ PUBLISHED = {
 def test_config_of_metas_models_is_the_published_one(name: str) -> None:
     params, context, factor = PUBLISHED[name]
     vocabulary, dim = 128256, params["dim"]
-    wholes = {
-        "tok_embeddings.weight": Whole("bfloat16", (vocabulary, dim), ()),
-        "layers.0.feed_forward.w1.weight": Whole("bfloat16", (8192, dim), ()),
+    tensors = {
+        "tok_embeddings.weight": LogicalTensor("bfloat16", (vocabulary, dim), ()),
+        "layers.0.feed_forward.w1.weight": LogicalTensor("bfloat16", (8192, dim), ()),
     }
     if not name.startswith("llama-3.2"):
-        wholes["output.weight"] = Whole("bfloat16", (vocabulary, dim), ())
+        tensors["output.weight"] = LogicalTensor("bfloat16", (vocabulary, dim), ())
     params = {**params, "n_layers": 16, "vocab_size": vocabulary}  # as the loader hands it on
-    checkpoint = Checkpoint(Path("llama"), "meta", params, {}, {}, wholes, {})
+    checkpoint = Checkpoint(FolderSource(Path("llama")), "meta", params, {}, {}, tensors, {})
     config = to_huggingface(checkpoint, {"bos_token_id": 1}).config
     scaling = factor and {
         "factor": factor,

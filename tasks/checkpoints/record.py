@@ -1,0 +1,232 @@
+"""record: a checkpoint that is not here, by what a build must know of it.
+
+A *record* holds what the checkpoint's headers and small files say and the digest of each tensor
+that is used. So where a checkpoint is not at hand, its plan is, and whatever was built of it before
+can be used.
+
+```
+sources/BLAKE3/record.json   named by its own digest, which models.lock holds
+sources/BLAKE3/files/…       the small files
+```
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+from cache.errors import Mismatch, NotFetched
+from cache.files import atomic
+from cache.store import Store
+from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
+from tasks.checkpoints.stored import Stored
+from tasks.core.errors import CheckpointError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RecordSource:
+    """A checkpoint of which only the record is here."""
+
+    small_files: Path
+    identity: str
+    digests: Mapping[str, str]
+
+    @property
+    def location(self) -> str:
+        """The folder of its small files."""
+        return str(self.small_files)
+
+    @property
+    def available(self) -> bool:
+        """False: there are no weights."""
+        return False
+
+    @property
+    def revision(self) -> None:
+        """None: it is no download."""
+        return
+
+    def path(self, name: str) -> None:
+        """Return None: no weight file is here."""
+
+    def read(self, name: str, start: int, nbytes: int) -> Iterator[bytes]:
+        """Refuse to read weights.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(f"{name} of {self.location} is not here. Get the checkpoint.")
+
+
+def keep(
+    store: Store, checkpoint: Checkpoint, digests: Mapping[str, str], small: Mapping[str, bytes]
+) -> tuple[str, int]:
+    """Keep a checkpoint's record.
+
+    Args:
+        store: where.
+        checkpoint: the checkpoint.
+        digests: of its stored tensors, by key.
+        small: the small files that any layout reads, by name.
+
+    Returns:
+        The record's BLAKE3, and its size in bytes.
+    """
+    data = _encode(checkpoint, digests, small)
+    name = _blake3(data)
+    if _kept(store, name) is None:
+        _keep(store, name, data, small)
+    share(store, name)
+    return name, len(data)
+
+
+def share(store: Store, record: str) -> None:
+    """Have a record that is kept, and its small files, uploaded by and by."""
+    if not store.sharing:
+        return
+    folder = _folder(store, record)
+    data = (folder / "record.json").read_bytes()
+    blobs = {record: data}
+    for name, (_, blake3) in json.loads(data)["small"].items():
+        blobs[blake3] = (folder / "files" / name).read_bytes()
+    remote = store.sharing.remote
+    for name, blob in blobs.items():
+        remote.later(partial(remote.push, name, len(blob), [blob]))
+
+
+def recall(store: Store, record: str, nbytes: int) -> Checkpoint | None:
+    """Return a checkpoint by its record, or None if the record is nowhere.
+
+    Args:
+        store: where it may be kept, or fetched to from a remote.
+        record: its BLAKE3.
+        nbytes: its size.
+    """
+    found = _kept(store, record)
+    if found is None:
+        if store.read_only:
+            store = replace(store, root=_passing())
+        found = _fetched(store, record, nbytes)
+    if found is None:
+        return None
+    return _decode(found, record, _folder(store, record) / "files")
+
+
+def tensor_digests(store: Store, record: str) -> dict[str, str]:
+    """Return the digests of a record's tensors, by key, as far as the record is kept here."""
+    found = _kept(store, record)
+    return dict(json.loads(found)["digests"]) if found else {}
+
+
+def _folder(store: Store, record: str) -> Path:
+    return store.root / "sources" / record
+
+
+def _encode(
+    checkpoint: Checkpoint, digests: Mapping[str, str], small: Mapping[str, bytes]
+) -> bytes:
+    record = {
+        "schema": SCHEMA,
+        "names": checkpoint.names,
+        "config": checkpoint.config,
+        "files": checkpoint.files,
+        "stored": checkpoint.stored,  # named tuples: lists in JSON
+        "wholes": checkpoint.tensors,
+        "notes": list(checkpoint.notes),
+        "digests": dict(sorted(digests.items())),
+        "small": {name: [len(data), _blake3(data)] for name, data in small.items()},
+    }
+    # Not sorted: the order of tensors is the checkpoint's own.
+    return json.dumps(record, separators=(",", ":")).encode()
+
+
+def _decode(data: bytes, name: str, folder: Path) -> Checkpoint:
+    record = json.loads(data)
+    stored = {
+        key: Stored(n, dtype, tuple(shape), file, offset)
+        for key, (n, dtype, shape, file, offset) in record["stored"].items()
+    }
+    tensors = {
+        key: LogicalTensor(dtype, tuple(shape), tuple(inputs), tuple(steps))
+        for key, (dtype, shape, inputs, steps) in record["wholes"].items()
+    }
+    return Checkpoint(
+        RecordSource(folder, name, record["digests"]),
+        record["names"],
+        record["config"],
+        record["files"],
+        stored,
+        tensors,
+        {},
+        tuple(record["notes"]),
+    )
+
+
+def _keep(store: Store, name: str, record: bytes, small: Mapping[str, bytes]) -> None:
+    folder = _folder(store, name)
+    for file, data in small.items():
+        atomic.write(folder / "files" / file, data)
+    atomic.write(folder / "record.json", record)  # last: where it is, all is
+
+
+def _kept(store: Store, name: str) -> bytes | None:
+    folder = _folder(store, name)
+    try:
+        record = (folder / "record.json").read_bytes()
+        store.touch(folder / "record.json")
+        if _blake3(record) != name:
+            return None
+        for file, (_, blake3) in json.loads(record)["small"].items():
+            if _blake3((folder / "files" / file).read_bytes()) != blake3:
+                return None
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def _fetched(store: Store, name: str, nbytes: int) -> bytes | None:
+    if not store.sharing:
+        return None
+    remote = store.sharing.remote
+    try:
+        record = b"".join(remote.fetch(name, nbytes))
+        content = json.loads(record)
+        if content["schema"] != SCHEMA:
+            raise CheckpointError(
+                f"the record {name} is of schema {content['schema']}, this version reads "
+                f"{SCHEMA}: update mlx-make."
+            )
+        if bad := [file for file in content["small"] if file == ".." or Path(file).name != file]:
+            raise CheckpointError(
+                f"the record {name} names {bad[0]!r}, which is no file of a checkpoint's "
+                "folder. Take models.lock from version control again, and ask who wrote it."
+            )
+        small = {
+            file: b"".join(remote.fetch(blake3, size))
+            for file, (size, blake3) in content["small"].items()
+        }
+    except (NotFetched, Mismatch):
+        return None
+    _keep(store, name, record, small)
+    return record
+
+
+@cache
+def _passing() -> Path:
+    """Return a folder for what is needed while this process runs."""
+    folder = tempfile.TemporaryDirectory(prefix="mlx-make-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+def _blake3(data: bytes) -> str:
+    from blake3 import blake3  # not needed where there is nothing to do
+
+    return str(blake3(data).hexdigest())

@@ -1,0 +1,111 @@
+"""small_files: reads the files beside the weights, and tells what is wrong with any file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tasks.core.errors import CheckpointError
+
+LFS = b"version https://git-lfs"
+LFS_BYTES = 1024  # a pointer has fewer
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Return the object in a JSON file that the checkpoint must have.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is missing: {what}. Fetch it from where the checkpoint came from."
+        )
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}. Fetch it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is no JSON object. Fetch it again.")
+    return value
+
+
+def read_text(path: Path) -> str:
+    """Return the text of one of a checkpoint's small files.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Fetch it again.") from error
+
+
+def numbered(location: str, names: Iterable[str], pattern: str) -> list[str]:
+    """Return shard files in numeric order.
+
+    Args:
+        location: where they are, for messages.
+        names: the files' names.
+        pattern: a regular expression over the name; group 1 is the shard's number and group 2,
+            if there is one, how many shards there are.
+
+    Raises:
+        CheckpointError: the row has a gap.
+    """
+    rows: dict[int, re.Match[str]] = {}
+    counts: set[int] = set()
+    for name in sorted(names):
+        match = re.fullmatch(pattern, name)
+        if not match:
+            continue
+        if other := rows.get(int(match[1])):
+            raise CheckpointError(
+                f"{location}: {other[0]} and {match[0]} are one shard. Remove one."
+            )
+        rows[int(match[1])] = match
+        if match.re.groups > 1:
+            counts.add(int(match[2]))
+    if not rows:
+        return []
+    if len(counts) > 1:
+        raise CheckpointError(
+            f"{location} mixes shards of {len(counts)} checkpoints "
+            f"(of {' and of '.join(map(str, sorted(counts)))}). Remove those of the other."
+        )
+    first = 1 if counts and 0 not in rows else 0  # numbered from 1 where the count is told
+    last = first + counts.pop() if counts else max(rows) + 1
+    have = [row[0] for _, row in sorted(rows.items())]
+    for number in range(first, last):
+        if number not in rows:
+            match = next(iter(rows.values()))
+            name = match[0][: match.start(1)] + str(number).zfill(len(match[1]))
+            raise CheckpointError(
+                f"{location}: {name}{match[0][match.end(1) :]} is missing (there are "
+                f"{', '.join(have)}). Fetch the missing files."
+            )
+    return have
+
+
+def is_pointer(path: Path) -> bool:
+    """Tell whether a file is a Git LFS pointer, which stands for one that was not fetched.
+
+    Weights are not opened for it: a pointer is smaller (git-lfs, docs/spec.md).
+    """
+    if path.stat().st_size >= LFS_BYTES:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(LFS)) == LFS
+
+
+def damaged(path: Path, fact: str) -> CheckpointError:
+    """Return the error of a weight file that is not what it should be, and why that may be."""
+    if is_pointer(path):
+        return CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself. Run git lfs pull in its folder."
+        )
+    return CheckpointError(f"{path} is damaged or incomplete: {fact}. Fetch it again.")

@@ -1,0 +1,69 @@
+"""source: where the bytes of a checkpoint come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from cache.files.stamp import Stamp
+from cache.records.memos import Memos
+from tasks.checkpoints.stored import Stored
+
+
+class Source(Protocol):
+    """Where the bytes of a checkpoint come from."""
+
+    @property
+    def location(self) -> str:
+        """Where it is, for messages and for what is remembered of its files."""
+
+    @property
+    def small_files(self) -> Path:
+        """A folder of this machine that holds the files beside the weights."""
+
+    @property
+    def identity(self) -> str | None:
+        """What pins its content, whatever happens to its files: a record's digest, a hub's commit.
+
+        None where only the files themselves say what they hold.
+        """
+
+    @property
+    def available(self) -> bool:
+        """Whether the weights can be read."""
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Digests of stored tensors, by key, as far as the source knows them by itself."""
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a hub that it was downloaded at, if it says so."""
+
+    def path(self, name: str) -> Path | None:
+        """Return a weight file, or None if it is no file of this machine: then ``read`` it."""
+
+    def read(self, name: str, start: int, nbytes: int) -> Iterator[bytes]:
+        """Yield bytes of a weight file, from ``start`` on.
+
+        Raises:
+            CheckpointError: it cannot be read, or ends before that.
+        """
+
+
+class ReadableSource(Source, Protocol):
+    """A source that loaders can make a checkpoint of."""
+
+    def names(self, pattern: str) -> list[str]:
+        """Return the names of its files that match a shell pattern, sorted."""
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is such a file."""
+
+    def headers(self, names: Iterable[str], memos: Memos) -> dict[str, tuple[Stamp, list[Stored]]]:
+        """Return each weight file's stamp and tensors, in the order in which it has them.
+
+        Raises:
+            CheckpointError: a file is damaged, or of a kind that must not be read.
+        """

@@ -1,0 +1,42 @@
+"""stored: tensors as they lie in a checkpoint's files, whatever the files' format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from typing import Any, NamedTuple
+
+from cache.records.manifests import DTYPE_BYTES
+
+TORCH = -1  # offset of a tensor that does not lie in its file as plain bytes: torch must read it
+
+
+class Stored(NamedTuple):
+    """A tensor as it lies in one of the checkpoint's files.
+
+    Attributes:
+        name: its name there.
+        dtype: as MLX spells it.
+        shape: of what is stored: one shard's part, where the checkpoint is sharded.
+        file: the file's name in the checkpoint's folder.
+        offset: first byte in the file, or ``TORCH``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def checked_shape(shape: Iterable[Any]) -> tuple[int, ...]:
+    """Return a shape; raise ValueError for what is none."""
+    shape = tuple(shape)
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"shape {shape}")
+    return shape
