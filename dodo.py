@@ -3,88 +3,65 @@
 import shlex
 import sys
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from doit import doit_cmd, get_var
 from doit.action import CmdAction
 from doit.exceptions import InvalidDodoFile
 
-from tasks.checkpoints import example
-from tasks.cli import invocation, session, task_graph
+from tasks.cli.task_graph import TaskGraph
+from tasks.core.program import IS_CHECKOUT, ROOT
 
-ROOT = Path(__file__).parent
-# Whoever installed mlx-make has no tests, no benchmarks and no use for the example.
-IS_CHECKOUT = (ROOT / "tests").is_dir()
-
-# doit -f: another folder's pyproject.toml was read.
-if "tasks.cli.doit_database" not in sys.modules:
+if "tasks.cli.loader" not in sys.modules:  # doit -f: another folder's pyproject.toml was read
     raise InvalidDodoFile(
         "doit is without mlx-make's plugins, which it takes from pyproject.toml in the folder "
         f"where it is started. Run mlx-make instead, or doit models=PATH in {ROOT}."
     )
 
-if odd := (doit_cmd._CMDLINE_VARS or {}).keys() - {"models"}:
-    raise InvalidDodoFile(f"{min(odd)}= says nothing. Only models=PATH does.")
-
-MODELS = Path(get_var("models", "models.toml"))
-EXAMPLE = ROOT / "checkpoints" / "tiny-llama"
-DOIT_CONFIG = session.doit_config(MODELS)
-
 Tasks = Iterator[dict[str, Any]]
 
 
-@cache
-def loaded() -> task_graph.Graph:
-    """Read models.toml, once."""
-    return session.load(MODELS, make={EXAMPLE: example.make} if IS_CHECKOUT else {})
-
-
-def task_extract() -> Tasks:
+def task_extract(graph: TaskGraph) -> Tasks:
     """Find and digest each layer's tensors in the checkpoint."""
-    yield from loaded().stage("extract")
+    yield from graph.stage("extract")
 
 
-def task_unshard() -> Tasks:
+def task_unshard(graph: TaskGraph) -> Tasks:
     """Join shards into whole tensors, by the layout's names."""
-    yield from loaded().stage("unshard")
+    yield from graph.stage("unshard")
 
 
-def task_cast() -> Tasks:
+def task_cast(graph: TaskGraph) -> Tasks:
     """Cast each layer to the target's dtype."""
-    yield from loaded().stage("cast")
+    yield from graph.stage("cast")
 
 
-def task_quantize() -> Tasks:
+def task_quantize(graph: TaskGraph) -> Tasks:
     """Quantize each layer."""
-    yield from loaded().stage("quantize")
+    yield from graph.stage("quantize")
 
 
-def task_pack() -> Tasks:
+def task_pack(graph: TaskGraph) -> Tasks:
     """Write build/TARGET: weight files, config.json, tokenizer."""
-    yield from loaded().pack()
+    yield from graph.pack()
 
 
-def task_error() -> Tasks:
+def task_error(graph: TaskGraph) -> Tasks:
     """Measure what quantizing took from each layer."""
-    if (
-        invocation.asked != []
-    ):  # a plain doit builds models: a fifth of its tasks would be for nothing
-        yield from loaded().stage("error")
+    if not graph.session.options.builds_all:  # of a plain doit's tasks, a fifth would be unused
+        yield from graph.stage("error")
 
 
-def task_report() -> Tasks:
+def task_report(graph: TaskGraph) -> Tasks:
     """Write reports/TARGET.html, and an overview, reports/index.html."""
-    if invocation.asked != []:
+    if not graph.session.options.builds_all:
         from tasks.cli import report_tasks  # which nothing else imports
 
-        yield from report_tasks.report(loaded())
+        yield from report_tasks.report(graph.session)
 
 
-def task_lock() -> Tasks:
+def task_lock(graph: TaskGraph) -> Tasks:
     """Accept the checkpoints as they are now into models.lock."""
-    yield from loaded().accept()
+    yield from graph.accept()
 
 
 if IS_CHECKOUT:

@@ -5,25 +5,13 @@ from __future__ import annotations
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from doit.cmd_base import NamespaceTaskLoader
 from doit.doit_cmd import DoitConfig, DoitMain
 
 HERE = Path(__file__).parent
 # The wheel keeps dodo.py, tasks/ and cache/ in a folder of its own: in site-packages their names
 # would be everybody's. A checkout has them at the top.
 SOURCE = HERE / "src" if (HERE / "src").is_dir() else HERE.parent
-
-
-class Loader(NamespaceTaskLoader):  # type: ignore[misc]
-    """Takes the tasks from mlx-make's dodo.py, whatever lies in the current folder."""
-
-    def setup(self, opt_values: Any) -> None:
-        """Load dodo.py: not before doit knows its command line's variables, which that reads."""
-        import dodo
-
-        self.namespace = vars(dodo)
 
 
 class Main(DoitMain):  # type: ignore[misc]
@@ -53,9 +41,13 @@ def main() -> int:
         return 3
     if args[:1] in (["--help"], ["-h"]):
         args[0] = "help"
-    from tasks.cli.command import piped
+    from tasks.cli.process import piped
 
     with piped():
+        from tasks.cli.loader import InstalledLoader
+
         # The current folder's pyproject.toml and doit.cfg may configure a doit of the user's own.
         plugins = DoitConfig().load_config_toml(str(SOURCE / "pyproject.toml"), "tool.doit")
-        return int(Main(Loader(), config_filenames=(), extra_config=plugins).run(args) or 0)
+        return int(
+            Main(InstalledLoader(), config_filenames=(), extra_config=plugins).run(args) or 0
+        )

@@ -1,4 +1,4 @@
-"""doit_database: ."""
+"""doit_database: what doit remembers of tasks and files, in one file that is written whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from doit.dependency import FileChangedChecker, JsonDB
+from doit.dependency import FileChangedChecker
 
 from cache.digest import digest_file
 from cache.errors import NoRoom
@@ -19,7 +19,7 @@ from tasks.cli import failures
 
 
 class Checker(FileChangedChecker):  # type: ignore[misc]
-    """Compares manifests by what was made, and other files by digest; a stamp saves both.
+    """Compares manifests by their results, and other files by digest; a stamp saves both.
 
     A state is [size, mtime_ns, inode, digest].
     """
@@ -42,11 +42,11 @@ class Checker(FileChangedChecker):  # type: ignore[misc]
 
     def _digest(self, path: str, stamp: Stamp) -> str:
         if (path, stamp) not in self._known:
-            self._known[path, stamp] = _content(Path(path))
+            self._known[path, stamp] = _content_digest(Path(path))
         return self._known[path, stamp]
 
 
-def _content(path: Path) -> str:
+def _content_digest(path: Path) -> str:
     if path.suffix == ".json":
         try:
             return Manifest.from_bytes(path.read_bytes()).result
@@ -55,26 +55,23 @@ def _content(path: Path) -> str:
     return digest_file(path)
 
 
-class Database(JsonDB):  # type: ignore[misc]
-    """doit's database: one JSON file, replaced whole, and only if something changed.
+class Database:
+    """doit's database (a backend plugin): one JSON file, replaced whole, and only if it changed.
 
     A damaged one is as good as none: the action cache remembers what was built.
     """
 
     desc = "JSON, written whole"
 
-    def _load(self) -> dict[str, Any]:
-        try:
-            loaded = json.loads(Path(self.name).read_bytes())
-        except ValueError:
-            return {}
-        if not isinstance(loaded, dict) or not all(isinstance(v, dict) for v in loaded.values()):
-            return {}
-        return loaded
-
     def __init__(self, name: str, codec: Any, *, module_name: str | None = None) -> None:
-        super().__init__(name, codec, module_name=module_name)
+        self.name = name
+        self._tasks = _read(Path(name))
         self._changed = False
+
+    def get(self, task_id: str, dependency: str) -> Any:
+        """Return what is known of a task's dependency, or None."""
+        task = self._tasks.get(task_id)
+        return None if task is None else task.get(dependency)
 
     def set(self, task_id: str, dependency: str, value: Any) -> None:
         """Store a value."""
@@ -83,24 +80,38 @@ class Database(JsonDB):  # type: ignore[misc]
         value = list(value) if isinstance(value, tuple) else value  # as JSON has it
         if self.get(task_id, dependency) != value:
             self._changed = True
-            super().set(task_id, dependency, value)
+            self._tasks.setdefault(task_id, {})[dependency] = value
+
+    def in_(self, task_id: str) -> bool:
+        """Tell whether anything is known of a task."""
+        return task_id in self._tasks
 
     def remove(self, task_id: str) -> None:
         """Forget a task."""
         self._changed = True
-        super().remove(task_id)
+        self._tasks.pop(task_id, None)
 
     def remove_all(self) -> None:
         """Forget all tasks."""
         self._changed = True
-        super().remove_all()
+        self._tasks = {}
 
     def dump(self) -> None:
         """Write the file."""
         if self._changed:
-            data = json.dumps(self._db, separators=(",", ":")).encode()
+            data = json.dumps(self._tasks, separators=(",", ":")).encode()
             try:
                 atomic.write(Path(self.name), data)
             except NoRoom as error:  # the action cache remembers what was built
                 print(f"warning: {failures.message(error)}", file=sys.stderr)
             self._changed = False
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        tasks = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
+        return {}
+    return tasks

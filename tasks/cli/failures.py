@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from cache.errors import FileChanged, NoRoom
+from doit.exceptions import InvalidDodoFile, TaskFailed
+
+from cache.errors import CacheError, FileChanged, NoRoom
 from cache.files import space
+from tasks.core.errors import BuildError
+
+MENDABLE = (BuildError, CacheError, OSError)  # by users: told with a message, and no traceback
 
 
 def message(error: Exception) -> str:
@@ -24,3 +32,24 @@ def message(error: Exception) -> str:
     if isinstance(error, FileChanged):
         return f"{error} Run doit again when it is whole."
     return str(error)
+
+
+@contextmanager
+def as_invalid_dodo_file() -> Iterator[None]:
+    """Raise errors that come up before any task runs as the one whose message doit prints.
+
+    Raises:
+        InvalidDodoFile: in place of what users can mend.
+    """
+    try:
+        yield
+    except MENDABLE as error:
+        raise InvalidDodoFile(message(error)) from error
+
+
+def values_or_failure(action: Callable[[], dict[str, Any]]) -> dict[str, Any] | TaskFailed:
+    """Return what a task's action returns, or doit's failure with the message of its error."""
+    try:
+        return action()
+    except MENDABLE as error:
+        return TaskFailed(message(error))

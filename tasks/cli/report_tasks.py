@@ -1,4 +1,4 @@
-"""tasks: doit's tasks that write reports: one a target, and one for the overview."""
+"""report_tasks: doit's tasks that write reports: one a target, and one for the overview."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 from cache.digest import digest_record
 from cache.files import atomic
 from cache.records.manifests import Manifest
-from tasks.cli import invocation
-from tasks.cli.task_graph import Graph
-from tasks.cli.up_to_date import NOT_LEFT, Told
-from tasks.core import text as words
+from tasks.cli.session import Session
+from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck
+from tasks.core import text
 from tasks.core.workspace import REPORTS
 from tasks.execution import pack
 from tasks.planning.plan import Plan
@@ -24,32 +23,33 @@ from tasks.stages.reasons import Reason
 VERSION = 1
 
 
-def report(graph: Graph) -> Iterator[dict[str, Any]]:
+def report(session: Session) -> Iterator[dict[str, Any]]:
     """Yield the tasks."""
-    reader = Reader(graph.builder)
+    reader = Reader(session.builder)
     families: dict[str, list[Plan]] = {}
-    for plan in graph.plans.values():
+    for plan in session.plans.values():
         families.setdefault(plan.target.source_name, []).append(plan)
     for family in families.values():
-        first = [plan for plan in family if _is_asked(plan)]
+        # What the pages of these show is made before any page compares its family's targets with
+        # it; what is not asked for is shown as it is.
+        first = [plan for plan in family if session.options.requests(f"report:{plan.target.name}")]
         for plan in family:
-            yield _target_task(graph, reader, plan, family, first)
-    yield _overview_task(graph, reader)
+            yield _target_task(session, reader, plan, family, first)
+    yield _overview_task(session, reader)
 
 
 def _target_task(
-    graph: Graph, reader: Reader, plan: Plan, family: list[Plan], first: list[Plan]
+    session: Session, reader: Reader, plan: Plan, family: list[Plan], first: list[Plan]
 ) -> dict[str, Any]:
     name = plan.target.name
-    folder = graph.folder / REPORTS
-    builder = graph.builder
+    folder = session.folder / REPORTS
+    builder = session.builder
     manifest = builder.packed_path(name)
     written = [page_name(name), trace_name(name)]
-    told = Told(
+    check = UpToDateCheck(
         digest_record([VERSION, {**asdict(plan.target), "source": "", "where": ""}]),
         str(folder / written[0]),
-        lambda values: _odd(folder, values, seen=_seen(graph, reader, plan, family)),
-        lambda _: [],
+        lambda values: _changed_page(folder, values, seen=_seen(session, reader, plan, family)),
     )
 
     def build(why: str) -> dict[str, Any]:
@@ -57,9 +57,9 @@ def _target_task(
 
         using = builder.store.lock.using()
         with using, builder.logged(f"report:{name}", why) as record:
-            seen = _seen(graph, reader, plan, family)
+            seen = _seen(session, reader, plan, family)
             packed = Manifest.from_bytes(manifest.read_bytes())
-            made = pages.target(reader, plan, packed, graph.lock, family)
+            made = pages.target(reader, plan, packed, session.lock, family)
             atomic.write(folder / written[0], made.page.encode())
             if made.trace is None:
                 (folder / written[1]).unlink(missing_ok=True)
@@ -70,73 +70,63 @@ def _target_task(
         return {
             "seen": seen,
             "outputs": pack.stamps(str(folder), kept),
-            "summary": f"{REPORTS}/{written[0]}: {words.size(len(made.page.encode()))}",
+            "summary": f"{REPORTS}/{written[0]}: {text.size(len(made.page.encode()))}",
             "notes": [],
         }
 
     return {
         "basename": f"report:{name}",
-        "actions": [told.action(build)],
+        "actions": [check.action(build)],
         "doc": "Write the target's report.",
         "file_dep": [*(builder.manifest_path(node) for node in plan.errors), str(manifest)],
         "task_dep": [task for other in first for task in _compared(other)],
         "targets": [str(folder / written[0])],
-        "uptodate": [told],
+        "uptodate": [check],
         "clean": [(_remove, [[folder / file for file in written]])],
         "io": {"capture": False},
-        "meta": {"plan": plan, "beside": first, "told": told},
+        "meta": {"plan": plan, "beside": first, "check": check},
     }
 
 
-def _overview_task(graph: Graph, reader: Reader) -> dict[str, Any]:
-    folder = graph.folder / REPORTS
+def _overview_task(session: Session, reader: Reader) -> dict[str, Any]:
+    folder = session.folder / REPORTS
     path = folder / INDEX
-    told = Told(
-        digest_record([VERSION, list(graph.plans)]),
+    check = UpToDateCheck(
+        digest_record([VERSION, list(session.plans)]),
         str(path),
-        lambda values: _odd(folder, values),
-        lambda _: [],
+        lambda values: _changed_page(folder, values),
     )
 
     def build(why: str) -> dict[str, Any]:
         from tasks.report import pages
 
-        using = graph.builder.store.lock.using()
-        with using, graph.builder.logged("report", why) as record:
-            atomic.write(path, pages.overview(reader, graph.plans.values()).encode())
+        using = session.builder.store.lock.using()
+        with using, session.builder.logged("report", why) as record:
+            atomic.write(path, pages.overview(reader, session.plans.values()).encode())
             record["outcome"] = "computed"
         return {
             "outputs": pack.stamps(str(folder), [INDEX]),
-            "summary": f"{REPORTS}/{INDEX}: {words.plural(len(graph.plans), 'target')}",
+            "summary": f"{REPORTS}/{INDEX}: {text.plural(len(session.plans), 'target')}",
             "notes": [],
         }
 
     return {
         "basename": "report",
-        "actions": [told.action(build)],
-        "file_dep": [str(folder / page_name(name)) for name in graph.plans],
+        "actions": [check.action(build)],
+        "file_dep": [str(folder / page_name(name)) for name in session.plans],
         "targets": [str(path)],
-        "uptodate": [told],
+        "uptodate": [check],
         "clean": [(_remove, [[path]])],
         "io": {"capture": False},
-        "meta": {"plans": list(graph.plans.values()), "told": told},
+        "meta": {"plans": list(session.plans.values()), "check": check},
     }
 
 
-def _odd(folder: Path, values: Mapping[str, Any], seen: Any = None) -> list[Reason]:
+def _changed_page(folder: Path, values: Mapping[str, Any], seen: Any = None) -> list[Reason]:
     """Say how a page is not as it was left, or shows what has changed since."""
     if not pack.intact_files(str(folder), values.get("outputs")):
         return [Reason(f"{folder} {NOT_LEFT}")]
     return [Reason("what it shows has changed")] if values.get("seen") != seen else []
-
-
-def _is_asked(plan: Plan) -> bool:
-    """Tell whether this call of doit writes a target's report.
-
-    Then what its page shows is made before any page compares its family's targets with it; what is
-    not asked for is shown as it is.
-    """
-    return invocation.names(f"report:{plan.target.name}")
 
 
 def _compared(plan: Plan) -> list[str]:
@@ -144,11 +134,11 @@ def _compared(plan: Plan) -> list[str]:
     return [f"pack:{name}", *([f"error:{name}"] if plan.errors else [])]
 
 
-def _seen(graph: Graph, reader: Reader, plan: Plan, family: list[Plan]) -> str:
+def _seen(session: Session, reader: Reader, plan: Plan, family: list[Plan]) -> str:
     """Return a digest of what a page shows besides the manifests that it depends on."""
     stamps = [reader.stamps(other) for other in family if other is not plan]
-    source = graph.lock.sources.get(plan.target.source_name)
-    run = timeline.last_run(graph.builder.log.path, plan.target.name)
+    source = session.lock.sources.get(plan.target.source_name)
+    run = timeline.last_run(session.builder.log.path, plan.target.name)
     return digest_record([stamps, asdict(source) if source else None, run])
 
 

@@ -1,4 +1,4 @@
-"""session: ."""
+"""session: one call of doit on one models.toml: its targets, and all that was opened for them."""
 
 from __future__ import annotations
 
@@ -6,100 +6,133 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from doit.exceptions import InvalidDodoFile
+from typing import TYPE_CHECKING
 
 from cache.errors import CacheError
 from cache.store import Store
-from tasks.cli import failures, invocation
-from tasks.cli.task_graph import Graph, _packs
-from tasks.config import reader
-from tasks.core.errors import BuildError
+from tasks.cli.failures import as_invalid_dodo_file, message
+from tasks.cli.options import DEFAULT, Options
+from tasks.config.reader import Config
+from tasks.core.text import plural
 from tasks.core.workspace import STATE
 from tasks.execution.builder import Builder
 from tasks.execution.draft import Drafts
+from tasks.execution.early import Early
 from tasks.execution.log import Log
-from tasks.execution.resources import Memory, machine_memory, threads
+from tasks.execution.resources import Memory, machine_memory
 from tasks.planning.lockfile import Lock
-from tasks.planning.plan import Planner
+from tasks.planning.plan import Plan, Planner
 
-
-def load(models: Path, make: Mapping[Path, Callable[[Path], None]]) -> Graph:
-    """Read models.toml and plan every target.
-
-    Args:
-        models: the file.
-        make: checkpoints that the project makes itself, if they are asked for.
-
-    Raises:
-        InvalidDodoFile: something in it cannot be built; doit prints the message.
-    """
-    try:
-        read = reader.load(models)
-        lock = Lock.load(read.path.with_suffix(".lock"), strict=invocation.locked)
-        store = _store(read)
-        for target in read.targets.values():
-            folder = Path(target.source.location)
-            if folder in make:
-                make[folder](folder)
-        planner = Planner(store.memos, lambda target: lock.recall(store, target))
-        plans = {name: planner.plan(target) for name, target in read.targets.items()}
-        lock.check_plans(plans.values())
-    except (BuildError, CacheError, OSError) as error:
-        raise InvalidDodoFile(failures.message(error)) from error
-    folder = read.path.parent
-    state = folder / STATE
-    run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
-    memory = Memory(read.memory_bytes or machine_memory() // 2)
-    log = Log(state / "log.jsonl")
-    builder = Builder(store, state, log, run_id, read.keep, memory, Drafts(_packs))
-    found = Graph(folder, builder, plans, lock)
-    invocation.early = found.early
-    return found
-
-
-def _store(read: reader.Config) -> Store:
-    """Open the cache, and the remote if there is one to be used."""
-    store = Store.at(read.cache, read_only=invocation.read_only)
-    if not read.remote or read.mode == "off":
-        return store
+if TYPE_CHECKING:  # imported where there is one
     from cache.remote.remote import Remote
-    from cache.remote.sharing import Sharing
 
-    remote = Remote(
-        read.remote,
+
+@dataclass(frozen=True)
+class Session:
+    """The targets of one models.toml, planned, and what their tasks need to run.
+
+    Attributes:
+        folder: where models.toml lies; all state and output lie beside it.
+        options: what the command line says.
+        builder: runs the tasks.
+        plans: by target.
+        lock: models.lock.
+        remote: the remote store, if one is used.
+        background_packer: begins to pack targets while their layers are still made.
+    """
+
+    folder: Path
+    options: Options
+    builder: Builder
+    plans: dict[str, Plan]
+    lock: Lock
+    remote: Remote | None = None
+    background_packer: Early = field(default_factory=Early)
+
+    @classmethod
+    def open(
+        cls,
+        config: Config,
+        options: Options = DEFAULT,
+        makers: Mapping[Path, Callable[[Path], None]] | None = None,
+    ) -> Session:
+        """Plan every target of a models.toml that has been read.
+
+        Args:
+            config: what models.toml says.
+            options: what the command line says.
+            makers: what makes a checkpoint that this project makes itself, by its folder.
+
+        Raises:
+            InvalidDodoFile: something cannot be built; doit prints the message.
+        """
+        with as_invalid_dodo_file(), ExitStack() as if_it_fails:
+            lock = Lock.load(config.path.with_suffix(".lock"), strict=options.locked)
+            store = Store.at(config.cache, read_only=options.read_only)
+            remote = _open_remote(config, read_only=options.read_only)
+            if remote:
+                from cache.remote.sharing import Sharing
+
+                if_it_fails.callback(remote.close)
+                store = replace(store, sharing=Sharing(store.actions, store.blobs, remote))
+            for target in config.targets.values():
+                folder = Path(target.source.location)
+                if makers and folder in makers:
+                    makers[folder](folder)
+            planner = Planner(store.memos, lambda target: lock.recall(store, target))
+            plans = {name: planner.plan(target) for name, target in config.targets.items()}
+            lock.check_plans(plans.values())
+            if_it_fails.pop_all()
+        folder = config.path.parent
+        state = folder / STATE
+        run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
+        memory = Memory(config.memory_bytes or machine_memory() // 2)
+        log = Log(state / "log.jsonl")
+        drafts = Drafts(options.packs)
+        builder = Builder(store, state, log, run_id, config.keep, memory, drafts)
+        return cls(folder, options, builder, plans, lock, remote)
+
+    def abandon(self) -> None:
+        """Have all that goes on behind the tasks stop before long; wait for nothing."""
+        self.background_packer.abandon()
+
+    def finish(self) -> None:
+        """End what goes on behind the tasks, and say what the remote store was sent and gave."""
+        self.background_packer.stop()
+        if not self.remote:
+            return
+        try:
+            pushed = self.remote.finish()
+        except (CacheError, OSError) as error:  # what was built is built
+            print(f"warning: {message(error)}", file=sys.stderr)
+            return
+        if self.remote.fetched_bytes:
+            print(f"{self.remote.name}: {self.remote.fetched_bytes / 1e6:,.1f} MB fetched")
+        if pushed.objects:
+            print(
+                f"{self.remote.name}: {plural(pushed.objects, 'object')} uploaded, "
+                f"{pushed.bytes / 1e6:,.1f} MB; the last {pushed.seconds:.1f} s were for that alone"
+            )
+
+    def close(self) -> None:
+        """Let go of the remote store: what is queued for it is dropped."""
+        if self.remote:
+            self.remote.close()
+
+
+def _open_remote(config: Config, *, read_only: bool) -> Remote | None:
+    """Open the remote store, if there is one to be used."""
+    if not config.remote or config.mode == "off":
+        return None
+    from cache.remote.remote import Remote
+
+    return Remote(
+        config.remote,
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
-        read_only=invocation.read_only or read.mode == "read-only",
+        read_only=read_only or config.mode == "read-only",
         secret=os.environ.get("MLX_MAKE_SIGNING_KEY", "").encode() or None,
     )
-    invocation.remotes.append(remote)
-    return replace(store, sharing=Sharing(store.actions, store.blobs, remote))
-
-
-def doit_config(models: Path) -> dict[str, Any]:
-    """Return DOIT_CONFIG: threads, and all state beside models.toml."""
-    from tasks.cli.doit_database import Checker
-
-    state = models.absolute().parent / STATE
-    return {
-        "default_tasks": ["pack"],
-        "dep_file": str(state / "doit.json"),
-        "backend": "mlx-make",
-        "check_file_uptodate": Checker,
-        "reporter": "mlx-make",
-        "num_process": threads(_devices(models)),
-        "par_type": "thread",
-        "verbosity": 2,
-    }
-
-
-def _devices(models: Path) -> Iterator[str | None]:
-    """Yield what targets say of their device; what is wrong with the file ``load`` tells."""
-    try:
-        yield from (target.device for target in reader.load(models).targets.values())
-    except (BuildError, OSError):
-        yield None

@@ -1,251 +1,236 @@
-"""graph: doit's tasks from plans: one for each stage and layer, and one that packs a target."""
+"""task_graph: doit's tasks from plans: one a stage and layer, and one that packs a target."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from doit.globals import Globals
-
-from cache.digest import digest_file, digest_record
-from cache.files.stamp import Stamp
+from cache.digest import digest_record
 from cache.records.manifests import Action, Manifest
-from tasks.cli import invocation
-from tasks.cli.up_to_date import KNOWN, NOT_LEFT, Told, as_left, reported
+from tasks.cli.doit_adapter import is_up_to_date
+from tasks.cli.failures import values_or_failure
+from tasks.cli.session import Session
+from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck, is_unchanged, manifest_state
 from tasks.core.workspace import BUILD
 from tasks.execution import pack
-from tasks.execution.builder import Builder
-from tasks.execution.early import Early
 from tasks.layouts import LAYOUTS, weight_suffixes
 from tasks.planning import bundle
-from tasks.planning.lockfile import Built, Lock
+from tasks.planning.lockfile import Built
 from tasks.planning.plan import Node, Plan
 from tasks.stages import extract, reasons
 from tasks.stages.reasons import Reason
 
 
 @dataclass(frozen=True)
-class Graph:
-    """All targets of one models.toml.
+class TaskGraph:
+    """doit's tasks that build the targets of a session.
 
     Attributes:
-        folder: where models.toml lies; all state and output lie beside it.
-        builder: runs the tasks.
-        plans: by target.
-        lock: models.lock.
-        early: packs behind the tasks.
+        session: the targets, and what the tasks need.
+        database: doit's dependency manager.
     """
 
-    folder: Path
-    builder: Builder
-    plans: dict[str, Plan]
-    lock: Lock
-    early: Early = field(default_factory=Early)
+    session: Session
+    database: Any
 
     @cached_property
-    def up_to_date(self) -> frozenset[str]:
-        """The targets of a lean run whose layers are all up to date.
+    def skipped(self) -> frozenset[str]:
+        """The targets whose layers are all up to date, in a run that may skip them.
 
         They are packed, or not even that. doit would make a task of each of their layers, and then
         find by the same look at its database that there is nothing to do.
         """
-        if not invocation.lean:
+        if not self.session.options.skip_up_to_date:
             return frozenset()
         return frozenset(
             target
-            for target, found in self.plans.items()
+            for target, plan in self.session.plans.items()
             if all(
                 self._is_up_to_date(node)
-                for nodes in reversed(found.stages.values())  # most settings change the last
+                for nodes in reversed(plan.stages.values())  # most settings change the last
                 for node in nodes
             )
         )
 
     def stage(self, stage: str) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""
-        plans = [found for name, found in self.plans.items() if name not in self.up_to_date]
-        for found in plans:
-            for node in found.nodes(stage):
-                yield self._layer_task(found, node)
-        groups = [f"{stage}:{found.target.name}" for found in plans if found.nodes(stage)]
-        yield {"basename": stage, "actions": None, "task_dep": groups, "meta": {"graph": self}}
+        plans = [p for target, p in self.session.plans.items() if target not in self.skipped]
+        for plan in plans:
+            for node in plan.nodes(stage):
+                yield self._layer_task(plan, node)
+        groups = [f"{stage}:{plan.target.name}" for plan in plans if plan.nodes(stage)]
+        # The reporter finds the session here: doit hands it tasks, and nothing else.
+        meta = {"session": self.session}
+        yield {"basename": stage, "actions": None, "task_dep": groups, "meta": meta}
 
     def pack(self) -> Iterator[dict[str, Any]]:
         """Yield the tasks that write the built models' folders."""
-        for target, found in self.plans.items():
-            yield self._pack_task(target, found)
+        for plan in self.session.plans.values():
+            yield self._pack_task(plan)
 
     def accept(self) -> Iterator[dict[str, Any]]:
         """Yield the tasks that lock the sources as they are now."""
-        for target, found in self.plans.items():
+        session = self.session
+        for target, plan in session.plans.items():
 
-            def act(found: Plan = found) -> Any:
-                plans = self.plans.values()
-                return reported(lambda: self.lock.accept(self.builder, found, plans), {})
+            def accept(plan: Plan = plan) -> dict[str, Any]:
+                session.lock.accept(session.builder, plan, session.plans.values())
+                return {}
+
+            def act(accept: Any = accept) -> Any:
+                return values_or_failure(accept)
 
             yield {"basename": "lock", "name": target, "actions": [act], "io": {"capture": False}}
 
     def _is_up_to_date(self, node: Node) -> bool:
-        """Ask doit's database whether a layer's task is up to date."""
-        database = Globals.dep_manager
-        needs = {self.builder.manifest_path(need) for need in node.needs}
-        task = SimpleNamespace(name=node.name, file_dep=needs, targets=(), uptodate=KNOWN)
-        told = self._layer_told(node)  # which looks for the target, too
-        return (
-            not database.status_is_ignore(task)
-            and told(task, database.get_values(node.name))
-            and database.get_status(task, {}).status == "up-to-date"
-        )
+        file_dep = {self.session.builder.manifest_path(need) for need in node.needs}
+        return is_up_to_date(self.database, node.name, file_dep, self._layer_check(node))
 
-    def _layer_told(self, node: Node) -> Told:
-        path = self.builder.manifest_path(node)
+    def _layer_check(self, node: Node) -> UpToDateCheck:
+        path = self.session.builder.manifest_path(node)
 
-        def odd(values: Mapping[str, Any]) -> list[Reason]:
+        def changed_outputs(values: Mapping[str, Any]) -> list[Reason]:
             # A build that was cut off changes manifests before doit's database, which then speaks
             # of older ones.
-            if as_left(path, values.get("left")):
+            if is_unchanged(path, values.get("left")):
                 return []
             return [Reason(f"its manifest {NOT_LEFT}", (path,))]  # a name: one fact for all layers
 
-        def differs(values: Mapping[str, Any]) -> list[Reason]:
+        def changed_params(values: Mapping[str, Any]) -> list[Reason]:
             if node.stage != "extract":
                 return []  # the manifest that is there tells more
             return reasons.of_files(values.get("look"), extract.look(node))
 
-        return Told(node.order.digest, path, odd, differs)
+        return UpToDateCheck(node.order.digest, path, changed_outputs, changed_params)
 
-    def _layer_task(self, found: Plan, node: Node) -> dict[str, Any]:
-        told = self._layer_told(node)
-        path = told.made
-
-        def build(why: str) -> dict[str, Any]:
-            made: dict[str, Any] = {}
-            with self.builder.store.lock.using():
-                manifest = self.builder.run(found, node, why)
-            if node.stage == "extract":
-                made["look"] = extract.look(node)
-                self.lock.check_layer(self.builder.store, found, manifest.tensors)
-            if node.stage == "quantize" and _packs(node.target):
-                with_blake3 = self.lock.wants_blake3(self.builder, found)
-                self.early.layer(
-                    self.builder, found, self._folder(found), manifest, with_blake3=with_blake3
-                )
-            return {**made, "left": [*Stamp.of(path), digest_file(Path(path))]}
-
+    def _layer_task(self, plan: Plan, node: Node) -> dict[str, Any]:
+        check = self._layer_check(node)
         return {
             "basename": f"{node.stage}:{node.target}",
             "name": node.order.layer,
-            "actions": [told.action(build)],
-            "file_dep": [self.builder.manifest_path(need) for need in node.needs],
-            "targets": [path],
-            "uptodate": [told],
+            "actions": [check.action(lambda why: self._run_layer(plan, node, why))],
+            "file_dep": [self.session.builder.manifest_path(need) for need in node.needs],
+            "targets": [check.output],
+            "uptodate": [check],
             "clean": True,
             "io": {"capture": False},
-            "meta": {"plan": found, "node": node, "told": told},
+            "meta": {"plan": plan, "node": node, "check": check},
         }
 
-    def _pack_task(self, target: str, found: Plan) -> dict[str, Any]:
-        folder = self._folder(found)
-        manifest_path = self.builder.packed_path(target)
-        last = found.stages["quantize"]
-        waits_for = [] if target in self.up_to_date else _large_first(found)
-        layout = LAYOUTS[found.target.layout]
-        parts = bundle.told(found)
-        told = Told(
+    def _run_layer(self, plan: Plan, node: Node, why: str) -> dict[str, Any]:
+        """Run a stage on a layer; return the values that doit keeps of the task."""
+        session, builder = self.session, self.session.builder
+        values: dict[str, Any] = {}
+        with builder.store.lock.using():
+            manifest = builder.run(plan, node, why)
+        if node.stage == "extract":
+            values["look"] = extract.look(node)
+            session.lock.check_layer(builder.store, plan, manifest.tensors)
+        if node.stage == "quantize" and session.options.packs(node.target):
+            with_blake3 = session.lock.wants_blake3(builder, plan)
+            folder = self._folder(plan)
+            session.background_packer.layer(
+                builder, plan, folder, manifest, with_blake3=with_blake3
+            )
+        return {**values, "left": manifest_state(builder.manifest_path(node))}
+
+    def _pack_task(self, plan: Plan) -> dict[str, Any]:
+        target = plan.target.name
+        builder = self.session.builder
+        folder = self._folder(plan)
+        manifest_path = builder.packed_path(target)
+        waits_for = [] if target in self.skipped else _large_first(plan)
+        parts = bundle.told(plan)
+        check = UpToDateCheck(
             digest_record(parts),
             str(folder),
-            lambda values: self._not_packed(found, values),
+            lambda values: self._changed_folder(plan, values),
             lambda values: reasons.of_parts(values.get("parts"), parts),
         )
-
-        def build(why: str) -> dict[str, Any]:
-            plans = self.plans.values()
-            built: list[Built] = []
-            notes: list[str] = []  # of this lock, not of the result, which others may share
-
-            def check(action: Action) -> None:
-                notes.extend(self.lock.check_target(self.builder, found, source, action))
-
-            def accept(made: Manifest, blake3: str | None) -> None:
-                now, more = self.lock.check_output(found, source, made, blake3)
-                built.append(now)
-                notes.extend(more)
-
-            builder, drafts = self.builder, self.builder.drafts
-            with (
-                builder.store.lock.using(),
-                drafts.ending(target),
-                self.early.taken(target) as begun,
-            ):
-                source = self.lock.check_source(builder, found, plans)
-                made = pack.run(
-                    builder, found, folder, manifest_path, why, check, accept, begun,
-                    with_blake3=self.lock.wants_blake3(builder, found),
-                )  # fmt: skip
-            self.lock.update(found, source, built[-1], plans)
-            bits = sum(
-                tensor.nbytes for name, tensor in made.tensors.items()
-                if name.endswith(weight_suffixes())
-            ) * 8 / found.weights  # fmt: skip
-            return {
-                "parts": parts,
-                "outputs": pack.stamps(str(folder), list(made.tensors)),
-                "size": sum(tensor.nbytes for tensor in made.tensors.values()),
-                "bits_per_weight": bits,
-                "notes": [*made.notes, *notes],
-                "locked": self.lock.state(found),
-            }
-
         return {
             "basename": "pack",
             "name": target,
-            "actions": [told.action(build)],
+            "actions": [check.action(lambda why: {"parts": parts, **self._run_pack(plan, why)})],
             "file_dep": [
-                *(self.builder.manifest_path(node) for node in last),
-                *(str(path) for path in layout.sources(found.checkpoint)),
+                *(builder.manifest_path(node) for node in plan.stages["quantize"]),
+                *(str(path) for path in LAYOUTS[plan.target.layout].sources(plan.checkpoint)),
             ],
             # In reverse: doit is made to run the newest ready task first.
             "task_dep": [node.name for node in reversed(waits_for)],
             "targets": [str(manifest_path)],
-            "uptodate": [told],
+            "uptodate": [check],
             "clean": [(_remove, [folder, manifest_path])],
             "io": {"capture": False},
-            "meta": {"plan": found, "told": told},
+            "meta": {"plan": plan, "check": check},
         }
 
-    def _folder(self, found: Plan) -> Path:
-        return self.folder / BUILD / found.target.name
+    def _run_pack(self, plan: Plan, why: str) -> dict[str, Any]:
+        """Write a target's folder; return the values that doit keeps of the task."""
+        builder, lock, plans = self.session.builder, self.session.lock, self.session.plans.values()
+        target = plan.target.name
+        folder = self._folder(plan)
+        built: list[Built] = []
+        notes: list[str] = []  # of this lock, not of the result, which others may share
 
-    def _not_packed(self, found: Plan, values: Mapping[str, Any]) -> list[Reason]:
+        def check(action: Action) -> None:
+            notes.extend(lock.check_target(builder, plan, source, action))
+
+        def accept(manifest: Manifest, blake3: str | None) -> None:
+            now, more = lock.check_output(plan, source, manifest, blake3)
+            built.append(now)
+            notes.extend(more)
+
+        with (
+            builder.store.lock.using(),
+            builder.drafts.ending(target),
+            self.session.background_packer.taken(target) as begun,
+        ):
+            source = lock.check_source(builder, plan, plans)
+            manifest = pack.run(
+                builder, plan, folder, builder.packed_path(target), why, check, accept, begun,
+                with_blake3=lock.wants_blake3(builder, plan),
+            )  # fmt: skip
+        lock.update(plan, source, built[-1], plans)
+        bits = 8 * sum(
+            tensor.nbytes
+            for name, tensor in manifest.tensors.items()
+            if name.endswith(weight_suffixes())
+        )
+        return {
+            "outputs": pack.stamps(str(folder), list(manifest.tensors)),
+            "size": sum(tensor.nbytes for tensor in manifest.tensors.values()),
+            "bits_per_weight": bits / plan.weights,
+            "notes": [*manifest.notes, *notes],
+            "locked": lock.state(plan),
+        }
+
+    def _folder(self, plan: Plan) -> Path:
+        return self.session.folder / BUILD / plan.target.name
+
+    def _changed_folder(self, plan: Plan, values: Mapping[str, Any]) -> list[Reason]:
         """Say how a target's folder and its lines in models.lock are not as they were left."""
-        folder = str(self._folder(found))
+        lock = self.session.lock
+        folder = str(self._folder(plan))
         if not pack.intact(folder, values.get("outputs") or {}):
             return [Reason(f"{folder} {NOT_LEFT}")]
-        if self.lock.state(found) != values.get("locked", ""):
-            return [Reason(f"{self.lock.path.name} has another source or result than it built")]
+        if lock.state(plan) != values.get("locked", ""):
+            return [Reason(f"{lock.path.name} has another source or result than it built")]
         return []
 
 
-def _large_first(found: Plan) -> list[Node]:
-    """Return the last nodes of a target's layers in the order in which packing has them made.
+def _large_first(plan: Plan) -> list[Node]:
+    """Return the last nodes of a target's layers in the order in which packing is to have them.
 
     A head that is begun last ends last, while the other threads have nothing to do. The others
     keep their order, which is that of the weight files that are begun behind them.
     """
     return sorted(
-        found.stages["quantize"], key=lambda node: node.order.layer not in found.outline.large
+        plan.stages["quantize"], key=lambda node: node.order.layer not in plan.outline.large
     )
-
-
-def _packs(target: str) -> bool:
-    """Tell whether a run means to pack a target."""
-    told = (f"pack:{target}", f"report:{target}")  # which shows what is packed
-    return not invocation.asked or any(map(invocation.names, told))
 
 
 def _remove(folder: Path, manifest_path: Path) -> None:

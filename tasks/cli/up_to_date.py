@@ -1,4 +1,4 @@
-"""up_to_date: ."""
+"""up_to_date: whether a task is up to date by more than its files, and if not, why it runs."""
 
 from __future__ import annotations
 
@@ -7,36 +7,28 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from doit.exceptions import TaskFailed
-
 from cache.digest import digest_file
-from cache.errors import CacheError
 from cache.files.stamp import Stamp
-from tasks.cli import failures
-from tasks.core.errors import BuildError
+from tasks.cli.failures import values_or_failure
 from tasks.stages import reasons
 from tasks.stages.reasons import Reason
 
 CHANGED = "what it is told changed"
-
-
 NEVER = "never built here"
-
-
 NOT_LEFT = "is not as it was left"
 
 
-KNOWN = ((True, None, None),)  # as doit keeps what uptodate says, once that is known
+class UpToDateCheck:
+    """Tells doit whether a task has the same parameters and output as when it last ran.
 
-
-class Told:
-    """Tells doit whether a task is still told what it was told when it last ran.
+    It is the task's ``uptodate``. What it compares is kept in the values that doit's database has
+    of the task: the digest of its parameters under ``told``, and what its action returned.
 
     Attributes:
-        digest: of what it is told now.
-        made: the path of what it makes.
-        odd: says, from what it returned the last time, how that is not as it left it.
-        differs: says, from the same, how what it is told differs, as far as the task knows.
+        digest: of the task's parameters now.
+        output: the path of the file that the task writes.
+        changed_outputs: says, from the values, how what the task wrote is not as it left it.
+        changed_params: says, from the values, how its parameters changed, as far as it can.
     """
 
     # doit asks for the signature of each task's, at 50 µs a time if it must be worked out.
@@ -47,25 +39,25 @@ class Told:
     def __init__(
         self,
         digest: str,
-        made: str,
-        odd: Callable[[Mapping[str, Any]], list[Reason]],
-        differs: Callable[[Mapping[str, Any]], list[Reason]],
+        output: str,
+        changed_outputs: Callable[[Mapping[str, Any]], list[Reason]],
+        changed_params: Callable[[Mapping[str, Any]], list[Reason]] = lambda _: [],
     ) -> None:
         self.digest = digest
-        self.made = made
-        self.odd = odd
-        self.differs = differs
+        self.output = output
+        self.changed_outputs = changed_outputs
+        self.changed_params = changed_params
         self._why: list[Reason] = []
 
     def __call__(self, task: Any, values: Mapping[str, Any]) -> bool:
-        """Answer doit, which passes what the task returned the last time."""
+        """Answer doit, which passes the values that it has of the task."""
         if not values:
-            known = Path(self.made).exists()
-            self._why = [Reason("doit's database has no record of it" if known else NEVER)]
+            exists = Path(self.output).exists()
+            self._why = [Reason("doit's database has no record of it" if exists else NEVER)]
         elif values.get("told") != self.digest:
-            self._why = self.differs(values) or [Reason(CHANGED)]
+            self._why = self.changed_params(values) or [Reason(CHANGED)]
         else:
-            self._why = self.odd(values)
+            self._why = self.changed_outputs(values)
         return not self._why
 
     def why(self, changed: list[str]) -> list[Reason]:
@@ -80,31 +72,24 @@ class Told:
         """Return doit's action that calls ``build`` with the reason, and keeps what it returns."""
 
         def act(changed: list[str]) -> Any:
-            made: dict[str, Any] = {}
-
-            def run() -> None:
-                made.update(build(reasons.joined(self.why(changed))), told=self.digest)
-
-            return reported(run, made)
+            return values_or_failure(
+                lambda: {**build(reasons.joined(self.why(changed))), "told": self.digest}
+            )
 
         return act
 
 
-def as_left(path: str, left: list[Any] | None) -> bool:
-    """Tell whether a manifest is the one that was left, touched or not."""
-    if not left:  # by another version
+def manifest_state(path: str) -> list[Any]:
+    """Return what ``is_unchanged`` compares a manifest with, as JSON has it."""
+    return [*Stamp.of(path), digest_file(Path(path))]
+
+
+def is_unchanged(path: str, state: list[Any] | None) -> bool:
+    """Tell whether a manifest has the content that ``manifest_state`` saw, touched or not."""
+    if not state:  # of another version
         return False
-    *stamp, digest = left
+    *stamp, digest = state
     try:
         return Stamp.of(path) == tuple(stamp) or digest_file(Path(path)) == digest
     except FileNotFoundError:
         return False
-
-
-def reported(act: Callable[[], None], values: dict[str, Any]) -> Any:
-    """Run ``act``; what a user can mend is a failure with a message and no traceback."""
-    try:
-        act()
-    except (BuildError, CacheError, OSError) as error:
-        return TaskFailed(failures.message(error))
-    return values

@@ -22,12 +22,12 @@ from doit.exceptions import InvalidDodoFile
 from safetensors.torch import save_file
 
 from cache.records.memos import Memos
-from support import checkpoints
+from support import checkpoints, inside
 from support.front_door import Finished, doit
 from tasks.checkpoints import example, safetensors_file, torch_file
 from tasks.checkpoints.headers import headers
 from tasks.checkpoints.stored import Stored
-from tasks.cli import session, task_graph
+from tasks.cli.session import Session
 from tasks.core.errors import CheckpointError
 
 HAS_GPU = mx.metal.is_available() or mx.cuda.is_available()
@@ -87,9 +87,9 @@ class Project:
         assert [word for word in words if word not in said] == [], said
         return said
 
-    def loads(self) -> task_graph.Graph:
+    def loads(self) -> Session:
         """What doit does before any task."""
-        return session.load(self.folder / "models.toml", {})
+        return inside.session(self.folder)
 
     def content(self) -> Mapping[str, bytes]:
         """All files but doit's state, which says nothing of a build."""

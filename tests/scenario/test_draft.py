@@ -13,10 +13,9 @@ from safetensors import safe_open
 from cache.errors import NoRoom
 from cache.files import link
 from cache.maintenance import survey
-from support import checkpoints
+from support import checkpoints, inside
 from support.projects import FOUR_BIT, Project, contents, create, flip, outcomes
 from support.running import start, wait_for
-from tasks.cli import session
 from tasks.planning import bundle
 
 SHARDS = {**FOUR_BIT, "max_shard_size": "200kB"}
@@ -237,7 +236,7 @@ def test_a_build_that_was_killed(last: str, tmp_path: Path) -> None:
 
 def test_cuda_writes_into_files_of_its_own(tmp_path: Path) -> None:
     project = create(tmp_path, "huggingface", **FOUR_BIT)
-    plan = session.load(tmp_path / "models.toml", {}).plans["model"]
+    plan = inside.session(tmp_path).plans["model"]
     assert bundle.is_new(plan, lambda _: True)
     for node in plan.stages["quantize"]:
         if node.params["settings"]:

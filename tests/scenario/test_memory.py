@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from mlx_lm.convert import convert
 
 from cache.records.manifests import Tensor
-from support import checkpoints
+from support import checkpoints, inside
 from support.front_door import doit
 from support.projects import FOUR_BIT, SOURCES, create
-from tasks.cli import session
 from tasks.execution.resources import Memory
 from tasks.stages import unshard
 
@@ -76,7 +75,7 @@ def test_what_fits_runs_together() -> None:
 def test_who_waits_for_memory_holds_no_action(tmp_path: Path) -> None:
     """Else an action that has memory and wants the other one's result would wait for ever."""
     project = create(tmp_path, "meta", **FOUR_BIT)
-    found = session.load(project.folder / "models.toml", {})
+    found = inside.session(project.folder)
     builder, plan = found.builder, found.plans["model"]
     node = plan.stages["quantize"][0]
     key = builder.action(node, builder.needed(plan, node)).key
@@ -160,7 +159,7 @@ def test_batches_make_what_one_makes(
     experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "models.toml").write_text(f'[models.model]\nsource = "{experts}"\n')
-    found = session.load(tmp_path / "models.toml", {})
+    found = inside.session(tmp_path)
     plan = found.plans["model"]
     node = next(n for n in plan.stages["unshard"] if n.order.layer == "layers.1")
     for need in node.needs:

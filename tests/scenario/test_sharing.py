@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ from cache.remote.sharing import Sharing
 from cache.remote.signing import sign
 from cache.remote.transport import PIECE_BYTES
 from cache.store import Store
-from support import checkpoints, meta, servers
+from support import checkpoints, inside, meta, servers
 from support.front_door import Finished, doit
 from support.projects import FOUR_BIT, Project, contents, flip, outcomes
 from support.running import DEADLINE_SECONDS, start
 from tasks.checkpoints import record as records
-from tasks.cli import invocation, session
+from tasks.cli.task_graph import TaskGraph
 from tasks.core.errors import CheckpointError
 from tasks.execution import exchange
 
@@ -406,9 +406,8 @@ def assert_nowhere(secrets: tuple[str, ...], said: list[Finished], *folders: Pat
 
 
 def exchanged(machine: Machine, act: Callable, **environ: str) -> exchange.Exchanged:
-    invocation.remotes.clear()
     with environment(machine.environ | environ):
-        made = session.load(machine.folder / "models.toml", {})
+        made = inside.session(machine.folder)
         sharing = made.builder.store.sharing
         assert sharing is not None
         done = act(made.builder, sharing, made.plans.values())
@@ -717,28 +716,31 @@ def environment(told: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
+def _errors(graph: TaskGraph) -> list[str]:
+    """Run all tasks as doit would, up to the first error."""
+    stages = [task for stage in ("extract", "unshard", "cast", "quantize")
+              for task in graph.stage(stage)]  # fmt: skip
+    for task in [*stages, *graph.pack()]:
+        for act in task["actions"] or ():
+            result = act(changed=[])
+            if not isinstance(result, dict):
+                return [result.get_msg()]
+    return []
+
+
 def build(machine: Machine, capsys: pytest.CaptureFixture) -> tuple[list[str], set[str]]:
     """Run all tasks as doit would, one after the other; errors, and the warnings."""
-    invocation.remotes.clear()
-    errors = []
+    errors: list[str] = []
     with environment(machine.environ):
         try:
-            made = session.load(machine.folder / "models.toml", {})
-            tasks = [task for stage in ("extract", "unshard", "cast", "quantize")
-                     for task in made.stage(stage)] + list(made.pack())  # fmt: skip
-            for task in tasks:
-                for act in task["actions"] or ():
-                    result = act(changed=[])
-                    if not isinstance(result, dict):
-                        errors.append(result.get_msg())
-                        break
-                if errors:
-                    break
+            session = inside.session(machine.folder)
         except InvalidDodoFile as error:
             errors.append(str(error))
-        for remote in invocation.remotes:
-            remote.finish()
-            remote.close()
+        else:
+            with closing(session):
+                errors += _errors(TaskGraph(session, database=None))
+                if session.remote:
+                    session.remote.finish()
     return errors, {line for line in capsys.readouterr().err.splitlines() if line}
 
 

@@ -1,19 +1,16 @@
-"""builtin: ."""
+"""builtin: doit's own commands, fitted to this project's tasks and messages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from doit.cmd_clean import Clean as DoitClean
-from doit.cmd_forget import Forget as DoitForget
 from doit.cmd_help import Help as DoitHelp
 from doit.cmd_ignore import Ignore as DoitIgnore
-from doit.cmd_info import Info as DoitInfo
 from doit.cmd_resetdep import ResetDep as DoitResetDep
-from doit.exceptions import InvalidCommand
 
-from tasks.cli.command import Command, alone
+from tasks.cli.command import Command, StateCommand
+from tasks.cli.doit_adapter import CleanCommand, ForgetCommand, InfoCommand
 
 USAGE = """\
 mlx-make: Make for MLX model artifacts (https://pydoit.org with tasks for models.toml)
@@ -26,34 +23,16 @@ mlx-make: Make for MLX model artifacts (https://pydoit.org with tasks for models
 Commands"""
 
 
-class _Alone(Command):
-    """Changes doit's database, and so not beside a build."""
-
-    def execute(self, params: Any, args: list[str]) -> int:
-        """Do it to the tasks named in ``args``."""
-        with alone():
-            return super().execute(params, args)
-
-
-class Clean(_Alone, DoitClean):  # type: ignore[misc]
-    """doit's ``clean``; naming a stage, or one of a target, means all of its layers."""
+class Clean(StateCommand, CleanCommand):
+    """``doit clean``."""
 
     name = "clean"
 
-    def _expand(self, clean_list: list[str]) -> list[str]:
-        return _with_layers(self.task_list, super()._expand(clean_list))
 
-
-class Forget(_Alone, DoitForget):  # type: ignore[misc]
-    """doit's ``forget``; naming a stage, or one of a target, means all of its layers."""
+class Forget(StateCommand, ForgetCommand):
+    """``doit forget``."""
 
     name = "forget"
-    sel_tasks: Any
-
-    def _execute(self, forget_sub: bool, forget_disable_default: bool, forget_all: bool) -> None:
-        if not forget_all and (names := list(self.sel_tasks)):
-            self.sel_tasks = _with_layers(self.task_list, names)
-        super()._execute(forget_sub, forget_disable_default, forget_all)
 
 
 class Help(Command, DoitHelp):  # type: ignore[misc]
@@ -69,33 +48,19 @@ class Help(Command, DoitHelp):  # type: ignore[misc]
         print(f"\n  {self.bin_name} help COMMAND    show a command's options")
 
 
-class Info(Command, DoitInfo):  # type: ignore[misc]
-    """doit's ``info``, without a task's meta: here that holds the whole graph."""
+class Info(Command, InfoCommand):
+    """``doit info``."""
 
     name = "info"
 
-    def _execute(self, pos_args: list[str], hide_status: bool = False) -> int:
-        named = {task.name: task for task in self.task_list if task.name in pos_args}
-        if unknown := [name for name in pos_args if name not in named]:
-            raise InvalidCommand(not_found=unknown[0])
-        for task in named.values():
-            task.meta = None
-        return int(super()._execute(pos_args, hide_status))
 
-
-class Ignore(_Alone, DoitIgnore):  # type: ignore[misc]
-    """doit's ``ignore``."""
+class Ignore(StateCommand, DoitIgnore):  # type: ignore[misc]
+    """``doit ignore``."""
 
     name = "ignore"
 
 
-class ResetDep(_Alone, DoitResetDep):  # type: ignore[misc]
-    """doit's ``reset-dep``."""
+class ResetDep(StateCommand, DoitResetDep):  # type: ignore[misc]
+    """``doit reset-dep``."""
 
     name = "reset-dep"
-
-
-def _with_layers(tasks: list[Any], names: list[str]) -> list[str]:
-    """Return task names and those of all tasks below them."""
-    begins = tuple(f"{name}:" for name in names)
-    return [*names, *(task.name for task in tasks if task.name.startswith(begins))]

@@ -1,15 +1,14 @@
-"""cache_command: ``doit cache``: looks after the cache of a models.toml."""
+"""cache: ``doit cache``: looks after the cache of a models.toml."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from doit import get_var
 from doit.cmdparse import CmdOption, CmdParse, CmdParseError
 from doit.exceptions import InvalidDodoFile
 
@@ -19,11 +18,15 @@ from cache.lock import Lock
 from cache.maintenance import gc, verify
 from cache.maintenance import survey as surveys
 from cache.maintenance.survey import File
+from cache.remote.remote import Remote
 from cache.remote.sharing import Sharing
-from tasks.cli import command, failures, session, task_graph
+from tasks.cli import failures
 from tasks.cli.command import Command
-from tasks.cli.commands import cache_stats
-from tasks.cli.commands import manifests as records
+from tasks.cli.commands import cache_stats, manifests
+from tasks.cli.doit_adapter import models_file
+from tasks.cli.process import interruptible
+from tasks.cli.session import Session
+from tasks.cli.state_lock import alone
 from tasks.config import reader
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError, ConfigError
@@ -68,8 +71,8 @@ class Cache(Command):
         if more:
             raise CmdParseError(f"doit cache {name} takes no {more[0]!r}")
         try:
-            with command.interruptible("what is done is kept; run it again to go on"):
-                return chosen.run(reader.load(Path(get_var("models", "models.toml"))), options)
+            with interruptible("what is done is kept; run it again to go on"):
+                return chosen.run(reader.load(models_file()), options)
         except (BuildError, CacheError) as error:
             raise InvalidDodoFile(failures.message(error)) from error
         except OSError as error:
@@ -89,7 +92,7 @@ class Cache(Command):
 
 def stats(read: Config, _options: Mapping[str, Any]) -> int:
     """Print what the cache holds."""
-    for line in cache_stats.text(read, surveys.inventory(read.cache), records.read(read)):
+    for line in cache_stats.text(read, surveys.inventory(read.cache), manifests.read(read)):
         print(line)
     return 0
 
@@ -108,11 +111,11 @@ def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
     suspects = verify.scan(survey, cores())
     wrong = []
     if suspects:
-        with command.alone(), Lock(read.cache).alone(_waiting):
+        with alone(read.path), Lock(read.cache).alone(_waiting):
             # Looked at again: it may be another file by now.
             looked = [(file, verify.check(survey.blobs, file)) for file, _ in suspects]
             wrong = [verify.Wrong(file, cause) for file, cause in looked if cause]
-            built = records.read(read)
+            built = manifests.read(read)
             for file, _ in wrong:
                 verify.set_aside(read.cache, file)
             forgotten = _forget(survey, built, wrong)
@@ -123,7 +126,7 @@ def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
 
 
 def _forget(
-    survey: surveys.Survey, built: Iterable[records.Record], wrong: Iterable[verify.Wrong]
+    survey: surveys.Survey, built: Iterable[manifests.Record], wrong: Iterable[verify.Wrong]
 ) -> list[str]:
     """Forget what may have been made of wrong bytes; return the tasks, or the keys of others'."""
     spoilt = {file.key for file, _ in wrong if file.kind != "action"}
@@ -147,14 +150,14 @@ def _forget(
 
 def _report(
     read: Config,
-    built: Iterable[records.Record],
+    built: Iterable[manifests.Record],
     wrong: Iterable[verify.Wrong],
     forgotten: list[str],
 ) -> None:
-    named = records.owners(built)
+    named = manifests.owners(built)
     by_key = {record.manifest.action.key: record.task for record in built}
     for file, cause in wrong:
-        what = by_key.get(file.key) or records.described(named.get(file.key, ()))
+        what = by_key.get(file.key) or manifests.described(named.get(file.key, ()))
         print(f"corrupt: {file.path} ({size(file.size)}): {cause}\n    {what}")
     aside = sum(file.size for file, _ in wrong)
     print(f"set aside in {read.cache / surveys.CORRUPT}: {size(aside)}")
@@ -175,7 +178,7 @@ def collect_garbage(read: Config, options: Mapping[str, Any]) -> int:
         raise CmdParseError("--all needs a size cap: --max-size 20GB, or [cache] max_size")
 
     def plan() -> gc.Collection:
-        wanted = gc.Wanted() if options["all"] else records.wanted(read, records.read(read))
+        wanted = gc.Wanted() if options["all"] else manifests.wanted(read, manifests.read(read))
         return gc.plan(surveys.inventory(read.cache), wanted, cap, time.time())
 
     if options["dry_run"]:
@@ -224,45 +227,48 @@ def _waiting() -> None:
 
 def push(read: Config, _options: Mapping[str, Any]) -> int:
     """Upload all that is built of the targets of models.toml."""
-    built, sharing = _shared(read)
-    if read.mode == "read-only":
-        raise ConfigError('[cache] mode is "read-only": nothing is written to the remote')
-    exchanged = exchange.push(built.builder, sharing, built.plans.values())
-    pushed = sharing.remote.finish()
-    uploaded = f"{plural(pushed.objects, 'object')} uploaded, {size(pushed.bytes)}"
-    if not sharing.remote.writable:
-        return _given_up(sharing, uploaded)
-    print(f"{sharing.remote.name}: {plural(exchanged.results, 'result')} there now, {uploaded}")
-    return _missing(exchanged, "not built here, or not in the cache any more")
+    with closing(Session.open(read)) as session:
+        sharing = _sharing(read, session)
+        remote = sharing.remote
+        if read.mode == "read-only":
+            raise ConfigError('[cache] mode is "read-only": nothing is written to the remote')
+        exchanged = exchange.push(session.builder, sharing, session.plans.values())
+        pushed = remote.finish()
+        uploaded = f"{plural(pushed.objects, 'object')} uploaded, {size(pushed.bytes)}"
+        if not remote.writable:
+            return _given_up(remote, uploaded)
+        print(f"{remote.name}: {plural(exchanged.results, 'result')} there now, {uploaded}")
+        return _missing(exchanged, "not built here, or not in the cache any more")
 
 
 def pull(read: Config, _options: Mapping[str, Any]) -> int:
     """Fetch all that the remote has of the targets of models.toml."""
-    built, sharing = _shared(read)
-    exchanged = exchange.pull(built.builder, sharing, built.plans.values())
-    here = plural(exchanged.results, "result")
-    fetched = f"{here} here, {size(sharing.remote.fetched_bytes)} fetched"
-    if not sharing.remote.readable:
-        return _given_up(sharing, fetched)
-    print(f"{sharing.remote.name}: {fetched}")
-    return _missing(exchanged, "in neither place: doit makes them")
+    with closing(Session.open(read)) as session:
+        sharing = _sharing(read, session)
+        remote = sharing.remote
+        exchanged = exchange.pull(session.builder, sharing, session.plans.values())
+        here = plural(exchanged.results, "result")
+        fetched = f"{here} here, {size(remote.fetched_bytes)} fetched"
+        if not remote.readable:
+            return _given_up(remote, fetched)
+        print(f"{remote.name}: {fetched}")
+        return _missing(exchanged, "in neither place: doit makes them")
 
 
-def _shared(read: Config) -> tuple[task_graph.Graph, Sharing]:
-    built = session.load(read.path, make={})
-    sharing = built.builder.store.sharing
+def _sharing(read: Config, session: Session) -> Sharing:
+    sharing = session.builder.store.sharing
     if sharing is None:
         raise ConfigError(
             '[cache] mode is "off"'
             if read.remote
             else "there is no remote store: set [cache] remote"
         )
-    return built, sharing
+    return sharing
 
 
-def _given_up(sharing: Sharing, done: str) -> int:
+def _given_up(remote: Remote, done: str) -> int:
     """Say what was done before the remote was given up, of which it has warned."""
-    print(f"ERROR: {sharing.remote.name} was given up: {done}", file=sys.stderr)
+    print(f"ERROR: {remote.name} was given up: {done}", file=sys.stderr)
     return FAILED
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from cache.maintenance.survey import KINDS, Survey
 from cache.records.manifests import Manifest
 from tasks.cli.commands.manifests import LAYER_STAGES, Record, described, owners
+from tasks.cli.table import aligned, cut
 from tasks.config.reader import Config
 from tasks.core.text import plural, size
 from tasks.core.workspace import STATE
@@ -46,7 +47,7 @@ def _kinds(survey: Survey) -> Iterator[str]:
         sizes = [file.size for file in survey.files if file.kind == kind]
         if sizes or kind in ("blob", "reference", "action", "memo"):
             rows.append((KIND_NAMES[kind], str(len(sizes)), size(sum(sizes))))
-    yield from _table(rows)
+    yield from aligned(rows, WIDTH)
     elsewhere = {
         (part.path, part.offset): part.length
         for parts in survey.parts.values()
@@ -72,7 +73,7 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     spare |= dict.fromkeys(own.keys() - every.keys(), "")
     rows.append(_row("(no current target)", spare, own))
     rows.append(_row("(all)", every | spare, own))
-    yield from _table(rows)
+    yield from aligned(rows, WIDTH)
     if twice:
         yield f"What several targets share, {size(twice)}, is counted once in (all)."
     # What lies in one container with something that is needed stays with it.
@@ -102,8 +103,7 @@ def _largest(survey: Survey, records: Sequence[Record]) -> Iterator[str]:
     if largest:
         yield "largest blobs"
         for digest, nbytes in largest:
-            line = f"{size(nbytes):>9}  {described(named.get(digest, ()))}"
-            yield line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
+            yield cut(f"{size(nbytes):>9}  {described(named.get(digest, ()))}", WIDTH)
         yield ""
 
 
@@ -120,14 +120,4 @@ def _hits(log: Log) -> Iterator[str]:
         of = [entry for entry in entries if entry.outcome == outcome]
         read = sum(entry.bytes_read for entry in of)
         rows.append((outcome, str(len(of)), size(read), size(sum(e.bytes_written for e in of))))
-    yield from _table(rows)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield rows as lines of at most ``WIDTH`` characters; the first column gives way."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[0] = min(widths[0], WIDTH - sum(width + 2 for width in widths[1:]))
-    for name, *cells in rows:
-        cut = name if len(name) <= widths[0] else f"{name[: widths[0] - 1]}…"
-        right = "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths[1:], strict=True))
-        yield f"{cut:<{widths[0]}}{right}"
+    yield from aligned(rows, WIDTH)

@@ -1,79 +1,114 @@
-"""state: what doit's tasks would do now: a forecast of them, by what doit's database has."""
+"""forecasting: what doit's tasks would do now, by what doit's database has, and that in words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidCommand
 
 from cache.errors import CacheError
 from tasks.cli import failures
-from tasks.cli.task_graph import Graph
+from tasks.cli.command import Command
+from tasks.cli.doit_adapter import Control
+from tasks.cli.options import Options
+from tasks.cli.session import Session
 from tasks.core.errors import BuildError
-from tasks.planning.forecast import Forecast, Saved
+from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Saved, Step
 
 BY_RESULTS = {"changed_file_dep", "missing_file_dep"}  # reasons of doit's that a run settles
+MOST_COLUMNS = 80
+UNCERTAIN = "?: what it reads is made first, and may come out as it was or be on record already"
 
 
-def graph(tasks: Iterable[Any]) -> Graph:
-    """Return what doit's tasks were made from.
+class ForecastCommand(Command, DoitCmdBase):  # type: ignore[misc]
+    """A command that tells of a run, and writes nothing: so it needs no lock."""
 
-    Raises:
-        InvalidCommand: they are another dodo.py's.
-    """
-    for task in tasks:
-        if task.meta and "graph" in task.meta:
-            found: Graph = task.meta["graph"]
-            return found
-    raise InvalidCommand("there are no models here: run it where models.toml lies")
+    def execute(self, params: Any, args: list[str]) -> int:
+        """Load the tasks, and say what is asked."""
+        self.options = Options(requested_tasks=tuple(args), read_only=True)
+        return int(super().execute(params, args))
+
+    def forecast(self) -> tuple[Forecast, list[Step]]:
+        """Return what a run of the requested tasks does, and what these alone do."""
+        control = Control(self.task_list)
+        control.process(self.sel_tasks)
+        tasks = control.tasks
+        leaves = [leaf for name in control.selected_tasks for leaf in _leaves(tasks, name)]
+        requested = [name for name in leaves if "check" in (tasks[name].meta or {})]
+        if not requested:
+            raise InvalidCommand(f"{' '.join(self.sel_tasks)}: that builds no model")
+        forecasted = forecast(self.session, tasks, requested, self.dep_manager)
+        return forecasted, [forecasted.steps[name] for name in dict.fromkeys(requested)]
+
+
+def _leaves(tasks: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Yield a task's name, or those that a group stands for."""
+    task = tasks[name]
+    if task.actions:
+        yield name
+        return
+    for below in task.task_dep:
+        yield from _leaves(tasks, below)
 
 
 def forecast(
-    tasks: Mapping[str, Any], asked: Iterable[str], database: Any, *, quick: bool = False
+    session: Session,
+    tasks: Mapping[str, Any],
+    requested: Iterable[str],
+    database: Any,
+    *,
+    quick: bool = False,
 ) -> Forecast:
     """Work out what some tasks, and those that they depend on, would do.
 
     Args:
+        session: what the tasks were made of.
         tasks: doit's, by name.
-        asked: those that have ``told`` in their meta.
+        requested: those that have an ``UpToDateCheck`` in their meta.
         database: doit's dependency manager.
         quick: see ``Forecast``.
 
     Raises:
         InvalidCommand: what is there does not allow it.
     """
-    of = graph(tasks.values())
-    found = Forecast(of.builder, of.lock, lambda name: _saved(tasks, name, database), quick=quick)
-    add(found, tasks, asked)
-    return found
+    forecasted = Forecast(
+        session.builder, session.lock, lambda name: _saved(tasks, name, database), quick=quick
+    )
+    add_requested(forecasted, tasks, requested)
+    return forecasted
 
 
-def add(found: Forecast, tasks: Mapping[str, Any], asked: Iterable[str]) -> None:
-    """Have tasks in a forecast that were asked for, too.
+def add_requested(forecasted: Forecast, tasks: Mapping[str, Any], requested: Iterable[str]) -> None:
+    """Add the requested tasks to a forecast.
 
     Raises:
         InvalidCommand: what is there does not allow it.
     """
     try:
-        for name in asked:
-            _add(found, tasks, name)
+        for name in requested:
+            _add(forecasted, tasks, name)
     except (BuildError, CacheError) as error:
         raise InvalidCommand(failures.message(error)) from error
 
 
-def _add(found: Forecast, tasks: Mapping[str, Any], name: str) -> None:
+def _add(forecasted: Forecast, tasks: Mapping[str, Any], name: str) -> None:
     meta = tasks[name].meta
     if "node" in meta:
-        found.add(meta["plan"], meta["node"])
+        forecasted.add(meta["plan"], meta["node"])
     elif "beside" in meta:
-        found.add_report(meta["plan"], meta["beside"])
+        forecasted.add_report(meta["plan"], meta["beside"])
     elif "plan" in meta:
-        found.add_pack(meta["plan"])
+        forecasted.add_pack(meta["plan"])
     else:
         for plan in meta["plans"]:
-            _add(found, tasks, f"report:{plan.target.name}")
-        found.add_overview(meta["plans"])
+            _add(forecasted, tasks, f"report:{plan.target.name}")
+        forecasted.add_overview(meta["plans"])
 
 
 def _saved(tasks: Mapping[str, Any], name: str, database: Any) -> Saved:
@@ -87,7 +122,48 @@ def _saved(tasks: Mapping[str, Any], name: str, database: Any) -> Saved:
     return Saved(
         ignored=bool(database.status_is_ignore(task)),
         runs=not status.reasons.keys() <= BY_RESULTS,
-        why=task.meta["told"].why,
+        why=task.meta["check"].why,
         read=read,
         changed=frozenset(task.dep_changed),
+    )
+
+
+def warn_of_refused(forecasted: Forecast) -> None:
+    """Say on stderr what models.lock refuses."""
+    for message in forecasted.refused.values():
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def state_words(step: Step) -> str:
+    """Return in words what a task would do: ``to run?`` if that is not certain."""
+    if step.state in SETTLED:
+        return step.state
+    return f"to {step.state}{'' if step.certain else '?'}"
+
+
+def state_counts(words: Iterable[str], layers: str = " layers") -> str:
+    """Return in words what some tasks would do, given ``state_words`` of each."""
+    counts = Counter(words)
+    for word in [word for word in counts if f"{word}?" in counts]:
+        counts[f"{word}?"] += counts.pop(word)
+    total = counts.total()
+    if len(counts) == 1 and (total == 1 or counts.keys() <= {*SETTLED}):
+        return next(iter(counts))
+    (first, number), *others = [each for each in counts.items() if each[0] != UP_TO_DATE]
+    more = "".join(f", {count} {word}" for word, count in others)
+    return f"{number} of {total}{layers} {first}{more}"
+
+
+def indented(text: str, first: int, rest: int | None = None) -> list[str]:
+    """Return a text as lines that fit the terminal.
+
+    Args:
+        text: the text.
+        first: spaces before the first line.
+        rest: spaces before each further one; two more by default.
+    """
+    further = " " * (first + 2 if rest is None else rest)
+    columns = min(shutil.get_terminal_size().columns, MOST_COLUMNS)
+    return textwrap.wrap(
+        text, columns, initial_indent=" " * first, subsequent_indent=further, break_on_hyphens=False
     )

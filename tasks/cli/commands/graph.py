@@ -1,4 +1,4 @@
-"""draw: ``doit graph``: what targets are made of, layers of the same settings in one box."""
+"""graph: ``doit graph``: what targets are made of, layers of the same settings in one box."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from doit.exceptions import InvalidCommand
 
 from cache.digest import digest_record
 from tasks.cli.command import Command
-from tasks.cli.commands.forecasting import forecast, graph
-from tasks.cli.commands.list import state, told, warn
+from tasks.cli.commands.forecasting import (
+    forecast,
+    state_counts,
+    state_words,
+    warn_of_refused,
+)
 from tasks.core.spec import MODES
 from tasks.core.workspace import BUILD
 from tasks.planning.forecast import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.planning.plan import Node, Plan
 
-SHOWN = 6  # runs of layers in a box
-NAMED = 3  # targets in a box
+RUNS_IN_A_BOX = 6  # at most, of layers
+TARGETS_IN_A_BOX = 3  # at most, that are named
 STEPS = {  # of unshard, in words
     "same": "copies compared",
     "concatenate": "shards joined",
@@ -41,7 +45,7 @@ COLOURS = {
 }
 
 
-class Draw(Command, DoitCmdBase):  # type: ignore[misc]
+class Graph(Command, DoitCmdBase):  # type: ignore[misc]
     """``doit graph``."""
 
     name = "graph"
@@ -67,7 +71,7 @@ list."""
     )
 
     def _execute(self, form: str, outfile: Any, pos_args: list[str]) -> int:
-        plans = graph(self.task_list).plans
+        plans = self.session.plans
         for name in pos_args:
             if name not in plans:
                 near = difflib.get_close_matches(name, plans, 1)
@@ -76,9 +80,9 @@ list."""
         chosen = [plans[name] for name in pos_args or plans]
         tasks = {task.name: task for task in self.task_list}
         packed = [f"pack:{plan.target.name}" for plan in chosen]
-        found = forecast(tasks, packed, self.dep_manager, quick=True)
-        warn(found)
-        text = FORMS[form](boxes(chosen, found.steps))
+        forecasted = forecast(self.session, tasks, packed, self.dep_manager, quick=True)
+        warn_of_refused(forecasted)
+        text = FORMS[form](boxes(chosen, forecasted.steps))
         if not isinstance(outfile, str):
             outfile.write(text)
             return 0
@@ -116,7 +120,7 @@ class Box:
     @property
     def lines(self) -> list[str]:
         """What it says."""
-        todo = told(self.layers.values(), "") if self.layers else UP_TO_DATE
+        todo = state_counts(self.layers.values(), "") if self.layers else UP_TO_DATE
         found = [self.head, runs(list(self.layers)), *self.notes, todo]
         return [line for line in found if line not in ("", UP_TO_DATE)]
 
@@ -144,11 +148,11 @@ def boxes(plans: Iterable[Plan], steps: Mapping[str, Step]) -> list[Box]:
                 owners = [other.target for other in same[node]]
                 box = found.setdefault((head, *owners), Box(head, _shared(owners)))
                 shared = [steps[other.name] for other in same[node]]
-                box.layers[node.order.layer] = state(min(shared, key=_rank))
+                box.layers[node.order.layer] = state_words(min(shared, key=_rank))
                 box.needs |= dict.fromkeys([holds[need] for need in node.needs] or [source])
                 holds[node] = box
         task = f"pack:{target.name}"
-        packed = Box(f"pack · {target.layout}", layers={"": state(steps[task])})
+        packed = Box(f"pack · {target.layout}", layers={"": state_words(steps[task])})
         packed.needs = dict.fromkeys(holds[node] for node in plan.stages["quantize"])
         found[task,] = packed
         found[task, BUILD] = Box(f"{BUILD}/{target.name}", needs={packed: None})
@@ -175,7 +179,7 @@ def _same(plans: Iterable[Plan]) -> dict[Node, list[Node]]:
 def _shared(targets: list[str]) -> tuple[str, ...]:
     if len(targets) == 1:
         return ()
-    few = len(targets) <= NAMED
+    few = len(targets) <= TARGETS_IN_A_BOX
     return (f"shared by {', '.join(targets) if few else f'{len(targets)} targets'}",)
 
 
@@ -198,8 +202,8 @@ def runs(layers: list[str]) -> str:
             )
         ]
         words += [stem + spans[0], *spans[1:]] if spans else [stem]
-    more = f" … ({len(layers)} layers)" if len(words) > SHOWN else ""
-    return ", ".join(words[:SHOWN]) + more
+    more = f" … ({len(layers)} layers)" if len(words) > RUNS_IN_A_BOX else ""
+    return ", ".join(words[:RUNS_IN_A_BOX]) + more
 
 
 def _unshard(node: Node) -> str:

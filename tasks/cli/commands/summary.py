@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from doit import get_var
-
 from cache.records.manifests import Manifest
+from tasks.cli import table
 from tasks.cli.command import Command
+from tasks.cli.doit_adapter import models_file
 from tasks.core.text import size
 from tasks.core.workspace import STATE
 from tasks.execution.log import OUTCOMES, Entry, Log
@@ -38,7 +38,7 @@ class Summary(Command):
 
     def execute(self, opt_values: Mapping[str, Any], pos_args: list[str]) -> int:
         """Print the summary."""
-        state = Path(get_var("models", "models.toml")).absolute().parent / STATE
+        state = models_file().absolute().parent / STATE
         history = list(Log(state / "log.jsonl").entries())
         since = opt_values["since"]
         if since is None:
@@ -98,8 +98,8 @@ def markdown(
     failed = [f"- failed: `{entry.task}`" for entry in entries if entry.outcome == "failed"]
     parts = [
         "### mlx-make",
-        _table(["target", "size", *OUTCOMES], by_target),
-        _table(["stage", *OUTCOMES, "work", "read", "written"], by_stage),
+        table.markdown([["target", "size", *OUTCOMES], *by_target]),
+        table.markdown([["stage", *OUTCOMES, "work", "read", "written"], *by_stage]),
         *(["\n".join(failed)] if failed else []),
         saved(entries, history),
     ]
@@ -144,8 +144,3 @@ def _stage(entry: Entry) -> str:
 def _counts(entries: Iterable[Entry]) -> list[str]:
     counts = Counter(entry.outcome for entry in entries)
     return [str(counts[outcome] or "") for outcome in OUTCOMES]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

@@ -17,6 +17,8 @@ from typing import Any
 from doit.exceptions import UnmetDependency
 from doit.reporter import ConsoleReporter
 
+from tasks.cli import table
+from tasks.cli.session import Session
 from tasks.cli.terminal import progress
 from tasks.cli.terminal.live import Line, Live
 from tasks.cli.terminal.progress import OUTCOMES, Work
@@ -44,7 +46,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self._start = self._said_at = time.monotonic()
         self._said: set[str] = set()
         self._fresh = 0
-        self._graph: Any = None
+        self._session: Session | None = None
         self._plan: tuple[Mapping[str, Any], Iterable[str]] = ({}, ())
         self._begun = False
         self._works: dict[str, Work] = {}
@@ -54,11 +56,11 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
     def initialize(self, tasks: Mapping[str, Any], selected_tasks: Iterable[str]) -> None:
         """Take note of what a run may do; it is looked at once something is to be done."""
         self._plan = tasks, selected_tasks
-        self._graph = next(
-            (t.meta["graph"] for t in tasks.values() if t.meta and "graph" in t.meta), None
+        self._session = next(
+            (t.meta["session"] for t in tasks.values() if t.meta and "session" in t.meta), None
         )
-        if self._graph:
-            self._graph.builder.log.listeners.append(self._log)
+        if self._session:
+            self._session.builder.log.listeners.append(self._log)
         if self._live:
             self._live.start()
 
@@ -76,7 +78,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         if not task.actions:
             return
         stage, target = _parts(task.name)
-        if self._graph and target in self._graph.plans:
+        if self._session and target in self._session.plans:
             counted = self._begin(task.name)
             if counted and self._live:
                 return
@@ -88,7 +90,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         with self._lock:
             if not self._begun:
                 self._begun = True
-                self._works = progress.works(self._graph.plans, *self._plan)
+                plans = self._session.plans if self._session else {}
+                self._works = progress.works(plans, *self._plan)
                 for finished in self._finished:
                     self._count(finished)
                 if self._live:
@@ -187,10 +190,11 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         begun = [work for work in self._works.values() if work.began is not None]
         built = [work for work in begun if work.state == "done"]
         if self._live:
-            table = _aligned(_with_something(_summary(built)))
-            if len(built) < 2 or len(table[0]) > shutil.get_terminal_size().columns:
-                table = [_built(work) for work in built]
-            self.write("".join(f"{line}\n" for line in table))
+            rows = _with_something(_summary(built))
+            lines = table.aligned(rows)
+            if len(built) < 2 or table.width(rows) > shutil.get_terminal_size().columns:
+                lines = [_built(work) for work in built]
+            self.write("".join(f"{line}\n" for line in lines))
         if begun:
             self.write(self._total(begun, built))
         if self._fresh and not self.failures:
@@ -206,21 +210,21 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             f"{plural(failed, 'target')} failed" if failed else "",
         ]
         took = duration(time.monotonic() - self._start)
-        folder = self._graph.folder
+        folder = self._session.folder if self._session else Path.cwd()
         where = "" if folder == Path.cwd() else f", in {folder}"
         peak = size(_peak_memory_bytes())
         return f"{', '.join(filter(None, what))} in {took}, peak memory {peak}{where}\n"
 
-    def _lines(self, columns: int, rows: int) -> list[Line]:
+    def _lines(self, columns: int, height: int) -> list[Line]:
         """Return what is shown now: a heading, and a line for each target that fits."""
         now = time.monotonic()
         shown = [work for work in self._works.values() if work.state != "up to date"]
-        room = max(rows - 3, 1)
+        room = max(height - 3, 1)
         if len(shown) > room:  # those at work first
             shown.sort(key=lambda work: work.state in ("done", "waiting"))
-        table = [["  target", f"{'stage':8}", "layers", "rate", "left", *OUTCOMES]]
-        table += [_row(work, now) for work in shown[:room]]
-        lines = _aligned(_narrowed(_with_something(table), columns - 1))
+        rows = [["  target", f"{'stage':8}", "layers", "rate", "left", *OUTCOMES]]
+        rows += [_row(work, now) for work in shown[:room]]
+        lines = table.aligned(_narrowed(_with_something(rows), columns - 1), columns - 1)
         styles = ["dim", *(STYLES.get(work.state, "") for work in shown)]
         found = list(zip(lines, styles, strict=False))
         if more := len(shown) - room:
@@ -275,42 +279,24 @@ def _row(work: Work, now: float) -> list[str]:
     ]
 
 
-def _with_something(table: list[list[str]]) -> list[list[str]]:
+def _with_something(rows: list[list[str]]) -> list[list[str]]:
     """Leave out the columns of outcomes that no task had."""
     kept = [
         index
-        for index, name in enumerate(table[0])
-        if name not in OUTCOMES or any(row[index] != "0" for row in table[1:])
+        for index, name in enumerate(rows[0])
+        if name not in OUTCOMES or any(row[index] != "0" for row in rows[1:])
     ]
-    return [[row[index] for index in kept] for row in table]
+    return [[row[index] for index in kept] for row in rows]
 
 
-def _narrowed(table: list[list[str]], columns: int) -> list[list[str]]:
-    """Leave out what matters least until a table fits, and at last cut the targets' names."""
+def _narrowed(rows: list[list[str]], columns: int) -> list[list[str]]:
+    """Leave out what matters least until a table fits."""
     for name in ("fetched", "reused", "computed", "rate", "stage", "left"):
-        heads = [head.strip() for head in table[0]]
-        if sum(_widths(table)) > columns and name in heads:
+        heads = [head.strip() for head in rows[0]]
+        if table.width(rows) > columns and name in heads:
             index = heads.index(name)
-            table = [[*row[:index], *row[index + 1 :]] for row in table]
-    first, *others = _widths(table)
-    room = max(columns - sum(others), 3)
-    if first > room:
-        table = [
-            [f"{row[0][: room - 1]}…"[:room] if len(row[0]) > room else row[0], *row[1:]]
-            for row in table
-        ]
-    return table
-
-
-def _widths(table: list[list[str]]) -> list[int]:
-    """Return the width of each column, with the space before it."""
-    widths = [max(map(len, column)) + 2 for column in zip(*table, strict=True)]
-    return [widths[0] - 2, *widths[1:]]
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    first, *others = _widths(table)
-    return [row[0].ljust(first) + "".join(map(str.rjust, row[1:], others)) for row in table]
+            rows = [[*row[:index], *row[index + 1 :]] for row in rows]
+    return rows
 
 
 def _counts(counts: Counter[str]) -> str:

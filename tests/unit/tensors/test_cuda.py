@@ -8,9 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from support import checkpoints
+from support import checkpoints, inside
 from support.projects import create
-from tasks.cli import session
 from tasks.execution import resources
 from tasks.tensors import cuda, device
 
@@ -57,7 +56,7 @@ def test_devices_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     checkpoints.make("deepseek-v3", project.checkpoint)
 
     def keys() -> dict[str, str]:
-        nodes = session.load(tmp_path / "models.toml", {}).plans["model"].stages
+        nodes = inside.session(tmp_path).plans["model"].stages
         told = [node for stage in nodes.values() for node in stage]
         return {node.name: node.order.digest for node in told}
 

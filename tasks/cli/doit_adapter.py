@@ -1,0 +1,184 @@
+"""doit_adapter: all that mlx-make takes from doit beyond what doit documents.
+
+Whatever stands here may change in any release of doit: tests/test_doit_adapter.py says for each
+name what it must do, and pyproject.toml admits only releases with which that test was seen to pass.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from doit import cmd_run, doit_cmd, get_var
+from doit.cmd_clean import Clean as DoitClean
+from doit.cmd_forget import Forget as DoitForget
+from doit.cmd_info import Info as DoitInfo
+from doit.cmd_list import List as DoitList
+from doit.control import TaskControl, TaskDispatcher
+from doit.exceptions import InvalidCommand
+
+
+def models_file() -> Path:
+    """Return the models.toml that the command line names (``models=PATH``)."""
+    return Path(get_var("models", "models.toml"))
+
+
+def command_line_variables() -> Mapping[str, str]:
+    """Return the variables that the command line sets (``NAME=VALUE``)."""
+    return doit_cmd._CMDLINE_VARS or {}
+
+
+# What people type
+
+
+def parse_error_message(error: Exception) -> str | None:
+    """Return what is wrong with an option, without all that doit adds, as Python writes it."""
+    match = re.match(r"Error parsing Command: (.*?) \(parsing options: ", str(error))
+    return match[1] if match else None
+
+
+def name_not_found(error: Exception) -> str | None:
+    """Return the task or command that does not exist, if an error says so: doit has two ways."""
+    match = re.fullmatch(r"'(.*)' is not a task\.", str(error))
+    return match[1] if match else getattr(error, "not_found", None)
+
+
+# Which task runs next
+
+
+class DepthFirst(TaskDispatcher):  # type: ignore[misc]
+    """Finishes a layer before it begins the next, so that what is in memory stays small."""
+
+    def _get_next_node(self, ready: Any, tasks_to_run: Any) -> Any:
+        return ready.pop() if ready else super()._get_next_node(ready, tasks_to_run)
+
+
+class Control(TaskControl):  # type: ignore[misc]
+    """doit's control, with our dispatcher. A pattern that matches nothing is a mistake."""
+
+    def process(self, task_selection: list[str] | None) -> None:
+        """Select tasks.
+
+        Raises:
+            InvalidCommand: a pattern matches none.
+        """
+        for name in task_selection or ():
+            if "*" in name and not self._get_wild_tasks(name):
+                raise InvalidCommand(not_found=name)
+        super().process(task_selection)
+
+    def task_dispatcher(self) -> DepthFirst:
+        """Return what hands tasks to the runner."""
+        gc.freeze()  # the tasks stay: no need to look through them again
+        gc.enable()
+        return DepthFirst(self.tasks, self.targets, self.selected_tasks)
+
+
+@contextmanager
+def our_control() -> Iterator[None]:
+    """Have doit's ``run`` use ``Control``, which it looks up by name: it has no hook for it."""
+    original, cmd_run.TaskControl = cmd_run.TaskControl, Control
+    try:
+        yield
+    finally:
+        cmd_run.TaskControl = original
+
+
+# Whether a task is up to date
+
+
+# What doit makes of a task's uptodate once its answer is known: True, without arguments.
+ALWAYS_UP_TO_DATE = ((True, None, None),)
+
+
+def is_up_to_date(database: Any, name: str, file_dep: set[str], uptodate: Any) -> bool:
+    """Ask doit's database whether a task is up to date, without having made the task.
+
+    Args:
+        database: doit's dependency manager.
+        name: the task's.
+        file_dep: the paths of the files that it depends on.
+        uptodate: what it would have as ``uptodate``, which must look for its target, too.
+    """
+    task = SimpleNamespace(
+        name=name, file_dep=file_dep, targets=(), uptodate=ALWAYS_UP_TO_DATE, dep_changed=None
+    )
+    return (
+        not database.status_is_ignore(task)
+        and uptodate(task, database.get_values(name))
+        and database.get_status(task, {}).status == "up-to-date"
+    )
+
+
+# Commands, with names for what theirs do within
+
+
+class ListCommand(DoitList):  # type: ignore[misc]
+    """doit's ``list``."""
+
+    task_list: list[Any]
+
+    def tasks_to_list(self, *, include_subtasks: bool) -> Iterable[Any]:
+        """Return the tasks to list where none is named."""
+        raise NotImplementedError
+
+    def status_of(self, name: str) -> tuple[str, str] | None:
+        """Return a task's status, as one letter and in words, or None where doit is to tell it."""
+        raise NotImplementedError
+
+    def _list_all(self, include_subtasks: bool) -> list[Any]:
+        return [*self.tasks_to_list(include_subtasks=include_subtasks)]
+
+    def _print_task(
+        self, template: str, task: Any, status: bool, list_deps: bool, tasks: dict[str, Any]
+    ) -> None:
+        told = self.status_of(task.name)
+        if told is None:
+            super()._print_task(template, task, status, list_deps, tasks)
+            return
+        letter, words = told
+        self.outstream.write(template.format(name=task.name, doc=words, status=letter))
+        if list_deps:
+            self.outstream.writelines(f" -  {path}\n" for path in sorted(task.file_dep))
+            self.outstream.write("\n")
+
+
+class CleanCommand(DoitClean):  # type: ignore[misc]
+    """doit's ``clean``; naming a stage, or one of a target, means all of its layers."""
+
+    def _expand(self, clean_list: list[str]) -> list[str]:
+        return _with_layers(self.task_list, super()._expand(clean_list))
+
+
+class ForgetCommand(DoitForget):  # type: ignore[misc]
+    """doit's ``forget``; naming a stage, or one of a target, means all of its layers."""
+
+    sel_tasks: Any
+
+    def _execute(self, forget_sub: bool, forget_disable_default: bool, forget_all: bool) -> None:
+        if not forget_all and (names := list(self.sel_tasks)):
+            self.sel_tasks = _with_layers(self.task_list, names)
+        super()._execute(forget_sub, forget_disable_default, forget_all)
+
+
+class InfoCommand(DoitInfo):  # type: ignore[misc]
+    """doit's ``info``, without a task's meta: here that holds all plans."""
+
+    def _execute(self, pos_args: list[str], hide_status: bool = False) -> int:
+        named = {task.name: task for task in self.task_list if task.name in pos_args}
+        if unknown := [name for name in pos_args if name not in named]:
+            raise InvalidCommand(not_found=unknown[0])
+        for task in named.values():
+            task.meta = None
+        return int(super()._execute(pos_args, hide_status))
+
+
+def _with_layers(tasks: list[Any], names: list[str]) -> list[str]:
+    """Return task names and those of all tasks below them."""
+    begins = tuple(f"{name}:" for name in names)
+    return [*names, *(task.name for task in tasks if task.name.startswith(begins))]

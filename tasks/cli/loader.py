@@ -1,0 +1,101 @@
+"""loader: how doit loads the tasks of dodo.py: with a Session, which is handed down to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from doit.cmd_base import DodoTaskLoader, NamespaceTaskLoader
+from doit.exceptions import InvalidDodoFile
+
+from tasks.cli.command import Command
+from tasks.cli.doit_adapter import command_line_variables, models_file
+from tasks.cli.options import DEFAULT
+from tasks.core.program import IS_CHECKOUT, ROOT
+from tasks.core.workspace import STATE
+
+if TYPE_CHECKING:
+    from tasks.cli.session import Session
+    from tasks.config.reader import Config
+
+EXAMPLE = ROOT / "checkpoints" / "tiny-llama"
+
+
+class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
+    """Calls the task creators of mlx-make's dodo.py with the task graph of a Session.
+
+    What that takes is imported when a command asks for it: a run starts CUDA first.
+
+    Attributes:
+        session: of the command, once its tasks are loaded; None of another dodo.py.
+    """
+
+    session: Session | None = None
+    namespace: Mapping[str, Any]
+    _config: Config
+
+    def load_doit_config(self) -> dict[str, Any]:
+        """Return DOIT_CONFIG: threads, and all state beside models.toml.
+
+        Raises:
+            InvalidDodoFile: models.toml or the command line is wrong.
+        """
+        if not self._is_ours:
+            return dict(super().load_doit_config())
+        if unknown := command_line_variables().keys() - {"models"}:
+            raise InvalidDodoFile(f"{min(unknown)}= says nothing. Only models=PATH does.")
+        from tasks.cli.doit_database import Checker
+        from tasks.cli.failures import as_invalid_dodo_file
+        from tasks.config import reader
+        from tasks.execution.resources import threads
+
+        with as_invalid_dodo_file():
+            self._config = reader.load(models_file())
+        return {
+            "default_tasks": ["pack"],
+            "dep_file": str(self._config.path.parent / STATE / "doit.json"),
+            "backend": "mlx-make",
+            "check_file_uptodate": Checker,
+            "reporter": "mlx-make",
+            "num_process": threads(target.device for target in self._config.targets.values()),
+            "par_type": "thread",
+            "verbosity": 2,
+        }
+
+    def load_tasks(self, cmd: Any, pos_args: list[str]) -> Any:
+        """Plan the targets, and make doit's tasks for them."""
+        if self._is_ours:
+            from tasks.checkpoints import example
+            from tasks.cli.session import Session
+            from tasks.cli.task_graph import TaskGraph
+
+            options = cmd.options if isinstance(cmd, Command) else DEFAULT
+            makers = {EXAMPLE: example.make} if IS_CHECKOUT else {}
+            self.session = Session.open(self._config, options, makers)
+            graph = TaskGraph(self.session, cmd.dep_manager)
+            self.namespace = {
+                name: MethodType(creator, graph) if creator.__code__.co_argcount else creator
+                for name, creator in self.namespace.items()
+                if name.startswith("task_")
+            }
+        return super().load_tasks(cmd, pos_args)
+
+    @property
+    def _is_ours(self) -> bool:
+        return Path(self.namespace.get("__file__", "")).resolve() == ROOT / "dodo.py"
+
+
+class Loader(_SessionLoader, DodoTaskLoader):  # type: ignore[misc]
+    """The loader of doit in a checkout, where -f takes another dodo.py."""
+
+
+class InstalledLoader(_SessionLoader):
+    """The loader of the command mlx-make, whatever lies in the current folder."""
+
+    def setup(self, opt_values: Any) -> None:
+        """Load dodo.py."""
+        import dodo
+
+        self.namespace = vars(dodo)

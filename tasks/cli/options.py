@@ -1,0 +1,44 @@
+"""options: what the command line says that the tasks must know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says that the tasks must know.
+
+    Attributes:
+        requested_tasks: the tasks that a run names: none, if it is to build every target. None:
+            the command is not a run, nor does it tell of one.
+        skip_up_to_date: whether targets that are up to date need no tasks for their layers.
+        locked: whether any difference from models.lock is an error.
+        read_only: whether nothing may be written.
+    """
+
+    requested_tasks: tuple[str, ...] | None = None
+    skip_up_to_date: bool = False
+    locked: bool = False
+    read_only: bool = False
+
+    @property
+    def builds_all(self) -> bool:
+        """Whether it is a run that names no task."""
+        return self.requested_tasks == ()
+
+    def requests(self, task: str) -> bool:
+        """Tell whether a run names a task: by itself, by its group, or by a pattern."""
+        names = self.requested_tasks or ()
+        return any(name == task.partition(":")[0] or fnmatchcase(task, name) for name in names)
+
+    def packs(self, target: str) -> bool:
+        """Tell whether a run is to pack a target."""
+        # A report shows what is packed.
+        return not self.requested_tasks or any(
+            map(self.requests, (f"pack:{target}", f"report:{target}"))
+        )
+
+
+DEFAULT = Options()  # of a command that takes none
