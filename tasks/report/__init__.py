@@ -1,4 +1,9 @@
-"""report: what a built target is, on one page: provenance, sizes, errors, its last build."""
+"""report: pages that show what a built target is: its provenance, sizes, errors and last build.
+
+``figures`` reads numbers out of manifests and ``timeline`` out of the build log, ``charts`` draws
+them, ``pages`` writes HTML around them. Nothing here makes a tensor or a task: it may import what
+plans and executes, not the command line.
+"""
 
 INDEX = "index.html"
 

@@ -1,4 +1,4 @@
-"""estimate: ."""
+"""estimate: how long a run takes, by what the build log says of earlier ones."""
 
 from __future__ import annotations
 
