@@ -6,15 +6,14 @@ hold many blobs (*containers*), so that nothing is copied that already lies on t
 
 ```
 blobs/ab/cdef…        the bytes
-blobs/ab/cdef….parts  or where they lie: JSON, [[path, offset, length, size, mtime_ns, inode], …],
-                      the path relative to blobs/ if it is below
+blobs/ab/cdef….parts  or where they lie: [[path, offset, length, size, mtime_ns, inode], …], sealed
+                      under abcdef…, the path relative to blobs/ if it is below
 blobs/packs/…         many blobs, each where it belongs in a weight file
 ```
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import threading
@@ -23,16 +22,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import repeat
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
+import msgspec
 import xxhash
 
-from cache.digest import CHUNK_BYTES, canonical, digest_file, digest_parts
+from cache.digest import CHUNK_BYTES, digest_file, digest_parts
 from cache.errors import BlobLost, FileChanged
 from cache.files import atomic, space
 from cache.files.stamp import Stamp
+from cache.records.sealed import Damaged, Unsealed, seal, unseal
 
 CONTAINERS = "packs"  # its name on disk
+_Parts = list[
+    list[str | int]
+]  # path, offset, length, and the file's stamp if it is not the store's
 
 
 class Part(NamedTuple):
@@ -148,18 +152,30 @@ class Blobs:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is damaged.
+            Damaged: it is not what was written.
         """
+        return self._read_reference(path)[0]
+
+    def _read_reference(self, path: Path) -> tuple[list[Part], bool]:
+        """Return a reference's parts, and whether it is sealed: older versions sealed none."""
+        data = path.read_bytes()
         try:
-            record = json.loads(path.read_bytes())
-            parts = [
-                Part(os.path.join(self.root, p), at, n, Stamp(*stamp) if stamp else None)
-                for p, at, n, *stamp in record
-            ]
-            if any(part.offset < 0 or part.length < 0 or "\0" in part.path for part in parts):
-                raise ValueError("it names what no file can have")
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+            return self._parts(unseal(path.parent.name + path.stem, data, _Parts)), True
+        except Unsealed:
+            try:
+                return self._parts(msgspec.json.decode(data, type=_Parts)), False
+            except (msgspec.DecodeError, RecursionError) as error:
+                raise Damaged(f"it is no reference: {error}") from error
+
+    def _parts(self, record: _Parts) -> list[Part]:
+        parts = []
+        for path, *numbers in record:
+            whole = all(isinstance(number, int) and number >= 0 for number in numbers)
+            if not isinstance(path, str) or "\0" in path or not whole or len(numbers) not in (2, 5):
+                raise Damaged("it names what no file can have")
+            offset, length, *stamp = cast("list[int]", numbers)
+            where = os.path.join(self.root, path)
+            parts.append(Part(where, offset, length, Stamp(*stamp) if stamp else None))
         return parts
 
     def drop_if_wrong(self, digest: str) -> None:
@@ -172,7 +188,7 @@ class Blobs:
                     path.unlink()
                 return
             path = self._reference(digest)
-            with suppress(FileNotFoundError, ValueError, FileChanged):  # `locate` notices these
+            with suppress(FileNotFoundError, Damaged, FileChanged):  # `locate` notices these
                 if digest_parts(self.chunks(self.reference(path))) != digest:
                     path.unlink()
 
@@ -283,7 +299,7 @@ class Blobs:
         length = sum(part.length for part in parts)
         if not path.exists() or path.stat().st_size != length:
             record = [[self._relative(p.path), p.offset, p.length, *(p.stamp or ())] for p in parts]
-            atomic.write(self._reference(digest), canonical(record))
+            atomic.write(self._reference(digest), seal(digest, record))
 
     def read_into(self, parts: Sequence[Part], buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of ``parts``, one after another.
@@ -344,10 +360,10 @@ class Blobs:
     def _locate_reference(self, digest: str, length: int) -> list[Part]:
         reference = self._reference(digest)
         try:
-            parts = self.reference(reference)
+            parts, sealed = self._read_reference(reference)
         except FileNotFoundError:
             raise BlobLost(digest, "not in the store") from None
-        except ValueError as error:
+        except Damaged as error:
             raise BlobLost(digest, f"{reference} is corrupt ({error})") from error
         if sum(part.length for part in parts) != length:
             raise BlobLost(digest, f"{reference} has not {length} bytes")
@@ -359,8 +375,9 @@ class Blobs:
                 raise BlobLost(digest, f"{path}: {error.strerror}") from error
         now = [p._replace(stamp=p.stamp and stamps[p.path]) for p in parts]
         short = any(p.offset + p.length > stamps[p.path].size for p in now)
-        if now != parts or short:
-            # A copied or touched file may still hold the same bytes, so look before giving up.
+        if now != parts or short or not (sealed or self._read_only):
+            # A copied or touched file may still hold the same bytes, so look before giving up; and
+            # what an older version wrote is looked at once, and sealed.
             if short or digest != digest_parts(self.chunks(now)):
                 raise BlobLost(digest, f"{', '.join(stamps)} changed since it was read")
             self.refer(digest, now)

@@ -14,6 +14,7 @@ from pathlib import Path
 from cache.blobs import Blobs, Part
 from cache.files import atomic
 from cache.records.manifests import Manifest
+from cache.records.sealed import Damaged
 
 CORRUPT = "corrupt"  # the folder to which `verify` moves what is
 KINDS = ("blob", "reference", "container", "action", "memo", "source", "temporary", CORRUPT)
@@ -74,7 +75,7 @@ class Survey:
         for digest, file in self.of("reference").items():
             try:
                 found[digest] = self.blobs.reference(file.path)
-            except (FileNotFoundError, ValueError):
+            except (FileNotFoundError, Damaged):
                 continue
         return found
 

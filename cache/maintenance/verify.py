@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,9 @@ from cache.errors import FileChanged
 from cache.files.stamp import Stamp
 from cache.maintenance.survey import CORRUPT, File, Survey
 from cache.records.manifests import Manifest, ManifestError, OtherSchema
+from cache.records.sealed import Damaged, Unsealed, unseal
 
-KINDS = ("blob", "reference", "action")
+KINDS = ("blob", "reference", "action", "memo")
 
 
 class Wrong(NamedTuple):
@@ -32,7 +34,7 @@ class Wrong(NamedTuple):
 
 
 def scan(survey: Survey, threads: int) -> list[Wrong]:
-    """Read every blob, action entry, and what references refer to as long as that is unchanged.
+    """Read all blobs, action entries and memos, and what references name while that is unchanged.
 
     Args:
         survey: what there is.
@@ -96,7 +98,7 @@ def _blob(_blobs: Blobs, file: File) -> str:
 def _reference(blobs: Blobs, file: File) -> str:
     try:
         parts = blobs.reference(file.path)
-    except ValueError as error:
+    except Damaged as error:
         return f"it cannot be read: {error}"
     if any(part.stamp and Stamp.of(part.path) != part.stamp for part in parts):
         return ""  # it holds no longer, and is looked into before it is used
@@ -118,8 +120,25 @@ def _action(_blobs: Blobs, file: File) -> str:
     return "" if manifest.action.key == file.key else "it records another action"
 
 
+def _memo(_blobs: Blobs, file: File) -> str:
+    data = file.path.read_bytes()
+    try:
+        unseal(f"{file.path.parent.parent.name}/{file.key}", data, object)
+    except Unsealed as error:
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            return str(error)
+        # An older version sealed none. It is never read, so nothing was made of it.
+        return str(error) if isinstance(found, dict) and "value" in found else ""
+    except Damaged as error:
+        return str(error)
+    return ""
+
+
 _CHECKS: dict[str, Callable[[Blobs, File], str]] = {
     "blob": _blob,
     "reference": _reference,
     "action": _action,
+    "memo": _memo,
 }

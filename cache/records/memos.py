@@ -1,19 +1,21 @@
 """memos: answers worth remembering that are no stage's result: a file's table, a model's plan.
 
 ```
-memos/KIND/ab/cdef….json
+memos/KIND/ab/cdef….json    sealed under KIND/abcdef…
 ```
-A memo can always be worked out again, so one that cannot be read is simply not there.
+A memo can always be worked out again, so one that is not what was written is simply absent.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cache.digest import digest_record
 from cache.files import atomic
+from cache.records.sealed import Damaged, seal, unseal
+
+_T = TypeVar("_T")
 
 
 class Memos:
@@ -23,24 +25,30 @@ class Memos:
         self.root = root
         self._read_only = read_only
 
-    def get(self, kind: str, question: Any) -> Any | None:
-        """Return the answer to ``question`` (JSON), or None."""
-        path = self._path(kind, question)
+    def get(self, kind: str, question: Any, answer: type[_T]) -> _T | None:
+        """Return what is remembered of a ``question`` (JSON), or None.
+
+        Args:
+            kind: of question.
+            question: JSON.
+            answer: the answer's type; one of another type is absent.
+        """
+        key = digest_record(question)
+        path = self._path(kind, key)
         try:
-            answer = json.loads(path.read_bytes())
+            found = unseal(f"{kind}/{key}", path.read_bytes(), answer)
             if not self._read_only:
                 atomic.touch(path, path.stat().st_mtime_ns)
-            return answer
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, Damaged):
             return None
+        return found
 
     def put(self, kind: str, question: Any, answer: Any) -> None:
         """Remember the ``answer`` (JSON, None excepted) to ``question``."""
         if self._read_only:
             return
-        data = json.dumps(answer, separators=(",", ":")).encode()
-        atomic.write(self._path(kind, question), data)
-
-    def _path(self, kind: str, question: Any) -> Path:
         key = digest_record(question)
+        atomic.write(self._path(kind, key), seal(f"{kind}/{key}", answer))
+
+    def _path(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / f"{key[2:]}.json"

@@ -17,6 +17,7 @@ from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
 
 HEADERS_VERSION = 1  # raised when what is read of a header changes
+_Answer = list[tuple[str, str, tuple[int, ...], int]]  # name, dtype, shape, offset
 
 
 class FileFormat(Protocol):
@@ -52,17 +53,17 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
         except OSError as error:  # a link to nowhere, as a moved download cache leaves
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         question = [HEADERS_VERSION, str(path.absolute()), *stamp]
-        answer = memos.get("headers", question)
+        answer = memos.get("headers", question, _Answer)
         if answer is None:
             formats = (f for f in FILE_FORMATS if path.suffix in f.SUFFIXES)
             file_format = next(formats, torch_file)  # which finds out itself what it is
             try:
-                answer = [[s.name, s.dtype, s.shape, s.offset] for s in file_format.read(path)]
+                answer = [(s.name, s.dtype, s.shape, s.offset) for s in file_format.read(path)]
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             memos.put("headers", question, answer)
         tensors = [
-            Stored(sys.intern(name), sys.intern(dtype), tuple(shape), path.name, offset)
+            Stored(sys.intern(name), sys.intern(dtype), shape, path.name, offset)
             for name, dtype, shape, offset in answer
         ]
         found[path.name] = (stamp, tensors)

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from cache.blobs import Part
 from cache.digest import digest_record
 from cache.records.memos import Memos
@@ -21,6 +23,26 @@ from tasks.layouts.llama_names import rope
 from tasks.layouts.model import Model, Module, Parameter
 
 SCHEMA = 3  # of ask_mlx_lm's answers; raised when they change
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What mlx-lm says of a checkpoint, see ``mlx_lm_probe``.
+
+    Attributes:
+        parameters: name, dtype, shape, whether it may be cast, inputs, steps.
+        modules: path, parameters' names, those once quantized, verdict, weights.
+        recipes: per mixed recipe, bits by module path, or why it does not fit.
+        config: config.json.
+        keep_vision_config: whether the model has a vision tower.
+        dropped: the checkpoint's tensors that belong to no part of the model.
+    """
+
+    parameters: list[tuple[str, str, tuple[int, ...], bool, list[str], list[Any]]]
+    modules: list[tuple[str, list[str], list[str] | None, bool | dict[str, Any], int]]
+    recipes: dict[str, dict[str, int] | str]
+    config: dict[str, Any]
+    keep_vision_config: bool
+    dropped: list[str]
 
 
 @cache
@@ -45,12 +67,13 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
         ArchitectureError: mlx-lm does not know the architecture or refuses the checkpoint.
     """
     question = _question(checkpoint)
-    answer = memos.get("architectures", question)
+    answer = memos.get("architectures", question, Answer)
     if answer is None:
-        answer = _ask(question, checkpoint.folder)
-        memos.put("architectures", question, answer)
+        asked = _ask(question, checkpoint.folder)
+        memos.put("architectures", question, asked)
+        answer = msgspec.convert(asked, Answer)
     parameters = {}
-    for name, dtype, shape, cast, inputs, steps in answer["parameters"]:
+    for name, dtype, shape, cast, inputs, steps in answer.parameters:
         tensors = [checkpoint.tensors[i] for i in inputs]
         if len(tensors) > 1 and any(tensor.steps for tensor in tensors):
             raise ArchitectureError(
@@ -61,20 +84,20 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
         parameters[name] = Parameter(
             name,
             sys.intern(dtype),
-            tuple(shape),
+            shape,
             tuple(key for tensor in tensors for key in tensor.inputs),
             (*tensors[0].steps, *steps),
             cast,
         )
     modules = tuple(
         Module(path, _names(*names), None if after is None else _names(*after), verdict, count)
-        for path, names, after, verdict, count in answer["modules"]
+        for path, names, after, verdict, count in answer.modules
     )
-    config = {key: value for key, value in answer["config"].items() if key != "_name_or_path"}
-    if not answer["keep_vision_config"]:
+    config = {key: value for key, value in answer.config.items() if key != "_name_or_path"}
+    if not answer.keep_vision_config:
         config.pop("vision_config", None)
-    notes = (*checkpoint.notes, *_dropped(answer["dropped"]))
-    return Model(parameters, modules, config, answer["recipes"], notes)
+    notes = (*checkpoint.notes, *_dropped(answer.dropped))
+    return Model(parameters, modules, config, answer.recipes, notes)
 
 
 @cache

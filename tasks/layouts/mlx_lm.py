@@ -138,7 +138,7 @@ def _token_ids(checkpoint: Checkpoint, memos: Memos) -> dict[str, Any]:
     path = tokenizer_model(checkpoint.folder)
     release = llama_tokenizer.release_of(checkpoint.config)
     question = [llama_tokenizer.VERSION, str(path), *Stamp.of(path), release]
-    answer = memos.get("token_ids", question)
+    answer = memos.get("token_ids", question, dict[str, int | list[int]])
     if answer is None:
         answer = llama_tokenizer.token_ids(path, release=release)
         memos.put("token_ids", question, answer)
@@ -152,7 +152,7 @@ def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
     versions = [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
     question = [llama_tokenizer.VERSION, digest(path.read_bytes()), release, versions]
     with _MAKING:
-        answer = memos.get("tokenizers", question)
+        answer = memos.get("tokenizers", question, dict[str, str])
         if answer is None:
             made = llama_tokenizer.files(path, release=release)
             answer = {name: data.decode("latin-1") for name, data in made.items()}

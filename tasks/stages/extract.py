@@ -42,7 +42,7 @@ def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dic
     if not checkpoint.source.available:
         return _recalled(plan, node, look=look)
     blobs = builder.store.blobs
-    known = None if look else builder.store.memos.get("extracts", [VERSION, node.order.look])
+    known = None if look else _remembered(builder, node)
     tensors: dict[str, Tensor] = {}
     for index, (key, (dtype, shape)) in enumerate(node.params["tensors"].items()):
         stored = checkpoint.stored[key]
@@ -93,7 +93,7 @@ def known(builder: Builder, plan: Plan, node: Node) -> dict[str, Tensor] | None:
     """Return a layer's tensors without reading them, if such files were read before."""
     if not plan.checkpoint.source.available:
         return _recalled(plan, node, look=False)
-    digests = builder.store.memos.get("extracts", [VERSION, node.order.look])
+    digests = _remembered(builder, node)
     if digests is None:
         return None
     told = node.params["tensors"].items()
@@ -101,6 +101,11 @@ def known(builder: Builder, plan: Plan, node: Node) -> dict[str, Tensor] | None:
         key: Tensor(dtype, tuple(shape), digest)
         for (key, (dtype, shape)), digest in zip(told, digests, strict=True)
     }
+
+
+def _remembered(builder: Builder, node: Node) -> list[str] | None:
+    """Return the digests of a layer's tensors, if files of these stamps were digested before."""
+    return builder.store.memos.get("extracts", [VERSION, node.order.look], list[str])
 
 
 def memory(checkpoint: Checkpoint, told: Iterable[str]) -> int:

@@ -164,7 +164,7 @@ class Stored:
         """The file that has all of it, its first byte there, and its length."""
         if self.blob.exists():
             return self.blob, 0, self.blob.stat().st_size
-        ((path, offset, length, *_),) = json.loads(self.reference.read_bytes())
+        ((path, offset, length, *_),) = json.loads(self.reference.read_bytes())["value"]
         return self.blob.parent.parent / path, offset, length
 
     @property

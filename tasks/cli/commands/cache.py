@@ -129,7 +129,7 @@ def _forget(
     survey: surveys.Survey, built: Iterable[manifests.Record], wrong: Iterable[verify.Wrong]
 ) -> list[str]:
     """Forget what may have been made of wrong bytes; return the tasks, or the keys of others'."""
-    spoilt = {file.key for file, _ in wrong if file.kind != "action"}
+    spoilt = {file.key for file, _ in wrong if file.kind in ("blob", "reference")}
     mine = list(built)
     keys = verify.made_of(spoilt, [*survey.manifests(), *(r.manifest for r in mine)])
     # A packed file that the cache has as a whole is build/'s own.
@@ -158,6 +158,8 @@ def _report(
     by_key = {record.manifest.action.key: record.task for record in built}
     for file, cause in wrong:
         what = by_key.get(file.key) or manifests.described(named.get(file.key, ()))
+        if file.kind == "memo":
+            what = "worked out again when it is wanted"
         print(f"corrupt: {file.path} ({size(file.size)}): {cause}\n    {what}")
     aside = sum(file.size for file, _ in wrong)
     print(f"set aside in {read.cache / surveys.CORRUPT}: {size(aside)}")

@@ -1,0 +1,75 @@
+"""What can happen to a file's bytes: bits flip, digits change, runs go, come twice or move."""
+
+import random
+
+from hypothesis import strategies as st
+
+
+@st.composite
+def mutations(draw: st.DrawFn, data: bytes) -> bytes:
+    """Draw bytes that ``data`` could become; never ``data`` itself."""
+    seed = draw(st.integers(0, 2**32 - 1))
+    return mutated(data, random.Random(seed))
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """Return bytes that ``data`` could become; never ``data`` itself."""
+    while (found := chance.choice(_WAYS)(data, chance)) == data:
+        pass
+    return found
+
+
+def _flip(data: bytes, chance: random.Random) -> bytes:
+    found = bytearray(data or b"\0")
+    found[chance.randrange(len(found))] ^= 1 << chance.randrange(8)
+    return bytes(found)
+
+
+def _digit(data: bytes, chance: random.Random) -> bytes:
+    at = [index for index, byte in enumerate(data) if byte in b"0123456789abcdef"]
+    if not at:
+        return _flip(data, chance)
+    index = chance.choice(at)
+    return data[:index] + chance.choice(b"0123456789abcdef").to_bytes(1, "big") + data[index + 1 :]
+
+
+def _run(data: bytes, chance: random.Random) -> tuple[int, int]:
+    start, end = sorted(chance.randrange(len(data) + 1) for _ in "12")
+    return start, min(end, start + chance.choice((1, 8, 100, len(data))))
+
+
+def _cut(data: bytes, chance: random.Random) -> bytes:
+    start, end = _run(data, chance)
+    return data[:start] + data[end:]
+
+
+def _twice(data: bytes, chance: random.Random) -> bytes:
+    start, end = _run(data, chance)
+    return data[:end] + data[start:]
+
+
+def _replace(data: bytes, chance: random.Random) -> bytes:
+    start, end = _run(data, chance)
+    return data[:start] + chance.choice(_TOKENS) + data[end:]
+
+
+def _token(data: bytes, chance: random.Random) -> bytes:
+    """Put something else in place of a whole JSON token, so that it is JSON still."""
+    import re
+
+    spans = [match.span() for match in re.finditer(rb'"[^"]*"|-?\d+(\.\d+)?|true|false|null', data)]
+    if not spans:
+        return _replace(data, chance)
+    start, end = chance.choice(spans)
+    return data[:start] + chance.choice(_TOKENS) + data[end:]
+
+
+def _whole(data: bytes, chance: random.Random) -> bytes:
+    return chance.choice(_TOKENS)
+
+
+_TOKENS = (
+    b"", b"null", b"true", b"0", b"-1", b"1e999", b"9" * 30, b'""', b'"x"', b"[]", b"{}", b"[[]]",
+    b'"\\ud800"', b'"../../x"', b"\xff\xfe", b"\0", b"[" * 2000, b'{"a":' * 2000, b'"' + b"x" * 999,
+)  # fmt: skip
+_WAYS = (_flip, _digit, _digit, _cut, _twice, _replace, _token, _token, _token, _whole)

@@ -1,0 +1,55 @@
+"""A record that is not what was written, or another's, is never read as the one asked for."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache.records.memos import Memos
+from cache.records.sealed import Damaged, Unsealed, seal, unseal
+from support.mutations import mutations
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters()), inner),
+    max_leaves=10,
+)
+
+
+@given(JSON, st.text())
+def test_what_is_sealed_comes_back(value: Any, key: str) -> None:
+    found: Any = unseal(key, seal(key, value), object)
+    assert repr(found) == repr(value)  # NaN is not equal to itself
+
+
+@given(st.data(), JSON)
+def test_what_is_damaged_is_refused(data: st.DataObject, value: Any) -> None:
+    whole = seal("kind/key", value)
+    damaged = data.draw(mutations(whole))
+    with pytest.raises(Damaged):
+        unseal("kind/key", damaged, object)
+
+
+def test_another_record_is_refused() -> None:
+    with pytest.raises(Damaged, match="it is the record of b"):
+        unseal("a", seal("b", 1), int)
+
+
+def test_another_type_is_refused() -> None:
+    with pytest.raises(Damaged, match="holds something else"):
+        unseal("a", seal("a", [1, "2"]), list[int])
+
+
+def test_what_an_older_version_wrote_is_no_memo(tmp_path: Path) -> None:
+    memos = Memos(tmp_path)
+    memos.put("kind", ["question"], {"answer": 1})
+    assert memos.get("kind", ["question"], dict[str, int]) == {"answer": 1}
+    (path,) = tmp_path.glob("kind/*/*.json")
+    path.write_bytes(b'{"answer":1}')
+    assert memos.get("kind", ["question"], dict[str, int]) is None
+    with pytest.raises(Unsealed):
+        unseal("a", path.read_bytes(), object)
+    memos.put("kind", ["question"], {"answer": 1})
+    assert memos.get("kind", ["question"], dict[str, int]) == {"answer": 1}
