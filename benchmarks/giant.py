@@ -94,59 +94,51 @@ def simulate(arguments: Sequence[str]) -> None:
     """Runs doit in this process, with stages that read and compute nothing."""
     sys.path.insert(0, str(ROOT))
     from cache.digest import digest_record
-    from cache.files import atomic
-    from cache.records.manifests import Tensor
-    from tasks.execution import pack
+    from cache.files import space
+    from cache.records.manifests import Tensor, TensorSpec
     from tasks.execution.builder import Builder
-    from tasks.stages import cast, extract, quantize
+    from tasks.layouts import weight_file
+    from tasks.stages.registry import PIPELINE
+    from tasks.stages.stage import LeafStage, Origin, Result
 
-    def made_up(dtype: str, shape: Sequence[int], *made_of: Any) -> Tensor:
-        return Tensor(dtype, tuple(shape), digest_record([dtype, list(shape), *made_of]))
+    def made_up(spec: TensorSpec, *made_of: Any) -> Tensor:
+        return Tensor(*spec, digest_record([*spec, *made_of]))
 
-    def make_extract(_builder: Any, _plan: Any, node: Any, **_: Any) -> dict[str, Tensor]:
-        return {
-            key: made_up(dtype, shape, key)
-            for key, (dtype, shape) in node.params["tensors"].items()
-        }
+    def run(stage: Any) -> Any:
+        def make(params: Any, inputs: Any, _context: Any) -> Result:
+            outputs = stage.outputs(params, {key: t.spec for key, t in inputs.items()})
+            record = params.record
+            return Result({
+                name: inputs[output.inputs[0]] if output.origin is Origin.PASSED_ON
+                else made_up(output.spec, name, record, [inputs[k].digest for k in output.inputs])
+                for name, output in outputs.items()
+            })  # fmt: skip
 
-    def make_cast(_builder: Any, _plan: Any, node: Any, needed: Any) -> Any:
-        dtypes = node.params["dtypes"]
-        return {
-            name: made_up(dtypes[name], tensor.shape, tensor.digest) if name in dtypes else tensor
-            for name, (_, tensor) in needed.items()
-        }, []
+        return make
 
-    def make_quantize(_builder: Any, _plan: Any, node: Any, needed: Any) -> Any:
-        made: dict[str, Tensor] = {}
-        for name, (_, tensor) in needed.items():
-            if name not in node.params["settings"]:
-                made[name] = tensor
-                continue
-            group_size, bits, mode = node.params["settings"][name]
-            *rows, columns = tensor.shape
-            parts = {"weight": ("uint32", columns * bits // 32)} | dict.fromkeys(
-                ("scales", "biases"), (tensor.dtype, columns // group_size)
-            )
-            prefix = name.removesuffix("weight")
-            for part, (dtype, width) in parts.items():
-                told = (tensor.digest, part, group_size, bits, mode)
-                made[prefix + part] = made_up(dtype, (*rows, width), *told)
-        return made, []
+    def scan(stage: Any) -> Any:
+        def find(spec: Any, _context: Any, **_: Any) -> dict[str, Tensor]:
+            outputs = stage.outputs(spec.params, {})
+            return {key: made_up(output.spec, key) for key, output in outputs.items()}
 
-    def write(path: Path, shard: Any, _form: Any, _blobs: Any, find: Any, *_: Any) -> Tensor:
+        return find
+
+    def write(
+        path: Path, shard: Any, _format: Any, _blobs: Any, find: Any, *_: Any, **__: Any
+    ) -> Tensor:
         size = sum(tensor.nbytes for _, tensor in shard)
         with path.open("wb") as file:
             file.truncate(size)
-        return made_up("uint8", (size,), [find(name)[0] for name, _ in shard])
+        return made_up(TensorSpec("uint8", (size,)), [find(name)[0] for name, _ in shard])
 
     replaced: list[tuple[Any, str, Any]] = [
-        (extract, "make", make_extract),
-        (cast, "make", make_cast),
-        (quantize, "make", make_quantize),
-        (pack, "write", write),
+        (weight_file, "write", write),
         (Builder, "locate", lambda *_: []),
-        (atomic, "room", lambda *_: None),  # there is none for a model of this size
+        (space, "require_free", lambda *_: None),  # there is none for a model of this size
     ]
+    for stage in PIPELINE:
+        leaf = isinstance(stage, LeafStage)
+        replaced.append((stage, "scan" if leaf else "run", scan(stage) if leaf else run(stage)))
     for where, name, function in replaced:
         setattr(where, name, function)
     sys.argv = ["doit", *arguments]

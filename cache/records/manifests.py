@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cache.digest import canonical, digest_record
 from cache.errors import CacheError
@@ -33,6 +33,23 @@ class ManifestError(CacheError):
 
 class OtherSchema(ManifestError):
     """A manifest of a schema that this version does not read."""
+
+
+class TensorSpec(NamedTuple):
+    """A tensor of which the content is not known yet.
+
+    Attributes:
+        dtype: as MLX spells it.
+        shape: whole.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +77,11 @@ class Tensor:
         if dtype not in DTYPE_BYTES or not sizes or not re.fullmatch(r"[0-9a-f]{32}", digest):
             raise ValueError(f"[{dtype!r}, {shape!r}, {digest!r}] is no tensor")
         return cls(sys.intern(dtype), tuple(shape), digest)
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor without its content."""
+        return TensorSpec(self.dtype, self.shape)
 
     @property
     def record(self) -> list[Any]:

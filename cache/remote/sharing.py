@@ -20,7 +20,7 @@ from cache.blobs import Blobs, Part
 from cache.digest import canonical
 from cache.errors import BlobLost, FileChanged, Mismatch, NotFetched, Refused
 from cache.records.actions import Actions
-from cache.records.manifests import Action, Manifest, ManifestError, Tensor
+from cache.records.manifests import Action, Manifest, ManifestError, Tensor, TensorSpec
 from cache.remote.remote import Remote, blake3_of
 
 KIND = "actions"
@@ -55,14 +55,14 @@ class Sharing:
         self._refused: set[str] = set()  # keys
         self._fetching = ThreadPoolExecutor(FETCHES, "fetch")
 
-    def find(self, action: Action, outline: Mapping[str, Tensor] | None) -> Manifest | None:
+    def find(self, action: Action, outline: Mapping[str, TensorSpec] | None) -> Manifest | None:
         """Return what the action made elsewhere, recorded here from now on; see ``look_up``."""
         manifest = self.look_up(action, outline)
         if manifest is not None:
             self.actions.put(manifest)
         return manifest
 
-    def look_up(self, action: Action, outline: Mapping[str, Tensor] | None) -> Manifest | None:
+    def look_up(self, action: Action, outline: Mapping[str, TensorSpec] | None) -> Manifest | None:
         """Return what the action made elsewhere, if it can have made that.
 
         Args:
@@ -193,7 +193,7 @@ class Sharing:
         return manifest
 
 
-def _differing(tensors: Mapping[str, Tensor], outline: Mapping[str, Tensor]) -> str:
+def _differing(tensors: Mapping[str, Tensor], outline: Mapping[str, TensorSpec]) -> str:
     """Return the first tensor, by name, that has another dtype or shape, or is in one of them."""
     told, expected = (
         {name: (tensor.dtype, tensor.shape) for name, tensor in some.items()}

@@ -14,7 +14,7 @@ from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck
 from tasks.core import text
 from tasks.core.workspace import REPORTS
-from tasks.execution import pack
+from tasks.execution import fill
 from tasks.planning.plan import Plan
 from tasks.report import INDEX, page_name, timeline, trace_name
 from tasks.report.figures import Reader
@@ -69,7 +69,7 @@ def _target_task(
         kept = written if made.trace else written[:1]
         return {
             "seen": seen,
-            "outputs": pack.stamps(str(folder), kept),
+            "outputs": fill.stamps(str(folder), kept),
             "summary": f"{REPORTS}/{written[0]}: {text.size(len(made.page.encode()))}",
             "notes": [],
         }
@@ -78,7 +78,7 @@ def _target_task(
         "basename": f"report:{name}",
         "actions": [check.action(build)],
         "doc": "Write the target's report.",
-        "file_dep": [*(builder.manifest_path(node) for node in plan.errors), str(manifest)],
+        "file_dep": [*(builder.manifest_path(node) for node in plan.measuring), str(manifest)],
         "task_dep": [task for other in first for task in _compared(other)],
         "targets": [str(folder / written[0])],
         "uptodate": [check],
@@ -105,7 +105,7 @@ def _overview_task(session: Session, reader: Reader) -> dict[str, Any]:
             atomic.write(path, pages.overview(reader, session.plans.values()).encode())
             record["outcome"] = "computed"
         return {
-            "outputs": pack.stamps(str(folder), [INDEX]),
+            "outputs": fill.stamps(str(folder), [INDEX]),
             "summary": f"{REPORTS}/{INDEX}: {text.plural(len(session.plans), 'target')}",
             "notes": [],
         }
@@ -124,14 +124,14 @@ def _overview_task(session: Session, reader: Reader) -> dict[str, Any]:
 
 def _changed_page(folder: Path, values: Mapping[str, Any], seen: Any = None) -> list[Reason]:
     """Say how a page is not as it was left, or shows what has changed since."""
-    if not pack.intact_files(str(folder), values.get("outputs")):
+    if not fill.intact_files(str(folder), values.get("outputs")):
         return [Reason(f"{folder} {NOT_LEFT}")]
     return [Reason("what it shows has changed")] if values.get("seen") != seen else []
 
 
 def _compared(plan: Plan) -> list[str]:
     name = plan.target.name
-    return [f"pack:{name}", *([f"error:{name}"] if plan.errors else [])]
+    return [f"pack:{name}", *(f"{stage}:{name}" for stage, nodes in plan.measures.items() if nodes)]
 
 
 def _seen(session: Session, reader: Reader, plan: Plan, family: list[Plan]) -> str:

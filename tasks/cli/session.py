@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,13 @@ from tasks.cli.failures import as_invalid_dodo_file, message
 from tasks.cli.options import DEFAULT, Options
 from tasks.config.reader import Config
 from tasks.core.text import plural
-from tasks.core.workspace import STATE
+from tasks.core.workspace import Workspace
+from tasks.execution.accept import Acceptor
 from tasks.execution.builder import Builder
 from tasks.execution.draft import Drafts
-from tasks.execution.early import Early
+from tasks.execution.early import BackgroundPacker
 from tasks.execution.log import Log
-from tasks.execution.resources import Memory, machine_memory
+from tasks.execution.resources import MemoryBudget, machine_memory
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan, Planner
 
@@ -51,7 +53,12 @@ class Session:
     plans: dict[str, Plan]
     lock: Lock
     remote: Remote | None = None
-    background_packer: Early = field(default_factory=Early)
+    background_packer: BackgroundPacker = field(default_factory=BackgroundPacker)
+
+    @cached_property
+    def acceptor(self) -> Acceptor:
+        """Holds the targets' sources against models.lock."""
+        return Acceptor(self.lock, self.builder, list(self.plans.values()))
 
     @classmethod
     def open(
@@ -87,14 +94,13 @@ class Session:
             plans = {name: planner.plan(target) for name, target in config.targets.items()}
             lock.check_plans(plans.values())
             if_it_fails.pop_all()
-        folder = config.path.parent
-        state = folder / STATE
+        workspace = Workspace(config.path.parent)
         run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
-        memory = Memory(config.memory_bytes or machine_memory() // 2)
-        log = Log(state / "log.jsonl")
-        drafts = Drafts(options.packs)
-        builder = Builder(store, state, log, run_id, config.keep, memory, drafts)
-        return cls(folder, options, builder, plans, lock, remote)
+        memory = MemoryBudget(config.memory_bytes or machine_memory() // 2)
+        log = Log(workspace.state / "log.jsonl")
+        drafts = Drafts(store.blobs, options.packs)
+        builder = Builder(store, workspace, log, run_id, config.keep, memory, drafts)
+        return cls(workspace.folder, options, builder, plans, lock, remote)
 
     def abandon(self) -> None:
         """Have all that goes on behind the tasks stop before long; wait for nothing."""

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from cache.digest import digest_record
-from cache.records.manifests import Action, Manifest
 from tasks.cli.doit_adapter import is_up_to_date
 from tasks.cli.failures import values_or_failure
 from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck, is_unchanged, manifest_state
-from tasks.core.workspace import BUILD
-from tasks.execution import pack
+from tasks.execution import fill, pack
+from tasks.execution.pack import Packing
 from tasks.layouts import LAYOUTS, weight_suffixes
 from tasks.planning import bundle
-from tasks.planning.lockfile import Built
-from tasks.planning.plan import Node, Plan
-from tasks.stages import extract, reasons
+from tasks.planning.node import Node
+from tasks.planning.plan import Plan
+from tasks.stages import reasons
 from tasks.stages.reasons import Reason
+from tasks.stages.stage import LeafStage
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TaskGraph:
         for target, plan in session.plans.items():
 
             def accept(plan: Plan = plan) -> dict[str, Any]:
-                session.lock.accept(session.builder, plan, session.plans.values())
+                session.acceptor.accept(plan)
                 return {}
 
             def act(accept: Any = accept) -> Any:
@@ -101,17 +101,17 @@ class TaskGraph:
             return [Reason(f"its manifest {NOT_LEFT}", (path,))]  # a name: one fact for all layers
 
         def changed_params(values: Mapping[str, Any]) -> list[Reason]:
-            if node.stage != "extract":
+            if not isinstance(node.stage, LeafStage):
                 return []  # the manifest that is there tells more
-            return reasons.of_files(values.get("look"), extract.look(node))
+            return node.stage.explain_watched(values.get("look"), node.stage.watched(node.spec))
 
-        return UpToDateCheck(node.order.digest, path, changed_outputs, changed_params)
+        return UpToDateCheck(node.spec.digest, path, changed_outputs, changed_params)
 
     def _layer_task(self, plan: Plan, node: Node) -> dict[str, Any]:
         check = self._layer_check(node)
         return {
-            "basename": f"{node.stage}:{node.target}",
-            "name": node.order.layer,
+            "basename": f"{node.stage.name}:{node.target}",
+            "name": node.layer,
             "actions": [check.action(lambda why: self._run_layer(plan, node, why))],
             "file_dep": [self.session.builder.manifest_path(need) for need in node.needs],
             "targets": [check.output],
@@ -127,15 +127,12 @@ class TaskGraph:
         values: dict[str, Any] = {}
         with builder.store.lock.using():
             manifest = builder.run(plan, node, why)
-        if node.stage == "extract":
-            values["look"] = extract.look(node)
+        if isinstance(node.stage, LeafStage):
+            values["look"] = node.stage.watched(node.spec)
             session.lock.check_layer(builder.store, plan, manifest.tensors)
-        if node.stage == "quantize" and session.options.packs(node.target):
-            with_blake3 = session.lock.wants_blake3(builder, plan)
-            folder = self._folder(plan)
-            session.background_packer.layer(
-                builder, plan, folder, manifest, with_blake3=with_blake3
-            )
+        if node in plan.packed and session.options.packs(node.target):
+            with_blake3 = session.acceptor.wants_blake3(plan)
+            session.background_packer.layer(builder, plan, manifest, with_blake3=with_blake3)
         return {**values, "left": manifest_state(builder.manifest_path(node))}
 
     def _pack_task(self, plan: Plan) -> dict[str, Any]:
@@ -144,7 +141,7 @@ class TaskGraph:
         folder = self._folder(plan)
         manifest_path = builder.packed_path(target)
         waits_for = [] if target in self.skipped else _large_first(plan)
-        parts = bundle.told(plan)
+        parts = bundle.params(plan)
         check = UpToDateCheck(
             digest_record(parts),
             str(folder),
@@ -156,7 +153,7 @@ class TaskGraph:
             "name": target,
             "actions": [check.action(lambda why: {"parts": parts, **self._run_pack(plan, why)})],
             "file_dep": [
-                *(builder.manifest_path(node) for node in plan.stages["quantize"]),
+                *(builder.manifest_path(node) for node in plan.last),
                 *(str(path) for path in LAYOUTS[plan.target.layout].sources(plan.checkpoint)),
             ],
             # In reverse: doit is made to run the newest ready task first.
@@ -170,46 +167,30 @@ class TaskGraph:
 
     def _run_pack(self, plan: Plan, why: str) -> dict[str, Any]:
         """Write a target's folder; return the values that doit keeps of the task."""
-        builder, lock, plans = self.session.builder, self.session.lock, self.session.plans.values()
-        target = plan.target.name
+        session, target = self.session, plan.target.name
         folder = self._folder(plan)
-        built: list[Built] = []
-        notes: list[str] = []  # of this lock, not of the result, which others may share
-
-        def check(action: Action) -> None:
-            notes.extend(lock.check_target(builder, plan, source, action))
-
-        def accept(manifest: Manifest, blake3: str | None) -> None:
-            now, more = lock.check_output(plan, source, manifest, blake3)
-            built.append(now)
-            notes.extend(more)
-
         with (
-            builder.store.lock.using(),
-            builder.drafts.ending(target),
-            self.session.background_packer.taken(target) as begun,
+            session.builder.store.lock.using(),
+            session.background_packer.taken(target) as begun,
         ):
-            source = lock.check_source(builder, plan, plans)
-            manifest = pack.run(
-                builder, plan, folder, builder.packed_path(target), why, check, accept, begun,
-                with_blake3=lock.wants_blake3(builder, plan),
-            )  # fmt: skip
-        lock.update(plan, source, built[-1], plans)
+            acceptance = session.acceptor.target(plan)
+            manifest = Packing(session.builder, plan, acceptance, begun).run(why)
+        acceptance.update_lock()
         bits = 8 * sum(
             tensor.nbytes
             for name, tensor in manifest.tensors.items()
             if name.endswith(weight_suffixes())
         )
         return {
-            "outputs": pack.stamps(str(folder), list(manifest.tensors)),
+            "outputs": fill.stamps(str(folder), list(manifest.tensors)),
             "size": sum(tensor.nbytes for tensor in manifest.tensors.values()),
             "bits_per_weight": bits / plan.weights,
-            "notes": [*manifest.notes, *notes],
-            "locked": lock.state(plan),
+            "notes": [*manifest.notes, *acceptance.notes],
+            "locked": session.lock.state(plan),
         }
 
     def _folder(self, plan: Plan) -> Path:
-        return self.session.folder / BUILD / plan.target.name
+        return self.session.builder.workspace.built(plan.target.name)
 
     def _changed_folder(self, plan: Plan, values: Mapping[str, Any]) -> list[Reason]:
         """Say how a target's folder and its lines in models.lock are not as they were left."""
@@ -228,9 +209,7 @@ def _large_first(plan: Plan) -> list[Node]:
     A head that is begun last ends last, while the other threads have nothing to do. The others
     keep their order, which is that of the weight files that are begun behind them.
     """
-    return sorted(
-        plan.stages["quantize"], key=lambda node: node.order.layer not in plan.outline.large
-    )
+    return sorted(plan.last, key=lambda node: node.layer not in plan.shared.large)
 
 
 def _remove(folder: Path, manifest_path: Path) -> None:

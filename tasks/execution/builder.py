@@ -1,4 +1,4 @@
-"""build: runs one node: looks its action up, or computes it, and publishes what it made.
+"""builder: runs one node: looks its action up, or computes it, and publishes what it made.
 
 Leaves first: blobs, then the action cache's entry, then the manifest that the build tool sees,
 so that whoever finds a record finds what it speaks of.
@@ -9,47 +9,36 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, TypeVar
 
-from cache.blobs import Part
+from cache.blobs import Blobs, Part, Writer
 from cache.errors import BlobLost
 from cache.files import atomic
-from cache.files.stamp import Stamp
 from cache.records.actions import Corrupt, Hit, Miss
-from cache.records.manifests import Action, Manifest, ManifestError, Tensor
+from cache.records.manifests import Action, Manifest, ManifestError, Tensor, TensorSpec
+from cache.records.memos import Memos
 from cache.store import Store
+from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import BuildError
+from tasks.core.spec import Target
+from tasks.core.workspace import Workspace
+from tasks.execution.draft import Drafts, WeightFileDraft
 from tasks.execution.log import Entry, Log
-from tasks.execution.resources import Memory
+from tasks.execution.resources import MemoryBudget
 from tasks.planning import sizes
-from tasks.planning.plan import Needed, Node, Plan
-from tasks.stages import cast, extract, measure, quantize, reasons, unshard
+from tasks.planning.node import Inputs, Node
+from tasks.planning.plan import Plan
+from tasks.stages import reasons
+from tasks.stages.stage import Key, LeafStage, Stage
 from tasks.tensors import arrays, mx, rows
 from tasks.tensors.rows import Rows
 
-if TYPE_CHECKING:
-    from cache.remote.sharing import Locate
-    from tasks.execution.draft import Drafts
-
-Made = tuple[dict[str, Tensor], list[str]]  # tensors by name, and notes for people
-
-
-class Stage(Protocol):
-    """What the module of a stage that computes has; the modules say what each does."""
-
-    def make(self, builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
-        """Make a layer's tensors."""
-
-
-STAGES: dict[str, Stage] = {
-    "unshard": unshard, "cast": cast, "quantize": quantize, "error": measure
-}  # fmt: skip
-AGAIN = {"unshard": unshard.again, "cast": cast.again}  # makes a result that was not kept
-ALWAYS_KEPT = ("extract", "quantize", "error")  # the checkpoint's, what is packed, and small
+T = TypeVar("T")
+Locate = Callable[[str, Tensor], Sequence[Part]]  # by a tensor's name
 
 
 def _not_kept(builder: Builder, node: Node) -> Iterator[Node]:
@@ -60,41 +49,100 @@ def _not_kept(builder: Builder, node: Node) -> Iterator[Node]:
             yield from _not_kept(builder, need)
 
 
+class NodeContext:
+    """What a stage may do while one node runs: see ``stages.stage.Context``."""
+
+    def __init__(self, builder: Builder, plan: Plan, node: Node, inputs: Inputs) -> None:
+        self._builder = builder
+        self._plan = plan
+        self._node = node
+        self._inputs = inputs
+        self.target: Target = plan.target
+        self.checkpoint: Checkpoint = plan.checkpoint
+        self.blobs: Blobs = builder.store.blobs
+        self.memos: Memos = builder.store.memos
+        self.streams: arrays.Streams = builder.streams
+        self.keeps: bool = builder.keeps(node.stage)
+
+    def rows(self, key: Key) -> Rows:
+        """Return an input to read."""
+        return self._builder.rows(self._plan, self._inputs, key)
+
+    def parts(self, key: Key) -> list[Part]:
+        """Return where the bytes of an input lie, which is made again if they are lost."""
+        return self._builder.locate(self._plan, self._inputs, key)
+
+    def pass_on(self, key: Key) -> Tensor:
+        """Return an input as it is; from now on the cache has its bytes."""
+        _, tensor = self._inputs[key]
+        if self.blobs.has(tensor.digest, tensor.nbytes):
+            return tensor
+        return rows.digest(self.blobs, self.rows(key), keep=True)
+
+    def writer(self, name: str, nbytes: int) -> AbstractContextManager[Writer]:
+        """Give a writer for the output ``name``: of what is packed, in its place if it has one."""
+        draft = None
+        if self._node in self._plan.packed:
+            draft = self._builder.begin_draft(self._plan)
+        return draft.writing(name) if draft else self.blobs.writing(nbytes)
+
+    def prefetch(self, keys: Iterable[Key]) -> None:
+        """Have inputs in the cache that only a remote store has, all at once."""
+        self._builder.fetch(self._plan, self._inputs, keys)
+
+    def verify(self, keys: Iterable[Key]) -> None:
+        """Forget where inputs lie whose bytes are not those of their digests any more."""
+        for key in keys:
+            self.blobs.drop_if_wrong(self._inputs[key].tensor.digest)
+
+    def once(self, question: Hashable, work: Callable[[], T]) -> T:
+        """Return what ``work`` returns; in one run of the build it is done once."""
+        with self._builder.once_lock:
+            if question not in self._builder.answers:
+                self._builder.answers[question] = work()
+            answer: T = self._builder.answers[question]
+            return answer
+
+
 @dataclass
 class Builder:
     """Runs nodes. One for each invocation; safe in threads.
 
     Attributes:
         store: the cache.
-        state: folder of what belongs to this models.toml alone (manifests).
+        workspace: where things lie beside models.toml.
         log: the build log.
         run_id: of this invocation.
-        keep: stages whose results are kept, besides ``ALWAYS_KEPT``.
+        keep: stages whose results are kept, besides those that always are.
         memory: what tensors in work may take together.
         drafts: weight files of what is to be packed.
         streams: MLX's, of each thread.
-        torch_lock: held while torch reads a file.
-        torch_digests: of the tensors that torch had to read, by file and name.
+        answers: what stages worked out once, by the question.
+        once_lock: held meanwhile.
     """
 
     store: Store
-    state: Path
+    workspace: Workspace
     log: Log
     run_id: str
     keep: frozenset[str]
-    memory: Memory
+    memory: MemoryBudget
     drafts: Drafts
     streams: arrays.Streams = field(default_factory=arrays.Streams)
-    torch_lock: threading.Lock = field(default_factory=threading.Lock)
-    torch_digests: dict[tuple[Path, Stamp], dict[str, str]] = field(default_factory=dict)
+    answers: dict[Hashable, Any] = field(default_factory=dict)
+    once_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def manifest_path(self, node: Node) -> str:
         """Return where a node's manifest lies. A string: doit wants thousands of them."""
-        return f"{self.state}/manifests/{node.target}/{node.stage}/{node.order.layer}.json"
+        return self.workspace.manifest(node.target, node.stage.name, node.layer)
 
     def packed_path(self, target: str) -> Path:
         """Return where the manifest of a target's packing lies."""
-        return self.state / "manifests" / target / "pack.json"
+        return self.workspace.packed(target)
+
+    def context(self, plan: Plan, node: Node, inputs: Inputs) -> NodeContext:
+        """Return what the node's stage may do."""
+        return NodeContext(self, plan, node, inputs)
 
     def run(self, plan: Plan, node: Node, why: str) -> Manifest:
         """Bring a node's manifest up to date, and return it.
@@ -106,9 +154,10 @@ class Builder:
         with self.logged(node.name, why) as record:
             manifest, record["outcome"] = self._run(plan, node)
             old = Manifest.at(path)
-            if old and (found := reasons.between(old.action, manifest.action)):
-                told = [why] if node.stage == "extract" else []  # which file changed
-                record["why"] = "; ".join([*told, reasons.joined(found)])
+            explain = node.stage.explain
+            if old and (found := reasons.between(old.action, manifest.action, explain)):
+                first = [why] if node.is_leaf else []  # which file changed
+                record["why"] = "; ".join([*first, reasons.joined(found)])
             self.publish(path, manifest)
         return manifest
 
@@ -158,42 +207,42 @@ class Builder:
     def manifest(self, plan: Plan, node: Node) -> Manifest:
         """Return what a node made; it is made again if its record is lost or damaged."""
         path = Path(self.manifest_path(node))
-        told = (node.stage, node.order.version, node.params)
+        wanted = (node.stage.name, node.stage.version, node.params.record)
         try:
             manifest = Manifest.from_bytes(path.read_bytes())
             action = manifest.action
-            if (action.stage, action.version, action.params) == told:
+            if (action.stage, action.version, action.params) == wanted:
                 return manifest
             why = "its manifest is of other settings"
         except (FileNotFoundError, ManifestError) as error:
             why = f"its manifest is damaged: {error}"
         return self.run(plan, node, why)
 
-    def needed(self, plan: Plan, node: Node) -> Needed:
+    def inputs(self, plan: Plan, node: Node) -> Inputs:
         """Return the tensors that a node reads: who made each, and what it is."""
-        return node.needed({need: self.manifest(plan, need) for need in node.needs})
+        return node.inputs({need: self.manifest(plan, need) for need in node.needs})
 
     def _run(self, plan: Plan, node: Node) -> tuple[Manifest, str]:
-        if node.stage == "extract":
+        if node.is_leaf:
             # What it reads is what it makes: looking means digesting the checkpoint's tensors.
-            with self._working(plan, node, node.order.digest):
-                manifest = self._look(plan, node, lost=False)
+            with self._working(plan, node, node.spec.digest):
+                manifest = self._scan(plan, node, reread=False)
                 known = isinstance(self.store.actions.get(manifest.action), Hit)
                 if known or not plan.checkpoint.source.available:
                     return manifest, "reused"
                 self.store.actions.put(manifest)
                 return manifest, "computed"
-        needed = self.needed(plan, node)
-        action = self.action(node, needed)
-        found, outcome = self.find(action, sizes.made(node))
+        inputs = self.inputs(plan, node)
+        action = node.action(inputs)
+        found, outcome = self.find(action, node.output_specs())
         if isinstance(found, Hit):
             return found.manifest, outcome
         with self._working(plan, node, action.key):
             meanwhile = self.store.actions.get(action)
             if isinstance(meanwhile, Hit):
                 return meanwhile.manifest, "reused"
-            self.fetch(plan, needed, node.params.get("settings", ()))
-            manifest = self._make(plan, node, needed)
+            self.fetch(plan, inputs, sizes.reads(node, self.keep))
+            manifest = self._make(plan, node, inputs)
             if isinstance(found, Corrupt):
                 note = f"{found.path} was corrupt ({found.cause}); it is made again"
                 manifest = replace(manifest, notes=(*manifest.notes, note))
@@ -209,21 +258,21 @@ class Builder:
         In this order: an action that finds a result lost has its maker run within its own memory,
         and so must never be waited for by who has that maker's action and waits for memory.
         """
-        with self.memory.held(self._memory(plan, node)), self.store.actions.running(key):
+        with self.memory.reserve(self._memory(plan, node)), self.store.actions.running(key):
             yield
 
     def find(
-        self, action: Action, outline: Mapping[str, Tensor] | None = None
+        self, action: Action, outputs: Mapping[str, TensorSpec] | None = None
     ) -> tuple[Hit | Miss | Corrupt, str]:
         """Look an action up, here and then in the remote; return what came of it for the log.
 
         Args:
             action: the action.
-            outline: what it makes, whatever the digests: a remote's word on that is not taken.
+            outputs: what it makes, whatever the digests: a remote's word on that is not taken.
         """
         found = self.store.actions.get(action)
         if not isinstance(found, Hit) and self.store.sharing:
-            manifest = self.store.sharing.find(action, outline)
+            manifest = self.store.sharing.find(action, outputs)
             if manifest is not None:
                 return Hit(manifest), "fetched"
         return found, "reused" if isinstance(found, Hit) else "computed"
@@ -237,92 +286,116 @@ class Builder:
 
     def shared(self, node: Node) -> Locate | None:
         """Return what locates a node's tensors, or None if their bytes are not kept anywhere."""
-        if node.stage == "extract" or not self.keeps(node.stage):
+        if node.is_leaf or not self.keeps(node.stage):
             return None
         return lambda _, tensor: self.store.blobs.locate(tensor.digest, tensor.nbytes)
 
-    def fetch(self, plan: Plan, needed: Needed, names: Iterable[str]) -> None:
+    def fetch(self, plan: Plan, inputs: Inputs, keys: Iterable[Key]) -> None:
         """Have the tensors' blobs in the store, those of a remote all at once."""
         sharing, blobs = self.store.sharing, self.store.blobs
         if not sharing:
             return
-        lost = [needed[n] for n in names if not blobs.has(needed[n][1].digest, needed[n][1].nbytes)]
-        keys = {maker: self.manifest(plan, maker).action.key for maker, _ in lost}
-        sharing.fetch_all([(keys[maker], tensor) for maker, tensor in lost])
+        read = [inputs[key] for key in keys]
+        lost = [each for each in read if not blobs.has(each.tensor.digest, each.tensor.nbytes)]
+        makers = {maker: self.manifest(plan, maker).action.key for maker, _ in lost}
+        sharing.fetch_all([(makers[maker], tensor) for maker, tensor in lost])
 
-    def look(self, plan: Plan, node: Node, *, lost: bool = False) -> Manifest:
-        """Return what extract makes of a layer; if a blob is ``lost``, by reading its files."""
-        with self.memory.held(self._memory(plan, node)):
-            return self._look(plan, node, lost=lost)
+    def scan(self, plan: Plan, node: Node, *, reread: bool = False) -> Manifest:
+        """Return what a leaf finds in the checkpoint; to ``reread`` is to read its files anew."""
+        with self.memory.reserve(self._memory(plan, node)):
+            return self._scan(plan, node, reread=reread)
 
-    def _look(self, plan: Plan, node: Node, *, lost: bool) -> Manifest:
-        tensors = extract.make(self, plan, node, look=lost)
-        made = {name: (node, tensor) for name, tensor in tensors.items()}
-        return Manifest(self.action(node, made), tensors)
+    def recall(self, plan: Plan, node: Node) -> Manifest | None:
+        """Return what a leaf found in such files before, without reading them.
 
-    def _make(self, plan: Plan, node: Node, needed: Needed) -> Manifest:
+        Raises:
+            BuildError: the checkpoint is not here, and what is wanted of it is not on record.
+        """
+        return self._manifest_of_leaf(node, _leaf(node).recall(*self._asked(plan, node)))
+
+    def _scan(self, plan: Plan, node: Node, *, reread: bool) -> Manifest:
+        tensors = _leaf(node).scan(*self._asked(plan, node), reread=reread)
+        return Manifest(node.action(node.own(tensors)), tensors)
+
+    def _asked(self, plan: Plan, node: Node) -> tuple[Any, NodeContext]:
+        return node.spec, self.context(plan, node, {})
+
+    @staticmethod
+    def _manifest_of_leaf(node: Node, tensors: dict[str, Tensor] | None) -> Manifest | None:
+        return None if tensors is None else Manifest(node.action(node.own(tensors)), tensors)
+
+    def _make(self, plan: Plan, node: Node, inputs: Inputs) -> Manifest:
+        tensors = {key: tensor for key, (_, tensor) in inputs.items()}
         with mx.stream(self.streams.get("cpu")):
-            tensors, notes = STAGES[node.stage].make(self, plan, node, needed)
-        return Manifest(self.action(node, needed), tensors, tuple(notes))
-
-    def action(self, node: Node, inputs: Needed) -> Action:
-        """Return a node's action, given what it reads."""
-        read = {name: tensor.record for name, (_, tensor) in inputs.items()}
-        return Action(node.stage, node.order.version, node.params, read)
+            made = node.stage.run(node.params, tensors, self.context(plan, node, inputs))
+        return Manifest(node.action(inputs), made.tensors, made.notes)
 
     def _memory(self, plan: Plan, node: Node) -> int:
         """Return how many bytes a node's action holds at once."""
-        whole = 0
-        if node.stage == "extract":
-            whole = extract.memory(plan.checkpoint, node.params["tensors"])
-        if node.stage == "unshard":
-            whole = unshard.memory(plan.checkpoint, node.params["tensors"])
-        for need in _not_kept(self, node):
-            if need.stage == "unshard":
-                tensors = need.params["tensors"]
-                whole = max(whole, unshard.memory(plan.checkpoint, tensors, again=True))
-        computed = quantize.memory(node.params["device"]) if "device" in node.params else 0
-        return whole + max(rows.IN_FLIGHT_BYTES, computed)
+        views = [n.stage.view_memory(n.params, plan.checkpoint) for n in _not_kept(self, node)]
+        return node.stage.memory(node.params, plan.checkpoint) + max(views, default=0)
 
-    def keeps(self, stage: str) -> bool:
+    def keeps(self, stage: Stage[Any]) -> bool:
         """Tell whether a stage's results are kept; what is not is made again as it is read."""
-        return stage in ALWAYS_KEPT or stage in self.keep
+        return sizes.keeps(stage, self.keep)
 
-    def kept(self, plan: Plan, needed: Needed, name: str) -> Tensor:
-        """Return a tensor that a stage passes on, in the store from now on if it was not."""
-        _, tensor = needed[name]
-        blobs = self.store.blobs
-        if blobs.has(tensor.digest, tensor.nbytes):
-            return tensor
-        return rows.digest(blobs, self.rows(plan, needed, name), keep=True)
+    def begin_draft(self, plan: Plan) -> WeightFileDraft | None:
+        """Return the draft of a target's weight files, begun unless it is already.
 
-    def rows(self, plan: Plan, needed: Needed, name: str) -> Rows:
+        There is none where most of the target is on record here: see ``bundle.is_new``.
+
+        Raises:
+            NoRoom: the disk cannot take it.
+        """
+        known: dict[Node, Manifest | None] = {}
+        return self.drafts.begin(plan, lambda node: not self._on_record(plan, node, known))
+
+    def _on_record(
+        self, plan: Plan, node: Node, known: dict[Node, Manifest | None]
+    ) -> Manifest | None:
+        """Return what is on record of a node, of the checkpoint as it is; ``known``: of others."""
+        if node not in known:
+            known[node] = None
+            if node.is_leaf:
+                known[node] = self.recall(plan, node)
+            else:
+                made = {need: self._on_record(plan, need, known) for need in node.needs}
+                read = {need: manifest for need, manifest in made.items() if manifest}
+                if len(read) == len(made):
+                    hit = self.store.actions.get(node.action(node.inputs(read)))
+                    known[node] = hit.manifest if isinstance(hit, Hit) else None
+        return known[node]
+
+    def rows(self, plan: Plan, inputs: Inputs, key: Key) -> Rows:
         """Return a tensor to read: from the store, or made again from what it was made of.
 
         Raises:
             BuildError: it is lost for good, e.g. the checkpoint changed under it.
         """
-        maker, tensor = needed[name]
+        maker, tensor = inputs[key]
         blobs = self.store.blobs
         if not self.keeps(maker.stage) and not blobs.has(tensor.digest, tensor.nbytes):
-            again = AGAIN[maker.stage](self, plan, maker, self.needed(plan, maker), name)
-            if again is not None:
-                return again
-        return rows.Stored(blobs, self.locate(plan, needed, name), tensor.dtype, tensor.shape)
+            read = self.inputs(plan, maker)
+            tensors = {key: tensor for key, (_, tensor) in read.items()}
+            context = self.context(plan, maker, read)
+            view = maker.stage.view(maker.params, tensors, context, key.name)
+            if view is not None:
+                return view
+        return rows.Stored(blobs, self.locate(plan, inputs, key), tensor.dtype, tensor.shape)
 
-    def locate(self, plan: Plan, needed: Needed, name: str) -> list[Part]:
+    def locate(self, plan: Plan, inputs: Inputs, key: Key) -> list[Part]:
         """Return where the bytes of a tensor lie that is kept, made again if they are lost.
 
         Raises:
             BuildError: they come out differently.
         """
-        maker, tensor = needed[name]
+        maker, tensor = inputs[key]
         try:
             return self.store.blobs.locate(tensor.digest, tensor.nbytes)
         except BlobLost as lost:
-            self.fetch(plan, needed, [name])
+            self.fetch(plan, inputs, [key])
             if not self.store.blobs.has(tensor.digest, tensor.nbytes):
-                self.remake(plan, maker, name, tensor, lost)
+                self.remake(plan, maker, key.name, tensor, lost)
                 if self.store.sharing:  # where it is not there either, or corrupt
                     manifest = self.manifest(plan, maker)
                     self.store.sharing.push(manifest, self.shared(maker))
@@ -334,21 +407,21 @@ class Builder:
         Raises:
             BuildError: it made something else.
         """
-        needed = self.needed(plan, node)
-        for key, (maker, passed) in needed.items():
+        inputs = self.inputs(plan, node)
+        for key, (maker, passed) in inputs.items():
             # Only passed on here: whoever keeps it makes it again.
             if passed == tensor and self.keeps(maker.stage):
-                self.remake(plan, maker, key, tensor, lost)
+                self.remake(plan, maker, key.name, tensor, lost)
                 return
         # Whoever waits here holds actions of later stages alone, which this one never waits for.
-        with self._working(plan, node, self.action(node, needed).key):
+        with self._working(plan, node, node.action(inputs).key):
             if self.store.blobs.has(tensor.digest, tensor.nbytes):  # by another thread
                 return
             with self.logged(node.name, f"blob lost: {lost.cause}") as record:
-                if node.stage == "extract":
-                    again = self._look(plan, node, lost=True)
+                if node.is_leaf:
+                    again = self._scan(plan, node, reread=True)
                 else:
-                    again = self._make(plan, node, needed)
+                    again = self._make(plan, node, inputs)
                 record["outcome"] = "computed"
         if again.tensors.get(name) != tensor:
             self.publish(Path(self.manifest_path(node)), again)  # so that the next run sees it
@@ -356,3 +429,9 @@ class Builder:
                 f"{node.name}: {name} is lost ({lost.cause}) and comes out differently now. "
                 "Run doit again: what depends on it is then built anew."
             )
+
+
+def _leaf(node: Node) -> LeafStage[Any]:
+    """Return the stage of a node that reads the checkpoint."""
+    assert isinstance(node.stage, LeafStage)
+    return node.stage

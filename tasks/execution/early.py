@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from cache.blobs import Part
 from cache.errors import BlobLost, CacheError
 from cache.records.manifests import Manifest, Tensor
 from tasks.core.errors import BuildError
-from tasks.execution import pack
+from tasks.execution import fill
 from tasks.execution.builder import Builder
+from tasks.execution.fill import Filling, PackedFolder
 from tasks.execution.resources import cores
 from tasks.planning import bundle, sizes
+from tasks.planning.bundle import Bundle
+from tasks.planning.node import total
 from tasks.planning.plan import Plan
 
 BUSY_CORES = 2  # by packing: one thread reads and digests, one writes behind it
@@ -30,42 +32,39 @@ class Stopped(Exception):
     """What is being written is not wanted any more."""
 
 
-class Begun:
+class PackInProgress:
     """What packing would write beside build/TARGET, written by a thread as layers become ready.
 
     Nobody hears of its errors: packing does anew what it did not end, and meets them itself. So it
     holds no lock of the store between tasks: what is collected meanwhile is found to be lost.
     """
 
-    def __init__(self, builder: Builder, plan: Plan, folder: Path, *, with_blake3: bool) -> None:
+    def __init__(self, builder: Builder, plan: Plan, *, with_blake3: bool) -> None:
         """Begin.
 
         Args:
             builder: has the store.
             plan: the target.
-            folder: build/TARGET.
             with_blake3: whether the BLAKE3 of the files is wanted.
         """
         self.target = plan.target.name
-        self._new = pack.beside(folder)
+        self._new = fill.beside(builder.workspace.built(self.target))
         self._blobs = builder.store.blobs
         self._tensors: dict[str, Tensor] = {}
         self._changed = threading.Condition()
         self._over = False
-        self._result: tuple[bundle.Content, pack.Filled, dict[str, list[int]] | None] | None = None
+        self._result: tuple[Bundle, PackedFolder, dict[str, list[int]] | None] | None = None
 
         def write() -> None:
-            content = bundle.Content.of(builder, plan, sizes.outline(plan))
-            nodes = [node for stage in plan.stages.values() for node in stage]
-            need = content.nbytes
-            need += sum(sizes.moved(builder, plan, node).written for node in nodes)
-            if builder.drafts.begin(builder, plan):  # most of the files is what layers write
-                need -= sum(sizes.total(sizes.new(n).values()) for n in plan.stages["quantize"])
-            pack.make_room(self._new, need)  # no layer is to fail for this
-            filled = pack.fill(
-                builder, plan, self._new, content, self._find, with_blake3=with_blake3
-            )
-            self._result = content, filled, pack.stamps(str(self._new), list(filled.files))
+            specs = {name: Tensor(*spec, "") for name, spec in bundle.specs(plan).items()}
+            expected = Bundle.of(plan, specs, builder.store.memos)
+            need = expected.nbytes + sizes.total_traffic(plan, builder.keep).written
+            if builder.begin_draft(plan):  # most of the files is what layers write
+                need -= sum(total(node.new_specs().values()) for node in plan.last)
+            fill.make_empty(self._new, need)  # no layer is to fail for this
+            filling = Filling(plan, expected, self._new, self._blobs, builder.drafts, with_blake3)
+            filled = fill.fill(filling, self._find)
+            self._result = expected, filled, fill.stamps(str(self._new), list(filled.files))
 
         def run() -> None:
             try:
@@ -76,29 +75,25 @@ class Begun:
         self._thread = threading.Thread(target=run, name="early", daemon=True)
         self._thread.start()
 
-    def add(self, tensors: dict[str, Tensor]) -> None:
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what a layer has become. What came first stays: it may be written already."""
         with self._changed:
-            self._tensors = tensors | self._tensors
+            self._tensors = {**tensors, **self._tensors}
             self._changed.notify_all()
 
-    def finish(self, content: bundle.Content) -> pack.Filled | None:
-        """Return what was written once it is all there, or None if it is not ``content``."""
-        tensors = {name: tensor for shard in content.weights.values() for name, tensor in shard}
+    def finish(self, wanted: Bundle) -> PackedFolder | None:
+        """Return what was written once it is all there, or None if it is not ``wanted``."""
+        tensors = {name: tensor for shard in wanted.weights.values() for name, tensor in shard}
         if self._tensors.items() <= tensors.items():
             self.add(tensors)  # of layers that did not run, too
             self._thread.join()
             if self._result:
                 written, filled, stamps = self._result
-                alike = bundle.shapes(written.weights) == bundle.shapes(content.weights)
-                if (
-                    alike
-                    and written.small == content.small
-                    and pack.intact_files(str(self._new), stamps)
-                ):
+                alike = bundle.shapes(written.weights) == bundle.shapes(wanted.weights)
+                intact = fill.intact_files(str(self._new), stamps)
+                if alike and written.small == wanted.small and intact:
                     return filled
-        self.abandon()
-        self._thread.join()
+        self.stop()
         return None
 
     def abandon(self) -> None:
@@ -126,26 +121,24 @@ class Begun:
             raise
 
 
-class Early:
+class BackgroundPacker:
     """Begins to pack one target at a time, the first of which a layer is made."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._begun: Begun | None = None
+        self._begun: PackInProgress | None = None
         self._over = False
 
-    def layer(
-        self, builder: Builder, plan: Plan, folder: Path, manifest: Manifest, *, with_blake3: bool
-    ) -> None:
-        """Take note of a quantized layer of a target that will be packed."""
+    def layer(self, builder: Builder, plan: Plan, manifest: Manifest, *, with_blake3: bool) -> None:
+        """Take note of what the last stage made of a layer of a target that will be packed."""
         with self._lock:
             if self._begun is None and not self._over and cores() > BUSY_CORES:
-                self._begun = Begun(builder, plan, folder, with_blake3=with_blake3)
+                self._begun = PackInProgress(builder, plan, with_blake3=with_blake3)
             if self._begun and self._begun.target == plan.target.name:
                 self._begun.add(manifest.tensors)
 
     @contextmanager
-    def taken(self, target: str) -> Iterator[Begun | None]:
+    def taken(self, target: str) -> Iterator[PackInProgress | None]:
         """Give what was begun of a target, if it was; it ends with the block."""
         with self._lock:
             begun = self._begun if self._begun and self._begun.target == target else None

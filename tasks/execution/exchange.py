@@ -14,10 +14,11 @@ from cache.records.actions import Hit
 from cache.records.manifests import Manifest
 from cache.remote.sharing import Sharing
 from tasks.checkpoints import record
+from tasks.execution import accept
 from tasks.execution.builder import Builder
 from tasks.execution.resources import cores
-from tasks.planning import sizes, source_record
-from tasks.planning.plan import Node, Plan
+from tasks.planning.node import Node
+from tasks.planning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     for same in by_source.values():
         source = same[0].checkpoint.source
         if source.available or source.identity is None:
-            source_record.snapshot(builder, same)  # shares it
+            accept.snapshot(builder, same)  # shares it
         else:
             record.share(builder.store, source.identity)
 
@@ -74,13 +75,13 @@ def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     there = []
     for plan in plans:
         found: dict[Node, Manifest] = {}
-        for node in (*plan.stages["extract"], *_shared(plan)):
+        for node in (*plan.leaves, *_shared(plan)):
             with builder.store.lock.using():
                 manifest = _pulled(builder, plan, node, found)
                 if manifest is None:
                     continue
                 found[node] = manifest
-                if node.stage == "extract":
+                if node.is_leaf:
                     continue
                 there.append(node)
                 if builder.shared(node):
@@ -89,14 +90,14 @@ def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
 
 
 def _shared(plan: Plan) -> list[Node]:
-    """Return a target's nodes whose results are shared: those of extract are not."""
-    stages = [nodes for stage, nodes in plan.stages.items() if stage != "extract"]
-    return [node for nodes in (*stages, plan.errors) for node in nodes]
+    """Return a target's nodes whose results are shared: those of leaves are not."""
+    nodes = [node for stage in plan.stages.values() for node in stage if not node.is_leaf]
+    return [*nodes, *plan.measuring]
 
 
 def _missing(plans: Iterable[Plan], there: Iterable[Node]) -> int:
-    """Return how many results that models are made of are not there; errors are for reports."""
-    wanted = {node for plan in plans for node in _shared(plan) if node.stage != "error"}
+    """Return how many results that models are made of are not there; measures are for reports."""
+    wanted = {node for plan in plans for node in _shared(plan) if node not in plan.measuring}
     return len(wanted.difference(there))
 
 
@@ -110,11 +111,11 @@ def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Node, Mani
 def _pulled(
     builder: Builder, plan: Plan, node: Node, found: dict[Node, Manifest]
 ) -> Manifest | None:
-    """Return what a node made, here or elsewhere, without making anything but extract's."""
-    if node.stage == "extract":
-        return builder.look(plan, node)
+    """Return what a node made, here or elsewhere, without making anything but what leaves find."""
+    if node.is_leaf:
+        return builder.scan(plan, node)
     if not all(need in found for need in node.needs):
         return None
-    needed = node.needed({need: found[need] for need in node.needs})
-    hit, _ = builder.find(builder.action(node, needed), sizes.made(node))
+    inputs = node.inputs({need: found[need] for need in node.needs})
+    hit, _ = builder.find(node.action(inputs), node.output_specs())
     return hit.manifest if isinstance(hit, Hit) else None

@@ -1,4 +1,4 @@
-"""resources: ."""
+"""resources: how many threads a run has, and how much memory its actions may take."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tasks.tensors import mx
-
-if TYPE_CHECKING:
-    pass
 
 
 def cores() -> int:
@@ -39,7 +35,7 @@ def threads(devices: Iterable[str | None]) -> int:
 GPU_THREADS = 4
 
 
-class Memory:
+class MemoryBudget:
     """Bytes that actions hold at once, so that few large layers run together and many small ones.
 
     Args:
@@ -53,8 +49,8 @@ class Memory:
         self._mine = threading.local()
 
     @contextmanager
-    def held(self, need: int) -> Iterator[None]:
-        """Hold ``need`` bytes, when they are free. An action within another does not wait."""
+    def reserve(self, need: int) -> Iterator[None]:
+        """Reserve ``need`` bytes, when they are free. An action within another does not wait."""
         need = min(need, self.limit)
         nested = getattr(self._mine, "depth", 0)
         self._mine.depth = nested + 1

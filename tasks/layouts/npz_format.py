@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from struct import pack
 
-from cache.records.manifests import Tensor
+from cache.records.manifests import Tensor, TensorSpec
 from tasks.layouts.weight_file import Shard, WeightFormat
 
 # As mx.savez spells them; NumPy has no bfloat16, MLX reads two raw bytes as one.
@@ -68,7 +68,7 @@ def _zip_end(count: int, size: int, at: int) -> bytes:
     return end + b"PK\x05\x06" + pack("<HHHHLLH", 0, 0, count, count, size, at, 0)
 
 
-def _npy_header(tensor: Tensor) -> bytes:
+def _npy_header(tensor: Tensor | TensorSpec) -> bytes:
     """Return what comes before the data in a .npy file, version 1.0 (numpy.lib.format)."""
     shape = "".join(f"{size}, " for size in tensor.shape)
     dtype = DTYPES[tensor.dtype]

@@ -23,10 +23,10 @@ from cache.blobs import Blobs, Part
 from cache.digest import CHUNK_BYTES
 from cache.errors import BlobLost
 from cache.files import atomic, space
-from cache.records.manifests import Tensor
+from cache.records.manifests import Tensor, TensorSpec
 
 AHEAD = 4  # pieces on their way
-Shard = Sequence[tuple[str, Tensor]]  # a weight file's tensors by name, in order
+Shard = Sequence[tuple[str, Tensor | TensorSpec]]  # a weight file's tensors by name, in order
 Find = Callable[[str], tuple[str, Sequence[Part]]]  # by name: a digest, and where its bytes lie
 
 
@@ -37,7 +37,7 @@ class Hasher(Protocol):
         """Take more bytes."""
 
 
-def _no_prefix(_: Tensor) -> bytes:
+def _no_prefix(_: Tensor | TensorSpec) -> bytes:
     return b""
 
 
@@ -57,7 +57,7 @@ class WeightFormat:
     name: str
     suffix: str
     arrange: Callable[[Shard, Iterable[int]], Iterator[bytes | str]]
-    prefix: Callable[[Tensor], bytes] = _no_prefix
+    prefix: Callable[[Tensor | TensorSpec], bytes] = _no_prefix
 
 
 def write(
@@ -172,7 +172,7 @@ def _crcs(
 ) -> Iterator[int]:
     """Yield the CRC-32 of each tensor, with what the format has in front, some worked out ahead."""
 
-    def check(packed: tuple[str, Tensor]) -> int:
+    def check(packed: tuple[str, Tensor | TensorSpec]) -> int:
         name, tensor = packed
         crc = zlib.crc32(weight_format.prefix(tensor))
         for chunk in blobs.chunks(find(name)[1]):

@@ -1,4 +1,4 @@
-"""bundle: ."""
+"""bundle: what build/TARGET will hold: weight files by name, and all other files."""
 
 from __future__ import annotations
 
@@ -6,31 +6,25 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
+from cache.blobs import Blobs
 from cache.digest import digest, digest_list, digest_record
-from cache.records.manifests import Action, Tensor
+from cache.records.manifests import Action, Tensor, TensorSpec
+from cache.records.memos import Memos
 from tasks.core.errors import BuildError
-from tasks.execution.builder import Builder
 from tasks.layouts import LAYOUTS
-from tasks.planning import sizes
-from tasks.planning.plan import Needed, Plan
-
-if TYPE_CHECKING:
-    from tasks.execution.builder import Builder
-    from tasks.planning.plan import Node, Plan
-if TYPE_CHECKING:
-    from cache.blobs import Blobs
+from tasks.planning.node import Inputs, Node, total
+from tasks.planning.plan import Plan
 
 VERSION = 1
 
 
-Weights = dict[str, list[tuple[str, Tensor]]]  # weight files' tensors, in order
+T = TypeVar("T", Tensor, TensorSpec)
+Weights = dict[str, list[tuple[str, T]]]  # weight files' tensors, in order
 
 
-def shards(
-    tensors: Sequence[tuple[str, Tensor]], max_shard_bytes: int
-) -> list[list[tuple[str, Tensor]]]:
+def shards(tensors: Sequence[tuple[str, T]], max_shard_bytes: int) -> list[list[tuple[str, T]]]:
     """Split tensors into weight files, greedily and in order, as the peers do.
 
     A tensor over the limit gets a file of its own; no file is empty.
@@ -39,7 +33,7 @@ def shards(
         tensors: all of the model's, by name, in order.
         max_shard_bytes: most that a file's tensors have together.
     """
-    found: list[list[tuple[str, Tensor]]] = []
+    found: list[list[tuple[str, T]]] = []
     size = 0
     for name, tensor in tensors:
         if not found or size + tensor.nbytes > max_shard_bytes:
@@ -50,14 +44,19 @@ def shards(
     return found
 
 
-def split(plan: Plan, tensors: Mapping[str, Tensor]) -> Weights:
+def split(plan: Plan, tensors: Mapping[str, T]) -> Weights[T]:
     """Return a target's weight files by name, each with its tensors in order."""
     found = shards([(name, tensors[name]) for name in plan.names], plan.target.max_shard_bytes)
     return dict(zip(LAYOUTS[plan.target.layout].shard_names(len(found)), found, strict=True))
 
 
+def specs(plan: Plan) -> dict[str, TensorSpec]:
+    """Return the dtypes and shapes of a built model's tensors, by name."""
+    return {n: spec for node in plan.last for n, spec in node.output_specs().items()}
+
+
 @dataclass(frozen=True)
-class Content:
+class Bundle:
     """What a target's folder will hold.
 
     Attributes:
@@ -67,39 +66,43 @@ class Content:
     """
 
     action: Action
-    weights: Weights
+    weights: Weights[Tensor]
     small: dict[str, bytes]
 
     @classmethod
-    def of(cls, builder: Builder, plan: Plan, needed: Needed) -> Content:
+    def of(cls, plan: Plan, tensors: Mapping[str, Tensor], memos: Memos) -> Bundle:
         """Work it out.
+
+        Args:
+            plan: the target.
+            tensors: what its layers made, by name.
+            memos: where a tokenizer is remembered that had to be made.
 
         Raises:
             BuildError: the layers are not those of the plan.
         """
-        if missing := set(plan.names) ^ needed.keys():
+        if missing := set(plan.names) ^ tensors.keys():
             raise BuildError(
                 f"{plan.target.name}: the plan and the built layers disagree on "
                 f"{', '.join(sorted(missing)[:3])}. Run doit forget -a, then doit."
             )
         layout = LAYOUTS[plan.target.layout]
-        tensors = {name: needed[name][1] for name in plan.names}
         weights = split(plan, tensors)
         sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in weights.values()]
-        small = layout.files(plan.checkpoint, builder.store.memos, sizes, plan.weights)
+        small = layout.files(plan.checkpoint, memos, sizes, plan.weights)
         small["config.json"] = json.dumps(plan.config, indent=4).encode()
         params = {
             "format": layout.weight_format.name,
             "weights": {file: [name for name, _ in shard] for file, shard in weights.items()},
             "files": {name: digest(data) for name, data in small.items()},
         }
-        inputs = {name: tensor.record for name, tensor in tensors.items()}
+        inputs = {name: tensors[name].record for name in plan.names}
         return cls(Action("pack", VERSION, params, inputs), weights, small)
 
     @property
     def weights_nbytes(self) -> int:
         """Size of the tensors."""
-        return sum(tensor.nbytes for shard in self.weights.values() for _, tensor in shard)
+        return total(tensor for shard in self.weights.values() for _, tensor in shard)
 
     @property
     def nbytes(self) -> int:
@@ -107,8 +110,8 @@ class Content:
         return self.weights_nbytes + sum(map(len, self.small.values()))
 
 
-def told(plan: Plan) -> dict[str, Any]:
-    """Return what a target's packing is told, short enough to be kept and shown."""
+def params(plan: Plan) -> dict[str, Any]:
+    """Return what a target's packing depends on, short enough to be kept and shown."""
     return {
         "mlx-make's pack": VERSION,
         "layout": plan.target.layout,
@@ -119,20 +122,21 @@ def told(plan: Plan) -> dict[str, Any]:
     }
 
 
-def whole_files(
-    blobs: Blobs, content: Content, known: Mapping[str, Tensor]
-) -> dict[str, Path] | None:
-    """Return the weight files that ``known`` tells of, or None if the cache has not all of them."""
+def whole_files(blobs: Blobs, bundle: Bundle, known: Mapping[str, Tensor]) -> dict[str, Path]:
+    """Return where the cache has weight files whole, of those that ``known`` tells of.
+
+    All of a target's, or none: a part of them saves little, since its layers are read for the rest.
+    """
     found = {
         file: path
-        for file in content.weights
+        for file in bundle.weights
         if (tensor := known.get(file))
         and (path := blobs.whole_container(tensor.digest, tensor.nbytes))
     }
-    return found if len(found) == len(content.weights) else None
+    return found if len(found) == len(bundle.weights) else {}
 
 
-def shapes(weights: Weights) -> str:
+def shapes(weights: Weights[T]) -> str:
     """Return the digest of names, dtypes and shapes of weight files' tensors, in order."""
     return digest_list(
         [file, name, tensor.dtype, tensor.shape]
@@ -142,12 +146,20 @@ def shapes(weights: Weights) -> str:
 
 
 def is_new(plan: Plan, is_made: Callable[[Node], bool]) -> bool:
-    """Tell whether a target gets a draft: most bytes of it are of layers that a run quantizes.
+    """Tell whether a target's weight files are begun with its layers.
 
-    Not by CUDA: its threads write as fast as memory takes it, and in one file wait for each other.
+    So where most bytes are of layers that a run makes. Not by CUDA: its threads write as fast as
+    memory takes it, and in one file wait for each other.
     """
-    last = plan.stages["quantize"]
-    if any(node.params.get("device") == "cuda" for node in last):
+    if plan.shared.computer.device == "cuda":
         return False
-    written = sum(sizes.total(sizes.new(node).values()) for node in last if is_made(node))
-    return 2 * written > sum(sizes.total(sizes.made(node).values()) for node in last)
+    written = sum(total(node.new_specs().values()) for node in plan.last if is_made(node))
+    return 2 * written > sum(total(node.output_specs().values()) for node in plan.last)
+
+
+def inputs(plan: Plan, made: Mapping[Node, Mapping[str, Tensor]]) -> Inputs:
+    """Return what packing reads: who made each tensor, and what it is."""
+    found: Inputs = {}
+    for node in plan.last:
+        found |= node.own(made[node])
+    return found

@@ -10,20 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 from cache.digest import digest_record
 from cache.files import link
 from cache.records.actions import Hit
-from cache.records.manifests import Action, Manifest, Tensor
+from cache.records.manifests import Action, Manifest, Tensor, TensorSpec
+from cache.store import Store
 from tasks.core.errors import BuildError
-from tasks.core.workspace import BUILD
-from tasks.execution.builder import Builder
+from tasks.core.workspace import Workspace
 from tasks.planning import bundle, sizes
+from tasks.planning.bundle import Bundle
 from tasks.planning.lockfile import Lock
-from tasks.planning.plan import Needed, Node, Plan
-from tasks.planning.sizes import Moved
-from tasks.stages import extract, reasons, unshard
+from tasks.planning.node import Inputs, Node, total
+from tasks.planning.plan import Plan
+from tasks.planning.sizes import Traffic
+from tasks.stages import reasons, registry
 from tasks.stages.reasons import Reason
+from tasks.stages.stage import Key, Origin
 
 UP_TO_DATE, RUN, REUSE, FETCH = "up to date", "run", "reuse", "fetch"
 IGNORED = "ignored"  # by doit ignore, or since something that it depends on is
@@ -32,11 +36,11 @@ UNKNOWN = Reason("what it reads may come out differently")
 CONTENTS = Reason(reasons.CONTENTS)
 SHOWN = Reason("what it shows changes")
 LOST = Reason("bytes of it that are wanted are not in the cache any more")
-NOTHING = Moved()
+NOTHING = Traffic()
 
 
 @dataclass(frozen=True)
-class Saved:
+class TaskState:
     """What doit knows of a task before the run.
 
     Attributes:
@@ -76,7 +80,7 @@ class Step:
     state: str
     why: tuple[Reason, ...] = ()
     certain: bool = True
-    moved: Moved = field(default_factory=Moved)
+    moved: Traffic = field(default_factory=Traffic)
 
 
 @dataclass(frozen=True)
@@ -84,19 +88,19 @@ class _Result:
     """What a node is expected to have made.
 
     Attributes:
-        symbol: the same for two nodes that will have made the same.
+        identity: the same for two nodes that will have made the same.
         manifest: if it is known.
         new: whether nothing that is on record can have been made of it: it is made for the first
             time.
     """
 
-    symbol: str
+    identity: str
     manifest: Manifest | None
     new: bool = False
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _UnchangedResult:
     """The same of a node that does not run. Its manifest is only read if that is of interest."""
 
     path: str
@@ -107,8 +111,22 @@ class _Kept:
         return Manifest.at(self.path)
 
     @property
-    def symbol(self) -> str:
+    def identity(self) -> str:
         return self.manifest.result if self.manifest else self.path
+
+
+class Build(Protocol):
+    """What a forecast asks of a build: what it has, never to make anything."""
+
+    store: Store
+    workspace: Workspace
+    keep: frozenset[str]
+
+    def recall(self, plan: Plan, node: Node) -> Manifest | None:
+        """Return what a leaf found in such files before, without reading them."""
+
+    def scan(self, plan: Plan, node: Node, *, reread: bool = False) -> Manifest:
+        """Return what a leaf finds in the checkpoint."""
 
 
 class Forecast:
@@ -120,28 +138,28 @@ class Forecast:
     """
 
     def __init__(
-        self, builder: Builder, lock: Lock, saved: Callable[[str], Saved], *, quick: bool = False
+        self, build: Build, lock: Lock, saved: Callable[[str], TaskState], *, quick: bool = False
     ) -> None:
         """Begin with nothing looked at.
 
         Args:
-            builder: gives the cache; nothing is written through it.
+            build: gives the cache; nothing is written through it.
             lock: models.lock.
             saved: what doit knows of a task.
-            quick: states are wanted, no bytes: the remote store is not asked, and of the stage
-                error, which nobody may ever ask for, no results are looked up. What could be
-                fetched, or such a result reused, is said to run.
+            quick: states are wanted, no bytes: the remote store is not asked, and of measures,
+                which nobody may ever ask for, no results are looked up. What could be fetched, or
+                such a result reused, is said to run.
         """
         self.steps: dict[str, Step] = {}
         self.refused: dict[str, str] = {}
-        self._builder = builder
-        self._store = replace(builder.store, sharing=None) if quick else builder.store
+        self._build = build
+        self._store = replace(build.store, sharing=None) if quick else build.store
         self._quick = quick
         self._lock = lock
         self._saved = saved
-        self._results: dict[Node, _Result | _Kept] = {}
+        self._results: dict[Node, _Result | _UnchangedResult] = {}
         self._checked: set[str] = set()  # sources
-        self._running: dict[str, bool] = {}  # symbols of what will be made, and whether surely
+        self._running: dict[str, bool] = {}  # identitys of what will be made, and whether surely
         self._there: set[str] = set()  # digests of blobs that will be in the cache
         # Else any result may be on record that is not known before it is made.
         self._empty = not self._store.actions.root.exists()
@@ -155,16 +173,16 @@ class Forecast:
         saved = self._saved(node.name)
         ignored = saved.ignored or self._ignored(need.name for need in node.needs)
         if ignored or not (saved.runs or self._changed(saved, node.needs)):
-            self._results[node] = _Kept(self._path(node))
+            self._results[node] = _UnchangedResult(self._path(node))
             self._put(node, IGNORED if ignored else UP_TO_DATE)
             return
-        if self._quick and node.stage == "error":
-            self._results[node] = _Result(node.order.digest, None)
+        if self._quick and node.stage in registry.MEASURES:
+            self._results[node] = _Result(node.spec.digest, None)
             self._put(node, RUN)
             return
         old = Manifest.at(self._path(node))
-        if node.stage == "extract":
-            self._extract(plan, node, saved, old)
+        if node.is_leaf:
+            self._leaf(plan, node, saved, old)
         elif all(self._results[need].manifest for need in node.needs):
             self._known(plan, node, saved, old)
         else:
@@ -175,7 +193,7 @@ class Forecast:
         task = f"pack:{plan.target.name}"
         if task in self.steps:
             return
-        last = plan.stages["quantize"]
+        last = plan.last
         for node in last:
             self.add(plan, node)
         saved = self._saved(task)
@@ -186,9 +204,9 @@ class Forecast:
             step = replace(step, state=IGNORED)
         elif saved.runs or others or changed:
             self._check(plan)
-            if plan.checkpoint.source.available:  # models.lock looks at it, and refers to all of it
-                looked = self._made(plan.stages["extract"])
-                self._there |= {tensor.digest for _, tensor in looked.values()}
+            if plan.checkpoint.source.available:  # models.lock scans it, and refers to all of it
+                scanned = self._made(plan.leaves)
+                self._there |= {tensor.digest for _, tensor in scanned.values()}
             why = tuple(saved.why([*map(self._path, changed), *sorted(others)]))
             step = self._pack(plan, replace(step, state=RUN, why=why), saved)
         self.steps[task] = step
@@ -210,9 +228,9 @@ class Forecast:
 
     def _measured(self, plan: Plan) -> list[str]:
         self.add_pack(plan)
-        for node in plan.errors:
+        for node in plan.measuring:
             self.add(plan, node)
-        return [f"pack:{plan.target.name}", *(node.name for node in plan.errors)]
+        return [f"pack:{plan.target.name}", *(node.name for node in plan.measuring)]
 
     def _add_page(self, task: str, target: str, reads: list[str], sure: Iterable[str] = ()) -> None:
         """Add a page; what is among ``sure`` changes it, and what else it reads may."""
@@ -231,7 +249,7 @@ class Forecast:
     def _ignored(self, tasks: Iterable[str]) -> bool:
         return any(self.steps[task].state == IGNORED for task in tasks)
 
-    def _changed(self, saved: Saved, needs: Iterable[Node]) -> list[Node]:
+    def _changed(self, saved: TaskState, needs: Iterable[Node]) -> list[Node]:
         return [need for need in needs if not self._as_it_was(saved, need)]
 
     def _check(self, plan: Plan, node: Node | None = None) -> None:
@@ -260,116 +278,125 @@ class Forecast:
         except BuildError as error:
             self.refused[source] = str(error)
 
-    def _pack(self, plan: Plan, step: Step, saved: Saved) -> Step:
-        last = plan.stages["quantize"]
-        needed = self._made(last)
+    def _pack(self, plan: Plan, step: Step, saved: TaskState) -> Step:
+        last = plan.last
+        inputs = self._made(last)
         in_place = self._written_in_place(plan)
         if not all(self._results[node].manifest for node in last):
-            size = sum(sizes.total(sizes.made(node).values()) for node in last)
-            parts = [bundle.told(plan), [self._results[node].symbol for node in last]]
+            size = sum(total(node.output_specs().values()) for node in last)
+            parts = [bundle.params(plan), [self._results[node].identity for node in last]]
             shared = self._runs(digest_record(parts))
             certain = not shared and self._surely(saved, last)
-            fetched = self._want(plan, needed, needed, certain=certain)
-            moved = Moved(size, size - in_place, fetched)
-            return replace(step, state=REUSE if shared else RUN, certain=certain, moved=moved)
-        content = bundle.Content.of(self._builder, plan, needed)
-        found, state = self._recorded(content.action)
+            fetched = self._want(plan, inputs, inputs, certain=certain)
+            traffic = Traffic(size, size - in_place, fetched)
+            return replace(step, state=REUSE if shared else RUN, certain=certain, moved=traffic)
+        tensors = {key.name: tensor for key, (_, tensor) in inputs.items()}
+        wanted = Bundle.of(plan, tensors, self._store.memos)
+        found, state = self._recorded(wanted.action)
         if found and self._holds(plan, found):
             return replace(step, state=state)
-        shared = not found and self._runs(content.action.key)
-        size = content.weights_nbytes
-        if found and bundle.whole_files(self._store.blobs, content, found.tensors):
-            moved = Moved(size, content.nbytes - size * self._links)
+        shared = not found and self._runs(wanted.action.key)
+        size = wanted.weights_nbytes
+        if found and bundle.whole_files(self._store.blobs, wanted, found.tensors):
+            traffic = Traffic(size, wanted.nbytes - size * self._links)
         else:
-            fetched = self._want(plan, needed, needed)
-            moved = Moved(size, content.nbytes - in_place, fetched)
-        return replace(step, state=REUSE if shared else state, certain=not shared, moved=moved)
+            fetched = self._want(plan, inputs, inputs)
+            traffic = Traffic(size, wanted.nbytes - in_place, fetched)
+        return replace(step, state=REUSE if shared else state, certain=not shared, moved=traffic)
 
     @cached_property
     def _links(self) -> bool:
         """Whether files of the cache are linked to build/, not copied."""
-        return link.on_one_disk(self._store.blobs.root, self._builder.state)
+        return link.on_one_disk(self._store.blobs.root, self._build.workspace.state)
 
     def _written_in_place(self, plan: Plan) -> int:
         """Return how many bytes of a target's weight files are there before it is packed."""
         if self._quick or not self._links:
             return 0
-        made = {n for n in plan.stages["quantize"] if self.steps[n.name].state == RUN}
+        made = {node for node in plan.last if self.steps[node.name].state == RUN}
         if not bundle.is_new(plan, made.__contains__):
             return 0
-        return sum(sizes.total(sizes.new(node).values()) for node in made)
+        return sum(total(node.new_specs().values()) for node in made)
 
-    def _extract(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
+    def _leaf(self, plan: Plan, node: Node, saved: TaskState, old: Manifest | None) -> None:
         why = saved.why([])
-        tensors = extract.known(self._builder, plan, node)
-        moved = self._moved(plan, node)
-        if tensors is None:
-            symbol = node.order.digest
-            self._results[node] = _Result(symbol, None, self._empty and not self._store.sharing)
+        manifest = self._build.recall(plan, node)
+        traffic = self._traffic(plan, node)
+        if manifest is None:
+            identity = node.spec.digest
+            unknown = self._empty and not self._store.sharing
+            self._results[node] = _Result(identity, None, unknown)
             self._check(plan, node)
-            shared = self._runs(symbol)
+            shared = self._runs(identity)
             self._put(
                 node, REUSE if shared else RUN, why, certain=self._empty,
-                moved=NOTHING if shared else moved,
+                moved=NOTHING if shared else traffic,
             )  # fmt: skip
             return
-        made = {name: (node, tensor) for name, tensor in tensors.items()}
-        manifest = Manifest(self._builder.action(node, made), tensors)
         self._results[node] = _Result(manifest.result, manifest)
         self._check(plan, node)
         if old:
-            why = [*why, *reasons.between(old.action, manifest.action)]
+            why = [*why, *reasons.between(old.action, manifest.action, node.stage.explain)]
         lost = 0
         if plan.checkpoint.source.available:  # else it is known by its record, and cannot be read
-            lost = sum(t.nbytes for t in tensors.values() if not self._has(t))
-            self._there |= {tensor.digest for tensor in tensors.values()}
+            tensors = manifest.tensors.values()
+            lost = sum(tensor.nbytes for tensor in tensors if not self._has(tensor))
+            self._there |= {tensor.digest for tensor in tensors}
         known = isinstance(self._store.actions.get(manifest.action), Hit)
         reuse = known or not plan.checkpoint.source.available or self._runs(manifest.action.key)
-        self._put(node, REUSE if reuse else RUN, why, moved=Moved(lost))
+        self._put(node, REUSE if reuse else RUN, why, moved=Traffic(lost))
 
-    def _unknown(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
-        read = [self._results[need].symbol for need in node.needs]
-        symbol = digest_record([node.stage, node.order.digest, read])
+    def _unknown(self, plan: Plan, node: Node, saved: TaskState, old: Manifest | None) -> None:
+        read = [self._results[need].identity for need in node.needs]
+        identity = digest_record([node.stage.name, node.spec.digest, read])
         certain = self._surely(saved, node.needs)
-        self._results[node] = _Result(symbol, None, certain)
-        why = []
+        self._results[node] = _Result(identity, None, certain)
+        why: list[Reason] = []
         if old:
-            now = replace(old.action, version=node.order.version, params=node.params)
-            why = reasons.between(old.action, now)
+            params = node.params.record
+            now = replace(old.action, version=node.stage.version, params=params)
+            why = reasons.between(old.action, now, node.stage.explain)
         if not why:
             why = saved.why([]) if saved.runs else [CONTENTS if certain else UNKNOWN]
-        made = self._running.get(symbol, False)
-        if self._runs(symbol, surely=certain):
+        made = self._running.get(identity, False)
+        if self._runs(identity, surely=certain):
             # If the other one need not make it after all, this one makes it, if nobody else does.
             self._put(node, REUSE, why, certain=certain and made)
             return
-        needed = self._needed(node)
-        names = sizes.reads(self._builder, node) & needed.keys() if needed else set()
-        fetched = self._want(plan, needed, names, certain=certain)
-        moved = self._moved(plan, node) + Moved(fetched=fetched)
-        self._put(node, RUN, why, certain=certain, moved=moved)
+        inputs = self._inputs(node)
+        keys = self._reads(node) & inputs.keys() if inputs else set()
+        fetched = self._want(plan, inputs, keys, certain=certain)
+        traffic = self._traffic(plan, node) + Traffic(fetched=fetched)
+        self._put(node, RUN, why, certain=certain, moved=traffic)
 
-    def _known(self, plan: Plan, node: Node, saved: Saved, old: Manifest | None) -> None:
-        needed = self._needed(node)
-        action = self._builder.action(node, needed)
+    def _known(self, plan: Plan, node: Node, saved: TaskState, old: Manifest | None) -> None:
+        inputs = self._inputs(node)
+        action = node.action(inputs)
         changed = [self._path(need) for need in self._changed(saved, node.needs)]
-        why = (old and reasons.between(old.action, action)) or saved.why(changed)
-        found, state = self._recorded(action, sizes.made(node))
+        explained = old and reasons.between(old.action, action, node.stage.explain)
+        why = explained or saved.why(changed)
+        found, state = self._recorded(action, node.output_specs())
         if found:
             self._results[node] = _Result(found.result, found)
             self._put(node, state, why)
             return
-        manifest = None if sizes.changed(node) else Manifest(action, _passed_on(node, needed))
-        symbol = manifest.result if manifest else action.key
-        self._results[node] = _Result(symbol, manifest, new=True)
+        manifest = None if node.new_specs() else Manifest(action, _passed_on(node, inputs))
+        identity = manifest.result if manifest else action.key
+        self._results[node] = _Result(identity, manifest, new=True)
         if self._runs(action.key):
             self._put(node, REUSE, why)
             return
-        fetched = self._want(plan, needed, sizes.reads(self._builder, node))
-        moved = self._moved(plan, node) + Moved(fetched=fetched)
-        self._put(node, RUN, why, moved=moved)
+        fetched = self._want(plan, inputs, self._reads(node))
+        traffic = self._traffic(plan, node) + Traffic(fetched=fetched)
+        self._put(node, RUN, why, moved=traffic)
 
-    def _surely(self, saved: Saved, needs: Iterable[Node]) -> bool:
+    def _reads(self, node: Node) -> set[Key]:
+        return sizes.reads(node, self._build.keep)
+
+    def _keeps(self, node: Node) -> bool:
+        return sizes.keeps(node.stage, self._build.keep)
+
+    def _surely(self, saved: TaskState, needs: Iterable[Node]) -> bool:
         """Tell whether a task is certain to run, and to find nothing on record."""
         results = {need: self._results[need] for need in needs}
         if not all(result.manifest or result.new for result in results.values()):
@@ -381,64 +408,63 @@ class Forecast:
             for need, result in results.items()
         )
 
-    def _as_it_was(self, saved: Saved, need: Node) -> bool:
+    def _as_it_was(self, saved: TaskState, need: Node) -> bool:
         result = self._results[need]
-        if isinstance(result, _Kept):
+        if isinstance(result, _UnchangedResult):
             return self._path(need) not in saved.changed
         manifest = result.manifest
         return manifest is not None and manifest.result == saved.read(self._path(need))
 
-    def _differs(self, saved: Saved, need: Node) -> bool:
+    def _differs(self, saved: TaskState, need: Node) -> bool:
         """Tell whether what a node will make has other names, dtypes or shapes than before."""
         old = Manifest.at(self._path(need))
         if not old or old.result != saved.read(self._path(need)):
             return False
-        return sizes.made(need) != {n: replace(t, digest="") for n, t in old.tensors.items()}
+        return need.output_specs() != {name: t.spec for name, t in old.tensors.items()}
 
     def _recorded(
-        self, action: Action, outline: Mapping[str, Tensor] | None = None
+        self, action: Action, outputs: Mapping[str, TensorSpec] | None = None
     ) -> tuple[Manifest | None, str]:
         found = self._store.actions.get(action)
         if isinstance(found, Hit):
             return found.manifest, REUSE
         sharing = self._store.sharing
-        manifest = sharing.look_up(action, outline) if sharing else None
+        manifest = sharing.look_up(action, outputs) if sharing else None
         return (manifest, FETCH) if manifest is not None else (None, RUN)
 
-    def _runs(self, symbol: str, *, surely: bool = True) -> bool:
+    def _runs(self, identity: str, *, surely: bool = True) -> bool:
         """Tell whether another task will have made what this one asks for; else this one will.
 
         Args:
-            symbol: of what it asks for.
+            identity: of what it asks for.
             surely: whether it asks for certain.
         """
-        shared = symbol in self._running
-        self._running[symbol] = surely or self._running.get(symbol, False)
+        shared = identity in self._running
+        self._running[identity] = surely or self._running.get(identity, False)
         return shared
 
-    def _needed(self, node: Node) -> Needed:
+    def _inputs(self, node: Node) -> Inputs:
         """Return the tensors that a node reads, as far as they are known."""
-        return node.given({need: self._tensors(need) for need in node.needs})
+        return node.inputs_of({need: self._tensors(need) for need in node.needs})
 
     def _tensors(self, node: Node) -> Mapping[str, Tensor]:
         """Return what a node makes, as far as it is known."""
         manifest = self._results[node].manifest
-        return manifest.tensors if manifest else _passed_on(node, self._needed(node))
+        return manifest.tensors if manifest else _passed_on(node, self._inputs(node))
 
-    def _made(self, nodes: Iterable[Node]) -> Needed:
+    def _made(self, nodes: Iterable[Node]) -> Inputs:
         """Return the tensors that some nodes make, of those whose manifests are known."""
-        return {
-            name: (node, tensor)
-            for node in nodes
-            if (manifest := self._results[node].manifest)
-            for name, tensor in manifest.tensors.items()
-        }
+        found: Inputs = {}
+        for node in nodes:
+            if manifest := self._results[node].manifest:
+                found |= node.own(manifest.tensors)
+        return found
 
     def _has(self, tensor: Tensor) -> bool:
         return tensor.digest in self._there or self._store.blobs.has(tensor.digest, tensor.nbytes)
 
     def _want(
-        self, plan: Plan, needed: Needed, names: Iterable[str], *, certain: bool = True
+        self, plan: Plan, inputs: Inputs, keys: Iterable[Key], *, certain: bool = True
     ) -> int:
         """Take note that tensors' bytes are read: what is lost is fetched, or made again.
 
@@ -446,12 +472,10 @@ class Forecast:
             The bytes to fetch.
         """
         fetched = 0
-        for name in names:
-            maker, tensor = needed[name]
+        for key in keys:
+            maker, tensor = inputs[key]
             if not self._has(tensor):  # which what was wanted before it may bring
-                # Of two stages' tensors, each has its stage's name in front.
-                plain = name.removeprefix(f"{maker.stage}:")
-                fetched += self._want_one(plan, maker, tensor, plain, certain)
+                fetched += self._want_one(plan, maker, tensor, key.name, certain)
         return fetched
 
     def _want_one(self, plan: Plan, maker: Node, tensor: Tensor, name: str, certain: bool) -> int:
@@ -459,20 +483,21 @@ class Forecast:
         if sharing and manifest and sharing.has(manifest.action.key, tensor):
             self._there.add(tensor.digest)
             return tensor.nbytes
-        if maker.stage == "extract" and not plan.checkpoint.source.available:
+        if maker.is_leaf and not plan.checkpoint.source.available:
             self._refuse_making(plan, maker)
             return 0
-        needed = self._needed(maker)
-        if not self._builder.keeps(maker.stage) and (keys := _again(maker, name)) is not None:
-            return self._want(plan, needed, keys, certain=certain)
-        for key, (earlier, passed) in needed.items():
-            if passed == tensor and self._builder.keeps(earlier.stage):
-                return self._want(plan, needed, [key], certain=certain)
+        inputs = self._inputs(maker)
+        output = maker.outputs()[name]
+        if not self._keeps(maker) and output.origin is not Origin.STORED:  # made as it is read
+            return self._want(plan, inputs, output.inputs, certain=certain)
+        for key, (earlier, passed) in inputs.items():
+            if passed == tensor and self._keeps(earlier):
+                return self._want(plan, inputs, [key], certain=certain)
         if self.steps[maker.name].state != RUN:
-            moved = self._moved(plan, maker)
-            self._put(maker, RUN, [LOST], certain=certain, moved=moved)
-        reads = sizes.reads(self._builder, maker) if needed else set()
-        fetched = self._want(plan, needed, reads & needed.keys(), certain=certain)
+            traffic = self._traffic(plan, maker)
+            self._put(maker, RUN, [LOST], certain=certain, moved=traffic)
+        reads = self._reads(maker) if inputs else set()
+        fetched = self._want(plan, inputs, reads & inputs.keys(), certain=certain)
         self._there |= {made.digest for made in manifest.tensors.values()} if manifest else set()
         return fetched
 
@@ -481,25 +506,27 @@ class Forecast:
         if self._quick:  # the remote store may have what is made of it
             return
         try:
-            extract.make(self._builder, plan, node, look=True)
+            self._build.scan(plan, node, reread=True)
         except BuildError as error:
             self.refused.setdefault(plan.target.source_name, f"{plan.target.name}: {error}")
 
     def _holds(self, plan: Plan, packed: Manifest) -> bool:
         """Tell whether build/TARGET has the files of a build, as far as their sizes tell."""
         target = plan.target.name
-        last = Manifest.at(self._builder.packed_path(target))
-        folder = self._builder.state.parent / BUILD / target
+        last = Manifest.at(self._build.workspace.packed(target))
+        folder = self._build.workspace.built(target)
         if not folder.is_dir() or (last and last.tensors != packed.tensors):
             return False
         there = {path.name: path.stat().st_size for path in folder.iterdir()}
         return there == {name: tensor.nbytes for name, tensor in packed.tensors.items()}
 
-    def _moved(self, plan: Plan, node: Node) -> Moved:
-        return NOTHING if self._quick else sizes.moved(self._builder, plan, node)
+    def _traffic(self, plan: Plan, node: Node) -> Traffic:
+        if self._quick:
+            return NOTHING
+        return sizes.traffic(node, self._build.keep, plan.checkpoint)
 
     def _path(self, node: Node) -> str:
-        return self._builder.manifest_path(node)
+        return self._build.workspace.manifest(node.target, node.stage.name, node.layer)
 
     def _put(
         self,
@@ -508,31 +535,19 @@ class Forecast:
         why: Iterable[Reason] = (),
         *,
         certain: bool = True,
-        moved: Moved = NOTHING,
+        moved: Traffic = NOTHING,
     ) -> None:
         self.steps[node.name] = Step(
-            node.name, node.target, node.stage, node.order.layer, state, tuple(why), certain, moved
+            node.name, node.target, node.stage.name, node.layer, state, tuple(why), certain, moved
         )
 
 
-def _passed_on(node: Node, needed: Needed) -> dict[str, Tensor]:
+def _passed_on(node: Node, inputs: Inputs) -> dict[str, Tensor]:
     """Return what a node makes by passing it on, as far as that is known."""
-    if not needed:
+    if not inputs:
         return {}
-    made = sizes.made(node)
-    inputs = {name: name for name in needed}  # in the order that the node will find
-    if node.stage == "unshard":
-        inputs = {name: told[2][0] for name, told in node.params["tensors"].items()}
-    kept = made.keys() - sizes.changed(node)
     return {
-        name: replace(made[name], digest=needed[key][1].digest)
-        for name, key in inputs.items() if name in kept and key in needed
-    }  # fmt: skip
-
-
-def _again(node: Node, name: str) -> list[str] | None:
-    """Return what a tensor that is not kept is made of as it is read; None if it is kept."""
-    if node.stage == "cast":
-        return [name]
-    _, _, inputs, steps = node.params["tensors"][name]
-    return None if unshard.sanitized(steps) else inputs
+        name: Tensor(*output.spec, inputs[output.inputs[0]].tensor.digest)
+        for name, output in node.outputs().items()
+        if output.origin is Origin.PASSED_ON and output.inputs and output.inputs[0] in inputs
+    }

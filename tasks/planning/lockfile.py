@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cache.digest import digest_record
 from cache.files import atomic
@@ -28,16 +28,12 @@ from tasks.checkpoints.loaders import weight_patterns
 from tasks.core.errors import BuildError, CheckpointError, ConfigError
 from tasks.core.spec import Target
 from tasks.planning import source_record
+from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource
-
-if TYPE_CHECKING:
-    from tasks.execution.builder import Builder
-    from tasks.planning.plan import Plan
+from tasks.stages.stage import COMPUTER
 
 VERSION = 1
 SHOWN = 10  # names in a message
-# Of a stage's parameters those that say what computes it: "sanitize" names mlx-lm's version.
-COMPUTER = ("mlx", "device", "machine", "sanitize")
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,6 @@ class Lock:
     targets: dict[str, Built]
     strict: bool = False
     _writing: threading.Lock = field(default_factory=threading.Lock)
-    _taken: dict[str, LockedSource] = field(default_factory=dict)
     _digests: dict[str, dict[str, str]] = field(default_factory=dict)  # by record
 
     @classmethod
@@ -210,19 +205,23 @@ class Lock:
         if odd:
             raise self._drift(plan.target, odd)
 
-    def check_source(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> LockedSource:
-        """Return a target's source as it is now; it must be as it is locked, if it is.
+    def locked_record(self, plan: Plan) -> LockedSource | None:
+        """Return a target's source where it is known by the very record that is locked."""
+        locked = self.sources.get(plan.target.source_name)
+        return locked if locked and plan.checkpoint.source.identity == locked.record else None
+
+    def check_files(self, plan: Plan, now: Mapping[str, list[Any]]) -> None:
+        """Refuse a target's source that is not as it is locked, if it is.
+
+        Args:
+            plan: the target.
+            now: its files, see ``LockedSource.files``.
 
         Raises:
-            BuildError: it is not.
+            BuildError: it is another.
         """
-        locked = self.sources.get(plan.target.source_name)
-        if locked and plan.checkpoint.source.identity == locked.record:
-            return locked
-        now = self.take(builder, plan, plans)
-        if locked:
-            self._compare(plan, now.files, locked.files)
-        return now
+        if locked := self.sources.get(plan.target.source_name):
+            self._compare(plan, now, locked.files)
 
     def check_known(self, plan: Plan, digests: Mapping[str, str]) -> None:
         """Refuse what ``check_source`` will, as far as that is known without reading weights.
@@ -253,35 +252,26 @@ class Lock:
         if odd:
             raise self._drift(plan.target, odd)
 
-    def take(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> LockedSource:
-        """Return a target's source as it is now, worked out once a run."""
-        name = plan.target.source_name
-        with self._writing:
-            if name not in self._taken:
-                same = [p for p in plans if p.target.source_name == name]
-                self._taken[name] = source_record.snapshot(builder, same)
-            return self._taken[name]
-
-    def accept(self, builder: Builder, plan: Plan, plans: Iterable[Plan]) -> None:
-        """Lock a target's source as it is now.
-
-        Raises:
-            BuildError: nothing is to be written.
-        """
-        if self.strict:
-            raise BuildError("--locked never writes models.lock. Run doit lock without it.")
-        if not plan.checkpoint.source.available:
-            return  # not here: there is nothing new to accept
-        plans = list(plans)
-        now = self.take(builder, plan, plans)
+    def accept(self, plan: Plan, now: LockedSource, plans: Iterable[Plan]) -> None:
+        """Lock a target's source as it is now."""
         with self._writing:
             self.sources[plan.target.source_name] = now
             self._save(plans)
 
     def check_target(
-        self, builder: Builder, plan: Plan, source: LockedSource, action: Action
+        self,
+        plan: Plan,
+        source: LockedSource,
+        action: Action,
+        recorded: Callable[[str], Manifest | None],
     ) -> list[str]:
         """Compare what is about to be packed with what is locked.
+
+        Args:
+            plan: the target.
+            source: its source as it is now.
+            action: that packs it.
+            recorded: returns what the action of a key made, if that is on record.
 
         Returns:
             Notes for people: what differs although nothing that was asked for does.
@@ -296,7 +286,7 @@ class Lock:
         if (locked.source, locked.settings) != asked and not self.strict:
             return []
         fact = f"differs from {self.path.name} although nothing it is built from does: "
-        fact += _differences(builder.recorded(locked.action), action)
+        fact += _differences(recorded(locked.action), action)
         if locked.computer != computer(plan):
             fact += f"; locked was computed by {_told(locked.computer)}, this by "
             fact += _told(computer(plan))
@@ -304,13 +294,13 @@ class Lock:
             raise self._another(plan, fact)
         return [fact]
 
-    def wants_blake3(self, builder: Builder, plan: Plan) -> bool:
+    def wants_blake3(self, plan: Plan, *, shared: bool) -> bool:
         """Tell whether a target's output has its BLAKE3 in the lock, or gets it.
 
         It takes as long as copying the output does, and is for who gets results from others.
         """
         locked = self.targets.get(plan.target.name)
-        return builder.store.sharing is not None or bool(locked and locked.blake3)
+        return shared or bool(locked and locked.blake3)
 
     def check_output(
         self, plan: Plan, source: LockedSource, packed: Manifest, blake3: str | None
@@ -387,10 +377,10 @@ class Lock:
 
 
 def settings(plan: Plan) -> str:
-    """Return a digest of all that a target is told, but for what computes it."""
+    """Return a digest of all that a target depends on, but for what computes it."""
     nodes = [
-        [n.stage, n.order.layer, n.order.version,
-         {key: value for key, value in n.params.items() if key not in COMPUTER}]
+        [n.stage.name, n.layer, n.stage.version,
+         {key: value for key, value in n.params.record.items() if key not in COMPUTER}]
         for stage in plan.stages.values() for n in stage
     ]  # fmt: skip
     target = plan.target
@@ -402,9 +392,9 @@ def settings(plan: Plan) -> str:
 def computer(plan: Plan) -> dict[str, str] | None:
     """Return what computes a target: MLX's version, device, machine; None if nothing does."""
     found = {
-        key: str(node.params[key])
-        for stage in plan.stages.values() for node in stage for key in COMPUTER
-        if key in node.params
+        key: str(record[key])
+        for stage in plan.stages.values() for node in stage
+        for record in [node.params.record] for key in COMPUTER if key in record
     }  # fmt: skip
     return found or None
 

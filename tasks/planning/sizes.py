@@ -1,21 +1,18 @@
-"""sizes: what an action will make, read and write, known before it runs."""
+"""sizes: the bytes that an action will read and write, known before it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-from cache.records.manifests import Tensor
-from tasks.stages import measure, unshard
-
-if TYPE_CHECKING:
-    from tasks.execution.builder import Builder
-    from tasks.planning.plan import Node, Plan
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.planning.node import Node, total
+from tasks.planning.plan import Plan
+from tasks.stages.stage import Keep, Key, Origin, Stage
 
 
 @dataclass(frozen=True)
-class Moved:
+class Traffic:
     """Bytes.
 
     Attributes:
@@ -28,136 +25,66 @@ class Moved:
     written: int = 0
     fetched: int = 0
 
-    def __add__(self, other: Moved) -> Moved:
-        return Moved(
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
             self.read + other.read, self.written + other.written, self.fetched + other.fetched
         )
 
 
-def total(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of tensors together."""
-    return sum(tensor.nbytes for tensor in tensors)
+def keeps(stage: Stage, keep: Collection[str]) -> bool:  # type: ignore[type-arg]
+    """Tell whether the cache keeps what a stage makes, given models.toml's ``[cache] keep``."""
+    return stage.keep is Keep.ALWAYS or stage.name in keep
 
 
-def made(node: Node) -> dict[str, Tensor]:
-    """Return what a node makes, without the digests."""
-    told = node.params
-    if node.stage in ("extract", "unshard"):
-        return {name: Tensor(t[0], tuple(t[1]), "") for name, t in told["tensors"].items()}
-    if node.stage == "error":
-        vector = Tensor("float32", (len(told["compared"]),), "")
-        return {measure.NORM: vector, measure.ERROR_NORM: vector}
-    (need,) = node.needs
-    tensors = made(need)
-    if node.stage == "cast":
-        return {n: Tensor(told["dtypes"].get(n, t.dtype), t.shape, "") for n, t in tensors.items()}
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name in told["settings"]:
-            found |= _quantized(name, tensor, *told["settings"][name])
-        else:
-            found[name] = tensor
-    return found
+def reads(node: Node, keep: Collection[str]) -> set[Key]:
+    """Return the inputs whose bytes a node's action asks for.
 
-
-def outline(plan: Plan) -> dict[str, tuple[Node, Tensor]]:
-    """Return the tensors of a built model: who makes each, and what it is, without the digest."""
+    A kept stage has what it passes on copied, where the stage before did not keep it.
+    """
+    kept = keeps(node.stage, keep)
+    late = {need.stage.name for need in node.needs if need.stage.keep is not Keep.ALWAYS}
     return {
-        name: (node, tensor)
-        for node in plan.stages["quantize"]
-        for name, tensor in made(node).items()
+        key
+        for output in node.outputs().values()
+        for key in output.inputs
+        if output.origin is not Origin.PASSED_ON or (kept and key.stage in late)
     }
 
 
-def _quantized(
-    name: str, tensor: Tensor, group_size: int, bits: int, mode: str
-) -> dict[str, Tensor]:
-    *rows, columns = tensor.shape
-    prefix = name.removesuffix("weight")
-    scales = (*rows, columns // group_size)
-    parts = {name: Tensor("uint32", (*rows, columns * bits // 32), "")}
-    if mode != "affine":
-        return parts | {f"{prefix}scales": Tensor("uint8", scales, "")}
-    return parts | {
-        prefix + part: Tensor(tensor.dtype, scales, "") for part in ("scales", "biases")
-    }
+def traffic(node: Node, keep: Collection[str], checkpoint: Checkpoint) -> Traffic:
+    """Return the bytes that a node's action reads and writes, if nothing of it is there yet."""
+    outputs = node.outputs()
+    if node.is_leaf:
+        copied = [name for name in outputs if checkpoint.must_copy(name)]
+        size = total(output.spec for output in outputs.values())
+        return Traffic(size, total(outputs[name].spec for name in copied))
+    kept = keeps(node.stage, keep)
+    written = {Origin.STORED, Origin.VIEW} if kept else {Origin.STORED}
+    new = [output for output in outputs.values() if output.origin is not Origin.PASSED_ON]
+    work = {key for output in new for key in output.inputs}
+    specs = node.input_specs()
+    makers = {(need.stage.name, n): need for need in node.needs for n in need.outputs()}
+    late = [key for key in reads(node, keep) - work if not _in_cache(makers[key], key.name, keep)]
+    copied_bytes = total(specs[key] for key in late)
+    return Traffic(
+        total(specs[key] for key in work) + copied_bytes,
+        total(output.spec for output in new if output.origin in written) + copied_bytes,
+    )
 
 
-def changed(node: Node) -> set[str]:
-    """Return the names of those tensors of a layer that are not just passed on."""
-    told = node.params
-    if node.stage == "extract":
-        return set()
-    if node.stage == "error":
-        return {measure.NORM, measure.ERROR_NORM}
-    if node.stage == "unshard":
-        return {name for name, (*_, steps) in told["tensors"].items() if _joined(steps)}
-    return set(told["dtypes"] if node.stage == "cast" else told["settings"])
+def total_traffic(plan: Plan, keep: Collection[str]) -> Traffic:
+    """Return that of all nodes of a target."""
+    nodes = [node for stage in plan.stages.values() for node in stage]
+    return sum((traffic(node, keep, plan.checkpoint) for node in nodes), Traffic())
 
 
-def new(node: Node) -> dict[str, Tensor]:
-    """Return of what cast or quantize makes that which it does not pass on, without the digests."""
-    passed = made(node.needs[0]).keys() - changed(node)
-    return {name: tensor for name, tensor in made(node).items() if name not in passed}
-
-
-def reads(builder: Builder, node: Node) -> set[str]:
-    """Return the names of the tensors whose bytes a node's action asks for."""
-    if node.stage == "unshard":
-        return {key for name in changed(node) for key in node.params["tensors"][name][2]}
-    if node.stage == "cast" and not builder.keeps("cast"):
-        return changed(node)
-    return set(_read(node))
-
-
-def moved(builder: Builder, plan: Plan, node: Node) -> Moved:
-    """Return how many bytes a node's action reads and writes, if nothing of it is there yet."""
-    if node.stage == "extract":
-        stored = {key: plan.checkpoint.stored[key].nbytes for key in node.params["tensors"]}
-        copied = sum(n for key, n in stored.items() if plan.checkpoint.must_copy(key))
-        return Moved(sum(stored.values()), copied)
-    if node.stage == "error":
-        return Moved(total(_read(node).values()), total(made(node).values()))
-    after, before = made(node), made(node.needs[0])
-    work = changed(node)
-    if node.stage == "unshard":
-        size = total(after[name] for name in work)
-        kept = {n for n in work if _by_mlx_lm(node, n) or builder.keeps("unshard")}
-        kept = {n for n in kept if not _in_place(node, n)}
-        return Moved(size, total(after[name] for name in kept))
-    # What is passed on is copied where the stages before did not keep it.
-    late = {n for n in reads(builder, node) - work if not _kept(builder, node.needs[0], n)}
-    copied = total(before[name] for name in late)
-    kept_new = total(new(node).values()) if builder.keeps(node.stage) else 0
-    return Moved(total(before[name] for name in work) + copied, kept_new + copied)
-
-
-def _read(node: Node) -> dict[str, Tensor]:
-    """Return the tensors that a node is given, without the digests."""
-    given = node.given({need: made(need) for need in node.needs})
-    return {name: tensor for name, (_, tensor) in given.items()}
-
-
-def _kept(builder: Builder, node: Node, name: str) -> bool:
+def _in_cache(node: Node, name: str, keep: Collection[str]) -> bool:
     """Tell whether a tensor's bytes are in the cache once the node's action ran."""
-    if builder.keeps(node.stage):
+    if keeps(node.stage, keep):
         return True
-    if name in changed(node):
-        return node.stage == "unshard" and (_by_mlx_lm(node, name) or _in_place(node, name))
-    return node.stage == "unshard" or _kept(builder, node.needs[0], name)
-
-
-def _by_mlx_lm(node: Node, name: str) -> bool:
-    told: Mapping[str, Any] = node.params["tensors"]
-    return unshard.sanitized(told[name][3])
-
-
-def _in_place(node: Node, name: str) -> bool:
-    """Tell whether a tensor lies in the checkpoint, piece after piece: it is not copied."""
-    steps = node.params["tensors"][name][3]
-    return all(step in (["same"], ["concatenate", 0], ["stack", 0]) for step in steps)
-
-
-def _joined(steps: list[Any]) -> bool:
-    """Tell whether steps make anything, beside comparing copies."""
-    return bool(steps[1:] if steps and steps[0][0] == "same" else steps)
+    output = node.outputs()[name]
+    if output.origin is not Origin.PASSED_ON:
+        return output.origin is not Origin.VIEW
+    (key,) = output.inputs
+    makers = {(need.stage.name, n): need for need in node.needs for n in need.outputs()}
+    return _in_cache(makers[key], key.name, keep)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cache.digest import digest, digest_file, digest_list
+from cache.store import Store
 from tasks.checkpoints import record
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.loaders import weight_patterns
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
 from tasks.layouts import LAYOUTS
-from tasks.planning.plan import Node, Plan, extracting
-
-if TYPE_CHECKING:
-    from tasks.execution.builder import Builder
 
 
 @dataclass(frozen=True)
@@ -55,21 +52,18 @@ class LockedSource:
         return cls(**{**entry, "files": files})
 
 
-def snapshot(builder: Builder, plans: Iterable[Plan]) -> LockedSource:
-    """Return the source that ``plans`` have in common, and keep its record.
+def take(store: Store, checkpoint: Checkpoint, digests: Mapping[str, str]) -> LockedSource:
+    """Return a checkpoint as models.lock has it, and keep its record.
 
-    Tensors that no action digested yet are digested.
-
-    Raises:
-        CheckpointError: a file cannot be read.
+    Args:
+        store: where the record is kept, and shared from.
+        checkpoint: the checkpoint.
+        digests: of all its tensors, by key.
     """
-    plans = list(plans)
-    checkpoint = plans[0].checkpoint
     if not checkpoint.source.available:
         raise ValueError("a recalled checkpoint is what its record says")
-    digests = _all_digests(builder, plans)
     small = _small_files(checkpoint)
-    name, nbytes = record.keep(builder.store, checkpoint, digests, small)
+    name, nbytes = record.keep(store, checkpoint, digests, small)
     files = _files(checkpoint, digests, small)
     return LockedSource(dict(sorted(files.items())), name, nbytes, checkpoint.source.revision)
 
@@ -102,21 +96,6 @@ def mismatched_files(folder: Path, source: LockedSource) -> list[str]:
         and (folder / name).is_file()
         and ((folder / name).stat().st_size != size or digest_file(folder / name) != known)
     ]
-
-
-def _all_digests(builder: Builder, plans: Iterable[Plan]) -> dict[str, str]:
-    """Return the digest of each stored tensor, also of those that no target uses."""
-    digests: dict[str, str] = {}
-    seen = set()
-    for plan in plans:
-        nodes = plan.stages["extract"]
-        for node in [node for node in nodes if node.order.digest not in seen]:
-            seen.add(node.order.digest)
-            digests |= {key: t.digest for key, t in builder.look(plan, node).tensors.items()}
-    if rest := [key for key in plan.checkpoint.stored if key not in digests]:
-        node = Node(extracting(plan.checkpoint, "rest", rest), plan.target.name)
-        digests |= {key: t.digest for key, t in builder.look(plan, node).tensors.items()}
-    return digests
 
 
 def _small_files(checkpoint: Checkpoint) -> dict[str, bytes]:

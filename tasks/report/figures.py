@@ -6,20 +6,18 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from math import hypot, inf, isfinite, log10, nan, prod
+from math import hypot, inf, isfinite, log10, nan
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cache.errors import CacheError
 from cache.files.stamp import Stamp
 from cache.records.manifests import Manifest, Tensor
 from tasks.core.errors import BuildError
+from tasks.execution.builder import Builder
+from tasks.planning.node import Node
+from tasks.planning.plan import Plan
 from tasks.stages import measure, quantize_scheme
 from tasks.stages.quantize_scheme import Setting
-
-if TYPE_CHECKING:
-    from tasks.execution.builder import Builder
-    from tasks.planning.plan import Node, Plan
 
 # What a module is for, told from its path: the first that matches. Names of mlx-lm's models, and
 # Meta's.
@@ -183,7 +181,7 @@ class Reader:
     def stamps(self, plan: Plan) -> list[Stamp | None]:
         """Return the stamps of the manifests that a target's figures come of."""
         paths = [str(self.builder.packed_path(plan.target.name))]
-        paths += [self.builder.manifest_path(node) for node in plan.errors]
+        paths += [self.builder.manifest_path(node) for node in plan.measuring]
         return [_stamp(path) for path in paths]
 
     def read(self, plan: Plan) -> Figures | None:
@@ -235,37 +233,38 @@ def pieces(plan: Plan, packed: Manifest, errors: dict[str, Error]) -> list[Piece
         for name, (dtype, shape, digest) in packed.action.inputs.items()
     }
     found = []
-    for node in plan.stages["unshard"]:
-        for name, (_, shape, *_) in node.params["tensors"].items():
+    for layer, parameters in plan.shared.layers.items():
+        for parameter in parameters:
+            name = parameter.name
             known = errors.get(name)
             names = quantize_scheme.parts(name, known.setting) if known else [name]
             nbytes = sum(tensors[part].nbytes for part in names)
             dtype = tensors[name].dtype
-            found.append(Piece(name, node.order.layer, prod(shape), nbytes, dtype, known))
+            found.append(Piece(name, layer, parameter.size, nbytes, dtype, known))
     return found
 
 
 def _errors(builder: Builder, plan: Plan, packed: Manifest) -> dict[str, Error] | None:
     found: dict[str, Error] = {}
-    for node in plan.errors:
+    for node in plan.nodes(measure.Measure.name):
         manifest = Manifest.at(Path(builder.manifest_path(node)))
-        if manifest is None or manifest.action.params != node.params:
+        if manifest is None or manifest.action.params != node.params.record:
             return None
         for name, record in manifest.action.inputs.items():
-            part = name.removeprefix(measure.QUANTIZE)
+            part = name.removeprefix(f"{measure.QUANTIZED}:")
             if part != name and packed.action.inputs.get(part) != record:
                 return None  # packed since, or not yet
         try:
             norms = measure.figures(manifest, _bytes(builder, plan, node, manifest))
         except (BuildError, CacheError, OSError):
             return None
-        for name, setting in node.params["compared"].items():
-            found[name] = Error(Setting(*setting), *norms[name])
+        for name, setting in node.params.compared.items():
+            found[name] = Error(setting, *norms[name])
     return found
 
 
 def _bytes(builder: Builder, plan: Plan, node: Node, manifest: Manifest) -> dict[str, bytes]:
     """Return what a node made: bytes that only a remote has are fetched, lost ones made again."""
-    made = {name: (node, tensor) for name, tensor in manifest.tensors.items()}
+    made = node.own(manifest.tensors)
     chunks = builder.store.blobs.chunks
-    return {name: b"".join(map(bytes, chunks(builder.locate(plan, made, name)))) for name in made}
+    return {key.name: b"".join(map(bytes, chunks(builder.locate(plan, made, key)))) for key in made}

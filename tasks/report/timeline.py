@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.execution.log import MAX_BYTES, Entry
+from tasks.stages.registry import PIPELINE
 
 if TYPE_CHECKING:
     from tasks.planning.plan import Plan
 
-STAGES = ("extract", "unshard", "cast", "quantize", "pack")
+STAGES = (*(stage.name for stage in PIPELINE), "pack")
 _FIELDS = [field.name for field in fields(Entry)]
 
 
@@ -93,7 +94,7 @@ def read(log: Path, plan: Plan) -> Timeline | None:
     first = _entry(data.partition(b"\n")[0])
     # A trimmed log begins in the middle of a run, and is still long.
     cut = first is not None and first.run == packed.run and len(data) > MAX_BYTES // 4
-    needs = {f"pack:{target}": [node.name for node in plan.stages["quantize"]]}
+    needs = {f"pack:{target}": [node.name for node in plan.last]}
     for stage in plan.stages.values():
         needs |= {node.name: [need.name for need in node.needs] for node in stage}
     mine = {entry.task: entry for entry in entries if target_of(entry.task) == target}

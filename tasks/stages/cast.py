@@ -2,51 +2,100 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Mapping
+from typing import Any
 
-from cache.records.manifests import Tensor
-from tasks.layouts.model import Model
+from cache.records.manifests import TensorSpec
+from tasks.layouts.model import Parameter
+from tasks.stages.reasons import Reason, changes
+from tasks.stages.stage import (
+    Context,
+    Inputs,
+    Keep,
+    Key,
+    Origin,
+    Output,
+    Params,
+    Planned,
+    Result,
+    Stage,
+    TargetModel,
+)  # fmt: skip
 from tasks.tensors import rows
 from tasks.tensors.rows import Rows
 
-if TYPE_CHECKING:
-    from tasks.execution.builder import Builder, Made
-    from tasks.planning.plan import Needed, Node, Plan
-
-VERSION = 1
 FLOATING = ("float16", "bfloat16", "float32")
 
 
-def plan(model: Model, dtype: str | None) -> dict[str, str]:
-    """Return each parameter's dtype after the cast.
+class CastParams(Params, frozen=True):
+    """What is cast.
 
-    Args:
-        model: the model.
-        dtype: what to cast to, or None to cast nothing.
+    Attributes:
+        dtypes: the dtype after the cast, by name; other tensors stay as they are.
     """
-    return {
-        p.name: dtype if dtype in FLOATING and p.castable else p.dtype
-        for p in model.parameters.values()
-    }  # fmt: skip
+
+    dtypes: dict[str, str]
 
 
-def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
-    """Cast a layer."""
-    keep = builder.keeps("cast")
-    made: dict[str, Tensor] = {}
-    for name, (_, tensor) in needed.items():
-        if name in node.params["dtypes"]:
-            whole = again(builder, plan, node, needed, name)
-            made[name] = rows.digest(builder.store.blobs, whole, keep=keep)
-        elif keep:
-            made[name] = builder.kept(plan, needed, name)
-        else:
-            made[name] = tensor
-    return made, []
+def dtype_after(parameter: Parameter, dtype: str | None) -> str:
+    """Return a parameter's dtype after a cast to ``dtype``; None casts nothing."""
+    return dtype if dtype in FLOATING and parameter.castable else parameter.dtype
 
 
-def again(builder: Builder, plan: Plan, node: Node, needed: Needed, name: str) -> Rows:
-    """Return a tensor, cast as it is read."""
-    whole = builder.rows(plan, needed, name)
-    dtype = node.params["dtypes"].get(name)
-    return rows.Cast(whole, dtype) if dtype else whole
+class Cast(Stage[CastParams]):
+    """See the module."""
+
+    name = "cast"
+    version = 1
+    keep = Keep.CONFIGURED
+    params = CastParams
+
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[CastParams]]:
+        """Plan to cast each parameter that is not of its dtype."""
+        found = {}
+        for layer, parameters in target.layers.items():
+            dtypes = {p.name: dtype_after(p, target.dtype) for p in parameters}
+            params = CastParams({p.name: d for p in parameters if (d := dtypes[p.name]) != p.dtype})
+            found[layer] = Planned(params, target.same_layer(layer))
+        return found
+
+    def plan_key(self, target: TargetModel) -> Hashable:
+        """The dtype."""
+        return target.dtype
+
+    def outputs(self, params: CastParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+        """Of the same names and shapes."""
+        found = {}
+        for key, spec in inputs.items():
+            dtype = params.dtypes.get(key.name)
+            origin = Origin.VIEW if dtype else Origin.PASSED_ON
+            found[key.name] = Output(TensorSpec(dtype or spec.dtype, spec.shape), origin, (key,))
+        return found
+
+    def run(self, params: CastParams, inputs: Inputs, context: Context) -> Result:
+        """Cast a layer."""
+        made = {}
+        for key, tensor in inputs.items():
+            if key.name in params.dtypes:
+                whole = self.view(params, inputs, context, key.name)
+                made[key.name] = rows.digest(context.blobs, whole, keep=context.keeps)
+            else:
+                made[key.name] = context.pass_on(key) if context.keeps else tensor
+        return Result(made)
+
+    def view(self, params: CastParams, inputs: Inputs, context: Context, name: str) -> Rows:
+        """Return a tensor, cast as it is read."""
+        whole = context.rows(next(key for key in inputs if key.name == name))
+        dtype = params.dtypes.get(name)
+        return rows.Cast(whole, dtype) if dtype else whole
+
+    def describe(self, params: CastParams) -> str:
+        """Return to which dtypes."""
+        dtypes = sorted({*params.dtypes.values()})
+        return f"to {', '.join(dtypes)}" if dtypes else "as it is"
+
+    def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+        """Compare dtypes by name."""
+        return changes(
+            "dtype", old.get("dtypes") or {}, new.get("dtypes") or {}, "the checkpoint's"
+        )

@@ -6,148 +6,223 @@ and views that are not row-major.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
 
 from cache.digest import digest_parts
 from cache.errors import FileChanged
 from cache.files.stamp import Stamp
-from cache.records.manifests import Tensor
+from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.stored import TORCH, Stored
 from tasks.checkpoints.torch_file import load_with_torch
 from tasks.core.errors import CheckpointError
+from tasks.stages.reasons import Reason, changed_values, tensor_changes
+from tasks.stages.stage import (
+    ActionSpec,
+    Context,
+    Keep,
+    Key,
+    LeafStage,
+    Origin,
+    Output,
+    Params,
+    Planned,
+    TargetModel,
+)  # fmt: skip
+from tasks.tensors.rows import IN_FLIGHT_BYTES
 
-if TYPE_CHECKING:
-    from tasks.execution.builder import Builder
-    from tasks.planning.plan import Node, Plan
-
-VERSION = 1
+KIND = "extracts"  # of memos: digests, by the fingerprint of what was read
 
 
-def make(builder: Builder, plan: Plan, node: Node, *, look: bool = False) -> dict[str, Tensor]:
-    """Digest a layer's stored tensors.
+class StoredSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A stored tensor's dtype and shape."""
 
-    Args:
-        builder: gives the store.
-        plan: the target.
-        node: the layer.
-        look: read them even if files of these stamps were digested before.
+    dtype: str
+    shape: tuple[int, ...]
 
-    Raises:
-        CheckpointError: a file cannot be read.
-        FileChanged: a file changes meanwhile.
+
+class ExtractParams(Params, frozen=True):
+    """What is extracted.
+
+    Attributes:
+        tensors: the stored tensors, by key.
     """
-    checkpoint = plan.checkpoint
-    if not checkpoint.source.available:
-        return _recalled(plan, node, look=look)
-    blobs = builder.store.blobs
-    known = None if look else _remembered(builder, node)
-    tensors: dict[str, Tensor] = {}
-    for index, (key, (dtype, shape)) in enumerate(node.params["tensors"].items()):
-        stored = checkpoint.stored[key]
-        if known and blobs.has(known[index], stored.nbytes):
-            tensors[key] = Tensor(dtype, tuple(shape), known[index])
-            continue
-        try:
-            if stored.offset == TORCH:
-                found = _with_torch(builder, plan, stored.file)[stored.name]
-            elif part := checkpoint.part(key):
-                found = digest_parts(blobs.chunks([part]))
-                blobs.refer(found, [part])
-            else:
-                found = _copied(builder, checkpoint, stored)
-        except OSError as error:
-            path = checkpoint.source.path(stored.file) or stored.file
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        tensors[key] = Tensor(dtype, tuple(shape), found)
-    digests = [tensor.digest for tensor in tensors.values()]
-    if digests != known:
-        builder.store.memos.put("extracts", [VERSION, node.order.look], digests)
-    return tensors
+
+    tensors: dict[str, StoredSpec]
 
 
-def _recalled(plan: Plan, node: Node, *, look: bool) -> dict[str, Tensor]:
+class Extract(LeafStage[ExtractParams]):
+    """See the module."""
+
+    name = "extract"
+    version = 1
+    keep = Keep.ALWAYS  # as references
+    params = ExtractParams
+
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[ExtractParams]]:
+        """Plan the stored tensors that the model uses, by layer."""
+        return {
+            layer: self.planned(target.checkpoint, keys)
+            for layer, keys in target.stored_layers.items()
+        }
+
+    def planned(self, checkpoint: Checkpoint, keys: Sequence[str]) -> Planned[ExtractParams]:
+        """Plan to extract some stored tensors."""
+        stored = {key: checkpoint.stored[key] for key in keys}
+        specs = {key: StoredSpec(s.dtype, s.shape) for key, s in stored.items()}
+        return Planned(ExtractParams(specs), fingerprint=checkpoint.fingerprint(keys))
+
+    def outputs(self, params: ExtractParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+        """The stored tensors, where they lie."""
+        return {
+            key: Output(TensorSpec(stored.dtype, stored.shape), Origin.REFERENCE)
+            for key, stored in params.tensors.items()
+        }
+
+    def scan(
+        self, spec: ActionSpec[ExtractParams], context: Context, *, reread: bool
+    ) -> dict[str, Tensor]:
+        """Digest a layer's stored tensors.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+            FileChanged: a file changes meanwhile.
+        """
+        checkpoint, blobs = context.checkpoint, context.blobs
+        if not checkpoint.source.available:
+            return _recalled(spec, context, reread=reread)
+        known = None if reread else self._remembered(spec, context)
+        tensors: dict[str, Tensor] = {}
+        for index, (key, wanted) in enumerate(spec.params.tensors.items()):
+            stored = checkpoint.stored[key]
+            if known and blobs.has(known[index], stored.nbytes):
+                tensors[key] = Tensor(wanted.dtype, wanted.shape, known[index])
+                continue
+            try:
+                if stored.offset == TORCH:
+                    digest = _with_torch(context, stored.file)[stored.name]
+                elif part := checkpoint.part(key):
+                    digest = digest_parts(blobs.chunks([part]))
+                    blobs.refer(digest, [part])
+                else:
+                    digest = _copied(context, stored)
+            except OSError as error:
+                path = checkpoint.source.path(stored.file) or stored.file
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+            tensors[key] = Tensor(wanted.dtype, wanted.shape, digest)
+        digests = [tensor.digest for tensor in tensors.values()]
+        if digests != known:
+            context.memos.put(KIND, [self.version, spec.fingerprint], digests)
+        return tensors
+
+    def recall(self, spec: ActionSpec[ExtractParams], context: Context) -> dict[str, Tensor] | None:
+        """Return a layer's tensors without reading them, if such files were read before."""
+        if not context.checkpoint.source.available:
+            return _recalled(spec, context, reread=False)
+        digests = self._remembered(spec, context)
+        if digests is None:
+            return None
+        return {
+            key: Tensor(stored.dtype, stored.shape, digest)
+            for (key, stored), digest in zip(spec.params.tensors.items(), digests, strict=True)
+        }
+
+    def _remembered(self, spec: ActionSpec[ExtractParams], context: Context) -> list[str] | None:
+        """Return the digests of a layer's tensors, if files of these stamps were digested."""
+        found = context.memos.get(KIND, [self.version, spec.fingerprint], list[str])
+        return found if found and len(found) == len(spec.params.tensors) else None
+
+    def watched(self, spec: ActionSpec[ExtractParams]) -> Any:
+        """Return folder, and stamps of files; of a checkpoint that is not here, its record."""
+        found = spec.fingerprint
+        return found if isinstance(found, str) else found[:2]
+
+    def explain_watched(self, old: Any, new: Any) -> list[Reason]:
+        """Return which of the checkpoint's files are others."""
+        if old is None:  # by another version
+            return []
+        if isinstance(new, str):
+            return [Reason("the checkpoint is not here: its record is used")]
+        if isinstance(old, str):
+            return [Reason("the checkpoint is here again")]
+        before, after = ({name: stamp for name, *stamp in each[1]} for each in (old, new))
+        facts = [
+            f"checkpoint file {name} {'changed' if name in before else 'is new'}"
+            for name in after
+            if before.get(name) != after[name]
+        ]
+        facts += [
+            f"checkpoint file {name} is not used any more" for name in before if name not in after
+        ]
+        if old[0] != new[0]:
+            facts = [f"the checkpoint lies in {new[0]}, not in {old[0]}"]
+        return [Reason(fact) for fact in facts or ["its tensors are others, or lie elsewhere"]]
+
+    def memory(self, params: ExtractParams, checkpoint: Checkpoint) -> int:
+        """A file that torch must read is read whole."""
+        if not checkpoint.source.available:
+            return IN_FLIGHT_BYTES
+        stored = [checkpoint.stored[key] for key in params.tensors]
+        files = {each.file for each in stored if each.offset == TORCH}
+        return max((checkpoint.stamps[file].size for file in files), default=0) + IN_FLIGHT_BYTES
+
+    def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+        """Compare stored tensors by key."""
+        found = tensor_changes(old.get("tensors") or {}, new.get("tensors") or {})
+        return found + changed_values(old, new, but=("tensors",))
+
+
+def _recalled(
+    spec: ActionSpec[ExtractParams], context: Context, *, reread: bool
+) -> dict[str, Tensor]:
     """Return a layer's tensors of a checkpoint that is not here."""
-    told = node.params["tensors"]
-    digests = plan.checkpoint.source.digests
-    if look or not told.keys() <= digests.keys():
+    wanted = spec.params.tensors
+    digests = context.checkpoint.source.digests
+    if reread or not wanted.keys() <= digests.keys():
         raise CheckpointError(
-            f"{plan.target.source} is not here whole, and {node.order.layer} must be made of it: "
-            f"what was made of {', '.join(list(told)[:3])}, … before is neither in the cache nor "
+            f"{context.target.source} is not here whole, and {spec.layer} must be made of it: "
+            f"what was made of {', '.join(list(wanted)[:3])}, … before is neither in the cache nor "
             "in a remote. Get the checkpoint."
         )
-    return {key: Tensor(dtype, tuple(shape), digests[key]) for key, (dtype, shape) in told.items()}
+    return {key: Tensor(s.dtype, s.shape, digests[key]) for key, s in wanted.items()}
 
 
-def look(node: Node) -> Any:
-    """Return what tells whether to look at the checkpoint again: folder, and stamps of files.
-
-    Of a checkpoint that is not here, its record.
-    """
-    found = node.order.look
-    return found if isinstance(found, str) else found[:2]
-
-
-def known(builder: Builder, plan: Plan, node: Node) -> dict[str, Tensor] | None:
-    """Return a layer's tensors without reading them, if such files were read before."""
-    if not plan.checkpoint.source.available:
-        return _recalled(plan, node, look=False)
-    digests = _remembered(builder, node)
-    if digests is None:
-        return None
-    told = node.params["tensors"].items()
-    return {
-        key: Tensor(dtype, tuple(shape), digest)
-        for (key, (dtype, shape)), digest in zip(told, digests, strict=True)
-    }
-
-
-def _remembered(builder: Builder, node: Node) -> list[str] | None:
-    """Return the digests of a layer's tensors, if files of these stamps were digested before."""
-    return builder.store.memos.get("extracts", [VERSION, node.order.look], list[str])
-
-
-def memory(checkpoint: Checkpoint, told: Iterable[str]) -> int:
-    """Return how many bytes are held at once: a file that torch must read is read whole."""
-    stored = [checkpoint.stored[key] for key in told]
-    if not checkpoint.source.available:
-        return 0
-    return max((checkpoint.stamps[s.file].size for s in stored if s.offset == TORCH), default=0)
-
-
-def _copied(builder: Builder, checkpoint: Checkpoint, stored: Stored) -> str:
+def _copied(context: Context, stored: Stored) -> str:
     """Return the digest of a tensor that is in no file of this machine, kept as a blob."""
-    with builder.store.blobs.writing(stored.nbytes) as writer:
-        for data in checkpoint.source.read(stored.file, stored.offset, stored.nbytes):
+    with context.blobs.writing(stored.nbytes) as writer:
+        for data in context.checkpoint.source.read(stored.file, stored.offset, stored.nbytes):
             writer.write(memoryview(data))
     return writer.digest
 
 
-def _with_torch(builder: Builder, plan: Plan, file: str) -> dict[str, str]:
+def _with_torch(context: Context, file: str) -> dict[str, str]:
     """Return the digests of a file's tensors that only torch can read, kept as blobs.
 
     All of them at once, since torch reads such a file as a whole.
     """
-    import torch
-
-    path, stamp = plan.checkpoint.source.path(file), plan.checkpoint.stamps[file]
+    path, stamp = context.checkpoint.source.path(file), context.checkpoint.stamps[file]
     if path is None:
         raise CheckpointError(
-            f"{file} of {plan.target.source} can only be read by torch, and that as a file of this "
-            "machine. Get the checkpoint as safetensors, or into a folder."
+            f"{file} of {context.target.source} can only be read by torch, and that as a file of "
+            "this machine. Get the checkpoint as safetensors, or into a folder."
         )
-    with builder.torch_lock:
-        if (path, stamp) not in builder.torch_digests:
-            loaded = load_with_torch(path)
-            if Stamp.of(path) != stamp:
-                raise FileChanged(str(path))
-            digests = {}
-            for stored in plan.checkpoint.stored.values():
-                if (stored.file, stored.offset) == (file, TORCH):
-                    flat = loaded[stored.name].contiguous().reshape(-1)
-                    with builder.store.blobs.writing(stored.nbytes) as writer:
-                        writer.write(memoryview(flat.view(torch.uint8).numpy()))
-                    digests[stored.name] = writer.digest
-            builder.torch_digests[path, stamp] = digests
-        return builder.torch_digests[path, stamp]
+
+    def digests() -> dict[str, str]:
+        import torch
+
+        loaded = load_with_torch(path)
+        if Stamp.of(path) != stamp:
+            raise FileChanged(str(path))
+        found = {}
+        for stored in context.checkpoint.stored.values():
+            if (stored.file, stored.offset) == (file, TORCH):
+                flat = loaded[stored.name].contiguous().reshape(-1)
+                with context.blobs.writing(stored.nbytes) as writer:
+                    writer.write(memoryview(flat.view(torch.uint8).numpy()))
+                found[stored.name] = writer.digest
+        return found
+
+    return context.once((path, stamp), digests)

@@ -1,58 +1,124 @@
-"""error: what quantizing took from each weight, against the weight as it was cast."""
+"""error: what quantizing took from each weight, against the weight as it was before.
+
+The stage is called ``error``, as its tasks are; the module says what it does.
+"""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import sqrt
-from typing import TYPE_CHECKING
+from typing import Any
 
-from cache.records.manifests import Manifest, Tensor
+from cache.records.manifests import Manifest, Tensor, TensorSpec
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.stages import quantize
 from tasks.stages.quantize_scheme import Setting, parts
+from tasks.stages.reasons import Reason, changed_values
+from tasks.stages.stage import (
+    Context,
+    Inputs,
+    Keep,
+    Key,
+    Need,
+    Origin,
+    Output,
+    Params,
+    Planned,
+    Result,
+    Stage,
+    TargetModel,
+)  # fmt: skip
 from tasks.tensors import arrays, mx, rows
 from tasks.tensors.device import BLOCK_BYTES, device_of
 from tasks.tensors.kernels import even_rows
 from tasks.tensors.rows import Rows
 
-if TYPE_CHECKING:
-    from tasks.execution.builder import Builder, Made
-    from tasks.planning.plan import Needed, Node, Plan
-
-VERSION = 1
-CAST, QUANTIZE = "cast:", "quantize:"  # what the inputs' names begin with
 NORM, ERROR_NORM = "norm", "error_norm"
+QUANTIZED = quantize.Quantize.name  # the stage that is measured
 
 
-def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
-    """Compare a layer's quantized weights with what they were made of.
+class MeasureParams(Params, frozen=True):
+    """What is compared.
 
-    Makes two vectors of one number a weight, in the order of the sorted names: ``norm``, the
-    Frobenius norm of the cast weight, and ``error_norm``, that of the difference.
+    Attributes:
+        compared: how each weight was quantized, by its name.
+        mlx: MLX's version.
+        device: what computes: ``cpu``, ``metal``, ``cuda``.
+        machine: the processor.
     """
-    before = _of_stage(needed, CAST)
-    after = _of_stage(needed, QUANTIZE)
-    builder.fetch(plan, after, after)
-    for _, tensor in after.values():  # it may lie in a file of build/, to be altered by hand
-        builder.store.blobs.drop_if_wrong(tensor.digest)
-    norms, error_norms = [], []
-    for name, told in sorted(node.params["compared"].items()):
-        setting = Setting(*told)
-        original = builder.rows(plan, before, name)
-        packed = [builder.rows(plan, after, part) for part in parts(name, setting)]
-        norm, error_norm = _compare(builder, original, packed, setting, node.params["device"])
-        norms.append(norm)
-        error_norms.append(error_norm)
-    return {
-        NORM: _vector(builder, norms),
-        ERROR_NORM: _vector(builder, error_norms),
-    }, []
+
+    compared: dict[str, Setting]
+    mlx: str = ""
+    device: str = ""
+    machine: str = ""
 
 
-def figures(manifest: Manifest, read: dict[str, bytes]) -> dict[str, tuple[float, float]]:
+class Measure(Stage[MeasureParams]):
+    """Compares a layer's quantized weights with what they were made of.
+
+    It makes two vectors of one number a weight, in the order of the sorted names: ``norm``, the
+    Frobenius norm of the weight before, and ``error_norm``, that of the difference.
+    """
+
+    name = "error"
+    version = 1
+    keep = Keep.ALWAYS
+    params = MeasureParams
+
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[MeasureParams]]:
+        """Plan to compare what is quantized; layers without have no node."""
+        found = {}
+        for layer, spec in target.planned[QUANTIZED].items():
+            params = spec.params
+            if not params.settings:
+                continue
+            reads = {part for name, s in params.settings.items() for part in parts(name, s)}
+            told = MeasureParams(params.settings, params.mlx, params.device, params.machine)
+            needs = (*spec.planned.needs, Need(QUANTIZED, layer))
+            found[layer] = Planned(told, needs, frozenset(reads))
+        return found
+
+    def plan_key(self, target: TargetModel) -> Hashable:
+        """The settings."""
+        return tuple(target.settings.items())
+
+    def outputs(self, params: MeasureParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+        """The two vectors."""
+        vector = TensorSpec("float32", (len(params.compared),))
+        return {name: Output(vector, Origin.STORED, tuple(inputs)) for name in (NORM, ERROR_NORM)}
+
+    def run(self, params: MeasureParams, inputs: Inputs, context: Context) -> Result:
+        """Compare a layer's weights."""
+        before = {key.name: key for key in inputs if key.stage != QUANTIZED}
+        after = {key.name: key for key in inputs if key.stage == QUANTIZED}
+        context.prefetch(after.values())
+        context.verify(after.values())  # they may lie in a file of build/, to be altered by hand
+        norms, error_norms = [], []
+        for name, setting in sorted(params.compared.items()):
+            original = context.rows(before[name])
+            packed = [context.rows(after[part]) for part in parts(name, setting)]
+            norm, error_norm = _compare(context, original, packed, setting, params.device)
+            norms.append(norm)
+            error_norms.append(error_norm)
+        vectors = {NORM: norms, ERROR_NORM: error_norms}
+        return Result({name: _vector(context, name, found) for name, found in vectors.items()})
+
+    def memory(self, params: MeasureParams, checkpoint: Checkpoint) -> int:
+        """As much as quantizing takes."""
+        return quantize.memory(params.device)
+
+    def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+        """Compare settings by name, and what computes."""
+        found = quantize.setting_changes(old.get("compared") or {}, new.get("compared") or {})
+        return found + changed_values(old, new, but=("compared",))
+
+
+def figures(manifest: Manifest, read: Mapping[str, bytes]) -> dict[str, tuple[float, float]]:
     """Return the two norms of each weight, by name.
 
     Args:
-        manifest: what ``make`` made.
+        manifest: what the stage made.
         read: the bytes of its tensors.
     """
     names = sorted(manifest.action.params["compared"])
@@ -64,7 +130,7 @@ def dequantize(packed: Sequence[mx.array], setting: Setting) -> mx.array:
     """Return what rows of a quantized weight stand for, in the dtype that MLX gives it.
 
     Args:
-        packed: as ``tasks.tensors.kernels.quantize`` returns it: (rows, …) each.
+        packed: as ``kernels.quantize`` returns it: (rows, …) each.
         setting: how it was quantized.
     """
     weight, scales, *rest = map(even_rows, packed)
@@ -72,16 +138,8 @@ def dequantize(packed: Sequence[mx.array], setting: Setting) -> mx.array:
     return mx.dequantize(weight, scales, biases, **setting._asdict())[: len(packed[0])]
 
 
-def _of_stage(needed: Needed, prefix: str) -> Needed:
-    return {
-        name.removeprefix(prefix): found
-        for name, found in needed.items()
-        if name.startswith(prefix)
-    }  # fmt: skip
-
-
 def _compare(
-    builder: Builder, original: Rows, packed: Sequence[Rows], setting: Setting, backend: str
+    context: Context, original: Rows, packed: Sequence[Rows], setting: Setting, backend: str
 ) -> tuple[float, float]:
     """Return the Frobenius norms of a weight, and of what quantizing changed in it."""
     device = device_of(backend)
@@ -92,12 +150,12 @@ def _compare(
         if device == "gpu":
             for array in (block, *quantized):
                 arrays.share(array)
-        with mx.stream(builder.streams.get(device)):
+        with mx.stream(context.streams.get(device)):
             wide = block.astype(mx.float32)
             restored = dequantize(quantized, setting).astype(mx.float32)
             sums = [_group_sums(array, setting) for array in (wide, wide - restored)]
             mx.eval(sums)
-        with mx.stream(builder.streams.get("cpu")):  # the only device that has float64
+        with mx.stream(context.streams.get("cpu")):  # the only device that has float64
             here, error_here = (mx.sum(some.astype(mx.float64)) for some in sums)
             mx.eval(here, error_here)
         squares += float(here)
@@ -110,8 +168,8 @@ def _group_sums(array: mx.array, setting: Setting) -> mx.array:
     return mx.sum(mx.square(array.reshape(-1, setting.group_size)), axis=-1)
 
 
-def _vector(builder: Builder, numbers: Sequence[float]) -> Tensor:
+def _vector(context: Context, name: str, numbers: Sequence[float]) -> Tensor:
     data = memoryview(struct.pack(f"<{len(numbers)}f", *numbers))
-    with builder.store.blobs.writing(data.nbytes) as writer:
+    with context.writer(name, data.nbytes) as writer:
         writer.write(data)
     return Tensor("float32", (len(numbers),), writer.digest)

@@ -2,69 +2,167 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Any
 
-from cache.records.manifests import Tensor
-from tasks.stages.quantize_scheme import Setting, parts
+from cache.records.manifests import Tensor, TensorSpec
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.spec import MODES
+from tasks.stages import quantize_scheme
+from tasks.stages.quantize_scheme import Setting
+from tasks.stages.reasons import Reason, changed_values, changes, come_and_gone
+from tasks.stages.stage import (
+    Context,
+    Inputs,
+    Keep,
+    Key,
+    Origin,
+    Output,
+    Params,
+    Planned,
+    Result,
+    Stage,
+    TargetModel,
+)  # fmt: skip
 from tasks.tensors import arrays, kernels, mx, rows
 from tasks.tensors.device import BLOCK_BYTES, device_of
-from tasks.tensors.rows import Rows
+from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
 
-if TYPE_CHECKING:
-    from tasks.execution.builder import Builder, Made
-    from tasks.execution.draft import Draft
-    from tasks.planning.plan import Needed, Node, Plan
-
-VERSION = 1
 # A block, and what is made of it: on a CPU on the way to fp4, which takes the most.
 IN_FLIGHT_BLOCKS = {"cpu": 10, "gpu": 8}
 SLICES = 16  # MLX's own takes 40 times what it is given, for fp4 on a CPU: so 40/16 of a block
 
 
+class QuantizeParams(Params, frozen=True):
+    """What is quantized.
+
+    Attributes:
+        settings: how, by the weight's name; other tensors stay as they are.
+        mlx: MLX's version; this and the next two are told only where anything is computed.
+        device: what computes: ``cpu``, ``metal``, ``cuda``.
+        machine: the processor.
+    """
+
+    settings: dict[str, Setting]
+    mlx: str = ""
+    device: str = ""
+    machine: str = ""
+
+
 def memory(backend: str) -> int:
     """Return the bytes that work on one weight takes: a few blocks, however large it is."""
     device = device_of(backend)
-    return IN_FLIGHT_BLOCKS[device] * BLOCK_BYTES[device]
+    return max(IN_FLIGHT_BLOCKS[device] * BLOCK_BYTES[device], IN_FLIGHT_BYTES)
 
 
-def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
-    """Quantize a layer."""
-    made: dict[str, Tensor] = {}
-    notes = []
-    draft = builder.drafts.begin(builder, plan) if node.params["settings"] else None
-    for name in needed:
-        if name not in node.params["settings"]:
-            made[name] = builder.kept(plan, needed, name)
-            continue
-        setting = Setting(*node.params["settings"][name])
-        whole = builder.rows(plan, needed, name)
-        packed, finite = _quantize_rows(builder, draft, name, whole, setting, node.params["device"])
-        if not finite:
-            notes.append(f"{name} holds NaN or infinity, which no quantized weight can show")
-        made |= packed
-    return made, notes
+class Quantize(Stage[QuantizeParams]):
+    """See the module."""
+
+    name = "quantize"
+    version = 1
+    keep = Keep.ALWAYS
+    params = QuantizeParams
+
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[QuantizeParams]]:
+        """Plan what the target's settings say."""
+        found = {}
+        for layer, parameters in target.layers.items():
+            names = [p.name for p in parameters if p.name in target.settings]
+            settings = {name: target.settings[name] for name in names}
+            by = target.computer._asdict() if settings else {}
+            found[layer] = Planned(QuantizeParams(settings, **by), target.same_layer(layer))
+        return found
+
+    def plan_key(self, target: TargetModel) -> Hashable:
+        """The settings."""
+        return tuple(target.settings.items())
+
+    def outputs(
+        self, params: QuantizeParams, inputs: Mapping[Key, TensorSpec]
+    ) -> dict[str, Output]:
+        """Each weight becomes its parts; the rest is passed on."""
+        found = {}
+        for key, spec in inputs.items():
+            if setting := params.settings.get(key.name):
+                for name, part in _part_specs(key.name, spec, setting).items():
+                    found[name] = Output(part, Origin.STORED, (key,))
+            else:
+                found[key.name] = Output(spec, Origin.PASSED_ON, (key,))
+        return found
+
+    def run(self, params: QuantizeParams, inputs: Inputs, context: Context) -> Result:
+        """Quantize a layer."""
+        made: dict[str, Tensor] = {}
+        notes = []
+        for key in inputs:
+            setting = params.settings.get(key.name)
+            if setting is None:
+                made[key.name] = context.pass_on(key)
+                continue
+            whole = context.rows(key)
+            packed, finite = _quantize_rows(context, key.name, whole, setting, params.device)
+            if not finite:
+                notes.append(
+                    f"{key.name} holds NaN or infinity, which no quantized weight can show"
+                )
+            made |= packed
+        return Result(made, tuple(notes))
+
+    def memory(self, params: QuantizeParams, checkpoint: Checkpoint) -> int:
+        """A few blocks."""
+        return memory(params.device) if params.device else IN_FLIGHT_BYTES
+
+    def describe(self, params: QuantizeParams) -> str:
+        """Return the settings: bits, or the mode where that says them."""
+        found = []
+        for group_size, bits, mode in sorted({*params.settings.values()}):
+            words = f"{bits} bit" if mode == "affine" else mode
+            usual = group_size == MODES[mode][0][0]
+            found.append(words if usual else f"{words} group {group_size}")
+        return ", ".join(found) or "as it is"
+
+    def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+        """Compare settings by name, and what computes."""
+        found = setting_changes(old.get("settings") or {}, new.get("settings") or {})
+        return found + changed_values(old, new, but=("settings",))
+
+
+def setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+    """Return how settings differ, by the weight's name, as records have them."""
+    found = []
+    for at, key in ((1, "bits"), (0, "group_size"), (2, "mode")):
+        was = {name: setting[at] for name, setting in old.items() if name in new}
+        now = {name: setting[at] for name, setting in new.items() if name in old}
+        found += changes(f"quantize.{key}", was, now, "")
+    return found + come_and_gone(old, new, "now quantized", "not quantized any more")
+
+
+def _part_specs(name: str, spec: TensorSpec, setting: Setting) -> dict[str, TensorSpec]:
+    """Return the parts that a weight is quantized to, by name."""
+    *lead, columns = spec.shape
+    scales = (*lead, columns // setting.group_size)
+    weight = TensorSpec("uint32", (*lead, columns * setting.bits // 32))
+    scale = TensorSpec(spec.dtype if setting.mode == "affine" else "uint8", scales)
+    names = quantize_scheme.parts(name, setting)
+    return dict(zip(names, (weight, scale, scale), strict=False))
 
 
 def _quantize_rows(
-    builder: Builder, draft: Draft | None, name: str, whole: Rows, setting: Setting, backend: str
+    context: Context, name: str, whole: Rows, setting: Setting, backend: str
 ) -> tuple[dict[str, Tensor], bool]:
     """Quantize the weight ``name``; return its parts, and whether all of it was finite."""
-    blobs = builder.store.blobs
     device = device_of(backend)
-    stream = builder.streams.get(device)
-    names = parts(name, setting)
+    stream = context.streams.get(device)
+    names = quantize_scheme.parts(name, setting)
     finite = True
     packed: tuple[mx.array, ...] = ()
     with ExitStack() as stack:
         packed_bytes = prod(whole.shape) * setting.bits // 8
-        writers = [
-            stack.enter_context(draft.writing(part) if draft else blobs.writing(packed_bytes))
-            for part in names
-        ]
+        writers = [stack.enter_context(context.writer(part, packed_bytes)) for part in names]
         for start, stop in rows.spans(whole, BLOCK_BYTES[device]):
-            block = _read(builder, whole, start, stop, device)
+            block = _read(context, whole, start, stop, device)
             with mx.stream(stream):
                 packed, made, all_finite = _quantize_block(block, setting, device)
             for writer, data in zip(writers, made, strict=True):
@@ -107,11 +205,11 @@ def _quantize_slices(block: mx.array, setting: Setting) -> tuple[mx.array, ...]:
     return tuple(mx.concatenate(list(parts)) for parts in zip(*slices, strict=True))
 
 
-def _read(builder: Builder, whole: Rows, start: int, stop: int, device: str) -> mx.array:
+def _read(context: Context, whole: Rows, start: int, stop: int, device: str) -> mx.array:
     """Return rows of a weight, where ``device`` can read them, until the next are asked for."""
     if isinstance(whole, rows.Stored):
-        with mx.stream(builder.streams.get(device)):
-            return whole.read(start, stop, builder.streams.memory(BLOCK_BYTES[device]))
+        with mx.stream(context.streams.get(device)):
+            return whole.read(start, stop, context.streams.memory(BLOCK_BYTES[device]))
     block = whole.read(start, stop)  # joined or cast: the CPU's
     if device == "gpu":
         arrays.share(block)

@@ -1,4 +1,4 @@
-"""quantize_scheme: ."""
+"""quantize_scheme: which modules are quantized, and how: the target's wish, mlx-lm's verdict."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tasks.core.errors import ConfigError
 from tasks.core.spec import MODES, Quantize, Rule
 from tasks.core.text import plural
 from tasks.layouts.model import Model, Module
-
-if TYPE_CHECKING:
-    pass
 
 PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cache.records.manifests import Action
 
-SHOWN = 3  # names in a short list
+NAMES_SHOWN = 3  # in a short list
 CONTENTS = "it reads other contents"
+Explain = Callable[[Mapping[str, Any], Mapping[str, Any]], "list[Reason]"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ def joined(found: Iterable[Reason]) -> str:
 
 def some(names: Sequence[str]) -> str:
     """Return names, cut where they are many."""
-    more = f", … {len(names)} in all" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f", … {len(names)} in all" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def contents(names: Iterable[str]) -> list[Reason]:
@@ -45,54 +46,21 @@ def contents(names: Iterable[str]) -> list[Reason]:
     return [Reason(CONTENTS, named)] if named else []
 
 
-def between(old: Action, new: Action) -> list[Reason]:
+def between(old: Action, new: Action, explain: Explain) -> list[Reason]:
     """Return what differs in two actions of one stage and layer.
 
     Args:
         old: of what is there.
         new: of what is asked for.
+        explain: the stage's ``explain``.
     """
     found = []
     if old.version != new.version:
         found.append(Reason(f"mlx-make's {new.stage} {old.version} → {new.version}"))
-    for key in dict.fromkeys((*new.params, *old.params)):
-        was, now = old.params.get(key), new.params.get(key)
-        if was == now:
-            continue
-        if key == "settings":
-            found += _settings(was or {}, now or {})
-        elif key == "dtypes":
-            found += _changes("dtype", was or {}, now or {}, "the checkpoint's")
-        elif key == "tensors":
-            found += _tensors(was or {}, now or {})
-        elif key == "sanitize":
-            found.append(Reason("what mlx-lm's sanitize depends on changed"))
-        elif was is not None and now is not None:
-            found.append(Reason(f"{key} {was} → {now}"))
+    if old.params != new.params:
+        found += explain(old.params, new.params)
     both = [name for name in new.inputs if name in old.inputs]
     return found + contents(name for name in both if old.inputs[name] != new.inputs[name])
-
-
-def of_files(old: Any, new: Any) -> list[Reason]:
-    """Return which of a checkpoint's files are others, given two of ``extract.look``."""
-    if old is None:  # by another version
-        return []
-    if isinstance(new, str):
-        return [Reason("the checkpoint is not here: its record is used")]
-    if isinstance(old, str):
-        return [Reason("the checkpoint is here again")]
-    before, after = ({name: stamp for name, *stamp in look[1]} for look in (old, new))
-    found = [
-        f"checkpoint file {name} {'changed' if name in before else 'is new'}"
-        for name in after
-        if before.get(name) != after[name]
-    ]
-    found += [
-        f"checkpoint file {name} is not used any more" for name in before if name not in after
-    ]
-    if old[0] != new[0]:
-        found = [f"the checkpoint lies in {new[0]}, not in {old[0]}"]
-    return [Reason(fact) for fact in found or ["its tensors are others, or lie elsewhere"]]
 
 
 def of_parts(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[Reason]:
@@ -101,28 +69,34 @@ def of_parts(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[Reas
         return []
     changed = [key for key, value in new.items() if old.get(key) != value]
     return [
-        Reason(f"{key} {old.get(key)} → {new[key]}" if key in _SHORT else f"{key} changed")
+        Reason(f"{key} {old.get(key)} → {new[key]}" if key in _SHOWN_VALUES else f"{key} changed")
         for key in changed
     ]
 
 
-_SHORT = ("mlx-make's pack", "layout", "max_shard_size")  # no digests
+_SHOWN_VALUES = ("mlx-make's pack", "layout", "max_shard_size")  # no digests
 
 
-def _settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
-    """Compare how tensors are quantized: group size, bits, mode by name."""
-    found = []
-    for at, key in ((1, "bits"), (0, "group_size"), (2, "mode")):
-        before = {name: setting[at] for name, setting in old.items() if name in new}
-        after = {name: setting[at] for name, setting in new.items() if name in old}
-        found += _changes(f"quantize.{key}", before, after, "")
-    return found + _come_and_gone(old, new, "now quantized", "not quantized any more")
-
-
-def _changes(
-    what: str, old: Mapping[str, Any], new: Mapping[str, Any], absent: str
+def changed_values(
+    old: Mapping[str, Any], new: Mapping[str, Any], but: Sequence[str] = ()
 ) -> list[Reason]:
-    """Return one reason for each way in which a value by tensor changed."""
+    """Return one reason for each parameter that both have and that changed, ``but`` some."""
+    return [
+        Reason(f"{key} {old[key]} → {value}")
+        for key, value in new.items()
+        if key not in but and old.get(key) not in (None, value)
+    ]
+
+
+def changes(what: str, old: Mapping[str, Any], new: Mapping[str, Any], absent: str) -> list[Reason]:
+    """Return one reason for each way in which a value by tensor changed.
+
+    Args:
+        what: the value's name.
+        old: values by the tensor's name.
+        new: the same, now.
+        absent: what stands for the value of a tensor that has none.
+    """
     ways: dict[tuple[Any, Any], list[str]] = {}
     for name in {**old, **new}:
         was, now = old.get(name, absent), new.get(name, absent)
@@ -131,15 +105,17 @@ def _changes(
     return [Reason(f"{what} {was} → {now}", tuple(names)) for (was, now), names in ways.items()]
 
 
-def _tensors(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+def tensor_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+    """Return which tensors are made otherwise, are new, or are gone."""
     odd = tuple(name for name in new if name in old and old[name] != new[name])
     found = [Reason("of another dtype or shape, or made in another way", odd)] if odd else []
-    return found + _come_and_gone(old, new, "new", "gone")
+    return found + come_and_gone(old, new, "new", "gone")
 
 
-def _come_and_gone(
+def come_and_gone(
     old: Mapping[str, Any], new: Mapping[str, Any], come: str, gone: str
 ) -> list[Reason]:
+    """Return the names that only one of two tables has, with a word for each way."""
     ways = {
         come: tuple(name for name in new if name not in old),
         gone: tuple(name for name in old if name not in new),

@@ -1,148 +1,246 @@
-"""unshard: whole tensors, by the layout's names, from the checkpoint's stored ones.
-
-A parameter is made by *steps*, each a JSON list:
-
-``["same"]``            copies in every shard; the digests must agree
-``["concatenate", a]``  slices, joined on axis ``a``
-``["stack", a]``        whole tensors, stacked on a new axis ``a`` (mlx-lm's experts)
-``["half_split", h]``   rows of ``h`` heads, from interleaved to half-split rotary order
-``["sanitize", name]``  what mlx-lm's ``sanitize`` computes for that parameter
-"""
+"""unshard: whole tensors, by the layout's names, from the checkpoint's stored ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cache.records.manifests import Tensor
+import msgspec
+
+from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import CheckpointError
 from tasks.layouts import architecture
-from tasks.tensors import device, rows
-from tasks.tensors.rows import Rows
+from tasks.layouts.model import Parameter
+from tasks.stages.reasons import Reason, changed_values, tensor_changes
+from tasks.stages.stage import (
+    Context,
+    Inputs,
+    Keep,
+    Key,
+    Need,
+    Origin,
+    Output,
+    Params,
+    Planned,
+    Result,
+    Stage,
+    TargetModel,
+)  # fmt: skip
+from tasks.tensors import device, rows, steps
+from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
+from tasks.tensors.steps import Same, Step
 
-if TYPE_CHECKING:
-    from tasks.execution.builder import Builder, Made
-    from tasks.planning.plan import Needed, Node, Plan
+SANITIZE_BYTES = 256 << 20  # what a library is given and makes at once, unless one takes more
+WORDS = {
+    "same": "copies compared",
+    "concatenate": "shards joined",
+    "stack": "experts stacked",
+    "half_split": "rows of wq and wk reordered",
+    "sanitize": "mlx-lm's sanitize",
+}
 
-VERSION = 1
-SANITIZE_BYTES = 256 << 20  # what mlx-lm is given and makes at once, unless one parameter is more
+
+class Recipe(msgspec.Struct, frozen=True, array_like=True):
+    """How a parameter is made.
+
+    Attributes:
+        dtype: of the parameter.
+        shape: of the parameter.
+        inputs: keys of the stored tensors that it is made of, in order.
+        steps: what to do with them.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    inputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The parameter's dtype and shape."""
+        return TensorSpec(self.dtype, self.shape)
 
 
-def make(builder: Builder, plan: Plan, node: Node, needed: Needed) -> Made:
-    """Make a layer's parameters."""
-    keep = builder.keeps("unshard")
-    made: dict[str, Tensor] = {}
-    for name, (dtype, shape, inputs, steps) in node.params["tensors"].items():
-        if sanitized(steps):
-            continue  # all at once, below
-        sources = [needed[key] for key in inputs]
-        first = sources[0][1].digest
-        if steps and steps[0][0] == "same":
-            if any(tensor.digest != first for _, tensor in sources):
+class Sanitizer(msgspec.Struct, frozen=True):
+    """What a library's ``sanitize`` depends on besides the tensors.
+
+    Attributes:
+        asked: digest of what the library is asked, see ``architecture.identity``.
+        device: what computes: ``cpu``, ``metal``, ``cuda``.
+        machine: the processor.
+    """
+
+    asked: str
+    device: str
+    machine: str
+
+
+class UnshardParams(Params, frozen=True):
+    """What is joined.
+
+    Attributes:
+        tensors: how each parameter is made.
+        sanitize: what computes those that a library makes; None if there are none.
+    """
+
+    tensors: dict[str, Recipe]
+    sanitize: Sanitizer | None = None
+
+
+class Unshard(Stage[UnshardParams]):
+    """See the module."""
+
+    name = "unshard"
+    version = 1
+    keep = Keep.CONFIGURED
+    params = UnshardParams
+
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[UnshardParams]]:
+        """Plan each parameter by the model's recipe for it."""
+        layer_of = {key: layer for layer, keys in target.stored_layers.items() for key in keys}
+        found = {}
+        for layer, parameters in target.layers.items():
+            recipes = {p.name: _recipe(p) for p in parameters}
+            reads = {key: layer_of[key] for recipe in recipes.values() for key in recipe.inputs}
+            sanitizer = None
+            if any(steps.computed_by_library(recipe.steps) for recipe in recipes.values()):
+                asked = architecture.identity(target.checkpoint)
+                sanitizer = Sanitizer(asked, target.computer.device, platform.machine())
+            needs = tuple(Need(target.previous, need) for need in dict.fromkeys(reads.values()))
+            params = UnshardParams(recipes, sanitizer)
+            found[layer] = Planned(params, needs, frozenset(reads))
+        return found
+
+    def outputs(self, params: UnshardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+        """The parameters. Copies that are only compared are passed on."""
+        keys = {key.name: key for key in inputs}
+        found = {}
+        for name, recipe in params.tensors.items():
+            origin = Origin.VIEW
+            made_of = recipe.inputs
+            if not steps.work(recipe.steps):
+                origin, made_of = Origin.PASSED_ON, recipe.inputs[:1]
+            elif steps.computed_by_library(recipe.steps):
+                origin = Origin.STORED
+            elif steps.lies_in_inputs(recipe.steps):
+                origin = Origin.REFERENCE
+            read = tuple(keys[key] for key in made_of if key in keys)
+            found[name] = Output(recipe.spec, origin, read)
+        return found
+
+    def run(self, params: UnshardParams, inputs: Inputs, context: Context) -> Result:
+        """Make a layer's parameters."""
+        keys = {key.name: key for key in inputs}
+        made: dict[str, Tensor] = {}
+        for name, recipe in params.tensors.items():
+            if steps.computed_by_library(recipe.steps):
+                continue  # all at once, below
+            first = inputs[keys[recipe.inputs[0]]].digest
+            compared = recipe.steps[:1] == (Same(),)
+            if compared and any(inputs[keys[key]].digest != first for key in recipe.inputs):
                 raise CheckpointError(
-                    f"{plan.checkpoint.folder}: shards disagree on {name}, which each holds "
+                    f"{context.checkpoint.folder}: shards disagree on {name}, which each holds "
                     "whole. They are not of one checkpoint."
                 )
-            sources, steps = sources[:1], steps[1:]
-        if not steps:
-            made[name] = Tensor(dtype, tuple(shape), first)
-        else:
-            whole = apply([builder.rows(plan, needed, key) for key in inputs], steps)
-            made[name] = rows.digest(builder.store.blobs, whole, keep=keep)
-    made |= _sanitize(builder, plan, node, needed)
-    return {name: made[name] for name in node.params["tensors"]}, []
+            if not steps.work(recipe.steps):
+                made[name] = Tensor(recipe.dtype, recipe.shape, first)
+            else:
+                whole = _rows(recipe, keys, context)
+                made[name] = rows.digest(context.blobs, whole, keep=context.keeps)
+        made |= _sanitize(params, keys, context)
+        return Result({name: made[name] for name in params.tensors})
+
+    def view(
+        self, params: UnshardParams, inputs: Inputs, context: Context, name: str
+    ) -> Rows | None:
+        """Return a parameter, joined as it is read; None for one that a library made."""
+        recipe = params.tensors[name]
+        if steps.computed_by_library(recipe.steps):
+            return None
+        return _rows(recipe, {key.name: key for key in inputs}, context)
+
+    def memory(self, params: UnshardParams, checkpoint: Checkpoint) -> int:
+        """What is joined as a whole, or made by a library."""
+        batches = [_nbytes(checkpoint, params, b) for b in _batches(checkpoint, params)]
+        joined = self.view_memory(params, checkpoint)
+        return max([joined, *batches]) + IN_FLIGHT_BYTES
+
+    def view_memory(self, params: UnshardParams, checkpoint: Checkpoint) -> int:
+        """What is joined as a whole."""
+        whole = [
+            _nbytes(checkpoint, params, [name])
+            for name, recipe in params.tensors.items()
+            if steps.needs_whole(recipe.shape, recipe.steps)
+        ]
+        return max(whole, default=0)
+
+    def describe(self, params: UnshardParams) -> str:
+        """Return the kinds of steps."""
+        names = {
+            step.__struct_config__.tag
+            for recipe in params.tensors.values()
+            for step in recipe.steps
+        }
+        return ", ".join(words for name, words in WORDS.items() if name in names) or "as stored"
+
+    def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+        """Compare recipes by name, and what a library's ``sanitize`` depends on."""
+        found = tensor_changes(old.get("tensors") or {}, new.get("tensors") or {})
+        if old.get("sanitize") != new.get("sanitize"):
+            found.append(Reason("what mlx-lm's sanitize depends on changed"))
+        return found + changed_values(old, new, but=("tensors", "sanitize"))
 
 
-def again(builder: Builder, plan: Plan, node: Node, needed: Needed, name: str) -> Rows | None:
-    """Return a parameter, joined as it is read; None for one that mlx-lm made, which is kept."""
-    _, _, inputs, steps = node.params["tensors"][name]
-    if sanitized(steps):
-        return None
-    return apply([builder.rows(plan, needed, key) for key in inputs], steps)
+def _recipe(parameter: Parameter) -> Recipe:
+    """Return how the model says that a parameter is made."""
+    return Recipe(parameter.dtype, parameter.shape, parameter.inputs, steps.read(parameter.steps))
 
 
-def sanitized(steps: Sequence[Any]) -> bool:
-    """Tell whether mlx-lm has to make the parameter."""
-    return any(step[0] == "sanitize" for step in steps)
+def _rows(recipe: Recipe, keys: Mapping[str, Key], context: Context) -> Rows:
+    """Return a parameter, joined as it is read."""
+    return steps.apply([context.rows(keys[key]) for key in recipe.inputs], recipe.steps)
 
 
-def apply(sources: Sequence[Rows], steps: Sequence[Any]) -> Rows:
-    """Return the tensor that ``steps`` make of ``sources``, see this module's own docstring."""
-    made = list(sources)
-    for name, *args in steps:
-        if name == "same":
-            made = made[:1]
-        elif name == "half_split":
-            made = [rows.HalfSplit(made[0], args[0])]
-        elif name == "concatenate" and args[0] == len(made[0].shape) - 1 > 0:
-            made = [rows.Joined(made)]
-        elif name == "concatenate" and args[0] == 0:
-            made = [rows.end_to_end(made, (sum(s.shape[0] for s in made), *made[0].shape[1:]))]
-        elif name == "stack" and args[0] == 0:
-            made = [rows.end_to_end(made, (len(made), *made[0].shape))]
-        elif name in ("concatenate", "stack"):
-            made = [rows.Whole(made, name, args[0])]
-        else:
-            raise ValueError(f"unknown step {name!r}")
-    (whole,) = made
-    return whole
-
-
-def memory(checkpoint: Checkpoint, told: Mapping[str, Any], *, again: bool = False) -> int:
-    """Return how many bytes are held at once besides blocks.
-
-    Args:
-        checkpoint: what the parameters are made of.
-        told: the layer's tensors, as the action is told.
-        again: of what is made again as it is read, not of ``make``.
-    """
-    whole = [_nbytes(checkpoint, told, [name]) for name in told if _whole(*told[name])]
-    batches = [] if again else [_nbytes(checkpoint, told, b) for b in _batches(checkpoint, told)]
-    return max([*whole, *batches], default=0)
-
-
-def _whole(_dtype: str, shape: Sequence[int], _inputs: Sequence[str], steps: Sequence[Any]) -> bool:
-    """Tell whether ``apply`` joins on an axis that cannot be read by rows."""
-    by_rows = {"stack": (0,), "concatenate": (0, len(shape) - 1)}
-    return any(step[1] not in by_rows.get(step[0], step[1:]) for step in steps if len(step) > 1)
-
-
-def _batches(checkpoint: Checkpoint, told: Mapping[str, Any]) -> list[list[str]]:
-    """Return the parameters that mlx-lm has to make, those that it makes at once together."""
+def _batches(checkpoint: Checkpoint, params: UnshardParams) -> list[list[str]]:
+    """Return the parameters that a library has to make, those that it makes at once together."""
     batches: list[list[str]] = []
-    for name, (_, _, _, steps) in told.items():
-        if not sanitized(steps):
+    for name, recipe in params.tensors.items():
+        if not steps.computed_by_library(recipe.steps):
             continue
-        if batches and _nbytes(checkpoint, told, [*batches[-1], name]) <= SANITIZE_BYTES:
+        if batches and _nbytes(checkpoint, params, [*batches[-1], name]) <= SANITIZE_BYTES:
             batches[-1].append(name)
         else:
             batches.append([name])
     return batches
 
 
-def _nbytes(checkpoint: Checkpoint, told: Mapping[str, Any], names: Sequence[str]) -> int:
+def _nbytes(checkpoint: Checkpoint, params: UnshardParams, names: Iterable[str]) -> int:
     """Return the size of parameters and of all that they are made of."""
-    made = [Tensor(told[name][0], told[name][1], "").nbytes for name in names]
-    inputs = {key for name in names for key in told[name][2]}
-    return sum(made) + sum(checkpoint.stored[key].nbytes for key in inputs)
+    recipes = [params.tensors[name] for name in names]
+    inputs = {key for recipe in recipes for key in recipe.inputs}
+    made = sum(recipe.spec.nbytes for recipe in recipes)
+    return made + sum(checkpoint.stored[key].nbytes for key in inputs)
 
 
-def _sanitize(builder: Builder, plan: Plan, node: Node, needed: Needed) -> dict[str, Tensor]:
-    """Have mlx-lm make what is no plain tensor of the checkpoint."""
-    told = node.params["tensors"]
-    made = {}
-    for batch in _batches(plan.checkpoint, told):
-        keys = dict.fromkeys(key for name in batch for key in told[name][2])
-        inputs = {key: builder.locate(plan, needed, key) for key in keys}
-        tensors = {name: Tensor(told[name][0], tuple(told[name][1]), "") for name in batch}
-        need = sum(tensor.nbytes for tensor in tensors.values())
-        with builder.store.blobs.scratch(need) as folder:
+def _sanitize(
+    params: UnshardParams, keys: Mapping[str, Key], context: Context
+) -> dict[str, Tensor]:
+    """Have the library make what is no plain tensor of the checkpoint."""
+    made: dict[str, Tensor] = {}
+    if params.sanitize is None:
+        return made
+    computes_on = device.device_of(params.sanitize.device)
+    for batch in _batches(context.checkpoint, params):
+        read = dict.fromkeys(key for name in batch for key in params.tensors[name].inputs)
+        inputs = {key: context.parts(keys[key]) for key in read}
+        need = sum(params.tensors[name].spec.nbytes for name in batch)
+        with context.blobs.scratch(need) as folder:
             outputs = {name: folder / str(number) for number, name in enumerate(batch)}
-            computes = device.device_of(node.params["sanitize"]["device"])
-            architecture.compute(plan.checkpoint, computes, inputs, outputs)
-            for name, tensor in tensors.items():
-                found = builder.store.blobs.adopt(outputs[name])
-                made[name] = replace(tensor, digest=found)
+            architecture.compute(context.checkpoint, computes_on, inputs, outputs)
+            for name, path in outputs.items():
+                tensor = Tensor(*params.tensors[name].spec, "")
+                made[name] = replace(tensor, digest=context.blobs.adopt(path))
     return made

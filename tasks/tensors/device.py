@@ -1,14 +1,9 @@
-"""device: ."""
+"""device: what computes: the CPU, Metal or CUDA; and how much it is given at once."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tasks.core.errors import ConfigError
 from tasks.tensors import mx
-
-if TYPE_CHECKING:
-    pass
 
 # An operation costs some microseconds to begin: smaller blocks take longer, larger ones only more
 # memory. A GPU pays by the call, though not for so long that Metal's watchdog minds.

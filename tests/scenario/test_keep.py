@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cache.maintenance import survey
 from support import checkpoints, inside
 from support.projects import FOUR_BIT, Project, create, outcomes, weight_files
-from tasks.execution import pack
+from tasks.execution.pack import Packing
 
 POLICIES: dict[str, list[str] | None] = {
     "default": None,
@@ -171,17 +172,11 @@ def quantize_and_pack(project: Project) -> None:
     shutil.rmtree(project.store / "actions")
     shutil.rmtree(project.folder / "build")
     plan = found.plans["model"]
-    for node in plan.stages["quantize"]:
+    for node in plan.last:
         found.builder.run(plan, node, "test")
-    manifest = project.state / "manifests" / "model" / "pack.json"
-    folder = project.folder / "build" / "model"
-
-    def nothing(*_) -> None:
-        """Neither lock nor remote has a say."""
-
-    pack.run(
-        found.builder, plan, folder, manifest, "test", nothing, nothing, None, with_blake3=False
-    )
+    # Neither lock nor remote has a say.
+    nobody = SimpleNamespace(with_blake3=False, check=lambda _: None, accept=lambda *_: None)
+    Packing(found.builder, plan, nobody, None).run("test")
 
 
 def test_a_checkpoint_that_goes_while_it_is_needed(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from cache.records.manifests import Tensor
 from support import checkpoints, inside
 from support.front_door import doit
 from support.projects import FOUR_BIT, SOURCES, create
-from tasks.execution.resources import Memory
+from tasks.execution.resources import MemoryBudget
 from tasks.stages import unshard
+from tasks.stages.unshard import Recipe, UnshardParams
+from tasks.tensors import steps
 
 calm = settings(deadline=None)
 PATIENCE_SECONDS = 20  # after which threads that do not end have locked each other out
@@ -30,18 +32,18 @@ ACTIONS = st.lists(st.tuples(st.integers(0, 15), st.lists(st.integers(0, 15), ma
 @settings(deadline=None, max_examples=50)
 @given(limit=st.integers(1, 12), plan=st.lists(ACTIONS, min_size=1, max_size=6))
 def test_never_more_than_the_limit(limit: int, plan: list[list[tuple[int, list[int]]]]) -> None:
-    memory, lock, held, wrong = Memory(limit), threading.Lock(), [0], []
+    memory, lock, held, wrong = MemoryBudget(limit), threading.Lock(), [0], []
 
     def work(actions: list[tuple[int, list[int]]]) -> None:
         for need, within in actions:
-            with memory.held(need):
+            with memory.reserve(need):
                 with lock:
                     held[0] += min(need, limit)
                     if held[0] > limit:
                         wrong.append(held[0])
                 time.sleep(0.0002)
                 for more in within:
-                    with memory.held(more), memory.held(more):
+                    with memory.reserve(more), memory.reserve(more):
                         pass
                 with lock:
                     held[0] -= min(need, limit)
@@ -53,15 +55,15 @@ def test_never_more_than_the_limit(limit: int, plan: list[list[tuple[int, list[i
         thread.join(PATIENCE_SECONDS)
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong
-    with memory.held(limit):  # all of it is free again
+    with memory.reserve(limit):  # all of it is free again
         pass
 
 
 def test_what_fits_runs_together() -> None:
-    memory, meet = Memory(10), threading.Barrier(2)
+    memory, meet = MemoryBudget(10), threading.Barrier(2)
 
     def work() -> None:
-        with memory.held(5):
+        with memory.reserve(5):
             meet.wait(PATIENCE_SECONDS)  # broken, if the other may not run meanwhile
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
@@ -77,8 +79,8 @@ def test_who_waits_for_memory_holds_no_action(tmp_path: Path) -> None:
     project = create(tmp_path, "meta", **FOUR_BIT)
     found = inside.session(project.folder)
     builder, plan = found.builder, found.plans["model"]
-    node = plan.stages["quantize"][0]
-    key = builder.action(node, builder.needed(plan, node)).key
+    node = plan.last[0]
+    key = node.action(builder.inputs(plan, node)).key
 
     def work() -> None:
         builder.run(plan, node, "test")
@@ -87,7 +89,7 @@ def test_who_waits_for_memory_holds_no_action(tmp_path: Path) -> None:
         with builder.store.actions.running(key):
             pass
 
-    with builder.memory.held(builder.memory.limit):
+    with builder.memory.reserve(builder.memory.limit):
         waiting = threading.Thread(target=work, daemon=True)
         waiting.start()
         waiting.join(0.5)
@@ -101,13 +103,13 @@ def test_who_waits_for_memory_holds_no_action(tmp_path: Path) -> None:
 
 
 def test_a_failed_action_gives_its_bytes_back() -> None:
-    memory = Memory(10)
-    with pytest.raises(KeyError), memory.held(10), memory.held(3):
+    memory = MemoryBudget(10)
+    with pytest.raises(KeyError), memory.reserve(10), memory.reserve(3):
         raise KeyError
     done = threading.Event()
 
     def work() -> None:
-        with memory.held(10):
+        with memory.reserve(10):
             done.set()
 
     threading.Thread(target=work, daemon=True).start()
@@ -129,20 +131,22 @@ PARAMETERS = st.lists(
        limit=st.integers(1, 150))  # fmt: skip
 def test_batches(told: list[tuple[int, list[int], bool]], inputs: list[int], limit: int) -> None:
     stored = {f"i{i}": SimpleNamespace(nbytes=size) for i, size in enumerate(inputs)}
-    params = {
-        f"p{i}": ["uint8", [size], [f"i{i}" for i in of], [["sanitize", "p"]] if sanitized else []]
+    made_by = {True: (steps.Sanitize("p"),), False: ()}
+    tensors = {
+        f"p{i}": Recipe("uint8", (size,), tuple(f"i{i}" for i in of), made_by[sanitized])
         for i, (size, of, sanitized) in enumerate(told)
     }
+    params = UnshardParams(tensors)
 
     def size(names: list[str]) -> int:
-        read = {key for name in names for key in params[name][2]}
-        return sum(params[n][1][0] for n in names) + sum(stored[key].nbytes for key in read)
+        read = {key for name in names for key in tensors[name].inputs}
+        return sum(tensors[n].shape[0] for n in names) + sum(stored[key].nbytes for key in read)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unshard, "SANITIZE_BYTES", limit)
         batches = unshard._batches(SimpleNamespace(stored=stored), params)
     assert [name for batch in batches for name in batch] == [
-        name for name, (*_, steps) in params.items() if steps
+        name for name, recipe in tensors.items() if recipe.steps
     ]
     assert all(len(batch) == 1 or size(batch) <= limit for batch in batches)
     for batch, after in itertools.pairwise(batches):
@@ -161,7 +165,7 @@ def test_batches_make_what_one_makes(
     (tmp_path / "models.toml").write_text(f'[models.model]\nsource = "{experts}"\n')
     found = inside.session(tmp_path)
     plan = found.plans["model"]
-    node = next(n for n in plan.stages["unshard"] if n.order.layer == "layers.1")
+    node = next(n for n in plan.nodes("unshard") if n.layer == "layers.1")
     for need in node.needs:
         found.builder.run(plan, need, "test")
 
@@ -170,7 +174,7 @@ def test_batches_make_what_one_makes(
         found.builder.run(plan, node, "test")
         return found.builder.manifest(plan, node).tensors
 
-    told = (plan.checkpoint, node.params["tensors"])
+    told = (plan.checkpoint, node.params)
     assert len(unshard._batches(*told)) == 1
     at_once = made()
     monkeypatch.setattr(unshard, "SANITIZE_BYTES", 1)

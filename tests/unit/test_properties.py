@@ -24,8 +24,7 @@ from cache.maintenance import gc, survey
 from cache.records.manifests import SCHEMA, Action, Manifest, ManifestError, Tensor
 from tasks.layouts.model import layer_names
 from tasks.planning import bundle
-from tasks.stages import unshard
-from tasks.tensors import rows
+from tasks.tensors import rows, steps
 from tasks.tensors.arrays import view
 
 # On a busy machine any example may seem slow.
@@ -362,8 +361,8 @@ def stored(file: Path, arrays: list[np.ndarray]) -> list[rows.Rows]:
     return found
 
 
-def made(sources: list[rows.Rows], steps: list, block_bytes: int) -> np.ndarray:
-    whole = unshard.apply(sources, steps)
+def made(sources: list[rows.Rows], told: list, block_bytes: int) -> np.ndarray:
+    whole = steps.apply(sources, steps.read(told))
     data = b"".join(bytes(view(block)) for block in rows.blocks(whole, block_bytes))
     return np.frombuffer(data, whole.dtype).reshape(whole.shape)
 

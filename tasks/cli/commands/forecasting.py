@@ -19,7 +19,7 @@ from tasks.cli.doit_adapter import Control
 from tasks.cli.options import Options
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
-from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Saved, Step
+from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step, TaskState
 
 BY_RESULTS = {"changed_file_dep", "missing_file_dep"}  # reasons of doit's that a run settles
 MOST_COLUMNS = 80
@@ -111,7 +111,7 @@ def _add(forecasted: Forecast, tasks: Mapping[str, Any], name: str) -> None:
         forecasted.add_overview(meta["plans"])
 
 
-def _saved(tasks: Mapping[str, Any], name: str, database: Any) -> Saved:
+def _saved(tasks: Mapping[str, Any], name: str, database: Any) -> TaskState:
     task = tasks[name]
     status = database.get_status(task, tasks, get_log=True)
 
@@ -119,7 +119,7 @@ def _saved(tasks: Mapping[str, Any], name: str, database: Any) -> Saved:
         state = database.backend.get(name, path)
         return state[-1] if state else None
 
-    return Saved(
+    return TaskState(
         ignored=bool(database.status_is_ignore(task)),
         runs=not status.reasons.keys() <= BY_RESULTS,
         why=task.meta["check"].why,

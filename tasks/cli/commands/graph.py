@@ -22,20 +22,13 @@ from tasks.cli.commands.forecasting import (
     state_words,
     warn_of_refused,
 )
-from tasks.core.spec import MODES
 from tasks.core.workspace import BUILD
 from tasks.planning.forecast import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
-from tasks.planning.plan import Node, Plan
+from tasks.planning.node import Node
+from tasks.planning.plan import Plan
 
 RUNS_IN_A_BOX = 6  # at most, of layers
 TARGETS_IN_A_BOX = 3  # at most, that are named
-STEPS = {  # of unshard, in words
-    "same": "copies compared",
-    "concatenate": "shards joined",
-    "stack": "experts stacked",
-    "half_split": "rows of wq and wk reordered",
-    "sanitize": "mlx-lm's sanitize",
-}
 # Fill and line of a box; its text is black, which a light and a dark page both bear.
 COLOURS = {
     "done": ("#c8e6c9", "#2e7d32"),
@@ -144,16 +137,16 @@ def boxes(plans: Iterable[Plan], steps: Mapping[str, Step]) -> list[Box]:
         source = found.setdefault((folder,), Box("checkpoint", (target.source_name,)))
         for stage, nodes in plan.stages.items():
             for node in nodes:
-                head = " · ".join(filter(None, [stage, SETTINGS[stage](node)]))
+                head = " · ".join(filter(None, [stage, node.stage.describe(node.params)]))
                 owners = [other.target for other in same[node]]
                 box = found.setdefault((head, *owners), Box(head, _shared(owners)))
                 shared = [steps[other.name] for other in same[node]]
-                box.layers[node.order.layer] = state_words(min(shared, key=_rank))
+                box.layers[node.layer] = state_words(min(shared, key=_rank))
                 box.needs |= dict.fromkeys([holds[need] for need in node.needs] or [source])
                 holds[node] = box
         task = f"pack:{target.name}"
         packed = Box(f"pack · {target.layout}", layers={"": state_words(steps[task])})
-        packed.needs = dict.fromkeys(holds[node] for node in plan.stages["quantize"])
+        packed.needs = dict.fromkeys(holds[node] for node in plan.last)
         found[task,] = packed
         found[task, BUILD] = Box(f"{BUILD}/{target.name}", needs={packed: None})
     return list(found.values())
@@ -170,7 +163,7 @@ def _same(plans: Iterable[Plan]) -> dict[Node, list[Node]]:
     for plan in plans:
         for node in (node for nodes in plan.stages.values() for node in nodes):
             needs = [identities[need] for need in node.needs]
-            told = [node.stage, node.order.layer, node.order.digest, needs]
+            told = [node.stage.name, node.layer, node.spec.digest, needs]
             identities[node] = digest_record(told)
             owners.setdefault(identities[node], []).append(node)
     return {node: owners[identity] for node, identity in identities.items()}
@@ -204,28 +197,6 @@ def runs(layers: list[str]) -> str:
         words += [stem + spans[0], *spans[1:]] if spans else [stem]
     more = f" … ({len(layers)} layers)" if len(words) > RUNS_IN_A_BOX else ""
     return ", ".join(words[:RUNS_IN_A_BOX]) + more
-
-
-def _unshard(node: Node) -> str:
-    names = {step[0] for _, _, _, steps in node.params["tensors"].values() for step in steps}
-    return ", ".join(words for name, words in STEPS.items() if name in names) or "as stored"
-
-
-def _cast(node: Node) -> str:
-    dtypes = sorted({*node.params["dtypes"].values()})
-    return f"to {', '.join(dtypes)}" if dtypes else "as it is"
-
-
-def _quantize(node: Node) -> str:
-    found = []
-    for group_size, bits, mode in sorted({*map(tuple, node.params["settings"].values())}):
-        words = f"{bits} bit" if mode == "affine" else mode
-        found.append(words if group_size == MODES[mode][0][0] else f"{words} group {group_size}")
-    return ", ".join(found) or "as it is"
-
-
-# What a stage is told of a layer, in words.
-SETTINGS = {"extract": lambda _: "", "unshard": _unshard, "cast": _cast, "quantize": _quantize}
 
 
 def mermaid(found: Iterable[Box]) -> str:

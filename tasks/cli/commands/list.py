@@ -17,6 +17,7 @@ from tasks.cli.commands.forecasting import (
 )
 from tasks.cli.doit_adapter import ListCommand
 from tasks.planning.forecast import IGNORED, SETTLED, UP_TO_DATE, Step
+from tasks.stages import registry
 
 NOT_IN_A_PLAIN_RUN = ("error:", "report:")  # begin the names of what a plain doit leaves out
 STATUS_LETTERS = {UP_TO_DATE: "U", IGNORED: "I"}  # of doit list -s, where all else is R
@@ -49,7 +50,8 @@ fetched is to run, too."""
             names |= dict.fromkeys([line, *layers] if include_subtasks else [line])
         yield from (tasks[name] for name in names)
         # Stages, of all targets; it may be that none has errors.
-        groups = {"error", *(line.partition(":")[0] for line in self._lines)}
+        groups = {stage.name for stage in registry.stages()}
+        groups |= {line.partition(":")[0] for line in self._lines}
         for task in self.task_list:
             listed = include_subtasks or not (
                 task.subtask_of or (task.name in groups and not task.actions)
@@ -75,8 +77,9 @@ fetched is to run, too."""
             for stage, nodes in plan.stages.items():
                 lines[f"{stage}:{target}"] = [node.name for node in nodes]
             lines[f"pack:{target}"] = [f"pack:{target}"]
-            if plan.errors:
-                lines[f"error:{target}"] = [node.name for node in plan.errors]
+            for stage, nodes in plan.measures.items():
+                if nodes:
+                    lines[f"{stage}:{target}"] = [node.name for node in nodes]
             lines[f"report:{target}"] = [f"report:{target}"]
         return lines
 

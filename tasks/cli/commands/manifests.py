@@ -11,8 +11,9 @@ from cache.records.manifests import Manifest
 from tasks.config.reader import Config
 from tasks.core.workspace import STATE
 from tasks.planning.lockfile import Lock
+from tasks.stages import registry
 
-LAYER_STAGES = ("extract", "unshard", "cast", "quantize", "error")
+LAYER_STAGES = tuple(stage.name for stage in registry.stages())
 
 
 @dataclass(frozen=True)

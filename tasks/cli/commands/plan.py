@@ -12,7 +12,8 @@ from tasks.cli.commands.forecasting import UNCERTAIN, ForecastCommand, indented
 from tasks.core.text import duration, plural, size
 from tasks.execution.resources import threads
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Step
-from tasks.planning.sizes import Moved
+from tasks.planning.sizes import Traffic
+from tasks.stages.registry import LEAVES
 
 SOMETHING_TO_DO, REFUSED = 1, 3  # exit status of ``doit plan``
 OVERVIEW = "overview"  # reports/index.html, of all targets
@@ -84,7 +85,7 @@ def _lines(steps: list[Step], seconds: float | None, *, locked: bool) -> Iterato
         return
     if not all(step.certain for step in todo):
         yield from indented(UNCERTAIN, 0)
-    if locked and any(step.stage == "extract" and not step.certain for step in todo):
+    if locked and any(step.stage in LEAVES and not step.certain for step in todo):
         yield from indented(MAY_BE_REFUSED, 0)
     moved, cached, packed = _totals(todo)
     yield f"{len(todo)} of {plural(len(steps), 'task')}"
@@ -125,10 +126,10 @@ def _folded(layers: list[str]) -> str:
     return ", ".join(parts)
 
 
-def _totals(steps: Iterable[Step]) -> tuple[Moved, int, int]:
+def _totals(steps: Iterable[Step]) -> tuple[Traffic, int, int]:
     """Return what steps move, and how much the cache and build/ grow by meanwhile."""
     steps = list(steps)
-    moved = sum((step.moved for step in steps), Moved())
+    moved = sum((step.moved for step in steps), Traffic())
     packed = sum(step.moved.written for step in steps if step.stage == "pack")
     return moved, moved.written + moved.fetched - packed, packed
 

@@ -15,8 +15,11 @@ from tasks.cli.doit_adapter import models_file
 from tasks.core.text import size
 from tasks.core.workspace import STATE
 from tasks.execution.log import OUTCOMES, Entry, Log
+from tasks.stages.registry import MEASURES, PIPELINE
 
-STAGES = ("extract", "unshard", "cast", "quantize", "pack", "error", "report")
+STAGES = (
+    *(stage.name for stage in PIPELINE), "pack", *(stage.name for stage in MEASURES), "report"
+)  # fmt: skip
 NOTHING = "### mlx-make\n\nNo task ran.\n"
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache.records.manifests import Tensor
 from tasks.execution import log
 from tasks.execution.log import Entry
-from tasks.planning.plan import Node, Plan
+from tasks.planning.node import Node, total
+from tasks.planning.plan import Plan
+from tasks.stages.registry import MEASURES
 
 OUTCOMES = tuple(outcome for outcome in log.OUTCOMES if outcome != "failed")
 LEAST_SECONDS = 2.0  # of work before an estimate means something, and the part of all of it
@@ -157,17 +158,18 @@ def works(
         if name not in run:
             run.add(name)
             ahead.extend(tasks[name].task_dep)
-    measured = ["error"] if any(name.startswith("error:") for name in run) else []
+    measures = tuple(f"{stage.name}:" for stage in MEASURES)
+    measured = any(name.startswith(measures) for name in run)
     found = {}
     for target, plan in plans.items():
         weights: dict[str, int] = {}
         last = ""
-        for stage in (*plan.stages, *measured):
-            asked = {n.name: _weight(n) for n in plan.nodes(stage) if n.name in run}
+        for stage, nodes in {**plan.stages, **(plan.measures if measured else {})}.items():
+            asked = {n.name: _weight(n) for n in nodes if n.name in run}
             weights |= asked
             last = stage if asked else last
         if f"pack:{target}" in run:
-            weights[f"pack:{target}"] = sum(map(_weight, plan.stages["quantize"]))
+            weights[f"pack:{target}"] = sum(map(_weight, plan.last))
         if weights:
             found[target] = Work(target, weights, last)
     return found
@@ -175,7 +177,6 @@ def works(
 
 def _weight(node: Node) -> int:
     """Return the bytes of a layer, as it comes from the checkpoint."""
-    while node.stage not in ("extract", "unshard"):
+    while node.needs and not node.needs[0].is_leaf:
         node = node.needs[0]
-    told = node.params["tensors"].values()
-    return sum(Tensor(dtype, tuple(shape), "").nbytes for dtype, shape, *_ in told)
+    return total(node.output_specs().values())

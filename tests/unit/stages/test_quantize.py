@@ -81,8 +81,12 @@ def test_block_by_block(
     part = Part(str(path), 0, whole.nbytes, None)
     stored = rows.Stored(store.blobs, [part], "bfloat16", (61, 256))
     read = stored if source == "stored" else rows.Cast(stored, "float16")
-    builder = SimpleNamespace(store=store, streams=arrays.Streams())
-    made, finite = _quantize_rows(builder, None, "weight", read, setting, "cpu")
+    context = SimpleNamespace(
+        blobs=store.blobs,
+        streams=arrays.Streams(),
+        writer=lambda _, size: store.blobs.writing(size),
+    )
+    made, finite = _quantize_rows(context, "weight", read, setting, "cpu")
     assert finite
     wanted = quantize(whole.astype(getattr(mx, read.dtype)), **setting._asdict())
     for tensor, array in zip(made.values(), wanted, strict=True):

@@ -58,7 +58,7 @@ def test_devices_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
     def keys() -> dict[str, str]:
         nodes = inside.session(tmp_path).plans["model"].stages
         told = [node for stage in nodes.values() for node in stage]
-        return {node.name: node.order.digest for node in told}
+        return {node.name: node.spec.digest for node in told}
 
     by_cpu = keys()
     monkeypatch.setattr(device, "backend", lambda _: "cuda")

@@ -1,0 +1,160 @@
+"""accept: sources as they are now, held against models.lock, and accepted into it.
+
+To look at a source is to digest all of it: what needs no looking is ``planning.lockfile``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from cache.records.manifests import Action, Manifest
+from tasks.core.errors import BuildError
+from tasks.execution.builder import Builder
+from tasks.planning import source_record
+from tasks.planning.lockfile import Built, Lock
+from tasks.planning.node import Node
+from tasks.planning.plan import Plan
+from tasks.planning.source_record import LockedSource
+from tasks.stages.extract import Extract
+from tasks.stages.registry import PIPELINE
+from tasks.stages.stage import ActionSpec
+
+
+def snapshot(builder: Builder, plans: Iterable[Plan]) -> LockedSource:
+    """Return the source that ``plans`` have in common as it is now, and keep its record.
+
+    Tensors that no action digested yet are digested.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    plans = list(plans)
+    digests = _all_digests(builder, plans)
+    return source_record.take(builder.store, plans[0].checkpoint, digests)
+
+
+def _all_digests(builder: Builder, plans: Iterable[Plan]) -> dict[str, str]:
+    """Return the digest of each stored tensor, also of those that no target uses."""
+    digests: dict[str, str] = {}
+    seen = set()
+    for plan in plans:
+        for node in plan.leaves:
+            if node.spec.digest not in seen:
+                seen.add(node.spec.digest)
+                tensors = builder.scan(plan, node).tensors
+                digests |= {key: tensor.digest for key, tensor in tensors.items()}
+    if rest := [key for key in plan.checkpoint.stored if key not in digests]:
+        stage = next(stage for stage in PIPELINE if isinstance(stage, Extract))
+        spec = ActionSpec(stage, "rest", stage.planned(plan.checkpoint, rest))
+        tensors = builder.scan(plan, Node(spec, plan.target.name)).tensors
+        digests |= {key: tensor.digest for key, tensor in tensors.items()}
+    return digests
+
+
+@dataclass
+class Acceptor:
+    """Holds the sources of a run's targets against models.lock. Safe in threads.
+
+    Attributes:
+        lock: models.lock.
+        builder: digests what is not known.
+        plans: all targets.
+    """
+
+    lock: Lock
+    builder: Builder
+    plans: list[Plan]
+    _snapshots: dict[str, LockedSource] = field(default_factory=dict)
+    _taking: threading.Lock = field(default_factory=threading.Lock)
+
+    def snapshot(self, plan: Plan) -> LockedSource:
+        """Return a target's source as it is now, worked out once a run."""
+        name = plan.target.source_name
+        with self._taking:
+            if name not in self._snapshots:
+                same = [each for each in self.plans if each.target.source_name == name]
+                self._snapshots[name] = snapshot(self.builder, same)
+            return self._snapshots[name]
+
+    def source(self, plan: Plan) -> LockedSource:
+        """Return a target's source as it is now; it must be as it is locked, if it is.
+
+        Raises:
+            BuildError: it is not.
+        """
+        locked = self.lock.locked_record(plan)
+        if locked:
+            return locked
+        now = self.snapshot(plan)
+        self.lock.check_files(plan, now.files)
+        return now
+
+    def accept(self, plan: Plan) -> None:
+        """Lock a target's source as it is now.
+
+        Raises:
+            BuildError: nothing is to be written.
+        """
+        if self.lock.strict:
+            raise BuildError("--locked never writes models.lock. Run doit lock without it.")
+        if not plan.checkpoint.source.available:
+            return  # not here: there is nothing new to accept
+        self.lock.accept(plan, self.snapshot(plan), self.plans)
+
+    def wants_blake3(self, plan: Plan) -> bool:
+        """Tell whether a target's output has its BLAKE3 in the lock, or gets it."""
+        return self.lock.wants_blake3(plan, shared=self.builder.store.sharing is not None)
+
+    def target(self, plan: Plan) -> TargetAcceptance:
+        """Return what accepts a target's packing.
+
+        Raises:
+            BuildError: its source is not what is locked.
+        """
+        return TargetAcceptance(self, plan, self.source(plan), self.wants_blake3(plan))
+
+
+@dataclass
+class TargetAcceptance:
+    """What models.lock has to say of a target's packing: see ``pack.Acceptance``.
+
+    Attributes:
+        acceptor: of the run.
+        plan: the target.
+        source: its source as it is now.
+        with_blake3: whether the output's BLAKE3 is wanted.
+        notes: for people: of this lock, not of the result, which others may share.
+    """
+
+    acceptor: Acceptor
+    plan: Plan
+    source: LockedSource
+    with_blake3: bool
+    notes: list[str] = field(default_factory=list)
+    _built: Built | None = None
+
+    def check(self, action: Action) -> None:
+        """Refuse what is not to be packed.
+
+        Raises:
+            BuildError: it differs from what is locked, and that is an error.
+        """
+        lock, recorded = self.acceptor.lock, self.acceptor.builder.recorded
+        self.notes += lock.check_target(self.plan, self.source, action, recorded)
+
+    def accept(self, packed: Manifest, blake3: str | None) -> None:
+        """Refuse what is not to take the folder's place.
+
+        Raises:
+            BuildError: it differs from what is locked, and that is an error.
+        """
+        lock = self.acceptor.lock
+        self._built, more = lock.check_output(self.plan, self.source, packed, blake3)
+        self.notes += more
+
+    def update_lock(self) -> None:
+        """Lock what was built."""
+        if self._built:
+            self.acceptor.lock.update(self.plan, self.source, self._built, self.acceptor.plans)

@@ -1,0 +1,121 @@
+"""node: one stage of one layer of one target, and what it reads and will make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cache.records.manifests import Action, Manifest, Tensor, TensorSpec
+from tasks.stages.stage import ActionSpec, Key, LeafStage, Origin, Output, Stage
+
+
+class Input(NamedTuple):
+    """A tensor that a node reads: who makes it, and what it is."""
+
+    maker: Node
+    tensor: Tensor
+
+
+Inputs = dict[Key, Input]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Node:
+    """One stage of one layer of one target.
+
+    Attributes:
+        spec: what is asked for, which other targets may share.
+        target: the target's name.
+        needs: the nodes whose tensors it reads.
+    """
+
+    spec: ActionSpec[Any]
+    target: str
+    needs: tuple[Node, ...] = ()
+
+    @property
+    def stage(self) -> Stage[Any]:
+        """The stage."""
+        return self.spec.stage
+
+    @property
+    def layer(self) -> str:
+        """The layer's name."""
+        return self.spec.layer
+
+    @property
+    def params(self) -> Any:
+        """What the stage is asked to do."""
+        return self.spec.params
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return f"{self.spec.stage.name}:{self.target}:{self.spec.layer}"
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether it reads the checkpoint, and no other node."""
+        return isinstance(self.spec.stage, LeafStage)
+
+    def inputs(self, made: Mapping[Node, Manifest]) -> Inputs:
+        """Return the tensors that it reads of what its needs made."""
+        return self.inputs_of({need: manifest.tensors for need, manifest in made.items()})
+
+    def inputs_of(self, made: Mapping[Node, Mapping[str, Tensor]]) -> Inputs:
+        """Return the tensors that it reads of those that its needs make."""
+        reads = self.spec.planned.reads
+        return {
+            Key(need.spec.stage.name, name): Input(need, tensor)
+            for need, tensors in made.items()
+            for name, tensor in tensors.items()
+            if reads is None or name in reads
+        }
+
+    def input_specs(self) -> dict[Key, TensorSpec]:
+        """Return the dtypes and shapes of the tensors that it reads."""
+        reads = self.spec.planned.reads
+        return {
+            Key(need.spec.stage.name, name): output.spec
+            for need in self.needs
+            for name, output in need.outputs().items()
+            if reads is None or name in reads
+        }
+
+    def outputs(self) -> dict[str, Output]:
+        """Return what it will make."""
+        found: dict[str, Output] = self.spec.stage.outputs(self.spec.params, self.input_specs())
+        return found
+
+    def output_specs(self) -> dict[str, TensorSpec]:
+        """Return the dtypes and shapes of what it will make."""
+        return {name: output.spec for name, output in self.outputs().items()}
+
+    def new_specs(self) -> dict[str, TensorSpec]:
+        """Return the dtypes and shapes of what it makes and does not just pass on."""
+        outputs = self.outputs().items()
+        return {n: output.spec for n, output in outputs if output.origin is not Origin.PASSED_ON}
+
+    def own(self, tensors: Mapping[str, Tensor]) -> Inputs:
+        """Return tensors that it made as another node reads them."""
+        stage = self.spec.stage.name
+        return {Key(stage, name): Input(self, tensor) for name, tensor in tensors.items()}
+
+    def action(self, inputs: Inputs) -> Action:
+        """Return its action, given what it reads.
+
+        Where that is of two stages, a tensor may have one name in both: the stage's goes in front.
+        """
+        several = len({need.spec.stage.name for need in self.needs}) > 1
+        read = {
+            f"{key.stage}:{key.name}" if several else key.name: tensor.record
+            for key, (_, tensor) in inputs.items()
+        }
+        stage = self.spec.stage
+        return Action(stage.name, stage.version, self.spec.params.record, read)
+
+
+def total(tensors: Iterable[Tensor | TensorSpec]) -> int:
+    """Return the bytes of tensors together."""
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,29 @@
+"""registry: the stages, in their order. A new one is a module and a line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tasks.stages.cast import Cast
+from tasks.stages.extract import Extract
+from tasks.stages.measure import Measure
+from tasks.stages.quantize import Quantize
+from tasks.stages.stage import Keep, LeafStage, Stage
+from tasks.stages.unshard import Unshard
+
+# From the checkpoint to what is packed: each reads the one before.
+PIPELINE: tuple[Stage[Any], ...] = (Extract(), Unshard(), Cast(), Quantize())
+# What is told of a built model, and is no part of it.
+MEASURES: tuple[Stage[Any], ...] = (Measure(),)
+# Names of the stages that read the checkpoint.
+LEAVES = frozenset(stage.name for stage in PIPELINE if isinstance(stage, LeafStage))
+
+
+def stages() -> tuple[Stage[Any], ...]:
+    """Return all stages."""
+    return (*PIPELINE, *MEASURES)
+
+
+def configurable() -> tuple[str, ...]:
+    """Return the stages whose results the cache keeps if it is told to."""
+    return tuple(stage.name for stage in PIPELINE if stage.keep is Keep.CONFIGURED)

@@ -1,0 +1,337 @@
+"""stage: the contract between a stage and whoever plans, runs, forecasts or explains it.
+
+A stage turns a layer's tensors into others. It never sees the build: what it may do is its
+``Context``, and all that is known of it before it runs is what ``Stage.outputs`` says.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from cache.blobs import Blobs, Part, Writer
+from cache.digest import digest_record
+from cache.records.manifests import Tensor, TensorSpec
+from cache.records.memos import Memos
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.spec import Target
+from tasks.layouts.model import Model, Parameter
+from tasks.stages.reasons import Reason, changed_values
+from tasks.tensors.arrays import Streams
+from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
+
+# Of a stage's parameters those that say what computes; "sanitize" names mlx-lm's version.
+COMPUTER = ("mlx", "device", "machine", "sanitize")
+
+
+class Key(NamedTuple):
+    """A tensor that a stage makes, or reads: the stage that makes it, and its name there."""
+
+    stage: str
+    name: str
+
+
+class Origin(Enum):
+    """Where the bytes of a stage's output come from."""
+
+    PASSED_ON = "passed on"  # an input, as it is
+    REFERENCE = "reference"  # inputs, one after another: the bytes lie there already
+    VIEW = "view"  # made as it is read; written only if the stage's results are kept
+    STORED = "stored"  # written by ``run``, whether results are kept or not
+
+
+class Output(NamedTuple):
+    """A tensor that a stage will make.
+
+    Attributes:
+        spec: its dtype and shape.
+        origin: where its bytes come from.
+        inputs: the tensors it is made of.
+    """
+
+    spec: TensorSpec
+    origin: Origin
+    inputs: tuple[Key, ...] = ()
+
+
+class Keep(Enum):
+    """Whether the cache keeps what a stage makes."""
+
+    ALWAYS = "always"
+    CONFIGURED = "configured"  # if models.toml's [cache] keep names the stage
+
+
+class Need(NamedTuple):
+    """A node that another one reads: a stage of a layer, of the same target."""
+
+    stage: str
+    layer: str
+
+
+class Params(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one stage of one layer is asked to do: a part of its action's key, as JSON.
+
+    Each stage has a subclass. A field's name and form stay as they are: they are in every key.
+    """
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The parameters as JSON has them, read back: lists, not tuples."""
+        try:
+            record: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        except UnicodeEncodeError:  # a name with half a surrogate pair, which JSON may hold
+            record = json.loads(json.dumps(msgspec.to_builtins(self)))
+        return record
+
+
+class Computer(NamedTuple):
+    """What computes: results may differ in the last bit from one to the next.
+
+    Attributes:
+        mlx: MLX's version.
+        device: ``cpu``, ``metal`` or ``cuda``.
+        machine: the processor: compilers need not round alike on x86-64 and arm64.
+    """
+
+    mlx: str
+    device: str
+    machine: str
+
+
+P = TypeVar("P", bound=Params)
+
+
+@dataclass(frozen=True)
+class Planned(Generic[P]):
+    """One stage of one layer, as the stage plans it.
+
+    Attributes:
+        params: what it is asked to do.
+        needs: the nodes it reads.
+        reads: names of the tensors it reads of these, or None for all.
+        fingerprint: what else decides whether to look again (files' stamps), JSON.
+    """
+
+    params: P
+    needs: tuple[Need, ...] = ()
+    reads: frozenset[str] | None = None
+    fingerprint: Any = None
+
+
+@dataclass(frozen=True)
+class ActionSpec(Generic[P]):
+    """One stage of one layer. Targets that have it in common share it.
+
+    Attributes:
+        stage: the stage.
+        layer: the layer's name.
+        planned: what the stage planned.
+    """
+
+    stage: Stage[P]
+    layer: str
+    planned: Planned[P]
+
+    @property
+    def params(self) -> P:
+        """What the stage is asked to do."""
+        return self.planned.params
+
+    @property
+    def fingerprint(self) -> Any:
+        """What else decides whether to look again."""
+        return self.planned.fingerprint
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all of it."""
+        return digest_record([self.stage.version, self.params.record, self.fingerprint])
+
+
+@dataclass(frozen=True)
+class TargetModel:
+    """A target as its stages plan it.
+
+    Attributes:
+        checkpoint: what it is made of.
+        model: the model in the target's layout.
+        stored_layers: keys of stored tensors that are used, by layer of the checkpoint.
+        layers: parameters by layer of the model.
+        dtype: what floating-point parameters are cast to, or None.
+        settings: how each weight is quantized, by its name; others are not.
+        computer: what computes.
+        planned: what the stages before planned, by stage and layer.
+        previous: the name of the stage before, "" for the first.
+    """
+
+    checkpoint: Checkpoint
+    model: Model
+    stored_layers: Mapping[str, Sequence[str]]
+    layers: Mapping[str, Sequence[Parameter]]
+    dtype: str | None
+    settings: Mapping[str, Any]
+    computer: Computer
+    planned: Mapping[str, Mapping[str, ActionSpec[Any]]]
+    previous: str
+
+    def same_layer(self, layer: str) -> tuple[Need, ...]:
+        """Return what a stage needs that reads the stage before, layer by layer."""
+        return (Need(self.previous, layer),)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage made.
+
+    Attributes:
+        tensors: by name.
+        notes: what people should know.
+    """
+
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+T = TypeVar("T")
+Inputs = Mapping[Key, Tensor]
+
+
+class Context(Protocol):
+    """What a stage may do while it runs. One for each node that runs."""
+
+    target: Target
+    checkpoint: Checkpoint
+    blobs: Blobs
+    memos: Memos
+    streams: Streams
+    keeps: bool  # whether the cache is to keep what the stage makes
+
+    def rows(self, key: Key) -> Rows:
+        """Return an input to read."""
+
+    def parts(self, key: Key) -> Sequence[Part]:
+        """Return where the bytes of an input lie, which is made again if they are lost."""
+
+    def pass_on(self, key: Key) -> Tensor:
+        """Return an input as it is; from now on the cache has its bytes."""
+
+    def writer(self, name: str, nbytes: int) -> AbstractContextManager[Writer]:
+        """Give a writer for the output ``name``, whose digest is known when it ends."""
+
+    def prefetch(self, keys: Iterable[Key]) -> None:
+        """Have inputs in the cache that only a remote store has, all at once."""
+
+    def verify(self, keys: Iterable[Key]) -> None:
+        """Forget where inputs lie whose bytes are not those of their digests any more."""
+
+    def once(self, question: Hashable, work: Callable[[], T]) -> T:
+        """Return what ``work`` returns; in one run of the build it is done once."""
+
+
+class Stage(ABC, Generic[P]):
+    """A stage.
+
+    Attributes:
+        name: its name: of its tasks, its manifests, its tensors' keys.
+        version: raised when it makes other bytes of the same inputs.
+        keep: whether the cache keeps what it makes.
+        params: the type of its parameters.
+    """
+
+    name: str
+    version: int
+    keep: Keep
+    params: type[P]
+
+    @abstractmethod
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[P]]:
+        """Return what is to be done, by layer.
+
+        Raises:
+            BuildError: the target cannot be made.
+        """
+
+    def plan_key(self, target: TargetModel) -> Hashable:
+        """Return what the plan depends on besides checkpoint, layout, device and stages before."""
+        return None
+
+    @abstractmethod
+    def outputs(self, params: P, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+        """Return what ``run`` will make of such inputs, by name, in order."""
+
+    @abstractmethod
+    def run(self, params: P, inputs: Inputs, context: Context) -> Result:
+        """Make a layer's tensors.
+
+        Raises:
+            BuildError: they cannot be made.
+        """
+
+    def view(self, params: P, inputs: Inputs, context: Context, name: str) -> Rows | None:
+        """Return the output ``name``, made again as it is read; None if it can only be stored."""
+        return None
+
+    def memory(self, params: P, checkpoint: Checkpoint) -> int:
+        """Return the bytes that ``run`` holds at once."""
+        return IN_FLIGHT_BYTES
+
+    def view_memory(self, params: P, checkpoint: Checkpoint) -> int:
+        """Return the bytes that reading a view holds besides blocks."""
+        return 0
+
+    def describe(self, params: P) -> str:
+        """Return in a few words what is done, for ``doit graph``."""
+        return ""
+
+    def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+        """Return how parameters differ, as records have them: the old may be of any version."""
+        return changed_values(old, new)
+
+
+class LeafStage(Stage[P]):
+    """A stage that reads the checkpoint and no other stage.
+
+    What it reads is what it makes: its action is known only once it has looked. So it has ``scan``
+    in place of ``run``.
+    """
+
+    @abstractmethod
+    def scan(self, spec: ActionSpec[P], context: Context, *, reread: bool) -> dict[str, Tensor]:
+        """Return a layer's tensors, digested.
+
+        Args:
+            spec: what is asked for.
+            context: the build.
+            reread: read them even if files of these stamps were digested before.
+
+        Raises:
+            BuildError: they cannot be read.
+        """
+
+    @abstractmethod
+    def recall(self, spec: ActionSpec[P], context: Context) -> dict[str, Tensor] | None:
+        """Return the same without reading anything, or None if that is not known.
+
+        Raises:
+            BuildError: the checkpoint is not here, and what is wanted of it is not on record.
+        """
+
+    @abstractmethod
+    def watched(self, spec: ActionSpec[P]) -> Any:
+        """Return what tells whether to look again, for the build tool to compare, JSON."""
+
+    @abstractmethod
+    def explain_watched(self, old: Any, new: Any) -> list[Reason]:
+        """Return how two of ``watched`` differ."""
+
+    def run(self, params: P, inputs: Inputs, context: Context) -> Result:
+        """Nothing is to be made."""
+        return Result(dict(zip((key.name for key in inputs), inputs.values(), strict=True)))
