@@ -748,8 +748,8 @@ def report(
             yield f"- {result.scenario}, {result.side}: `{shown}`"
 
 
-def main() -> None:
-    """The command line."""
+def command_line() -> argparse.Namespace:
+    """Return what the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -783,7 +783,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single figure there")
     for name in MANY_LAYERS:
         parser.add_argument(f"--{name}", type=int, help="of the checkpoint (see checkpoint.py)")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def bench_of(arguments: argparse.Namespace) -> Bench:
+    """Return where and on what the scenarios are measured, if they can be measured there."""
     if sys.platform != "linux":
         sys.exit("compare.py: measures by /proc, which only Linux has")
     if arguments.repeats < 1:
@@ -804,6 +808,13 @@ def main() -> None:
             f"compare.py: {bench.scratch} is in memory (tmpfs), where the kernel counts no byte as "
             "written. Name a folder on a disk: --scratch FOLDER"
         )
+    return bench
+
+
+def main() -> None:
+    """Measure the scenarios, and print what was found."""
+    arguments = command_line()
+    bench = bench_of(arguments)
     results: list[Result] = []
     goals: list[tuple[Goal, float]] = []
     failures = []

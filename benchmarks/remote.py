@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import obstore
@@ -44,39 +45,56 @@ def main() -> None:
             measure(title, {blake3_of([blob]): blob for blob in blobs}, server.url, rounds)
 
 
-def measure(title: str, blobs: dict[str, bytes], url: str, rounds: int) -> None:
-    """Print the rows of one set of objects."""
-    store = S3Store.from_url(f"{url}/alone", client_options={"allow_http": True})
-    remote = Remote(f"{url}/ours", warn=sys.exit)
+class Alone:
+    """obstore by itself."""
 
-    def put_alone() -> None:
-        for name, blob in blobs.items():
-            obstore.put(store, name, blob)
+    def __init__(self, url: str) -> None:
+        self.store = S3Store.from_url(f"{url}/alone", client_options={"allow_http": True})
 
-    def put_ours() -> None:
+    def push(self, blobs: dict[str, bytes]) -> None:
+        """Put all blobs there."""
         for name, blob in blobs.items():
-            chunks = [memoryview(blob)[at : at + 8 * MIB] for at in range(0, len(blob), 8 * MIB)]
-            remote.push(name, len(blob), chunks, replace=True)
+            obstore.put(self.store, name, blob)
 
-    def get_alone() -> None:
+    def fetch(self, blobs: dict[str, bytes]) -> None:
+        """Get all blobs from there."""
         for name, blob in blobs.items():
-            if sum(len(piece) for piece in obstore.get(store, name)) != len(blob):
+            if sum(len(piece) for piece in obstore.get(self.store, name)) != len(blob):
                 raise BenchmarkError(f"{name} is not whole")
 
-    def get_ours() -> None:
+
+class Ours:
+    """What mlx-make makes of it, `Remote`."""
+
+    def __init__(self, url: str) -> None:
+        self.remote = Remote(f"{url}/ours", warn=sys.exit)
+
+    def push(self, blobs: dict[str, bytes]) -> None:
+        """Put all blobs there."""
         for name, blob in blobs.items():
-            for _ in remote.fetch(name, len(blob)):
+            chunks = [memoryview(blob)[at : at + 8 * MIB] for at in range(0, len(blob), 8 * MIB)]
+            self.remote.push(name, len(blob), chunks, replace=True)
+
+    def fetch(self, blobs: dict[str, bytes]) -> None:
+        """Get all blobs from there."""
+        for name, blob in blobs.items():
+            for _ in self.remote.fetch(name, len(blob)):
                 pass
 
+
+def measure(title: str, blobs: dict[str, bytes], url: str, rounds: int) -> None:
+    """Print the rows of one set of objects."""
+    alone, ours = Alone(url), Ours(url)
     total = sum(map(len, blobs.values()))
-    for direction, alone, ours in (("push", put_alone, put_ours), ("fetch", get_alone, get_ours)):
-        alone_seconds, our_seconds = medians(alone, ours, rounds)
+    for direction in ("push", "fetch"):
+        one, other = (partial(getattr(way, direction), blobs) for way in (alone, ours))
+        alone_seconds, our_seconds = medians(one, other, rounds)
         print(
             f"| {title} | {direction} | {total / alone_seconds / 1e6:.0f} "
             f"| {total / our_seconds / 1e6:.0f} | {alone_seconds / our_seconds:.2f} |",
             flush=True,
         )
-    remote.close()
+    ours.remote.close()
 
 
 def medians(

@@ -285,7 +285,17 @@ def check(plan: dict, entries: list[dict], *, lost: bool, bytes_told: bool) -> N
     again = {entry["task"] for entry in entries if entry["why"].startswith("blob lost")}
     steps = {step["task"]: step for step in plan["tasks"]}
     assert did.keys() <= steps.keys()
+    check_steps(steps, did, again)
+    check_outcomes(steps, did, lost=lost)
+    known = bytes_told and all(step["certain"] for step in steps.values())
+    if known and not again and not lost:
+        # Of a layer of which one tensor changed, the others may be copied already.
+        written = sum(entry["bytes_written"] for entry in entries)
+        assert plan["bytes_written"] >= 0.98 * written - REST
 
+
+def check_steps(steps: dict[str, dict], did: dict[str, str], again: set[str]) -> None:
+    """Each task that was said to be done was, and no other."""
     said_again = {(s["stage"], s["layer"]) for s in steps.values() if about_lost(s)}
     for task, step in steps.items():
         if step["state"] == "up to date" and task in did:
@@ -300,7 +310,9 @@ def check(plan: dict, entries: list[dict], *, lost: bool, bytes_told: bool) -> N
             earlier = STAGES[: STAGES.index(step["stage"])]
             assert any(steps[t]["stage"] in earlier for t in did), (task, did)
 
-    # Targets that share an action may swap who carries it out.
+
+def check_outcomes(steps: dict[str, dict], did: dict[str, str], *, lost: bool) -> None:
+    """Each was done as was said; targets that share an action may swap who carries it out."""
     groups = defaultdict(list)
     for step in steps.values():
         if step["state"] != "up to date":
@@ -312,11 +324,6 @@ def check(plan: dict, entries: list[dict], *, lost: bool, bytes_told: bool) -> N
         if lost and (made := found["reused"] - said["reused"]) > 0 and said["computed"]:
             found += Counter(computed=made)
         assert not said - found, (group, found)
-    known = bytes_told and all(step["certain"] for step in steps.values())
-    if known and not again and not lost:
-        # Of a layer of which one tensor changed, the others may be copied already.
-        written = sum(entry["bytes_written"] for entry in entries)
-        assert plan["bytes_written"] >= 0.98 * written - REST
 
 
 def about_lost(step: dict) -> bool:

@@ -84,7 +84,7 @@ class Project:
     def doit(
         self, *args: str, expect: int | None = 0, hook: Mapping | None = None
     ) -> front_door.Finished:
-        """Run doit on the project. `hook`: see `hook/sitecustomize.py`."""
+        """Run doit on the project. `hook`: see `hook/doit_hook.py`."""
         return front_door.doit(self.folder, *args, expect=expect, env=hooked(hook))
 
     def accept(self) -> None:
@@ -217,7 +217,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def hooked(told: Mapping | None) -> dict[str, str]:
-    """The environment in which `hook/sitecustomize.py` does what it is told."""
+    """The environment in which `hook/doit_hook.py` does what it is told."""
     if told is None:
         return {}
     path = os.pathsep.join(filter(None, [str(HOOK), os.environ.get("PYTHONPATH")]))

@@ -1,0 +1,126 @@
+"""doit_hook: watches, holds, kills and deceives doit from within its own process.
+
+What it does is told, as JSON, by the environment variable MLX_MAKE_TEST_HOOK:
+
+    {"under": FOLDER}                   an event is a file below it opened, renamed, made, removed
+    {"record": FILE}                    at exit: write what was opened, imported, how many events
+    {"kill": [COUNT, SIGNAL]}           at an event of that number: send oneself that signal
+    {"full": [COUNT, NAME]}             from then on events of that name meet a full disk; of
+                                        "open", those that may make a file
+    {"free": BYTES}                     what shutil.disk_usage says is free
+    {"cores": COUNT}                    how many cores the process may use, as os says
+    {"reflinks": true}                  files can share blocks (FICLONE); here, they get a copy
+    {"hold": [PART, MARK, FILE]}        at an event whose path has PART: make MARK, then wait until
+                                        FILE exists, in each thread that comes there
+    {"meet": [PART, SECONDS, COUNT]}    two threads of tasks that open paths with PART first meet,
+                                        each COUNT times
+
+It sees what goes through Python, not what a library in C opens by itself.
+"""
+
+import atexit
+import collections
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+
+EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod")
+WAIT_SECONDS = 60
+
+
+class Hook:
+    """An audit hook that does what it is told."""
+
+    def __init__(self, told):
+        self.told = told
+        self.under = told.get("under", "/")
+        self.opened = []
+        self.count = 0
+        self.inside = threading.local()  # what the hook does is no event
+        self.lock = threading.Lock()
+        self.meeting = threading.Barrier(2)
+        self.meetings = collections.Counter()
+        self.acts = [getattr(self, name) for name in ("kill", "full", "hold", "meet")
+                     if name in told]  # fmt: skip
+
+    def __call__(self, event, args):
+        if event not in EVENTS or getattr(self.inside, "hook", False):
+            return
+        path = args[0]
+        if isinstance(path, bytes):
+            path = os.fsdecode(path)
+        if not isinstance(path, str) or not path.startswith(self.under):
+            return
+        self.inside.hook = True
+        try:
+            with self.lock:
+                self.count += 1
+                number = self.count
+            if event == "open":
+                self.opened.append(path)
+            for act in self.acts:
+                act(number, event, path, args)
+        finally:
+            self.inside.hook = False
+
+    def kill(self, number, event, path, args):
+        at, signal = self.told["kill"]
+        if number == at:
+            os.kill(os.getpid(), signal)
+
+    def full(self, number, event, path, args):
+        start, name = self.told["full"]
+        if number >= start and event == name and (event != "open" or args[2] & os.O_CREAT):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    def hold(self, number, event, path, args):
+        part, mark, file = self.told["hold"]
+        if part not in path or os.path.exists(file):
+            return
+        open(mark, "w").close()
+        end = time.monotonic() + WAIT_SECONDS
+        while not os.path.exists(file) and time.monotonic() < end:
+            time.sleep(0.005)
+
+    def meet(self, number, event, path, args):
+        part, seconds, times = self.told["meet"]
+        thread = threading.current_thread()
+        if part in path and thread is not threading.main_thread() and self.meetings[thread] < times:
+            self.meetings[thread] += 1
+            with contextlib.suppress(threading.BrokenBarrierError):
+                self.meeting.wait(seconds)
+
+    def record(self):
+        self.inside.hook = True
+        told = {"opened": self.opened, "modules": sorted(sys.modules), "events": self.count}
+        with open(self.told["record"], "w", encoding="utf-8") as file:
+            json.dump(told, file)
+
+
+def _replace(told):
+    """Have the system say what it is told to."""
+    if "free" in told:
+        usage = shutil.disk_usage
+        shutil.disk_usage = lambda path: usage(path)._replace(free=told["free"])
+    if "cores" in told:
+        os.sched_getaffinity = lambda _: set(range(told["cores"]))
+    if "reflinks" in told:
+
+        def share(new, _, old):
+            os.copy_file_range(old, new.fileno(), os.fstat(old).st_size)
+
+        fcntl.ioctl = share
+
+
+def install(told):
+    hook = Hook(told)
+    if "record" in told:
+        atexit.register(hook.record)
+    _replace(told)
+    sys.addaudithook(hook)
