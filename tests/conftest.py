@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import pytest
 
 from support import running
-from tasks.config import keys
+from tasks.config import tables
 
 # Else whoever sets them would run other tests than everybody.
-for table, known in (("cache", keys.CACHE), ("build", keys.BUILD)):
-    for key in known:
-        os.environ.pop(keys.variable(table, key), None)
+for name, table in (("cache", tables.Cache), ("build", tables.Build)):
+    for key in table.__struct_encode_fields__:
+        os.environ.pop(tables.variable(name, key), None)
 
 for name in ("COLUMNS", "LINES"):  # of the terminal that pytest is started from
     os.environ.pop(name, None)

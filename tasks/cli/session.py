@@ -79,7 +79,7 @@ class Session:
         """
         with as_invalid_dodo_file(), ExitStack() as if_it_fails:
             lock = Lock.load(config.path.with_suffix(".lock"), strict=options.locked)
-            store = Store.at(config.cache, read_only=options.read_only)
+            store = Store.at(config.cache.dir, read_only=options.read_only)
             remote = _open_remote(config, read_only=options.read_only)
             if remote:
                 from cache.remote.sharing import Sharing
@@ -96,10 +96,11 @@ class Session:
             if_it_fails.pop_all()
         workspace = Workspace(config.path.parent)
         run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
-        memory = MemoryBudget(config.memory_bytes or machine_memory() // 2)
+        memory = MemoryBudget(config.build.memory_bytes or machine_memory() // 2)
         log = Log(workspace.state / "log.jsonl")
         drafts = Drafts(store.blobs, options.packs)
-        builder = Builder(store, workspace, log, run_id, config.keep, memory, drafts)
+        keep = frozenset(config.cache.keep)
+        builder = Builder(store, workspace, log, run_id, keep, memory, drafts)
         return cls(workspace.folder, options, builder, plans, lock, remote)
 
     def abandon(self) -> None:
@@ -132,13 +133,13 @@ class Session:
 
 def _open_remote(config: Config, *, read_only: bool) -> Remote | None:
     """Open the remote store, if there is one to be used."""
-    if not config.remote or config.mode == "off":
+    if not config.cache.remote or config.cache.mode == "off":
         return None
     from cache.remote.remote import Remote
 
     return Remote(
-        config.remote,
+        config.cache.remote,
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
-        read_only=read_only or config.mode == "read-only",
+        read_only=read_only or config.cache.mode == "read-only",
         secret=os.environ.get("MLX_MAKE_SIGNING_KEY", "").encode() or None,
     )

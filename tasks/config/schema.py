@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks.config import keys
-from tasks.config.keys import MAX_NAME_BYTES, REMOTES, UNITS, Key
-from tasks.core.spec import MODES
+import msgspec
+
+from tasks.config.keys import Key, keys_of, toml
+from tasks.config.reader import MAX_NAME_BYTES
+from tasks.config.tables import Build, Cache, Document, Model, RemoteURL, variable
+from tasks.config.values import REMOTE, REMOTES, words
+from tasks.core.spec import MODES, Quantize, Rule, Settings, Size, SourceName, Word
+from tasks.core.text import NUMBER, UNITS
+from tasks.layouts import LAYOUTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -22,7 +28,7 @@ FIRST = r"[^\x00-/:-@\[-^`{-\x7f]"
 INNER = r"[^\x00-*,/:-@\[-^`{-\x7f]"
 LAST = r"[^\x00-*,./:-@\[-^`{-\x7f]"
 # Some digit is not 0.
-SIZE = rf"^(?=[\s0.]*[1-9]){keys.NUMBER}({'|'.join(UNITS)})\s*$"
+SIZE = rf"^(?=[\s0.]*[1-9]){NUMBER}({'|'.join(UNITS)})\s*$"
 
 
 def main() -> None:
@@ -42,119 +48,94 @@ def files() -> dict[Path, str]:
 def schema() -> Schema:
     """Return the JSON Schema (draft 2020-12).
 
-    It refuses nothing that ``config.load`` reads. ``load`` alone refuses what it cannot say: two
+    It refuses nothing that ``reader.load`` reads. ``load`` alone refuses what it cannot say: two
     targets of one name, a folder in build/, 4.0 where a whole number is wanted.
     """
+    whole = _without_null(msgspec.json.schema(Document, schema_hook=_custom))
+    tables: dict[str, Schema] = whole["$defs"]
+    for table in (Cache, Build, Settings, Model, Quantize, Rule):
+        for key in keys_of(table).values():
+            if key.default:
+                _describe_default(tables[table.__name__]["properties"][key.name], key)
+    document = tables["Document"]
+    models, variants = document["properties"]["models"], tables["Model"]["properties"]["variants"]
     names = {"pattern": f"^{FIRST}({INNER}*{LAST})?$", "maxLength": MAX_NAME_BYTES}
     more = {"pattern": f"^({INNER}*{LAST})?$", "maxLength": MAX_NAME_BYTES - len("a-")}
-    keys_alone = _object(keys.MODEL, "Keys of a model.")
-    model = _object(keys.MODEL, "A model to build.")
-    model["properties"]["variants"] = {
-        "description": "More targets, MODEL-VARIANT each: the model with these keys laid over it.",
-        "type": "object",
-        "propertyNames": more,
-        "additionalProperties": {"$ref": "#/$defs/keys"},
+    models |= {"minProperties": 1, "propertyNames": names}
+    variants |= {"propertyNames": more}
+    document |= {
+        "if": {"properties": {"defaults": {"required": ["source"]}}, "required": ["defaults"]},
+        "else": {"properties": {"models": {"additionalProperties": {"required": ["source"]}}}},
     }
+    tables["Quantize"] |= _quantize()
+    tables["Rule"] |= _rule()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "models.toml",
-        "description": "The models that mlx-make builds.",
-        "type": "object",
-        "required": ["models"],
-        "additionalProperties": False,
-        "properties": {
-            "cache": _object(keys.CACHE, "Where results are kept."),
-            "build": _object(keys.BUILD, "How the work is done."),
-            "defaults": {"description": "Keys for all models.", "$ref": "#/$defs/keys"},
-            "models": {
-                "description": "The models to build, by name.",
-                "type": "object",
-                "minProperties": 1,
-                "propertyNames": names,
-                "additionalProperties": {"$ref": "#/$defs/model"},
-            },
-        },
-        "if": {"properties": {"defaults": {"required": ["source"]}}, "required": ["defaults"]},
-        "else": {"properties": {"models": {"additionalProperties": {"required": ["source"]}}}},
-        "$defs": {"model": model, "keys": keys_alone},
+        **whole,
     }
 
 
-def _object(table: Mapping[str, Key], description: str = "") -> Schema:
-    return {
-        **({"description": description} if description else {}),
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {name: _property(key) for name, key in table.items()},
-    }
+def _custom(kind: type) -> Schema:
+    """Return what a type is that msgspec does not know."""
+    if issubclass(kind, Word):
+        return {"enum": list(words(kind))}
+    if kind is Size:
+        number = {"minimum": 1, "maximum": 10**18 - 1}
+        return {"type": ["integer", "string"], **number, "pattern": SIZE}
+    if kind is RemoteURL:
+        return {"type": "string", "pattern": f"^({REMOTE})$"}
+    if kind in (Path, SourceName):
+        return {"type": "string", "pattern": r"^[^\x00]+$"}
+    raise NotImplementedError(kind)
 
 
-def _property(key: Key) -> Schema:
-    default = _default(key)
-    return {
-        "description": f"{key.meaning} Default: {key.default}.",
-        **({} if default is None else {"default": _toml(default)}),
-        "examples": [_toml(key.example)],
-        **_value(key),
-    }
+def _without_null(schema: Any) -> Any:
+    """Return a schema without null, which TOML has not: there a key is left out."""
+    if isinstance(schema, list):
+        return [_without_null(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    clean = {k: _without_null(v) for k, v in schema.items() if (k, v) != ("default", None)}
+    kinds = [kind for kind in clean.get("anyOf", []) if kind != {"type": "null"}]
+    if len(kinds) == 1:
+        del clean["anyOf"]
+        clean |= kinds[0]
+    return clean
 
 
-def _value(key: Key) -> Schema:
-    match key.kind:
-        case "folder":
-            return {"type": "string", "pattern": r"^[^\x00]+$"}
-        case "text":
-            return {"type": "string", "minLength": 1}
-        case "word":
-            return {"enum": list(key.valid)}
-        case "words":
-            return {"type": "array", "items": {"enum": list(key.valid)}}
-        case "size":
-            number = {"minimum": 1, "maximum": 10**18 - 1}
-            return {"type": ["integer", "string"], **number, "pattern": SIZE}
-        case "URL":
-            return {"type": "string", "pattern": f"^({keys.REMOTE})$"}
-        case "number":
-            return {"type": "integer"}
-        case "switch":
-            return {"type": "boolean"}
-        case "quantize":
-            return _quantize()
-        case "rules":
-            return {"type": "array", "items": _rule()}
+def _describe_default(schema: Schema, key: Key) -> None:
+    """Say a key's default, which msgspec leaves out where it has no JSON for it."""
+    schema["description"] = f"{key.meaning} Default: {key.default}."
+    if value := re.fullmatch(r"`([^`]*)`", key.default):  # a single one, as TOML spells it
+        schema["default"] = tomllib.loads(f"value = {value[1]}")["value"]
 
 
 def _quantize() -> Schema:
-    """Return what ``quantize`` may be: false or a table, to which alone most of this applies."""
-    settings = _object(keys.QUANTIZE)
-    settings["type"] = ["object", "boolean"]
-    settings["not"] = {"const": True}
-    # A recipe sets bits itself, and is for mode affine.
-    settings["dependentSchemas"] = {
-        "recipe": {"properties": {"bits": False, "mode": {"const": "affine"}}}
+    """Return which keys of ``quantize`` go together."""
+    return {
+        # A recipe sets bits itself, and is for mode affine.
+        "dependentSchemas": {
+            "recipe": {"properties": {"bits": False, "mode": {"const": "affine"}}}
+        },
+        "allOf": [
+            {
+                "if": _mode_is(mode, by_default=mode == "affine"),
+                "then": {"properties": {**_numbers(mode), "rules": {"items": _of_target(mode)}}},
+            }
+            for mode in MODES
+        ],
     }
-    settings["allOf"] = [
-        {
-            "if": _mode_is(mode, by_default=mode == "affine"),
-            "then": {"properties": {**_numbers(mode), "rules": {"items": _of_target(mode)}}},
-        }
-        for mode in MODES
-    ]
-    return settings
 
 
 def _rule() -> Schema:
-    """Return what an exception may be."""
-    rule = _object(keys.RULE)
-    rule["required"] = ["match"]
-    rule["allOf"] = [
-        {"if": _mode_is(mode), "then": {"properties": _numbers(mode)}} for mode in MODES
-    ]
-    # Either it skips, or it says how.
-    rule["if"] = {"properties": {"skip": {"const": True}}, "required": ["skip"]}
-    rule["then"] = {"properties": {"bits": False, "group_size": False, "mode": False}}
-    rule["else"] = {"anyOf": [{"required": [name]} for name in ("bits", "group_size", "mode")]}
-    return rule
+    """Return which keys of an exception go together: either it skips, or it says how."""
+    return {
+        "allOf": [{"if": _mode_is(mode), "then": {"properties": _numbers(mode)}} for mode in MODES],
+        "if": {"properties": {"skip": {"const": True}}, "required": ["skip"]},
+        "then": {"properties": {"bits": False, "group_size": False, "mode": False}},
+        "else": {"anyOf": [{"required": [name]} for name in ("bits", "group_size", "mode")]},
+    }
 
 
 def _of_target(mode: str) -> Schema:
@@ -177,17 +158,18 @@ def page() -> str:
     return "\n\n".join(
         [
             INTRODUCTION,
-            *_section("`[models.NAME]`", MODELS, keys.MODEL),
-            *_section("Quantization", QUANTIZE, keys.QUANTIZE),
+            *_section("`[models.NAME]`", MODELS, Settings),
+            _layouts(),
+            *_section("Quantization", QUANTIZE, Quantize),
             _modes(),
-            *_section("Exceptions", RULES, keys.RULE),
-            *_section("`[cache]`", CACHE, keys.CACHE, "cache"),
-            *_section("`[build]`", "How the work is done.", keys.BUILD, "build"),
+            *_section("Exceptions", RULES, Rule),
+            *_section("`[cache]`", CACHE, Cache, "cache"),
+            *_section("`[build]`", "How the work is done.", Build, "build"),
             "## Sizes",
             "A whole number is bytes, in quotes or not. A string may also have a point, and a unit "
             f"after it: {units}.",
             "## Remotes",
-            REMOTE,
+            REMOTE_URLS,
             "```text\n" + "\n".join(REMOTES.values()) + "\n```",
             ENVIRONMENT,
         ]
@@ -195,17 +177,17 @@ def page() -> str:
 
 
 def _section(
-    heading: str, meaning: str, table: Mapping[str, Key], variables: str = ""
+    heading: str, meaning: str, table: type[msgspec.Struct], variables: str = ""
 ) -> Iterator[str]:
     yield f"## {heading}"
     yield meaning
-    for key in table.values():
+    for key in keys_of(table).values():
         yield f"### `{key.name}`"
         yield key.meaning
         facts = {"Value": _kind(key), "Default": key.default, "A change redoes": key.change}
         if variables:
-            facts["Environment"] = f"`{keys.variable(variables, key.name)}`"
-        facts["Example"] = f"`{key.name} = {key.example}`"
+            facts["Environment"] = f"`{variable(variables, key.name)}`"
+        facts["Example"] = f"`{key.name} = {toml(key.example)}`"
         yield "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 
@@ -220,9 +202,16 @@ def _kind(key: Key) -> str:
         "URL": "a [URL](#remotes)",
         "number": "a whole number that the [mode](#modes) takes",
         "switch": "`true` or `false`",
-        "quantize": "`false`, or a table of [these keys](#quantization)",
-        "rules": "a list of tables of [these keys](#exceptions)",
+        "table": "`false`, or a table of [these keys](#quantization)",
+        "tables": "a list of tables of [these keys](#exceptions)",
     }[key.kind]
+
+
+def _layouts() -> str:
+    lines = ["### Layouts", "", "| `layout` | `max_shard_size` |", "|---|---|"]
+    for name, layout in LAYOUTS.items():
+        lines.append(f"| `{name}` | {layout.default_shard_bytes >> 30}GiB |")
+    return "\n".join([*lines, "", "The default of each layout; it is what its peer writes."])
 
 
 def _modes() -> str:
@@ -247,7 +236,8 @@ def _toml(value: str) -> Any:
 
 
 INTRODUCTION = """\
-<!-- Written by `python -m tasks.config.schema` from tasks/config/keys.py: change that. -->
+<!-- Written by `python -m tasks.config.schema` from the structs in tasks/core/spec.py and
+tasks/config/tables.py: change those. -->
 
 # models.toml
 
@@ -305,7 +295,7 @@ CACHE = """\
 Where results are kept, here and on a store shared with other machines. See
 [caching.md](caching.md) for what a result depends on."""
 
-REMOTE = """\
+REMOTE_URLS = """\
 `https` and `http` are servers that take plain GET, PUT and HEAD, as WebDAV servers do. No user,
 password or token stands in the URL: credentials come from the environment. A space, `?` or `#` in a
 path is written `%20`, `%3F` or `%23`."""

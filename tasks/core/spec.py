@@ -1,50 +1,316 @@
-"""spec: what models.toml asks for, worked out: targets, sources, quantization."""
+"""What models.toml asks for: the keys of a model, each declared once, and the targets they make.
 
-from __future__ import annotations
+A key is a field of a struct. Its type says what may stand there and its default what holds without
+it; ``key`` says the rest. Messages, the JSON Schema and the reference page all come of that.
+"""
 
-from dataclasses import dataclass, field
+# Annotations are evaluated here, not left as text: msgspec would evaluate them in every run.
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
+
+Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
+Recipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
+Dtype = Literal["float16", "bfloat16", "float32"]
+Device = Literal["cpu", "gpu"]
+
+# What mx.quantize takes: mode -> (group sizes, bits), the first of each being MLX's default.
+MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
+RECIPES: tuple[str, ...] = Recipe.__args__  # type: ignore[attr-defined]
+
+At = tuple[str | int, ...]  # where in a table: keys, and indices of a list's elements
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How the modules whose path ``match`` covers are quantized, where it differs.
+class Word(str):
+    """A word that must be one of a registry's, by its subclass; registries lie in rooms above."""
+
+    __slots__ = ()
+
+
+class LoaderName(Word):
+    """One of ``tasks.checkpoints.loaders``."""
+
+    __slots__ = ()
+
+
+class LayoutName(Word):
+    """One of ``tasks.layouts``."""
+
+    __slots__ = ()
+
+
+class StageName(Word):
+    """A stage whose results the cache keeps if it is told to."""
+
+    __slots__ = ()
+
+
+class SourceName(str):
+    """A source as models.toml names it."""
+
+    __slots__ = ()
+
+
+class Size(int):
+    """A number of bytes; models.toml may give it a unit."""
+
+    __slots__ = ()
+
+
+class Mistake(ValueError):
+    """One thing that is wrong with a table or a value.
 
     Attributes:
-        match: shell pattern (``*``, ``?``, ``[…]``) over the whole module path.
-        bits: bits per weight, or None for the target's.
-        group_size: weights that share a scale, or None for the target's.
-        mode: quantization mode, or None for the target's.
-        skip: leave the module unquantized.
+        fact: what is wrong, to follow the key's name.
+        mend: what to do about it, if that can be said.
+        at: where, below what was read.
     """
 
-    match: str
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str | None = None
-    skip: bool = False
+    def __init__(self, fact: str, mend: str = "", at: At = ()) -> None:
+        super().__init__(fact)
+        self.fact = fact
+        self.mend = mend
+        self.at = at
 
 
-@dataclass(frozen=True)
-class Quantize:
-    """What ``quantize`` asks for; None is MLX's default for the mode.
+class Mistakes(ValueError):
+    """All that is wrong with a table or a value.
 
     Attributes:
-        bits: bits per weight.
-        group_size: weights that share a scale.
-        mode: quantization mode, as MLX spells it.
-        recipe: one of mlx-lm's mixed recipes, in place of ``bits``.
-        rules: exceptions, the first that matches wins.
+        mistakes: one by one.
     """
 
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str = "affine"
-    recipe: str | None = None
-    rules: tuple[Rule, ...] = ()
+    def __init__(self, *mistakes: Mistake) -> None:
+        super().__init__("; ".join(mistake.fact for mistake in mistakes))
+        self.mistakes = mistakes
 
 
-@dataclass(frozen=True)
-class SourceSpec:
+def key(meaning: str, *, change: str, example: Any, default: str = "") -> Meta:
+    """Describe a key of models.toml, for people.
+
+    Args:
+        meaning: one sentence on what it is for.
+        change: what is done again when it changes.
+        example: a value.
+        default: what holds without it, where the field's default does not say it.
+    """
+    extra = {"change": change, "default": default}
+    return Meta(description=meaning, examples=[example], extra=extra)
+
+
+_QUANTIZED = "quantize, for the layers that it concerns, and pack"
+
+
+class Rule(Struct, frozen=True, forbid_unknown_fields=True):
+    """How the modules that match are quantized, where they are an exception."""
+
+    match: Annotated[
+        str,
+        Meta(min_length=1),
+        key(
+            "The modules that the rule is for: a shell pattern (`*`, `?`, `[…]`) over the whole "
+            "path of a module, such as `model.layers.0.mlp.down_proj`.",
+            default="none, it must be given",
+            change=_QUANTIZED,
+            example="*.mlp.down_proj",
+        ),
+    ]
+    bits: Annotated[
+        int | None,
+        key("Bits per weight.", default="the target's", change=_QUANTIZED, example=6),
+    ] = None
+    group_size: Annotated[
+        int | None,
+        key("Weights that share a scale.", default="the target's", change=_QUANTIZED, example=32),
+    ] = None
+    mode: Annotated[
+        Mode | None,
+        key(
+            "The format of the quantized weights.",
+            default="the target's",
+            change=_QUANTIZED,
+            example="mxfp8",
+        ),
+    ] = None
+    skip: Annotated[
+        bool,
+        key(
+            "Whether the modules stay unquantized; then the rule says nothing else.",
+            change=_QUANTIZED,
+            example=True,
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Refuse keys that do not go together.
+
+        Raises:
+            Mistakes: there are such.
+        """
+        says_how = (self.bits, self.group_size, self.mode) != (None, None, None)
+        if self.skip and says_how:
+            raise Mistakes(
+                Mistake(f"({self.match!r}) skips and quantizes", "drop skip or the rest")
+            )
+        if not self.skip and not says_how:
+            mend = "add bits, group_size, mode or skip = true"
+            raise Mistakes(Mistake(f"({self.match!r}) changes nothing", mend))
+
+
+class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
+    """How a model is quantized."""
+
+    bits: Annotated[
+        int | None, key("Bits per weight.", default="the mode's", change=_QUANTIZED, example=8)
+    ] = None
+    group_size: Annotated[
+        int | None,
+        key("Weights that share a scale.", default="the mode's", change=_QUANTIZED, example=32),
+    ] = None
+    mode: Annotated[
+        Mode,
+        key(
+            "The format of the quantized weights, as MLX spells it.",
+            change=_QUANTIZED,
+            example="mxfp4",
+        ),
+    ] = "affine"
+    recipe: Annotated[
+        Recipe | None,
+        key(
+            "One of mlx-lm's mixtures of bits, in place of `bits`; for mode affine.",
+            default="none",
+            change=_QUANTIZED,
+            example="mixed_3_6",
+        ),
+    ] = None
+    rules: Annotated[
+        tuple[Rule, ...],
+        key(
+            "Exceptions for single modules; the first that matches a module wins.",
+            change=_QUANTIZED,
+            example=[
+                {"match": "lm_head", "skip": True},
+                {"match": "*.mlp.down_proj", "bits": 6},
+            ],
+        ),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse keys that do not go together.
+
+        Raises:
+            Mistakes: there are such.
+        """
+        if mistakes := [*self._mistakes()]:
+            raise Mistakes(*mistakes)
+
+    def _mistakes(self) -> Iterator[Mistake]:
+        if self.recipe and self.bits is not None:
+            yield Mistake("has both recipe and bits", "a recipe sets bits itself: drop one")
+        if self.recipe and self.mode != "affine":
+            yield Mistake(
+                f"has recipe {self.recipe!r} with mode {self.mode!r}",
+                "drop one: mlx-lm's recipes are for mode 'affine'",
+            )
+        yield from _wrong_numbers(self, self.mode, ())
+        for i, rule in enumerate(self.rules):
+            yield from _wrong_numbers(rule, rule.mode or self.mode, ("rules", i))
+
+
+def _wrong_numbers(table: Quantize | Rule, mode: str, at: At) -> Iterator[Mistake]:
+    group_sizes, all_bits = MODES[mode]
+    for name, number, valid in (
+        ("bits", table.bits, all_bits),
+        ("group_size", table.group_size, group_sizes),
+    ):
+        if number is None or number in valid:
+            continue
+        near = min(sorted(valid), key=lambda n: abs(n - number))
+        yield Mistake(
+            f"is {number}; mode {mode!r} takes {', '.join(map(str, sorted(valid)))}",
+            f"use {near}",
+            (*at, name),
+        )
+
+
+class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Keys of a model."""
+
+    source_name: Annotated[
+        SourceName | None,
+        key(
+            "The checkpoint: Meta's folder (`consolidated.*.pth`, `params.json`, "
+            "`tokenizer.model`) or Hugging Face's (`*.safetensors` or `pytorch_model*.bin`, "
+            "`config.json`).",
+            default="none, it must be given",
+            change="extract, the other stages for layers whose tensors are others, and pack",
+            example="checkpoints/llama-7b",
+        ),
+    ] = field(name="source", default=None)
+    loader: Annotated[
+        LoaderName | None,
+        key(
+            "What reads the checkpoint: `llama` Meta's, `transformers` Hugging Face's.",
+            default="told from what the folder holds",
+            change="the same as another `source`",
+            example="transformers",
+        ),
+    ] = None
+    layout: Annotated[
+        LayoutName,
+        key(
+            "What the built model is for: `mlx-lm`, or mlx-examples' `llama.py` (Llama only).",
+            change="unshard, the later stages for layers that come out differently, and pack",
+            example="mlx-examples",
+        ),
+    ] = field(default_factory=lambda: LayoutName("mlx-lm"))
+    dtype: Annotated[
+        Dtype | None,
+        key(
+            "What floating-point tensors are cast to.",
+            default="what `config.json` says, as `mlx_lm.convert`; in layout mlx-examples "
+            '`"float16"`',
+            change="cast, quantize and pack",
+            example="bfloat16",
+        ),
+    ] = None
+    quantize: Annotated[
+        Quantize | Literal[False],
+        key(
+            "How the model is quantized; `false`, not at all.",
+            change=_QUANTIZED,
+            example={"bits": 4},
+        ),
+    ] = False
+    device: Annotated[
+        Device | None,
+        key(
+            "Where quantize computes, and mlx-lm's own `sanitize`; a CPU and a GPU need not agree "
+            "to the bit.",
+            default="MLX's default device",
+            change="what `sanitize` computes, quantize and pack",
+            example="cpu",
+        ),
+    ] = None
+    max_shard_bytes: Annotated[
+        Size | None,
+        key(
+            "The largest size of one weight file.",
+            default="the layout's own",
+            change="pack alone, which computes nothing",
+            example="2GiB",
+        ),
+    ] = field(name="max_shard_size", default=None)
+
+
+class SourceSpec(Struct, frozen=True):
     """Where a checkpoint is to be had.
 
     Attributes:
@@ -59,42 +325,19 @@ class SourceSpec:
         return self.location
 
 
-@dataclass(frozen=True)
-class Target:
-    """One model, or one variant of it, to build.
+class Target(Settings, frozen=True, kw_only=True):
+    """One model, or one variant of it, to build: the keys that hold for it, and what it is called.
 
     Attributes:
         name: name of its folder under build/.
         source: where the checkpoint is to be had.
         source_name: what models.toml calls it, with the loader if it names one.
-        loader: which loader reads it, or None to tell from the folder.
-        layout: how the built model's files are laid out.
-        dtype: what floating tensors are cast to, or None for the layout's default.
-        quantize: how it is quantized, or None.
-        device: where quantize computes, or None for MLX's default device.
         max_shard_bytes: largest size of a weight file's tensors together, in bytes.
-        where: the file and the line that ask for it, for messages.
+        where: what in the file asks for it, for messages.
     """
 
     name: str
     source: SourceSpec
-    source_name: str
-    loader: str | None
-    layout: str
-    dtype: str | None
-    quantize: Quantize | None
-    device: str | None
-    max_shard_bytes: int
-    where: str = field(default="", compare=False)
-
-
-# What mx.quantize takes: mode -> (group sizes, bits), the first of each being MLX's default.
-MODES = {
-    "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
-
-
-RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+    source_name: SourceName
+    max_shard_bytes: Size
+    where: object

@@ -1,8 +1,16 @@
-"""words: numbers as people read them."""
+"""Numbers as people write and read them."""
 
 from __future__ import annotations
 
+import re
 from math import inf, isnan
+
+UNITS = {
+    "": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9,
+    "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30,
+}  # fmt: skip
+NUMBER = r"\s*([0-9]{1,18})(?:\.([0-9]{1,18}))?\s*"  # of a size; its unit follows
+SIZE = rf"{NUMBER}([A-Za-z]*)\s*"
 
 
 def count(number: float) -> str:
@@ -42,6 +50,15 @@ def seconds(value: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def size_bytes(text: str) -> int | None:
+    """Return the bytes that a size such as ``2.5GB`` says, rounded down, or None if it is none."""
+    match = re.fullmatch(SIZE, text)
+    if not match or match[3] not in UNITS:
+        return None
+    part = int((match[2] or "").ljust(18, "0"))  # in 10⁻¹⁸, since a float would round
+    return int(match[1]) * UNITS[match[3]] + part * UNITS[match[3]] // 10**18
 
 
 def size(count: float) -> str:

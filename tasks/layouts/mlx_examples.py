@@ -71,7 +71,7 @@ def check(target: Target, model: Model) -> None:
     Raises:
         ConfigError: modules would be quantized differently.
     """
-    if target.quantize is None:
+    if not target.quantize:
         return
     if target.quantize.rules:
         raise ConfigError(

@@ -170,7 +170,7 @@ class Planner:
         shared = self._share(target)
         checkpoint, model = shared.checkpoint, shared.model
         layout.check(target, model)
-        scheme = quantize_scheme.plan(model, target.quantize)
+        scheme = quantize_scheme.plan(model, target.quantize or None)
         config = layout.config(target, model, scheme.config)
         dtype = target.dtype or layout.default_dtype(checkpoint, model)
         settings = {quantize_scheme.weight_name(path): s for path, s in scheme.settings.items()}

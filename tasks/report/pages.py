@@ -118,11 +118,15 @@ def parameters(plan: Plan, packed: Manifest) -> list[tuple[str, str]]:
     dtypes = {dtype for dtype, *_ in packed.action.inputs.values() if dtype in FLOATING}
     told = {"source": target.source_name, "layout": target.layout}
     told["dtype"] = ", ".join(sorted(dtypes)) + ("" if target.dtype else " (default)")
-    if quantize is None:
+    if not quantize:
         told["quantize"] = "not quantized"
     else:
-        given = {"mode": quantize.mode, "bits": quantize.bits, "group_size": quantize.group_size}
-        given["recipe"] = quantize.recipe
+        given: dict[str, object] = {
+            "mode": quantize.mode,
+            "bits": quantize.bits,
+            "group_size": quantize.group_size,
+            "recipe": quantize.recipe,
+        }
         told["quantize"] = ", ".join(f"{k} = {v}" for k, v in given.items() if v is not None)
         for number, rule in enumerate(quantize.rules, 1):
             what = {"mode": rule.mode, "bits": rule.bits, "group_size": rule.group_size}

@@ -16,7 +16,8 @@ from support import projects
 from support.front_door import REPOSITORY
 from support.projects import Project
 from tasks.cli.commands import manual
-from tasks.config import keys
+from tasks.config.keys import keys_of
+from tasks.core.spec import Quantize, Settings
 
 DOCS = REPOSITORY / "docs"
 PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md"), *REPOSITORY.glob("benchmarks/*.md")])
@@ -86,7 +87,7 @@ def test_flags_of_mlx_lm() -> None:
     options = {o for action in configure_parser()._actions for o in action.option_strings}
     assert told == options - {"-h", "--help"}
     rows += re.findall(r"^\| (`-.*?) \| (.*) \|$", of_convert, re.MULTILINE)
-    known = {*keys.MODEL, *(f"quantize.{key}" for key in keys.QUANTIZE)}
+    known = {*keys_of(Settings), *(f"quantize.{key}" for key in keys_of(Quantize))}
     for _, here in rows:
         named = re.match(r"`([\w.]+)(?: = \{\})?`", here)
         assert named is None or named[1] in known, here

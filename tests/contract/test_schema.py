@@ -14,22 +14,23 @@ from jsonschema import Draft202012Validator
 
 from support import documents
 from support.front_door import REPOSITORY
-from tasks.config import keys, reader, schema
+from tasks.config import reader, schema
+from tasks.config.keys import Key, toml
 from tasks.core.errors import ConfigError
 
 VALIDATOR = Draft202012Validator(schema.schema())
 TABLES = {
-    "[cache]": keys.CACHE,
-    "[build]": keys.BUILD,
-    "[defaults]": keys.MODEL,
-    "[defaults.quantize]": keys.QUANTIZE,
-    "[[defaults.quantize.rules]]": keys.RULE,
+    "[cache]": documents.CACHE,
+    "[build]": documents.BUILD,
+    "[defaults]": documents.MODEL,
+    "[defaults.quantize]": documents.QUANTIZE,
+    "[[defaults.quantize.rules]]": documents.RULE,
 }
 OTHERS = {"[[defaults.quantize.rules]]": {"match": '"*"', "bits": "8"}}
 every_key = pytest.mark.parametrize(
     ("header", "key"),
     [(header, key) for header, known in TABLES.items() for key in known.values()],
-    ids=lambda part: part.name if isinstance(part, keys.Key) else part.strip("[]"),
+    ids=lambda part: part.name if isinstance(part, Key) else part.strip("[]"),
 )
 calm = settings(deadline=None, max_examples=100)
 
@@ -89,10 +90,10 @@ def test_examples_of_the_documentation(folder: Path, page: str) -> None:
 
 
 @every_key
-def test_each_key_s_example_and_default(folder: Path, header: str, key: keys.Key) -> None:
+def test_each_key_s_example_and_default(folder: Path, header: str, key: Key) -> None:
     """The example is accepted; the default, where it is one value, is what holds without it."""
     others = OTHERS.get(header, {})
-    example = {**others, key.name: key.example}
+    example = {**others, key.name: toml(key.example)}
     if key.name == "skip":
         del example["bits"]
     assert read(folder, saying(header, example)) is not None
@@ -117,7 +118,7 @@ def test_the_page_tells_every_key() -> None:
 
 
 @every_key
-def test_each_key_s_mistakes(folder: Path, header: str, key: keys.Key) -> None:
+def test_each_key_s_mistakes(folder: Path, header: str, key: Key) -> None:
     """Both refuse them."""
     others = OTHERS.get(header, {})
     wrong = [{key.name: documents.spelled(value)} for value in documents.WRONG[key.kind]]

@@ -9,12 +9,19 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tasks.config import keys
-from tasks.config.keys import Key
+from tasks.config.keys import Key, keys_of
+from tasks.config.tables import Build, Cache
 from tasks.core import spec
 from tasks.core.spec import MODES
 
 Table = dict[str, Any]
+
+# The keys of each table.
+CACHE = keys_of(Cache)
+BUILD = keys_of(Build)
+MODEL = keys_of(spec.Settings)
+QUANTIZE = keys_of(spec.Quantize)
+RULE = keys_of(spec.Rule)
 
 # With a key on each line.
 EXAMPLE = """\
@@ -98,7 +105,7 @@ def _right(key: Key) -> st.SearchStrategy[Any]:
         return st.sampled_from(key.valid)
     if key.kind == "words":
         return st.lists(st.sampled_from(key.valid), max_size=3)
-    if key.kind == "quantize":
+    if key.kind == "table":
         return st.just(False) | _quantize()
     values = {
         "folder": ["b", "~", "/", "../c d", "β"],
@@ -114,11 +121,11 @@ def _some(table: Mapping[str, Key]) -> st.SearchStrategy[Table]:
 
 
 def _models(source: bool) -> st.SearchStrategy[Table]:
-    fixed = {"source": _right(keys.MODEL["source"])} if source else {}
-    optional = {key.name: _right(key) for key in keys.MODEL.values() if key.name not in fixed}
+    fixed = {"source": _right(MODEL["source"])} if source else {}
+    optional = {key.name: _right(key) for key in MODEL.values() if key.name not in fixed}
     # No model or variant makes the target of another.
     names = st.sampled_from(["8bit", "ß", "", ".5", "c-", "d_", "e+"])
-    variants = st.dictionaries(names, _some(keys.MODEL), max_size=3)
+    variants = st.dictionaries(names, _some(MODEL), max_size=3)
     model = st.fixed_dictionaries(fixed, optional={**optional, "variants": variants})
     return st.dictionaries(
         st.sampled_from(["a", "b_", "_llama-3.1+", "größe", "7-"]), model, min_size=1, max_size=2
@@ -132,9 +139,9 @@ def right(draw: st.DrawFn) -> Table:
         st.fixed_dictionaries(
             {},
             optional={
-                "cache": _some(keys.CACHE),
-                "build": _some(keys.BUILD),
-                "defaults": _some(keys.MODEL),
+                "cache": _some(CACHE),
+                "build": _some(BUILD),
+                "defaults": _some(MODEL),
             },
         )
     )
@@ -155,12 +162,12 @@ WRONG: dict[str, list[Any]] = {
     "number": [0, 7, 5.5, "4", True, []],
     "text": [5, "", [], True],
     "switch": [0, "yes", []],
-    "quantize": [True, 4, "4", [], {"recipe": "mixed_3_6", "bits": 4},
+    "table": [True, 4, "4", [], {"recipe": "mixed_3_6", "bits": 4},
                  {"recipe": "mixed_3_6", "mode": "mxfp4"}, {"mode": "mxfp8", "bits": 4},
                  {"mode": "nvfp4", "group_size": 32}, {"group_size": 16}, {"bits": 7},
                  {"mode": "mxfp8", "rules": [{"match": "*", "bits": 4}]},
                  {"rules": [{"match": "*", "group_size": 16}]}],
-    "rules": [{}, "x", [8], [{}], [{"bits": 4}], [{"match": "*"}], [{"match": "*", "skip": False}],
+    "tables": [{}, "x", [8], [{}], [{"bits": 4}], [{"match": "*"}], [{"match": "*", "skip": False}],
               [{"match": "*", "skip": True, "bits": 4}],
               [{"match": "*", "skip": True, "mode": "affine"}],
               [{"match": "*", "mode": "nvfp4", "bits": 8}]],
@@ -170,17 +177,17 @@ NO_NAMES = ("a/b", "/", "..", "a b", "a:b", "a=b", "a.", "\x7f", "a\0b", "a" * 2
 
 def _tables(document: Table) -> Iterator[tuple[Table, Mapping[str, Key]]]:
     """Every table in it that has keys of ours, and which."""
-    for name, known in (("cache", keys.CACHE), ("build", keys.BUILD)):
+    for name, known in (("cache", CACHE), ("build", BUILD)):
         if name in document:
             yield document[name], known
     models = list(document["models"].values())
     variants = [table for model in models for table in model.get("variants", {}).values()]
     for table in (*models, *variants, *filter(None, [document.get("defaults")])):
-        yield table, keys.MODEL
+        yield table, MODEL
         if quantize := table.get("quantize"):
-            yield quantize, keys.QUANTIZE
+            yield quantize, QUANTIZE
             for rule in quantize.get("rules", []):
-                yield rule, keys.RULE
+                yield rule, RULE
 
 
 @st.composite
@@ -192,7 +199,7 @@ def wrong(draw: st.DrawFn) -> Table:
         table, known = draw(st.sampled_from(list(_tables(document))))
         key = draw(st.sampled_from(list(known.values())))
         if kind == "key":
-            table[f"{key.name}s"] = draw(_right(keys.MODEL["source"]))
+            table[f"{key.name}s"] = draw(_right(MODEL["source"]))
         else:
             table[key.name] = draw(st.sampled_from(WRONG[key.kind]))
     elif kind == "name":
@@ -214,12 +221,12 @@ def wrong(draw: st.DrawFn) -> Table:
 
 WORDS = (
     *("models", "cache", "build", "defaults", "variants", "a", "b", "A", "", "a/b", ".."),
-    *keys.CACHE,
-    *keys.BUILD,
-    *keys.MODEL,
-    *keys.QUANTIZE,
-    *keys.RULE,
-    *(word for key in (*keys.MODEL.values(), *keys.CACHE.values()) for word in key.valid),
+    *CACHE,
+    *BUILD,
+    *MODEL,
+    *QUANTIZE,
+    *RULE,
+    *(word for key in (*MODEL.values(), *CACHE.values()) for word in key.valid),
     *spec.RECIPES,
     *spec.MODES,
     *("5GiB", "0", "~", "~nobody-of-that-name", "*", "\0", "\x7f", "s3://b", "s3://u:p@b", "://"),

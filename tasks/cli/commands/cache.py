@@ -30,7 +30,7 @@ from tasks.cli.state_lock import alone
 from tasks.config import reader
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError, ConfigError
-from tasks.core.text import plural, size
+from tasks.core.text import plural, size, size_bytes
 from tasks.execution import exchange
 from tasks.execution.resources import cores
 
@@ -92,7 +92,7 @@ class Cache(Command):
 
 def stats(read: Config, _options: Mapping[str, Any]) -> int:
     """Print what the cache holds."""
-    for line in cache_stats.text(read, surveys.inventory(read.cache), manifests.read(read)):
+    for line in cache_stats.text(read, surveys.inventory(read.cache.dir), manifests.read(read)):
         print(line)
     return 0
 
@@ -103,7 +103,7 @@ def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
     What may have been made of corrupt bytes is forgotten, since nobody knows when they went
     wrong: the next doit makes it again, built models too.
     """
-    survey = surveys.inventory(read.cache)
+    survey = surveys.inventory(read.cache.dir)
     blobs = survey.owned
     others = [file for file in survey.files if file.kind in verify.KINDS and file.key not in blobs]
     sizes = {kind: [file.size for file in others if file.kind == kind] for kind in verify.KINDS}
@@ -111,17 +111,17 @@ def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
     suspects = verify.scan(survey, cores())
     wrong = []
     if suspects:
-        with alone(read.path), Lock(read.cache).alone(_waiting):
+        with alone(read.path), Lock(read.cache.dir).alone(_waiting):
             # Looked at again: it may be another file by now.
             looked = [(file, verify.check(survey.blobs, file)) for file, _ in suspects]
             wrong = [verify.Wrong(file, cause) for file, cause in looked if cause]
             built = manifests.read(read)
             for file, _ in wrong:
-                verify.set_aside(read.cache, file)
+                verify.set_aside(read.cache.dir, file)
             forgotten = _forget(survey, built, wrong)
         _report(read, built, wrong, forgotten)
     counts = (f"{len(s)} {cache_stats.KIND_NAMES[k]} ({size(sum(s))})" for k, s in sizes.items())
-    print(f"{read.cache}: read {', '.join(counts)}; {len(wrong) or 'none'} corrupt")
+    print(f"{read.cache.dir}: read {', '.join(counts)}; {len(wrong) or 'none'} corrupt")
     return FAILED if wrong else 0
 
 
@@ -162,7 +162,7 @@ def _report(
             what = "worked out again when it is wanted"
         print(f"corrupt: {file.path} ({size(file.size)}): {cause}\n    {what}")
     aside = sum(file.size for file, _ in wrong)
-    print(f"set aside in {read.cache / surveys.CORRUPT}: {size(aside)}")
+    print(f"set aside in {read.cache.dir / surveys.CORRUPT}: {size(aside)}")
     if forgotten:
         print("made of it, perhaps, and forgotten, so that the next doit makes it again:")
         for task in forgotten:
@@ -171,9 +171,9 @@ def _report(
 
 def collect_garbage(read: Config, options: Mapping[str, Any]) -> int:
     """Remove garbage, and what is least recently used until the cache is as small as asked."""
-    cap = read.max_bytes
+    cap: int | None = read.cache.max_bytes
     if options["max_size"] is not None:
-        cap = reader.size_bytes(options["max_size"])
+        cap = size_bytes(options["max_size"])
         if cap is None:
             raise CmdParseError(f"--max-size {options['max_size']} is no size: write it as 20GB")
     if options["all"] and cap is None:
@@ -181,13 +181,13 @@ def collect_garbage(read: Config, options: Mapping[str, Any]) -> int:
 
     def plan() -> gc.Collection:
         wanted = gc.Wanted() if options["all"] else manifests.wanted(read, manifests.read(read))
-        return gc.plan(surveys.inventory(read.cache), wanted, cap, time.time())
+        return gc.plan(surveys.inventory(read.cache.dir), wanted, cap, time.time())
 
     if options["dry_run"]:
         found = plan()
     else:
-        read.cache.mkdir(parents=True, exist_ok=True)
-        with Lock(read.cache).alone(_waiting):
+        read.cache.dir.mkdir(parents=True, exist_ok=True)
+        with Lock(read.cache.dir).alone(_waiting):
             found = plan()
             gc.carry_out(found)
     removed = "would remove" if options["dry_run"] else "removed"
@@ -206,7 +206,7 @@ def _say(
     if not found.garbage and not found.evicted:
         print("nothing to remove")
     left = "would be left" if removed.startswith("would") else "left"
-    print(f"{left} in {read.cache}: {size(found.size)}")
+    print(f"{left} in {read.cache.dir}: {size(found.size)}")
     if cap is None:
         print(
             f"No current target needs {_total(found.spare)} of it, and no size cap is set: "
@@ -232,7 +232,7 @@ def push(read: Config, _options: Mapping[str, Any]) -> int:
     with closing(Session.open(read)) as session:
         sharing = _sharing(read, session)
         remote = sharing.remote
-        if read.mode == "read-only":
+        if read.cache.mode == "read-only":
             raise ConfigError('[cache] mode is "read-only": nothing is written to the remote')
         exchanged = exchange.push(session.builder, sharing, session.plans.values())
         pushed = remote.finish()
@@ -262,7 +262,7 @@ def _sharing(read: Config, session: Session) -> Sharing:
     if sharing is None:
         raise ConfigError(
             '[cache] mode is "off"'
-            if read.remote
+            if read.cache.remote
             else "there is no remote store: set [cache] remote"
         )
     return sharing

@@ -30,8 +30,8 @@ KIND_NAMES = {
 
 def text(config: Config, survey: Survey, records: Sequence[Record]) -> Iterator[str]:
     """Yield the lines of ``doit cache stats``."""
-    bound = f" of {size(config.max_bytes)}" if config.max_bytes is not None else ""
-    yield f"{config.cache}: {size(survey.size)}{bound}"
+    bound = f" of {size(config.cache.max_bytes)}" if config.cache.max_bytes is not None else ""
+    yield f"{config.cache.dir}: {size(survey.size)}{bound}"
     yield ""
     yield from _kinds(survey)
     yield ""

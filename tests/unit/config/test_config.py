@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support import documents, front_door
 from tasks.config import reader
 from tasks.config.reader import Config
+from tasks.config.tables import Build, Cache
 from tasks.core.errors import ConfigError
 from tasks.core.spec import Quantize, Rule, SourceSpec, Target
 
@@ -55,17 +56,29 @@ def target(folder: Path, lines: str, name: str = "a") -> Target:
 def test_what_is_not_said(folder: Path) -> None:
     found = read(folder, '[models.a]\nsource = "b"')
     model = Target(
-        "a", SourceSpec("folder", str(folder / "b")), "b", None, "mlx-lm", None, None, None, 5 << 30
+        name="a",
+        source=SourceSpec("folder", str(folder / "b")),
+        source_name="b",
+        loader=None,
+        layout="mlx-lm",
+        dtype=None,
+        quantize=False,
+        device=None,
+        max_shard_bytes=5 << 30,
+        where=found.targets["a"].where,
+    )
+    cache = Cache(
+        dir=folder / ".mlx-make/cache",
+        keep=("cast",),
+        remote=None,
+        mode="read-write",
+        max_bytes=None,
     )
     assert found == Config(
         path=folder / "models.toml",
         targets={"a": model},
-        cache=folder / ".mlx-make/cache",
-        keep=frozenset({"cast"}),
-        remote=None,
-        mode="read-write",
-        max_bytes=None,
-        memory_bytes=None,
+        cache=cache,
+        build=Build(memory_bytes=None),
     )
     assert target(folder, 'layout = "mlx-examples"').max_shard_bytes == 15 << 30
 
@@ -86,15 +99,16 @@ def test_all_that_can_be_said(folder: Path) -> None:
     )
     quantize = Quantize(3, 32, "affine", None, rules)
     assert found == Target(
-        "a",
-        SourceSpec("folder", str(folder / "b")),
-        "b (transformers)",
-        "transformers",
-        "mlx-lm",
-        "bfloat16",
-        quantize,
-        "cpu",
-        2 << 30,
+        name="a",
+        source=SourceSpec("folder", str(folder / "b")),
+        source_name="b (transformers)",
+        loader="transformers",
+        layout="mlx-lm",
+        dtype="bfloat16",
+        quantize=quantize,
+        device="cpu",
+        max_shard_bytes=2 << 30,
+        where=found.where,
     )
 
 
@@ -115,7 +129,7 @@ def test_variants_lie_over_their_model(folder: Path) -> None:
     assert {name: one.quantize for name, one in found.items()} == {
         "a": Quantize(4, 32),
         "a-8bit": Quantize(8),
-        "a-plain": None,
+        "a-plain": False,
         "a-same": Quantize(4, 32),
         "a-other": Quantize(4, 32),
     }
@@ -133,7 +147,7 @@ def test_defaults_lie_under_all_models(folder: Path) -> None:
     ).targets
     assert [Path(one.source.location).name for one in found.values()] == ["b", "d", "d"]
     assert [one.layout for one in found.values()] == ["mlx-examples", "mlx-examples", "mlx-lm"]
-    assert [one.quantize for one in found.values()] == [Quantize(4), None, None]
+    assert [one.quantize for one in found.values()] == [Quantize(4), False, False]
     assert {one.max_shard_bytes for one in found.values()} == {1 << 30}
 
 
@@ -150,7 +164,7 @@ def test_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         text = json.dumps(text, ensure_ascii=False)
         found = read(folder, f"[models.a]\nsource = {text}\n[cache]\ndir = {text}\n")
-        assert (found.targets["a"].source.location, found.cache) == (str(path), path)
+        assert (found.targets["a"].source.location, found.cache.dir) == (str(path), path)
 
 
 def test_paths_are_of_the_file_s_folder(
@@ -161,7 +175,7 @@ def test_paths_are_of_the_file_s_folder(
     monkeypatch.chdir(tmp_path.parent)
     found = reader.load(Path(tmp_path.name) / "models.toml")
     assert found.targets["a"].source.location == str(tmp_path / "b")
-    assert found.cache == tmp_path / ".mlx-make/cache"
+    assert found.cache.dir == tmp_path / ".mlx-make/cache"
 
 
 @pytest.mark.parametrize("name", ["a", "A_b-1.5+x", "_a", "3", "llama-3.1-8b", "größe", "a" * 200])
@@ -174,8 +188,8 @@ def test_where_a_target_is_asked_for(folder: Path) -> None:
         folder,
         '# A comment\n[ models . "a" ]  # another\nsource = "b"\n\n[models.a.variants.c]\n',
     ).targets
-    assert found["a"].where == f"{folder}/models.toml:2"
-    assert found["a-c"].where == f"{folder}/models.toml:5"
+    assert str(found["a"].where) == f"{folder}/models.toml:2"
+    assert str(found["a-c"].where) == f"{folder}/models.toml:5"
 
 
 # The cache and the build
@@ -191,11 +205,11 @@ def test_cache_and_build(folder: Path) -> None:
         '[cache]\ndir = "c"\nkeep = ["unshard", "cast"]\nremote = "s3://bucket/a/b"\n'
         'mode = "read-only"\nmax_size = "20GB"\n[build]\nmemory = "4GiB"\n',
     )
-    assert found.cache == folder / "c"
-    assert found.keep == {"unshard", "cast"}
-    assert (found.remote, found.mode) == ("s3://bucket/a/b", "read-only")
-    assert (found.max_bytes, found.memory_bytes) == (20 * 10**9, 4 << 30)
-    assert settings_of(folder, "[cache]\nkeep = []").keep == frozenset()
+    assert found.cache.dir == folder / "c"
+    assert set(found.cache.keep) == {"unshard", "cast"}
+    assert (found.cache.remote, found.cache.mode) == ("s3://bucket/a/b", "read-only")
+    assert (found.cache.max_bytes, found.build.memory_bytes) == (20 * 10**9, 4 << 30)
+    assert settings_of(folder, "[cache]\nkeep = []").cache.keep == ()
 
 
 @pytest.mark.parametrize(
@@ -205,7 +219,7 @@ def test_cache_and_build(folder: Path) -> None:
      "file:///a/b%23c"],
 )  # fmt: skip
 def test_remotes(folder: Path, url: str) -> None:
-    assert settings_of(folder, f'[cache]\nremote = "{url}"').remote == url
+    assert settings_of(folder, f'[cache]\nremote = "{url}"').cache.remote == url
 
 
 @pytest.mark.parametrize(
@@ -287,12 +301,12 @@ def test_the_environment_wins(folder: Path, monkeypatch: pytest.MonkeyPatch, lin
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     found = settings_of(folder, lines)
-    assert found.cache == folder / "other"
-    assert found.keep == {"unshard", "cast"}
-    assert (found.remote, found.mode) == ("file:///a", "off")
-    assert (found.max_bytes, found.memory_bytes) == (1000, 1 << 30)
+    assert found.cache.dir == folder / "other"
+    assert set(found.cache.keep) == {"unshard", "cast"}
+    assert (found.cache.remote, found.cache.mode) == ("file:///a", "off")
+    assert (found.cache.max_bytes, found.build.memory_bytes) == (1000, 1 << 30)
     monkeypatch.setenv("MLX_MAKE_CACHE_KEEP", ",")
-    assert settings_of(folder, lines).keep == frozenset()
+    assert settings_of(folder, lines).cache.keep == ()
 
 
 def test_an_empty_variable_says_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +343,72 @@ def test_a_message_names_the_variable_as_doit_says_it(tmp_path: Path) -> None:
     done = front_door.doit(tmp_path, "list", expect=3, env={"MLX_MAKE_CACHE_MODE": "readonly"})
     assert "MLX_MAKE_CACHE_MODE: cache.mode is 'readonly'; valid: read-write" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# All mistakes at once
+
+
+MISTAKES = """\
+[cache]
+keep = ["cast", "x"]
+size = 5
+[defaults]
+dtype = "bf16"
+[models.a]
+sorce = "b"
+max_shard_size = "5gib"
+[models.a.quantize]
+bits = 16
+group_size = 60
+rules = [{ match = "*", bits = "6" }, { mach = "lm_head", skip = true }]
+[models."b/c"]
+source = 5
+[models.b.variants.d]
+device = "cup"
+[models.b]
+source = "build/b"
+"""
+
+
+def test_all_mistakes_are_told_each_with_its_line(folder: Path) -> None:
+    """In the file's order, each once: a wrong default is not told again for each model."""
+    message = refused(folder, MISTAKES)
+    assert message is not None
+    told = [line.removeprefix(f"{folder}/models.toml:") for line in message.splitlines()]
+    starts = [
+        "2: cache.keep[1] is 'x'; valid: unshard, cast",
+        "3: cache.size is an unknown key; valid: dir,",
+        "5: defaults.dtype is 'bf16'; valid: ",
+        "6: models.a has no source. Add source = ",
+        "7: models.a.sorce is an unknown key; valid: source, ",
+        "8: models.a.max_shard_size is '5gib', which is no size",
+        "10: models.a.quantize.bits is 16; mode 'affine' takes",
+        "11: models.a.quantize.group_size is 60; mode 'affine' takes",
+        "12: models.a.quantize.rules[0].bits is '6', must be a whole number",
+        "12: models.a.quantize.rules[1].mach is an unknown key",
+        "12: models.a.quantize.rules[1] has no match. Add match = ",
+        "13: models.\"b/c\" makes the target name 'b/c', which is no plain folder name",
+        '14: models."b/c".source is 5, must be a string',
+        "16: models.b.variants.d.device is 'cup'; valid: cpu, gpu. Did you mean 'cpu'?",
+    ]
+    assert [line[: len(start)] for line, start in zip(told, starts, strict=True)] == starts
+
+
+def test_folders_that_a_build_would_remove_are_told_at_once(folder: Path) -> None:
+    message = refused(
+        folder,
+        '[cache]\ndir = "build/c"\n[models.a]\nsource = "build/a"\n[models.b]\nsource = "build/b"',
+    )
+    assert message is not None
+    lines = [line.split(": ")[0].rpartition(":")[2] for line in message.splitlines()]
+    assert lines == ["2", "4", "6"]
+
+
+def test_a_file_of_another_kind_is_not_told_key_by_key(folder: Path) -> None:
+    message = refused(folder, "[models.a]\n" + "".join(f"k{i} = 1\n" for i in range(100)))
+    assert message is not None
+    assert len(message.splitlines()) == 21
+    assert message.endswith("models.toml: and 81 more mistakes")
 
 
 # Sizes

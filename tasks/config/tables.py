@@ -1,0 +1,106 @@
+"""The tables of models.toml; the keys of a model, and how keys are declared: ``core.spec``."""
+
+# Annotations are evaluated here, not left as text: msgspec would evaluate them in every run.
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+from tasks.core.spec import Settings, Size, StageName, key
+from tasks.core.workspace import CACHE_DIR
+
+
+class RemoteURL(str):
+    """The URL of a store shared with other machines."""
+
+    __slots__ = ()
+
+
+class Cache(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where results are kept."""
+
+    dir: Annotated[
+        Path,
+        key(
+            "Where results are kept; several projects, and several checkouts of one, may share it.",
+            change="what the new folder does not hold",
+            example="~/.cache/mlx-make",
+        ),
+    ] = field(default_factory=lambda: Path(CACHE_DIR))
+    keep: Annotated[
+        tuple[StageName, ...],
+        key(
+            "The stages whose intermediate results are kept; those of quantize always are.",
+            change="nothing at once; what was not kept is made again when it is wanted",
+            example=["unshard", "cast"],
+        ),
+    ] = field(default_factory=lambda: (StageName("cast"),))
+    remote: Annotated[
+        RemoteURL | None,
+        key(
+            "A store shared with other machines, from which results are fetched in place of being "
+            "computed; credentials come from the environment and never stand here.",
+            default="none",
+            change="nothing; what this machine has is not fetched again",
+            example="s3://bucket/prefix",
+        ),
+    ] = None
+    mode: Annotated[
+        Literal["read-write", "read-only", "off"],
+        key(
+            "What is done with the remote: fetch and upload, only fetch, or leave it alone.",
+            change="nothing",
+            example="read-only",
+        ),
+    ] = "read-write"
+    max_bytes: Annotated[
+        Size | None,
+        key(
+            "What `doit cache gc` shrinks the cache to.",
+            default="no bound",
+            change="nothing; what `doit cache gc` removed is made again, or fetched, when it is "
+            "wanted",
+            example="100GB",
+        ),
+    ] = field(name="max_size", default=None)
+
+
+class Build(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the work is done."""
+
+    memory_bytes: Annotated[
+        Size | None,
+        key(
+            "What the layers that are worked on at one time may take together.",
+            default="a share of the machine's memory",
+            change="nothing; results do not depend on it",
+            example="4GiB",
+        ),
+    ] = field(name="memory", default=None)
+
+
+class Model(Settings, frozen=True, kw_only=True):
+    """A model to build."""
+
+    variants: Annotated[
+        dict[str, Settings],
+        Meta(
+            description="More targets, MODEL-VARIANT each: the model with these keys laid over it."
+        ),
+    ] = {}  # noqa: RUF012 - msgspec makes a new one for each
+
+
+class Document(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The models that mlx-make builds."""
+
+    cache: Cache = field(default_factory=Cache)
+    build: Build = field(default_factory=Build)
+    defaults: Annotated[Settings, Meta(description="Keys for all models.")] = field(
+        default_factory=Settings
+    )
+    models: Annotated[dict[str, Model], Meta(description="The models to build, by name.")]
+
+
+def variable(table: str, key: str) -> str:
+    """Return the environment variable that wins over a key of [cache] or [build]."""
+    return f"MLX_MAKE_{table}_{key}".upper()

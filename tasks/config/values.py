@@ -1,0 +1,153 @@
+"""Values of models.toml that are more than TOML's own types, read or refused with the mend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tasks.checkpoints import sources
+from tasks.checkpoints.loaders import LOADERS
+from tasks.config.tables import RemoteURL
+from tasks.core.spec import (
+    LayoutName,
+    LoaderName,
+    Mistake,
+    Mistakes,
+    Size,
+    SourceName,
+    StageName,
+    Word,
+)
+from tasks.core.text import SIZE, UNITS, size_bytes
+from tasks.layouts import LAYOUTS
+
+# What a remote may be, by its URL's scheme.
+REMOTES = {
+    "s3": "s3://BUCKET/PREFIX",
+    "gs": "gs://BUCKET/PREFIX",
+    "az": "az://CONTAINER/PREFIX",
+    "https": "https://HOST/PATH",
+    "http": "http://HOST/PATH",
+    "file": "file:///ABSOLUTE/PATH",
+}
+# Credentials and tokens (``user:password@``, ``?sig=``) have no place in it.
+_HOST = r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+_PATH = r"/[^\x00-\x20\x7f?#]*"
+REMOTE = rf"(?:(?:s3|gs|az)://[A-Za-z0-9_.-]+|https?://{_HOST})(?:{_PATH})?|file://{_PATH}"
+
+
+def words(kind: type[Word]) -> tuple[str, ...]:
+    """Return the valid words of a kind, as its registry has them."""
+    registries: dict[type[Word], Iterable[str]] = {
+        LoaderName: LOADERS,
+        LayoutName: LAYOUTS,
+        StageName: ("unshard", "cast"),
+    }
+    return tuple(registries[kind])
+
+
+def decode(kind: type, value: Any) -> Any:
+    """Read a value as a type that msgspec does not know, for which it calls this.
+
+    Raises:
+        Mistakes: it is no such value, with what is wrong with it.
+        ValueError: it is no such value, and its type says all.
+    """
+    if issubclass(kind, Word):
+        if value not in words(kind):
+            raise ValueError
+        return kind(value)
+    if kind is Size:
+        return _size(value)
+    if kind is RemoteURL:
+        return _remote(value)
+    if kind is Path:
+        return _folder(value)
+    if kind is SourceName:
+        if not isinstance(value, str) or sources.kind(value) == "folder":
+            _folder(value)  # refuses what no folder can be called
+        return SourceName(value)
+    raise NotImplementedError(kind)
+
+
+def _folder(value: Any) -> Path:
+    if not isinstance(value, str):
+        raise ValueError
+    if not value or "\0" in value:
+        raise Mistakes(Mistake(f"is {value!r}, which no folder can be called", "name a folder"))
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        fact = f"is {value!r}, but there is no such user"
+        raise Mistakes(Mistake(fact, "write the folder out")) from None
+
+
+def _size(value: Any) -> Size:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError
+    text = value if isinstance(value, str) else show(value)
+    size = size_bytes(text)
+    if size is None:
+        match = re.fullmatch(SIZE, text)
+        units = ", ".join(unit for unit in UNITS if len(unit) > 1)
+        alike = [u for u in UNITS if u and match and u.casefold() == match[3].casefold()]
+        number = match[0].strip().removesuffix(match[3]) if match else ""
+        raise Mistakes(
+            Mistake(
+                f"is {show(value)}, which is no size; units are {units}",
+                f'write "{number}{alike[0]}"' if alike else "",
+            )
+        )
+    if size < 1:
+        raise Mistakes(Mistake(f"is {value!r}: no room for a tensor"))
+    return Size(size)
+
+
+def _remote(value: Any) -> RemoteURL:
+    """Read a URL; messages show no more of it than the scheme: the rest may hold a password."""
+    if not isinstance(value, str):
+        raise Mistakes(Mistake("is no string", f'write "{REMOTES["s3"]}"'))
+    if not re.fullmatch(REMOTE, value):
+        raise Mistakes(_no_remote(value))
+    return RemoteURL(value)
+
+
+def _no_remote(url: str) -> Mistake:
+    match = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", url, re.DOTALL)
+    forms = ", ".join(REMOTES.values())
+    if not match:
+        return Mistake(f"is no URL; valid: {forms}")
+    scheme, host, rest = match.groups()
+    if "@" in host:
+        return Mistake("holds credentials", "take them out: credentials come from the environment")
+    if scheme not in REMOTES:
+        return Mistake(f"has the scheme {scheme!r}; valid: {forms}", nearest(scheme, REMOTES))
+    if "?" in rest or "#" in rest:
+        mend = "drop it: credentials come from the environment ('?' in a path is %3F, '#' %23)"
+        return Mistake("has a query or a fragment", mend)
+    if re.search(r"[\x00-\x20\x7f]", url):
+        return Mistake("has a space or a control character", "write a space as %20")
+    wanted = {"s3": "bucket", "gs": "bucket", "az": "container", "file": "absolute path"}
+    fact = f"has no {wanted.get(scheme, 'host')} after {scheme}://"
+    return Mistake(fact, f'write "{REMOTES[scheme]}"')
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """Return a mend that names the nearest valid word, or nothing if none is near."""
+    from difflib import get_close_matches  # 5 ms that only a mistake pays
+
+    close = get_close_matches(word.lower(), list(valid), 1, 0.5)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def show(value: Any) -> str:
+    """Return a value as the file may spell it, cut where it is long."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    try:
+        text = repr(value)
+    except ValueError:  # thousands of digits
+        return "a number too long to show"
+    return text if len(text) <= 100 else f"{text[:99]}…"
