@@ -7,12 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs, to_builtins
+
 from cache.digest import digest_record
 from cache.files import atomic
 from cache.records.manifests import Manifest
 from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck
 from tasks.core import text
+from tasks.core.spec import Target
 from tasks.core.workspace import REPORTS
 from tasks.execution import fill
 from tasks.planning.plan import Plan
@@ -38,6 +41,12 @@ def report(session: Session) -> Iterator[dict[str, Any]]:
     yield _overview_task(session, reader)
 
 
+def _asked(target: Target) -> dict[str, Any]:
+    """Return what a target is told, but for where it lies and where that is said."""
+    quantize = to_builtins(target.quantize or None)
+    return {**structs.asdict(target), "quantize": quantize, "source": "", "where": ""}
+
+
 def _target_task(
     session: Session, reader: Reader, plan: Plan, family: list[Plan], first: list[Plan]
 ) -> dict[str, Any]:
@@ -47,7 +56,7 @@ def _target_task(
     manifest = builder.packed_path(name)
     written = [page_name(name), trace_name(name)]
     check = UpToDateCheck(
-        digest_record([VERSION, {**asdict(plan.target), "source": "", "where": ""}]),
+        digest_record([VERSION, _asked(plan.target)]),
         str(folder / written[0]),
         lambda values: _changed_page(folder, values, seen=_seen(session, reader, plan, family)),
     )

@@ -337,7 +337,7 @@ class Target(Settings, frozen=True, kw_only=True):
     """
 
     name: str
-    source: SourceSpec
+    source: SourceSpec = field(name="source_spec")  # no key: "source" is what the file says
     source_name: SourceName
     max_shard_bytes: Size
     where: object
