@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -57,7 +56,6 @@ class Key(Struct, frozen=True):
     example: Any
 
 
-@cache
 def keys_of(table: type[Struct]) -> Mapping[str, Key]:
     """Return the keys of a table, by name."""
     return {field.encode_name: _key(field) for field in fields(table)}

@@ -22,6 +22,7 @@ from tasks.core.spec import (
 )
 from tasks.core.text import SIZE, UNITS, size_bytes
 from tasks.layouts import LAYOUTS
+from tasks.stages import registry
 
 # What a remote may be, by its URL's scheme.
 REMOTES = {
@@ -43,7 +44,7 @@ def words(kind: type[Word]) -> tuple[str, ...]:
     registries: dict[type[Word], Iterable[str]] = {
         LoaderName: LOADERS,
         LayoutName: LAYOUTS,
-        StageName: ("unshard", "cast"),
+        StageName: registry.configurable(),
     }
     return tuple(registries[kind])
 
