@@ -29,6 +29,7 @@ from tasks.core.workspace import Workspace
 from tasks.execution.draft import Drafts, WeightFileDraft
 from tasks.execution.log import Entry, Log
 from tasks.execution.resources import MemoryBudget
+from tasks.layouts.model import Model
 from tasks.planning import sizes
 from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan
@@ -59,6 +60,7 @@ class NodeContext:
         self._inputs = inputs
         self.target: Target = plan.target
         self.checkpoint: Checkpoint = plan.checkpoint
+        self.model: Model = plan.shared.model
         self.blobs: Blobs = builder.store.blobs
         self.memos: Memos = builder.store.memos
         self.streams: arrays.Streams = builder.streams

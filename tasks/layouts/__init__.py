@@ -2,9 +2,9 @@
 
 One module a layout says all that is peculiar to it (``mlx_lm``, ``mlx_examples``) and stands in
 ``LAYOUTS``, where everybody else finds it: a new layout is one module and one line here. Beside
-them: ``model`` (a model by a layout's names), ``architecture`` (what mlx-lm's own classes make of a
-checkpoint, asked through ``mlx_lm_probe``), ``llama_names`` and ``llama_tokenizer`` (from Meta's to
-Hugging Face's), ``weight_file`` and one module a format of weight files.
+them: ``model`` (a model by a layout's names), ``architecture`` (what the classes of one of the
+``libraries`` make of a checkpoint, found out by ``probe``), ``llama_names`` and ``llama_tokenizer``
+(from Meta's to Hugging Face's), ``weight_file`` and one module a format of weight files.
 
 May import ``cache``, ``tasks.core``, ``tasks.tensors`` and ``tasks.checkpoints``.
 """

@@ -1,4 +1,4 @@
-"""architecture: the plan of a Hugging Face model, as mlx-lm's own classes give it."""
+"""architecture: the plan of a Hugging Face model, as a library's own classes give it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from cache.digest import digest_record
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import ArchitectureError, BuildError
+from tasks.layouts.libraries import LIBRARIES, MLX_LM
 from tasks.layouts.llama_names import rope
 from tasks.layouts.model import Model, Module, Parameter
 
-SCHEMA = 3  # of ask_mlx_lm's answers; raised when they change
+SCHEMA = 3  # of the probe's answers; raised when they change
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -46,30 +47,33 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 @cache
-def versions() -> dict[str, str]:
+def versions(library: str = MLX_LM) -> dict[str, str]:
     """Return the versions of what an answer depends on.
 
     Raises:
-        ArchitectureError: mlx-lm is not installed.
+        ArchitectureError: the library is not installed.
     """
+    distribution = LIBRARIES[library].DISTRIBUTION
     try:
-        return {name: version(name) for name in ("mlx", "mlx-lm")}
+        return {name: version(name) for name in ("mlx", distribution)}
     except PackageNotFoundError as error:
-        raise ArchitectureError(f"{error.name} is not installed: pip install mlx-lm") from error
+        raise ArchitectureError(
+            f"{error.name} is not installed: pip install {distribution}"
+        ) from error
 
 
-def model(checkpoint: Checkpoint, memos: Memos) -> Model:
-    """Return what mlx-lm makes of a checkpoint with Hugging Face's names.
+def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
+    """Return what a library makes of a checkpoint with Hugging Face's names.
 
-    mlx-lm is asked once for a checkpoint: ``memos`` keeps the answer.
+    It is asked once for a checkpoint: ``memos`` keeps the answer.
 
     Raises:
-        ArchitectureError: mlx-lm does not know the architecture or refuses the checkpoint.
+        ArchitectureError: it does not know the architecture or refuses the checkpoint.
     """
-    question = _question(checkpoint)
+    question = _question(checkpoint, library)
     answer = memos.get("architectures", question, Answer)
     if answer is None:
-        asked = _ask(question, checkpoint.folder)
+        asked = _ask(question, library, checkpoint.folder)
         memos.put("architectures", question, asked)
         answer = msgspec.convert(asked, Answer)
     parameters = {}
@@ -96,8 +100,8 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     config = {key: value for key, value in answer.config.items() if key != "_name_or_path"}
     if not answer.keep_vision_config:
         config.pop("vision_config", None)
-    notes = (*checkpoint.notes, *_dropped(answer.dropped))
-    return Model(parameters, modules, config, answer.recipes, notes)
+    notes = (*checkpoint.notes, *_dropped(answer.dropped, library))
+    return Model(parameters, modules, config, answer.recipes, notes, library)
 
 
 @cache
@@ -106,29 +110,31 @@ def _names(*names: str) -> tuple[str, ...]:
     return names
 
 
-def identity(checkpoint: Checkpoint) -> str:
-    """Return a digest of all that mlx-lm's ``sanitize`` depends on besides the tensors' data."""
-    return digest_record(_question(checkpoint))
+def identity(checkpoint: Checkpoint, library: str) -> str:
+    """Return a digest of all that a model's ``sanitize`` depends on besides the tensors' data."""
+    return digest_record(_question(checkpoint, library))
 
 
 def compute(
     checkpoint: Checkpoint,
+    library: str,
     device: str,
     inputs: Mapping[str, Sequence[Part]],
     outputs: Mapping[str, Path],
 ) -> None:
-    """Have mlx-lm's ``sanitize`` compute parameters that are no plain tensors.
+    """Have a model's ``sanitize`` compute parameters that are no plain tensors.
 
     Args:
         checkpoint: with Hugging Face's names.
+        library: whose model it is.
         device: ``cpu`` or ``gpu``: what is to be MLX's default, as it is for mlx_lm.convert.
         inputs: where the tensors lie that the parameters are made of, by name.
         outputs: files to write the parameters' bytes into, by the parameter's name.
 
     Raises:
-        ArchitectureError: mlx-lm failed.
+        ArchitectureError: the library failed.
     """
-    told = {
+    work = {
         "device": device,
         "inputs": {
             name: [[p.path, p.offset, p.length, *(p.stamp or ())] for p in parts]
@@ -136,63 +142,65 @@ def compute(
         },
         "outputs": {name: str(path) for name, path in outputs.items()},
     }
-    _ask({**_question(checkpoint), "compute": told}, checkpoint.folder)
+    _ask({**_question(checkpoint, library), "compute": work}, library, checkpoint.folder)
 
 
-def _question(checkpoint: Checkpoint) -> dict[str, Any]:
+def _question(checkpoint: Checkpoint, library: str) -> dict[str, Any]:
     extra = rope(checkpoint.config)
     files = dict(checkpoint.files)
     if extra or "config.json" not in files:
         files["config.json"] = json.dumps({**checkpoint.config, **extra})
     return {
         "schema": SCHEMA,
-        "versions": versions(),
+        "versions": versions(library),
         "files": files,
         "tensors": checkpoint.table,
     }
 
 
-def _dropped(names: list[str]) -> tuple[str, ...]:
+def _dropped(names: list[str], library: str) -> tuple[str, ...]:
     buffers = [name for name in names if "rotary_emb" in name]
     left = [name for name in names if name not in buffers]
     if not left:
         return ()
+    more = ", …" if len(left) > 3 else ""
     return (
-        f"{len(left)} tensors of the checkpoint belong to no part of the model that mlx-lm knows "
-        f"and are left out, as mlx_lm.convert does: {', '.join(left[:3])}"
-        + (", …" if len(left) > 3 else ""),
+        f"{len(left)} tensors of the checkpoint belong to no part of the model that {library} "
+        f"knows and are left out, as {LIBRARIES[library].PACKAGE}.convert does: "
+        f"{', '.join(left[:3])}{more}",
     )
 
 
-def _ask(question: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _ask(question: dict[str, Any], library: str, folder: Path) -> dict[str, Any]:
     for light in (True, False):
         asked = {**question, "light": light}
         # Starting a process costs more than the answer, most of all where MLX brings up a GPU.
         if light and "compute" not in question:
-            from tasks.layouts import mlx_lm_probe  # once for a checkpoint
+            from tasks.layouts import probe  # once for a checkpoint
 
-            answer = json.loads(json.dumps(mlx_lm_probe.answer(asked)))
+            answer = json.loads(json.dumps(probe.answer(asked, LIBRARIES[library])))
         else:
-            answer = _ask_process(asked, folder)
+            answer = _ask_process(asked, library, folder)
         if "error" not in answer:
             return dict(answer)
-        if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict of mlx-lm's
+        if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict
             raise BuildError(f"{folder}: {answer['error']}")
-        # mlx-lm's own verdicts are ValueErrors; left-out modules can show as any other.
+        # A library's own verdicts are ValueErrors; left-out modules can show as any other.
         if answer["kind"] == "ValueError":
             break
+    name = LIBRARIES[library].DISTRIBUTION
     raise ArchitectureError(
-        f"{folder}: mlx-lm {versions()['mlx-lm']} says: {answer['error']} "
-        "If the checkpoint is whole, a newer one may know it: pip install -U mlx-lm"
+        f"{folder}: {library} {versions(library)[name]} says: {answer['error']} "
+        f"If the checkpoint is whole, a newer one may know it: pip install -U {name}"
     )
 
 
-def _ask_process(question: dict[str, Any], folder: Path) -> Any:
+def _ask_process(question: dict[str, Any], library: str, folder: Path) -> Any:
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         # -P: the current folder may have a tasks/ of its own.
-        [sys.executable, "-P", "-m", "tasks.layouts.mlx_lm_probe"],
+        [sys.executable, "-P", "-m", "tasks.layouts.probe", library],
         input=json.dumps(question),
         capture_output=True,
         text=True,
@@ -202,6 +210,6 @@ def _ask_process(question: dict[str, Any], folder: Path) -> Any:
         return json.loads(done.stdout)
     except ValueError:
         raise ArchitectureError(
-            f"{folder}: asking mlx-lm failed (exit status {done.returncode}):\n"
+            f"{folder}: asking {library} failed (exit status {done.returncode}):\n"
             f"{done.stderr[-2000:]}"
         ) from None

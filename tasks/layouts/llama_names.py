@@ -1,4 +1,4 @@
-"""names: a Llama's tensors by Meta's names and by Hugging Face's, and its two configurations."""
+"""llama_names: a Llama by Meta's names and by Hugging Face's, tensors and configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tokenizer: Hugging Face tokenizer files from Meta's tokenizer.model.
+"""llama_tokenizer: Hugging Face tokenizer files from Meta's tokenizer.model.
 
 A Meta checkpoint holds one file, `tokenizer.model`, in one of two formats: a sentencepiece BPE
 model (Llama 1, Llama 2, Code Llama) or tiktoken's text of base64 tokens and ranks (Llama 3 to 3.3).

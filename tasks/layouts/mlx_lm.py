@@ -16,6 +16,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
 from tasks.layouts import architecture, llama_tokenizer
+from tasks.layouts.libraries import MLX_LM
 from tasks.layouts.llama_names import to_huggingface
 from tasks.layouts.model import Model
 from tasks.layouts.safetensors_format import SAFETENSORS
@@ -41,7 +42,7 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     """Return the model by Hugging Face's names, as mlx-lm's classes take it."""
     if checkpoint.names == "meta":
         checkpoint = to_huggingface(checkpoint, _token_ids(checkpoint, memos))
-    return architecture.model(checkpoint, memos)
+    return architecture.model(checkpoint, memos, MLX_LM)
 
 
 def default_dtype(checkpoint: Checkpoint, model: Model) -> str | None:

@@ -62,6 +62,8 @@ class Model:
         config: config.json as far as it does not depend on the target's settings.
         recipes: per mixed recipe, bits by module path, or why it does not fit the model.
         notes: what people should know.
+        library: whose classes make it, and compute what is no plain tensor of the checkpoint;
+            empty if there can be no such parameter.
     """
 
     parameters: dict[str, Parameter]
@@ -69,6 +71,7 @@ class Model:
     config: dict[str, Any]
     recipes: dict[str, dict[str, int] | str]
     notes: tuple[str, ...] = field(default=())
+    library: str = ""
 
 
 def layer_names(names: list[str]) -> dict[str, str]:

@@ -209,6 +209,7 @@ class Context(Protocol):
 
     target: Target
     checkpoint: Checkpoint
+    model: Model
     blobs: Blobs
     memos: Memos
     streams: Streams

@@ -433,7 +433,7 @@ def test_another_mlx(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.Monke
     world.begin(checkpoint)
     now = architecture.versions()
     with monkeypatch.context() as patch:
-        patch.setattr(architecture, "versions", lambda: {**now, "mlx": "0.1.2"})
+        patch.setattr(architecture, "versions", lambda *_: {**now, "mlx": "0.1.2"})
         inside.doit(world.mine)
     reason = f"mlx 0.1.2 → {now['mlx']}"
     said(

@@ -1,12 +1,13 @@
-"""ask_mlx_lm: what mlx-lm would do with a checkpoint, worked out from its headers alone.
+"""probe: what a library would do with a checkpoint, worked out from its headers alone.
 
-It gives mlx-lm's own ``load_model`` arrays that hold no data, and asked for a ``light`` answer it
-leaves out modules that a conversion does not need and that take seconds to import (transformers
-and torch). Question and answer are JSON; see ``tasks.layouts.architecture`` for what they hold.
+It gives the library's own loading function arrays that hold no data, and asked for a ``light``
+answer it leaves out modules that a conversion does not need and that take seconds to import.
+Question and answer are JSON; see ``tasks.layouts.architecture`` for what they hold, and
+``tasks.layouts.libraries`` for what is said of a library.
 
 Asked to ``compute``, it is given some tensors' data and writes the parameters made of them. That,
-and whatever needs the heavy modules, is for a process of its own
-(``python -m tasks.layouts.mlx_lm_probe``, question on standard input, answer on standard output).
+and whatever needs the heavy modules, is for a process of its own (``python -m tasks.layouts.probe
+LIBRARY``, question on standard input, answer on standard output).
 """
 
 from __future__ import annotations
@@ -21,59 +22,57 @@ import tempfile
 import types
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from tasks.core.spec import RECIPES
+from tasks.layouts.libraries import LIBRARIES, Library
 from tasks.layouts.model import layer_names
 
 LABELS = 500  # arrays at once: MLX's functions take 1024 names, and two sorts are compared
-STUBS = ("mlx_lm.tokenizer_utils", "huggingface_hub")
+# By the ``id`` of a joined array: what was done, the axis, the arrays joined, and the result.
+Joins = dict[int, tuple[str, int, list[Any], Any]]
 
 
 class StubUsed(Exception):
-    """mlx-lm used a module that was left out; ask again with everything imported."""
+    """The library used a module that was left out; ask again with everything imported."""
 
 
 def main() -> None:
     """Answer one question."""
-    answered = answer(json.load(sys.stdin))
+    answered = answer(json.load(sys.stdin), LIBRARIES[sys.argv[1]])
     json.dump(answered, sys.stdout)
 
 
-def answer(question: dict[str, Any]) -> dict[str, Any]:
+def answer(question: dict[str, Any], library: Library) -> dict[str, Any]:
     """Answer a question; all that is replaced meanwhile is put back. Not safe beside threads."""
     import mlx.core as mx
 
-    replaced = {name: getattr(mx, name) for name in ("load", "stack", "concatenate")}
+    functions = {name: getattr(mx, name) for name in ("load", "stack", "concatenate")}
     random = {name: getattr(mx.random, name) for name in ("uniform", "normal")}
-    modules = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_replaced(name)}
+    modules = {n: sys.modules.pop(n) for n in list(sys.modules) if _is_replaced(n, library)}
     try:
         if question["light"]:
-            _leave_out_heavy_modules()
-        return _answer(question, mx)
-    except Exception as error:  # whatever mlx-lm raises is its verdict on the checkpoint
+            _leave_out_heavy_modules(library)
+        for name in library.MODULES:
+            importlib.import_module(name)
+        return _answer(question, library, mx)
+    except Exception as error:  # whatever the library raises is its verdict on the checkpoint
         return {"error": str(error), "kind": type(error).__name__}
     finally:
-        for name, original in replaced.items():
+        for name, original in functions.items():
             setattr(mx, name, original)
         for name, original in random.items():
             setattr(mx.random, name, original)
         for name in list(sys.modules):
-            if _is_replaced(name):
+            if _is_replaced(name, library):
                 del sys.modules[name]
         sys.modules.update(modules)
 
 
-def _is_replaced(name: str) -> bool:
-    return name in STUBS or name.partition(".")[0] == "mlx_lm"
+def _is_replaced(name: str, library: Library) -> bool:
+    return name in library.STUBS or name.partition(".")[0] == library.PACKAGE
 
 
-def _answer(question: dict[str, Any], mx: Any) -> dict[str, Any]:
-    nn: Any = importlib.import_module("mlx.nn")
-
-    convert = importlib.import_module("mlx_lm.convert")
-    utils = importlib.import_module("mlx_lm.utils")
-
+def _answer(question: dict[str, Any], library: Library, mx: Any) -> dict[str, Any]:
     tensors = {name: (dtype, shape) for name, dtype, shape in question["tensors"]}
     given = {name: _hollow(mx, dtype, shape) for name, (dtype, shape) in tensors.items()}
     compute = question.get("compute")
@@ -84,75 +83,95 @@ def _answer(question: dict[str, Any], mx: Any) -> dict[str, Any]:
     kept = {name: a.astype(a.dtype) for name, a in given.items()}  # stay as they are
     joins = _record_joins(mx)
     _leave_out_noise(mx)
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for file, text in question["files"].items():
-            (folder / file).write_text(text)
-        (folder / "model.safetensors").touch()
-        mx.load = lambda *_, **__: dict(given)  # the only reader load_model knows
-        model, config = utils.load_model(folder, lazy=True)
-
+    model, config = _load(question["files"], given, library, mx)
     if compute:
         return _write(dict(_flat(model.parameters())), compute["outputs"])
-    changed = _changed(mx, given, kept)
-    names = {id(a): name for name, a in given.items() if name not in changed}
-    cast_predicate = getattr(model, "cast_predicate", lambda _: True)
+    parameters = _parameters(model, library, _Tensors(given, kept, joins), mx)
+    leaves = _leaves(model)
+    used = {name for parameter in parameters for name in parameter[4]}
+    return {
+        "parameters": parameters,
+        "modules": _modules(model, leaves, library, mx),
+        "recipes": library.recipes(model, leaves),
+        "config": library.encode_config(config),
+        "keep_vision_config": library.keeps_vision_config(model),
+        "dropped": sorted(set(tensors) - used),
+    }
+
+
+def _load(
+    files: dict[str, str], given: dict[str, Any], library: Library, mx: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Have the library load a folder of small files whose weights are the arrays given."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, text in files.items():
+            (folder / file).write_text(text)
+        (folder / "model.safetensors").touch()
+        mx.load = lambda *_, **__: dict(given)  # the only reader that it knows
+        return library.load(folder)
+
+
+class _Tensors(NamedTuple):
+    """The checkpoint's tensors.
+
+    Attributes:
+        given: to the library, which may have changed them in place.
+        kept: the same, as they were.
+        joins: what it made of several at once.
+    """
+
+    given: dict[str, Any]
+    kept: dict[str, Any]
+    joins: Joins
+
+
+def _parameters(model: Any, library: Library, tensors: _Tensors, mx: Any) -> list[list[Any]]:
+    """Return each parameter: name, dtype, shape, whether it is cast, its tensors, the steps."""
+    changed = _changed(mx, tensors.given, tensors.kept)
+    names = {id(a): name for name, a in tensors.given.items() if name not in changed}
     parameters: list[list[Any]] = []
     computed: dict[str, Any] = {}
     for name, array in _flat(model.parameters()):
+        inputs: list[str] = []
         steps: list[Any] = []
         if (origin := names.get(id(array))) is not None:
             inputs = [origin]
-        elif (join := joins.get(id(array))) and all(
+        elif (join := tensors.joins.get(id(array))) and all(
             id(a) in names and a.dtype == array.dtype for a in join[2]
         ):
             inputs, steps = [names[id(a)] for a in join[2]], [[join[0], join[1]]]
         else:
-            inputs = []
             computed[name] = array
         dtype = str(array.dtype).removeprefix("mlx.core.")
         floating = bool(mx.issubdtype(array.dtype, mx.floating))
-        cast = bool(floating and cast_predicate(name))
+        cast = floating and library.casts(model, name)
         parameters.append([name, dtype, list(array.shape), cast, inputs, steps])
-    reach = _inputs_reached(mx, kept, computed) if computed else {}
+    reach = _inputs_reached(mx, tensors.kept, computed) if computed else {}
     for parameter in parameters:
         if (name := parameter[0]) in computed:
             parameter[4], parameter[5] = reach[name], [["sanitize", name]]
+    return parameters
 
+
+def _leaves(model: Any) -> list[tuple[str, Any]]:
+    nn: Any = importlib.import_module("mlx.nn")
+    return _flat(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))
+
+
+def _modules(
+    model: Any, leaves: Iterable[tuple[str, Any]], library: Library, mx: Any
+) -> list[list[Any]]:
+    """Return each leaf module: path, its parameters, these once quantized, verdict, weights."""
     modules: list[list[Any]] = []
-    leaves = _flat(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))
-    own = getattr(model, "quant_predicate", None)
     for path, module in leaves:
         held = [name for name, _ in _flat(module.parameters())]
         after = _after_quantizing(mx, module) if hasattr(module, "to_quantized") else None
-        verdict = own(path, module) if own and after is not None else True
+        verdict = library.quantizes(model, path, module) if after is not None else True
         modules.append([path, held, after, verdict, _count(module)])
-    if sum(m[4] for m in modules) != utils.get_total_parameters(model):
-        raise AssertionError("mlx-lm counts parameters in another way than expected")
-
-    recipes: dict[str, Any] = {}
-    for recipe in RECIPES:
-        try:
-            predicate = convert.mixed_quant_predicate_builder(recipe, model, 64)
-            recipes[recipe] = {
-                path: predicate(path, module)["bits"]
-                for path, module in leaves
-                if hasattr(module, "to_quantized")
-            }
-        except Exception as error:  # mlx_lm.convert would raise the very same
-            recipes[recipe] = str(error)
-
-    used = {i for p in parameters for i in p[4]}
-    encode = getattr(utils, "_encode_tagged_floats", lambda c: c)
-    return {
-        "parameters": parameters,
-        "modules": modules,
-        "recipes": recipes,
-        "config": encode(config),
-        "keep_vision_config": "vision_tower" in getattr(model, "model", {}),
-        "dropped": sorted(set(tensors) - used),
-    }
+    if sum(m[4] for m in modules) != library.count_weights(model):
+        raise AssertionError(f"{library.PACKAGE} counts parameters in another way than expected")
+    return modules
 
 
 def _flat(tree: Any, **options: Any) -> list[tuple[str, Any]]:
@@ -161,15 +180,17 @@ def _flat(tree: Any, **options: Any) -> list[tuple[str, Any]]:
     return list(cast("list[tuple[str, Any]]", tree_flatten(tree, **options)))
 
 
-def _leave_out_heavy_modules() -> None:
-    spec = importlib.util.find_spec("mlx_lm")  # finds the package without running it
+def _leave_out_heavy_modules(library: Library) -> None:
+    """Have the library's package without what its ``__init__`` imports, and with stubs."""
+    spec = importlib.util.find_spec(library.PACKAGE)  # finds the package without running it
     if spec is None or spec.submodule_search_locations is None:
-        raise ImportError("mlx-lm is not installed: pip install mlx-lm")
-    package = types.ModuleType("mlx_lm")
+        name = library.DISTRIBUTION
+        raise ImportError(f"{name} is not installed: pip install {name}")
+    package = types.ModuleType(library.PACKAGE)
     package.__path__ = list(spec.submodule_search_locations)
-    sys.modules["mlx_lm"] = package
-    for name in STUBS:
-        sys.modules[name] = _Stub(name)
+    sys.modules[library.PACKAGE] = package
+    for stub in library.STUBS:
+        sys.modules[stub] = _Stub(stub)
 
 
 class _Stub(types.ModuleType):
@@ -217,14 +238,12 @@ def _write(parameters: dict[str, Any], outputs: dict[str, str]) -> dict[str, Any
     return {"written": len(outputs)}
 
 
-def _record_joins(mx: Any) -> dict[int, tuple[str, int, list[Any], Any]]:
+def _record_joins(mx: Any) -> Joins:
     """Watch ``mx.stack`` and ``mx.concatenate``: a join of whole tensors needs no computing.
 
-    Returns:
-        By the ``id`` of a result: what was done, the axis, the arrays joined, the result (held,
-        so that no other array gets its ``id``).
+    The results are held, so that no other array gets the ``id`` of one.
     """
-    seen: dict[int, tuple[str, int, list[Any], Any]] = {}
+    seen: Joins = {}
 
     def watch(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def joined(arrays: Sequence[Any], axis: int = 0, **more: Any) -> Any:
@@ -260,7 +279,7 @@ def _leave_out_noise(mx: Any) -> None:
 
 
 def _count(module: Any) -> int:
-    """Count a module's weights as mlx-lm does, those already packed included."""
+    """Count a module's weights as MLX's libraries do, those already packed included."""
     if hasattr(module, "bits"):
         bias = module.bias.size if hasattr(module, "bias") else 0
         return int(bias + module.weight.size * 32 // module.bits)

@@ -3,12 +3,12 @@
 import mlx.core as mx
 import pytest
 
-from tasks.layouts import mlx_lm_probe
+from tasks.layouts import probe
 
 
 @pytest.fixture
 def given() -> dict[str, mx.array]:
-    return {name: mlx_lm_probe._hollow(mx, "bfloat16", (4, 6)) for name in "abcd"}
+    return {name: probe._hollow(mx, "bfloat16", (4, 6)) for name in "abcd"}
 
 
 def test_what_is_changed_in_place(given: dict[str, mx.array]) -> None:
@@ -18,7 +18,7 @@ def test_what_is_changed_in_place(given: dict[str, mx.array]) -> None:
     given["a"] *= 2
     given["c"][1] = 0
     assert given["a"] is same
-    assert mlx_lm_probe._changed(mx, given, kept) == {"a", "c"}
+    assert probe._changed(mx, given, kept) == {"a", "c"}
 
 
 def test_what_computed_tensors_are_made_of(given: dict[str, mx.array]) -> None:
@@ -31,7 +31,7 @@ def test_what_computed_tensors_are_made_of(given: dict[str, mx.array]) -> None:
         "half": given["d"][:2],
     }
     computed["twice"] = computed["sum"].reshape(4, 6)
-    assert mlx_lm_probe._inputs_reached(mx, kept, computed) == {
+    assert probe._inputs_reached(mx, kept, computed) == {
         "sum": ["a", "c"],
         "itself": ["b"],
         "both": ["b", "d"],
@@ -44,7 +44,7 @@ def test_what_computed_tensors_are_made_of(given: dict[str, mx.array]) -> None:
 def many() -> dict[str, mx.array]:
     """More tensors than MLX's functions take arguments."""
     names = [f"layers.{i}.{name}" for i in range(50) for name in range(50)]
-    return {name: mlx_lm_probe._hollow(mx, "bfloat16", (2, 2)) for name in names}
+    return {name: probe._hollow(mx, "bfloat16", (2, 2)) for name in names}
 
 
 def test_many_tensors_changed_in_place(many: dict[str, mx.array]) -> None:
@@ -52,7 +52,7 @@ def test_many_tensors_changed_in_place(many: dict[str, mx.array]) -> None:
     changed = {"layers.0.0", "layers.25.7", "layers.49.49"}
     for name in changed:
         many[name] += 1
-    assert mlx_lm_probe._changed(mx, many, kept) == changed
+    assert probe._changed(mx, many, kept) == changed
 
 
 def test_what_many_computed_tensors_are_made_of(many: dict[str, mx.array]) -> None:
@@ -63,4 +63,4 @@ def test_what_many_computed_tensors_are_made_of(many: dict[str, mx.array]) -> No
     computed = {name: mx.stack([many[i] for i in ids]) * 2 for name, ids in made_of.items()}
     computed["renamed.weight"] = many["layers.48.2"].reshape(2, 2)
     made_of["renamed.weight"] = ["layers.48.2"]
-    assert mlx_lm_probe._inputs_reached(mx, many, computed) == made_of
+    assert probe._inputs_reached(mx, many, computed) == made_of

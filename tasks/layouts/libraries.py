@@ -1,0 +1,55 @@
+"""libraries: whose classes make the models. A new one is one module and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from tasks.layouts import mlx_lm_library
+
+
+class Library(Protocol):
+    """What a library's module has; nothing of the library is imported before it is asked.
+
+    Attributes:
+        DISTRIBUTION: its name on the package index, whose version an answer depends on.
+        PACKAGE: what it is imported as.
+        MODULES: those of its modules that are to be imported before MLX's functions are watched.
+        STUBS: modules that it imports, that take seconds and that it can do without here.
+    """
+
+    DISTRIBUTION: str
+    PACKAGE: str
+    MODULES: tuple[str, ...]
+    STUBS: tuple[str, ...]
+
+    def load(self, folder: Path) -> tuple[Any, dict[str, Any]]:
+        """Return the model that a folder holds, and its configuration.
+
+        ``mx.load`` gives the weights: the folder's own weight file is empty.
+        """
+
+    def casts(self, model: Any, name: str) -> bool:
+        """Tell whether a parameter is cast where a dtype is asked for."""
+
+    def quantizes(self, model: Any, path: str, module: Any) -> bool | dict[str, Any]:
+        """Return the model's own word on quantizing a module: yes, no, or with which settings."""
+
+    def count_weights(self, model: Any) -> int:
+        """Return how many weights a model has."""
+
+    def recipes(
+        self, model: Any, leaves: Iterable[tuple[str, Any]]
+    ) -> dict[str, dict[str, int] | str]:
+        """Return each mixed recipe's bits by module path, or why it does not fit the model."""
+
+    def encode_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return a configuration as JSON has it."""
+
+    def keeps_vision_config(self, model: Any) -> bool:
+        """Tell whether the built model's config.json keeps ``vision_config``."""
+
+
+MLX_LM = "mlx-lm"
+LIBRARIES: dict[str, Library] = {MLX_LM: mlx_lm_library}

@@ -1,0 +1,72 @@
+"""mlx_lm_library: how mlx-lm is asked what it makes of a checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tasks.core.spec import RECIPES
+
+DISTRIBUTION = "mlx-lm"
+PACKAGE = "mlx_lm"
+MODULES: tuple[str, ...] = ("mlx_lm.convert", "mlx_lm.utils")
+# They import transformers and torch, which takes seconds.
+STUBS: tuple[str, ...] = ("mlx_lm.tokenizer_utils", "huggingface_hub")
+
+
+def load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the model in a folder, as ``mlx_lm.convert`` loads it, and its configuration."""
+    model, config = _utils().load_model(folder, lazy=True)
+    return model, config
+
+
+def casts(model: Any, name: str) -> bool:
+    """Tell whether ``mlx_lm.convert`` casts a parameter where a dtype is asked for."""
+    predicate = getattr(model, "cast_predicate", None)
+    return predicate is None or bool(predicate(name))
+
+
+def quantizes(model: Any, path: str, module: Any) -> bool | dict[str, Any]:
+    """Return the model's own word on quantizing a module: yes, no, or with which settings."""
+    predicate = getattr(model, "quant_predicate", None)
+    return predicate(path, module) if predicate else True
+
+
+def count_weights(model: Any) -> int:
+    """Return how many weights a model has."""
+    return int(_utils().get_total_parameters(model))
+
+
+def recipes(model: Any, leaves: Iterable[tuple[str, Any]]) -> dict[str, dict[str, int] | str]:
+    """Return each mixed recipe's bits by module path, or why it does not fit the model."""
+    convert = importlib.import_module("mlx_lm.convert")
+    leaves = list(leaves)
+    found: dict[str, dict[str, int] | str] = {}
+    for recipe in RECIPES:
+        try:
+            predicate = convert.mixed_quant_predicate_builder(recipe, model, 64)
+            found[recipe] = {
+                path: predicate(path, module)["bits"]
+                for path, module in leaves
+                if hasattr(module, "to_quantized")
+            }
+        except Exception as error:  # mlx_lm.convert would raise the very same
+            found[recipe] = str(error)
+    return found
+
+
+def encode_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration as JSON has it: infinities are tagged."""
+    encode = getattr(_utils(), "_encode_tagged_floats", None)
+    return dict(encode(config)) if encode else config
+
+
+def keeps_vision_config(model: Any) -> bool:
+    """Tell whether ``mlx_lm.convert`` leaves ``vision_config`` in config.json."""
+    return "vision_tower" in getattr(model, "model", {})
+
+
+def _utils() -> Any:
+    return importlib.import_module("mlx_lm.utils")
