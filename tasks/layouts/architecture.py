@@ -27,7 +27,7 @@ SCHEMA = 3  # of the probe's answers; raised when they change
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What mlx-lm says of a checkpoint, see ``mlx_lm_probe``.
+    """What a library says of a checkpoint, see ``tasks.layouts.probe``.
 
     Attributes:
         parameters: name, dtype, shape, whether it may be cast, inputs, steps.
