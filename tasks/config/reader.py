@@ -68,10 +68,10 @@ def load(path: Path) -> Config:
         record = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: a number too long
         raise ConfigError(f"{path} is not TOML: {error}") from error
-    return _Reader(Text(path, text)).config(record)
+    return _Validator(Text(path, text)).config(record)
 
 
-class _Reader:
+class _Validator:
     """Reads one file's tables, and gathers what is wrong with them."""
 
     def __init__(self, text: Text) -> None:
@@ -205,7 +205,7 @@ class _Reader:
     def explain(self, value: Any, table: type[Struct], at: At) -> None:
         """Note what is wrong with a table, and with all that lies in it."""
         if not isinstance(value, dict):
-            self.note_type(value, "a table", at)
+            self.note(f"is {show(value)}, must be a table", at)
             return
         keys = keys_of(table)
         right: Table = {}
@@ -222,22 +222,15 @@ class _Reader:
             if key.required and key.name not in value and at:
                 self.note(f"has no {key.name}", at, f"add {key.name} = {toml(key.example)}")
         if not any(key.required and key.name not in right for key in keys.values()):
-            for mistake in _together(right, table):
+            for mistake in _conflicts(right, table):
                 if mistake.at or right == value:  # what is wrong as a whole may hang on a wrong key
                     self.note(mistake.fact, (*at, *mistake.at), mistake.mend)
 
     def explain_value(self, value: Any, key: Key, at: At) -> None:
         """Note what is wrong with the value of a key."""
-        if key.table and key.kind == "table" and isinstance(value, dict):
-            self.explain(value, key.table, at)
-            return
-        if key.table and key.kind == "named" and isinstance(value, dict):
-            for name, table in value.items():
-                self.explain(table, key.table, (*at, name))
-            return
-        if key.table and key.kind == "tables" and _is_list_of(dict, value):
-            for i, table in enumerate(value):
-                self.explain(table, key.table, (*at, i))
+        if key.table and (inner := _tables_in(value, key)) is not None:
+            for below, table in inner.items():
+                self.explain(table, key.table, (*at, *below))
             return
         try:
             convert(value, key.type, dec_hook=values.decode)
@@ -246,23 +239,24 @@ class _Reader:
                 for mistake in error.__cause__.mistakes:
                     example = f"write {toml(key.example)}" if key.kind == "size" else ""
                     self.note(mistake.fact, at, mistake.mend or example)
-            elif key.kind == "word" and isinstance(value, str):
-                self.note_word(value, key, at)
-            elif key.kind == "words" and _is_list_of(str, value):
-                for i, word in enumerate(value):
-                    self.note_word(word, key, (*at, i))
             else:
-                self.note_type(value, _wanted(key), at)
+                self.note_refused(value, key, at)
+
+    def note_refused(self, value: Any, key: Key, at: At) -> None:
+        """Note a value that is none of a key's, as its type tells."""
+        if key.kind == "word" and isinstance(value, str):
+            self.note_word(value, key, at)
+        elif key.kind == "words" and _is_list_of(str, value):
+            for i, word in enumerate(value):
+                self.note_word(word, key, (*at, i))
+        else:
+            self.note(f"is {show(value)}, must be {_expected(key)}", at)
 
     def note_word(self, word: str, key: Key, at: At) -> None:
         """Note a word that is none of the valid ones."""
         if word not in key.valid:
             fact = f"is {show(word)}; valid: {', '.join(key.valid)}"
             self.note(fact, at, nearest(word, key.valid))
-
-    def note_type(self, value: Any, wanted: str, at: At) -> None:
-        """Note a value of a wrong type."""
-        self.note(f"is {show(value)}, must be {wanted}", at)
 
     def note(self, fact: str, at: At, mend: str = "") -> None:
         """Note a mistake."""
@@ -271,12 +265,12 @@ class _Reader:
     def refusal(self, otherwise: str = "") -> ConfigError:
         """Return the error that tells the mistakes, in the order of their lines."""
         order = sorted(self.mistakes, key=lambda mistake: self.text.line(mistake.at) or 0)
-        texts = [*dict.fromkeys(map(self.told, order))] or [f"{self.text.path}: {otherwise}"]
+        texts = [*dict.fromkeys(map(self.message, order))] or [f"{self.text.path}: {otherwise}"]
         if len(texts) > SHOWN:
             texts[SHOWN:] = [f"{self.text.path}: and {len(texts) - SHOWN} more mistakes"]
         return ConfigError("\n".join(texts))
 
-    def told(self, mistake: Mistake) -> str:
+    def message(self, mistake: Mistake) -> str:
         """Return a mistake for people."""
         place = self.variables.get(mistake.at[:2]) or self.text.place(mistake.at)
         text = " ".join(filter(None, [f"{place}:", spelled(mistake.at), mistake.fact]))
@@ -290,7 +284,7 @@ def _table(record: Any, key: str) -> Table:
     return value if isinstance(value, dict) else {}
 
 
-def _together(value: Table, table: type[Struct]) -> tuple[Mistake, ...]:
+def _conflicts(value: Table, table: type[Struct]) -> tuple[Mistake, ...]:
     """Return what does not go together in a table whose keys are right one by one."""
     try:
         convert(value, table, dec_hook=values.decode)
@@ -299,11 +293,25 @@ def _together(value: Table, table: type[Struct]) -> tuple[Mistake, ...]:
     return ()
 
 
+def _tables_in(value: Any, key: Key) -> dict[At, Table] | None:
+    """Return the tables in a value, by where they are below it; None if it should have and has not.
+
+    What a table of named tables holds is not looked into.
+    """
+    if key.kind == "table" and isinstance(value, dict):
+        return {(): value}
+    if key.kind == "named" and isinstance(value, dict):
+        return {(name,): table for name, table in value.items()}
+    if key.kind == "tables" and _is_list_of(dict, value):
+        return {(i,): table for i, table in enumerate(value)}
+    return None
+
+
 def _is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-def _wanted(key: Key) -> str:
+def _expected(key: Key) -> str:
     example = toml(key.example)
     return {
         "size": f"bytes or a size such as {example}",
