@@ -20,35 +20,12 @@ if "tasks.cli.loader" not in sys.modules:  # doit -f: another folder's pyproject
 Tasks = Iterator[dict[str, Any]]
 
 
-def task_extract(graph: TaskGraph) -> Tasks:
-    """Find and digest each layer's tensors in the checkpoint."""
-    yield from graph.stage("extract")
-
-
-def task_unshard(graph: TaskGraph) -> Tasks:
-    """Join shards into whole tensors, by the layout's names."""
-    yield from graph.stage("unshard")
-
-
-def task_cast(graph: TaskGraph) -> Tasks:
-    """Cast each layer to the target's dtype."""
-    yield from graph.stage("cast")
-
-
-def task_quantize(graph: TaskGraph) -> Tasks:
-    """Quantize each layer."""
-    yield from graph.stage("quantize")
+# Each stage's tasks, of all layers, come before these: see tasks/stages/registry.py.
 
 
 def task_pack(graph: TaskGraph) -> Tasks:
     """Write build/TARGET: weight files, config.json, tokenizer."""
     yield from graph.pack()
-
-
-def task_error(graph: TaskGraph) -> Tasks:
-    """Measure what quantizing took from each layer."""
-    if not graph.session.options.builds_all:  # of a plain doit's tasks, a fifth would be unused
-        yield from graph.stage("error")
 
 
 def task_report(graph: TaskGraph) -> Tasks:

@@ -75,7 +75,7 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
             makers = {EXAMPLE: example.make} if IS_CHECKOUT else {}
             self.session = Session.open(self._config, options, makers)
             graph = TaskGraph(self.session, cmd.dep_manager)
-            self.namespace = {
+            self.namespace = graph.stage_creators() | {
                 name: MethodType(creator, graph) if creator.__code__.co_argcount else creator
                 for name, creator in self.namespace.items()
                 if name.startswith("task_")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +20,9 @@ from tasks.layouts import LAYOUTS, weight_suffixes
 from tasks.planning import bundle
 from tasks.planning.node import Node
 from tasks.planning.plan import Plan
-from tasks.stages import reasons
+from tasks.stages import reasons, registry
 from tasks.stages.reasons import Reason
-from tasks.stages.stage import LeafStage
+from tasks.stages.stage import LeafStage, Stage
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,20 @@ class TaskGraph:
                 for node in nodes
             )
         )
+
+    def stage_creators(self) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
+        """Return what yields each stage's tasks, as doit names it in a dodo.py."""
+        stages = list(registry.PIPELINE)
+        if not self.session.options.builds_all:  # of a plain doit's tasks, a fifth would be unused
+            stages += registry.MEASURES
+        return {f"task_{stage.name}": self._stage_creator(stage) for stage in stages}
+
+    def _stage_creator(self, stage: Stage[Any]) -> Callable[[], Iterator[dict[str, Any]]]:
+        def create() -> Iterator[dict[str, Any]]:
+            yield from self.stage(stage.name)
+
+        create.__doc__ = stage.__doc__
+        return create
 
     def stage(self, stage: str) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.execution.log import MAX_BYTES, Entry
-from tasks.stages.registry import PIPELINE
+from tasks.stages import registry
 
 if TYPE_CHECKING:
     from tasks.planning.plan import Plan
 
-STAGES = (*(stage.name for stage in PIPELINE), "pack")
 _FIELDS = [field.name for field in fields(Entry)]
 
 
@@ -41,7 +40,7 @@ class Timeline:
 
     def builds(self, entry: Entry) -> bool:
         """Tell whether a line is one of those."""
-        return target_of(entry.task) == self.target and stage_of(entry.task) in STAGES
+        return target_of(entry.task) == self.target and stage_of(entry.task) in registry.building()
 
     @property
     def start(self) -> float:

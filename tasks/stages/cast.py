@@ -43,7 +43,7 @@ def dtype_after(parameter: Parameter, dtype: str | None) -> str:
 
 
 class Cast(Stage[CastParams]):
-    """See the module."""
+    """Cast each layer to the target's dtype."""
 
     name = "cast"
     version = 1

@@ -55,7 +55,7 @@ class ExtractParams(Params, frozen=True):
 
 
 class Extract(LeafStage[ExtractParams]):
-    """See the module."""
+    """Find and digest each layer's tensors in the checkpoint."""
 
     name = "extract"
     version = 1

@@ -55,10 +55,11 @@ class MeasureParams(Params, frozen=True):
 
 
 class Measure(Stage[MeasureParams]):
-    """Compares a layer's quantized weights with what they were made of.
+    """Measure what quantizing took from each layer.
 
-    It makes two vectors of one number a weight, in the order of the sorted names: ``norm``, the
-    Frobenius norm of the weight before, and ``error_norm``, that of the difference.
+    A layer's quantized weights are compared with what they were made of. That makes two vectors of
+    one number a weight, in the order of the sorted names: ``norm``, the Frobenius norm of the
+    weight before, and ``error_norm``, that of the difference.
     """
 
     name = "error"

@@ -58,7 +58,7 @@ def memory(backend: str) -> int:
 
 
 class Quantize(Stage[QuantizeParams]):
-    """See the module."""
+    """Quantize each layer."""
 
     name = "quantize"
     version = 1

@@ -15,8 +15,6 @@ from tasks.stages.unshard import Unshard
 PIPELINE: tuple[Stage[Any], ...] = (Extract(), Unshard(), Cast(), Quantize())
 # What is told of a built model, and is no part of it.
 MEASURES: tuple[Stage[Any], ...] = (Measure(),)
-# Names of the stages that read the checkpoint.
-LEAVES = frozenset(stage.name for stage in PIPELINE if isinstance(stage, LeafStage))
 
 
 def stages() -> tuple[Stage[Any], ...]:
@@ -24,6 +22,21 @@ def stages() -> tuple[Stage[Any], ...]:
     return (*PIPELINE, *MEASURES)
 
 
+def names() -> tuple[str, ...]:
+    """Return the names of all stages, in order."""
+    return tuple(stage.name for stage in stages())
+
+
+def building() -> tuple[str, ...]:
+    """Return the names of the stages that lead to a built model, packing last."""
+    return (*(stage.name for stage in PIPELINE), "pack")
+
+
+def leaves() -> frozenset[str]:
+    """Return the names of the stages that read the checkpoint."""
+    return frozenset(stage.name for stage in PIPELINE if isinstance(stage, LeafStage))
+
+
 def configurable() -> tuple[str, ...]:
-    """Return the stages whose results the cache keeps if it is told to."""
+    """Return the names of the stages whose results the cache keeps if it is told to."""
     return tuple(stage.name for stage in PIPELINE if stage.keep is Keep.CONFIGURED)

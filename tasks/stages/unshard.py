@@ -91,7 +91,7 @@ class UnshardParams(Params, frozen=True):
 
 
 class Unshard(Stage[UnshardParams]):
-    """See the module."""
+    """Join shards into whole tensors, by the layout's names."""
 
     name = "unshard"
     version = 1

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from cache.maintenance.survey import KINDS, Survey
 from cache.records.manifests import Manifest
-from tasks.cli.commands.manifests import LAYER_STAGES, Record, described, owners
+from tasks.cli.commands.manifests import Record, described, owners
 from tasks.cli.table import aligned, cut
 from tasks.config.reader import Config
 from tasks.core.text import plural, size
 from tasks.core.workspace import STATE
 from tasks.execution.log import OUTCOMES, Log
+from tasks.stages import registry
 
 WIDTH = 80
 LARGEST = 5
@@ -60,7 +61,7 @@ def _kinds(survey: Survey) -> Iterator[str]:
 def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Iterator[str]:
     """Say what each target needs, a blob under the stage that made it."""
     own = survey.owned
-    rows: list[tuple[str, ...]] = [("target", *LAYER_STAGES, "all")]
+    rows: list[tuple[str, ...]] = [("target", *registry.names(), "all")]
     needed: set[str] = set()
     twice = 0
     for target in config.targets:
@@ -84,8 +85,8 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
 def _makers(survey: Survey, manifests: Iterable[Manifest]) -> dict[str, str]:
     """Return by digest the first stage that names a blob: later ones only pass it on."""
     found: dict[str, str] = {}
-    layers = [manifest for manifest in manifests if manifest.action.stage in LAYER_STAGES]
-    for manifest in sorted(layers, key=lambda made: LAYER_STAGES.index(made.action.stage)):
+    layers = [manifest for manifest in manifests if manifest.action.stage in registry.names()]
+    for manifest in sorted(layers, key=lambda made: registry.names().index(made.action.stage)):
         for digest in survey.reach(tensor.digest for tensor in manifest.tensors.values()):
             found.setdefault(digest, manifest.action.stage)
     return found
@@ -93,7 +94,7 @@ def _makers(survey: Survey, manifests: Iterable[Manifest]) -> dict[str, str]:
 
 def _row(name: str, made: dict[str, str], own: dict[str, int]) -> tuple[str, ...]:
     held = made.keys() & own.keys()
-    by_stage = [sum(own[d] for d in held if made[d] == stage) for stage in LAYER_STAGES]
+    by_stage = [sum(own[d] for d in held if made[d] == stage) for stage in registry.names()]
     return name, *map(size, by_stage), size(sum(own[digest] for digest in held))
 
 

@@ -13,8 +13,6 @@ from tasks.core.workspace import STATE
 from tasks.planning.lockfile import Lock
 from tasks.stages import registry
 
-LAYER_STAGES = tuple(stage.name for stage in registry.stages())
-
 
 @dataclass(frozen=True)
 class Record:
@@ -37,7 +35,7 @@ def read(config: Config) -> list[Record]:
     """Return the records of all targets, stage by stage."""
     folder = config.path.parent / STATE / "manifests"
     found = []
-    for stage in (*LAYER_STAGES, "pack"):
+    for stage in (*registry.names(), "pack"):
         for target in config.targets:
             pattern = "pack.json" if stage == "pack" else f"{stage}/*.json"
             for path in sorted((folder / target).glob(pattern)):

@@ -13,7 +13,7 @@ from tasks.core.text import duration, plural, size
 from tasks.execution.resources import threads
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Step
 from tasks.planning.sizes import Traffic
-from tasks.stages.registry import LEAVES
+from tasks.stages import registry
 
 SOMETHING_TO_DO, REFUSED = 1, 3  # exit status of ``doit plan``
 OVERVIEW = "overview"  # reports/index.html, of all targets
@@ -85,7 +85,7 @@ def _lines(steps: list[Step], seconds: float | None, *, locked: bool) -> Iterato
         return
     if not all(step.certain for step in todo):
         yield from indented(UNCERTAIN, 0)
-    if locked and any(step.stage in LEAVES and not step.certain for step in todo):
+    if locked and any(step.stage in registry.leaves() and not step.certain for step in todo):
         yield from indented(MAY_BE_REFUSED, 0)
     moved, cached, packed = _totals(todo)
     yield f"{len(todo)} of {plural(len(steps), 'task')}"

@@ -15,11 +15,8 @@ from tasks.cli.doit_adapter import models_file
 from tasks.core.text import size
 from tasks.core.workspace import STATE
 from tasks.execution.log import OUTCOMES, Entry, Log
-from tasks.stages.registry import MEASURES, PIPELINE
+from tasks.stages import registry
 
-STAGES = (
-    *(stage.name for stage in PIPELINE), "pack", *(stage.name for stage in MEASURES), "report"
-)  # fmt: skip
 NOTHING = "### mlx-make\n\nNo task ran.\n"
 
 
@@ -95,7 +92,7 @@ def markdown(
             size(sum(entry.bytes_read for entry in stages[stage])),
             size(sum(entry.bytes_written for entry in stages[stage])),
         ]
-        for stage in STAGES
+        for stage in dict.fromkeys([*registry.building(), *registry.names(), "report"])
         if stage in stages
     ]
     failed = [f"- failed: `{entry.task}`" for entry in entries if entry.outcome == "failed"]

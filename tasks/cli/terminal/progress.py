@@ -11,7 +11,7 @@ from tasks.execution import log
 from tasks.execution.log import Entry
 from tasks.planning.node import Node, total
 from tasks.planning.plan import Plan
-from tasks.stages.registry import MEASURES
+from tasks.stages import registry
 
 OUTCOMES = tuple(outcome for outcome in log.OUTCOMES if outcome != "failed")
 LEAST_SECONDS = 2.0  # of work before an estimate means something, and the part of all of it
@@ -158,7 +158,7 @@ def works(
         if name not in run:
             run.add(name)
             ahead.extend(tasks[name].task_dep)
-    measures = tuple(f"{stage.name}:" for stage in MEASURES)
+    measures = tuple(f"{stage.name}:" for stage in registry.MEASURES)
     measured = any(name.startswith(measures) for name in run)
     found = {}
     for target, plan in plans.items():

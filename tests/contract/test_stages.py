@@ -1,0 +1,198 @@
+"""Every registered stage keeps the contract of `Stage`; a stage of one file is one of them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from cache.digest import digest_parts
+from cache.records.manifests import Manifest
+from support import checkpoints, inside, projects, toy_stage
+from tasks.cli.session import Session
+from tasks.planning.node import Node
+from tasks.planning.plan import Plan
+from tasks.stages import registry
+from tasks.stages.stage import LeafStage, Origin, Stage
+from tasks.tensors import arrays, rows
+
+# Between them each step of unshard, each mode, tied and sharded tensors, and what a library makes.
+MODELS = {
+    "meta": {"dtype": "float16", "quantize": {"bits": 4}},
+    "huggingface": {"dtype": "float32", "quantize": {"mode": "mxfp4"}},
+    "qwen3-moe": {"dtype": "float16", "quantize": {"bits": 6, "group_size": 32}},
+    "deepseek-v3": {"dtype": "float16", "quantize": {"bits": 8}},
+}
+TOY = toy_stage.Scale(0.5)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """A session on a built and measured model, the toy stage among the others."""
+    kind = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    if kind in projects.SOURCES:
+        project = projects.create(folder, kind)
+    else:
+        checkpoints.make(kind, folder / "checkpoint")
+        project = projects.Project(folder, kind)
+    project.models.clear()
+    project.configure("model", source="checkpoint", device="cpu", **MODELS[kind])
+    with with_toy():
+        inside.doit(folder, "pack", "error")
+        yield inside.session(folder)
+
+
+def with_toy() -> Any:
+    """The registry with the toy stage between cast and quantize."""
+    patch = pytest.MonkeyPatch()
+    at = registry.PIPELINE.index(next(s for s in registry.PIPELINE if s.name == "quantize"))
+    stages = (*registry.PIPELINE[:at], TOY, *registry.PIPELINE[at:])
+    patch.setattr(registry, "PIPELINE", stages)
+
+    class Patched:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            patch.undo()
+
+    return Patched()
+
+
+def nodes(session: Session) -> Iterator[tuple[Plan, Node, Manifest]]:
+    plan = session.plans["model"]
+    for stage in (*plan.stages.values(), *plan.measures.values()):
+        for node in stage:
+            yield plan, node, session.builder.manifest(plan, node)
+
+
+def test_outputs_are_what_run_makes(built: Session) -> None:
+    stages = set()
+    for plan, node, manifest in nodes(built):
+        stages.add(node.stage.name)
+        outputs = node.outputs()
+        assert {name: t.spec for name, t in manifest.tensors.items()} == node.output_specs()
+        assert list(outputs) == list(manifest.tensors)
+        if node.is_leaf:
+            continue
+        inputs = built.builder.inputs(plan, node)
+        for name, output in outputs.items():
+            assert set(output.inputs) <= inputs.keys()
+            if output.origin is Origin.PASSED_ON:
+                (key,) = output.inputs
+                assert manifest.tensors[name].digest == inputs[key].tensor.digest
+    assert stages == set(registry.names())
+
+
+def test_a_view_is_what_run_makes(built: Session) -> None:
+    views = set()
+    for plan, node, manifest in nodes(built):
+        if node.is_leaf:
+            continue
+        read = built.builder.inputs(plan, node)
+        context = built.builder.context(plan, node, read)
+        inputs = {key: tensor for key, (_, tensor) in read.items()}
+        for name, output in node.outputs().items():
+            with mx.stream(built.builder.streams.get("cpu")):
+                view = node.stage.view(node.params, inputs, context, name)
+                if output.origin is Origin.STORED:
+                    assert view is None
+                elif node.stage.keep.value == "configured":
+                    views.add(node.stage.name)
+                    found = digest_parts(arrays.view(block) for block in rows.blocks(view))
+                    assert found == manifest.tensors[name].digest, (node.name, name)
+    assert views == set(registry.configurable())
+
+
+def test_a_leaf_recalls_what_it_scanned(built: Session) -> None:
+    for plan, node, manifest in nodes(built):
+        if isinstance(node.stage, LeafStage):
+            assert built.builder.recall(plan, node) == manifest
+            assert built.builder.scan(plan, node, reread=True) == manifest
+            assert node.stage.explain_watched(node.stage.watched(node.spec), ["elsewhere", []])
+
+
+def test_parameters_are_read_back(built: Session) -> None:
+    for _, node, manifest in nodes(built):
+        record = node.params.record
+        assert record == manifest.action.params == json.loads(json.dumps(record))
+
+
+def altered(value: Any) -> Iterator[Any]:
+    """JSON that differs from `value` in one place, a few of them."""
+    match value:
+        case dict():
+            for key in list(value)[:3]:
+                yield {k: v for k, v in value.items() if k != key}
+                for other in altered(value[key]):
+                    yield {**value, key: other}
+            yield {**value, "another": next(iter(value.values()))} if value else {}
+        case list():
+            for at, item in enumerate(value):
+                for other in altered(item):
+                    yield [*value[:at], other, *value[at + 1 :]]
+        case bool():
+            yield not value
+        case int() | float():
+            yield value + 1
+        case str():
+            yield value + "x"
+
+
+def test_a_change_is_explained(built: Session) -> None:
+    """Whatever in a stage's parameters it is, of those that both have."""
+    seen: set[Stage[Any]] = set()
+    for _, node, _ in nodes(built):
+        record = node.params.record
+        if node.stage in seen or not any(record.values()):
+            continue
+        seen.add(node.stage)
+        for key, value in record.items():
+            for other in altered(value):
+                if other != value:
+                    old = {**record, key: other}
+                    assert node.stage.explain(old, record), (node.stage.name, old)
+    assert len(seen) == len(registry.stages())
+
+
+def test_memory_and_words(built: Session) -> None:
+    for plan, node, _ in nodes(built):
+        assert node.stage.memory(node.params, plan.checkpoint) > 0
+        assert node.stage.view_memory(node.params, plan.checkpoint) >= 0
+        assert isinstance(node.stage.describe(node.params), str)
+        assert (node.stage.__doc__ or "").partition("\n")[0].endswith(".")
+
+
+def test_a_stage_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is planned, built, listed, drawn, reported, and a change of it is explained."""
+    project = projects.create(tmp_path, "huggingface", **projects.FOUR_BIT)
+    project.doit()
+    before = mx.load(str(tmp_path / "build/model/model.safetensors"))
+    with with_toy():
+        plan = inside.doit(tmp_path, "plan", expect=1).stdout
+        assert "scale" in plan
+        done = inside.doit(tmp_path)
+        stages = {task.split(":")[0] for task in done.computed}
+        assert stages == {"scale", "quantize", "pack"}
+        after = mx.load(str(tmp_path / "build/model/model.safetensors"))
+        assert before.keys() == after.keys()
+        halved = 0
+        for name, tensor in after.items():
+            scaled = ".mlp." in name and name.endswith(("scales", "biases"))
+            halved += scaled
+            assert mx.array_equal(tensor, before[name] * 0.5 if scaled else before[name]), name
+        assert halved
+        assert "scale:model" in inside.doit(tmp_path, "list").stdout
+        inside.doit(tmp_path, "graph", "-o", str(tmp_path / "graph.mmd"))
+        assert "scale · times 0.5" in (tmp_path / "graph.mmd").read_text()
+        monkeypatch.setattr(TOY, "factor", 2.0)
+        why = inside.doit(tmp_path, "why", "scale:model:layers.0").stdout
+        assert "factor 0.5 → 2.0" in why
+        inside.doit(tmp_path, "report")
+        assert (tmp_path / "reports" / "model.html").exists()
+    again = inside.doit(tmp_path)
+    assert "scale" not in {task.split(":")[0] for task in again.computed}
+    restored = mx.load(str(tmp_path / "build/model/model.safetensors"))
+    assert all(mx.array_equal(restored[name], tensor) for name, tensor in before.items())
