@@ -37,12 +37,13 @@ class Checkpoint:
     Attributes:
         source: where its bytes come from.
         names: whose tensor names it has, ``huggingface`` or ``meta``.
-        config: config.json or params.json.
+        config: what its configuration says, such as config.json.
         files: the other small files that say how the model is built, text by name.
         stored: the tensors in its files, by key: the name, with ``#N`` for shard N if sharded.
         tensors: the model's tensors, by name.
         stamps: of each weight file; none if the weights are not available.
         notes: what people should know, e.g. files that were left out.
+        config_file: the file that ``config`` is from; unknown of a record.
     """
 
     source: Source
@@ -53,6 +54,7 @@ class Checkpoint:
     tensors: dict[str, LogicalTensor]
     stamps: dict[str, Stamp]
     notes: tuple[str, ...] = field(default=())
+    config_file: str = ""
 
     @property
     def folder(self) -> Path:

@@ -72,7 +72,10 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
         stored.update(zip(keys, parts, strict=True))
         tensors[name] = _join(folder, name, shape, parts, keys)
     stamps = {name: stamp for name, (stamp, _) in tables.items()}
-    return Checkpoint(source, "meta", _real(params, expected), {}, stored, tensors, stamps)
+    config = _real(params, expected)
+    return Checkpoint(
+        source, "meta", config, {}, stored, tensors, stamps, config_file="params.json"
+    )
 
 
 def _params(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def spec(text: str, base: Path) -> SourceSpec:
         base: the folder that models.toml lies in.
     """
     name = kind(text)
-    return SOURCES[name].spec(text.removeprefix(f"{name}:"), base)
+    return SOURCES[name].spec(text if name == "folder" else text.removeprefix(f"{name}:"), base)
 
 
 def open_source(spec: SourceSpec) -> ReadableSource:

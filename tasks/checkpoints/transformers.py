@@ -62,7 +62,9 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
     }
     tensors = {name: LogicalTensor(s.dtype, s.shape, (name,)) for name, s in stored.items()}
     stamps = {name: stamp for name, (stamp, _) in tables.items()}
-    return Checkpoint(source, "huggingface", config, files, stored, tensors, stamps, notes)
+    return Checkpoint(
+        source, "huggingface", config, files, stored, tensors, stamps, notes, "config.json"
+    )
 
 
 def _drop_tied_head(config: dict[str, Any], stored: dict[str, Stored]) -> None:

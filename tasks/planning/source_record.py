@@ -100,7 +100,7 @@ def mismatched_files(folder: Path, source: LockedSource) -> list[str]:
 
 def _small_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Return all files that are read besides the weights, by name, whatever the layout."""
-    names = {*checkpoint.files, "params.json" if checkpoint.names == "meta" else "config.json"}
+    names = {*checkpoint.files, checkpoint.config_file}
     for layout in LAYOUTS.values():
         with suppress(CheckpointError):  # it cannot be built in that layout
             names |= {path.name for path in layout.sources(checkpoint)}
