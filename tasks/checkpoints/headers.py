@@ -46,7 +46,7 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
     Raises:
         CheckpointError: a file is damaged, or of a kind that must not be read.
     """
-    found = {}
+    tables = {}
     for path in paths:
         try:
             stamp = Stamp.of(path)
@@ -66,5 +66,5 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
             Stored(sys.intern(name), sys.intern(dtype), shape, path.name, offset)
             for name, dtype, shape, offset in answer
         ]
-        found[path.name] = (stamp, tensors)
-    return found
+        tables[path.name] = (stamp, tensors)
+    return tables

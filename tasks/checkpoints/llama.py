@@ -121,10 +121,10 @@ def _shapes(
     vocab = params.get("vocab_size") or -1
     if vocab < 0:  # Llama 1 and 2 leave it open: it is the rows of the head, which are sliced
         vocab = _vocabulary(params["dim"], shards)
-    found = shapes(params, hidden=hidden, vocab=vocab)
+    expected = shapes(params, hidden=hidden, vocab=vocab)
     if not any(HEAD in shard for shard in shards):
-        del found[HEAD]
-    return found
+        del expected[HEAD]
+    return expected
 
 
 def shapes(params: dict[str, Any], *, hidden: int, vocab: int) -> dict[str, tuple[int, ...]]:
@@ -176,9 +176,9 @@ def _join(
 ) -> LogicalTensor:
     kinds = {(part.dtype, part.shape) for part in parts}
     if len(kinds) > 1:
-        told = ", ".join(f"{part.file} {part.dtype} {part.shape}" for part in parts)
+        parts_read = ", ".join(f"{part.file} {part.dtype} {part.shape}" for part in parts)
         raise CheckpointError(
-            f"{folder}: shards disagree on {name}: {told}. They are not of one checkpoint."
+            f"{folder}: shards disagree on {name}: {parts_read}. They are not of one checkpoint."
         )
     dtype, have = parts[0].dtype, parts[0].shape
     count = len(parts)

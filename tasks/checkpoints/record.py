@@ -109,20 +109,20 @@ def recall(store: Store, record: str, nbytes: int) -> Checkpoint | None:
         record: its BLAKE3.
         nbytes: its size.
     """
-    found = _kept(store, record)
-    if found is None:
+    data = _kept(store, record)
+    if data is None:
         if store.read_only:
             store = replace(store, root=_passing())
-        found = _fetched(store, record, nbytes)
-    if found is None:
+        data = _fetched(store, record, nbytes)
+    if data is None:
         return None
-    return _decode(found, record, _folder(store, record) / "files")
+    return _decode(data, record, _folder(store, record) / "files")
 
 
 def tensor_digests(store: Store, record: str) -> dict[str, str]:
     """Return the digests of a record's tensors, by key, as far as the record is kept here."""
-    found = _kept(store, record)
-    return dict(json.loads(found)["digests"]) if found else {}
+    data = _kept(store, record)
+    return dict(json.loads(data)["digests"]) if data else {}
 
 
 def _folder(store: Store, record: str) -> Path:

@@ -77,7 +77,7 @@ def numbered(location: str, names: Iterable[str], pattern: str) -> list[str]:
             f"{location} mixes shards of {len(counts)} checkpoints "
             f"(of {' and of '.join(map(str, sorted(counts)))}). Remove those of the other."
         )
-    first = 1 if counts and 0 not in rows else 0  # numbered from 1 where the count is told
+    first = 1 if counts and 0 not in rows else 0  # numbered from 1 where names have the count
     last = first + counts.pop() if counts else max(rows) + 1
     have = [row[0] for _, row in sorted(rows.items())]
     for number in range(first, last):

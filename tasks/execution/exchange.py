@@ -74,13 +74,13 @@ def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     plans = list(plans)
     there = []
     for plan in plans:
-        found: dict[Node, Manifest] = {}
+        manifests: dict[Node, Manifest] = {}
         for node in (*plan.leaves, *_shared(plan)):
             with builder.store.lock.using():
-                manifest = _pulled(builder, plan, node, found)
+                manifest = _pulled(builder, plan, node, manifests)
                 if manifest is None:
                     continue
-                found[node] = manifest
+                manifests[node] = manifest
                 if node.is_leaf:
                     continue
                 there.append(node)
@@ -109,13 +109,13 @@ def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Node, Mani
 
 
 def _pulled(
-    builder: Builder, plan: Plan, node: Node, found: dict[Node, Manifest]
+    builder: Builder, plan: Plan, node: Node, manifests: dict[Node, Manifest]
 ) -> Manifest | None:
     """Return what a node made, here or elsewhere, without making anything but what leaves find."""
     if node.is_leaf:
         return builder.scan(plan, node)
-    if not all(need in found for need in node.needs):
+    if not all(need in manifests for need in node.needs):
         return None
-    inputs = node.inputs({need: found[need] for need in node.needs})
+    inputs = node.inputs({need: manifests[need] for need in node.needs})
     hit, _ = builder.find(node.action(inputs), node.output_specs())
     return hit.manifest if isinstance(hit, Hit) else None

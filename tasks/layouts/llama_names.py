@@ -101,10 +101,12 @@ def to_meta(checkpoint: Checkpoint) -> Checkpoint:
                 f"{folder}: {name} is {tensor.shape}, where config.json calls for {shapes[name]}. "
                 "One of them is of another model."
             )
-    if odd := tensors.keys() ^ shapes.keys():
+    if mismatches := tensors.keys() ^ shapes.keys():
+        name = min(mismatches)
+        what = "not expected" if name in tensors else "missing"
         raise CheckpointError(
-            f"{folder}: {min(odd)} is {'not expected' if min(odd) in tensors else 'missing'} "
-            f"({len(odd)} such) for a Llama of {params['n_layers']} layers. Fetch it again."
+            f"{folder}: {name} is {what} ({len(mismatches)} such) for a Llama of "
+            f"{params['n_layers']} layers. Fetch it again."
         )
     return replace(checkpoint, names="meta", config=params, tensors=ordered)
 
@@ -117,23 +119,23 @@ def rope(config: dict[str, Any]) -> dict[str, Any]:
     classes do not look there: they would convert without a word and speak nonsense. Those that
     do get nothing.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     inner = config.get("rope_parameters")
     if isinstance(inner, dict) and not _reads_rope_parameters(str(config.get("model_type"))):
         kinds = {kind: table for kind, table in inner.items() if isinstance(table, dict)}
         table = kinds.get("full_attention", {}) if kinds else inner
-        told = {
+        old_keys = {
             "rope_theta": table.get("rope_theta"),
             "rope_local_base_freq": kinds.get("sliding_attention", {}).get("rope_theta"),
             "partial_rotary_factor": None if kinds else table.get("partial_rotary_factor"),
         }
-        found = {k: v for k, v in told.items() if v is not None and k not in config}
+        settings = {k: v for k, v in old_keys.items() if v is not None and k not in config}
         if table.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
-            found["rope_scaling"] = {key: table[key] for key in table if key != "rope_theta"}
+            settings["rope_scaling"] = {key: table[key] for key in table if key != "rope_theta"}
     text = config.get("text_config")
     if isinstance(text, dict) and (more := rope(text)):
-        found["text_config"] = {**text, **more}
-    return found
+        settings["text_config"] = {**text, **more}
+    return settings
 
 
 @cache
@@ -148,16 +150,16 @@ def _reads_rope_parameters(model_type: str) -> bool:
         return False
     models = Path(spec.submodule_search_locations[0], "models")
     names = (model_type, model_type.removesuffix("_text"))
-    found = [path for name in names if (path := models / f"{name}.py").is_file()]
-    if not found:  # mlx-lm has another class do for it, such as llama for mistral
+    own = [path for name in names if (path := models / f"{name}.py").is_file()]
+    if not own:  # mlx-lm has another class do for it, such as llama for mistral
         return False
-    source = found[0].read_text(encoding="utf-8")
+    source = own[0].read_text(encoding="utf-8")
     used = [
         name
         for module, several in re.findall(r"^from \.(\w*) import (.+)$", source, re.MULTILINE)
         for name in ([module] if module else re.split(r", *", several))
     ]
-    paths = [found[0], *(path for name in used if (path := models / f"{name}.py").is_file())]
+    paths = [own[0], *(path for name in used if (path := models / f"{name}.py").is_file())]
     return any("rope_parameters" in path.read_text(encoding="utf-8") for path in paths)
 
 
@@ -194,12 +196,12 @@ def _huggingface_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "torch_dtype": tensors["tok_embeddings.weight"].dtype,
     }
     # params.json does not say how long a context was trained; these are the published lengths.
-    # Llama 1 is told from 2 by norm_eps, its 65B from 2's 70B by the heads, which are not grouped.
+    # Llama 1 differs from 2 in norm_eps, its 65B from 2's 70B in the heads, which are not grouped.
     large = params["dim"] == 8192 and not params.get("n_kv_heads")
     context = 2048 if params["norm_eps"] < 1e-5 or large else 4096
     context = {1e6: 16384, 500000.0: 8192}.get(theta, context)
     if params.get("use_scaled_rope"):
-        # Llama 3.1 scales by 8; 3.2's text models, told by their widths, by 32.
+        # Llama 3.1 scales by 8; 3.2's text models, which are narrower, by 32.
         factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] < 4096 else 8.0)
         config["rope_scaling"] = {**LLAMA_3_SCALING, "factor": float(factor)}
         context = 131072

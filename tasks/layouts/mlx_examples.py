@@ -61,7 +61,7 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
 
 
 def default_dtype(checkpoint: Checkpoint, model: Model) -> str | None:
-    """Return what convert.py casts to when it is not told."""
+    """Return what convert.py casts to by default."""
     return "float16"
 
 

@@ -46,7 +46,7 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
 
 
 def default_dtype(checkpoint: Checkpoint, model: Model) -> str | None:
-    """Return what mlx_lm.convert casts to when it is not told: what config.json says, if any."""
+    """Return what mlx_lm.convert casts to by default: the dtype in config.json, if any."""
     config = model.config
     dtype = config.get("torch_dtype")
     if dtype is None and (text := config.get("text_config")):
@@ -126,10 +126,10 @@ def files(
         "weight_map": dict(sorted(weight_map.items())),
     }
     if checkpoint.names == "meta":
-        found = _made_tokenizer(checkpoint, memos)
+        small = _made_tokenizer(checkpoint, memos)
     else:
-        found = {path.name: path.read_bytes() for path in sources(checkpoint)}
-    return found | {
+        small = {path.name: path.read_bytes() for path in sources(checkpoint)}
+    return small | {
         "model.safetensors.index.json": json.dumps(index, indent=4).encode(),
         "README.md": CARD.encode(),
     }

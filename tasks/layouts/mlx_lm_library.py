@@ -43,18 +43,18 @@ def recipes(model: Any, leaves: Iterable[tuple[str, Any]]) -> dict[str, dict[str
     """Return each mixed recipe's bits by module path, or why it does not fit the model."""
     convert = importlib.import_module("mlx_lm.convert")
     leaves = list(leaves)
-    found: dict[str, dict[str, int] | str] = {}
+    bits: dict[str, dict[str, int] | str] = {}
     for recipe in RECIPES:
         try:
             predicate = convert.mixed_quant_predicate_builder(recipe, model, 64)
-            found[recipe] = {
+            bits[recipe] = {
                 path: predicate(path, module)["bits"]
                 for path, module in leaves
                 if hasattr(module, "to_quantized")
             }
         except Exception as error:  # mlx_lm.convert would raise the very same
-            found[recipe] = str(error)
-    return found
+            bits[recipe] = str(error)
+    return bits
 
 
 def encode_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -226,8 +226,8 @@ def _read(parts: list[list[Any]], dtype: str, shape: Sequence[int]) -> Any:
     from cache.files.stamp import Stamp
     from tasks.tensors import arrays
 
-    found = [Part(p, at, n, Stamp(*stamp) if stamp else None) for p, at, n, *stamp in parts]
-    return arrays.read(Blobs(Path()), found, dtype, shape)
+    located = [Part(p, at, n, Stamp(*stamp) if stamp else None) for p, at, n, *stamp in parts]
+    return arrays.read(Blobs(Path()), located, dtype, shape)
 
 
 def _write(parameters: dict[str, Any], outputs: dict[str, str]) -> dict[str, Any]:
@@ -326,7 +326,7 @@ def _inputs_reached(
     layers: dict[str, list[str]] = {}
     for name in computed:
         layers.setdefault(layer_of[name], []).append(name)
-    found: dict[str, set[str]] = {name: set() for name in computed}
+    made_of: dict[str, set[str]] = {name: set() for name in computed}
     for layer, names in layers.items():
         # Most layers are made of themselves: label those first, and others only as needed.
         own = [name for name in given if layer_of[name] == layer]
@@ -346,12 +346,12 @@ def _inputs_reached(
                         reached, whole = inputs.keys() - other.labels, True
                         if not reached:  # not an input's
                             reached, whole = other.reach(label, inputs)
-                    found[left[label]] |= {name_of[i] for i in reached}
+                    made_of[left[label]] |= {name_of[i] for i in reached}
                     if whole:
                         del left[label]
                 if not left:
                     break
-    return {name: sorted(reached, key=place.__getitem__) for name, reached in found.items()}
+    return {name: sorted(reached, key=place.__getitem__) for name, reached in made_of.items()}
 
 
 def _batches(names: Iterable[str]) -> Iterator[list[str]]:
@@ -367,7 +367,7 @@ class _Graph:
         self.sources: dict[str, list[str]] = {}
         for source, target in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', text, re.M):
             self.sources.setdefault(target, []).append(source)
-        self.labels = {*self.sources, *(s for found in self.sources.values() for s in found)}
+        self.labels = {*self.sources, *(s for sources in self.sources.values() for s in sources)}
         self.hollow = set(re.findall(r'(\d+) \[label ="StopGradient"', text))
 
     def reach(self, label: str, inputs: Container[str]) -> tuple[set[str], bool]:

@@ -155,16 +155,16 @@ def offsets(shard: Shard, weight_format: WeightFormat) -> dict[str, int]:
         shard: its tensors, of which only dtypes and shapes need be known.
         weight_format: how the file is laid out.
     """
-    found = {}
+    starts = {}
     at = 0
     sizes = {name: tensor.nbytes for name, tensor in shard}
     for piece in weight_format.arrange(shard, repeat(0, len(shard))):
         if isinstance(piece, bytes):
             at += len(piece)
         else:
-            found[piece] = at
+            starts[piece] = at
             at += sizes[piece]
-    return found
+    return starts
 
 
 def _crcs(

@@ -76,15 +76,15 @@ def file_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str
 def _files(
     checkpoint: Checkpoint, digests: Mapping[str, str], small: Mapping[str, bytes]
 ) -> dict[str, list[Any]]:
-    found = {name: [len(data), digest(data)] for name, data in small.items()}
+    files = {name: [len(data), digest(data)] for name, data in small.items()}
     tables: dict[str, list[tuple[str, Stored]]] = {name: [] for name in checkpoint.stamps}
     for key, stored in checkpoint.stored.items():
         tables[stored.file].append((key, stored))
     for name, table in tables.items():
         if all(key in digests for key, _ in table):
             rows = ([key, stored.dtype, stored.shape, digests[key]] for key, stored in table)
-            found[name] = [checkpoint.stamps[name].size, digest_list(rows)]
-    return found
+            files[name] = [checkpoint.stamps[name].size, digest_list(rows)]
+    return files
 
 
 def mismatched_files(folder: Path, source: LockedSource) -> list[str]:

@@ -49,14 +49,14 @@ def blank(count: int) -> mx.array:
 
 def slice_parts(parts: Sequence[Part], start: int, stop: int) -> list[Part]:
     """Return the parts that hold bytes ``start`` to ``stop`` of what ``parts`` hold together."""
-    found = []
+    cut = []
     at = 0
     for part in parts:
         first, last = max(start, at), min(stop, at + part.length)
         if first < last:
-            found.append(part._replace(offset=part.offset + first - at, length=last - first))
+            cut.append(part._replace(offset=part.offset + first - at, length=last - first))
         at += part.length
-    return found
+    return cut
 
 
 def share(array: mx.array) -> None:

@@ -1,4 +1,4 @@
-"""cuda: what an NVIDIA GPU is told, and does, that Metal needs no word or no time for."""
+"""cuda: advice to NVIDIA's driver, and start-up work, that Metal does not need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tasks.tensors import mx
 
-# cuda.h: what cuMemAdvise is told.
+# cuda.h: advice for cuMemAdvise.
 PREFERRED_LOCATION, ACCESSED_BY = 3, 5
 CPU, FIRST_GPU = -1, 0
 CONTROL = "/dev/nvidiactl"  # there where a driver is, on Linux

@@ -217,14 +217,14 @@ def digest(blobs: Blobs, whole: Rows, *, keep: bool) -> Tensor:
             piece after another is never copied.
     """
     if isinstance(whole, Stored):
-        found = digest_parts(blobs.chunks(whole.parts))
-        blobs.refer(found, whole.parts)
+        digest = digest_parts(blobs.chunks(whole.parts))
+        blobs.refer(digest, whole.parts)
     elif keep:
         length = Tensor(whole.dtype, whole.shape, "").nbytes
         with blobs.writing(length) as writer:
             for block in blocks(whole):
                 writer.write(arrays.view(block))
-        found = writer.digest
+        digest = writer.digest
     else:
-        found = digest_parts(arrays.view(block) for block in blocks(whole))
-    return Tensor(whole.dtype, whole.shape, found)
+        digest = digest_parts(arrays.view(block) for block in blocks(whole))
+    return Tensor(whole.dtype, whole.shape, digest)

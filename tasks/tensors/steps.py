@@ -25,7 +25,7 @@ class Concatenate(msgspec.Struct, frozen=True, array_like=True, tag="concatenate
 
 
 class Stack(msgspec.Struct, frozen=True, array_like=True, tag="stack"):
-    """Whole tensors, stacked on a new axis: mlx-lm's experts."""
+    """Whole tensors, stacked on a new axis, as experts are."""
 
     axis: int
 
