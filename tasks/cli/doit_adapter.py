@@ -137,12 +137,12 @@ class ListCommand(DoitList):  # type: ignore[misc]
     def _print_task(
         self, template: str, task: Any, status: bool, list_deps: bool, tasks: dict[str, Any]
     ) -> None:
-        told = self.status_of(task.name)
-        if told is None:
+        answer = self.status_of(task.name)
+        if answer is None:
             super()._print_task(template, task, status, list_deps, tasks)
             return
-        letter, words = told
-        self.outstream.write(template.format(name=task.name, doc=words, status=letter))
+        letter, text = answer
+        self.outstream.write(template.format(name=task.name, doc=text, status=letter))
         if list_deps:
             self.outstream.writelines(f" -  {path}\n" for path in sorted(task.file_dep))
             self.outstream.write("\n")

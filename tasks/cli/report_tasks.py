@@ -68,18 +68,18 @@ def _target_task(
         with using, builder.logged(f"report:{name}", why) as record:
             seen = _seen(session, reader, plan, family)
             packed = Manifest.from_bytes(manifest.read_bytes())
-            made = pages.target(reader, plan, packed, session.lock, family)
-            atomic.write(folder / written[0], made.page.encode())
-            if made.trace is None:
+            texts = pages.target(reader, plan, packed, session.lock, family)
+            atomic.write(folder / written[0], texts.page.encode())
+            if texts.trace is None:
                 (folder / written[1]).unlink(missing_ok=True)
             else:
-                atomic.write(folder / written[1], made.trace.encode())
+                atomic.write(folder / written[1], texts.trace.encode())
             record["outcome"] = "computed"
-        kept = written if made.trace else written[:1]
+        kept = written if texts.trace else written[:1]
         return {
             "seen": seen,
             "outputs": fill.stamps(str(folder), kept),
-            "summary": f"{REPORTS}/{written[0]}: {text.size(len(made.page.encode()))}",
+            "summary": f"{REPORTS}/{written[0]}: {text.size(len(texts.page.encode()))}",
             "notes": [],
         }
 

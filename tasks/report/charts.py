@@ -327,17 +327,19 @@ class Lanes(NamedTuple):
     ticks: list[tuple[float, str]]
 
 
-def lanes(told: Timeline) -> Lanes:
+def lanes(build: Timeline) -> Lanes:
     """Return the lanes of a build. Whatever else was done meanwhile is stage ``others``."""
-    start, seconds = told.start, max(told.seconds, 1e-6)
-    found = []
-    critical = {id(entry) for entry in told.critical}
-    for thread in told.threads:
+    start, seconds = build.start, max(build.seconds, 1e-6)
+    by_thread = []
+    critical = {id(entry) for entry in build.critical}
+    for thread in build.threads:
         spans: list[Span] = []
-        for entry in sorted((e for e in told.entries if e.thread == thread), key=lambda e: e.start):
+        for entry in sorted(
+            (e for e in build.entries if e.thread == thread), key=lambda e: e.start
+        ):
             if timeline.end(entry) < start:
                 continue
-            span = _span(told, entry, id(entry) in critical, start, seconds)
+            span = _span(build, entry, id(entry) in critical, start, seconds)
             before = spans[-1] if spans else None
             if before and before[:3] == span[:3] and _mergeable(before, span):
                 width = max(before.width, span.x + span.width - before.x)
@@ -346,13 +348,13 @@ def lanes(told: Timeline) -> Lanes:
                 spans.pop()
             spans.append(span)
         if spans:
-            found.append(spans)
+            by_thread.append(spans)
     step, _ = _ticks(seconds)
     ticks = [
         (step * i / seconds, words.seconds(step * i) if i else "0")
         for i in range(int(seconds / step) + 1)
     ]
-    return Lanes(found, ticks)
+    return Lanes(by_thread, ticks)
 
 
 def _mergeable(before: Span, span: Span) -> bool:
@@ -362,11 +364,11 @@ def _mergeable(before: Span, span: Span) -> bool:
     return gap < 0.5 and span.width < 1 and (before.width < 1 or before.tasks > 1)
 
 
-def _span(told: Timeline, entry: Entry, critical: bool, start: float, seconds: float) -> Span:
+def _span(build: Timeline, entry: Entry, critical: bool, start: float, seconds: float) -> Span:
     stop = timeline.end(entry) - start
     begin = max(0.0, entry.start - start)
     x, width = WIDTH * begin / seconds, WIDTH * (stop - begin) / seconds
-    stage = timeline.stage_of(entry.task) if told.builds(entry) else "others"
+    stage = timeline.stage_of(entry.task) if build.builds(entry) else "others"
     title = f"{entry.task}: {entry.outcome}, {words.seconds(entry.seconds)}. {entry.why}"
     return Span(stage, entry.outcome in ("reused", "fetched"), critical, x, width, title, 1)
 
@@ -381,20 +383,20 @@ class Row(NamedTuple):
     written: int
 
 
-def rows(told: Timeline, tasks: dict[str, int]) -> list[Row]:
+def rows(build: Timeline, tasks: dict[str, int]) -> list[Row]:
     """Return what came of each stage's tasks in a build.
 
     Args:
-        told: the build.
+        build: the build.
         tasks: how many a stage has.
     """
     found = []
     for stage, total in tasks.items():
-        some = [entry for entry in told.mine if timeline.stage_of(entry.task) == stage]
-        counts = {o: sum(e.outcome == o for e in some) for o in log.OUTCOMES}
-        counts["up to date"] = total - len({entry.task for entry in some})
-        read, written = sum(e.bytes_read for e in some), sum(e.bytes_written for e in some)
-        seconds = sum(e.seconds for e in some)
+        entries = [entry for entry in build.mine if timeline.stage_of(entry.task) == stage]
+        counts = {o: sum(e.outcome == o for e in entries) for o in log.OUTCOMES}
+        counts["up to date"] = total - len({entry.task for entry in entries})
+        read, written = sum(e.bytes_read for e in entries), sum(e.bytes_written for e in entries)
+        seconds = sum(e.seconds for e in entries)
         found.append(Row(stage, counts, seconds, read, written))
     seen = {outcome for row in found for outcome, count in row.counts.items() if count}
     return [

@@ -167,8 +167,8 @@ def sqnr(part: float) -> float:
 
 def together(errors: Iterable[Error]) -> float:
     """Return the relative error of several weights together."""
-    some = list(errors)
-    return relative(hypot(*(e.norm for e in some)), hypot(*(e.error_norm for e in some)))
+    errors = list(errors)
+    return relative(hypot(*(e.norm for e in errors)), hypot(*(e.error_norm for e in errors)))
 
 
 class Reader:

@@ -64,13 +64,13 @@ def target(
         )
     pieces = figures.pieces(plan, packed, own.errors)
     scale = charts.Scale.of(own.errors.values())
-    told = timeline.read(reader.builder.log.path, plan)
+    build = timeline.read(reader.builder.log.path, plan)
     variants = [one for p in family if (one := reader.read(p))]
     measured = [piece for piece in pieces if piece.error]
     # An error that is no number is the worst of all.
     measured.sort(key=lambda piece: (not isnan(_relative(piece)), -_relative(piece)))
     stages = {stage: len(nodes) for stage, nodes in plan.stages.items()} | {"pack": 1}
-    rows = charts.rows(told, stages) if told else []
+    rows = charts.rows(build, stages) if build else []
     page = _environment().get_template("target.html").render(
         target=plan.target,
         own=own,
@@ -86,8 +86,8 @@ def target(
         layers_height=LAYERS_HEIGHT,
         variants=variants,
         plot=charts.plot(variants),
-        timeline=told,
-        lanes=charts.lanes(told) if told else None,
+        timeline=build,
+        lanes=charts.lanes(build) if build else None,
         rows=rows,
         outcomes=list(rows[0].counts) if rows else [],
         trace_name=trace_name(plan.target.name),
@@ -96,7 +96,7 @@ def target(
         packed=packed,
         notes=packed.notes,
     )  # fmt: skip
-    trace = json.dumps(timeline.trace(told), separators=(",", ":")) if told else None
+    trace = json.dumps(timeline.trace(build), separators=(",", ":")) if build else None
     return Report(page, trace)
 
 
@@ -104,8 +104,8 @@ def overview(reader: Reader, plans: Iterable[Plan]) -> str:
     """Return the page on all targets."""
     families: dict[str, list[Figures]] = {}
     for plan in plans:
-        if found := reader.read(plan):
-            families.setdefault(plan.target.source_name, []).append(found)
+        if figures_of_target := reader.read(plan):
+            families.setdefault(plan.target.source_name, []).append(figures_of_target)
     return _environment().get_template("overview.html").render(
         families=[(source, some, charts.plot(some)) for source, some in families.items()]
     )  # fmt: skip

@@ -76,18 +76,18 @@ def target_of(task: str) -> str:
 
 def last_run(log: Path, target: str) -> str | None:
     """Return the id of the run in which a target was last packed, if the log has it."""
-    found = _last_pack(_read(log), target)
-    return found[1].run if found else None
+    last = _last_pack(_read(log), target)
+    return last[1].run if last else None
 
 
 def read(log: Path, plan: Plan) -> Timeline | None:
     """Return a target's last build, or None if the log does not have it (any more)."""
     data = _read(log)
     target = plan.target.name
-    found = _last_pack(data, target)
-    if found is None:
+    last = _last_pack(data, target)
+    if last is None:
         return None
-    stop, packed = found
+    stop, packed = last
     lines = [line for line in data[:stop].splitlines() if packed.run.encode() in line]
     entries = [entry for line in lines if (entry := _entry(line)) and entry.run == packed.run]
     first = _entry(data.partition(b"\n")[0])

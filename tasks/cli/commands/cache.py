@@ -16,8 +16,7 @@ from cache.errors import CacheError
 from cache.files import trash
 from cache.lock import Lock
 from cache.maintenance import gc, verify
-from cache.maintenance import survey as surveys
-from cache.maintenance.survey import File
+from cache.maintenance.survey import CORRUPT, File, Survey, inventory
 from cache.remote.remote import Remote
 from cache.remote.sharing import Sharing
 from tasks.cli import failures
@@ -90,20 +89,20 @@ class Cache(Command):
         return "\n".join(lines)
 
 
-def stats(read: Config, _options: Mapping[str, Any]) -> int:
+def stats(config: Config, _options: Mapping[str, Any]) -> int:
     """Print what the cache holds."""
-    for line in cache_stats.text(read, surveys.inventory(read.cache.dir), manifests.read(read)):
+    for line in cache_stats.text(config, inventory(config.cache.dir), manifests.read(config)):
         print(line)
     return 0
 
 
-def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
+def verify_all(config: Config, _options: Mapping[str, Any]) -> int:
     """Read everything, and set aside what is corrupt, so that it is made again when wanted.
 
     What may have been made of corrupt bytes is forgotten, since nobody knows when they went
     wrong: the next doit makes it again, built models too.
     """
-    survey = surveys.inventory(read.cache.dir)
+    survey = inventory(config.cache.dir)
     blobs = survey.owned
     others = [file for file in survey.files if file.kind in verify.KINDS and file.key not in blobs]
     sizes = {kind: [file.size for file in others if file.kind == kind] for kind in verify.KINDS}
@@ -111,29 +110,29 @@ def verify_all(read: Config, _options: Mapping[str, Any]) -> int:
     suspects = verify.scan(survey, cores())
     wrong = []
     if suspects:
-        with alone(read.path), Lock(read.cache.dir).alone(_waiting):
+        with alone(config.path), Lock(config.cache.dir).alone(_waiting):
             # Looked at again: it may be another file by now.
-            looked = [(file, verify.check(survey.blobs, file)) for file, _ in suspects]
-            wrong = [verify.Wrong(file, cause) for file, cause in looked if cause]
-            built = manifests.read(read)
+            checked = [(file, verify.check(survey.blobs, file)) for file, _ in suspects]
+            wrong = [verify.Wrong(file, cause) for file, cause in checked if cause]
+            built = manifests.read(config)
             for file, _ in wrong:
-                verify.set_aside(read.cache.dir, file)
+                verify.set_aside(config.cache.dir, file)
             forgotten = _forget(survey, built, wrong)
-        _report(read, built, wrong, forgotten)
+        _report(config, built, wrong, forgotten)
     counts = (f"{len(s)} {cache_stats.KIND_NAMES[k]} ({size(sum(s))})" for k, s in sizes.items())
-    print(f"{read.cache.dir}: read {', '.join(counts)}; {len(wrong) or 'none'} corrupt")
+    print(f"{config.cache.dir}: read {', '.join(counts)}; {len(wrong) or 'none'} corrupt")
     return FAILED if wrong else 0
 
 
 def _forget(
-    survey: surveys.Survey, built: Iterable[manifests.Record], wrong: Iterable[verify.Wrong]
+    survey: Survey, built: Iterable[manifests.Record], wrong: Iterable[verify.Wrong]
 ) -> list[str]:
     """Forget what may have been made of wrong bytes; return the tasks, or the keys of others'."""
     spoilt = {file.key for file, _ in wrong if file.kind in ("blob", "reference")}
-    mine = list(built)
-    keys = verify.made_of(spoilt, [*survey.manifests(), *(r.manifest for r in mine)])
+    ours = list(built)
+    keys = verify.made_of(spoilt, [*survey.manifests(), *(r.manifest for r in ours)])
     # A packed file that the cache has as a whole is build/'s own.
-    packed = [record.manifest for record in mine if record.manifest.action.stage == "pack"]
+    packed = [record.manifest for record in ours if record.manifest.action.stage == "pack"]
     keys |= {
         manifest.action.key
         for manifest in packed
@@ -142,14 +141,14 @@ def _forget(
     for key, file in survey.of("action").items():
         if key in keys:
             trash.remove(file.path)
-    forgotten = [record for record in mine if record.manifest.action.key in keys]
+    forgotten = [record for record in ours if record.manifest.action.key in keys]
     for record in forgotten:
         trash.remove(record.path)
     return [record.task for record in forgotten]
 
 
 def _report(
-    read: Config,
+    config: Config,
     built: Iterable[manifests.Record],
     wrong: Iterable[verify.Wrong],
     forgotten: list[str],
@@ -162,16 +161,16 @@ def _report(
             what = "worked out again when it is wanted"
         print(f"corrupt: {file.path} ({size(file.size)}): {cause}\n    {what}")
     aside = sum(file.size for file, _ in wrong)
-    print(f"set aside in {read.cache.dir / surveys.CORRUPT}: {size(aside)}")
+    print(f"set aside in {config.cache.dir / CORRUPT}: {size(aside)}")
     if forgotten:
         print("made of it, perhaps, and forgotten, so that the next doit makes it again:")
         for task in forgotten:
             print(f"    {task}")
 
 
-def collect_garbage(read: Config, options: Mapping[str, Any]) -> int:
+def collect_garbage(config: Config, options: Mapping[str, Any]) -> int:
     """Remove garbage, and what is least recently used until the cache is as small as asked."""
-    cap: int | None = read.cache.max_bytes
+    cap: int | None = config.cache.max_bytes
     if options["max_size"] is not None:
         cap = size_bytes(options["max_size"])
         if cap is None:
@@ -180,59 +179,62 @@ def collect_garbage(read: Config, options: Mapping[str, Any]) -> int:
         raise CmdParseError("--all needs a size cap: --max-size 20GB, or [cache] max_size")
 
     def plan() -> gc.Collection:
-        wanted = gc.Wanted() if options["all"] else manifests.wanted(read, manifests.read(read))
-        return gc.plan(surveys.inventory(read.cache.dir), wanted, cap, time.time())
+        wanted = gc.Wanted() if options["all"] else manifests.wanted(config, manifests.read(config))
+        return gc.plan(inventory(config.cache.dir), wanted, cap, time.time())
 
     if options["dry_run"]:
-        found = plan()
+        collection = plan()
     else:
-        read.cache.dir.mkdir(parents=True, exist_ok=True)
-        with Lock(read.cache.dir).alone(_waiting):
-            found = plan()
-            gc.carry_out(found)
+        config.cache.dir.mkdir(parents=True, exist_ok=True)
+        with Lock(config.cache.dir).alone(_waiting):
+            collection = plan()
+            gc.carry_out(collection)
     removed = "would remove" if options["dry_run"] else "removed"
-    _say(removed, found, read, cap, everything=options["all"])
+    _say(removed, collection, config, cap, everything=options["all"])
     return 0
 
 
 def _say(
-    removed: str, found: gc.Collection, read: Config, cap: int | None, everything: bool
+    removed: str, collection: gc.Collection, config: Config, cap: int | None, everything: bool
 ) -> None:
     for kind, name in cache_stats.KIND_NAMES.items():
-        for files_, why in ((found.garbage, "garbage"), (found.evicted, "least recently used")):
-            of = [file for file in files_ if file.kind == kind]
-            if of:
-                print(f"{removed} {len(of)} {name}, {_total(of)}: {why}")
-    if not found.garbage and not found.evicted:
+        for files, why in (
+            (collection.garbage, "garbage"),
+            (collection.evicted, "least recently used"),
+        ):
+            chosen = [file for file in files if file.kind == kind]
+            if chosen:
+                print(f"{removed} {len(chosen)} {name}, {_total(chosen)}: {why}")
+    if not collection.garbage and not collection.evicted:
         print("nothing to remove")
     left = "would be left" if removed.startswith("would") else "left"
-    print(f"{left} in {read.cache.dir}: {size(found.size)}")
+    print(f"{left} in {config.cache.dir}: {size(collection.size)}")
     if cap is None:
         print(
-            f"No current target needs {_total(found.spare)} of it, and no size cap is set: "
+            f"No current target needs {_total(collection.spare)} of it, and no size cap is set: "
             "set\n[cache] max_size in models.toml, or pass --max-size 20GB."
         )
-    elif found.size > cap and not everything:
+    elif collection.size > cap and not everything:
         print(
             f"That is more than {size(cap)}: the targets of models.toml need it. --all removes it, "
             "too."
         )
 
 
-def _total(of: Iterable[File]) -> str:
-    return size(sum(file.size for file in of))
+def _total(files: Iterable[File]) -> str:
+    return size(sum(file.size for file in files))
 
 
 def _waiting() -> None:
     print("waiting for tasks that use the cache", file=sys.stderr)
 
 
-def push(read: Config, _options: Mapping[str, Any]) -> int:
+def push(config: Config, _options: Mapping[str, Any]) -> int:
     """Upload all that is built of the targets of models.toml."""
-    with closing(Session.open(read)) as session:
-        sharing = _sharing(read, session)
+    with closing(Session.open(config)) as session:
+        sharing = _sharing(config, session)
         remote = sharing.remote
-        if read.cache.mode == "read-only":
+        if config.cache.mode == "read-only":
             raise ConfigError('[cache] mode is "read-only": nothing is written to the remote')
         exchanged = exchange.push(session.builder, sharing, session.plans.values())
         pushed = remote.finish()
@@ -243,10 +245,10 @@ def push(read: Config, _options: Mapping[str, Any]) -> int:
         return _missing(exchanged, "not built here, or not in the cache any more")
 
 
-def pull(read: Config, _options: Mapping[str, Any]) -> int:
+def pull(config: Config, _options: Mapping[str, Any]) -> int:
     """Fetch all that the remote has of the targets of models.toml."""
-    with closing(Session.open(read)) as session:
-        sharing = _sharing(read, session)
+    with closing(Session.open(config)) as session:
+        sharing = _sharing(config, session)
         remote = sharing.remote
         exchanged = exchange.pull(session.builder, sharing, session.plans.values())
         here = plural(exchanged.results, "result")
@@ -257,12 +259,12 @@ def pull(read: Config, _options: Mapping[str, Any]) -> int:
         return _missing(exchanged, "in neither place: doit makes them")
 
 
-def _sharing(read: Config, session: Session) -> Sharing:
+def _sharing(config: Config, session: Session) -> Sharing:
     sharing = session.builder.store.sharing
     if sharing is None:
         raise ConfigError(
             '[cache] mode is "off"'
-            if read.cache.remote
+            if config.cache.remote
             else "there is no remote store: set [cache] remote"
         )
     return sharing

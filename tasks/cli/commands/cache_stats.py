@@ -63,20 +63,20 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     own = survey.owned
     rows: list[tuple[str, ...]] = [("target", *registry.names(), "all")]
     needed: set[str] = set()
-    twice = 0
+    shared_bytes = 0
     for target in config.targets:
-        made = _makers(survey, (r.manifest for r in records if r.target == target))
-        rows.append(_row(target, made, own))
-        twice += sum(own[digest] for digest in own if digest in made and digest in needed)
-        needed |= made.keys()
-    every = _makers(survey, [*(r.manifest for r in records), *survey.manifests()])
-    spare = {digest: stage for digest, stage in every.items() if digest not in needed}
-    spare |= dict.fromkeys(own.keys() - every.keys(), "")
+        makers = _makers(survey, (r.manifest for r in records if r.target == target))
+        rows.append(_row(target, makers, own))
+        shared_bytes += sum(own[digest] for digest in own if digest in makers and digest in needed)
+        needed |= makers.keys()
+    all_makers = _makers(survey, [*(r.manifest for r in records), *survey.manifests()])
+    spare = {digest: stage for digest, stage in all_makers.items() if digest not in needed}
+    spare |= dict.fromkeys(own.keys() - all_makers.keys(), "")
     rows.append(_row("(no current target)", spare, own))
-    rows.append(_row("(all)", every | spare, own))
+    rows.append(_row("(all)", all_makers | spare, own))
     yield from aligned(rows, WIDTH)
-    if twice:
-        yield f"What several targets share, {size(twice)}, is counted once in (all)."
+    if shared_bytes:
+        yield f"What several targets share, {size(shared_bytes)}, is counted once in (all)."
     # What lies in one container with something that is needed stays with it.
     if count := sum(not survey.pinned(digest) & needed for digest in spare.keys() & own.keys()):
         yield f"No current target needs {count} blobs; doit cache gc removes such with a size cap."
@@ -84,17 +84,17 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
 
 def _makers(survey: Survey, manifests: Iterable[Manifest]) -> dict[str, str]:
     """Return by digest the first stage that names a blob: later ones only pass it on."""
-    found: dict[str, str] = {}
+    makers: dict[str, str] = {}
     layers = [manifest for manifest in manifests if manifest.action.stage in registry.names()]
-    for manifest in sorted(layers, key=lambda made: registry.names().index(made.action.stage)):
+    for manifest in sorted(layers, key=lambda m: registry.names().index(m.action.stage)):
         for digest in survey.reach(tensor.digest for tensor in manifest.tensors.values()):
-            found.setdefault(digest, manifest.action.stage)
-    return found
+            makers.setdefault(digest, manifest.action.stage)
+    return makers
 
 
-def _row(name: str, made: dict[str, str], own: dict[str, int]) -> tuple[str, ...]:
-    held = made.keys() & own.keys()
-    by_stage = [sum(own[d] for d in held if made[d] == stage) for stage in registry.names()]
+def _row(name: str, makers: dict[str, str], own: dict[str, int]) -> tuple[str, ...]:
+    held = makers.keys() & own.keys()
+    by_stage = [sum(own[d] for d in held if makers[d] == stage) for stage in registry.names()]
     return name, *map(size, by_stage), size(sum(own[digest] for digest in held))
 
 
@@ -118,7 +118,9 @@ def _hits(log: Log) -> Iterator[str]:
     yield f"since {since}, in {runs} that built something"
     rows = [("tasks", "count", "read", "written")]
     for outcome in OUTCOMES:
-        of = [entry for entry in entries if entry.outcome == outcome]
-        read = sum(entry.bytes_read for entry in of)
-        rows.append((outcome, str(len(of)), size(read), size(sum(e.bytes_written for e in of))))
+        chosen = [entry for entry in entries if entry.outcome == outcome]
+        read = sum(entry.bytes_read for entry in chosen)
+        rows.append(
+            (outcome, str(len(chosen)), size(read), size(sum(e.bytes_written for e in chosen)))
+        )
     yield from aligned(rows, WIDTH)

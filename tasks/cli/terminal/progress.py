@@ -160,7 +160,7 @@ def works(
             ahead.extend(tasks[name].task_dep)
     measures = tuple(f"{stage.name}:" for stage in registry.MEASURES)
     measured = any(name.startswith(measures) for name in run)
-    found = {}
+    parts = {}
     for target, plan in plans.items():
         weights: dict[str, int] = {}
         last = ""
@@ -171,8 +171,8 @@ def works(
         if f"pack:{target}" in run:
             weights[f"pack:{target}"] = sum(map(_weight, plan.last))
         if weights:
-            found[target] = Work(target, weights, last)
-    return found
+            parts[target] = Work(target, weights, last)
+    return parts
 
 
 def _weight(node: Node) -> int:

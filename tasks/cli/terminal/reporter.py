@@ -226,10 +226,10 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         rows += [_row(work, now) for work in shown[:room]]
         lines = table.aligned(_narrowed(_with_something(rows), columns - 1), columns - 1)
         styles = ["dim", *(STYLES.get(work.state, "") for work in shown)]
-        found = list(zip(lines, styles, strict=False))
+        shown_lines = list(zip(lines, styles, strict=False))
         if more := len(shown) - room:
-            found += [(f"  and {more} more"[: columns - 1], "dim")] if more > 0 else []
-        return found
+            shown_lines += [(f"  and {more} more"[: columns - 1], "dim")] if more > 0 else []
+        return shown_lines
 
 
 def _built(work: Work) -> str:
@@ -300,10 +300,10 @@ def _narrowed(rows: list[list[str]], columns: int) -> list[list[str]]:
 
 
 def _counts(counts: Counter[str]) -> str:
-    found = [(counts[outcome], outcome) for outcome in OUTCOMES if counts[outcome]]
+    counted = [(counts[outcome], outcome) for outcome in OUTCOMES if counts[outcome]]
     return ", ".join(
         f"{count} {outcome}" if index else f"{plural(count, 'task')} {outcome}"
-        for index, (count, outcome) in enumerate(found)
+        for index, (count, outcome) in enumerate(counted)
     )
 
 
