@@ -14,6 +14,7 @@ from tasks.cli.doit_adapter import models_file, name_not_found, parse_error_mess
 from tasks.cli.options import DEFAULT, Options
 from tasks.cli.process import piped
 from tasks.cli.state_lock import alone
+from tasks.core.program import COMMAND
 
 if TYPE_CHECKING:  # imported when the tasks are loaded
     from tasks.cli.session import Session
@@ -31,6 +32,10 @@ class Command(DoitCommand):  # type: ignore[misc]
     options: Options = DEFAULT
     loader: Any = None  # of a command that loads tasks
     task_list: list[Any]
+
+    def __init__(self, **kwargs: Any) -> None:
+        # doit takes it from sys.argv, which says -m of python -m doit.
+        super().__init__(**{**kwargs, "bin_name": COMMAND})
 
     @property
     def session(self) -> Session:
@@ -54,7 +59,7 @@ class Command(DoitCommand):  # type: ignore[misc]
                 message = parse_error_message(error)
                 if message is None:
                     raise
-                raise CmdParseError(f"{message}. doit help {self.name} shows all.") from error
+                raise CmdParseError(f"{message}. {COMMAND} help {self.name} shows all.") from error
             except InvalidCommand as error:
                 if name := name_not_found(error):
                     raise InvalidCommand(self._unknown(name)) from error
@@ -75,7 +80,7 @@ class Command(DoitCommand):  # type: ignore[misc]
                 raise
             raise InvalidCommand(
                 f"{late[0]} stands behind {args[0]}: options go before names, as in "
-                f"doit {self.name} {late[0]}."
+                f"{COMMAND} {self.name} {late[0]}."
             ) from error
 
     def _unknown(self, name: str) -> str:
@@ -86,7 +91,7 @@ class Command(DoitCommand):  # type: ignore[misc]
         kind = "task"
         if self.name == "run":  # doit lits is doit run lits
             if name in self.loader.cmd_names:
-                return f"{name} is a command, which goes before its options: doit {name}."
+                return f"{name} is a command, which goes before its options: {COMMAND} {name}."
             valid += self.loader.cmd_names
             kind = "command or task"
         # a target's name, or its folder
@@ -94,7 +99,8 @@ class Command(DoitCommand):  # type: ignore[misc]
         near = near or get_close_matches(name, dict.fromkeys(valid), SUGGESTIONS, 0.8)
         near = near or get_close_matches(name, dict.fromkeys(valid), 1)
         mend = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-        return f"there is no {kind} {name!r}. {mend}doit list shows them, with --all each layer's."
+        shown = f"{COMMAND} list shows them, with --all each layer's."
+        return f"there is no {kind} {name!r}. {mend}{shown}"
 
 
 class StateCommand(Command):

@@ -12,6 +12,7 @@ from doit.exceptions import InvalidDodoFile, TaskFailed
 from cache.errors import CacheError, FileChanged, NoRoom
 from cache.files import space
 from tasks.core.errors import BuildError
+from tasks.core.program import COMMAND
 
 MENDABLE = (BuildError, CacheError, OSError)  # by users: told with a message, and no traceback
 
@@ -25,12 +26,12 @@ def message(error: Exception) -> str:
         if not space.is_full(error):
             where = f"{error.filename}: " if error.filename else ""
             fact = f"{where}{error.strerror or error}."
-            return f"{fact} Mend that and run doit again: what is already built is kept."
+            return f"{fact} Mend that and run {COMMAND} again: what is already built is kept."
         error = space.no_room(Path(error.filename or "."))
     if isinstance(error, NoRoom):
-        return f"{error} Make room and run doit again: what is already built is kept."
+        return f"{error} Make room and run {COMMAND} again: what is already built is kept."
     if isinstance(error, FileChanged):
-        return f"{error} Run doit again when it is whole."
+        return f"{error} Run {COMMAND} again when it is whole."
     return str(error)
 
 

@@ -12,6 +12,7 @@ from tasks.cli.doit_adapter import models_file, our_control
 from tasks.cli.options import Options
 from tasks.cli.process import interruptible
 from tasks.cli.state_lock import alone
+from tasks.core.program import COMMAND
 from tasks.tensors import cuda
 
 LOCKED = {
@@ -42,7 +43,7 @@ class Run(Command, DoitRun):  # type: ignore[misc]
             locked=params["locked"],
         )
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
-        kept = "layers that are done are kept; run doit again to go on"
+        kept = f"layers that are done are kept; run {COMMAND} again to go on"
         with interruptible(kept), alone(models_file()), our_control():
             try:
                 status = int(super().execute(params, args))

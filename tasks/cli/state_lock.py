@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cache.files import atomic, trash
+from tasks.core.program import COMMAND
 from tasks.core.workspace import BUILD, STATE, TRASH
 
 
@@ -30,7 +31,7 @@ def alone(models: Path) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
-            print(f"waiting for doit, process {holder}, which works here", file=sys.stderr)
+            print(f"waiting for {COMMAND}, process {holder}, which works here", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")

@@ -20,6 +20,7 @@ from tasks.config.lines import Place, Text, spelled
 from tasks.config.tables import Build, Cache, Document, variable
 from tasks.config.values import nearest, show
 from tasks.core.errors import ConfigError
+from tasks.core.program import COMMAND
 from tasks.core.spec import At, Mistake, Mistakes, Settings, Size, SourceName, Target
 from tasks.core.workspace import BUILD
 from tasks.layouts import LAYOUTS
@@ -60,7 +61,7 @@ def load(path: Path) -> Config:
         raise ConfigError(
             f"{path} does not exist: it lists the models to build. Make one that says\n"
             '    [models.NAME]\n    source = "FOLDER OF THE CHECKPOINT"\n'
-            "or name another with: doit models=PATH"
+            f"or name another with: {COMMAND} models=PATH"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
@@ -200,7 +201,8 @@ class _Validator:
     def check_outside_build(self, folder: Path, at: At) -> None:
         """Note a folder that a build would remove."""
         if folder.resolve().is_relative_to((self.folder / BUILD).resolve()):
-            self.note(f"{folder} lies in {BUILD}/, which doit writes", at, "move it elsewhere")
+            fact = f"{folder} lies in {BUILD}/, which {COMMAND} writes"
+            self.note(fact, at, "move it elsewhere")
 
     def explain(self, value: Any, table: type[Struct], at: At) -> None:
         """Note what is wrong with a table, and with all that lies in it."""

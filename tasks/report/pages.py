@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cache.records.manifests import Manifest
 from tasks.core import text as words
 from tasks.core.errors import BuildError
+from tasks.core.program import COMMAND
 from tasks.planning import lockfile as locks
 from tasks.report import INDEX, charts, figures, page_name, timeline, trace_name
 from tasks.report.figures import Figures, Piece, Reader
@@ -59,8 +60,8 @@ def target(
     own = reader.read(plan)
     if own is None or own.errors is None:
         raise BuildError(
-            f"{plan.target.name}: what was measured is not what was packed. Run doit forget "
-            f"error:{plan.target.name}, then doit report:{plan.target.name}."
+            f"{plan.target.name}: what was measured is not what was packed. Run {COMMAND} forget "
+            f"error:{plan.target.name}, then {COMMAND} report:{plan.target.name}."
         )
     pieces = figures.pieces(plan, packed, own.errors)
     scale = charts.Scale.of(own.errors.values())
@@ -154,7 +155,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(page_name=page_name, index=INDEX, plot_height=charts.PLOT_HEIGHT)
+    environment.globals.update(
+        command=COMMAND, page_name=page_name, index=INDEX, plot_height=charts.PLOT_HEIGHT
+    )
     environment.filters.update(
         size=words.size,
         number=words.count,

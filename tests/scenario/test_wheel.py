@@ -144,6 +144,8 @@ def test_builds_in_a_folder_of_ones_own(installed: Environment, tmp_path: Path) 
 def test_no_models_toml(installed: Environment, tmp_path: Path, args: tuple[str, ...]) -> None:
     said = installed.mlx_make(tmp_path, *args, expect=3)
     assert said.startswith(f"ERROR: {tmp_path / 'models.toml'} does not exist")
+    assert "mlx-make models=PATH" in said
+    assert "doit" not in said
     assert not [*tmp_path.iterdir()]
 
 
@@ -156,6 +158,7 @@ def test_version_and_help(installed: Environment, tmp_path: Path) -> None:
     assert installed.mlx_make(tmp_path, "--help") == told
     for command in project["tool"]["doit"]["plugins"]["command"]:
         assert f"\n  mlx-make {command} " in told
+    assert "doit" not in told.replace("pydoit", "")
     assert "mlx-make run [TASK/TARGET...]" in installed.mlx_make(tmp_path, "help", "run")
     assert not [*tmp_path.iterdir()]
 

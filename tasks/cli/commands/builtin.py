@@ -11,14 +11,15 @@ from doit.cmd_resetdep import ResetDep as DoitResetDep
 
 from tasks.cli.command import Command, StateCommand
 from tasks.cli.doit_adapter import CleanCommand, ForgetCommand, InfoCommand
+from tasks.core.program import COMMAND
 
-USAGE = """\
+USAGE = f"""\
 mlx-make: Make for MLX model artifacts (https://pydoit.org with tasks for models.toml)
 
-  {doit}                         build every target of ./models.toml
-  {doit} pack:TARGET             build one target
-  {doit} quantize:TARGET         one stage of one target, and what it needs
-  {doit} models=PATH …           take another models.toml; all state and output lie beside it
+  {COMMAND}                         build every target of ./models.toml
+  {COMMAND} pack:TARGET             build one target
+  {COMMAND} quantize:TARGET         one stage of one target, and what it needs
+  {COMMAND} models=PATH …           take another models.toml; all state and output lie beside it
 
 Commands"""
 
@@ -42,10 +43,10 @@ class Help(Command, DoitHelp):  # type: ignore[misc]
 
     def print_usage(self, cmds: Mapping[str, Any]) -> None:
         """Print what can be typed."""
-        print(USAGE.format(doit=self.bin_name))
+        print(USAGE)
         for name, command in sorted(cmds.items()):
-            print(f"  {self.bin_name} {name:<15} {command.doc_purpose}")
-        print(f"\n  {self.bin_name} help COMMAND    show a command's options")
+            print(f"  {COMMAND} {name:<15} {command.doc_purpose}")
+        print(f"\n  {COMMAND} help COMMAND    show a command's options")
 
 
 class Info(Command, InfoCommand):

@@ -29,6 +29,7 @@ from tasks.cli.state_lock import alone
 from tasks.config import reader
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError, ConfigError
+from tasks.core.program import COMMAND
 from tasks.core.text import plural, size, size_bytes
 from tasks.execution import exchange
 from tasks.execution.resources import cores
@@ -64,11 +65,11 @@ class Cache(Command):
             return 0
         name, *rest = args
         if name not in SUBCOMMANDS:
-            raise CmdParseError(f"doit cache has no {name!r}; it has {', '.join(SUBCOMMANDS)}")
+            raise CmdParseError(f"{COMMAND} cache has no {name!r}; it has {', '.join(SUBCOMMANDS)}")
         chosen = SUBCOMMANDS[name]
         options, more = CmdParse([CmdOption(option) for option in chosen.options]).parse(rest)
         if more:
-            raise CmdParseError(f"doit cache {name} takes no {more[0]!r}")
+            raise CmdParseError(f"{COMMAND} cache {name} takes no {more[0]!r}")
         try:
             with interruptible("what is done is kept; run it again to go on"):
                 return chosen.run(reader.load(models_file()), options)
@@ -81,7 +82,7 @@ class Cache(Command):
 
     def help(self) -> str:
         """Return what there is."""
-        lines = [f"{self.bin_name} [models=PATH] cache SUBCOMMAND: {self.doc_purpose}", ""]
+        lines = [f"{COMMAND} [models=PATH] cache SUBCOMMAND: {self.doc_purpose}", ""]
         for name, subcommand in SUBCOMMANDS.items():
             lines.append(f"  {name:<8}{subcommand.purpose}")
             for option in map(CmdOption, subcommand.options):
@@ -163,7 +164,7 @@ def _report(
     aside = sum(file.size for file, _ in wrong)
     print(f"set aside in {config.cache.dir / CORRUPT}: {size(aside)}")
     if forgotten:
-        print("made of it, perhaps, and forgotten, so that the next doit makes it again:")
+        print(f"made of it, perhaps, and forgotten, so that the next {COMMAND} makes it again:")
         for task in forgotten:
             print(f"    {task}")
 
@@ -256,7 +257,7 @@ def pull(config: Config, _options: Mapping[str, Any]) -> int:
         if not remote.readable:
             return _given_up(remote, fetched)
         print(f"{remote.name}: {fetched}")
-        return _missing(exchanged, "in neither place: doit makes them")
+        return _missing(exchanged, f"in neither place: {COMMAND} makes them")
 
 
 def _sharing(config: Config, session: Session) -> Sharing:

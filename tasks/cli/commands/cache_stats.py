@@ -10,6 +10,7 @@ from cache.records.manifests import Manifest
 from tasks.cli.commands.manifests import Record, described, owners
 from tasks.cli.table import aligned, cut
 from tasks.config.reader import Config
+from tasks.core.program import COMMAND
 from tasks.core.text import plural, size
 from tasks.core.workspace import STATE
 from tasks.execution.log import OUTCOMES, Log
@@ -79,7 +80,8 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
         yield f"What several targets share, {size(shared_bytes)}, is counted once in (all)."
     # What lies in one container with something that is needed stays with it.
     if count := sum(not survey.pinned(digest) & needed for digest in spare.keys() & own.keys()):
-        yield f"No current target needs {count} blobs; doit cache gc removes such with a size cap."
+        removes = f"{COMMAND} cache gc removes such with a size cap"
+        yield f"No current target needs {count} blobs; {removes}."
 
 
 def _makers(survey: Survey, manifests: Iterable[Manifest]) -> dict[str, str]:

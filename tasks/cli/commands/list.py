@@ -16,6 +16,7 @@ from tasks.cli.commands.forecasting import (
     warn_of_refused,
 )
 from tasks.cli.doit_adapter import ListCommand
+from tasks.core.program import COMMAND
 from tasks.planning.forecast import IGNORED, SETTLED, UP_TO_DATE, Step
 from tasks.stages import registry
 
@@ -28,10 +29,10 @@ class List(Command, ListCommand):
 
     name = "list"
     doc_purpose = "list targets and stages with their state, and the other tasks"
-    doc_description = """\
-What builds a target stands together, unless --sort says otherwise. The states are those of doit
-plan (reuse: from the cache; ?: not certain), but that no remote store is asked: what could be
-fetched is to run, too."""
+    doc_description = f"""\
+What builds a target stands together, unless --sort says otherwise. The states are those of
+{COMMAND} plan (reuse: from the cache; ?: not certain), but that no remote store is asked: what
+could be fetched is to run, too."""
     cmd_options = tuple(
         {**option, "default": "definition"} if option["name"] == "sort" else option
         for option in ListCommand.cmd_options

@@ -9,6 +9,7 @@ from itertools import groupby
 
 from tasks.cli.commands.estimate import estimate
 from tasks.cli.commands.forecasting import UNCERTAIN, ForecastCommand, indented
+from tasks.core.program import COMMAND
 from tasks.core.text import duration, plural, size
 from tasks.execution.resources import threads
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Step
@@ -18,7 +19,8 @@ from tasks.stages import registry
 SOMETHING_TO_DO, REFUSED = 1, 3  # exit status of ``doit plan``
 OVERVIEW = "overview"  # reports/index.html, of all targets
 MAY_BE_REFUSED = (
-    "a checkpoint whose tensors are not those of models.lock is an error until doit lock accepts it"
+    "a checkpoint whose tensors are not those of models.lock is an error until "
+    f"{COMMAND} lock accepts it"
 )
 JSON = {
     "name": "as_json",

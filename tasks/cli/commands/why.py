@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from doit.exceptions import InvalidCommand
 
 from tasks.cli.commands.forecasting import UNCERTAIN, ForecastCommand, indented
+from tasks.core.program import COMMAND
 from tasks.execution.log import Entry
 from tasks.planning.forecast import Step
 from tasks.stages.reasons import Reason
@@ -24,7 +25,7 @@ class WhyCommand(ForecastCommand):
 
     def _execute(self) -> int:
         if self.sel_default_tasks:
-            raise InvalidCommand("why what? Name a task; doit list --all shows them.")
+            raise InvalidCommand(f"why what? Name a task; {COMMAND} list --all shows them.")
         last = {entry.task: entry for entry in self.session.builder.log.entries()}
         forecasted, requested = self.forecast()
         self.outstream.writelines(f"ERROR: {message}\n" for message in forecasted.refused.values())
