@@ -27,9 +27,11 @@ class Command(DoitCommand):  # type: ignore[misc]
 
     Attributes:
         options: what the tasks must know; to be set before they are loaded.
+        names_tasks: whether its arguments are tasks, or the targets that they build.
     """
 
     options: Options = DEFAULT
+    names_tasks = True
     loader: Any = None  # of a command that loads tasks
     task_list: list[Any]
 
@@ -88,16 +90,18 @@ class Command(DoitCommand):  # type: ignore[misc]
 
         depth = max(name.count(":"), 1)  # a layer's tasks only for a layer's name
         valid = [task.name for task in self.task_list if task.name.count(":") <= depth]
+        if self.names_tasks and self.loader.session:
+            valid += self.loader.session.plans
         kind = "task"
         if self.name == "run":  # doit lits is doit run lits
             if name in self.loader.cmd_names:
                 return f"{name} is a command, which goes before its options: {COMMAND} {name}."
             valid += self.loader.cmd_names
             kind = "command or task"
-        # a target's name, or its folder
-        near = [task for task in valid if task == f"pack:{PurePath(name).name}"]
-        near = near or get_close_matches(name, dict.fromkeys(valid), SUGGESTIONS, 0.8)
-        near = near or get_close_matches(name, dict.fromkeys(valid), 1)
+        typed = PurePath(name).name  # of build/TARGET, the target
+        near = [task for task in valid if task.startswith(typed)][:SUGGESTIONS]
+        near = near or get_close_matches(typed, dict.fromkeys(valid), SUGGESTIONS, 0.8)
+        near = near or get_close_matches(typed, dict.fromkeys(valid), 1)
         mend = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         shown = f"{COMMAND} list shows them, with --all each layer's."
         return f"there is no {kind} {name!r}. {mend}{shown}"

@@ -33,6 +33,11 @@ def command_line_variables() -> Mapping[str, str]:
     return doit_cmd._CMDLINE_VARS or {}
 
 
+def is_given(params: Any, option: str) -> bool:
+    """Tell whether an option of a command stands on the command line."""
+    return option in params._non_default_keys
+
+
 # What people type
 
 

@@ -13,6 +13,7 @@ from doit.exceptions import InvalidDodoFile
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import command_line_variables, models_file
 from tasks.cli.options import DEFAULT
+from tasks.cli.target_names import task_named
 from tasks.core.program import IS_CHECKOUT, ROOT
 from tasks.core.workspace import STATE
 
@@ -71,7 +72,11 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
             from tasks.cli.session import Session
             from tasks.cli.task_graph import TaskGraph
 
-            options = cmd.options if isinstance(cmd, Command) else DEFAULT
+            options = DEFAULT
+            if isinstance(cmd, Command):
+                if cmd.names_tasks:
+                    self._name_tasks(pos_args)
+                options = cmd.options.requesting(pos_args)
             makers = {EXAMPLE: example.make} if IS_CHECKOUT else {}
             self.session = Session.open(self._config, options, makers)
             graph = TaskGraph(self.session, cmd.dep_manager)
@@ -81,6 +86,11 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
                 if name.startswith("task_")
             }
         return super().load_tasks(cmd, pos_args)
+
+    def _name_tasks(self, names: list[str]) -> None:
+        """Replace names of targets by those of tasks, in the list that doit reads from then on."""
+        groups = [name.removeprefix("task_") for name in self.namespace if "task_" in name]
+        names[:] = [task_named(name, self._config.targets, groups) for name in names]
 
     @property
     def _is_ours(self) -> bool:

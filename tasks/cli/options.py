@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 
@@ -22,6 +23,12 @@ class Options:
     skip_up_to_date: bool = False
     locked: bool = False
     read_only: bool = False
+
+    def requesting(self, tasks: Iterable[str]) -> Options:
+        """Return these options with the tasks that a run names, if it is one."""
+        if self.requested_tasks is None:
+            return self
+        return replace(self, requested_tasks=tuple(tasks))
 
     @property
     def builds_all(self) -> bool:

@@ -6,9 +6,10 @@ import gc
 from typing import Any
 
 from doit.cmd_run import Run as DoitRun
+from doit.exceptions import InvalidCommand
 
 from tasks.cli.command import Command
-from tasks.cli.doit_adapter import models_file, our_control
+from tasks.cli.doit_adapter import is_given, models_file, our_control
 from tasks.cli.options import Options
 from tasks.cli.process import interruptible
 from tasks.cli.state_lock import alone
@@ -36,7 +37,16 @@ class Run(Command, DoitRun):  # type: ignore[misc]
         super().__init__(**kwargs)
 
     def execute(self, params: Any, args: list[str]) -> int:
-        """Run the tasks named in ``args``."""
+        """Run the tasks named in ``args``.
+
+        Raises:
+            InvalidCommand: they are to run in processes.
+        """
+        if is_given(params, "par_type") and params["par_type"] != "thread":
+            raise InvalidCommand(
+                f"-P {params['par_type']}: tasks run in threads, which share what they read, and "
+                "never in processes. Leave -P out; -n COUNT says how many threads."
+            )
         self.options = Options(
             requested_tasks=tuple(args),
             skip_up_to_date=not args and not params["always"],

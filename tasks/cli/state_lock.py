@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from doit.exceptions import InvalidDodoFile
 
 from cache.files import atomic, trash
 from tasks.core.program import COMMAND
 from tasks.core.workspace import BUILD, STATE, TRASH
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without
 
 
 @contextmanager
@@ -19,20 +25,17 @@ def alone(models: Path) -> Iterator[None]:
     """Hold the lock of the state beside a models.toml; wait for whoever holds it, and say who.
 
     What a build that was killed had begun to pack, or to remove, is removed then.
+
+    Raises:
+        InvalidDodoFile: the state is a link's, and so perhaps another project's.
     """
     if not models.exists():  # loading the tasks says so, and must leave no state behind
         yield
         return
     state = models.absolute().parent / STATE
-    state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            print(f"waiting for {COMMAND}, process {holder}, which works here", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    _make(state)
+    with _open(state / "lock") as lock:
+        _wait_for(lock)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
@@ -41,3 +44,42 @@ def alone(models: Path) -> Iterator[None]:
             if (state / "manifests" / left.name.removeprefix(atomic.TEMPORARY)).exists():
                 trash.discard(left, state / TRASH)
         yield
+
+
+def _make(state: Path) -> None:
+    """Make the folder of the state, which git is to leave alone."""
+    state.mkdir(parents=True, exist_ok=True)
+    if not os.path.lexists(ignored := state / ".gitignore"):
+        atomic.write(ignored, b"*\n")
+
+
+def _open(path: Path) -> IO[str]:
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+    try:
+        return open(path, "a+", encoding="utf-8", opener=opener)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InvalidDodoFile(
+            f"{path} is a link, and what it names would be overwritten: remove the link."
+        ) from error
+
+
+def _wait_for(lock: IO[str]) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        print(f"waiting for {COMMAND}, process {holder}, which works here", file=sys.stderr)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"warning: {lock.name} cannot be locked ({error.strerror}): do not run two builds "
+            "here at once",
+            file=sys.stderr,
+        )

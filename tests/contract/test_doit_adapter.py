@@ -66,6 +66,15 @@ def test_message_of_an_option_that_does_not_exist() -> None:
     assert doit_adapter.parse_error_message(ValueError("another error")) is None
 
 
+def test_whether_an_option_is_given() -> None:
+    class Optional(Command):
+        cmd_options = ({"name": "one", "long": "one", "default": "", "help": "its help"},)
+
+    for args, given in ([], False), (["--one=2"], True):
+        params, _ = Optional().cmdparser.parse(args)
+        assert doit_adapter.is_given(params, "one") == given
+
+
 def test_name_of_a_task_that_does_not_exist() -> None:
     control = TaskControl([])
     with pytest.raises(InvalidCommand) as error:

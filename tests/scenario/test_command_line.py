@@ -1,5 +1,6 @@
 """tests of tasks/cli/command.py: mistyped names, and readers that leave before all is said."""
 
+import errno
 import fcntl
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support import front_door, projects, running
+from support import front_door, inside, projects, running
 from support.projects import Project
 
 UNREAD = 141  # as shells report SIGPIPE
@@ -71,7 +72,6 @@ def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
         ("pack:modle", "there is no command or task 'pack:modle'. Did you mean 'pack:model'? "),
         ("lits", "there is no command or task 'lits'. Did you mean 'list'? "),
         ("lits --all", "there is no command or task 'lits'. Did you mean 'list'? "),
-        ("other", "there is no command or task 'other'. Did you mean 'pack:other'? "),
         ("list pakc", "there is no task 'pakc'. Did you mean 'pack'? "),
         ("plan quantise:model", "'quantise:model'. Did you mean 'quantize:model'? "),
         ("why extract:othr", "'extract:othr'. Did you mean 'extract:other'? "),
@@ -89,7 +89,9 @@ def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
         ("plan --jsn", "ERROR: option --jsn not recognized. doit help plan shows all."),
         ("cache gc --al=3", "option --all must not have an argument. doit help cache shows all."),
         ("-a list", "list is a command, which goes before its options: doit list."),
-        ("build/model", "Did you mean 'pack:model'?"),
+        ("build/modle", "there is no command or task 'build/modle'. Did you mean 'model'?"),
+        ("o:her", "there is no command or task 'o:her'. Did you mean 'other'?"),
+        ("-P process", "-P process: tasks run in threads"),
         ("modles=other.toml", "modles= says nothing. Only models=PATH does."),
     ],
 )
@@ -99,6 +101,32 @@ def test_mistyped(project: Project, call: str, told: str) -> None:
     assert told in done.stderr
     assert "\n" not in done.stderr.strip()
     assert not done.stdout
+
+
+def test_how_a_target_is_named(tmp_path: Path) -> None:
+    """As in models.toml, by its folder, or by how no other's name begins; a task goes first."""
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    for target in ("other", "other-2", "cast"):
+        project.configure(target, **projects.FOUR_BIT)
+    folder = project.folder
+
+    def built(*args: str) -> set[str]:
+        inside.doit(folder, *args)
+        return {path.name for path in (folder / "build").glob("*")}
+
+    assert built("mod") == {"model"}
+    assert built("other") == {"model", "other"}
+    assert built("cast") == {"model", "other"}
+    assert built("build/cast/") == {"model", "other", "cast"}
+    assert built(str(folder / "build" / "other-2")) == {"model", "other", "cast", "other-2"}
+    assert inside.doit(folder, "plan", "model").stdout == "up to date: model\n"
+    assert inside.doit(folder, "list", "build/model").stdout.startswith("pack:model ")
+    inside.doit(folder, "forget", "model")
+    assert "doit's database has no record of it" in inside.doit(folder, "why", "model").stdout
+    assert inside.doit(folder, "other").entries == []
+
+    refused = inside.doit(folder, "oth", expect=3).stderr
+    assert "no command or task 'oth'. Did you mean 'other' or 'other-2'? " in refused
 
 
 OTHER = """\
@@ -185,6 +213,41 @@ def test_info(project: Project) -> None:
     told = project.doit("info", "quantize:model:layers.0", expect=1).stdout
     assert str(project.manifest("quantize", "layers.0")) in told
     assert len(told) < 2000, "not the whole graph"
+
+
+def test_state_that_is_a_link(tmp_path: Path) -> None:
+    """What it names is another's, and stays as it is."""
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    other = tmp_path / "other"
+    other.write_text("not ours")
+    (project.state / "lock").symlink_to(other)
+    refused = inside.doit(project.folder, expect=3).stderr
+    assert refused.startswith(f"ERROR: {project.state / 'lock'} is a link")
+    assert other.read_text() == "not ours"
+
+
+def test_git_leaves_the_state_alone(tmp_path: Path) -> None:
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+    subprocess.run(["git", "init", "--quiet", project.folder], check=True)
+    inside.doit(project.folder, "list")  # which makes a part of it
+    inside.doit(project.folder)
+    call = ["git", "-C", project.folder, "status", "--porcelain", "--untracked-files=all"]
+    changed = subprocess.run(call, check=True, capture_output=True, text=True).stdout
+    assert "models.toml" in changed
+    assert ".mlx-make" not in changed
+
+
+def test_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems: a build goes on, and says what is not guarded."""
+    project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    done = inside.doit(project.folder)
+    assert "lock cannot be locked (No locks available): do not run two builds" in done.stderr
+    assert project.built() == project.anew()
 
 
 @pytest.mark.parametrize("command", ["clean", "forget", "ignore", "reset-dep"])

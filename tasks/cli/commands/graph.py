@@ -43,6 +43,7 @@ class Graph(Command, DoitCmdBase):  # type: ignore[misc]
     """``doit graph``."""
 
     name = "graph"
+    names_tasks = False
     doc_purpose = "draw what targets are made of, and what is up to date"
     doc_usage = "[TARGET ...]"
     doc_description = f"""\
