@@ -86,13 +86,13 @@ It is [doit](https://pydoit.org)'s own, with the commands and options below on t
 | | |
 |---|---|
 | `doit` | builds every target: it is `doit run` |
-| `doit llama-7b` | builds one, as do `doit build/llama-7b`, `doit pack:llama-7b`, and any beginning \
-that no other target's name has |
+| `doit llama-7b` | builds one; so do its folder, `doit build/llama-7b`, the beginning of its name \
+where no other target's name begins so, and its task, `doit pack:llama-7b` |
 | `doit quantize:llama-7b` | one [stage](README.md#stages) of one target, and what it needs |
 | `doit quantize:llama-7b:layers.0` | the same for one layer |
 | `doit quantize` | one stage of every target |
 | `doit models=PATH` | takes another `models.toml`, before or after a command |
-| `doit -n 2` | runs two tasks at once; without `-n`, as many as there are cores, or four for a GPU |
+| `doit -n 2` | runs two tasks at once; without `-n`, one a core, or four where a GPU computes |
 
 All state and output lie beside `models.toml`.
 
