@@ -71,26 +71,25 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
             from tasks.checkpoints import example
             from tasks.cli.session import Session
             from tasks.cli.task_graph import TaskGraph
+            from tasks.stages import registry
 
+            creators = {n: c for n, c in self.namespace.items() if n.startswith("task_")}
             options = DEFAULT
             if isinstance(cmd, Command):
                 if cmd.names_tasks:
-                    self._name_tasks(pos_args)
+                    groups = {*registry.names(), *(name.removeprefix("task_") for name in creators)}
+                    # In place: doit reads this very list from then on.
+                    targets = self._config.targets
+                    pos_args[:] = [task_named(name, targets, groups) for name in pos_args]
                 options = cmd.options.requesting(pos_args)
             makers = {EXAMPLE: example.make} if IS_CHECKOUT else {}
             self.session = Session.open(self._config, options, makers)
             graph = TaskGraph(self.session, cmd.dep_manager)
             self.namespace = graph.stage_creators() | {
                 name: MethodType(creator, graph) if creator.__code__.co_argcount else creator
-                for name, creator in self.namespace.items()
-                if name.startswith("task_")
+                for name, creator in creators.items()
             }
         return super().load_tasks(cmd, pos_args)
-
-    def _name_tasks(self, names: list[str]) -> None:
-        """Replace names of targets by those of tasks, in the list that doit reads from then on."""
-        groups = [name.removeprefix("task_") for name in self.namespace if "task_" in name]
-        names[:] = [task_named(name, self._config.targets, groups) for name in names]
 
     @property
     def _is_ours(self) -> bool:
