@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -51,33 +52,20 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
     given = model.config.get("quantization")
     if quantize is None:
         return Scheme({}, None)
-    recipe = model.recipes.get(quantize.recipe) if quantize.recipe else None
-    if isinstance(recipe, str):
-        raise ConfigError(
-            f"recipe {quantize.recipe!r} does not fit the model: {recipe} Use bits instead."
-        )
     default = _complete(quantize.mode, quantize.group_size, quantize.bits)
     # A checkpoint that is quantized already keeps its settings; the new ones stand per module.
     config: dict[str, Any] = dict(given) if given else default._asdict()
     settings: dict[str, Setting] = {}
     narrow: dict[tuple[int, int], list[str]] = {}
     unused = set(quantize.rules)
-    for module in model.modules:
-        if module.quantized_names is None:
-            continue
+    for module, verdict in _verdicts(model, quantize):
         rule = next((r for r in quantize.rules if fnmatchcase(module.path, r.match)), None)
-        if rule:
-            unused.discard(rule)
+        unused.discard(rule)
         if rule and rule.skip:
             continue
-        verdict = module.verdict
-        if recipe is not None:
-            bits = recipe[module.path]
-            # mlx_lm.convert writes a group size that nobody gave as null, and reads it so.
-            verdict = {"group_size": quantize.group_size, "bits": bits, "mode": "affine"}
-        setting = default
         if rule:
             verdict = _apply(rule, verdict, default)
+        setting = default
         if isinstance(verdict, dict):
             setting = _complete(
                 verdict.get("mode", "affine"), verdict.get("group_size"), verdict.get("bits")
@@ -85,8 +73,8 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
         width = model.parameters[weight_name(module.path)].shape[-1]
         # mlx-lm asks this of the target's own group size first, unless a rule brings another.
         group_sizes = {setting.group_size} if rule else {default.group_size, setting.group_size}
-        if odd := [size for size in group_sizes if width % size]:
-            narrow.setdefault((width, odd[0]), []).append(module.path)
+        if misfits := [size for size in group_sizes if width % size]:
+            narrow.setdefault((width, misfits[0]), []).append(module.path)
             continue
         if not verdict:
             continue
@@ -94,20 +82,57 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
             config[module.path] = verdict
         elif given:
             config[module.path] = default._asdict()
-        if not module.quantized_names:
-            raise ConfigError(
-                f"{module.path} is quantized by mlx-lm in a way of its own, which mlx-make does "
-                f'not know. Skip it: rules = [{{ match = "{module.path}", skip = true }}]'
-            )
+        _check_known(module)
         settings[module.path] = setting
+    _check_rules(model, quantize.rules, unused)
+    return Scheme(settings, config, _notes(settings, narrow))
+
+
+def _verdicts(model: Model, quantize: Quantize) -> Iterator[tuple[Module, bool | dict[str, Any]]]:
+    """Yield the modules that can be quantized, with the recipe's word on each or the model's own.
+
+    Raises:
+        ConfigError: the recipe does not fit the model.
+    """
+    recipe = model.recipes.get(quantize.recipe) if quantize.recipe else None
+    if isinstance(recipe, str):
+        raise ConfigError(
+            f"recipe {quantize.recipe!r} does not fit the model: {recipe} Use bits instead."
+        )
+    for module in model.modules:
+        if module.quantized_names is None:
+            continue
+        if recipe is None:
+            yield module, module.verdict
+        else:
+            # mlx_lm.convert writes a group size that nobody gave as null, and reads it so.
+            bits, size = recipe[module.path], quantize.group_size
+            yield module, {"group_size": size, "bits": bits, "mode": "affine"}
+
+
+def _check_known(module: Module) -> None:
+    if not module.quantized_names:
+        raise ConfigError(
+            f"{module.path} is quantized by mlx-lm in a way of its own, which mlx-make does "
+            f'not know. Skip it: rules = [{{ match = "{module.path}", skip = true }}]'
+        )
+
+
+def _check_rules(model: Model, rules: Sequence[Rule], unused: set[Rule]) -> None:
     if unused:
-        rule = min(unused, key=quantize.rules.index)
+        rule = min(unused, key=rules.index)
         paths = [module.path for module in model.modules if module.quantized_names]
         raise ConfigError(
             f"rule {rule.match!r} matches no module that can be quantized, or none that an "
             f"earlier rule left. There are {', '.join(paths[:3])}, … ({len(paths)} in all); "
             "'*' matches any run of characters."
         )
+
+
+def _notes(
+    settings: Mapping[str, Setting], narrow: Mapping[tuple[int, int], list[str]]
+) -> tuple[str, ...]:
+    """Return what people should know of modules that are left as they are."""
     notes = [
         f"{plural(len(paths), 'module')} left unquantized: a last axis of {width} is no multiple "
         f"of the group size, {size} ({', '.join(paths[:3])}{', …' if len(paths) > 3 else ''})"
@@ -115,7 +140,7 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
     ]
     if not settings and not notes:
         notes.append("nothing is quantized: the checkpoint has no module that can be")
-    return Scheme(settings, config, tuple(notes))
+    return tuple(notes)
 
 
 def names(module: Module, setting: Setting | None) -> tuple[str, ...]:

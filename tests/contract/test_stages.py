@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,7 +24,6 @@ MODELS = {
     "qwen3-moe": {"dtype": "float16", "quantize": {"bits": 6, "group_size": 32}},
     "deepseek-v3": {"dtype": "float16", "quantize": {"bits": 8}},
 }
-TOY = toy_stage.Scale(0.5)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -40,25 +38,9 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         project = projects.Project(folder, kind)
     project.models.clear()
     project.configure("model", source="checkpoint", device="cpu", **MODELS[kind])
-    with with_toy():
+    with toy_stage.registered():
         inside.doit(folder, "pack", "error")
         yield inside.session(folder)
-
-
-def with_toy() -> Any:
-    """The registry with the toy stage between cast and quantize."""
-    patch = pytest.MonkeyPatch()
-    at = registry.PIPELINE.index(next(s for s in registry.PIPELINE if s.name == "quantize"))
-    stages = (*registry.PIPELINE[:at], TOY, *registry.PIPELINE[at:])
-    patch.setattr(registry, "PIPELINE", stages)
-
-    class Patched:
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: object) -> None:
-            patch.undo()
-
-    return Patched()
 
 
 def nodes(session: Session) -> Iterator[tuple[Plan, Node, Manifest]]:
@@ -163,38 +145,3 @@ def test_memory_and_words(built: Session) -> None:
         assert node.stage.view_memory(node.params, plan.checkpoint) >= 0
         assert isinstance(node.stage.describe(node.params), str)
         assert (node.stage.__doc__ or "").partition("\n")[0].endswith(".")
-
-
-def test_a_stage_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is planned, built, listed, drawn, reported, and a change of it is explained."""
-    project = projects.create(tmp_path, "huggingface", **projects.FOUR_BIT)
-    project.doit()
-    before = mx.load(str(tmp_path / "build/model/model.safetensors"))
-    mx.eval(list(before.values()))  # the file is replaced
-    with with_toy():
-        plan = inside.doit(tmp_path, "plan", expect=1).stdout
-        assert "scale" in plan
-        done = inside.doit(tmp_path)
-        stages = {task.split(":")[0] for task in done.computed}
-        assert stages == {"scale", "quantize", "pack"}
-        after = mx.load(str(tmp_path / "build/model/model.safetensors"))
-        assert before.keys() == after.keys()
-        halved = 0
-        for name, tensor in after.items():
-            scaled = ".mlp." in name and name.endswith(("scales", "biases"))
-            halved += scaled
-            assert mx.array_equal(tensor, before[name] * 0.5 if scaled else before[name]), name
-        assert halved
-        assert "scale:model" in inside.doit(tmp_path, "list").stdout
-        inside.doit(tmp_path, "graph", "-o", str(tmp_path / "graph.mmd"))
-        assert "scale · times 0.5" in (tmp_path / "graph.mmd").read_text()
-        monkeypatch.setattr(TOY, "factor", 2.0)
-        why = inside.doit(tmp_path, "why", "scale:model:layers.0").stdout
-        assert "factor 0.5 → 2.0" in why
-        inside.doit(tmp_path, "report")
-        assert (tmp_path / "reports" / "model.html").exists()
-    again = inside.doit(tmp_path)
-    assert "scale" not in {task.split(":")[0] for task in again.computed}
-    restored = mx.load(str(tmp_path / "build/model/model.safetensors"))
-    for name, tensor in before.items():
-        assert mx.array_equal(restored[name], tensor), name

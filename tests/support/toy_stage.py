@@ -1,10 +1,13 @@
 """toy_stage: a stage of one file, and the example of CONTRIBUTING.md: weights times a factor."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 from cache.records.manifests import TensorSpec
+from tasks.stages import registry
 from tasks.stages.reasons import Reason, changed_values
 from tasks.stages.stage import (
     Context,
@@ -106,3 +109,16 @@ class Scale(Stage[ScaleParams]):
 
 def _origin(params: ScaleParams, name: str) -> Origin:
     return Origin.VIEW if name in params.names else Origin.PASSED_ON
+
+
+TOY = Scale(0.5)
+
+
+@contextmanager
+def registered() -> Iterator[Scale]:
+    """The registry with the toy stage between cast and quantize."""
+    names = [stage.name for stage in registry.PIPELINE]
+    at = names.index("quantize")
+    stages = (*registry.PIPELINE[:at], TOY, *registry.PIPELINE[at:])
+    with mock.patch.object(registry, "PIPELINE", stages):
+        yield TOY
