@@ -23,6 +23,16 @@ def session(folder: Path) -> Session:
 def doit(folder: Path, *args: str, expect: int | None = 0) -> front_door.Finished:
     """As `front_door.doit`, in this process. `expect` None: whatever the status."""
     before = set(front_door.runs(folder))
+    status, out, err = run(folder, *args)
+    assert expect is None or status == expect, (
+        f"doit {' '.join(args)}: exit status {status}, not {expect}\n{out}\n{err}"
+    )
+    entries = [entry for entry in front_door.log(folder) if entry["run"] not in before]
+    return front_door.Finished([*args], status, out, err, entries)
+
+
+def run(folder: Path, *args: str) -> tuple[int, str, str]:
+    """Run doit; return its exit status, and what it wrote to stdout and stderr."""
     plugins = DoitConfig().load_config_toml(
         str(front_door.REPOSITORY / "pyproject.toml"), "tool.doit"
     )
@@ -35,9 +45,4 @@ def doit(folder: Path, *args: str, expect: int | None = 0) -> front_door.Finishe
             status = main.run([*args, f"models={folder / 'models.toml'}"]) or 0
     finally:
         gc.unfreeze()
-    assert expect is None or status == expect, (
-        f"doit {' '.join(args)}: exit status {status}, not {expect}\n{out.getvalue()}\n"
-        f"{err.getvalue()}"
-    )
-    entries = [entry for entry in front_door.log(folder) if entry["run"] not in before]
-    return front_door.Finished([*args], status, out.getvalue(), err.getvalue(), entries)
+    return status, out.getvalue(), err.getvalue()

@@ -1,0 +1,168 @@
+"""records: a small project whose records are damaged one at a time, and what doit makes of it."""
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from cache.files.stamp import Stamp
+from support import checkpoints, inside
+from support.mutations import mutated
+
+MODELS = """\
+[models.model]
+source = "checkpoint"
+dtype = "float16"
+quantize = {{ bits = {bits} }}
+"""
+# Where records lie, by kind. Of these only models.lock may make an error: it is the user's file.
+KINDS = {
+    **{f"memo {kind}": f".mlx-make/cache/memos/{kind}/*/*.json"
+       for kind in ("headers", "architectures", "extracts", "token_ids", "tokenizers")},
+    "reference": ".mlx-make/cache/blobs/*/*.parts",
+    "action": ".mlx-make/cache/actions/*/*.json",
+    "source record": ".mlx-make/cache/sources/*/record.json",
+    "source file": ".mlx-make/cache/sources/*/files/*",
+    "manifest": ".mlx-make/manifests/model/**/*.json",
+    "doit.json": ".mlx-make/doit.json",
+    "build log": ".mlx-make/log.jsonl",
+    "models.lock": "models.lock",
+}  # fmt: skip
+LOOKS = (
+    ["list", "--all"], ["plan"], ["why", "pack:model"], ["cache", "stats"], ["summary"],
+    ["graph"], ["info", "pack:model"], ["cache", "gc", "--dry-run", "--max-size", "1kB"],
+    ["cache", "verify"],
+)  # fmt: skip
+OUTCOMES = ("built right", "said so")
+
+
+class Outcome(NamedTuple):
+    """What came of a damaged record.
+
+    Attributes:
+        kind: one of `KINDS`.
+        outcome: one of `OUTCOMES`; else what is wrong with it.
+        detail: all that is needed to look into it.
+    """
+
+    kind: str
+    outcome: str
+    detail: str
+
+
+def _run(folder: Path, *args: str) -> tuple[int, str]:
+    """Run doit; return its exit status, and all that it wrote, to whatever stream."""
+    with tempfile.TemporaryFile("w+") as file:
+        kept = {number: os.dup(number) for number in (1, 2)}
+        try:
+            for number in kept:
+                os.dup2(file.fileno(), number)
+            status, out, err = inside.run(folder, *args)
+            sys.stdout.flush()
+        finally:
+            for number, descriptor in kept.items():
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+        file.seek(0)
+        return status, file.read() + out + err
+
+
+@dataclass
+class Damaged:
+    """A built project in `folder`, which is as it was after each try."""
+
+    folder: Path
+    kind: str
+    expected: dict[int, dict[str, bytes]] = field(default_factory=dict)
+    _files: dict[Path, tuple[bytes, Stamp]] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, folder: Path, kind: str = "llama") -> "Damaged":
+        made = cls(folder, kind)
+        checkpoints.make(kind, folder / "checkpoint", num_hidden_layers=2)
+        for bits in (8, 4):
+            made.configure(bits)
+            assert _run(folder)[0] == 0
+            made.expected[bits] = made.built()
+        made.configure(4)
+        assert made.built() == made.expected[4]
+        for path in made._walk():
+            made._files[path] = (path.read_bytes(), Stamp.of(path))
+        return made
+
+    def configure(self, bits: int) -> None:
+        (self.folder / "models.toml").write_text(MODELS.format(bits=bits), encoding="utf-8")
+
+    def built(self) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in (self.folder / "build" / "model").glob("*")}
+
+    def kinds(self) -> list[str]:
+        """The kinds of records that there are."""
+        return [kind for kind in KINDS if any(self.folder.glob(KINDS[kind]))]
+
+    def attempt(self, kind: str, seed: int) -> Outcome:
+        """Damage a record of a kind, and see what is built and said."""
+        chance = random.Random(f"{kind} {seed}")
+        path = chance.choice(sorted(self.folder.glob(KINDS[kind])))
+        data = mutated(path.read_bytes(), chance)
+        path.unlink()  # it may be the checkpoint's or build/'s own file, too
+        path.write_bytes(data)
+        bits, args = self._provoke(chance)
+        detail = f"{kind}, seed {seed}: {path.relative_to(self.folder)}; {args}\n{data[:300]!r}"
+        try:
+            return Outcome(kind, *self._tried(kind, bits, args, detail))
+        finally:
+            self._restore()
+
+    def _provoke(self, chance: random.Random) -> tuple[int, list[str]]:
+        """Have doit read more than it would where all is up to date; return what to ask of it."""
+        bits = 4
+        way = chance.choice(("nothing", "bits", "manifests", "database", "build", "all", "look"))
+        if way == "bits":
+            bits = 8
+            self.configure(bits)
+        if way in ("manifests", "all"):
+            shutil.rmtree(self.folder / ".mlx-make" / "manifests")
+        if way in ("database", "all"):
+            (self.folder / ".mlx-make" / "doit.json").unlink()
+        if way in ("build", "all"):
+            shutil.rmtree(self.folder / "build")
+        return bits, list(chance.choice(LOOKS)) if way == "look" else []
+
+    def _tried(self, kind: str, bits: int, args: list[str], detail: str) -> tuple[str, str]:
+        said = ""
+        if args:
+            _, said = _run(self.folder, *args)
+        if "Traceback" not in said:
+            status, more = _run(self.folder)
+            said += more
+        if "Traceback" in said:
+            return "traceback", f"{detail}\n{said}"
+        if status == 0:
+            right = self.built() == self.expected[bits]
+            return ("built right" if right else "built wrong"), f"{detail}\n{said}"
+        if kind != "models.lock":
+            return "not mended", f"{detail}\n{said}"
+        return ("said so" if "models.lock" in said else "not said"), f"{detail}\n{said}"
+
+    def _walk(self) -> Iterator[Path]:
+        for root, folders, files in os.walk(self.folder):
+            if Path(root) == self.folder:
+                folders.remove("checkpoint")
+            yield from (Path(root) / name for name in files)
+
+    def _restore(self) -> None:
+        for path in set(self._walk()) - self._files.keys():
+            path.unlink()
+        for path, (data, stamp) in self._files.items():
+            if not path.exists() or Stamp.of(path) != stamp:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                path.write_bytes(data)
+                os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
+                self._files[path] = (data, Stamp.of(path))
