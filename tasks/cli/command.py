@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from doit.cmd_base import Command as DoitCommand
 from doit.cmdparse import CmdParseError
-from doit.exceptions import InvalidCommand
+from doit.exceptions import InvalidCommand, InvalidDodoFile
 
+from cache.errors import CacheError
+from tasks.cli import failures
 from tasks.cli.doit_adapter import models_file, name_not_found, parse_error_message
 from tasks.cli.options import DEFAULT, Options
 from tasks.cli.process import piped
@@ -66,6 +68,8 @@ class Command(DoitCommand):  # type: ignore[misc]
                 if name := name_not_found(error):
                     raise InvalidCommand(self._unknown(name)) from error
                 raise
+            except CacheError as error:
+                raise InvalidDodoFile(failures.message(error)) from error
             finally:
                 if self.loader and self.loader.session:
                     self.loader.session.close()

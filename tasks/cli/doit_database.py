@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from doit.dependency import FileChangedChecker
 
 from cache.digest import digest_file
@@ -15,7 +15,11 @@ from cache.errors import NoRoom
 from cache.files import atomic
 from cache.files.stamp import Stamp
 from cache.records.manifests import Manifest, ManifestError
+from cache.records.sealed import Damaged, Unsealed, seal, unseal
 from tasks.cli import failures
+
+KEY = "doit.json"  # that it is sealed under
+_Tasks = dict[str, dict[str, Any]]
 
 
 class Checker(FileChangedChecker):  # type: ignore[misc]
@@ -99,19 +103,27 @@ class Database:
     def dump(self) -> None:
         """Write the file."""
         if self._changed:
-            data = json.dumps(self._tasks, separators=(",", ":")).encode()
             try:
-                atomic.write(Path(self.name), data)
+                atomic.write(Path(self.name), seal(KEY, self._tasks))
             except NoRoom as error:  # the action cache remembers what was built
                 print(f"warning: {failures.message(error)}", file=sys.stderr)
             self._changed = False
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what is known of each task; nothing, if it is not what was written."""
     try:
-        tasks = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        data = path.read_bytes()
+        try:
+            return unseal(KEY, data, _Tasks)
+        except Unsealed:  # an older version's
+            tasks = msgspec.json.decode(data, type=_Tasks)
+    except (FileNotFoundError, NotADirectoryError, Damaged, msgspec.DecodeError, RecursionError):
         return {}
-    if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
-        return {}
-    return tasks
+    return tasks if all(map(_is_whole, tasks.values())) else {}
+
+
+def _is_whole(task: dict[str, Any]) -> bool:
+    """Tell whether what is known of a task has the types that doit and the checker take."""
+    kinds = {"_values_:": dict, "deps:": list, "checker:": str, "ignore:": str}
+    return all(isinstance(value, kinds.get(name, list)) for name, value in task.items())

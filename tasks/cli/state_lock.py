@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from doit.exceptions import InvalidDodoFile
-
-from cache.files import atomic, trash
+from cache.files import atomic, own, trash
 from tasks.core.program import COMMAND
 from tasks.core.workspace import BUILD, STATE, TRASH
 
@@ -27,14 +25,14 @@ def alone(models: Path) -> Iterator[None]:
     What a build that was killed had begun to pack, or to remove, is removed then.
 
     Raises:
-        InvalidDodoFile: the state is a link's, and so perhaps another project's.
+        Linked: the lock is a link, and so perhaps another project's.
     """
     if not models.exists():  # loading the tasks says so, and must leave no state behind
         yield
         return
     state = models.absolute().parent / STATE
     _make(state)
-    with _open(state / "lock") as lock:
+    with open(state / "lock", "a+", encoding="utf-8", opener=own.open_own) as lock:
         _wait_for(lock)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
@@ -51,20 +49,6 @@ def _make(state: Path) -> None:
     state.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(ignored := state / ".gitignore"):
         atomic.write(ignored, b"*\n")
-
-
-def _open(path: Path) -> IO[str]:
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
-
-    try:
-        return open(path, "a+", encoding="utf-8", opener=opener)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise InvalidDodoFile(
-            f"{path} is a link, and what it names would be overwritten: remove the link."
-        ) from error
 
 
 def _wait_for(lock: IO[str]) -> None:

@@ -6,13 +6,20 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-from cache.files import atomic
+import msgspec
+
+from cache.files import atomic, own
 
 MAX_BYTES = 16 << 20
 OUTCOMES = ("computed", "reused", "fetched", "failed")  # reused: from the action cache
+# What a line can say: damage can make any number of it, which a page of a report would draw.
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
+_Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,14 @@ class Entry:
     task: str
     outcome: str
     why: str
-    start: float
-    seconds: float
-    bytes_read: int
-    bytes_written: int
+    start: _Seconds
+    seconds: _Seconds
+    bytes_read: _Bytes
+    bytes_written: _Bytes
     thread: str
+
+
+_LINE = msgspec.json.Decoder(Entry)
 
 
 class Log:
@@ -56,13 +66,13 @@ class Log:
 
     def add(self, entry: Entry) -> None:
         """Append a line; the oldest half goes when the log has grown past its bound."""
-        line = json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(asdict(entry), ensure_ascii=False).encode(errors="replace") + b"\n"
         with self._lock:
             for listener in self.listeners:
                 listener(entry)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # One write in append mode is one line, also beside another process.
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            descriptor = own.open_own(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
             try:
                 size = os.fstat(descriptor).st_size
                 if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -80,10 +90,8 @@ class Log:
         except FileNotFoundError:
             return
         for line in lines:
-            try:
-                yield Entry(**json.loads(line))
-            except (ValueError, TypeError):
-                continue
+            with suppress(msgspec.DecodeError, RecursionError):
+                yield _LINE.decode(line)
 
     def _trim(self) -> None:
         data = self.path.read_bytes()

@@ -16,7 +16,9 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from cache.digest import digest_record
 from cache.files import atomic
@@ -58,6 +60,45 @@ class Built:
     blake3: str | None = None
 
 
+_BLAKE3 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_DIGEST = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+_COUNT = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Version(msgspec.Struct, frozen=True):
+    version: int
+
+
+class _Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``LockedSource`` as the file has it."""
+
+    files: dict[str, tuple[_COUNT, _DIGEST]]
+    record: _BLAKE3
+    nbytes: _COUNT
+    revision: str | None = None
+
+    def locked(self) -> LockedSource:
+        files: dict[str, list[Any]] = {name: list(of) for name, of in self.files.items()}
+        return LockedSource(files, self.record, self.nbytes, self.revision)
+
+
+class _Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``Built`` as the file has it."""
+
+    source: _BLAKE3
+    settings: _DIGEST
+    computer: dict[str, str] | None
+    action: _DIGEST
+    output: _DIGEST
+    blake3: _BLAKE3 | None = None
+
+
+class _LockFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    sources: dict[str, _Source]
+    targets: dict[str, _Target]
+
+
 @dataclass
 class Lock:
     """models.lock. Safe in threads.
@@ -84,18 +125,17 @@ class Lock:
             ConfigError: it is damaged, or a newer version wrote it.
         """
         try:
-            record = json.loads(path.read_bytes())
-            if record["version"] != VERSION:
+            data = path.read_bytes()
+            version = msgspec.json.decode(data, type=_Version).version
+            if version != VERSION:
                 raise ConfigError(
-                    f"{path} is of version {record['version']}, this mlx-make reads {VERSION}: "
+                    f"{path} is of version {version}, this mlx-make reads {VERSION}: "
                     "update mlx-make."
                 )
-            return cls(
-                path,
-                {name: LockedSource.read(entry) for name, entry in record["sources"].items()},
-                {name: Built(**entry) for name, entry in record["targets"].items()},
-                strict,
-            )
+            lock = msgspec.json.decode(data, type=_LockFile)
+            locked = {name: source.locked() for name, source in lock.sources.items()}
+            targets = {name: Built(**msgspec.structs.asdict(t)) for name, t in lock.targets.items()}
+            return cls(path, locked, targets, strict)
         except FileNotFoundError as error:
             if not strict:
                 return cls(path, {}, {}, strict)
@@ -103,15 +143,15 @@ class Lock:
                 f"{path} does not exist, and --locked builds only what it says. Run doit without "
                 "--locked, and commit the file."
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             if b"<<<<<<<" in path.read_bytes():
                 raise ConfigError(
                     f"{path} holds a merge's conflict. Take either side of the whole file (git "
                     f"checkout --ours {path.name}), then doit lock and doit: they write it anew."
                 ) from error
             raise ConfigError(
-                f"{path} is no lock file ({type(error).__name__}: {error}). Take it from version "
-                "control again, or remove it: the next build writes it anew."
+                f"{path} is no lock file: {error}. Take it from version control again, or remove "
+                "it: the next build writes it anew."
             ) from error
 
     def recall(self, store: Store, target: Target) -> Checkpoint | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,20 +35,6 @@ class LockedSource:
     record: str
     nbytes: int
     revision: str | None = None
-
-    @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> LockedSource:
-        """Return what an entry of models.lock says.
-
-        Raises:
-            TypeError, ValueError: it is no such entry.
-        """
-        if not re.fullmatch(r"[0-9a-f]{64}", entry["record"]):
-            raise ValueError(f"{entry['record']!r} is no BLAKE3")
-        files = {
-            str(name): [int(size), str(known)] for name, (size, known) in entry["files"].items()
-        }
-        return cls(**{**entry, "files": files})
 
 
 def take(store: Store, checkpoint: Checkpoint, digests: Mapping[str, str]) -> LockedSource:

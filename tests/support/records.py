@@ -6,7 +6,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,12 +56,14 @@ class Outcome(NamedTuple):
 
 def _run(folder: Path, *args: str) -> tuple[int, str]:
     """Run doit; return its exit status, and all that it wrote, to whatever stream."""
-    with tempfile.TemporaryFile("w+") as file:
+    with tempfile.NamedTemporaryFile("w+") as file:
         kept = {number: os.dup(number) for number in (1, 2)}
         try:
             for number in kept:
                 os.dup2(file.fileno(), number)
-            status, out, err = inside.run(folder, *args)
+            # Where none is named, doit's own commands write to the stdout of when they were loaded.
+            written = [] if args else ["-o", file.name]
+            status, out, err = inside.run(folder, *args, *written)
             sys.stdout.flush()
         finally:
             for number, descriptor in kept.items():
@@ -72,14 +73,14 @@ def _run(folder: Path, *args: str) -> tuple[int, str]:
         return status, file.read() + out + err
 
 
-@dataclass
 class Damaged:
     """A built project in `folder`, which is as it was after each try."""
 
-    folder: Path
-    kind: str
-    expected: dict[int, dict[str, bytes]] = field(default_factory=dict)
-    _files: dict[Path, tuple[bytes, Stamp]] = field(default_factory=dict)
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        self.kind = kind
+        self.expected: dict[int, dict[str, bytes]] = {}
+        self._files: dict[Path, tuple[bytes, Stamp]] = {}
 
     @classmethod
     def create(cls, folder: Path, kind: str = "llama") -> "Damaged":

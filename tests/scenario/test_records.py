@@ -1,0 +1,103 @@
+"""No record is believed unread: what is damaged is made again, or, of models.lock, said."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cache.digest import canonical
+from support import projects
+from support.projects import FOUR_BIT, outcomes
+from support.records import OUTCOMES, Damaged
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Damaged:
+    return Damaged.create(tmp_path_factory.mktemp("damaged"))
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(number=st.integers(0, 99), seed=st.integers(0, 2**32 - 1))
+def test_a_damaged_record_never_makes_a_wrong_model(
+    damaged: Damaged, number: int, seed: int
+) -> None:
+    kinds = damaged.kinds()
+    outcome = damaged.attempt(kinds[number % len(kinds)], seed)
+    assert outcome.outcome in OUTCOMES, outcome.detail
+
+
+@pytest.mark.parametrize("source", projects.SOURCES)
+def test_a_flipped_digit_in_a_memo(source: str, tmp_path: Path) -> None:
+    """Of any digit of it: an offset in a header, a token id, an axis."""
+    project = projects.create(tmp_path, source, **FOUR_BIT)
+    project.doit()
+    memos = sorted((project.store / "memos").rglob("*.json"))
+    assert {memo.parent.parent.name for memo in memos} >= {"headers", "architectures", "extracts"}
+    for memo in memos:
+        data = bytearray(memo.read_bytes())
+        (*_, last) = [index for index, byte in enumerate(data) if byte in b"0123456789"]
+        data[last] = ord("1") if data[last] == ord("0") else ord("0")
+        memo.write_bytes(data)
+    said = project.doit("cache", "verify", expect=1).stdout
+    assert all(str(memo) in said for memo in memos)
+    assert not any(memo.exists() for memo in memos)
+    shutil.rmtree(project.state / "manifests")
+    project.configure(quantize={"bits": 8})
+    project.doit()
+    assert project.built() == project.anew()
+    assert "none corrupt" in project.doit("cache", "verify").stdout
+
+
+def test_what_an_older_version_left_is_used(tmp_path: Path) -> None:
+    """Its references sealed when they are read, its memos worked out again, its database read."""
+    project = projects.create(tmp_path, "huggingface", **FOUR_BIT)
+    project.doit()
+    database = project.state / "doit.json"
+    records = [database, *project.store.glob("blobs/*/*.parts"), *project.store.glob("memos/*/*/*")]
+    for path in records:
+        sealed = json.loads(path.read_bytes())
+        assert sealed.keys() == {"seal", "key", "value"}
+        path.write_bytes(canonical(sealed["value"]))
+    assert project.doit().entries == []
+    assert "none corrupt" in project.doit("cache", "verify").stdout
+    project.configure(quantize={"bits": 8})
+    assert outcomes(project.doit())["computed"] == project.quantizing()
+    assert project.built() == project.anew()
+    cast = json.loads(project.manifest("cast", "layers.1").read_bytes())["tensors"]
+    for name, *_ in cast:
+        if (reference := project.stored("cast", "layers.1", name).reference).exists():
+            assert "seal" in json.loads(reference.read_bytes())
+
+
+def test_an_older_reference_that_is_wrong_is_not_believed(tmp_path: Path) -> None:
+    project = projects.create(tmp_path, "huggingface", quantize={"bits": 4})
+    project.doit()
+    for reference in project.store.glob("blobs/*/*.parts"):
+        parts = json.loads(reference.read_bytes())["value"]
+        if parts[0][1] > 0:
+            parts[0][1] -= 1  # the offset
+        reference.write_bytes(canonical(parts))
+    project.configure(quantize={"bits": 8})
+    project.doit()
+    assert project.built() == project.anew()
+
+
+@pytest.mark.parametrize("name", ["lock", "log.jsonl"])
+def test_state_that_is_a_link_is_refused(name: str, tmp_path: Path) -> None:
+    project = projects.create(tmp_path / "p", "huggingface", **FOUR_BIT)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("not ours\n", encoding="utf-8")
+    project.state.mkdir(exist_ok=True)
+    os.symlink(elsewhere, project.state / name)
+    done = project.doit(expect=None)
+    assert done.returncode
+    said = done.stdout + done.stderr
+    assert f"{project.state / name} is a link" in said
+    assert "Traceback" not in said
+    assert elsewhere.read_text(encoding="utf-8") == "not ours\n"
