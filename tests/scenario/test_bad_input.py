@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from cache.records.memos import Memos
 from support import checkpoints, inside
-from support.front_door import Finished, doit
+from support.front_door import Finished
+from support.inside import doit
 from tasks.checkpoints import example, safetensors_file, torch_file
 from tasks.checkpoints.headers import headers
 from tasks.checkpoints.stored import Stored

@@ -32,7 +32,8 @@ from cache.remote.signing import sign
 from cache.remote.transport import PIECE_BYTES
 from cache.store import Store
 from support import checkpoints, inside, meta, servers
-from support.front_door import Finished, doit
+from support.front_door import Finished
+from support.inside import doit
 from support.projects import FOUR_BIT, Project, contents, flip, outcomes
 from support.running import DEADLINE_SECONDS, start
 from tasks.checkpoints import record as records

@@ -1,11 +1,19 @@
-"""inside: doit without a process of its own, for tests that call it a hundred times."""
+"""inside: doit without a process of its own: the same command line, a third of a second sooner.
+
+For tests that ask what is on the disk, in the log and in the output. Those that ask about the
+process itself, its signals, its memory or what it imports, use `front_door`.
+"""
 
 import contextlib
 import gc
 import io
+import os
+import signal
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
+from doit import cmd_run
 from doit.doit_cmd import DoitConfig, DoitMain
 
 from support import front_door
@@ -20,8 +28,10 @@ def session(folder: Path) -> Session:
     return Session.open(reader.load(folder / "models.toml"))
 
 
-def doit(folder: Path, *args: str, expect: int | None = 0) -> front_door.Finished:
-    """As `front_door.doit`, in this process. `expect` None: whatever the status."""
+def doit(
+    folder: Path, *args: str, expect: int | None = 0, env: Mapping[str, str] | None = None
+) -> front_door.Finished:
+    """As `front_door.doit`, in this process."""
     before = set(front_door.runs(folder))
     status, out, err = run(folder, *args)
     assert expect is None or status == expect, (
@@ -38,11 +48,18 @@ def run(folder: Path, *args: str) -> tuple[int, str, str]:
     )
     main = DoitMain(InstalledLoader(), config_filenames=(), extra_config=plugins)
     out, err = io.StringIO(), io.StringIO()
-    # This process goes on, with CUDA as it is.
-    alone = mock.patch.object(cuda, "begin")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), alone:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.dict(cmd_run.opt_outfile, default=out),
+            mock.patch.dict(os.environ, env or {}),
+            mock.patch.object(cuda, "begin"),  # this process goes on, with CUDA as it is
+        ):
             status = main.run([*args, f"models={folder / 'models.toml'}"]) or 0
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         gc.unfreeze()
     return status, out.getvalue(), err.getvalue()
