@@ -924,7 +924,7 @@ def loaded(path: Path) -> list[Stored]:
 class NoMemos(Memos):
     """Remembers nothing: a file written twice in one tick of the clock looks unchanged."""
 
-    def get(self, kind: str, question: object) -> None:
+    def get(self, kind: str, question: object, shape: object = None) -> None:
         return None
 
     def put(self, kind: str, question: object, answer: object) -> None:

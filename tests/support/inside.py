@@ -17,6 +17,7 @@ from doit import cmd_run
 from doit.doit_cmd import DoitConfig, DoitMain
 
 from support import front_door
+from tasks.cli.failures import as_invalid_dodo_file
 from tasks.cli.loader import InstalledLoader
 from tasks.cli.session import Session
 from tasks.config import reader
@@ -25,7 +26,8 @@ from tasks.tensors import cuda
 
 def session(folder: Path) -> Session:
     """What doit opens before any task."""
-    return Session.open(reader.load(folder / "models.toml"))
+    with as_invalid_dodo_file():
+        return Session.open(reader.load(folder / "models.toml"))
 
 
 def doit(
