@@ -62,7 +62,9 @@ def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
     project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
     unread(project, ("-m", "doit"), unbuffered=False)
     assert not (project.folder / "build" / "model").exists()
-    project.doit()
+    front_door.doit(
+        project.folder,
+    )
     assert project.built() == project.anew()
 
 
@@ -96,7 +98,7 @@ def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
     ],
 )
 def test_mistyped(project: Project, call: str, told: str) -> None:
-    done = project.doit(*call.split(), expect=3)
+    done = front_door.doit(project.folder, *call.split(), expect=3)
     assert done.stderr.startswith("ERROR: ")
     assert told in done.stderr
     assert "\n" not in done.stderr.strip()
@@ -161,7 +163,7 @@ def test_another_dodo_is_doits_own(project: Project, call: str, told: str) -> No
     dodo = project.folder / "other" / "dodo.py"
     dodo.parent.mkdir(exist_ok=True)
     dodo.write_text(OTHER)
-    assert f"told {told}\n" in project.doit(*call.format(dodo).split()).stdout
+    assert f"told {told}\n" in front_door.doit(project.folder, *call.format(dodo).split()).stdout
 
 
 def test_empty_argument(project: Project) -> None:
@@ -188,7 +190,9 @@ def test_nowhere_to_print(tmp_path: Path) -> None:
 
 def test_locale_without_arrows(tmp_path: Path) -> None:
     project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
-    project.doit()
+    front_door.doit(
+        project.folder,
+    )
     project.configure(quantize={"bits": 8})
     for command, status in (("plan", 1), ("plan --json", 1), ("graph", 0), ("cache stats", 0)):
         call = f"{sys.executable} -m doit {command} models={project.folder / 'models.toml'}"
@@ -210,7 +214,7 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_info(project: Project) -> None:
-    told = project.doit("info", "quantize:model:layers.0", expect=1).stdout
+    told = front_door.doit(project.folder, "info", "quantize:model:layers.0", expect=1).stdout
     assert str(project.manifest("quantize", "layers.0")) in told
     assert len(told) < 2000, "not the whole graph"
 
