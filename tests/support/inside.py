@@ -35,7 +35,8 @@ def doit(
 ) -> front_door.Finished:
     """As `front_door.doit`, in this process."""
     before = set(front_door.runs(folder))
-    status, out, err = run(folder, *args)
+    with mock.patch.dict(os.environ, env or {}):
+        status, out, err = run(folder, *args)
     assert expect is None or status == expect, (
         f"doit {' '.join(args)}: exit status {status}, not {expect}\n{out}\n{err}"
     )
@@ -56,7 +57,6 @@ def run(folder: Path, *args: str) -> tuple[int, str, str]:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             mock.patch.dict(cmd_run.opt_outfile, default=out),
-            mock.patch.dict(os.environ, env or {}),
             mock.patch.object(cuda, "begin"),  # this process goes on, with CUDA as it is
         ):
             status = main.run([*args, f"models={folder / 'models.toml'}"]) or 0
