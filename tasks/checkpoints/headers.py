@@ -13,10 +13,11 @@ from typing import Protocol
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints import safetensors_file, torch_file
+from tasks.checkpoints.small_files import check_regular
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
 
-HEADERS_VERSION = 1  # raised when what is read of a header changes
+HEADERS_VERSION = 2  # raised when what is read of a header changes
 _Answer = list[tuple[str, str, tuple[int, ...], int]]  # name, dtype, shape, offset
 
 
@@ -48,6 +49,7 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
     """
     tables = {}
     for path in paths:
+        check_regular(path)
         try:
             stamp = Stamp.of(path)
         except OSError as error:  # a link to nowhere, as a moved download cache leaves

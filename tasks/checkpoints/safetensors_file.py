@@ -13,12 +13,13 @@ SUFFIXES: tuple[str, ...] = (".safetensors",)
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library allows
 
 
-# Both spelled as mx.load gives them back; MLX has no eight-bit floats, models unpack the bytes.
+# Both spelled as mx.load gives them back, and no others than it takes. MLX has no eight-bit floats:
+# models unpack the bytes.
 SAFETENSORS_DTYPES = {
     "BOOL": "bool_", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16",
     "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64", "F16": "float16",
     "BF16": "bfloat16", "F32": "float32", "C64": "complex64", "F8_E4M3": "uint8",
-    "F8_E8M0": "uint8", "F8_E5M2": "uint8", "F4": "uint8",
+    "F8_E8M0": "uint8",
 }  # fmt: skip
 
 
@@ -36,10 +37,12 @@ def read(path: Path) -> list[Stored]:
         raw = file.read(length)
     begin = 8 + length
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
+        header = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_number)
+        metadata = header.pop("__metadata__", None)
+        if isinstance(metadata, dict) and not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError("__metadata__ has values that are no strings")
         tensors = []
-        filled = 0  # as the format asks: one tensor after the other, nothing between or after
+        filled = 0  # as the format asks: one tensor after the other, nothing between
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             if start != filled:
@@ -51,16 +54,20 @@ def read(path: Path) -> list[Stored]:
                     "Convert the checkpoint to one that it has: bfloat16, float16, float32."
                 )
             dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-            shape = tuple(entry["shape"])
-            if entry["dtype"] == "F4":  # two to a byte
-                shape = (*shape[:-1], shape[-1] // 2)
-            stored = Stored(name, dtype, checked_shape(shape), path.name, begin + start)
+            name.encode()  # half a surrogate pair is no name
+            shape = checked_shape(entry["shape"])
+            stored = Stored(name, dtype, shape, path.name, begin + start)
             if stored.nbytes != end - start:
                 raise damaged(path, f"{name} has {end - start:,} bytes for shape {shape}")
             tensors.append(stored)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(path, f"its header is not JSON of that format ({error!r})") from error
-    if begin + filled != size:
+        cause = f"{type(error).__name__}: {error}"
+        raise damaged(path, f"its header is not JSON of that format ({cause})") from error
+    if begin + filled > size:  # what comes after the last one is nobody's, and mx.load takes it
         raise damaged(path, f"its tensors end at byte {begin + filled:,}, the file at {size:,}")
     order = {name: number for number, name in enumerate(header)}
     return sorted(tensors, key=lambda tensor: order[tensor.name])
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tasks.core.errors import CheckpointError
 
+MAX_SMALL_BYTES = 512 << 20  # of a file read whole: the largest tokenizers have a tenth of it
 LFS = b"version https://git-lfs"
 LFS_BYTES = 1024  # a pointer has fewer
 
@@ -33,6 +35,51 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def read_bytes(path: Path) -> bytes:
+    """Return the content of one of a checkpoint's small files.
+
+    Raises:
+        CheckpointError: it cannot be read, is no regular file, or is larger than any such is.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_SMALL_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Fetch it again.") from error
+    if len(data) > MAX_SMALL_BYTES:
+        raise CheckpointError(
+            f"{path} has over {MAX_SMALL_BYTES:,} bytes, more than any configuration or tokenizer. "
+            "Fetch it again."
+        )
+    return data
+
+
+def check_regular(path: Path) -> None:
+    """Refuse a pipe, a socket, a device or a folder in place of a file: reading it may not end.
+
+    Raises:
+        CheckpointError: it is one, or is not there.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(
+            f"{path} is no file but a {_kind(mode)}. Put the checkpoint's own file there."
+        )
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_ISDIR: "folder",
+        stat.S_ISFIFO: "pipe",
+        stat.S_ISSOCK: "socket",
+    }
+    return next((kind for is_one, kind in kinds.items() if is_one(mode)), "device")
+
+
 def read_text(path: Path) -> str:
     """Return the text of one of a checkpoint's small files.
 
@@ -40,8 +87,8 @@ def read_text(path: Path) -> str:
         CheckpointError: it cannot be read, or is no text.
     """
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_bytes(path).decode("utf-8-sig")  # some editors write a byte order mark
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Fetch it again.") from error
 
 
@@ -96,7 +143,8 @@ def is_pointer(path: Path) -> bool:
 
     Weights are not opened for it: a pointer is smaller (git-lfs, docs/spec.md).
     """
-    if path.stat().st_size >= LFS_BYTES:
+    state = path.stat()
+    if state.st_size >= LFS_BYTES or not stat.S_ISREG(state.st_mode):
         return False
     with path.open("rb") as file:
         return file.read(len(LFS)) == LFS

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from cache.records.manifests import DTYPE_BYTES
 
+MAX_AXIS = 2**31 - 1  # MLX counts along an axis in 32 bits, and wraps around in silence
 TORCH = -1  # offset of a tensor that does not lie in its file as plain bytes: torch must read it
 
 
@@ -35,8 +36,8 @@ class Stored(NamedTuple):
 
 
 def checked_shape(shape: Iterable[Any]) -> tuple[int, ...]:
-    """Return a shape; raise ValueError for what is none."""
+    """Return a shape; raise ValueError for what is none, or none that MLX can have."""
     shape = tuple(shape)
-    if not all(type(size) is int and size >= 0 for size in shape):
+    if not all(type(size) is int and 0 <= size <= MAX_AXIS for size in shape):
         raise ValueError(f"shape {shape}")
     return shape

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -17,6 +18,10 @@ from tasks.checkpoints.stored import TORCH, Stored, checked_shape
 from tasks.core.errors import CheckpointError
 
 SUFFIXES: tuple[str, ...] = (".pth", ".bin")
+MAX_PICKLE_BYTES = 256 << 20  # of the largest checkpoints a shard's pickle has under one MiB
+MAX_DEPTH = 100  # of values within values; a state dict has six
+MAX_VALUES = 20_000_000  # written out, with what is repeated
+LEGACY_PICKLES = 5  # of a file older than torch 1.6, one after the other
 ZIP = b"PK\x03\x04"  # what a zip archive, and each of its members, begins with
 
 
@@ -41,6 +46,7 @@ def read(path: Path) -> list[Stored]:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != ZIP:
+        _check_legacy(path)
         return _read_with_torch(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -66,12 +72,13 @@ class _Tensor(NamedTuple):
 
 
 def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
-    members = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
-    if "data.pkl" not in members:
-        raise damaged(path, "a zip archive without data.pkl")
+    members = _members(path, archive)
     if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
         raise _NotPlain
-    state = _Unpickler(io.BytesIO(archive.read(members["data.pkl"]))).load()
+    data = io.BytesIO(archive.read(members["data.pkl"]))
+    check_pickle(path, data)
+    data.seek(0)
+    state = _Unpickler(data).load()
     if not isinstance(state, dict) or not all(isinstance(t, _Tensor) for t in state.values()):
         raise _NotPlain
     starts: dict[str, int] = {}
@@ -91,6 +98,22 @@ def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
     return tensors
 
 
+def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return an archive's members by name, without the folder that torch puts them in."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename.split("/", 1)[-1]
+        if members.setdefault(name, info) is not info:  # torch reads the first, others the last
+            raise damaged(path, f"{name} is in the archive twice")
+    if "data.pkl" not in members:
+        raise damaged(path, "a zip archive without data.pkl")
+    for name in ("data.pkl", "byteorder"):
+        if name in members and members[name].file_size > MAX_PICKLE_BYTES:
+            size = members[name].file_size
+            raise damaged(path, f"{name} has {size:,} bytes, over {MAX_PICKLE_BYTES:,}")
+    return members
+
+
 def _storage_start(path: Path, file: IO[bytes], info: zipfile.ZipInfo) -> int:
     """Return where the bytes of a member of the archive begin."""
     file.seek(info.header_offset)
@@ -100,6 +123,61 @@ def _storage_start(path: Path, file: IO[bytes], info: zipfile.ZipInfo) -> int:
     if local[:4] != ZIP or start + info.compress_size > path.stat().st_size:
         raise damaged(path, f"{info.filename} is not where the archive says")
     return start
+
+
+def check_pickle(path: Path, data: IO[bytes]) -> None:
+    """Refuse a pickle of values that take more memory, time or stack than a checkpoint's do.
+
+    A few hundred bytes can stand for 2**100 values, each within another, or ask for a memo of
+    gigabytes. So it is followed without making a value: of each, how deep it is and how many values
+    it would be written out.
+
+    Raises:
+        CheckpointError: it is such.
+        Exception: it is no pickle.
+    """
+    stack: list[tuple[int, int] | None] = []  # (depth, values), None for a mark
+    memo: dict[int, tuple[int, int]] = {}
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            index = len(memo) if argument is None else int(argument)
+            if index > len(memo):  # every pickler counts up
+                raise damaged(path, f"its pickle remembers value {index:,} after {len(memo):,}")
+            memo[index] = stack[-1] or (0, 0)
+            continue
+        if name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[int(argument or 0)])
+            continue
+        taken: list[tuple[int, int]] = []
+        for kind in reversed(opcode.stack_before):
+            if kind is pickletools.markobject:
+                continue
+            if kind is pickletools.stackslice:
+                while (value := stack.pop()) is not None:
+                    taken.append(value)
+            else:
+                taken.append(stack.pop() or (0, 0))
+        depth = 1 + max((depth for depth, _ in taken), default=0)
+        values = 1 + sum(values for _, values in taken)
+        if depth > MAX_DEPTH or values > MAX_VALUES:
+            raise damaged(
+                path, f"its pickle has {values:,} values, {depth} within each other: no weights do"
+            )
+        made = opcode.stack_after
+        stack += [None if kind is pickletools.markobject else (depth, values) for kind in made]
+
+
+def _check_legacy(path: Path) -> None:
+    """Check the pickles that a file older than torch 1.6 begins with."""
+    with path.open("rb") as file:
+        for _ in range(LEGACY_PICKLES):
+            try:
+                check_pickle(path, file)
+            except CheckpointError:
+                raise
+            except Exception:  # no such file: torch says what is wrong with it
+                return
 
 
 class _Unpickler(pickle.Unpickler):
@@ -183,6 +261,11 @@ def load_with_torch(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors.")
     for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            raise CheckpointError(
+                f"{path}: {name!r} is a meta tensor, a shape without weights: the model was saved "
+                "before they were loaded. Save it once they are."
+            )
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(
                 f"{path} is no plain dict of tensors: {name!r} is a {type(value).__name__}. "

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tasks.checkpoints.small_files import check_regular, read_bytes
 from tasks.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def files(model_file: Path, *, release: Release = "3.1") -> dict[str, bytes]:
         # Names the bos and eos tokens, which tokenizer.json cannot, and the class.
         "tokenizer_config.json": _config(bos="<s>", eos="</s>", unk="<unk>"),
         # Not read by transformers beside a tokenizer.json; for the tools that prefer it.
-        "tokenizer.model": model_file.read_bytes(),
+        "tokenizer.model": read_bytes(model_file),
     }
 
 
@@ -175,7 +176,7 @@ def _from_sentencepiece(model_file: Path) -> Tokenizer:
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
-        proto.ParseFromString(model_file.read_bytes())
+        proto.ParseFromString(read_bytes(model_file))
     except DecodeError as error:
         raise TokenizerError(
             f"{model_file}: begins as a sentencepiece model but cannot be read as one ({error}); "
@@ -287,7 +288,7 @@ def _merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 def _read_ranks(model_file: Path) -> dict[bytes, int]:
     """Read tiktoken's lines, in the order of the file, as token → rank."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(model_file.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_bytes(model_file).splitlines(), start=1):
         if not line:
             continue
         try:
@@ -315,6 +316,7 @@ def _read_ranks(model_file: Path) -> dict[bytes, int]:
 
 
 def _head(model_file: Path) -> bytes:
+    check_regular(model_file)
     with model_file.open("rb") as file:
         return file.read(4096)
 

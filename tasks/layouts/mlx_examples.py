@@ -8,6 +8,7 @@ from typing import Any
 
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.small_files import read_bytes
 from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import RECIPES, Target
 from tasks.layouts import llama_tokenizer
@@ -139,7 +140,7 @@ def files(
     parameters: int,
 ) -> dict[str, bytes]:
     """Return the files that the layout has besides config.json and the weights."""
-    return {path.name: path.read_bytes() for path in sources(checkpoint)}
+    return {path.name: read_bytes(path) for path in sources(checkpoint)}
 
 
 def shard_names(count: int) -> list[str]:

@@ -13,6 +13,7 @@ from cache.digest import digest
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.small_files import read_bytes
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
 from tasks.layouts import architecture, llama_tokenizer
@@ -128,7 +129,7 @@ def files(
     if checkpoint.names == "meta":
         small = _made_tokenizer(checkpoint, memos)
     else:
-        small = {path.name: path.read_bytes() for path in sources(checkpoint)}
+        small = {path.name: read_bytes(path) for path in sources(checkpoint)}
     return small | {
         "model.safetensors.index.json": json.dumps(index, indent=4).encode(),
         "README.md": CARD.encode(),
@@ -151,7 +152,7 @@ def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
     path = checkpoint.folder / "tokenizer.model"
     release = llama_tokenizer.release_of(checkpoint.config)
     versions = [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
-    question = [llama_tokenizer.VERSION, digest(path.read_bytes()), release, versions]
+    question = [llama_tokenizer.VERSION, digest(read_bytes(path)), release, versions]
     with _MAKING:
         answer = memos.get("tokenizers", question, dict[str, str])
         if answer is None:

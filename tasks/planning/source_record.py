@@ -14,6 +14,7 @@ from cache.store import Store
 from tasks.checkpoints import record
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.loaders import weight_patterns
+from tasks.checkpoints.small_files import read_bytes
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
 from tasks.layouts import LAYOUTS
@@ -89,4 +90,4 @@ def _small_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     for layout in LAYOUTS.values():
         with suppress(CheckpointError):  # it cannot be built in that layout
             names |= {path.name for path in layout.sources(checkpoint)}
-    return {name: (checkpoint.folder / name).read_bytes() for name in sorted(names)}
+    return {name: read_bytes(checkpoint.folder / name) for name in sorted(names)}
