@@ -15,8 +15,9 @@ from tasks.config import tables, values
 from tasks.core import spec
 
 Kind = Literal[
-    "folder", "text", "word", "words", "size", "URL", "number", "switch", "table", "tables", "named"
-]
+    "folder", "text", "size", "URL", "switch",
+    "word", "words", "number", "numbers", "table", "tables", "named",
+]  # fmt: skip
 _KINDS: dict[Any, Kind] = {
     Path: "folder",
     spec.SourceName: "folder",
@@ -26,6 +27,7 @@ _KINDS: dict[Any, Kind] = {
     int: "number",
     bool: "switch",
 }
+_LISTS: dict[Kind, Kind] = {"word": "words", "number": "numbers", "table": "tables"}
 
 
 class Key(Struct, frozen=True):
@@ -92,7 +94,7 @@ def _kind(declared: Any) -> tuple[Kind, tuple[str, ...] | type[Struct]]:
         return "named", args[1]
     if origin is tuple:
         kind, detail = _kind(args[0])
-        return ("tables" if kind == "table" else "words"), detail
+        return _LISTS[kind], detail
     if args:  # a union: all else in it is "not said"
         return _kind(next(a for a in args if a not in (NoneType, Literal[False])))
     if issubclass(declared, spec.Word):

@@ -41,6 +41,13 @@ class Text:
         inside = (number for key, number in self._keys if at and key[: len(at)] == at)
         return found or next(inside, None)
 
+    def open_inline_table(self) -> tuple[int, At] | None:
+        """Return the line and the key of an inline table that its line does not close."""
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if re.match(rf"\s*{KEY}\s*=\s*{{[^\[\]{{}}#]*(#.*)?$", line):
+                return number, next((key for key, there in self._keys if there == number), ())
+        return None
+
     @cached_property
     def _keys(self) -> list[tuple[At, int]]:
         """The keys that begin a line, tables' included, and the line."""

@@ -13,11 +13,12 @@ import msgspec
 
 from tasks.config.keys import Key, keys_of, toml
 from tasks.config.reader import MAX_NAME_BYTES
-from tasks.config.tables import Build, Cache, Document, Model, RemoteURL, variable
+from tasks.config.tables import Build, Cache, Document, Matrix, Model, RemoteURL, variable
 from tasks.config.values import REMOTE, REMOTES, words
 from tasks.core.spec import MODES, Quantize, Rule, Settings, Size, SourceName, Word
 from tasks.core.text import NUMBER, UNITS
 from tasks.layouts import LAYOUTS
+from tasks.tensors import modes
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -53,9 +54,9 @@ def schema() -> Schema:
     """
     whole = _without_null(msgspec.json.schema(Document, schema_hook=_custom))
     tables: dict[str, Schema] = whole["$defs"]
-    for table in (Cache, Build, Settings, Model, Quantize, Rule):
+    for table in (Cache, Build, Settings, Model, Matrix, Quantize, Rule):
         for key in keys_of(table).values():
-            if key.default:
+            if key.change:
                 _describe_default(tables[table.__name__]["properties"][key.name], key)
     document = tables["Document"]
     models, variants = document["properties"]["models"], tables["Model"]["properties"]["variants"]
@@ -114,10 +115,7 @@ def _describe_default(schema: Schema, key: Key) -> None:
 def _quantize() -> Schema:
     """Return which keys of ``quantize`` go together."""
     return {
-        # A recipe sets bits itself, and is for mode affine.
-        "dependentSchemas": {
-            "recipe": {"properties": {"bits": False, "mode": {"const": "affine"}}}
-        },
+        "dependentSchemas": {"recipe": {"properties": {"mode": {"const": "affine"}}}},
         "allOf": [
             {
                 "if": _mode_is(mode, by_default=mode == "affine"),
@@ -148,8 +146,8 @@ def _mode_is(mode: str, by_default: bool = False) -> Schema:
 
 
 def _numbers(mode: str) -> Schema:
-    group_sizes, bits = MODES[mode]
-    return {"bits": {"enum": sorted(bits)}, "group_size": {"enum": sorted(group_sizes)}}
+    group_sizes, bits = modes.numbers(mode)
+    return {"bits": {"enum": [*bits]}, "group_size": {"enum": [*group_sizes]}}
 
 
 def page() -> str:
@@ -158,7 +156,7 @@ def page() -> str:
     return "\n\n".join(
         [
             INTRODUCTION,
-            *_section("`[models.NAME]`", MODELS, Settings),
+            *_section("`[models.NAME]`", MODELS, Model),
             _layouts(),
             *_section("Quantization", QUANTIZE, Quantize),
             _modes(),
@@ -182,6 +180,8 @@ def _section(
     yield f"## {heading}"
     yield meaning
     for key in keys_of(table).values():
+        if not key.change:
+            continue  # variants, of which the section tells
         yield f"### `{key.name}`"
         yield key.meaning
         facts = {"Value": _kind(key), "Default": key.default, "A change redoes": key.change}
@@ -202,7 +202,10 @@ def _kind(key: Key) -> str:
         "URL": "a [URL](#remotes)",
         "number": "a whole number that the [mode](#modes) takes",
         "switch": "`true` or `false`",
-        "table": "`false`, or a table of [these keys](#quantization)",
+        "numbers": "a list of whole numbers that the [mode](#modes) takes",
+        "table": "`false`, or a table of [these keys](#quantization)"
+        if key.table is Quantize
+        else "a table of " + ", ".join(f"`{name}`" for name in keys_of(key.table or Model)),
         "tables": "a list of tables of [these keys](#exceptions)",
     }[key.kind]
 
@@ -216,10 +219,10 @@ def _layouts() -> str:
 
 def _modes() -> str:
     lines = ["### Modes", "", "| `mode` | `bits` | `group_size` |", "|---|---|---|"]
-    for mode, (group_sizes, bits) in MODES.items():
+    for mode, defaults in MODES.items():
         cells = [
-            f"**{valid[0]}**" + "".join(f", {number}" for number in sorted(valid[1:]))
-            for valid in (bits, group_sizes)
+            ", ".join(f"**{n}**" if n == usual else f"{n}" for n in valid)
+            for (usual, *_), valid in zip(defaults[::-1], modes.numbers(mode)[::-1], strict=True)
         ]
         lines.append(f"| `{mode}` | {cells[0]} | {cells[1]} |")
     return "\n".join([*lines, "", "The default of each mode is in bold; it is MLX's own."])
@@ -279,9 +282,10 @@ A model. Its name is that of its folder in `build/`: letters, digits, `-`, `_`, 
 first a letter, digit or `_`, the last no `.`. A name with a `.` stands in quotes:
 `[models."llama-3.1"]`.
 
-`[defaults]` takes the same keys, for all models. `[models.NAME.variants.VARIANT]` takes them too
-and makes another target, `NAME-VARIANT`. What is said nearest holds: a variant's key, else its
-model's, else the default's. A table such as `quantize` is replaced as a whole, not key by key."""
+`[defaults]` takes the same keys but `matrix`, for all models. `[models.NAME.variants.VARIANT]`
+takes them too and makes another target, `NAME-VARIANT`. What is said nearest holds: a variant's
+key, else its model's, else the default's. A table such as `quantize` is replaced as a whole, not
+key by key."""
 
 QUANTIZE = """\
 The keys of the table `quantize`. `quantize = {}` is MLX's default: mode affine, 4 bits, group size

@@ -79,8 +79,33 @@ class Build(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = field(name="memory", default=None)
 
 
+class Matrix(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Variants by what they quantize to."""
+
+    bits: Annotated[
+        tuple[int, ...],
+        key(
+            "Bits per weight, for a variant each.",
+            default="none, it must be given",
+            change="what a variant of that many bits lacks",
+            example=[3, 4, 6, 8],
+        ),
+    ]
+
+
 class Model(Settings, frozen=True, kw_only=True):
     """A model to build."""
+
+    matrix: Annotated[
+        Matrix | None,
+        key(
+            "More targets, MODEL-3bit, MODEL-4bit and so on: the model, quantized to so many bits "
+            "per weight; what else its `quantize` says holds for each.",
+            default="none",
+            change="what a variant of that many bits lacks",
+            example={"bits": [3, 4, 6, 8]},
+        ),
+    ] = None
 
     variants: Annotated[
         dict[str, Settings],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,14 @@ from tasks.checkpoints import sources
 from tasks.checkpoints.loaders import LOADERS
 from tasks.config.tables import RemoteURL
 from tasks.core.spec import (
+    MODES,
+    At,
     LayoutName,
     LoaderName,
     Mistake,
     Mistakes,
+    Quantize,
+    Rule,
     Size,
     SourceName,
     StageName,
@@ -23,6 +27,7 @@ from tasks.core.spec import (
 from tasks.core.text import SIZE, UNITS, size_bytes
 from tasks.layouts import LAYOUTS
 from tasks.stages import registry
+from tasks.tensors import modes
 
 # What a remote may be, by its URL's scheme.
 REMOTES = {
@@ -93,12 +98,14 @@ def _size(value: Any) -> Size:
     if size is None:
         match = re.fullmatch(SIZE, text)
         units = ", ".join(unit for unit in UNITS if len(unit) > 1)
-        alike = [u for u in UNITS if u and match and u.casefold() == match[3].casefold()]
+        unit = match[3].casefold() if match else ""
+        # "5g" may be either; of "5gb" only the case is wrong.
+        alike = [u for u in UNITS if u and unit and u.casefold() in (unit, f"{unit}b", f"{unit}ib")]
         number = match[0].strip().removesuffix(match[3]) if match else ""
         raise Mistakes(
             Mistake(
                 f"is {show(value)}, which is no size; units are {units}",
-                f'write "{number}{alike[0]}"' if alike else "",
+                "write " * bool(alike) + " or ".join(f'"{number}{unit}"' for unit in alike),
             )
         )
     if size < 1:
@@ -135,11 +142,29 @@ def _no_remote(url: str) -> Mistake:
     return Mistake(fact, f'write "{REMOTES[scheme]}"')
 
 
-def nearest(word: str, valid: Iterable[str]) -> str:
-    """Return a mend that names the nearest valid word, or nothing if none is near."""
+def wrong_numbers(quantize: Quantize) -> Iterator[Mistake]:
+    """Yield the numbers that the installed MLX does not take in their mode."""
+    yield from _wrong_numbers(quantize, quantize.mode, ())
+    for i, rule in enumerate(quantize.rules):
+        yield from _wrong_numbers(rule, rule.mode or quantize.mode, ("rules", i))
+
+
+def _wrong_numbers(table: Quantize | Rule, mode: str, at: At) -> Iterator[Mistake]:
+    for i, (name, number) in enumerate([("group_size", table.group_size), ("bits", table.bits)]):
+        if number is None or number in MODES[mode][i]:  # which need not be asked
+            continue
+        valid = modes.numbers(mode)[i]
+        if number not in valid:
+            near = min(valid, key=lambda n: abs(n - number))
+            known = ", ".join(map(str, valid))
+            yield Mistake(f"is {number}; mode {mode!r} takes {known}", f"use {near}", (*at, name))
+
+
+def nearest(word: str, valid: Iterable[str], near: float = 0.5) -> str:
+    """Return a mend that names the nearest valid word, or nothing if none is ``near``, of 1."""
     from difflib import get_close_matches  # 5 ms that only a mistake pays
 
-    close = get_close_matches(word.lower(), list(valid), 1, 0.5)
+    close = get_close_matches(word.lower(), list(valid), 1, near)
     return f"did you mean {close[0]!r}?" if close else ""
 
 

@@ -5,7 +5,6 @@ it; ``key`` says the rest. Messages, the JSON Schema and the reference page all 
 """
 
 # Annotations are evaluated here, not left as text: msgspec would evaluate them in every run.
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
@@ -15,7 +14,8 @@ Recipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Device = Literal["cpu", "gpu"]
 
-# What mx.quantize takes: mode -> (group sizes, bits), the first of each being MLX's default.
+# What mx.quantize takes: mode -> (group sizes, bits), the first of each being MLX's default. The
+# installed MLX may take more: ``tasks.tensors.modes``.
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "affine": ((64, 32, 128), (4, 2, 3, 5, 6, 8)),
     "mxfp4": ((32,), (4,)),
@@ -184,7 +184,8 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
     recipe: Annotated[
         Recipe | None,
         key(
-            "One of mlx-lm's mixtures of bits, in place of `bits`; for mode affine.",
+            "One of mlx-lm's mixtures of bits, for mode affine. `bits` beside it is only what "
+            "`config.json` says, as with `mlx_lm.convert`.",
             default="none",
             change=_QUANTIZED,
             example="mixed_3_6",
@@ -208,36 +209,9 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             Mistakes: there are such.
         """
-        if mistakes := [*self._mistakes()]:
-            raise Mistakes(*mistakes)
-
-    def _mistakes(self) -> Iterator[Mistake]:
-        if self.recipe and self.bits is not None:
-            yield Mistake("has both recipe and bits", "a recipe sets bits itself: drop one")
         if self.recipe and self.mode != "affine":
-            yield Mistake(
-                f"has recipe {self.recipe!r} with mode {self.mode!r}",
-                "drop one: mlx-lm's recipes are for mode 'affine'",
-            )
-        yield from _wrong_numbers(self, self.mode, ())
-        for i, rule in enumerate(self.rules):
-            yield from _wrong_numbers(rule, rule.mode or self.mode, ("rules", i))
-
-
-def _wrong_numbers(table: Quantize | Rule, mode: str, at: At) -> Iterator[Mistake]:
-    group_sizes, all_bits = MODES[mode]
-    for name, number, valid in (
-        ("bits", table.bits, all_bits),
-        ("group_size", table.group_size, group_sizes),
-    ):
-        if number is None or number in valid:
-            continue
-        near = min(sorted(valid), key=lambda n: abs(n - number))
-        yield Mistake(
-            f"is {number}; mode {mode!r} takes {', '.join(map(str, sorted(valid)))}",
-            f"use {near}",
-            (*at, name),
-        )
+            fact = f"has recipe {self.recipe!r} with mode {self.mode!r}"
+            raise Mistakes(Mistake(fact, "drop one: mlx-lm's recipes are for mode 'affine'"))
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,7 +15,8 @@ from jsonschema import Draft202012Validator
 from support import documents
 from support.front_door import REPOSITORY
 from tasks.config import reader, schema
-from tasks.config.keys import Key, toml
+from tasks.config.keys import Key, keys_of, toml
+from tasks.config.tables import Model
 from tasks.core.errors import ConfigError
 
 VALIDATOR = Draft202012Validator(schema.schema())
@@ -26,7 +27,11 @@ TABLES = {
     "[defaults.quantize]": documents.QUANTIZE,
     "[[defaults.quantize.rules]]": documents.RULE,
 }
-OTHERS = {"[[defaults.quantize.rules]]": {"match": '"*"', "bits": "8"}}
+TABLES["[models.m]"] = {"matrix": keys_of(Model)["matrix"]}
+OTHERS = {
+    "[[defaults.quantize.rules]]": {"match": '"*"', "bits": "8"},
+    "[models.m]": {"source": '"b"'},
+}
 every_key = pytest.mark.parametrize(
     ("header", "key"),
     [(header, key) for header, known in TABLES.items() for key in known.values()],

@@ -216,6 +216,23 @@ TOML = {
         'device = "cup"', "device is 'cup'; valid: cpu, gpu. Did you mean 'cpu'?",
         right='device = "cpu"',
     ),
+    "a key of quantize": setting(
+        "bits = 4", "bits is an unknown key", "It belongs in quantize: quantize = { bits = 4 }",
+        right="quantize = { bits = 4 }",
+    ),
+    "a name with a point": Case(
+        '[models.llama-3.1]\nsource = "@llama"',
+        (
+            "models.toml:1: models.llama-3.1 is a table in 'llama-3' to TOML",
+            'Quote the name: [models."llama-3.1"]',
+        ),
+        '[models."llama-3.1"]\nsource = "@llama"\n' + MODEL,
+    ),
+    "an inline table of several lines": Case(
+        MODEL + "quantize = {\n  bits = 4,\n}",
+        ("models.toml is not TOML", "The { in line 3 is not closed", "[models.a.quantize]"),
+        MODEL + "[models.a.quantize]\nbits = 4",
+    ),
     "mode": setting(
         'quantize = { mode = "mxpf4" }', "mode is 'mxpf4'; valid: affine, mxfp4, mxfp8, nvfp4.",
         "Did you mean 'mxfp4'?", right='quantize = { mode = "mxfp4" }',
@@ -226,7 +243,7 @@ TOML = {
         "Did you mean 'mixed_3_6'?", right='quantize = { recipe = "mixed_3_6" }',
     ),
     "bits": setting(
-        "quantize = { bits = 16 }", "bits is 16; mode 'affine' takes 2, 3, 4, 5, 6, 8. Use 8",
+        "quantize = { bits = 16 }", "bits is 16; mode 'affine' takes 1, 2, 3, 4, 5, 6, 8. Use 8",
         right="quantize = { bits = 8 }",
     ),
     "bits of a mode": setting(
@@ -304,11 +321,6 @@ MORE_TOML = {
     ),
     "size a float": setting("max_shard_size = 1.5", 'is 1.5, must be bytes or a size such as "2G'),
     # What does not go together
-    "recipe and bits": setting(
-        'quantize = { recipe = "mixed_3_6", bits = 4 }',
-        "quantize has both recipe and bits. A recipe sets bits itself: drop one",
-        right='quantize = { recipe = "mixed_3_6" }',
-    ),
     "recipe and mode": setting(
         'quantize = { recipe = "mixed_3_6", mode = "mxfp4" }',
         "quantize has recipe 'mixed_3_6' with mode 'mxfp4'. Drop one",

@@ -88,6 +88,11 @@ MORE_SETTINGS = {
         'quantize = { recipe = "mixed_2_6", group_size = 32 }',
         {"quantize": True, "quant_predicate": "mixed_2_6", "q_group_size": 32},
     ),
+    "mixed_3_6-8bit": Setting(
+        'quantize = { recipe = "mixed_3_6", bits = 8 }',
+        {"quantize": True, "quant_predicate": "mixed_3_6", "q_bits": 8},
+    ),
+    "1bit": Setting("quantize = { bits = 1 }", {"quantize": True, "q_bits": 1}),
     "mxfp8": Setting('quantize = { mode = "mxfp8" }', {"quantize": True, "q_mode": "mxfp8"}),
     "nvfp4": Setting('quantize = { mode = "nvfp4" }', {"quantize": True, "q_mode": "nvfp4"}),
     "float32-8bit": Setting(

@@ -13,6 +13,7 @@ from tasks.config.keys import Key, keys_of
 from tasks.config.tables import Build, Cache
 from tasks.core import spec
 from tasks.core.spec import MODES
+from tasks.tensors import modes
 
 Table = dict[str, Any]
 
@@ -71,7 +72,7 @@ def _quoted(text: str) -> str:
 
 
 def _numbers(mode: str) -> dict[str, st.SearchStrategy[int]]:
-    group_sizes, bits = MODES[mode]
+    group_sizes, bits = modes.numbers(mode)
     return {"bits": st.sampled_from(bits), "group_size": st.sampled_from(group_sizes)}
 
 
@@ -95,7 +96,7 @@ def _quantize(draw: st.DrawFn) -> Table:
     table = draw(st.fixed_dictionaries({}, optional={**_numbers(mode), **rules}))
     if own:
         table["mode"] = own
-    if mode == "affine" and "bits" not in table and draw(st.booleans()):
+    if mode == "affine" and draw(st.booleans()):
         table["recipe"] = draw(st.sampled_from(spec.RECIPES))
     return table
 
@@ -162,7 +163,7 @@ WRONG: dict[str, list[Any]] = {
     "number": [0, 7, 5.5, "4", True, []],
     "text": [5, "", [], True],
     "switch": [0, "yes", []],
-    "table": [True, 4, "4", [], {"recipe": "mixed_3_6", "bits": 4},
+    "table": [True, 4, "4", [],
                  {"recipe": "mixed_3_6", "mode": "mxfp4"}, {"mode": "mxfp8", "bits": 4},
                  {"mode": "nvfp4", "group_size": 32}, {"group_size": 16}, {"bits": 7},
                  {"mode": "mxfp8", "rules": [{"match": "*", "bits": 4}]},

@@ -18,6 +18,7 @@ from tasks.config.reader import Config
 from tasks.config.tables import Build, Cache
 from tasks.core.errors import ConfigError
 from tasks.core.spec import Quantize, Rule, SourceSpec, Target
+from tasks.tensors import modes
 
 # On a busy machine any example may seem slow.
 calm = settings(deadline=None)
@@ -409,6 +410,137 @@ def test_a_file_of_another_kind_is_not_told_key_by_key(folder: Path) -> None:
     assert message is not None
     assert len(message.splitlines()) == 21
     assert message.endswith("models.toml: and 81 more mistakes")
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("[models.a]\nsource = 'b'\nbits = 4", "a.bits is an unknown key; valid: source, "),
+        ("[models.a]\nsource = 'b'\nbits = 4", "It belongs in quantize: quantize = { bits = 4 }"),
+        ("[models.a]\nsource = 'b'\nmode = 'mxfp4'", 'in quantize: quantize = { mode = "mxfp4" }'),
+        ("[models.a]\nsource = 'b'\nq_bits = 4", "Did you mean 'bits', which belongs in quantize?"),
+        ("[models.a]\nsource = 'b'\nq_group_size = 4", "Did you mean 'group_size', which belongs"),
+        ("[models.a]\nsource = 'b'\nskip = true", "It belongs in a rule of quantize.rules"),
+        ("[models.a]\nsource = 'b'\nkeep = []", "It belongs in [cache]"),
+        ("[cache]\nmemory = 5\n[models.a]\nsource = 'b'", "memory is an unknown key; valid: dir, "),
+        ("[cache]\nmemory = 5\n[models.a]\nsource = 'b'", "It belongs in [build]"),
+        ("[defaults]\nquantize = { layout = 1 }\n[models.a]\nsource = 'b'", "in [models.NAME]"),
+        ("[a]\nsource = 'b'\n[models.c]\nsource = 'b'", "A model is a table in models: [models.a]"),
+        ("[models.a.8bit]\n[models.a]\nsource = 'b'", "A variant is [models.a.variants.8bit]"),
+        ("[models.a]\nsource = 'b'\nmax_shard_size = '5G'", 'Write "5GB" or "5GiB"'),
+        ("[models.a]\nsource = 'b'\nmax_shard_size = '5k'", 'Write "5kB" or "5KiB"'),
+        ("[models.a]\nsource = 'b'\nmax_shard_size = '5 gib'", 'Write "5 GiB"'),
+        ("[models.a]\nsource = 'b'\nquantize = { bits = 3.5 }", "a whole number. For a mixture of"),
+        ("[models.a]\nsource = 'b'\nquantize = { bits = 3.5 }", 'such as recipe = "mixed_3_6"'),
+        ("[models.a]\nsource = 'b'\nquantize = { bits = 4.0 }", "must be a whole number. Write 4"),
+    ],
+)
+def test_what_a_mistake_should_have_been(folder: Path, toml: str, words: str) -> None:
+    message = refused(folder, toml)
+    assert message is not None
+    assert words in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_name_with_a_point(folder: Path) -> None:
+    """TOML makes tables of its parts, of which nothing else is told."""
+    message = refused(folder, "[models.a-3.1]\nsource = 'b'\n[models.b-3.2.variants.c]\n")
+    assert message is not None
+    assert message.splitlines() == [
+        f"{folder}/models.toml:1: models.a-3.1 is a table in 'a-3' to TOML, which parts names at a "
+        'point. Quote the name: [models."a-3.1"]',
+        f"{folder}/models.toml:3: models.b-3.2 is a table in 'b-3' to TOML, which parts names at a "
+        'point. Quote the name: [models."b-3.2"]',
+    ]
+
+
+def test_an_inline_table_of_several_lines(folder: Path) -> None:
+    """TOML allows none, but for lists in it; where it begins is told, and what to write."""
+    message = refused(folder, '[models.a]\nsource = "b"\nquantize = { # so\n  bits = 4,\n}\n')
+    assert message is not None
+    assert "The { in line 3 is not closed there" in message
+    assert "Write a table: [models.a.quantize], and each key" in message
+    rules = 'quantize = { rules = [\n{ match = "lm_head", bits = 8 },\n], bits = 4 }'
+    assert target(folder, rules).quantize == Quantize(4, rules=(Rule("lm_head", bits=8),))
+
+
+def test_bits_that_only_the_installed_mlx_knows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked for what is not known to be right."""
+    monkeypatch.setattr(modes, "numbers", lambda mode: ((32, 64, 7), (1, 9)))
+    quantize = "quantize = { bits = 9, group_size = 7 }"
+    assert target(folder, quantize).quantize == Quantize(9, 7)
+    message = refused(folder, '[models.a]\nsource = "b"\nquantize = { bits = 7 }')
+    assert message is not None
+    assert message.endswith("quantize.bits is 7; mode 'affine' takes 1, 9. Use 9")
+
+
+# Variants by bits
+
+
+def test_a_matrix_makes_variants(folder: Path) -> None:
+    """Beside the model itself and its own variants; what else quantize says holds for each."""
+    found = read(
+        folder,
+        '[models.a]\nsource = "b"\nmatrix = { bits = [3, 8] }\ndtype = "float16"\n'
+        "quantize = { bits = 4, group_size = 32 }\n"
+        '[models.a.variants.c]\ndtype = "float32"\n[models.d]\nsource = "e"\n'
+        "[models.d.matrix]\nbits = [4]\n",
+    ).targets
+    assert {name: one.quantize for name, one in found.items()} == {
+        "a": Quantize(4, 32),
+        "a-c": Quantize(4, 32),
+        "a-3bit": Quantize(3, 32),
+        "a-8bit": Quantize(8, 32),
+        "d": False,
+        "d-4bit": Quantize(4),
+    }
+    assert [one.dtype for one in found.values()] == [
+        *["float16", "float32"],
+        *["float16"] * 2,
+        None,
+        None,
+    ]
+    assert str(found["a-8bit"].where) == f"{folder}/models.toml:3"
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("matrix = { bits = [4, 7] }", "3: models.a.matrix.bits[1] is 7; mode 'affine' takes 1, 2"),
+        ("matrix = { bits = 4 }", "3: models.a.matrix.bits is 4, must be a list such as [3, 4, 6"),
+        ("matrix = { bits = ['4'] }", "3: models.a.matrix.bits is ['4'], must be a list such as"),
+        ("matrix = [4]", "3: models.a.matrix is [4], must be a table such as { bits = [3, 4, 6, 8"),
+        ("matrix = {}", "3: models.a.matrix has no bits. Add bits = [3, 4, 6, 8]"),
+        ("matrix = { mode = 4 }", "3: models.a.matrix.mode is an unknown key; valid: bits."),
+        ("matrix = { bits = [4, 4] }", "matrix.bits[1] would be a second build/a-4bit"),
+        (
+            "matrix = { bits = [4] }\n[models.a.variants.4bit]",
+            "3: models.a.matrix.bits[0] would be a second build/a-4bit",
+        ),
+        (
+            "matrix = { bits = [8] }\nquantize = { mode = 'mxfp4' }",
+            "3: models.a.matrix.bits[0] is 8; mode 'mxfp4' takes 4. Use 4",
+        ),
+        (
+            "matrix = { bits = [8] }\nquantize = { recipe = 'mixed_3_6' }",
+            "3: models.a.matrix.bits[0] is for recipe 'mixed_3_6', which sets bits itself. Drop",
+        ),
+    ],
+)
+def test_what_is_no_matrix(folder: Path, lines: str, words: str) -> None:
+    message = refused(folder, f'[models.a]\nsource = "b"\n{lines}')
+    assert message is not None
+    assert words in message
+    assert message.startswith(f"{folder}/models.toml:3: models.a.matrix")
+
+
+def test_a_default_has_no_matrix(folder: Path) -> None:
+    """It would make variants of every model, whatever it is."""
+    message = refused(folder, '[defaults]\nmatrix = { bits = [4] }\n[models.a]\nsource = "b"')
+    assert message is not None
+    assert "/models.toml:2: defaults.matrix is an unknown key; valid: source, " in message
 
 
 # Sizes

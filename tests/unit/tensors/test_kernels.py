@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tasks.core.spec import MODES
 from tasks.stages.quantize import _quantize_block
 from tasks.stages.quantize_scheme import Setting
-from tasks.tensors import kernels
+from tasks.tensors import kernels, modes
 from tasks.tensors.kernels import agrees, not_finite, quantize, quantize_fast
 
 SETTINGS = [
@@ -161,6 +161,18 @@ def test_another_mlx(monkeypatch: pytest.MonkeyPatch, mode: str, part: int) -> N
         found, _, _ = _quantize_block(weight, setting, "cpu")
         expected = other(weight, **setting._asdict())
         assert [raw(array) for array in found] == [raw(array) for array in expected]
+
+
+def test_bits_that_only_mlx_takes() -> None:
+    """It quantizes them itself."""
+    others = {*modes.numbers("affine")[1]} - {*MODES["affine"][1]}
+    with mx.stream(mx.cpu):
+        weight = mx.random.normal((37, 128)).astype(mx.bfloat16)
+        for bits in others:
+            found, _, _ = _quantize_block(weight, Setting(64, bits, "affine"), "cpu")
+            assert [raw(array) for array in found] == [
+                raw(a) for a in mx.quantize(weight, 64, bits)
+            ]
 
 
 def test_a_gpu_quantizes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

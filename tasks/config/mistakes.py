@@ -1,0 +1,216 @@
+"""What is wrong with a models.toml: each mistake with its line, the nearest word and the mend."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+from msgspec import Struct, ValidationError, convert
+
+from tasks.config import values
+from tasks.config.keys import Key, keys_of, toml
+from tasks.config.lines import Text, spelled
+from tasks.config.tables import Build, Cache, Document, Model
+from tasks.config.values import nearest, show
+from tasks.core.errors import ConfigError
+from tasks.core.spec import At, Mistake, Mistakes, Quantize, Rule, Settings
+
+SHOWN = 20  # of one file
+# Where a key belongs that stands in another table.
+HOMES: dict[type[Struct], str] = {
+    Quantize: "quantize",
+    Rule: "a rule of quantize.rules",
+    Settings: "[models.NAME]",
+    Cache: "[cache]",
+    Build: "[build]",
+}
+NEAR = 0.75  # how alike words must be before any other guess is better
+
+Table = dict[str, Any]
+
+
+class MistakeList:
+    """The mistakes of one file.
+
+    Attributes:
+        text: of the file.
+        variables: of the environment, by the key that they set.
+    """
+
+    def __init__(self, text: Text) -> None:
+        self.text = text
+        self.variables: dict[At, str] = {}
+        self._mistakes: list[Mistake] = []  # with ``at`` from the top
+
+    def __bool__(self) -> bool:
+        return bool(self._mistakes)
+
+    def note(self, fact: str, at: At, mend: str = "") -> None:
+        """Note a mistake at the key ``at``."""
+        self._mistakes.append(Mistake(fact, mend, at))
+
+    def add(self, mistake: Mistake, at: At) -> None:
+        """Note a mistake that was found in the table ``at``."""
+        self.note(mistake.fact, (*at, *mistake.at), mistake.mend)
+
+    def error(self, otherwise: str = "") -> ConfigError:
+        """Return the error that tells them all, in the order of their lines.
+
+        Args:
+            otherwise: what to tell if there is none.
+        """
+        order = sorted(self._mistakes, key=lambda mistake: self.text.line(mistake.at) or 0)
+        texts = [*dict.fromkeys(map(self._message, order))] or [f"{self.text.path}: {otherwise}"]
+        if len(texts) > SHOWN:
+            texts[SHOWN:] = [f"{self.text.path}: and {len(texts) - SHOWN} more mistakes"]
+        return ConfigError("\n".join(texts))
+
+    def _message(self, mistake: Mistake) -> str:
+        place = self.variables.get(mistake.at[:2]) or self.text.place(mistake.at)
+        text = " ".join(filter(None, [f"{place}:", spelled(mistake.at), mistake.fact]))
+        mend = mistake.mend
+        return f"{text}. {mend[0].upper()}{mend[1:]}" if mend else text
+
+    def explain(self, value: Any, table: type[Struct], at: At = ()) -> None:
+        """Note what is wrong with a table, and with all that lies in it."""
+        if not isinstance(value, dict):
+            self.note(f"is {show(value)}, must be a table", at)
+            return
+        keys = keys_of(table)
+        right: Table = {}
+        for name, given in value.items():
+            before = len(self._mistakes)
+            if name in keys:
+                self._explain_value(given, keys[name], (*at, name))
+            else:
+                self._explain_unknown(given, table, (*at, name), value)
+            if len(self._mistakes) == before:
+                right[name] = given
+        for key in keys.values():
+            if key.required and key.name not in value and table is not Document:
+                self.note(f"has no {key.name}", at, f"add {key.name} = {toml(key.example)}")
+        if not any(key.required and key.name not in right for key in keys.values()):
+            for mistake in _conflicts(right, table):
+                if mistake.at or right == value:  # what is wrong as a whole may hang on a wrong key
+                    self.add(mistake, at)
+
+    def _explain_value(self, value: Any, key: Key, at: At) -> None:
+        """Note what is wrong with the value of a key."""
+        if key.table and (inner := _tables_in(value, key)) is not None:
+            for below, table in inner.items():
+                self.explain(table, key.table, (*at, *below))
+            return
+        try:
+            convert(value, key.type, dec_hook=values.decode)
+        except ValidationError as error:
+            if isinstance(error.__cause__, Mistakes):
+                for mistake in error.__cause__.mistakes:
+                    example = f"write {toml(key.example)}" if key.kind == "size" else ""
+                    self.note(mistake.fact, at, mistake.mend or example)
+            elif key.kind == "word" and isinstance(value, str):
+                self._explain_word(value, key, at)
+            elif key.kind == "words" and _is_list_of(str, value):
+                for i, word in enumerate(value):
+                    self._explain_word(word, key, (*at, i))
+            else:
+                fact = f"is {show(value)}, must be {_expected(key)}"
+                self.note(fact, at, _mend_number(value) if key.name == "bits" else "")
+
+    def _explain_word(self, word: str, key: Key, at: At) -> None:
+        if word not in key.valid:
+            fact = f"is {show(word)}; valid: {', '.join(key.valid)}"
+            self.note(fact, at, nearest(word, key.valid))
+
+    def _explain_unknown(self, value: Any, table: type[Struct], at: At, beside: Table) -> None:
+        """Note a key that its table has not, with where it belongs or what it may have meant."""
+        name, keys = str(at[-1]), keys_of(table)
+        if table is Document and isinstance(value, dict) and "source" in value:
+            mend = f"a model is a table in models: [models.{name}]"
+        else:
+            mend = _home(name, value, table) or nearest(name, keys, NEAR)
+        if not mend and table is Model and isinstance(value, dict):
+            model = at[-2]
+            self.note(
+                f"is a table in {model!r} to TOML, which parts names at a point",
+                at,
+                f"a variant is [models.{model}.variants.{name}]"
+                if "source" in beside
+                else f'quote the name: [models."{model}.{name}"]',
+            )
+            return
+        mend = mend or _near_home(name, table) or nearest(name, keys)
+        self.note(f"is an unknown key; valid: {', '.join(keys)}", at, mend)
+
+
+def is_split_name(table: Table) -> bool:
+    """Return whether a model's table is but the first part of a name with a point in it."""
+    holds_tables = any(isinstance(value, dict) for value in table.values())
+    return holds_tables and not keys_of(Model).keys() & table.keys()
+
+
+def _home(name: str, value: Any, table: type[Struct]) -> str:
+    """Return where a key belongs that another table has, or nothing."""
+    for home, place in HOMES.items():
+        if name in keys_of(home) and not issubclass(table, home):
+            shown = isinstance(value, (int, str)) and home is Quantize
+            return f"it belongs in {place}" + (
+                f": quantize = {{ {name} = {toml(value)} }}" if shown else ""
+            )
+    return ""
+
+
+def _near_home(name: str, table: type[Struct]) -> str:
+    for home, place in HOMES.items():
+        close = get_close_matches(name.lower(), keys_of(home), 1, NEAR)
+        if close and not issubclass(table, home):
+            return f"did you mean {close[0]!r}, which belongs in {place}?"
+    return ""
+
+
+def _conflicts(value: Table, table: type[Struct]) -> tuple[Mistake, ...]:
+    """Return what does not go together in a table whose keys are right one by one."""
+    try:
+        read = convert(value, table, dec_hook=values.decode)
+    except ValidationError as error:
+        return error.__cause__.mistakes if isinstance(error.__cause__, Mistakes) else ()
+    return tuple(values.wrong_numbers(read)) if isinstance(read, Quantize) else ()
+
+
+def _tables_in(value: Any, key: Key) -> dict[At, Table] | None:
+    """Return the tables in a value, by where they are below it; None if it should have and has not.
+
+    What a table of named tables holds is not looked into.
+    """
+    if key.kind == "table" and isinstance(value, dict):
+        return {(): value}
+    if key.kind == "named" and isinstance(value, dict):
+        return {(name,): table for name, table in value.items()}
+    if key.kind == "tables" and _is_list_of(dict, value):
+        return {(i,): table for i, table in enumerate(value)}
+    return None
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _expected(key: Key) -> str:
+    example = toml(key.example)
+    return {
+        "size": f"bytes or a size such as {example}",
+        "number": "a whole number",
+        "switch": "true or false",
+        "table": f"a table such as {example}" if key.example else "a table",
+        "tables": f"a list such as {example}",
+        "words": f"a list such as {example}",
+        "numbers": f"a list such as {example}",
+        "named": "a table",
+    }.get(key.kind, "a string")
+
+
+def _mend_number(value: Any) -> str:
+    if not isinstance(value, float):
+        return ""
+    if value.is_integer():
+        return f"write {value:.0f}"
+    return 'for a mixture of bits name a recipe, such as recipe = "mixed_3_6"'
