@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from cache.errors import CacheError
+from cache.files import own
 
 _UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # to the file system
 
@@ -70,7 +71,7 @@ class Lock:
     def _held(
         self, name: str, how: int, waiting: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        descriptor = os.open(self.root / name, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = own.open_own(self.root / name, os.O_RDWR | os.O_CREAT)
         try:
             try:
                 fcntl.flock(descriptor, how | fcntl.LOCK_NB)

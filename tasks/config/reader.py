@@ -58,7 +58,8 @@ def load(path: Path) -> Config:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin with a byte order mark
     except FileNotFoundError:
         raise ConfigError(
-            f"{path} does not exist: it lists the models to build. Make one that says\n"
+            f"{path} does not exist: it lists the models to build. {COMMAND} init writes "
+            "one for the checkpoints here; or make one that says\n"
             '    [models.NAME]\n    source = "FOLDER OF THE CHECKPOINT"\n'
             f"or name another with: {COMMAND} models=PATH"
         ) from None

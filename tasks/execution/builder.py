@@ -24,6 +24,7 @@ from cache.records.memos import Memos
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import BuildError
+from tasks.core.program import COMMAND
 from tasks.core.spec import Target
 from tasks.core.workspace import Workspace
 from tasks.execution.draft import Drafts, WeightFileDraft
@@ -429,7 +430,7 @@ class Builder:
             self.publish(Path(self.manifest_path(node)), again)  # so that the next run sees it
             raise BuildError(
                 f"{node.name}: {name} is lost ({lost.cause}) and comes out differently now. "
-                "Run doit again: what depends on it is then built anew."
+                f"Run {COMMAND} again: what depends on it is then built anew."
             )
 
 

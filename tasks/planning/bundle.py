@@ -13,6 +13,7 @@ from cache.digest import digest, digest_list, digest_record
 from cache.records.manifests import Action, Tensor, TensorSpec
 from cache.records.memos import Memos
 from tasks.core.errors import BuildError
+from tasks.core.program import COMMAND
 from tasks.layouts import LAYOUTS
 from tasks.planning.node import Inputs, Node, total
 from tasks.planning.plan import Plan
@@ -84,7 +85,7 @@ class Bundle:
         if missing := set(plan.names) ^ tensors.keys():
             raise BuildError(
                 f"{plan.target.name}: the plan and the built layers disagree on "
-                f"{', '.join(sorted(missing)[:3])}. Run doit forget -a, then doit."
+                f"{', '.join(sorted(missing)[:3])}. Run {COMMAND} forget -a, then {COMMAND}."
             )
         layout = LAYOUTS[plan.target.layout]
         weights = split(plan, tensors)

@@ -28,6 +28,7 @@ from tasks.checkpoints import record, sources
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.loaders import weight_patterns
 from tasks.core.errors import BuildError, CheckpointError, ConfigError
+from tasks.core.program import COMMAND
 from tasks.core.spec import Target
 from tasks.planning import source_record
 from tasks.planning.plan import Plan
@@ -140,14 +141,15 @@ class Lock:
             if not strict:
                 return cls(path, {}, {}, strict)
             raise ConfigError(
-                f"{path} does not exist, and --locked builds only what it says. Run doit without "
-                "--locked, and commit the file."
+                f"{path} does not exist, and --locked builds only what it says. Run "
+                f"{COMMAND} without --locked, and commit the file."
             ) from error
         except (msgspec.DecodeError, RecursionError) as error:
             if b"<<<<<<<" in path.read_bytes():
                 raise ConfigError(
                     f"{path} holds a merge's conflict. Take either side of the whole file (git "
-                    f"checkout --ours {path.name}), then doit lock and doit: they write it anew."
+                    f"checkout --ours {path.name}), then {COMMAND} lock and {COMMAND}: they "
+                    "write it anew."
                 ) from error
             raise ConfigError(
                 f"{path} is no lock file: {error}. Take it from version control again, or remove "
@@ -215,7 +217,7 @@ class Lock:
         if odd:
             raise BuildError(
                 f"{self.path.name} is not of this models.toml and its sources: "
-                f"{_some(odd, '; ')}. If that is wanted, run doit "
+                f"{_some(odd, '; ')}. If that is wanted, run {COMMAND} "
                 "without --locked, and commit the file."
             )
 
@@ -404,15 +406,16 @@ class Lock:
 
     def _another(self, plan: Plan, fact: str) -> BuildError:
         return BuildError(
-            f"{plan.target.name} {fact}. If that is wanted, run doit without --locked, and commit "
+            f"{plan.target.name} {fact}. If that is wanted, run {COMMAND} without --locked, and "
+            "commit "
             "the file."
         )
 
     def _drift(self, target: Target, odd: list[str]) -> BuildError:
         return BuildError(
             f"{target.name}: source {target.source_name} is not what {self.path.name} has: "
-            f"{_some(odd, '; ')}. If the new one is wanted, accept it: doit lock, then "
-            "doit."
+            f"{_some(odd, '; ')}. If the new one is wanted, accept it: {COMMAND} lock, then "
+            f"{COMMAND}."
         )
 
 

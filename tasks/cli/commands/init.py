@@ -1,0 +1,155 @@
+"""init: ``doit init``: writes a models.toml for the checkpoints that it finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from doit.exceptions import InvalidCommand
+
+from tasks.checkpoints import loaders, sources
+from tasks.checkpoints.source import ReadableSource
+from tasks.cli.command import Command
+from tasks.cli.doit_adapter import models_file
+from tasks.config.keys import toml
+from tasks.core.program import COMMAND
+from tasks.core.text import plural
+from tasks.core.workspace import BUILD
+
+MAX_DEPTH = 3  # of folders below the current one that are looked into
+
+HEAD = f"""\
+# The models that are built from checkpoints, each into build/NAME.
+# `{COMMAND}` builds them all, `{COMMAND} NAME` one; `{COMMAND} plan` says what that will do.
+"""
+SETTINGS = """\
+# dtype = "bfloat16"  # Default: the checkpoint's own
+# layout = "mlx-examples"  # for mlx-examples' llama. Default: "mlx-lm"
+"""
+QUANTIZE = """\
+quantize = { bits = 4 }  # 2, 3, 4, 5, 6 or 8; without this line nothing is quantized
+"""
+QUANTIZED = """\
+# It is quantized already, and so is built as it is.
+"""
+VARIANT = """\
+# A second model of the same checkpoint, {name}-8bit:
+# [models.{key}.variants.8bit]
+# quantize = {{ bits = 8 }}
+"""
+
+
+class Init(Command):
+    """``doit init``."""
+
+    name = "init"
+    doc_purpose = "write a models.toml for the checkpoints here"
+    doc_usage = "[SOURCE ...]"
+    doc_description = f"""\
+SOURCE is a checkpoint's folder. Without it: all that lie in the current folder, or up to
+{MAX_DEPTH} folders deep in it. A models.toml that is there is never changed."""
+
+    def execute(self, _params: Any, args: list[str]) -> int:
+        """Write the file.
+
+        Raises:
+            InvalidCommand: there is one already, or nothing to build.
+        """
+        models = models_file().absolute()
+        found = {source: _open(source, models.parent) for source in args or _search(Path())}
+        if unfit := [source for source, opened in found.items() if not _is_checkpoint(opened)]:
+            kinds = ", or ".join(loader.HOLDS for loader in loaders.LOADERS.values())
+            raise InvalidCommand(f"{unfit[0]} is no folder with a checkpoint: expected {kinds}.")
+        if not found:
+            raise InvalidCommand(
+                f"there is no checkpoint in {Path.cwd()}. Name its folder: {COMMAND} init FOLDER"
+            )
+        tables = _tables(found, models.parent)
+        try:
+            with models.open("x", encoding="utf-8") as file:
+                file.write("\n".join([HEAD, *tables.values()]))
+        except FileExistsError as error:
+            raise InvalidCommand(
+                f"{models} is there already, and is not changed. Add to it by hand, or write "
+                f"another: {COMMAND} models=PATH init"
+            ) from error
+        except OSError as error:
+            raise InvalidCommand(f"{models} cannot be written: {error.strerror}.") from error
+        print(f"{models}: {plural(len(tables), 'model')}: {', '.join(tables)}")
+        print(f"{COMMAND} plan says what is to be built, {COMMAND} builds it.")
+        return 0
+
+
+def _open(source: str, folder: Path) -> ReadableSource:
+    """Open what a SOURCE on the command line, relative to the current folder, names."""
+    base = Path.cwd() if sources.kind(source) == "folder" else folder
+    return sources.open_source(sources.spec(source, base))
+
+
+def _search(root: Path) -> Iterator[str]:
+    """Yield the folders below one that hold checkpoints, and look no further into those."""
+    for folder, names, _ in os.walk(root, followlinks=True):
+        path = Path(folder)
+        if _is_checkpoint(_open(folder, root)):
+            yield folder
+            names.clear()
+        elif len(path.parts) == MAX_DEPTH:
+            names.clear()
+        names[:] = sorted(name for name in names if name[0] != "." and name != BUILD)
+
+
+def _is_checkpoint(source: ReadableSource) -> bool:
+    """Tell whether there are weights, and the file beside them."""
+    return source.small_files.is_dir() and any(
+        loader.fits(source) and any(source.names(pattern) for pattern in loader.WEIGHTS)
+        for loader in loaders.LOADERS.values()
+    )
+
+
+def _tables(found: Mapping[str, ReadableSource], folder: Path) -> dict[str, str]:
+    """Return the table of each model, by the model's name."""
+    tables: dict[str, str] = {}
+    for source, opened in found.items():
+        name = _name(Path(opened.location).name, tables)
+        key = name if re.fullmatch(r"[\w-]+", name, re.ASCII) else toml(name)
+        tables[name] = (
+            f"[models.{key}]\nsource = {toml(_spelled(source, folder))}\n"
+            + (QUANTIZED if _is_quantized(opened) else QUANTIZE)
+            + SETTINGS
+            + VARIANT.format(name=name, key=key)
+        )
+    return tables
+
+
+def _name(folder: str, taken: Iterable[str]) -> str:
+    """Return a model's name that a folder's gives, unlike those that are taken."""
+    plain = re.sub(r"[^\w.+-]", "-", folder).lstrip(".+-").rstrip(".") or "model"
+    names = {name.casefold() for name in taken}
+    return next(
+        name
+        for name in (plain, *(f"{plain}-{number}" for number in range(2, len(names) + 3)))
+        if name.casefold() not in names
+    )
+
+
+def _spelled(source: str, folder: Path) -> str:
+    """Return a source as models.toml in a folder is to name it: relative, if it lies there."""
+    if sources.kind(source) != "folder":
+        return source
+    path = Path(source).absolute()
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def _is_quantized(source: ReadableSource) -> bool:
+    """Tell whether a checkpoint's config.json says that its weights are quantized."""
+    try:
+        config = json.loads((source.small_files / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and not {"quantization", "quantization_config"}.isdisjoint(
+        config
+    )
