@@ -7,7 +7,7 @@ only what they used of late. See ``cache.lock`` on builds that run meanwhile.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cache.files import atomic, trash
@@ -23,13 +23,13 @@ class Wanted:
     Attributes:
         blobs: by digest.
         actions: by key.
-        sources: records, by name.
+        others: records of other kinds than the cache's own, by key.
         memos: whether all of them; nobody can tell whose they are, and they are small.
     """
 
     blobs: frozenset[str] = frozenset()
     actions: frozenset[str] = frozenset()
-    sources: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
     memos: bool = False
 
 
@@ -61,7 +61,9 @@ def plan(survey: Survey, wanted: Wanted, max_bytes: int | None, now: float) -> C
     """
     stays = survey.reach(wanted.blobs)
     filled = {key for digest in survey.parts for key in survey.pinned(digest)}
-    garbage = [file for file in survey.files if _is_garbage(file, wanted, filled, now)]
+    records = {"action": wanted.actions, "memo": frozenset[str]()}
+    records |= dict.fromkeys(survey.others, wanted.others)
+    garbage = [file for file in survey.files if _is_garbage(file, records, filled, now)]
     left = survey.size - sum(file.size for file in garbage)
     evicted: list[File] = []
     spare: list[File] = []
@@ -84,14 +86,23 @@ def carry_out(collection: Collection) -> None:
         trash.remove(file.path)
 
 
-def _is_garbage(file: File, wanted: Wanted, filled: set[str], now: float) -> bool:
+def _is_garbage(
+    file: File, records: Mapping[str, frozenset[str]], filled: set[str], now: float
+) -> bool:
+    """Tell whether nobody can use a file, or nobody did for long.
+
+    Args:
+        file: the file.
+        records: the keys of those that are wanted, by kind.
+        filled: keys of the containers in which a blob lies.
+        now: Unix time.
+    """
     if file.kind == "temporary":
         return atomic.abandoned(file.path)
     if file.kind == "container":  # one that is begun has no blob yet
         return file.key not in filled and now - file.used > atomic.SWEEP_SECONDS
-    if file.kind in ("action", "memo", "source"):
-        wants = file.key in (wanted.sources if file.kind == "source" else wanted.actions)
-        return not wants and now - file.used > RECORD_SECONDS
+    if file.kind in records:
+        return file.key not in records[file.kind] and now - file.used > RECORD_SECONDS
     return file.kind == CORRUPT
 
 
@@ -124,7 +135,12 @@ def _records(survey: Survey, wanted: Wanted) -> Iterator[list[File]]:
     """Yield other records, each alone; after the blobs, since they are small and save much."""
     unwanted = [
         *(file for key, file in survey.of("action").items() if key not in wanted.actions),
-        *(file for key, file in survey.of("source").items() if key not in wanted.sources),
+        *(
+            file
+            for kind in survey.others
+            for key, file in survey.of(kind).items()
+            if key not in wanted.others
+        ),
         *(survey.of("memo").values() if not wanted.memos else ()),
     ]
     yield from ([file] for file in sorted(unwanted, key=lambda file: file.used))

@@ -5,36 +5,36 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from cache.blobs import Blobs, Part
 from cache.files import atomic
+from cache.records.kinds import RecordKind
 from cache.records.manifests import Manifest
 from cache.records.sealed import Damaged
 
 CORRUPT = "corrupt"  # the folder to which `verify` moves what is
-KINDS = ("blob", "reference", "container", "action", "memo", "source", "temporary", CORRUPT)
 _KEYS = {
     "blob": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})",
     "reference": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})\.parts",
     "container": r"blobs/(packs)/([0-9a-f]{32})",
     "action": r"actions/([0-9a-f]{2})/([0-9a-f]{30})\.json",
     "memo": r"memos/[^/]+/([0-9a-f]{2})/([0-9a-f]{30})\.json",
-    "source": r"sources/([0-9a-f]{2})([0-9a-f]{62})/.+",
 }
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of the cache; or a folder, if it is temporary, or a source's record.
+    """A file of the cache; or a folder, if it is temporary, or a record of another kind.
 
     Attributes:
         path: where it lies.
-        kind: one of ``KINDS``. Files that nobody here made are none of them, and left alone.
+        kind: blob, reference, container, action, memo, temporary, corrupt, or another kind of
+            record. Files that nobody here made are of none, and left alone.
         key: the digest or key that names it.
         size: bytes; of a container, in which there may be holes, those that the disk has.
         used: when it was last used, Unix time, to the hour (``atomic.touch``).
@@ -54,10 +54,12 @@ class Survey:
     Attributes:
         blobs: the store's.
         files: all files.
+        others: kinds of records besides the cache's own, by name.
     """
 
     blobs: Blobs
     files: list[File]
+    others: Mapping[str, RecordKind] = field(default_factory=dict)
 
     def of(self, kind: str) -> dict[str, File]:
         """Return the files of a kind by key."""
@@ -113,35 +115,49 @@ class Survey:
                 yield manifest
 
 
-def inventory(root: Path) -> Survey:
-    """Look through the cache in folder ``root``, which need not exist."""
+def inventory(root: Path, others: Iterable[RecordKind] = ()) -> Survey:
+    """Look through a cache.
+
+    Args:
+        root: its folder, which need not exist.
+        others: kinds of records in it besides the cache's own.
+    """
+    by_folder = {kind.folder: kind for kind in others}
     found = []
     for path, status in _walk(root):
-        kind, key = _kind(str(path.relative_to(root)))
+        kind, key = _kind(str(path.relative_to(root)), by_folder)
         if kind:
             inside = _walk(path) if stat.S_ISDIR(status.st_mode) else ()
             size = sum(each.st_size for _, each in inside) or status.st_size
             if kind == "container":
                 size = min(size, 512 * status.st_blocks)
             found.append(File(path, kind, key, size, status.st_mtime))
-    return Survey(Blobs(root / "blobs"), [*_whole_sources(root, found)])
+    kinds = {kind.name: kind for kind in by_folder.values()}
+    return Survey(Blobs(root / "blobs"), [*_whole_records(root, found, kinds)], kinds)
 
 
-def _whole_sources(root: Path, found: Iterable[File]) -> Iterator[File]:
-    """Yield the files, but those of one source's record as its folder: it goes as a whole."""
-    sources: dict[str, list[File]] = {}
+def _whole_records(
+    root: Path, found: Iterable[File], others: Mapping[str, RecordKind]
+) -> Iterator[File]:
+    """Yield the files, but those of one record of another kind as its folder."""
+    records: dict[tuple[str, str], list[File]] = {}
     for file in found:
-        if file.kind == "source":
-            sources.setdefault(file.key, []).append(file)
+        if file.kind in others:
+            records.setdefault((file.kind, file.key), []).append(file)
         else:
             yield file
-    for key, some in sources.items():
-        size, used = sum(file.size for file in some), max(file.used for file in some)
-        yield File(root / "sources" / key, "source", key, size, used)
+    for (kind, key), files in records.items():
+        size, used = sum(file.size for file in files), max(file.used for file in files)
+        yield File(root / others[kind].folder / key, kind, key, size, used)
 
 
-def _kind(name: str) -> tuple[str, str]:
-    """Return the kind and key of the file ``name``, empty if it is none of the cache's."""
+def _kind(name: str, others: Mapping[str, RecordKind]) -> tuple[str, str]:
+    """Return the kind and key of the file ``name``, empty if it is none of the cache's.
+
+    Args:
+        name: its path below the cache's folder.
+        others: kinds of records besides the cache's own, by folder.
+    """
     if name.startswith(f"{CORRUPT}/"):
         return CORRUPT, name
     if Path(name).name.startswith(atomic.TEMPORARY):
@@ -149,7 +165,8 @@ def _kind(name: str) -> tuple[str, str]:
     for kind, form in _KEYS.items():
         if match := re.fullmatch(form, name):
             return kind, match[1] + match[2]
-    return "", ""
+    match = re.fullmatch(r"([^/]+)/([0-9a-f]{64})/.+", name)
+    return (others[match[1]].name, match[2]) if match and match[1] in others else ("", "")
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -18,8 +18,6 @@ from cache.maintenance.survey import CORRUPT, File, Survey
 from cache.records.manifests import Manifest, ManifestError, OtherSchema
 from cache.records.sealed import Damaged, Unsealed, unseal
 
-KINDS = ("blob", "reference", "action", "memo")
-
 
 class Wrong(NamedTuple):
     """A file that is not what its name says.
@@ -34,26 +32,33 @@ class Wrong(NamedTuple):
 
 
 def scan(survey: Survey, threads: int) -> list[Wrong]:
-    """Read all blobs, action entries and memos, and what references name while that is unchanged.
+    """Read all blobs and records, and what references name while that is unchanged.
 
     Args:
         survey: what there is.
         threads: how many files are read at once, piece by piece.
     """
-    to_read = [file for file in survey.files if file.kind in KINDS]
+    to_read = [file for file in survey.files if file.kind in kinds(survey)]
     with ThreadPoolExecutor(threads) as pool:
-        causes = pool.map(lambda file: check(survey.blobs, file), to_read)
+        causes = pool.map(lambda file: check(survey, file), to_read)
         return [Wrong(file, cause) for file, cause in zip(to_read, causes, strict=True) if cause]
 
 
-def check(blobs: Blobs, file: File) -> str:
+def kinds(survey: Survey) -> tuple[str, ...]:
+    """Return the kinds of files that are read: all but what others are made of."""
+    return (*_CHECKS, *survey.others)
+
+
+def check(survey: Survey, file: File) -> str:
     """Return what is wrong with a file; nothing, if it went meanwhile.
 
     Raises:
         OSError: it could not be read, and that does not say that it is damaged.
     """
     try:
-        return _CHECKS[file.kind](blobs, file)
+        if file.kind in survey.others:
+            return survey.others[file.kind].check(file.path)
+        return _CHECKS[file.kind](survey.blobs, file)
     except FileNotFoundError:
         return ""
     except OSError as error:

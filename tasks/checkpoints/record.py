@@ -22,6 +22,7 @@ from pathlib import Path
 
 from cache.errors import Mismatch, NotFetched
 from cache.files import atomic
+from cache.records.kinds import RecordKind
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
 from tasks.checkpoints.stored import Stored
@@ -126,7 +127,7 @@ def tensor_digests(store: Store, record: str) -> dict[str, str]:
 
 
 def _folder(store: Store, record: str) -> Path:
-    return store.root / "sources" / record
+    return store.root / KIND.folder / record
 
 
 def _encode(
@@ -179,16 +180,29 @@ def _keep(store: Store, name: str, record: bytes, small: Mapping[str, bytes]) ->
 def _kept(store: Store, name: str) -> bytes | None:
     folder = _folder(store, name)
     try:
-        record = (folder / "record.json").read_bytes()
         store.touch(folder / "record.json")
-        if _blake3(record) != name:
-            return None
-        for file, (_, blake3) in json.loads(record)["small"].items():
-            if _blake3((folder / "files" / file).read_bytes()) != blake3:
-                return None
+        return None if _damage(folder) else (folder / "record.json").read_bytes()
     except FileNotFoundError:
         return None
-    return record
+
+
+def _damage(folder: Path) -> str:
+    """Return what is wrong with a record that is kept in ``folder``; nothing, if it is whole.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    record = (folder / "record.json").read_bytes()
+    if (found := _blake3(record)) != folder.name:
+        return f"its bytes have BLAKE3 {found}"
+    for file, (_, blake3) in json.loads(record)["small"].items():
+        path = folder / "files" / file
+        if not path.is_file() or _blake3(path.read_bytes()) != blake3:
+            return f"its file {file} is missing, or another"
+    return ""
+
+
+KIND = RecordKind("source", "sources", _damage)
 
 
 def _fetched(store: Store, name: str, nbytes: int) -> bytes | None:

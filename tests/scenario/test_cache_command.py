@@ -18,6 +18,7 @@ from cache.lock import Lock
 from cache.maintenance import gc, survey
 from support import front_door, projects, running
 from tasks.checkpoints import safetensors_file
+from tasks.checkpoints.record import KIND
 from tasks.cli.commands import cache as cache_command
 from tasks.config import reader
 from tasks.core.text import size
@@ -34,12 +35,12 @@ def age(path: Path, seconds: float) -> None:
 
 def blobs(project: projects.Project) -> dict[str, int]:
     """The bytes of the blobs that the store has itself."""
-    return survey.inventory(project.store).owned
+    return survey.inventory(project.store, [KIND]).owned
 
 
 def files_of(project: projects.Project, made: Iterable[str]) -> set[Path]:
     """The files that are there for the sake of blobs."""
-    found = survey.inventory(project.store)
+    found = survey.inventory(project.store, [KIND])
     keys = found.reach(made)
     keys |= {whole for whole in found.of("reference") if found.pinned(whole) & keys}
     kinds = ("blob", "reference", "container")
@@ -224,7 +225,7 @@ def test_least_recently_used_goes_and_what_a_target_needs_stays(tmp_path):
     def left() -> set[Path]:
         return {path for path in made[4] | made[6] | made[8] | made[3] if path.exists()}
 
-    found = survey.inventory(project.store)
+    found = survey.inventory(project.store, [KIND])
     cap = found.size - sum(file.size for file in found.files if file.path in made[8])
     dry = project.doit("cache", "gc", "--max-size", str(cap), "--dry-run").stdout
     assert "would remove 1 containers of blobs" in dry
@@ -246,7 +247,7 @@ def test_what_lies_in_one_pack_goes_together(tmp_path):
     made = files_of(project, blobs(project))
     project.configure(quantize={"bits": 6})  # which leaves most biases as they are
     project.doit()
-    found = survey.inventory(project.store)
+    found = survey.inventory(project.store, [KIND])
     (pack,) = {key for key, file in found.of("container").items() if file.path in made}
     inside = {key for key in found.of("reference") if pack in found.pinned(key)}
     assert len(inside) > 20
@@ -256,7 +257,7 @@ def test_what_lies_in_one_pack_goes_together(tmp_path):
 
     cap = found.size - 150  # as much as a few references have
     project.doit("cache", "gc", "--max-size", str(cap))
-    left = survey.inventory(project.store)
+    left = survey.inventory(project.store, [KIND])
     assert left.size <= cap
     assert {file.path for file in found.files} - {file.path for file in left.files} == unit
     assert "nothing to do" in project.doit().stdout

@@ -16,6 +16,7 @@ from cache.maintenance import survey
 from support import checkpoints, inside
 from support.projects import FOUR_BIT, Project, contents, create, flip, outcomes
 from support.running import start, wait_for
+from tasks.checkpoints.record import KIND
 from tasks.planning import bundle
 from tasks.tensors import device
 
@@ -159,9 +160,9 @@ def test_what_lies_beside_a_wanted_layer_stays(tmp_path: Path) -> None:
     project.configure(quantize={"bits": 4, "rules": [rule]})
     project.doit()
     assert "No current target needs" not in project.doit("cache", "stats").stdout
-    there = survey.inventory(project.store).owned
+    there = survey.inventory(project.store, [KIND]).owned
     project.doit("cache", "gc", "--max-size", "1")
-    assert survey.inventory(project.store).owned == there
+    assert survey.inventory(project.store, [KIND]).owned == there
     shutil.rmtree(tmp_path / "build")
     project.lose_packed()
     assert not outcomes(project.doit()).get("computed")

@@ -13,6 +13,7 @@ import pytest
 from cache.maintenance import survey
 from support import checkpoints, inside
 from support.projects import FOUR_BIT, Project, create, outcomes, weight_files
+from tasks.checkpoints.record import KIND
 from tasks.execution.pack import Packing
 
 POLICIES: dict[str, list[str] | None] = {
@@ -47,7 +48,7 @@ def in_meta(folder: Path, policy: list[str] | None, **keys) -> Project:
 
 def owned(project: Project) -> set[str]:
     """The digests of the blobs whose bytes the store has itself."""
-    return {*survey.inventory(project.store).owned}
+    return {*survey.inventory(project.store, [KIND]).owned}
 
 
 def made(project: Project, stage: str) -> Iterator[tuple[list, str]]:

@@ -54,6 +54,21 @@ def test_a_flipped_digit_in_a_memo(source: str, tmp_path: Path) -> None:
     assert "none corrupt" in project.doit("cache", "verify").stdout
 
 
+@pytest.mark.parametrize("name", ["record.json", "files/config.json"])
+def test_a_damaged_record_of_a_source_is_found_and_kept_anew(name: str, tmp_path: Path) -> None:
+    project = projects.create(tmp_path, "huggingface", **FOUR_BIT)
+    project.doit()
+    (record,) = (project.store / "sources").iterdir()
+    path = record / name
+    path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
+    said = project.doit("cache", "verify", expect=1).stdout
+    assert str(record) in said
+    assert not record.exists()
+    project.doit("lock")
+    assert "none corrupt" in project.doit("cache", "verify").stdout
+    assert record.exists()
+
+
 def test_what_an_older_version_left_is_used(tmp_path: Path) -> None:
     """Its references sealed when they are read, its memos worked out again, its database read."""
     project = projects.create(tmp_path, "huggingface", **FOUR_BIT)

@@ -16,7 +16,7 @@ from cache.errors import CacheError
 from cache.files import trash
 from cache.lock import Lock
 from cache.maintenance import gc, verify
-from cache.maintenance.survey import CORRUPT, File, Survey, inventory
+from cache.maintenance.survey import CORRUPT, File, Survey
 from cache.remote.remote import Remote
 from cache.remote.sharing import Sharing
 from tasks.cli import failures
@@ -92,7 +92,7 @@ class Cache(Command):
 
 def stats(config: Config, _options: Mapping[str, Any]) -> int:
     """Print what the cache holds."""
-    for line in cache_stats.text(config, inventory(config.cache.dir), manifests.read(config)):
+    for line in cache_stats.text(config, manifests.survey(config), manifests.read(config)):
         print(line)
     return 0
 
@@ -103,17 +103,18 @@ def verify_all(config: Config, _options: Mapping[str, Any]) -> int:
     What may have been made of corrupt bytes is forgotten, since nobody knows when they went
     wrong: the next doit makes it again, built models too.
     """
-    survey = inventory(config.cache.dir)
+    survey = manifests.survey(config)
+    kinds = verify.kinds(survey)
     blobs = survey.owned
-    others = [file for file in survey.files if file.kind in verify.KINDS and file.key not in blobs]
-    sizes = {kind: [file.size for file in others if file.kind == kind] for kind in verify.KINDS}
+    others = [file for file in survey.files if file.kind in kinds and file.key not in blobs]
+    sizes = {kind: [file.size for file in others if file.kind == kind] for kind in kinds}
     sizes["blob"] += blobs.values()
     suspects = verify.scan(survey, cores())
     wrong = []
     if suspects:
         with alone(config.path), Lock(config.cache.dir).alone(_waiting):
             # Looked at again: it may be another file by now.
-            checked = [(file, verify.check(survey.blobs, file)) for file, _ in suspects]
+            checked = [(file, verify.check(survey, file)) for file, _ in suspects]
             wrong = [verify.Wrong(file, cause) for file, cause in checked if cause]
             built = manifests.read(config)
             for file, _ in wrong:
@@ -158,8 +159,8 @@ def _report(
     by_key = {record.manifest.action.key: record.task for record in built}
     for file, cause in wrong:
         what = by_key.get(file.key) or manifests.described(named.get(file.key, ()))
-        if file.kind == "memo":
-            what = "worked out again when it is wanted"
+        if file.kind not in ("blob", "reference", "action"):
+            what = "made again when it is wanted"
         print(f"corrupt: {file.path} ({size(file.size)}): {cause}\n    {what}")
     aside = sum(file.size for file, _ in wrong)
     print(f"set aside in {config.cache.dir / CORRUPT}: {size(aside)}")
@@ -181,7 +182,7 @@ def collect_garbage(config: Config, options: Mapping[str, Any]) -> int:
 
     def plan() -> gc.Collection:
         wanted = gc.Wanted() if options["all"] else manifests.wanted(config, manifests.read(config))
-        return gc.plan(inventory(config.cache.dir), wanted, cap, time.time())
+        return gc.plan(manifests.survey(config), wanted, cap, time.time())
 
     if options["dry_run"]:
         collection = plan()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-from cache.maintenance.survey import KINDS, Survey
+from cache.maintenance.survey import Survey
 from cache.records.manifests import Manifest
 from tasks.cli.commands.manifests import Record, described, owners
 from tasks.cli.table import aligned, cut
@@ -45,10 +45,10 @@ def text(config: Config, survey: Survey, records: Sequence[Record]) -> Iterator[
 
 def _kinds(survey: Survey) -> Iterator[str]:
     rows = [("kind", "files", "size")]
-    for kind in KINDS:
+    for kind, name in KIND_NAMES.items():
         sizes = [file.size for file in survey.files if file.kind == kind]
         if sizes or kind in ("blob", "reference", "action", "memo"):
-            rows.append((KIND_NAMES[kind], str(len(sizes)), size(sum(sizes))))
+            rows.append((name, str(len(sizes)), size(sum(sizes))))
     yield from aligned(rows, WIDTH)
     elsewhere = {
         (part.path, part.offset): part.length

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.maintenance.gc import Wanted
+from cache.maintenance.survey import Survey, inventory
 from cache.records.manifests import Manifest
+from tasks.checkpoints import record as source_records
 from tasks.config.reader import Config
 from tasks.core.workspace import STATE
 from tasks.planning.lockfile import Lock
@@ -43,6 +45,11 @@ def read(config: Config) -> list[Record]:
                 if manifest := Manifest.at(path):  # else made again when doit looks
                     records.append(Record(target, task, path, manifest))
     return records
+
+
+def survey(config: Config) -> Survey:
+    """Return what the cache holds, records of sources included."""
+    return inventory(config.cache.dir, [source_records.KIND])
 
 
 def wanted(config: Config, records: Iterable[Record]) -> Wanted:
