@@ -22,6 +22,11 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 running.heed_interrupts()
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: much of the time tests wait, for servers and locks."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(autouse=True)
 def reaped() -> Iterator[None]:
     """No process outlives the test that started it."""
