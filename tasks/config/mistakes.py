@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
 
 from msgspec import Struct, ValidationError, convert
@@ -161,9 +160,9 @@ def _home(name: str, value: Any, table: type[Struct]) -> str:
 
 def _near_home(name: str, table: type[Struct]) -> str:
     for home, place in HOMES.items():
-        close = get_close_matches(name.lower(), keys_of(home), 1, NEAR)
+        close = values.closest(name, keys_of(home), NEAR)
         if close and not issubclass(table, home):
-            return f"did you mean {close[0]!r}, which belongs in {place}?"
+            return f"did you mean {close!r}, which belongs in {place}?"
     return ""
 
 

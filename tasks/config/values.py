@@ -160,12 +160,17 @@ def _wrong_numbers(table: Quantize | Rule, mode: str, at: At) -> Iterator[Mistak
             yield Mistake(f"is {number}; mode {mode!r} takes {known}", f"use {near}", (*at, name))
 
 
-def nearest(word: str, valid: Iterable[str], near: float = 0.5) -> str:
-    """Return a mend that names the nearest valid word, or nothing if none is ``near``, of 1."""
+def closest(word: str, valid: Iterable[str], near: float = 0.5) -> str | None:
+    """Return the valid word that is most like another, or None if none is ``near``, of 1."""
     from difflib import get_close_matches  # 5 ms that only a mistake pays
 
-    close = get_close_matches(word.lower(), list(valid), 1, near)
-    return f"did you mean {close[0]!r}?" if close else ""
+    return next(iter(get_close_matches(word.lower(), list(valid), 1, near)), None)
+
+
+def nearest(word: str, valid: Iterable[str], near: float = 0.5) -> str:
+    """Return a mend that names the closest valid word, or nothing if none is near."""
+    close = closest(word, valid, near)
+    return f"did you mean {close!r}?" if close else ""
 
 
 def show(value: Any) -> str:

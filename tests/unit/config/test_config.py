@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -598,6 +600,31 @@ def test_what_is_no_size(folder: Path, value: str) -> None:
     message = refused(folder, f'[models.a]\nsource = "b"\nmax_shard_size = {value}')
     assert message is not None
     assert "/models.toml:3: models.a.max_shard_size is " in message
+
+
+# What reading costs
+
+
+def test_a_file_without_a_mistake_is_read_with_few_imports(tmp_path: Path) -> None:
+    """A run that has nothing to do is as fast as it is for that."""
+    (tmp_path / "models.toml").write_text(
+        '[models.a]\nsource = "b"\nmatrix = { bits = [3, 8] }\nmax_shard_size = "2GiB"\n'
+        'quantize = { group_size = 32, rules = [{ match = "lm_head", skip = true }] }\n'
+        '[cache]\nkeep = ["cast"]\nremote = "s3://b"\n'
+    )
+    code = (
+        "import sys; from pathlib import Path; from tasks.config import reader; "
+        "reader.load(Path(sys.argv[1])); "
+        "print({'difflib', 'mlx.core', 'numpy', 'torch', 'typing_extensions'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "models.toml")],
+        cwd=front_door.REPOSITORY,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "set()\n"
 
 
 # Anything at all
