@@ -25,8 +25,20 @@ def spec(text: str, base: Path) -> SourceSpec:
 
 
 def open_source(spec: SourceSpec) -> FolderSource:
-    """Return a folder as a source; it need not exist."""
-    return FolderSource(Path(spec.location))
+    """Return a folder as a source; it need not exist.
+
+    Of a model's folder in the hub's cache, it is the snapshot of ``main``, or the only one.
+    """
+    folder = Path(spec.location)
+    main, snapshots = folder / "refs" / "main", folder / "snapshots"
+    if folder.name.startswith("models--") and snapshots.is_dir():
+        here = [path for path in snapshots.iterdir() if path.is_dir()]
+        if main.is_file():
+            commit = main.read_text().strip()
+            here = [path for path in here if path.name == commit] or here
+        if len(here) == 1:
+            return FolderSource(here[0])
+    return FolderSource(folder)
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,8 @@ class FolderSource:
     def weights(self) -> Iterator[Path]:
         """Yield the weight files of any loader, Git LFS pointers as well."""
         for pattern in loaders.weight_patterns():
-            yield from (path for path in self.small_files.glob(pattern) if path.is_file())
+            found = (self.path(name) for name in self.names(pattern))
+            yield from (path for path in found if path.is_file())
 
     def path(self, name: str) -> Path:
         """Return a weight file."""
@@ -99,8 +112,12 @@ class FolderSource:
             )
 
     def names(self, pattern: str) -> list[str]:
-        """Return the names of its files that match a shell pattern, sorted."""
-        return sorted(path.name for path in self.small_files.glob(pattern))
+        """Return the names of its files that match a shell pattern, sorted.
+
+        Without what macOS writes beside files on a disk that is not its own: ``._NAME``.
+        """
+        names = (path.name for path in self.small_files.glob(pattern))
+        return sorted(name for name in names if not name.startswith("._"))
 
     def has(self, name: str) -> bool:
         """Tell whether there is such a file."""

@@ -18,7 +18,7 @@ from tasks.checkpoints.source import ReadableSource
 from tasks.checkpoints.stored import TORCH, Stored
 from tasks.core.errors import CheckpointError
 
-WEIGHTS: tuple[str, ...] = ("consolidated.*.pth",)
+WEIGHTS: tuple[str, ...] = ("consolidated.*.pth", "consolidated.pth")  # the second alone
 HOLDS = "consolidated.NN.pth with params.json (Meta)"
 PATTERN = r"consolidated\.(\d+)\.pth"
 # Worked out again by every implementation; no part of the model. Llama 1 7B has one a layer.
@@ -32,7 +32,7 @@ OPTIONAL = {"n_kv_heads": int, "head_dim": int, "rope_theta": float, "rope_scali
 
 def fits(source: ReadableSource) -> bool:
     """Tell whether a source looks like one of these."""
-    return bool(source.names(WEIGHTS[0])) or (
+    return any(map(source.names, WEIGHTS)) or (
         source.has("params.json") and not source.has("config.json")
     )
 
@@ -44,7 +44,12 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
         CheckpointError: a file is missing or damaged, or shards do not fit together.
     """
     folder = source.small_files
-    names = numbered(source.location, source.names(WEIGHTS[0]), PATTERN)
+    names = numbered(source.location, source.names(WEIGHTS[0]), PATTERN) or source.names(WEIGHTS[1])
+    if not names and source.has("consolidated.safetensors"):
+        raise CheckpointError(
+            f"source {folder} has Mistral's own format (params.json, consolidated.safetensors), "
+            "which is not read. Use the model's config.json and model*.safetensors."
+        )
     if not names:
         raise CheckpointError(
             f"source {folder} has no consolidated.NN.pth. Name the folder that has them."

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +24,17 @@ KINDS = (
 )
 WEIGHTS = tuple(pattern for pattern, *_ in KINDS)
 HOLDS = "*.safetensors or pytorch_model*.bin with config.json (Hugging Face)"
+WRAPPERS = ("module.", "_orig_mod.")  # of a model that was saved in one: DataParallel, compile
 # What mlx-lm reads beside config.json to build a model.
 SIDE_FILES = ("generation_config.json", "hf_quant_config.json")
 
 
 def fits(source: ReadableSource) -> bool:
     """Tell whether a source looks like one of these."""
-    return source.has("config.json") or any(source.names(pattern) for pattern, *_ in KINDS)
+    if source.has("config.json"):
+        return True
+    weights = any(source.names(pattern) for pattern, *_ in KINDS)
+    return weights and not source.has("params.json")
 
 
 def read(source: ReadableSource, memos: Memos) -> Checkpoint:
@@ -36,35 +44,86 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
         CheckpointError: a file is missing or damaged.
     """
     folder = source.small_files
+    _refuse_adapter(source)
     config = read_json(folder / "config.json", "it names the architecture and its dimensions")
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"{folder / 'config.json'} has no model_type, which names the architecture."
         )
-    names, notes = _weight_files(source)
+    names, weight_map, notes = _weight_files(source)
     tables = source.headers(names, memos)
-    stored: dict[str, Stored] = {}
-    for _, header in tables.values():
-        for tensor in header:
-            if (other := stored.get(tensor.name)) is not None:
-                raise CheckpointError(
-                    f"{folder}: {tensor.name} is both in {other.file} and in {tensor.file}. "
-                    "Remove the file that is left from another checkpoint."
-                )
-            stored[tensor.name] = tensor
+    stored = _stored(folder, (header for _, header in tables.values()), weight_map)
     _drop_tied_head(config, stored)
     if not stored:
         raise CheckpointError(f"{folder}: its weight files hold no tensor. Fetch them again.")
+    _check_layers(folder, config, len(stored))
     files = {
         name: read_text(folder / name)
         for name in ("config.json", *SIDE_FILES)
         if (folder / name).exists()
     }
-    tensors = {name: LogicalTensor(s.dtype, s.shape, (name,)) for name, s in stored.items()}
+    prefix = _wrapper(stored)
+    tensors = {
+        name.removeprefix(prefix): LogicalTensor(s.dtype, s.shape, (name,))
+        for name, s in stored.items()
+    }
     stamps = {name: stamp for name, (stamp, _) in tables.items()}
     return Checkpoint(
         source, "huggingface", config, files, stored, tensors, stamps, notes, "config.json"
     )
+
+
+def _refuse_adapter(source: ReadableSource) -> None:
+    """Say so where a folder holds what was trained on top of a model, and no model."""
+    path = source.small_files / "adapter_config.json"
+    if source.has(path.name) and not source.has("config.json"):
+        settings = read_json(path, "it describes the adapter")
+        base = settings.get("base_model_name_or_path") or settings.get("model") or "its base model"
+        raise CheckpointError(
+            f"{source.location} is a LoRA adapter ({path.name}) and no model. Fuse it with {base} "
+            "(mlx_lm.fuse, or peft's merge_and_unload), and name the folder that this makes."
+        )
+
+
+def _check_layers(folder: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse a number of layers that no such files can hold, before a model of it is made."""
+    for settings in (config, config.get("text_config")):
+        layers = settings.get("num_hidden_layers") if isinstance(settings, dict) else None
+        if isinstance(layers, int) and layers > tensors:
+            raise CheckpointError(
+                f"{folder / 'config.json'} says num_hidden_layers = {layers:,}, the weight files "
+                f"have {tensors:,} tensors. One of them is of another model."
+            )
+
+
+def _stored(
+    folder: Path, headers: Iterable[list[Stored]], weight_map: Mapping[str, str]
+) -> dict[str, Stored]:
+    """Return the tensors of all files by name; of one in two files, the index's.
+
+    Raises:
+        CheckpointError: the index has neither.
+    """
+    stored: dict[str, Stored] = {}
+    for tensor in itertools.chain.from_iterable(headers):
+        other = stored.get(tensor.name)
+        if other is None or weight_map.get(tensor.name) == tensor.file:
+            stored[tensor.name] = tensor
+        elif weight_map.get(tensor.name) != other.file:
+            raise CheckpointError(
+                f"{folder}: {tensor.name} is both in {other.file} and in {tensor.file}. "
+                "Remove the file that is left from another checkpoint."
+            )
+    return stored
+
+
+def _wrapper(names: Iterable[str]) -> str:
+    """Return what all names begin with, where a wrapped model was saved: ``module.``."""
+    names = list(names)
+    prefix = ""
+    while any(all(name.startswith(prefix + wrapper) for name in names) for wrapper in WRAPPERS):
+        prefix += next(w for w in WRAPPERS if names[0].startswith(prefix + w))
+    return prefix
 
 
 def _drop_tied_head(config: dict[str, Any], stored: dict[str, Stored]) -> None:
@@ -77,32 +136,77 @@ def _drop_tied_head(config: dict[str, Any], stored: dict[str, Stored]) -> None:
         del stored[head.name]
 
 
-def _weight_files(source: ReadableSource) -> tuple[list[str], tuple[str, ...]]:
-    """Return the names of the weight files, and notes on those that are left out."""
-    folder = source.small_files
+def _weight_files(
+    source: ReadableSource,
+) -> tuple[list[str], Mapping[str, str], tuple[str, ...]]:
+    """Return the names of the weight files, the index's map, and notes on what is left out."""
     for pattern, row, index in KINDS:
         names = source.names(pattern)
         if not names:
             continue
-        if source.has(index):
-            weight_map = read_json(folder / index, "it lists the shards").get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(name, str) and Path(name).name == name for name in weight_map.values()
-            ):
+        weight_map = _weight_map(source, index)
+        named = {name for name in weight_map.values() if fnmatchcase(name, pattern)}
+        notes = []
+        if beside := sorted({*weight_map.values()} - named):
+            notes.append(f"{', '.join(beside)} left out: mlx_lm.convert reads {pattern} alone")
+        if missing := sorted(named.difference(names)):
+            if not _is_whole(source.location, names, row):
                 raise CheckpointError(
-                    f"{folder / index} has no weight_map from tensors to files. Fetch it again."
+                    f"{source.location}: {missing[0]} is missing ({len(missing)} of the "
+                    f"{len(named)} files that {index} names). Fetch the missing files."
                 )
-            named = sorted(set(weight_map.values()))
-            if missing := [name for name in named if not source.has(name)]:
-                raise CheckpointError(
-                    f"{folder}: {missing[0]} is missing ({len(missing)} of the {len(named)} files "
-                    f"that {index} names). Fetch the missing files."
-                )
-            extra = [name for name in names if name not in named]
-            notes = (f"{', '.join(extra)} left out: not in {index}",) if extra else ()
-            return named, notes
-        numbered(source.location, names, row)  # only to refuse a gap
-        return names, ()
+            notes.append(f"{index} is not of these files, and left aside: no {missing[0]} is here")
+            named, weight_map = set(), {}
+        if not named:
+            _refuse_gaps(source.location, names, row)
+            return names, weight_map, tuple(notes)
+        series = {_series(name, row) for name in named} - {""}  # an index may name a part of one
+        used = [name for name in names if name in named or _series(name, row) in series]
+        if extra := [name for name in names if name not in used]:
+            notes.append(f"{', '.join(extra)} left out: not in {index}")
+        return used, weight_map, tuple(notes)
     raise CheckpointError(
-        f"{folder} has no *.safetensors and no pytorch_model*.bin. Fetch the weight files."
+        f"{source.location} has no *.safetensors and no pytorch_model*.bin. Fetch the weight files."
     )
+
+
+def _weight_map(source: ReadableSource, index: str) -> Mapping[str, str]:
+    """Return the files that an index says tensors are in; nothing if there is none."""
+    if not source.has(index):
+        return {}
+    path = source.small_files / index
+    weight_map = read_json(path, "it lists the shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+    ):
+        raise CheckpointError(f"{path} has no weight_map from tensors to files. Fetch it again.")
+    return weight_map
+
+
+def _series(name: str, row: str) -> str:
+    """Return a weight file's name without its number in the row; "" if it has none."""
+    match = re.fullmatch(row, name)
+    return f"{name[: match.start(1)]}N{name[match.end(1) :]}" if match else ""
+
+
+def _refuse_gaps(location: str, names: Iterable[str], row: str) -> None:
+    """Refuse a row of files with a gap; there may be several rows, of names that begin otherwise.
+
+    Raises:
+        CheckpointError: one has a gap, or two checkpoints' files are in one.
+    """
+    rows: dict[str, list[str]] = {}
+    for name in names:
+        match = re.fullmatch(row, name)
+        rows.setdefault(name[: match.start(1)] if match else "", []).append(name)
+    for each in rows.values():
+        numbered(location, each, row)
+
+
+def _is_whole(location: str, names: Iterable[str], row: str) -> bool:
+    """Tell whether weight files are all there, by their names alone."""
+    names = list(names)
+    try:
+        return len(names) == 1 or len(numbered(location, names, row)) == len(names)
+    except CheckpointError:
+        return False

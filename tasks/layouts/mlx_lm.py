@@ -36,6 +36,7 @@ TOKENIZER = (
 ENOUGH = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken",
     "tiktoken.model", "sentencepiece*.model", "spiece.model", "tokenizer_config.json",
+    "tekken.json",
 )  # fmt: skip
 
 
@@ -84,7 +85,8 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
             "the built model. Fetch it from where the checkpoint came from."
         )
     patterns = (*TOKENIZER, "generation_config.json")
-    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    paths = {path for pattern in patterns for path in folder.glob(pattern)}
+    return sorted(path for path in paths if not path.name.startswith("._"))  # macOS's own
 
 
 def tokenizer_model(folder: Path) -> Path:

@@ -1,0 +1,234 @@
+"""Folders as people have them, read as mlx_lm.convert reads them, or better."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import torch
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+
+from cache.store import Store
+from support import checkpoints, inside, projects
+from tasks.checkpoints import loaders, sources
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+def read(folder: Path, cache: Path) -> Checkpoint:
+    source = sources.open_source(sources.spec(str(folder), folder))
+    return loaders.read(source, None, Store.at(cache).memos)
+
+
+def edit_map(folder: Path, change: Callable[[dict], dict]) -> None:
+    index = json.loads((folder / INDEX).read_bytes())
+    index["weight_map"] = change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def stale_index(folder: Path) -> None:
+    edit_map(folder, lambda names: {n: f.replace("-of-", "-of-9") for n, f in names.items()})
+
+
+def whole_with_stale_index(folder: Path) -> None:
+    tensors = {
+        n: a for path in folder.glob("model*.safetensors") for n, a in mx.load(str(path)).items()
+    }
+    for path in folder.glob("model*.safetensors"):
+        path.unlink()
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+
+
+def empty_map(folder: Path) -> None:
+    edit_map(folder, lambda names: {})
+
+
+def partial_map(folder: Path) -> None:
+    edit_map(folder, lambda names: dict([*names.items()][:2]))
+
+
+def mtp_beside(folder: Path) -> None:
+    mx.save_safetensors(str(folder / "mtp.safetensors"), {"mtp.0.weight": mx.zeros((2, 2))})
+    edit_map(folder, lambda names: {**names, "mtp.0.weight": "mtp.safetensors"})
+
+
+def mtp_not_fetched(folder: Path) -> None:
+    edit_map(folder, lambda names: {**names, "mtp.0.weight": "mtp.safetensors"})
+
+
+def apple_double(folder: Path) -> None:
+    for path in [*folder.iterdir()]:
+        (folder / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07" + bytes(40))
+    (folder / "._vocab.txt").write_bytes(b"\x00\x05\x16\x07")
+
+
+def two_rows(folder: Path) -> None:
+    """Rows of two names and no index, as of the parts of a model that sees."""
+    (folder / INDEX).unlink()
+    paths = sorted(folder.glob("model-*.safetensors"))
+    paths[-1].rename(folder / "model-other-00001-of-00001.safetensors")
+    for number, path in enumerate(paths[:-1], 1):
+        path.rename(folder / f"model-{number:05}-of-{len(paths) - 1:05}.safetensors")
+
+
+def byte_order_mark(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text, encoding="utf-8-sig")
+
+
+def bytes_behind(folder: Path) -> None:
+    for path in folder.glob("model*.safetensors"):
+        with path.open("ab") as file:
+            file.write(b"behind")
+
+
+# The change, what is said of it, and whether mlx_lm loads the folder.
+SAME: dict[str, tuple[Callable[[Path], None], str, bool]] = {
+    "as it is": (lambda folder: None, "", True),
+    "stale index": (stale_index, f"{INDEX} is not of these files, and left aside", True),
+    "one file, stale index": (whole_with_stale_index, "is not of these files", True),
+    "empty map": (empty_map, "", True),
+    "partial map": (partial_map, "", True),
+    "mtp beside": (mtp_beside, "mtp.safetensors left out: mlx_lm.convert reads model*", True),
+    "mtp not fetched": (mtp_not_fetched, "mtp.safetensors left out", True),
+    "macOS's files": (apple_double, "", True),
+    "two rows": (two_rows, "", True),
+    "a byte order mark": (byte_order_mark, "", False),
+    "bytes behind": (bytes_behind, "", True),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "checkpoint"
+    checkpoints.make("llama", folder)
+    assert (folder / INDEX).exists()
+    return folder
+
+
+def test_what_builds_the_same_model(plain: Path, tmp_path: Path) -> None:
+    project = projects.Project(tmp_path, "huggingface")
+    for number, (change, _, _) in enumerate(SAME.values()):
+        shutil.copytree(plain, tmp_path / f"c{number}")
+        change(tmp_path / f"c{number}")
+        project.configure(f"t{number}", source=f"c{number}", quantize={"bits": 4, "group_size": 32})
+    inside.doit(tmp_path)
+    built = [project.built(f"t{number}") for number in range(len(SAME))]
+    assert [files == built[0] for files in built] == [True] * len(SAME)
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_what_the_peer_loads(case: str, plain: Path, tmp_path: Path) -> None:
+    change, words, loads = SAME[case]
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(plain, folder)
+    change(folder)
+    checkpoint = read(folder, tmp_path / "cache")
+    assert words in " ".join(checkpoint.notes)
+    assert bool(words) == bool(checkpoint.notes)
+    if not loads:
+        with pytest.raises(ValueError, match="BOM"):
+            load_model(folder, lazy=True)
+        return
+    model, _ = load_model(folder, lazy=True)
+    assert {name for name, _ in tree_flatten(model.parameters())} == {
+        name for name in checkpoint.tensors if "rotary_emb" not in name
+    }
+
+
+def test_a_tensor_in_two_files(plain: Path, tmp_path: Path) -> None:
+    """The index decides; mlx_lm takes the one that the file system names last."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(plain, folder)
+    weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
+    name, file = next((n, f) for n, f in weight_map.items() if n.endswith("norm.weight"))
+    for path in folder.glob("model*.safetensors"):
+        tensors = mx.load(str(path))
+        wrong = {**tensors, name: mx.zeros_like(mx.load(str(folder / file))[name])}
+        if path.name != file:
+            mx.save_safetensors(str(path), wrong)
+    assert read(folder, tmp_path / "cache").stored[name].file == file
+    (folder / INDEX).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is both in"):
+        read(folder, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_model_that_was_saved_in_a_wrapper(wrapper: str, plain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "wrapped"
+    shutil.copytree(plain, folder)
+    tensors = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        tensors |= mx.load(str(path))
+        path.unlink()
+    (folder / INDEX).unlink()
+    wrapped = {wrapper + name: array for name, array in tensors.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), wrapped)
+    with pytest.raises(ValueError, match="not in model"):
+        load_model(folder, lazy=True)
+    checkpoint = read(folder, tmp_path / "cache")
+    assert checkpoint.tensors.keys() == tensors.keys()
+    assert checkpoint.stored.keys() == wrapped.keys()
+
+
+def test_a_folder_of_the_hubs_cache(plain: Path, tmp_path: Path) -> None:
+    root = tmp_path / "models--org--name"
+    shutil.copytree(plain, root / "snapshots" / ("a" * 40))
+    checkpoint = read(root, tmp_path / "cache")
+    assert checkpoint.folder == root / "snapshots" / ("a" * 40)
+    assert checkpoint.source.revision == "a" * 40
+    shutil.copytree(plain, root / "snapshots" / ("b" * 40))
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        read(root, tmp_path / "cache")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("b" * 40)
+    assert read(root, tmp_path / "cache").source.revision == "b" * 40
+
+
+def test_metas_one_file_without_a_number(tmp_path: Path) -> None:
+    project = projects.create(tmp_path / "project", "meta")
+    shards = [torch.load(path) for path in sorted(project.checkpoint.glob("*.pth"))]
+    params = json.loads((project.checkpoint / "params.json").read_bytes())
+    for path in project.checkpoint.glob("*.pth"):
+        path.unlink()
+    folder = project.checkpoint
+    whole = {}
+    for name, part in shards[0].items():
+        others = [shard[name] for shard in shards]
+        axis = 1 if name.endswith(("wo.weight", "w2.weight", "tok_embeddings.weight")) else 0
+        same = part.ndim == 1
+        whole[name] = part if same else torch.cat(others, dim=axis)
+    torch.save(whole, folder / "consolidated.pth")
+    checkpoint = read(folder, tmp_path / "cache")
+    assert checkpoint.stamps.keys() == {"consolidated.pth"}
+    assert checkpoint.tensors["layers.0.attention.wq.weight"].shape == (params["dim"],) * 2
+
+
+def test_what_is_no_model(plain: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), {"lora_a": mx.zeros((2, 2))})
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(CheckpointError, match=r"is a LoRA adapter .*Fuse it with org/base"):
+        read(adapter, tmp_path / "cache")
+    mistral = tmp_path / "mistral"
+    mistral.mkdir()
+    mx.save_safetensors(str(mistral / "consolidated.safetensors"), {"a": mx.zeros((2, 2))})
+    (mistral / "params.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has Mistral's own format"):
+        read(mistral, tmp_path / "cache")
+
+
+def test_more_layers_than_tensors(plain: Path, tmp_path: Path) -> None:
+    """mlx_lm would make a billion layers first."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(plain, folder)
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers = 1,000,000,000, the weight"):
+        read(folder, tmp_path / "cache")
