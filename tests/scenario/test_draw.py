@@ -167,20 +167,3 @@ def test_any_text(texts: list[str]) -> None:
     said = {same(" ".join(box.lines)) for box in boxes}
     assert {same(label) for label in read_mermaid(graph.mermaid(boxes)).boxes} == said
     assert {same(label) for label in read_dot(graph.dot(boxes)).boxes} == said
-
-
-@given(numbers=st.sets(st.integers(0, 99)))
-@settings(deadline=None)
-def test_runs(numbers: set[int]) -> None:
-    layers = [f"layers.{n}" for n in sorted(numbers)]
-    said = graph.runs(["embed", *layers, "norm"])
-    spans = [n for n in numbers if n - 1 not in numbers]
-    if len(spans) + 2 > graph.RUNS_IN_A_BOX:
-        assert said.endswith(f" … ({len(numbers) + 2} layers)")
-        return
-    found = set()
-    for word in said.split(", ")[1:-1]:
-        first, _, last = word.removeprefix("layers.").partition("–")
-        found |= {*range(int(first), int(last or first) + 1)}
-    assert found == numbers
-    assert said.count("layers.") == bool(numbers)

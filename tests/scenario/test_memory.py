@@ -1,77 +1,20 @@
 """`[build] memory`: what runs at once, and that a build comes out the same in little of it."""
 
-import itertools
 import shutil
 import threading
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mlx_lm.convert import convert
 
 from cache.records.manifests import Tensor
 from support import checkpoints, inside
 from support.front_door import doit
 from support.projects import FOUR_BIT, SOURCES, create
-from tasks.execution.resources import MemoryBudget
 from tasks.stages import unshard
-from tasks.stages.unshard import Recipe, UnshardParams
-from tasks.tensors import steps
 
-calm = settings(deadline=None)
 PATIENCE_SECONDS = 20  # after which threads that do not end have locked each other out
-
-# Class Memory. A plan is what each thread's actions hold, with what actions within them hold.
-ACTIONS = st.lists(st.tuples(st.integers(0, 15), st.lists(st.integers(0, 15), max_size=2)))
-
-
-@settings(deadline=None, max_examples=50)
-@given(limit=st.integers(1, 12), plan=st.lists(ACTIONS, min_size=1, max_size=6))
-def test_never_more_than_the_limit(limit: int, plan: list[list[tuple[int, list[int]]]]) -> None:
-    memory, lock, held, wrong = MemoryBudget(limit), threading.Lock(), [0], []
-
-    def work(actions: list[tuple[int, list[int]]]) -> None:
-        for need, within in actions:
-            with memory.reserve(need):
-                with lock:
-                    held[0] += min(need, limit)
-                    if held[0] > limit:
-                        wrong.append(held[0])
-                time.sleep(0.0002)
-                for more in within:
-                    with memory.reserve(more), memory.reserve(more):
-                        pass
-                with lock:
-                    held[0] -= min(need, limit)
-
-    threads = [threading.Thread(target=work, args=(actions,), daemon=True) for actions in plan]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE_SECONDS)
-    assert not any(thread.is_alive() for thread in threads)
-    assert not wrong
-    with memory.reserve(limit):  # all of it is free again
-        pass
-
-
-def test_what_fits_runs_together() -> None:
-    memory, meet = MemoryBudget(10), threading.Barrier(2)
-
-    def work() -> None:
-        with memory.reserve(5):
-            meet.wait(PATIENCE_SECONDS)  # broken, if the other may not run meanwhile
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE_SECONDS)
-    assert not meet.broken
 
 
 def test_who_waits_for_memory_holds_no_action(tmp_path: Path) -> None:
@@ -100,57 +43,6 @@ def test_who_waits_for_memory_holds_no_action(tmp_path: Path) -> None:
         assert not other.is_alive()
     waiting.join(PATIENCE_SECONDS)
     assert not waiting.is_alive()
-
-
-def test_a_failed_action_gives_its_bytes_back() -> None:
-    memory = MemoryBudget(10)
-    with pytest.raises(KeyError), memory.reserve(10), memory.reserve(3):
-        raise KeyError
-    done = threading.Event()
-
-    def work() -> None:
-        with memory.reserve(10):
-            done.set()
-
-    threading.Thread(target=work, daemon=True).start()
-    assert done.wait(PATIENCE_SECONDS)
-
-
-# Batches of what mlx-lm computes. A parameter: its size, the inputs it is made of, whether mlx-lm
-# makes it.
-PARAMETERS = st.lists(
-    st.tuples(
-        st.integers(1, 40), st.lists(st.integers(0, 7), min_size=1, max_size=3), st.booleans()
-    ),
-    max_size=12,
-)
-
-
-@calm
-@given(told=PARAMETERS, inputs=st.lists(st.integers(1, 40), min_size=8, max_size=8),
-       limit=st.integers(1, 150))  # fmt: skip
-def test_batches(told: list[tuple[int, list[int], bool]], inputs: list[int], limit: int) -> None:
-    stored = {f"i{i}": SimpleNamespace(nbytes=size) for i, size in enumerate(inputs)}
-    made_by = {True: (steps.Sanitize("p"),), False: ()}
-    tensors = {
-        f"p{i}": Recipe("uint8", (size,), tuple(f"i{i}" for i in of), made_by[sanitized])
-        for i, (size, of, sanitized) in enumerate(told)
-    }
-    params = UnshardParams(tensors)
-
-    def size(names: list[str]) -> int:
-        read = {key for name in names for key in tensors[name].inputs}
-        return sum(tensors[n].shape[0] for n in names) + sum(stored[key].nbytes for key in read)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unshard, "SANITIZE_BYTES", limit)
-        batches = unshard._batches(SimpleNamespace(stored=stored), params)
-    assert [name for batch in batches for name in batch] == [
-        name for name, recipe in tensors.items() if recipe.steps
-    ]
-    assert all(len(batch) == 1 or size(batch) <= limit for batch in batches)
-    for batch, after in itertools.pairwise(batches):
-        assert size([*batch, after[0]]) > limit  # no smaller than need be
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,9 @@
 """Quantization errors against figures computed directly, and the pages that tell them."""
 
-import itertools
 import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,12 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from support.projects import FOUR_BIT, LAYERS, Project, create, outcomes
-from tasks.execution.log import Entry
-from tasks.report.timeline import critical_path, last_run
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -164,19 +158,6 @@ def test_a_log_that_lost_the_build_makes_a_page_all_the_same(tmp_path: Path) -> 
     assert not trace.exists()
 
 
-def test_the_last_run_is_found_in_a_damaged_log(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-    assert last_run(log, "model") is None
-    packs = [
-        Entry(run, "pack:model", outcome, "", 0.0, 1.0, 0, 0, "")
-        for run, outcome in (("1", "computed"), ("2", "reused"), ("3", "failed"))
-    ]
-    lines = [json.dumps(asdict(entry)) for entry in packs]
-    log.write_text("\n".join([*lines, '{"task": "pack:model", "run"']))
-    assert last_run(log, "model") == "2"
-    assert last_run(log, "mode") is None
-
-
 def test_the_trace_is_the_build(tmp_path: Path) -> None:
     project = create(tmp_path, "huggingface", **FOUR_BIT)
     done = project.doit()
@@ -198,26 +179,6 @@ def test_the_trace_is_the_build(tmp_path: Path) -> None:
     critical = [name for name, span in spans.items() if span["args"]["critical"]]
     assert "pack:model" in critical
     assert len({name.split(":")[0] for name in critical}) == 5
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.sets(st.integers(0, 30))), min_size=1, max_size=9))
-def test_no_chain_is_longer_than_the_critical_path(told: list[tuple[int, set[int]]]) -> None:
-    needs = {
-        str(i): [str(n) for n in sorted(before) if n < i] for i, (_, before) in enumerate(told)
-    }
-    entries = {
-        str(i): Entry("", str(i), "computed", "", 0.0, float(seconds), 0, 0, "")
-        for i, (seconds, _) in enumerate(told)
-    }
-
-    def longest(task: str) -> float:
-        return entries[task].seconds + max(map(longest, needs[task]), default=0.0)
-
-    last = str(len(told) - 1)
-    chain = critical_path(entries, needs, last)
-    assert chain[-1].task == last
-    assert sum(entry.seconds for entry in chain) == longest(last)
-    assert all(a.task in needs[b.task] for a, b in itertools.pairwise(chain))
 
 
 @pytest.fixture(scope="module")

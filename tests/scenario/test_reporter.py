@@ -18,8 +18,6 @@ import pytest
 from support.front_door import log
 from support.projects import FOUR_BIT, Project, create
 from support.running import DEADLINE_SECONDS, start
-from tasks.cli.terminal.progress import Pace
-from tasks.core.text import duration
 
 ROWS = 100  # enough for nothing to scroll away
 TOOK = r"in \d+\.\d s"
@@ -251,30 +249,3 @@ def test_other_reporters_and_files(tmp_path: Path) -> None:
         (tmp_path / "said").read_text().splitlines(),
         ["model: pack", "build/model: .* 1 task computed in .*", "1 target built .*"],
     )
-
-
-def test_time_left_follows_a_change_of_pace() -> None:
-    pace = Pace()
-    pace.see(0.0, 0, 0)
-    pace.see(0.1, 500, 0)  # all of it was in the cache
-    assert pace.left(0.1, 1000) is None  # too early
-    for second in range(1, 21):
-        pace.see(float(second), 500 + 10 * second, 1000 * second)
-    assert pace.left(20.0, 1000) == pytest.approx(30)
-    assert pace.rate(20.0) == pytest.approx(1000)
-    assert pace.left(22.0, 1000) == pytest.approx(28)  # a task that takes long
-    assert pace.left(60.0, 1000) is None
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        (0.04, "0.0 s"),
-        (59.94, "59.9 s"),
-        (60, "1:00 min"),
-        (3599.6, "1:00:00 h"),
-        (7325, "2:02:05 h"),
-    ],
-)
-def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said

@@ -6,12 +6,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-import pytest
-
 from support import front_door, projects
 from support.projects import Project
-from tasks.cli.commands import summary
-from tasks.execution.log import Entry
 
 OUTCOMES = ("computed", "reused", "fetched", "failed")
 
@@ -100,15 +96,6 @@ def test_summary(tmp_path: Path) -> None:
     assert counts(said["report"]) == {"computed": 2}
     of_stages = [counts(said[stage])["computed"] for stage in ("error", "report")]
     assert sum(of_stages) == len(reported.computed)
-
-
-@pytest.mark.parametrize(("took", "saved"), [(2.0, "0.0"), (0.25, "0.8")])
-def test_what_a_busy_machine_reuses_slowly_saves_nothing(took: float, saved: str) -> None:
-    def entry(outcome: str, seconds: float) -> Entry:
-        return Entry("run", "quantize:model:norm", outcome, "", 0.0, seconds, 0, 0, "thread")
-
-    history = [entry("computed", 1.0), entry("reused", took)]
-    assert summary.saved(history[1:], history).startswith(f"Time saved: {saved} s of work")
 
 
 def test_failures_are_named(tmp_path: Path) -> None:
