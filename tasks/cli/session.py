@@ -20,6 +20,7 @@ from tasks.cli.options import DEFAULT, Options
 from tasks.config.reader import Config
 from tasks.core.text import plural
 from tasks.core.workspace import Workspace
+from tasks.execution import place
 from tasks.execution.accept import Acceptor
 from tasks.execution.builder import Builder
 from tasks.execution.draft import Drafts
@@ -93,8 +94,10 @@ class Session:
             planner = Planner(store.memos, lambda target: lock.recall(store, target))
             plans = {name: planner.plan(target) for name, target in config.targets.items()}
             lock.check_plans(plans.values())
+            workspace = Workspace(config.path.parent)
+            for name in plans:
+                place.check_is_ours(workspace, name, locked=name in lock.targets)
             if_it_fails.pop_all()
-        workspace = Workspace(config.path.parent)
         run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
         memory = MemoryBudget(config.build.memory_bytes or machine_memory() // 2)
         log = Log(workspace.state / "log.jsonl")

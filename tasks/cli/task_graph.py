@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from tasks.cli.doit_adapter import is_up_to_date
 from tasks.cli.failures import values_or_failure
 from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck, is_unchanged, manifest_state
-from tasks.execution import fill, pack
+from tasks.execution import fill, pack, place
 from tasks.execution.pack import Packing
 from tasks.layouts import LAYOUTS, weight_suffixes
 from tasks.planning import bundle
@@ -174,7 +173,7 @@ class TaskGraph:
             "task_dep": [node.name for node in reversed(waits_for)],
             "targets": [str(manifest_path)],
             "uptodate": [check],
-            "clean": [(_remove, [folder, manifest_path])],
+            "clean": [(self._clean_pack, [plan])],
             "io": {"capture": False},
             "meta": {"plan": plan, "check": check},
         }
@@ -188,7 +187,9 @@ class TaskGraph:
             session.background_packer.taken(target) as begun,
         ):
             acceptance = session.acceptor.target(plan)
-            manifest = Packing(session.builder, plan, acceptance, begun).run(why)
+            stamps = self.database.get_values(f"pack:{target}").get("outputs") or {}
+            packing = Packing(session.builder, plan, acceptance, begun, stamps)
+            manifest = packing.run(why)
         acceptance.update_lock()
         bits = 8 * sum(
             tensor.nbytes
@@ -199,9 +200,16 @@ class TaskGraph:
             "outputs": fill.stamps(str(folder), list(manifest.tensors)),
             "size": sum(tensor.nbytes for tensor in manifest.tensors.values()),
             "bits_per_weight": bits / plan.weights,
-            "notes": [*manifest.notes, *acceptance.notes],
+            "notes": [*manifest.notes, *acceptance.notes, *packing.notes],
             "locked": session.lock.state(plan),
         }
+
+    def _clean_pack(self, plan: Plan) -> None:
+        """Remove what was built of a target; what people put there stays, and is named."""
+        workspace, target = self.session.builder.workspace, plan.target.name
+        stamps = self.database.get_values(f"pack:{target}").get("outputs") or {}
+        for note in place.clean(workspace, target, stamps):
+            print(note)
 
     def _folder(self, plan: Plan) -> Path:
         return self.session.builder.workspace.built(plan.target.name)
@@ -210,7 +218,7 @@ class TaskGraph:
         """Say how a target's folder and its lines in models.lock are not as they were left."""
         lock = self.session.lock
         folder = str(self._folder(plan))
-        if not pack.intact(folder, values.get("outputs") or {}):
+        if not pack.intact(folder, values.get("outputs") or {}, LAYOUTS[plan.target.layout].loaded):
             return [Reason(f"{folder} {NOT_LEFT}")]
         if lock.state(plan) != values.get("locked", ""):
             return [Reason(f"{lock.path.name} has another source or result than it built")]
@@ -224,9 +232,3 @@ def _large_first(plan: Plan) -> list[Node]:
     keep their order, which is that of the weight files that are begun behind them.
     """
     return sorted(plan.last, key=lambda node: node.layer not in plan.shared.large)
-
-
-def _remove(folder: Path, manifest_path: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
-    manifest_path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from cache.blobs import Part
 from cache.errors import BlobLost, CacheError
 from cache.records.manifests import Manifest, Tensor
 from tasks.core.errors import BuildError
-from tasks.execution import fill
+from tasks.execution import fill, place
 from tasks.execution.builder import Builder
 from tasks.execution.fill import Filling, PackedFolder
 from tasks.execution.resources import cores
@@ -48,7 +48,7 @@ class PackInProgress:
             with_blake3: whether the BLAKE3 of the files is wanted.
         """
         self.target = plan.target.name
-        self._new = fill.beside(builder.workspace.built(self.target))
+        self._new = fill.beside(place.folder_of(builder.workspace, self.target))
         self._blobs = builder.store.blobs
         self._tensors: dict[str, Tensor] = {}
         self._changed = threading.Condition()

@@ -7,21 +7,22 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from cache.digest import digest_file
 from cache.errors import BlobLost
 from cache.files import atomic, space, trash
 from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor
-from tasks.core.errors import BuildError
-from tasks.execution import fill
+from tasks.execution import fill, place
 from tasks.execution.builder import Builder
 from tasks.execution.early import PackInProgress
 from tasks.execution.fill import Filling, PackedFolder
-from tasks.layouts import weight_suffixes
+from tasks.execution.place import Contents, Stamps
+from tasks.layouts import LAYOUTS
 from tasks.planning import bundle
 from tasks.planning.bundle import Bundle
 from tasks.planning.node import Inputs
@@ -61,17 +62,36 @@ class Packing:
         plan: the target.
         acceptance: what may be built.
         begun: what was written of it already, if anything.
+        stamps: of the files of the last build, as far as they are known.
+        notes: for people: what was set aside.
     """
 
     builder: Builder
     plan: Plan
     acceptance: Acceptance
     begun: PackInProgress | None
+    stamps: Stamps = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def folder(self) -> Path:
+        """build/TARGET, links followed."""
+        return place.folder_of(self.builder.workspace, self.plan.target.name)
 
     @property
-    def folder(self) -> Path:
-        """build/TARGET."""
-        return self.builder.workspace.built(self.plan.target.name)
+    def _pending_path(self) -> Path:
+        """Where the manifest lies of what is about to take the folder's place."""
+        return self.builder.packed_path(self.plan.target.name).with_name("pack.next.json")
+
+    def _stamps(self, known: Mapping[str, Tensor]) -> Stamps:
+        """Return the stamps of the last build's files, of those that are among ``known``."""
+        last = Manifest.at(self.builder.packed_path(self.plan.target.name))
+        files = last.tensors if last else {}
+        return {name: s for name, s in self.stamps.items() if files.get(name) == known.get(name)}
+
+    @property
+    def _loaded(self) -> str:
+        return LAYOUTS[self.plan.target.layout].loaded
 
     def run(self, why: str) -> Manifest:
         """Bring the target's folder up to date.
@@ -95,17 +115,18 @@ class Packing:
                 self.acceptance.check(wanted.action)
                 found, record["outcome"] = builder.find(wanted.action)
                 known = found.manifest.tensors if isinstance(found, Hit) else {}
-                if isinstance(found, Hit) and _holds(self.folder, known):
+                there = Contents.of(self.folder, [known], self._stamps(known))
+                if isinstance(found, Hit) and set(there.kept) == set(known):
                     result = found.manifest
                     self.acceptance.accept(result, self._blake3(known))
+                    self.notes.extend(place.set_aside_loaded(there, self._loaded))
                 else:
-                    if self.folder.exists() and not path.exists():
-                        _refuse_to_replace(self.folder)
                     result = self._write(inputs, wanted, known, tuple(dict.fromkeys(notes)))
                     builder.store.actions.put(result)
                     if builder.store.sharing and known != result.tensors:
                         builder.store.sharing.push(result, None)
                 builder.publish(path, result)
+                self._pending_path.unlink(missing_ok=True)
                 return result
         finally:
             builder.drafts.end(plan.target.name)
@@ -131,6 +152,8 @@ class Packing:
             meter.written += filled.written
             result = Manifest(wanted.action, filled.files, notes)
             self.acceptance.accept(result, filled.blake3)
+            self.notes.extend(place.keep(self._there(filled.files), new, self._loaded))
+            builder.publish(self._pending_path, result)  # lest a kill makes it nobody's
             _exchange(new, self.folder)
         except OSError as error:
             if space.is_full(error):
@@ -139,6 +162,21 @@ class Packing:
         finally:
             trash.discard(new, builder.workspace.trash)  # the old one, once they are exchanged
         return result
+
+    def _there(self, new: Mapping[str, Tensor]) -> Contents:
+        """Return what lies in the folder: of the last build, of ``new`` if none is on record.
+
+        Raises:
+            BuildError: it was never built here.
+        """
+        target = self.plan.target.name
+        last = Manifest.at(self.builder.packed_path(target))
+        pending = Manifest.at(self._pending_path)
+        builds = [each.tensors for each in (last, pending) if each]
+        there = Contents.of(self.folder, [*builds, new], self.stamps if last else None)
+        if not builds and there.changed:
+            raise place.not_ours(self.builder.workspace.built(target), there.changed)
+        return there
 
     def _filled(self, inputs: Inputs, filling: Filling) -> PackedFolder:
         """Fill the new folder: by what was begun, if that is of the same, or from the cache."""
@@ -171,41 +209,16 @@ class Packing:
         return fill.fill(filling, places.__getitem__)
 
 
-def intact(folder: str, outputs: dict[str, list[int]]) -> bool:
-    """Tell whether a built model is as it was left, with no weight file besides.
-
-    Clients would load such a file too: mlx_lm.load takes every model*.safetensors.
+def intact(folder: str, outputs: dict[str, list[int]], loaded: str) -> bool:
+    """Tell whether a built model is as it was left, with nothing besides that clients would load.
 
     Args:
         folder: build/TARGET.
         outputs: the files' stamps when they were built.
+        loaded: the layout's pattern of what clients load.
     """
-    suffixes = weight_suffixes()
     return fill.intact_files(folder, outputs) and not any(
-        name.endswith(suffixes) and name not in outputs for name in os.listdir(folder)
-    )
-
-
-def _refuse_to_replace(folder: Path) -> None:
-    """Refuse to remove what was never built here.
-
-    Raises:
-        BuildError: the folder holds something, and no model.
-    """
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists()):
-        raise BuildError(
-            f"{folder} is in the way: it is no model that was built. Move it, or rename the target."
-        )
-
-
-def _holds(folder: Path, tensors: dict[str, Tensor]) -> bool:
-    """Tell whether a folder has exactly the files of a build, by their digests."""
-    if not folder.is_dir() or {p.name for p in folder.iterdir()} != set(tensors):
-        return False
-    return all(
-        (folder / name).stat().st_size == tensor.nbytes
-        and digest_file(folder / name) == tensor.digest
-        for name, tensor in tensors.items()
+        fnmatchcase(name, loaded) and name not in outputs for name in os.listdir(folder)
     )
 
 

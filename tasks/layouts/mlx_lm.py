@@ -24,6 +24,7 @@ from tasks.layouts.safetensors_format import SAFETENSORS
 
 weight_format = SAFETENSORS
 default_shard_bytes = 5 << 30  # the peer's own limit
+loaded = "model*.safetensors"
 _MAKING = threading.Lock()  # transformers cannot be imported by two threads at once
 # What a tokenizer may be made of, by transformers' own file names, and code that goes with it.
 TOKENIZER = (

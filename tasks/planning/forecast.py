@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 from cache.digest import digest_record
@@ -19,6 +20,7 @@ from cache.records.manifests import Action, Manifest, Tensor, TensorSpec
 from cache.store import Store
 from tasks.core.errors import BuildError
 from tasks.core.workspace import Workspace
+from tasks.layouts import LAYOUTS
 from tasks.planning import bundle, sizes
 from tasks.planning.bundle import Bundle
 from tasks.planning.lockfile import Lock
@@ -517,8 +519,11 @@ class Forecast:
         folder = self._build.workspace.built(target)
         if not folder.is_dir() or (last and last.tensors != packed.tensors):
             return False
-        there = {path.name: path.stat().st_size for path in folder.iterdir()}
-        return there == {name: tensor.nbytes for name, tensor in packed.tensors.items()}
+        loaded = LAYOUTS[plan.target.layout].loaded
+        if any(path.name not in packed.tensors for path in folder.glob(loaded)):
+            return False
+        sizes = {name: tensor.nbytes for name, tensor in packed.tensors.items()}
+        return all(_size(folder / name) == size for name, size in sizes.items())
 
     def _traffic(self, plan: Plan, node: Node) -> Traffic:
         if self._quick:
@@ -540,6 +545,10 @@ class Forecast:
         self.steps[node.name] = Step(
             node.name, node.target, node.stage.name, node.layer, state, tuple(why), certain, moved
         )
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _passed_on(node: Node, inputs: Inputs) -> dict[str, Tensor]:

@@ -1,0 +1,195 @@
+"""What people put into build/, or have there already, is never lost, and is told of."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from support import projects
+from support.inside import doit
+from support.projects import FOUR_BIT, Project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return projects.create(tmp_path / "p", "huggingface", **FOUR_BIT)
+
+
+@pytest.fixture
+def built(project: Project) -> Project:
+    doit(project.folder)
+    return project
+
+
+def folder(project: Project) -> Path:
+    return project.folder / "build" / "model"
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def somebodys_model(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    (path / "model.safetensors").write_bytes(b"of another tool")
+
+
+def somebodys_notes(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "notes.txt").write_text("mine")
+
+
+def a_file(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("mine")
+
+
+@pytest.mark.parametrize("make", [somebodys_model, somebodys_notes, a_file])
+@pytest.mark.parametrize("command", [(), ("pack:model",), ("clean", "pack"), ("plan",)])
+def test_what_was_never_built_here(project: Project, make, command: tuple[str, ...]) -> None:
+    """It is refused before any work, and neither a build nor `doit clean` touches it."""
+    make(folder(project))
+    whole = folder(project) if folder(project).is_dir() else folder(project).parent
+    before = contents(whole)
+    done = doit(project.folder, *command, expect=None)
+    assert done.entries == []
+    assert done.returncode != 0 or command[:1] == ("clean",)
+    said = done.stdout + done.stderr
+    assert "build/model" in said
+    assert "was not built here" in said or "it is a file" in said
+    assert contents(whole) == before
+
+
+def test_a_link_to_nowhere(project: Project) -> None:
+    folder(project).parent.mkdir()
+    folder(project).symlink_to("/nonexistent/models/model")
+    done = doit(project.folder, expect=3)
+    assert "build/model is a link to /nonexistent/models/model, which does not exist" in done.stderr
+    assert done.entries == []
+
+
+@pytest.mark.parametrize("what", ["build", "model"])
+def test_a_link_is_followed(project: Project, tmp_path: Path, what: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link = folder(project) if what == "model" else folder(project).parent
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(elsewhere)
+    doit(project.folder)
+    project.configure(quantize={"bits": 8})
+    doit(project.folder)
+    assert link.is_symlink()
+    real = elsewhere if what == "model" else elsewhere / "model"
+    assert json.loads((real / "config.json").read_text())["quantization"]["bits"] == 8
+    assert project.built() == project.anew()
+    assert "nothing to do" in doit(project.folder).stdout
+
+
+ADDED = {
+    "notes.txt": b"mine",
+    ".DS_Store": b"the Finder's",
+    "._model.safetensors": b"macOS's, on exFAT",
+    ".cache/huggingface/download/x.metadata": b"the hub's",
+    "mtp.safetensors": b"loaded by none",
+    "sub/model.safetensors": b"nor this",
+}
+
+
+def test_what_people_add_is_carried_over(built: Project) -> None:
+    """It is no reason to build again, and lies in the folder that takes the old one's place."""
+    for name, data in ADDED.items():
+        path = folder(built) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (folder(built) / "link").symlink_to("notes.txt")
+    assert "nothing to do" in doit(built.folder).stdout
+    built.configure(quantize={"bits": 8}, max_shard_size="200kB")
+    doit(built.folder)
+    for name, data in ADDED.items():
+        assert (folder(built) / name).read_bytes() == data
+    assert os.readlink(folder(built) / "link") == "notes.txt"
+    shown = {name for name in built.built() if name not in ADDED and name != "link"}
+    assert shown == built.anew().keys()
+    assert not folder(built).with_name("model~aside").exists()
+
+
+def test_what_clients_would_load_is_set_aside(built: Project) -> None:
+    stranger = folder(built) / "model-old.safetensors"
+    stranger.write_bytes(b"of another model")
+    done = doit(built.folder)
+    aside = built.folder / "build" / "model~aside" / "model-old.safetensors"
+    assert "model-old.safetensors was added to the model, and clients would load it" in done.stdout
+    assert "build/model~aside/model-old.safetensors" in done.stdout
+    assert aside.read_bytes() == b"of another model"
+    assert not stranger.exists()
+    assert "nothing to do" in doit(built.folder).stdout
+
+
+@pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_edited_file_is_kept_aside(built: Project, name: str, bits: int) -> None:
+    """Whether anything else changed or not; twice, so that neither edit is lost."""
+    for number, text in enumerate((b"edited", b"edited again")):
+        path = folder(built) / name
+        path.unlink()
+        path.write_bytes(text)
+        built.configure(quantize={"bits": bits + number * (4 if bits == 4 else -2)})
+        done = doit(built.folder)
+        assert f"{name} was changed by hand and is made again" in done.stdout
+        assert 'files = "FOLDER"' in done.stdout
+    aside = built.folder / "build" / "model~aside"
+    assert (aside / name).read_bytes() == b"edited"
+    assert (aside / f"{name}.1").read_bytes() == b"edited again"
+    assert built.built() == built.anew()
+
+
+def test_an_added_file_whose_name_a_build_takes(built: Project) -> None:
+    (folder(built) / "model-00001-of-00004.txt").write_text("not this")
+    (folder(built) / "model.safetensors.index.json").unlink()
+    (folder(built) / "model.safetensors.index.json").mkdir()
+    (folder(built) / "model.safetensors.index.json" / "mine").write_text("mine")
+    done = doit(built.folder)
+    aside = built.folder / "build" / "model~aside"
+    assert (aside / "model.safetensors.index.json" / "mine").read_text() == "mine"
+    assert "model.safetensors.index.json/mine was added" in done.stdout
+    assert (folder(built) / "model-00001-of-00004.txt").read_text() == "not this"
+
+
+def test_clean_removes_what_was_built_alone(built: Project) -> None:
+    (folder(built) / "notes.txt").write_text("mine")
+    (folder(built) / "README.md").unlink()
+    (folder(built) / "README.md").write_text("edited")
+    done = doit(built.folder, "clean", "pack")
+    assert contents(folder(built)) == {"notes.txt": b"mine", "README.md": b"edited"}
+    assert "README.md, notes.txt stays" in done.stdout
+    shutil.rmtree(folder(built))
+    doit(built.folder)
+    doit(built.folder, "clean", "pack")
+    assert not folder(built).exists()
+
+
+def test_the_records_may_be_removed(built: Project) -> None:
+    """What lies in build/ is what comes out again, so that nothing is lost."""
+    before = built.built()
+    (folder(built) / "notes.txt").write_text("mine")
+    shutil.rmtree(built.state)
+    doit(built.folder)
+    assert (folder(built) / "notes.txt").read_text() == "mine"
+    (folder(built) / "notes.txt").unlink()
+    assert built.built() == before
+
+
+def test_the_records_were_removed_and_something_else_lies_there(built: Project) -> None:
+    shutil.rmtree(built.state)
+    built.configure(quantize={"bits": 8})
+    before = contents(folder(built))
+    done = doit(built.folder, expect=1)
+    assert "was not built here, as far as is on record" in done.stderr + done.stdout
+    assert contents(folder(built)) == before
