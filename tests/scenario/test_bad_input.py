@@ -21,6 +21,8 @@ import torch
 from doit.exceptions import InvalidDodoFile
 from safetensors.torch import save_file
 
+from cache.digest import digest
+from cache.records.manifests import Action, Manifest, Tensor
 from cache.records.memos import Memos
 from support import checkpoints, inside
 from support.front_door import Finished
@@ -30,6 +32,7 @@ from tasks.checkpoints.headers import headers
 from tasks.checkpoints.stored import Stored
 from tasks.cli.session import Session
 from tasks.core.errors import CheckpointError
+from tasks.core.workspace import Workspace
 
 HAS_GPU = mx.metal.is_available() or mx.cuda.is_available()
 OLD = b"the last build"
@@ -62,6 +65,12 @@ class Project:
         (self.folder / "build" / "a").mkdir(parents=True)
         (self.folder / "build" / "a" / "model.safetensors").write_bytes(OLD)
         (self.folder / "build" / "a" / "config.json").write_bytes(b"{}")
+        # The record of it, so that it is ours to replace.
+        files = {"model.safetensors": OLD, "config.json": b"{}"}
+        tensors = {n: Tensor("uint8", (len(data),), digest(data)) for n, data in files.items()}
+        record = Workspace(self.folder).packed("a")
+        record.parent.mkdir(parents=True)
+        record.write_bytes(Manifest(Action("pack", 1, {}, {}), tensors).to_bytes())
 
     def says(self, toml: str) -> None:
         """Write `models.toml`; `@NAME` is the folder of a shared checkpoint.
@@ -1127,7 +1136,7 @@ def test_a_cache_that_a_build_would_remove(project: Project) -> None:
 
 
 def test_a_folder_that_was_never_built(project: Project) -> None:
-    (project.folder / "build" / "a" / "config.json").unlink()
+    Workspace(project.folder).packed("a").unlink()
     (project.folder / "build" / "a" / "thesis.txt").write_text("years of work")
     project.says(MODEL)
-    project.refuses("build/a is in the way", "Move it, or rename the target", status=1)
+    project.refuses("build/a was not built here", "thesis.txt", "Move it, or rename the target")
