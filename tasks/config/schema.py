@@ -68,6 +68,8 @@ def schema() -> Schema:
         "if": {"properties": {"defaults": {"required": ["source"]}}, "required": ["defaults"]},
         "else": {"properties": {"models": {"additionalProperties": {"required": ["source"]}}}},
     }
+    bits = {number for mode in MODES for number in modes.numbers(mode)[1]}
+    tables["Matrix"]["properties"]["bits"]["items"] = {"enum": sorted(bits)}
     tables["Quantize"] |= _quantize()
     tables["Rule"] |= _rule()
     return {
@@ -246,7 +248,7 @@ tasks/config/tables.py: change those. -->
 
 The models to build. `doit` reads it from the current folder, or from where `doit models=PATH` says.
 An unknown key, a value that is none of the valid ones, or two that do not go together: each is an
-error before any work, with the line, the nearest valid word and the mend.
+error before any work, with the line, the nearest valid word and the mend; all of them at once.
 
 ```toml
 [cache]

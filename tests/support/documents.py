@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tasks.config.keys import Key, keys_of
-from tasks.config.tables import Build, Cache
+from tasks.config.tables import Build, Cache, Matrix
 from tasks.core import spec
 from tasks.core.spec import MODES
 from tasks.tensors import modes
@@ -23,6 +23,7 @@ BUILD = keys_of(Build)
 MODEL = keys_of(spec.Settings)
 QUANTIZE = keys_of(spec.Quantize)
 RULE = keys_of(spec.Rule)
+MATRIX = keys_of(Matrix)
 
 # With a key on each line.
 EXAMPLE = """\
@@ -146,7 +147,13 @@ def right(draw: st.DrawFn) -> Table:
             },
         )
     )
-    return {**document, "models": draw(_models("source" not in document.get("defaults", {})))}
+    defaults = document.get("defaults", {})
+    models = draw(_models("source" not in defaults))
+    for model in models.values():
+        if not {**defaults, **model}.get("quantize") and draw(st.booleans()):
+            bits = st.sampled_from([2, 3, 6])  # others might be a variant's name
+            model["matrix"] = {"bits": draw(st.lists(bits, unique=True))}
+    return {**document, "models": models}
 
 
 # One mistake
@@ -161,6 +168,7 @@ WRONG: dict[str, list[Any]] = {
     "URL": [5, [], "", "bucket/a", "ftp://host", "S3://b", "s3://", "https:///a", "https://u:p@h",
             "https://h:port", "s3://k@b", "az://c/a?sig=s", "gs://b/#", "file://a/b", "s3://b/a c"],
     "number": [0, 7, 5.5, "4", True, []],
+    "numbers": [4, [0], [4, 7], [5.5], ["4"], [True], {}],
     "text": [5, "", [], True],
     "switch": [0, "yes", []],
     "table": [True, 4, "4", [],
@@ -183,6 +191,7 @@ def _tables(document: Table) -> Iterator[tuple[Table, Mapping[str, Key]]]:
             yield document[name], known
     models = list(document["models"].values())
     variants = [table for model in models for table in model.get("variants", {}).values()]
+    yield from ((model["matrix"], MATRIX) for model in models if "matrix" in model)
     for table in (*models, *variants, *filter(None, [document.get("defaults")])):
         yield table, MODEL
         if quantize := table.get("quantize"):
@@ -227,6 +236,8 @@ WORDS = (
     *MODEL,
     *QUANTIZE,
     *RULE,
+    *MATRIX,
+    "matrix",
     *(word for key in (*MODEL.values(), *CACHE.values()) for word in key.valid),
     *spec.RECIPES,
     *spec.MODES,
