@@ -186,7 +186,7 @@ def _ask(question: dict[str, Any], library: str, folder: Path) -> dict[str, Any]
         if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict
             raise BuildError(f"{folder}: {answer['error']}")
         # A library's own verdicts are ValueErrors; left-out modules can show as any other.
-        if answer["kind"] == "ValueError":
+        if answer["kind"] in ("ValueError", "SystemExit"):
             break
     name = LIBRARIES[library].DISTRIBUTION
     raise ArchitectureError(

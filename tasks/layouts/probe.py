@@ -12,9 +12,11 @@ LIBRARY``, question on standard input, answer on standard output).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import io
 import json
 import re
 import sys
@@ -48,13 +50,18 @@ def answer(question: dict[str, Any], library: Library) -> dict[str, Any]:
 
     functions = {name: getattr(mx, name) for name in ("load", "stack", "concatenate")}
     random = {name: getattr(mx.random, name) for name in ("uniform", "normal")}
+    printed = io.StringIO()  # standard output is the answer's
     modules = {n: sys.modules.pop(n) for n in list(sys.modules) if _is_replaced(n, library)}
     try:
         if question["light"]:
             _leave_out_heavy_modules(library)
-        for name in library.MODULES:
-            importlib.import_module(name)
-        return _answer(question, library, mx)
+        with contextlib.redirect_stdout(printed):
+            for name in library.MODULES:
+                importlib.import_module(name)
+            return _answer(question, library, mx)
+    except SystemExit as error:  # a model's module that lacks a package says so and leaves
+        said = printed.getvalue().strip()
+        return {"error": f"{said or 'nothing'} (exit status {error.code}).", "kind": "SystemExit"}
     except Exception as error:  # whatever the library raises is its verdict on the checkpoint
         return {"error": str(error), "kind": type(error).__name__}
     finally:
@@ -297,7 +304,11 @@ def _after_quantizing(mx: Any, module: Any) -> list[str]:
         names = [n for n, _ in _flat(module.parameters())]
         at = names.index("weight") + 1
         return [*names[:at], "scales", "biases", *names[at:]]
-    names = [n for n, _ in _flat(module.to_quantized(group_size=32, bits=4).parameters())]
+    try:  # as mlx.nn.quantize calls it, by convert and again by load
+        quantized = module.to_quantized(group_size=32, bits=4, mode="affine")
+    except TypeError:  # one that was written before there were modes
+        return []
+    names = [n for n, _ in _flat(quantized.parameters())]
     held = {n for n, _ in _flat(module.parameters())}
     return names if set(names) == held | {"scales", "biases"} else []
 

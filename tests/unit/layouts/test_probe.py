@@ -1,9 +1,18 @@
 """What tells a tensor that `sanitize` only renames from one that it computes."""
 
+import importlib
+from pathlib import Path
+
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
-from tasks.layouts import probe
+from cache.store import Store
+from support import checkpoints
+from tasks.checkpoints import loaders
+from tasks.checkpoints.folder import FolderSource
+from tasks.core.errors import ArchitectureError
+from tasks.layouts import architecture, probe
 
 
 @pytest.fixture
@@ -64,3 +73,28 @@ def test_what_many_computed_tensors_are_made_of(many: dict[str, mx.array]) -> No
     computed["renamed.weight"] = many["layers.48.2"].reshape(2, 2)
     made_of["renamed.weight"] = ["layers.48.2"]
     assert probe._inputs_reached(mx, many, computed) == made_of
+
+
+class Fused(nn.Linear):
+    """As afm7's: its `to_quantized` knows no modes, and neither convert nor load can call it."""
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> nn.Module:
+        return super().to_quantized(group_size, bits)
+
+
+def test_a_module_that_only_we_could_quantize() -> None:
+    assert probe._after_quantizing(mx, Fused(64, 32)) == []
+    with pytest.raises(TypeError, match="mode"):
+        nn.quantize(nn.Sequential(Fused(64, 32)), 64, 4)
+    names = probe._after_quantizing(mx, nn.Linear(64, 32))
+    assert names == ["weight", "scales", "biases", "bias"]
+
+
+def test_a_module_of_mlx_lm_that_exits(tmp_path: Path) -> None:
+    """As olmo's, without a package of its own: it prints what is missing, and calls sys.exit."""
+    with pytest.raises(SystemExit):
+        importlib.import_module("mlx_lm.models.olmo")
+    checkpoint = checkpoints.make("llama", tmp_path / "checkpoint", model_type="olmo")
+    read = loaders.read(FolderSource(checkpoint), None, Store.at(tmp_path / "cache").memos)
+    with pytest.raises(ArchitectureError, match=r"says: To run olmo install ai2-olmo: .* status 1"):
+        architecture.model(read, Store.at(tmp_path / "cache").memos, "mlx-lm")
