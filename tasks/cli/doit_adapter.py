@@ -1,7 +1,7 @@
 """doit_adapter: all that mlx-make takes from doit beyond what doit documents.
 
-Whatever stands here may change in any release of doit: tests/test_doit_adapter.py says for each
-name what it must do, and pyproject.toml admits only releases with which that test was seen to pass.
+Whatever stands here may change in any release of doit: tests/contract/test_doit_adapter.py says for
+each name what it must do, and pyproject.toml admits only releases with which that was seen to hold.
 """
 
 from __future__ import annotations

@@ -198,6 +198,30 @@ def test_one_that_waits_can_be_stopped(tmp_path: Path) -> None:
     assert project.built() == project.anew()
 
 
+def test_a_background_job(tmp_path: Path) -> None:
+    """It was started with SIGINT ignored, and so goes on; SIGTERM ends it, in whatever it is."""
+    project = create(tmp_path, "meta", **FOUR_BIT)
+    go, mark = tmp_path / "go", tmp_path / "mark"
+    held = {"hold": [f"{os.sep}actions{os.sep}", str(mark), str(go)]}
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = start(project, hook=held)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for(mark.exists, process)
+    process.send_signal(signal.SIGINT)
+    second = start(project)
+    assert second.stderr.readline().startswith("waiting for doit")
+    assert process.poll() is None
+    process.terminate()
+    output = "".join(process.communicate(timeout=DEADLINE_SECONDS))
+    assert process.returncode == STATUS[signal.SIGTERM], output
+    assert "interrupted: " in output
+    second.communicate(timeout=DEADLINE_SECONDS)
+    assert second.returncode == 0
+    assert project.built() == project.anew()
+
+
 def test_one_that_is_killed_holds_nobody_up(tmp_path: Path) -> None:
     project = create(tmp_path, "huggingface", **FOUR_BIT)
     mark, go = tmp_path / "mark", tmp_path / "go"
