@@ -5,6 +5,7 @@ What it does is told, as JSON, by the environment variable MLX_MAKE_TEST_HOOK:
     {"under": FOLDER}                   an event is a file below it opened, renamed, made, removed
     {"record": FILE}                    at exit: write what was opened, imported, how many events
     {"kill": [COUNT, SIGNAL]}           at an event of that number: send oneself that signal
+    {"fail": [COUNT, ERRNO]}            at an event of that number: the system refuses it
     {"full": [COUNT, NAME]}             from then on events of that name meet a full disk; of
                                         "open", those that may make a file
     {"free": BYTES}                     what shutil.disk_usage says is free
@@ -46,7 +47,7 @@ class Hook:
         self.lock = threading.Lock()
         self.meeting = threading.Barrier(2)
         self.meetings = collections.Counter()
-        self.acts = [getattr(self, name) for name in ("kill", "full", "hold", "meet")
+        self.acts = [getattr(self, name) for name in ("kill", "fail", "full", "hold", "meet")
                      if name in told]  # fmt: skip
 
     def __call__(self, event, args):
@@ -73,6 +74,11 @@ class Hook:
         at, signal = self.told["kill"]
         if number == at:
             os.kill(os.getpid(), signal)
+
+    def fail(self, number, event, path, args):
+        at, cause = self.told["fail"]
+        if number == at:
+            raise OSError(cause, os.strerror(cause), path)
 
     def full(self, number, event, path, args):
         start, name = self.told["full"]
