@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -164,6 +165,7 @@ def test_names_of_weight_files(name: str) -> None:
         names = layout.shard_names(count)
         assert len({*names}) == count
         assert all(file.endswith(layout.weight_format.suffix) for file in names)
+        assert all(fnmatchcase(file, layout.loaded) for file in names)
         if count < 100:
             assert names == sorted(names)
     assert layout.weight_format.suffix in weight_suffixes()

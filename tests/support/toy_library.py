@@ -15,6 +15,7 @@ from support.raw_layout import (  # noqa: F401 (the rest of the layout)
     check,
     default_shard_bytes,
     files,
+    loaded,
     shard_names,
     sources,
     weight_format,
