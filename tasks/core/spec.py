@@ -5,6 +5,7 @@ it; ``key`` says the rest. Messages, the JSON Schema and the reference page all 
 """
 
 # Annotations are evaluated here, not left as text: msgspec would evaluate them in every run.
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
@@ -282,6 +283,16 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             example="2GiB",
         ),
     ] = field(name="max_shard_size", default=None)
+    files: Annotated[
+        Path | None,
+        key(
+            "A folder of files that are laid over the built model: a README.md, a chat template, "
+            "a tokenizer or config.json of your own; files in its folders too.",
+            default="none",
+            change="pack alone, which computes nothing",
+            example="extra",
+        ),
+    ] = None
 
 
 class SourceSpec(Struct, frozen=True):

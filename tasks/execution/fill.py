@@ -124,7 +124,9 @@ def fill(filling: Filling, find: Find) -> PackedFolder:
             written += path.stat().st_size
     files = {file: made[file] if file in made else filling.known[file] for file in weights}
     for name, data in filling.bundle.small.items():
-        (filling.folder / name).write_bytes(data)
+        path = filling.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)  # of a file laid over
+        path.write_bytes(data)
         files[name] = Tensor("uint8", (len(data),), digest(data))
         written += len(data)
     known = {file: hashers[file].hexdigest() for file in made if file in hashers}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from tasks.planning.node import Inputs, Node, total
 from tasks.planning.plan import Plan
 
 VERSION = 1
+LAID_OVER_BYTES = 256 << 20
 
 
 T = TypeVar("T", Tensor, TensorSpec)
@@ -92,6 +94,7 @@ class Bundle:
         sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in weights.values()]
         small = layout.files(plan.checkpoint, memos, sizes, plan.weights)
         small["config.json"] = json.dumps(plan.config, indent=4).encode()
+        small |= laid_over(plan)
         params = {
             "format": layout.weight_format.name,
             "weights": {file: [name for name, _ in shard] for file, shard in weights.items()},
@@ -111,6 +114,32 @@ class Bundle:
         return self.weights_nbytes + sum(map(len, self.small.values()))
 
 
+def laid_over(plan: Plan) -> dict[str, bytes]:
+    """Return the files that models.toml has laid over a built model, by their paths in it.
+
+    Raises:
+        BuildError: one would be a weight file, or is too large to be one of the small files.
+    """
+    folder, loaded = plan.target.files, LAYOUTS[plan.target.layout].loaded
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.rglob("*")) if folder else ():
+        if not folder or not path.is_file() or path.name == ".DS_Store":
+            continue
+        name = str(path.relative_to(folder))
+        if fnmatchcase(name, loaded):
+            raise BuildError(
+                f"{plan.target.name}: {path} would be loaded as weights, which files = … cannot "
+                "bring. Take it away, or rename it."
+            )
+        if (size := path.stat().st_size) > LAID_OVER_BYTES:
+            raise BuildError(
+                f"{plan.target.name}: {path} has {size:,} bytes, more than {LAID_OVER_BYTES:,}: "
+                "files = … is for small files. Put it into the built folder yourself: it stays."
+            )
+        found[name] = path.read_bytes()
+    return found
+
+
 def params(plan: Plan) -> dict[str, Any]:
     """Return what a target's packing depends on, short enough to be kept and shown."""
     return {
@@ -120,7 +149,12 @@ def params(plan: Plan) -> dict[str, Any]:
         "config.json": digest(json.dumps(plan.config).encode()),
         "names of tensors": digest_record(plan.names),
         "notes": digest_record(plan.notes),
+        **({"files": _digests(laid_over(plan))} if plan.target.files else {}),
     }
+
+
+def _digests(files: Mapping[str, bytes]) -> str:
+    return digest_record({name: digest(data) for name, data in files.items()})
 
 
 def whole_files(blobs: Blobs, bundle: Bundle, known: Mapping[str, Tensor]) -> dict[str, Path]:

@@ -30,7 +30,7 @@ from tasks.checkpoints.loaders import weight_patterns
 from tasks.core.errors import BuildError, CheckpointError, ConfigError
 from tasks.core.program import COMMAND
 from tasks.core.spec import Target
-from tasks.planning import source_record
+from tasks.planning import bundle, source_record
 from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource
 from tasks.stages.stage import COMPUTER
@@ -427,8 +427,10 @@ def settings(plan: Plan) -> str:
         for stage in plan.stages.values() for n in stage
     ]  # fmt: skip
     target = plan.target
+    laid_over = [bundle.params(plan)["files"]] if target.files else []
+    shards = target.max_shard_bytes
     return digest_record(
-        [target.layout, target.max_shard_bytes, plan.names, json.dumps(plan.config), nodes]
+        [target.layout, shards, plan.names, json.dumps(plan.config), nodes, *laid_over]
     )
 
 

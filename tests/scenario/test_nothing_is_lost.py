@@ -193,3 +193,41 @@ def test_the_records_were_removed_and_something_else_lies_there(built: Project) 
     done = doit(built.folder, expect=1)
     assert "was not built here, as far as is on record" in done.stderr + done.stdout
     assert contents(folder(built)) == before
+
+
+def test_files_laid_over_the_model(built: Project) -> None:
+    """A folder of one's own is where changes last; another file in it, or one less, is noticed."""
+    extra = built.folder / "extra"
+    (extra / "sub").mkdir(parents=True)
+    (extra / "README.md").write_text("my card")
+    (extra / "sub" / "notes.txt").write_text("mine")
+    weights = built.built()["model.safetensors"]
+    built.configure(files="extra")
+    assert {entry["task"] for entry in doit(built.folder).entries} == {"pack:model"}
+    assert (folder(built) / "README.md").read_text() == "my card"
+    assert (folder(built) / "sub" / "notes.txt").read_text() == "mine"
+    assert built.built()["model.safetensors"] == weights
+    assert "nothing to do" in doit(built.folder).stdout
+    (extra / "README.md").write_text("my other card")
+    assert "files changed" in doit(built.folder, "plan", expect=1).stdout
+    doit(built.folder)
+    assert (folder(built) / "README.md").read_text() == "my other card"
+    (extra / "sub" / "notes.txt").unlink()
+    doit(built.folder)
+    assert not (folder(built) / "sub").exists()
+    assert not (built.folder / "build" / "model~aside").exists()
+    built.configure(files=None)
+    doit(built.folder)
+    assert "by mlx-make" in (folder(built) / "README.md").read_text()
+
+
+def test_files_that_cannot_be_laid_over(built: Project) -> None:
+    before = built.built()
+    built.configure(files="extra")
+    assert "files is" in doit(built.folder, expect=3).stderr
+    (built.folder / "extra").mkdir()
+    (built.folder / "extra" / "model-mine.safetensors").write_bytes(b"weights")
+    done = doit(built.folder, expect=None)
+    assert done.returncode
+    assert "model-mine.safetensors would be loaded as weights" in done.stdout + done.stderr
+    assert built.built() == before
