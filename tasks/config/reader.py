@@ -187,7 +187,7 @@ class _Reader:
                 "source_name": SourceName(keys["source"] + loader),
                 "max_shard_bytes": settings.max_shard_bytes
                 or Size(LAYOUTS[settings.layout].default_shard_bytes),
-                "files": settings.files and self.laid_over(settings.files, (*at, "files")),
+                "files": settings.files and self.folder / settings.files,
             },
             name=name,
             source=source,
@@ -202,13 +202,6 @@ class _Reader:
         for mistake in values.wrong_numbers(quantize):
             if mistake.at == ("bits",):
                 self.mistakes.note(mistake.fact, at, mistake.mend)
-
-    def laid_over(self, folder: Path, at: At) -> Path:
-        """Return the folder whose files are laid over a built model; note it if there is none."""
-        folder = self.folder / folder
-        if not folder.is_dir():
-            self.mistakes.note(f"is {folder}, which is no folder", at, "make it, or drop the key")
-        return folder
 
     def check_cache_folder(self, folder: Path) -> None:
         """Note what is wrong with the cache's folder."""

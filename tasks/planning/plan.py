@@ -12,7 +12,7 @@ from cache.digest import canonical
 from cache.records.memos import Memos
 from tasks.checkpoints import loaders, sources
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.core.errors import BuildError
+from tasks.core.errors import BuildError, ConfigError
 from tasks.core.spec import SourceSpec, Target
 from tasks.layouts import LAYOUTS, architecture
 from tasks.layouts.model import Model, Module, Parameter, layer_names
@@ -170,6 +170,8 @@ class Planner:
         shared = self._share(target)
         checkpoint, model = shared.checkpoint, shared.model
         layout.check(target, model)
+        if target.files and not target.files.is_dir():
+            raise ConfigError(f"files is {target.files}, which is no folder. Make it, or name one.")
         scheme = quantize_scheme.plan(model, target.quantize or None)
         config = layout.config(target, model, scheme.config)
         dtype = target.dtype or layout.default_dtype(checkpoint, model)
