@@ -45,8 +45,8 @@ class Cuts:
             told = {"fail": [at, getattr(errno, harm)]}
         process = start(project, hook={"under": str(project.folder), **told})
         said = "".join(process.communicate(timeout=DEADLINE_SECONDS))
-        wrong = [*self.wrong(project, harm, process.returncode, said, before)]
         built = project.built()
+        wrong = [*self.wrong(project, harm, process.returncode, said, before)]
         if wrong:
             detail = f"{harm} at event {at} of {source}, seed {seed}: {'; '.join(wrong)}\n{said}"
             return "wrong", detail
