@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from cache import folder
 from cache.errors import CacheError
 from cache.files import own
 
@@ -46,8 +47,12 @@ class Lock:
 
     @contextmanager
     def using(self) -> Iterator[None]:
-        """Hold the lock with others who use files. Not to be taken again in the block."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        """Hold the lock with others who use files. Not to be taken again in the block.
+
+        Raises:
+            NotACache: the folder holds something else.
+        """
+        folder.claim(self.root)
         with ExitStack() as held:
             # No build fails for want of locks: nobody can hold them alone there either.
             with suppress(NoLocks), self._held("turn", fcntl.LOCK_SH):
@@ -60,7 +65,9 @@ class Lock:
 
         Raises:
             NoLocks: the file system has none.
+            NotACache: the folder holds something else.
         """
+        folder.claim(self.root)
         with (
             self._held("turn", fcntl.LOCK_EX),
             self._held("lock", fcntl.LOCK_EX, waiting),

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cache import folder
 from cache.blobs import Blobs
 from cache.files import atomic
 from cache.lock import Lock
 from cache.records.actions import Actions
 from cache.records.memos import Memos
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a floor below; its imports take 15 ms where there is no remote
     from cache.remote.sharing import Sharing
 
 
@@ -45,7 +46,11 @@ class Store:
         Args:
             root: the folder.
             read_only: looking things up leaves nothing behind.
+
+        Raises:
+            NotACache: the folder holds something else.
         """
+        folder.check(root)
         if not read_only:
             atomic.sweep(root / "blobs")
         blobs = Blobs(root / "blobs", read_only=read_only)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from cache import folder
 from cache.blobs import Blobs, Part
 from cache.files import atomic
 from cache.records.kinds import RecordKind
@@ -18,6 +19,7 @@ from cache.records.manifests import Manifest
 from cache.records.sealed import Damaged
 
 CORRUPT = "corrupt"  # the folder to which `verify` moves what is
+_FOLDERS = ("blobs", "actions", "memos", CORRUPT)  # nothing beside them is ever looked at
 _KEYS = {
     "blob": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})",
     "reference": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})\.parts",
@@ -121,10 +123,14 @@ def inventory(root: Path, others: Iterable[RecordKind] = ()) -> Survey:
     Args:
         root: its folder, which need not exist.
         others: kinds of records in it besides the cache's own.
+
+    Raises:
+        NotACache: the folder holds something else.
     """
+    folder.check(root)
     by_folder = {kind.folder: kind for kind in others}
     found = []
-    for path, status in _walk(root):
+    for path, status in (each for name in (*_FOLDERS, *by_folder) for each in _walk(root / name)):
         kind, key = _kind(str(path.relative_to(root)), by_folder)
         if kind:
             inside = _walk(path) if stat.S_ISDIR(status.st_mode) else ()
@@ -159,7 +165,8 @@ def _kind(name: str, others: Mapping[str, RecordKind]) -> tuple[str, str]:
         others: kinds of records besides the cache's own, by folder.
     """
     if name.startswith(f"{CORRUPT}/"):
-        return CORRUPT, name
+        kind, _ = _kind(name.removeprefix(f"{CORRUPT}/"), others)
+        return (CORRUPT, name) if kind else ("", "")
     if Path(name).name.startswith(atomic.TEMPORARY):
         return "temporary", name
     for kind, form in _KEYS.items():

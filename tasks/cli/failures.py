@@ -11,6 +11,7 @@ from doit.exceptions import InvalidDodoFile, TaskFailed
 
 from cache.errors import CacheError, FileChanged, NoRoom
 from cache.files import space
+from cache.folder import NotACache
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 
@@ -30,6 +31,9 @@ def message(error: Exception) -> str:
         error = space.no_room(Path(error.filename or "."))
     if isinstance(error, NoRoom):
         return f"{error} Make room and run {COMMAND} again: what is already built is kept."
+    if isinstance(error, NotACache):
+        mend = f"a folder that is new or empty, such as {error.root / 'mlx-make-cache'}"
+        return f"{error} Set [cache] dir in models.toml to {mend}."
     if isinstance(error, FileChanged):
         return f"{error} Run {COMMAND} again when it is whole."
     return str(error)

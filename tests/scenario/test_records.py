@@ -116,3 +116,24 @@ def test_state_that_is_a_link_is_refused(name: str, tmp_path: Path) -> None:
     assert f"{project.state / name} is a link" in said
     assert "Traceback" not in said
     assert elsewhere.read_text(encoding="utf-8") == "not ours\n"
+
+
+@pytest.mark.parametrize("args", [(), ("list",), ("plan",), ("cache", "gc"), ("cache", "verify")])
+def test_a_folder_of_ones_own_is_no_cache(args: tuple[str, ...], tmp_path: Path) -> None:
+    """`[cache] dir = "."`: nothing of it is removed, not even what is called as ours is."""
+    project = projects.create(tmp_path / "p", "huggingface", **FOUR_BIT)
+    shutil.rmtree(project.state)
+    models = project.folder / "models.toml"
+    models.write_text('[cache]\ndir = "."\n' + models.read_text(encoding="utf-8"), encoding="utf-8")
+    for name in ("corrupt/mine", ".tmp-mine", "notes/.tmp-mine"):
+        (project.folder / name).parent.mkdir(exist_ok=True)
+        (project.folder / name).touch()
+        os.utime(project.folder / name, (0, 0))
+    before = {path for path in project.folder.rglob("*") if ".mlx-make" not in path.parts}
+    done = project.doit(*args, expect=None)
+    said = done.stdout + done.stderr
+    assert done.returncode
+    assert f"{project.folder} is no cache: it holds" in said
+    assert "Set [cache] dir in models.toml to a folder that is new or empty" in said
+    assert "Traceback" not in said
+    assert {p for p in project.folder.rglob("*") if ".mlx-make" not in p.parts} == before

@@ -187,7 +187,6 @@ def collect_garbage(config: Config, options: Mapping[str, Any]) -> int:
     if options["dry_run"]:
         collection = plan()
     else:
-        config.cache.dir.mkdir(parents=True, exist_ok=True)
         with Lock(config.cache.dir).alone(_waiting):
             collection = plan()
             gc.carry_out(collection)
