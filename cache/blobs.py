@@ -169,7 +169,8 @@ class Blobs:
 
     def _parts(self, record: _Parts) -> list[Part]:
         parts = []
-        for path, *numbers in record:
+        for run in record:
+            path, *numbers = run or [0]
             whole = all(isinstance(number, int) and number >= 0 for number in numbers)
             if not isinstance(path, str) or "\0" in path or not whole or len(numbers) not in (2, 5):
                 raise Damaged("it names what no file can have")

@@ -47,7 +47,8 @@ def test_a_flipped_digit_in_a_memo(source: str, tmp_path: Path) -> None:
     said = project.doit("cache", "verify", expect=1).stdout
     assert all(str(memo) in said for memo in memos)
     assert not any(memo.exists() for memo in memos)
-    shutil.rmtree(project.state / "manifests")
+    for stage in projects.STAGES:
+        shutil.rmtree(project.state / "manifests" / "model" / stage)
     project.configure(quantize={"bits": 8})
     project.doit()
     assert project.built() == project.anew()

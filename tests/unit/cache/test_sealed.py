@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache.blobs import Blobs
+from cache.errors import BlobLost
 from cache.records.memos import Memos
 from cache.records.sealed import Damaged, Unsealed, seal, unseal
 from support.mutations import mutations
@@ -53,3 +55,20 @@ def test_what_an_older_version_wrote_is_no_memo(tmp_path: Path) -> None:
         unseal("a", path.read_bytes(), object)
     memos.put("kind", ["question"], {"answer": 1})
     assert memos.get("kind", ["question"], dict[str, int]) == {"answer": 1}
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"", b"1", b"{}", b"[[]]", b"[[1,0,1]]", b'[["a",0]]', b'[["a",-1,1]]', b'[["a",0,"1"]]',
+     b'[["a",0,1,2]]', b'[["a\\u0000",0,1]]', b"[" * 100_000, b'{"seal":"', b"\xff"],
+)  # fmt: skip
+def test_what_is_no_reference(junk: bytes, tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path)
+    digest = "ab" * 16
+    path = tmp_path / "ab" / f"{digest[2:]}.parts"
+    path.parent.mkdir()
+    path.write_bytes(junk)
+    with pytest.raises(Damaged):
+        blobs.reference(path)
+    with pytest.raises(BlobLost):
+        blobs.locate(digest, 1)
