@@ -84,7 +84,7 @@ def _is_tagged(root: Path) -> bool:
 
 
 def _results(root: Path) -> Iterator[Path]:
-    """Yield entries that only an action cache has."""
-    for path in (root / "actions").glob("*/*.json"):
+    """Yield files that only a cache has."""
+    for path in (*(root / "actions").glob("*/*.json"), *(root / "memos").glob("*/*/*.json")):
         if re.fullmatch(r"[0-9a-f]{2}/[0-9a-f]{30}\.json", f"{path.parent.name}/{path.name}"):
             yield path

@@ -50,8 +50,10 @@ class Store:
         Raises:
             NotACache: the folder holds something else.
         """
-        folder.check(root)
-        if not read_only:
+        if read_only:
+            folder.check(root)
+        else:
+            folder.claim(root)
             atomic.sweep(root / "blobs")
         blobs = Blobs(root / "blobs", read_only=read_only)
         memos = Memos(root / "memos", read_only=read_only)

@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cache.digest import canonical, digest_record
+from cache.digest import canonical, digest, digest_record
 from cache.errors import CacheError
 
 SCHEMA = 1
@@ -135,9 +135,14 @@ class Manifest:
         """Digest of what was made, whoever made it: equal results stop a rebuild."""
         return digest_record([[name, *tensor.record] for name, tensor in self.tensors.items()])
 
-    def to_bytes(self) -> bytes:
-        """Return the canonical bytes."""
-        record = {
+    def to_bytes(self, *, sealed: bool = True) -> bytes:
+        """Return the canonical bytes.
+
+        Args:
+            sealed: whether they hold a digest of themselves, its own place left empty. Those of
+                older versions do not.
+        """
+        record: dict[str, Any] = {
             "schema": SCHEMA,
             "action": {
                 "stage": self.action.stage,
@@ -149,7 +154,12 @@ class Manifest:
             "notes": list(self.notes),
             "result": self.result,
         }
-        return canonical(record)
+        if not sealed:
+            return canonical(record)
+        data = canonical({**record, "seal": ""})
+        # Within strings, quotes are escaped: the last such run of bytes is this record's own.
+        at = data.rindex(b'"seal":"","tensors":[') + len(b'"seal":"')
+        return data[:at] + digest(data).encode() + data[at:]
 
     @classmethod
     def at(cls, path: str | Path) -> Manifest | None:
@@ -180,7 +190,7 @@ class Manifest:
                 {sys.intern(name): Tensor.read(*told) for name, *told in record["tensors"]},
                 tuple(record["notes"]),
             )
-            again = manifest.to_bytes()
+            again = manifest.to_bytes(sealed="seal" in record)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ManifestError(f"not a manifest: {error}") from error
         if again != data:

@@ -27,10 +27,11 @@ def test_what_becomes_a_cache(there: tuple[str, ...] | None, tmp_path: Path) -> 
     folder.check(root)  # it is tagged
 
 
-def test_a_cache_without_a_tag_is_known_by_its_results(tmp_path: Path) -> None:
-    (tmp_path / "models.toml").touch()
-    (tmp_path / "actions" / KEY).parent.mkdir(parents=True)
-    (tmp_path / "actions" / KEY).touch()
+@pytest.mark.parametrize("records", ["actions", "memos/kind"])
+def test_a_cache_without_a_tag_is_known_by_its_results(records: str, tmp_path: Path) -> None:
+    (tmp_path / "sources").mkdir()
+    (tmp_path / records / KEY).parent.mkdir(parents=True)
+    (tmp_path / records / KEY).touch()
     with Lock(tmp_path).using():
         pass
     assert (tmp_path / TAG).read_bytes() == CONTENT

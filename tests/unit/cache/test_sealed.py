@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cache.blobs import Blobs
 from cache.errors import BlobLost
+from cache.records.manifests import Action, Manifest, ManifestError, Tensor
 from cache.records.memos import Memos
 from cache.records.sealed import Damaged, Unsealed, seal, unseal
 from support.mutations import mutations
@@ -72,3 +73,17 @@ def test_what_is_no_reference(junk: bytes, tmp_path: Path) -> None:
         blobs.reference(path)
     with pytest.raises(BlobLost):
         blobs.locate(digest, 1)
+
+
+@given(st.data())
+def test_a_damaged_manifest_is_none(data: st.DataObject) -> None:
+    """Whatever of it: its action's parameters and its notes too."""
+    action = Action("cast", 1, {"dtypes": {"a": "float16"}}, {"a": ["bfloat16", [2], "0" * 32]})
+    manifest = Manifest(
+        action, {"a": Tensor("float16", (2,), "1" * 32)}, ('"seal":"","tensors":[',)
+    )
+    whole = manifest.to_bytes()
+    assert Manifest.from_bytes(whole) == manifest
+    assert Manifest.from_bytes(manifest.to_bytes(sealed=False)) == manifest
+    with pytest.raises(ManifestError):
+        Manifest.from_bytes(data.draw(mutations(whole)))
