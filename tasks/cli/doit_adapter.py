@@ -10,11 +10,13 @@ import gc
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from doit import cmd_run, doit_cmd, get_var
+from doit import cmd_run, doit_cmd, get_var, plugin
 from doit.cmd_clean import Clean as DoitClean
 from doit.cmd_forget import Forget as DoitForget
 from doit.cmd_info import Info as DoitInfo
@@ -36,6 +38,24 @@ def command_line_variables() -> Mapping[str, str]:
 def is_given(params: Any, option: str) -> bool:
     """Tell whether an option of a command stands on the command line."""
     return option in params._non_default_keys
+
+
+# What is installed
+
+
+@cache
+def _all_entry_points() -> EntryPoints:
+    return entry_points()
+
+
+def plugins_of(*, group: str) -> EntryPoints:
+    """Return the entry points of a group; what is installed is looked through once a process."""
+    return _all_entry_points().select(group=group)
+
+
+def read_plugins_once() -> None:
+    """Have doit look through what is installed once, not for each kind of plugin: 5 ms each."""
+    plugin.entry_points = plugins_of
 
 
 # What people type

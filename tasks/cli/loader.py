@@ -11,7 +11,7 @@ from doit.cmd_base import DodoTaskLoader, NamespaceTaskLoader
 from doit.exceptions import InvalidDodoFile
 
 from tasks.cli.command import Command
-from tasks.cli.doit_adapter import command_line_variables, models_file
+from tasks.cli.doit_adapter import command_line_variables, models_file, read_plugins_once
 from tasks.cli.options import DEFAULT
 from tasks.cli.target_names import task_named
 from tasks.core.program import IS_CHECKOUT, ROOT
@@ -36,6 +36,10 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
     session: Session | None = None
     namespace: Mapping[str, Any]
     _config: Config
+
+    def __init__(self) -> None:
+        super().__init__()
+        read_plugins_once()
 
     def load_doit_config(self) -> dict[str, Any]:
         """Return DOIT_CONFIG: threads, and all state beside models.toml.

@@ -17,7 +17,7 @@ from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck
 from tasks.core import text
 from tasks.core.spec import Target
 from tasks.core.workspace import REPORTS
-from tasks.execution import fill
+from tasks.execution import place
 from tasks.planning.plan import Plan
 from tasks.report import INDEX, page_name, timeline, trace_name
 from tasks.report.figures import Reader
@@ -51,7 +51,7 @@ def _target_task(
     session: Session, reader: Reader, plan: Plan, family: list[Plan], first: list[Plan]
 ) -> dict[str, Any]:
     name = plan.target.name
-    folder = session.folder / REPORTS
+    folder = session.workspace.reports
     builder = session.builder
     manifest = builder.packed_path(name)
     written = [page_name(name), trace_name(name)]
@@ -78,7 +78,7 @@ def _target_task(
         kept = written if texts.trace else written[:1]
         return {
             "seen": seen,
-            "outputs": fill.stamps(str(folder), kept),
+            "outputs": place.stamps(str(folder), kept),
             "summary": f"{REPORTS}/{written[0]}: {text.size(len(texts.page.encode()))}",
             "notes": [],
         }
@@ -98,7 +98,7 @@ def _target_task(
 
 
 def _overview_task(session: Session, reader: Reader) -> dict[str, Any]:
-    folder = session.folder / REPORTS
+    folder = session.workspace.reports
     path = folder / INDEX
     check = UpToDateCheck(
         digest_record([VERSION, list(session.plans)]),
@@ -114,7 +114,7 @@ def _overview_task(session: Session, reader: Reader) -> dict[str, Any]:
             atomic.write(path, pages.overview(reader, session.plans.values()).encode())
             record["outcome"] = "computed"
         return {
-            "outputs": fill.stamps(str(folder), [INDEX]),
+            "outputs": place.stamps(str(folder), [INDEX]),
             "summary": f"{REPORTS}/{INDEX}: {text.plural(len(session.plans), 'target')}",
             "notes": [],
         }
@@ -133,7 +133,7 @@ def _overview_task(session: Session, reader: Reader) -> dict[str, Any]:
 
 def _changed_page(folder: Path, values: Mapping[str, Any], seen: Any = None) -> list[Reason]:
     """Say how a page is not as it was left, or shows what has changed since."""
-    if not fill.intact_files(str(folder), values.get("outputs")):
+    if not place.intact_files(str(folder), values.get("outputs")):
         return [Reason(f"{folder} {NOT_LEFT}")]
     return [Reason("what it shows has changed")] if values.get("seen") != seen else []
 

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,17 +21,15 @@ from tasks.config.reader import Config
 from tasks.core.text import plural
 from tasks.core.workspace import Workspace
 from tasks.execution import place
-from tasks.execution.accept import Acceptor
-from tasks.execution.builder import Builder
-from tasks.execution.draft import Drafts
-from tasks.execution.early import BackgroundPacker
 from tasks.execution.log import Log
-from tasks.execution.resources import MemoryBudget, machine_memory
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan, Planner
 
-if TYPE_CHECKING:  # imported where there is one
+if TYPE_CHECKING:  # imported where they are wanted: a run with nothing to do wants none
     from cache.remote.remote import Remote
+    from tasks.execution.accept import Acceptor
+    from tasks.execution.builder import Builder
+    from tasks.execution.early import BackgroundPacker
 
 
 @dataclass(frozen=True)
@@ -39,26 +37,57 @@ class Session:
     """The targets of one models.toml, planned, and what their tasks need to run.
 
     Attributes:
-        folder: where models.toml lies; all state and output lie beside it.
+        workspace: where things lie beside models.toml.
+        config: what models.toml says.
         options: what the command line says.
-        builder: runs the tasks.
+        store: the cache.
         plans: by target.
         lock: models.lock.
         remote: the remote store, if one is used.
-        background_packer: begins to pack targets while their layers are still made.
     """
 
-    folder: Path
+    workspace: Workspace
+    config: Config
     options: Options
-    builder: Builder
+    store: Store
     plans: dict[str, Plan]
     lock: Lock
     remote: Remote | None = None
-    background_packer: BackgroundPacker = field(default_factory=BackgroundPacker)
+
+    @cached_property
+    def log(self) -> Log:
+        """The build log."""
+        return Log(self.workspace.state / "log.jsonl")
+
+    @cached_property
+    def builder(self) -> Builder:
+        """Runs the tasks."""
+        from tasks.execution.builder import Builder
+        from tasks.execution.draft import Drafts
+        from tasks.execution.resources import MemoryBudget, machine_memory
+
+        return Builder(
+            self.store,
+            self.workspace,
+            self.log,
+            f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}",
+            frozenset(self.config.cache.keep),
+            MemoryBudget(self.config.build.memory_bytes or machine_memory() // 2),
+            Drafts(self.store.blobs, self.options.packs),
+        )
+
+    @cached_property
+    def background_packer(self) -> BackgroundPacker:
+        """Begins to pack targets while their layers are still made."""
+        from tasks.execution.early import BackgroundPacker
+
+        return BackgroundPacker()
 
     @cached_property
     def acceptor(self) -> Acceptor:
         """Holds the targets' sources against models.lock."""
+        from tasks.execution.accept import Acceptor
+
         return Acceptor(self.lock, self.builder, list(self.plans.values()))
 
     @classmethod
@@ -98,21 +127,17 @@ class Session:
             for name in plans:
                 place.check_is_ours(workspace, name, locked=name in lock.targets)
             if_it_fails.pop_all()
-        run_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
-        memory = MemoryBudget(config.build.memory_bytes or machine_memory() // 2)
-        log = Log(workspace.state / "log.jsonl")
-        drafts = Drafts(store.blobs, options.packs)
-        keep = frozenset(config.cache.keep)
-        builder = Builder(store, workspace, log, run_id, keep, memory, drafts)
-        return cls(workspace.folder, options, builder, plans, lock, remote)
+        return cls(workspace, config, options, store, plans, lock, remote)
 
     def abandon(self) -> None:
         """Have all that goes on behind the tasks stop before long; wait for nothing."""
-        self.background_packer.abandon()
+        if "background_packer" in vars(self):
+            self.background_packer.abandon()
 
     def finish(self) -> None:
         """End what goes on behind the tasks, and say what the remote store was sent and gave."""
-        self.background_packer.stop()
+        if "background_packer" in vars(self):
+            self.background_packer.stop()
         if not self.remote:
             return
         try:

@@ -13,8 +13,7 @@ from tasks.cli.doit_adapter import is_up_to_date
 from tasks.cli.failures import values_or_failure
 from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck, is_unchanged, manifest_state
-from tasks.execution import fill, pack, place
-from tasks.execution.pack import Packing
+from tasks.execution import place
 from tasks.layouts import LAYOUTS, weight_suffixes
 from tasks.planning import bundle
 from tasks.planning.node import Node
@@ -100,11 +99,11 @@ class TaskGraph:
             yield {"basename": "lock", "name": target, "actions": [act], "io": {"capture": False}}
 
     def _is_up_to_date(self, node: Node) -> bool:
-        file_dep = {self.session.builder.manifest_path(need) for need in node.needs}
+        file_dep = {self._manifest(need) for need in node.needs}
         return is_up_to_date(self.database, node.name, file_dep, self._layer_check(node))
 
     def _layer_check(self, node: Node) -> UpToDateCheck:
-        path = self.session.builder.manifest_path(node)
+        path = self._manifest(node)
 
         def changed_outputs(values: Mapping[str, Any]) -> list[Reason]:
             # A build that was cut off changes manifests before doit's database, which then speaks
@@ -126,7 +125,7 @@ class TaskGraph:
             "basename": f"{node.stage.name}:{node.target}",
             "name": node.layer,
             "actions": [check.action(lambda why: self._run_layer(plan, node, why))],
-            "file_dep": [self.session.builder.manifest_path(need) for need in node.needs],
+            "file_dep": [self._manifest(need) for need in node.needs],
             "targets": [check.output],
             "uptodate": [check],
             "clean": True,
@@ -146,13 +145,12 @@ class TaskGraph:
         if node in plan.packed and session.options.packs(node.target):
             with_blake3 = session.acceptor.wants_blake3(plan)
             session.background_packer.layer(builder, plan, manifest, with_blake3=with_blake3)
-        return {**values, "left": manifest_state(builder.manifest_path(node))}
+        return {**values, "left": manifest_state(self._manifest(node))}
 
     def _pack_task(self, plan: Plan) -> dict[str, Any]:
         target = plan.target.name
-        builder = self.session.builder
         folder = self._folder(plan)
-        manifest_path = builder.packed_path(target)
+        manifest_path = self.session.workspace.packed(target)
         waits_for = [] if target in self.skipped else _large_first(plan)
         parts = bundle.params(plan)
         check = UpToDateCheck(
@@ -166,7 +164,7 @@ class TaskGraph:
             "name": target,
             "actions": [check.action(lambda why: {"parts": parts, **self._run_pack(plan, why)})],
             "file_dep": [
-                *(builder.manifest_path(node) for node in plan.last),
+                *(self._manifest(node) for node in plan.last),
                 *(str(path) for path in LAYOUTS[plan.target.layout].sources(plan.checkpoint)),
             ],
             # In reverse: doit is made to run the newest ready task first.
@@ -180,6 +178,8 @@ class TaskGraph:
 
     def _run_pack(self, plan: Plan, why: str) -> dict[str, Any]:
         """Write a target's folder; return the values that doit keeps of the task."""
+        from tasks.execution.pack import Packing  # not where there is nothing to do
+
         session, target = self.session, plan.target.name
         folder = self._folder(plan)
         with (
@@ -197,7 +197,7 @@ class TaskGraph:
             if name.endswith(weight_suffixes())
         )
         return {
-            "outputs": fill.stamps(str(folder), list(manifest.tensors)),
+            "outputs": place.stamps(str(folder), list(manifest.tensors)),
             "size": sum(tensor.nbytes for tensor in manifest.tensors.values()),
             "bits_per_weight": bits / plan.weights,
             "notes": [*manifest.notes, *acceptance.notes, *packing.notes],
@@ -206,19 +206,24 @@ class TaskGraph:
 
     def _clean_pack(self, plan: Plan) -> None:
         """Remove what was built of a target; what people put there stays, and is named."""
-        workspace, target = self.session.builder.workspace, plan.target.name
+        workspace, target = self.session.workspace, plan.target.name
         stamps = self.database.get_values(f"pack:{target}").get("outputs") or {}
         for note in place.clean(workspace, target, stamps):
             print(note)
 
+    def _manifest(self, node: Node) -> str:
+        return self.session.workspace.manifest(node.target, node.stage.name, node.layer)
+
     def _folder(self, plan: Plan) -> Path:
-        return self.session.builder.workspace.built(plan.target.name)
+        return self.session.workspace.built(plan.target.name)
 
     def _changed_folder(self, plan: Plan, values: Mapping[str, Any]) -> list[Reason]:
         """Say how a target's folder and its lines in models.lock are not as they were left."""
         lock = self.session.lock
         folder = str(self._folder(plan))
-        if not pack.intact(folder, values.get("outputs") or {}, LAYOUTS[plan.target.layout].loaded):
+        if not place.intact(
+            folder, values.get("outputs") or {}, LAYOUTS[plan.target.layout].loaded
+        ):
             return [Reason(f"{folder} {NOT_LEFT}")]
         if lock.state(plan) != values.get("locked", ""):
             return [Reason(f"{lock.path.name} has another source or result than it built")]

@@ -64,7 +64,7 @@ class PackInProgress:
             fill.make_empty(self._new, need)  # no layer is to fail for this
             filling = Filling(plan, expected, self._new, self._blobs, builder.drafts, with_blake3)
             filled = fill.fill(filling, self._find)
-            self._result = expected, filled, fill.stamps(str(self._new), list(filled.files))
+            self._result = expected, filled, place.stamps(str(self._new), list(filled.files))
 
         def run() -> None:
             try:
@@ -90,7 +90,7 @@ class PackInProgress:
             if self._result:
                 written, filled, stamps = self._result
                 alike = bundle.shapes(written.weights) == bundle.shapes(wanted.weights)
-                intact = fill.intact_files(str(self._new), stamps)
+                intact = place.intact_files(str(self._new), stamps)
                 if alike and written.small == wanted.small and intact:
                     return filled
         self.stop()

@@ -7,7 +7,7 @@ the cache, and then linked; where it has no draft, in the folder itself.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,6 @@ from cache.blobs import Blobs
 from cache.digest import canonical, digest, digest_file
 from cache.errors import BlobLost
 from cache.files import atomic, link, space
-from cache.files.stamp import Stamp
 from cache.records.manifests import Tensor
 from tasks.execution.draft import Drafts, WeightFileDraft
 from tasks.execution.resources import cores
@@ -181,16 +180,3 @@ def make_empty(new: Path, need: int) -> None:
     shutil.rmtree(new, ignore_errors=True)  # of a build that was cut off
     space.require_free(new.parent, need)
     new.mkdir()
-
-
-def stamps(folder: str, names: Sequence[str]) -> dict[str, list[int]] | None:
-    """Return the stamp of each file of a built model, or None if one is missing."""
-    try:
-        return {name: list(Stamp.of(f"{folder}/{name}")) for name in names}
-    except OSError:
-        return None
-
-
-def intact_files(folder: str, outputs: dict[str, list[int]] | None) -> bool:
-    """Tell whether files, some at least, are as they were left, by their stamps then."""
-    return bool(outputs) and stamps(folder, list(outputs or {})) == outputs

@@ -8,7 +8,6 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -207,19 +206,6 @@ class Packing:
                 for key, (_, tensor) in inputs.items()
             }
         return fill.fill(filling, places.__getitem__)
-
-
-def intact(folder: str, outputs: dict[str, list[int]], loaded: str) -> bool:
-    """Tell whether a built model is as it was left, with nothing besides that clients would load.
-
-    Args:
-        folder: build/TARGET.
-        outputs: the files' stamps when they were built.
-        loaded: the layout's pattern of what clients load.
-    """
-    return fill.intact_files(folder, outputs) and not any(
-        fnmatchcase(name, loaded) and name not in outputs for name in os.listdir(folder)
-    )
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -120,6 +120,32 @@ def not_ours(folder: Path, files: Sequence[str]) -> BuildError:
     )
 
 
+def stamps(folder: str, names: Sequence[str]) -> dict[str, list[int]] | None:
+    """Return the stamp of each file of a built model, or None if one is missing."""
+    try:
+        return {name: list(Stamp.of(f"{folder}/{name}")) for name in names}
+    except OSError:
+        return None
+
+
+def intact_files(folder: str, outputs: dict[str, list[int]] | None) -> bool:
+    """Tell whether files, some at least, are as they were left, by their stamps then."""
+    return bool(outputs) and stamps(folder, list(outputs or {})) == outputs
+
+
+def intact(folder: str, outputs: dict[str, list[int]], loaded: str) -> bool:
+    """Tell whether a built model is as it was left, with nothing besides that clients would load.
+
+    Args:
+        folder: build/TARGET.
+        outputs: the files' stamps when they were built.
+        loaded: the layout's pattern of what clients load.
+    """
+    return intact_files(folder, outputs) and not any(
+        fnmatchcase(name, loaded) and name not in outputs for name in os.listdir(folder)
+    )
+
+
 def keep(contents: Contents, new: Path, loaded: str) -> list[str]:
     """Have what people put into a folder lie in the one that takes its place, or beside it.
 

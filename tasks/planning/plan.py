@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from cache.digest import canonical
 from cache.records.memos import Memos
 from tasks.checkpoints import loaders, sources
 from tasks.checkpoints.checkpoint import Checkpoint
@@ -75,7 +74,7 @@ class SharedPlan:
         return self._planned[key]
 
     def _spec(self, stage: Stage[Any], layer: str, planned: Planned[Any]) -> ActionSpec[Any]:
-        key = (stage.name, layer, canonical(planned.params.record), planned.needs)
+        key = (stage.name, layer, planned.params.encoded, planned.needs)
         return self._specs.setdefault(key, ActionSpec(stage, layer, planned))
 
 

@@ -83,6 +83,14 @@ class Params(msgspec.Struct, frozen=True, omit_defaults=True):
     """
 
     @property
+    def encoded(self) -> bytes:
+        """The parameters as JSON, quickly: to compare them with others of this process."""
+        try:
+            return msgspec.json.encode(self)
+        except UnicodeEncodeError:
+            return json.dumps(msgspec.to_builtins(self)).encode()
+
+    @property
     def record(self) -> dict[str, Any]:
         """The parameters as JSON has them, read back: lists, not tuples."""
         try:
@@ -153,7 +161,8 @@ class ActionSpec(Generic[P]):
     @cached_property
     def digest(self) -> str:
         """Digest of all of it."""
-        return digest_record([self.stage.version, self.params.record, self.fingerprint])
+        params = msgspec.to_builtins(self.params)  # tuples: in JSON, lists
+        return digest_record([self.stage.version, params, self.fingerprint])
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ A test that fails here tells which name of doit's a new release changed, and wha
 """
 
 import inspect
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
-from doit import cmd_run, doit_cmd
+from doit import cmd_run, doit_cmd, plugin
 from doit.cmd_base import Command, NamespaceTaskLoader
 from doit.cmd_clean import Clean
 from doit.cmd_forget import Forget
@@ -265,3 +266,24 @@ def test_clean_forget_and_info(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     said = run("ourinfo", "cast:model:0")
     assert "cast:model:0" in said
     assert "big" not in said
+
+
+def test_plugins_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """doit takes what is installed from this one name, a group at a time."""
+    monkeypatch.setattr(plugin, "entry_points", plugin.entry_points)
+    asked: list[str] = []
+
+    def point(*, group: str) -> list[EntryPoint]:
+        asked.append(group)
+        return [EntryPoint("toy", "module:Attribute", group)]
+
+    doit_adapter.read_plugins_once()
+    assert plugin.entry_points_impl() is doit_adapter.plugins_of
+    monkeypatch.setattr(plugin, "entry_points", point)
+    found = plugin.PluginDict()
+    found.add_plugins({}, "COMMAND")
+    assert asked == ["doit.COMMAND"]
+    assert found["toy"].location == "module:Attribute"
+    assert list(doit_adapter.plugins_of(group="console_scripts")) == list(
+        entry_points(group="console_scripts")
+    )

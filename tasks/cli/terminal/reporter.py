@@ -60,7 +60,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             (t.meta["session"] for t in tasks.values() if t.meta and "session" in t.meta), None
         )
         if self._session:
-            self._session.builder.log.listeners.append(self._log)
+            self._session.log.listeners.append(self._log)
         if self._live:
             self._live.start()
 
@@ -210,7 +210,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             f"{plural(failed, 'target')} failed" if failed else "",
         ]
         took = duration(time.monotonic() - self._start)
-        folder = self._session.folder if self._session else Path.cwd()
+        folder = self._session.workspace.folder if self._session else Path.cwd()
         where = "" if folder == Path.cwd() else f", in {folder}"
         peak = size(_peak_memory_bytes())
         return f"{', '.join(filter(None, what))} in {took}, peak memory {peak}{where}\n"
