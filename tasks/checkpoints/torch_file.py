@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import re
 import warnings
 import zipfile
@@ -136,6 +135,8 @@ def check_pickle(path: Path, data: IO[bytes]) -> None:
         CheckpointError: it is such.
         Exception: it is no pickle.
     """
+    import pickletools  # 4 ms, wanted for .pth files alone
+
     stack: list[tuple[int, int] | None] = []  # (depth, values), None for a mark
     memo: dict[int, tuple[int, int]] = {}
     for opcode, argument, _ in pickletools.genops(data):

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import EntryPoints, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,11 +44,11 @@ def is_given(params: Any, option: str) -> bool:
 
 
 @cache
-def _all_entry_points() -> EntryPoints:
+def _all_entry_points() -> Any:
     return entry_points()
 
 
-def plugins_of(*, group: str) -> EntryPoints:
+def plugins_of(*, group: str) -> Any:
     """Return the entry points of a group; what is installed is looked through once a process."""
     return _all_entry_points().select(group=group)
 
