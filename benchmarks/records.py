@@ -5,7 +5,8 @@
 
 A record is a memo, a reference, an action, a manifest, models.lock, doit's database, the build log
 or a source's record. After each, doit builds the project: it must come out equal to the byte, or,
-of models.lock alone, be refused with a message. A traceback is wrong in any case.
+of models.lock, or of the record by which build/ is known to be ours, be refused with a message. A
+traceback is wrong in any case.
 """
 
 from __future__ import annotations

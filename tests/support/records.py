@@ -19,7 +19,8 @@ source = "checkpoint"
 dtype = "float16"
 quantize = {{ bits = {bits} }}
 """
-# Where records lie, by kind. Of these only models.lock may make an error: it is the user's file.
+# Where records lie, by kind. Of these two may make an error: models.lock, which is the user's file,
+# and the record of what was packed, without which build/ is not known to be ours to replace.
 KINDS = {
     **{f"memo {kind}": f".mlx-make/cache/memos/{kind}/*/*.json"
        for kind in ("headers", "architectures", "extracts", "token_ids", "tokenizers")},
@@ -147,9 +148,10 @@ class Damaged:
         if status == 0:
             right = self.built() == self.expected[bits]
             return ("built right" if right else "built wrong"), f"{detail}\n{said}"
-        if kind != "models.lock":
+        said_of = {"models.lock": "models.lock", "manifest": "was not built here"}
+        if kind not in said_of:
             return "not mended", f"{detail}\n{said}"
-        return ("said so" if "models.lock" in said else "not said"), f"{detail}\n{said}"
+        return ("said so" if said_of[kind] in said else "not said"), f"{detail}\n{said}"
 
     def _walk(self) -> Iterator[Path]:
         for root, folders, files in os.walk(self.folder):
