@@ -12,27 +12,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from cache.files import atomic
 from cache.records.manifests import Action, Manifest, ManifestError
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(Struct, frozen=True):
     """The action was run before."""
 
     manifest: Manifest
 
 
-@dataclass(frozen=True)
-class Miss:
+class Miss(Struct, frozen=True):
     """The action was never run, as far as this cache knows."""
 
 
-@dataclass(frozen=True)
-class Corrupt:
+class Corrupt(Struct, frozen=True):
     """There is an entry, but it cannot be used. Running the action again replaces it."""
 
     path: Path

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from msgspec import Struct
 
 from cache.digest import CHUNK_BYTES
 from cache.files.stamp import Stamp
@@ -41,8 +42,7 @@ def open_source(spec: SourceSpec) -> FolderSource:
     return FolderSource(folder)
 
 
-@dataclass(frozen=True)
-class FolderSource:
+class FolderSource(Struct, frozen=True, dict=True):
     """A folder with weights and small files side by side."""
 
     small_files: Path

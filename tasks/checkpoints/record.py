@@ -16,9 +16,11 @@ import atexit
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+
+from msgspec import Struct
 
 from cache.errors import Mismatch, NotFetched
 from cache.files import atomic
@@ -31,8 +33,7 @@ from tasks.core.errors import CheckpointError
 SCHEMA = 1
 
 
-@dataclass(frozen=True)
-class RecordSource:
+class RecordSource(Struct, frozen=True):
     """A checkpoint of which only the record is here."""
 
     small_files: Path

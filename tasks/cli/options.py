@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from msgspec import Struct, structs
 
-@dataclass(frozen=True)
-class Options:
+
+class Options(Struct, frozen=True):
     """What the command line says that the tasks must know.
 
     Attributes:
@@ -28,7 +28,7 @@ class Options:
         """Return these options with the tasks that a run names, if it is one."""
         if self.requested_tasks is None:
             return self
-        return replace(self, requested_tasks=tuple(tasks))
+        return structs.replace(self, requested_tasks=tuple(tasks))
 
     @property
     def builds_all(self) -> bool:

@@ -11,9 +11,10 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from msgspec import Struct
 
 from cache.digest import digest_file
 from cache.files import atomic
@@ -44,8 +45,7 @@ def folder_of(workspace: Workspace, target: str) -> Path:
     return Path(os.path.realpath(folder))
 
 
-@dataclass(frozen=True)
-class Contents:
+class Contents(Struct, frozen=True):
     """What lies in a target's folder.
 
     Attributes:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
+
+from msgspec import Struct, field
 
 
 class Parameter(NamedTuple):
@@ -52,8 +53,7 @@ class Module(NamedTuple):
     weights: int
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(Struct, frozen=True):
     """A model in a layout.
 
     Attributes:

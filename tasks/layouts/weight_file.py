@@ -11,13 +11,13 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from io import FileIO
 from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
+from msgspec import Struct
 
 from cache.blobs import Blobs, Part
 from cache.digest import CHUNK_BYTES
@@ -41,8 +41,7 @@ def _no_prefix(_: Tensor | TensorSpec) -> bytes:
     return b""
 
 
-@dataclass(frozen=True)
-class WeightFormat:
+class WeightFormat(Struct, frozen=True):
     """A format of weight files.
 
     Attributes:

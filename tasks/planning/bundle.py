@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
+
+from msgspec import Struct
 
 from cache.blobs import Blobs
 from cache.digest import digest, digest_list, digest_record
@@ -58,8 +59,7 @@ def specs(plan: Plan) -> dict[str, TensorSpec]:
     return {n: spec for node in plan.last for n, spec in node.output_specs().items()}
 
 
-@dataclass(frozen=True)
-class Bundle:
+class Bundle(Struct, frozen=True):
     """What a target's folder will hold.
 
     Attributes:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+
+from msgspec import Struct, field, structs
 
 from cache.records.memos import Memos
 from tasks.checkpoints import loaders, sources
@@ -24,8 +25,7 @@ from tasks.tensors import device
 LARGE_LAYER_RATIO = 1.25
 
 
-@dataclass(frozen=True)
-class SharedPlan:
+class SharedPlan(Struct, frozen=True, dict=True):
     """What all targets of one checkpoint, layout and device have in common.
 
     Attributes:
@@ -78,8 +78,7 @@ class SharedPlan:
         return self._specs.setdefault(key, ActionSpec(stage, layer, planned))
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Struct, frozen=True, dict=True):
     """A target, worked out.
 
     Attributes:
@@ -215,7 +214,7 @@ def _nodes(
     previous = next(reversed(list(before)), "")
     found: dict[str, list[Node]] = {}
     for stage in stages:
-        specs = shared.specs(stage, replace(model, planned=planned, previous=previous))
+        specs = shared.specs(stage, structs.replace(model, planned=planned, previous=previous))
         found[stage.name] = [
             Node(spec, target, tuple(nodes[need] for need in spec.planned.needs))
             for spec in specs.values()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple
+
+from msgspec import Struct
 
 from tasks.core.errors import ConfigError
 from tasks.core.spec import MODES, Quantize, Rule
@@ -25,8 +26,7 @@ class Setting(NamedTuple):
     mode: str
 
 
-@dataclass(frozen=True)
-class Scheme:
+class Scheme(Struct, frozen=True):
     """What is quantized, and what config.json says of it.
 
     Attributes:

@@ -10,12 +10,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from cache.blobs import Blobs, Part, Writer
 from cache.digest import digest_record
@@ -117,8 +117,7 @@ class Computer(NamedTuple):
 P = TypeVar("P", bound=Params)
 
 
-@dataclass(frozen=True)
-class Planned(Generic[P]):
+class Planned(Struct, Generic[P], frozen=True):
     """One stage of one layer, as the stage plans it.
 
     Attributes:
@@ -134,8 +133,7 @@ class Planned(Generic[P]):
     fingerprint: Any = None
 
 
-@dataclass(frozen=True)
-class ActionSpec(Generic[P]):
+class ActionSpec(Struct, Generic[P], frozen=True, dict=True):
     """One stage of one layer. Targets that have it in common share it.
 
     Attributes:
@@ -165,8 +163,7 @@ class ActionSpec(Generic[P]):
         return digest_record([self.stage.version, params, self.fingerprint])
 
 
-@dataclass(frozen=True)
-class TargetModel:
+class TargetModel(Struct, frozen=True):
     """A target as its stages plan it.
 
     Attributes:
@@ -196,8 +193,7 @@ class TargetModel:
         return (Need(self.previous, layer),)
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Struct, frozen=True):
     """What a stage made.
 
     Attributes:

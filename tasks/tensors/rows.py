@@ -7,10 +7,11 @@ time, so working block by block gives the same bits as working on the whole.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Protocol
+
+from msgspec import Struct
 
 from cache.blobs import Blobs, Part
 from cache.digest import digest_parts
@@ -59,8 +60,7 @@ def spans(rows: Rows, block_bytes: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, total)
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(Struct, frozen=True):
     """A tensor whose bytes lie in files, in order."""
 
     blobs: Blobs
@@ -77,8 +77,7 @@ class Stored:
         return arrays.read(self.blobs, parts, self.dtype, (stop - start, columns), memory)
 
 
-@dataclass(frozen=True)
-class Joined:
+class Joined(Struct, frozen=True):
     """Matrices of as many rows each, joined on the last axis."""
 
     sources: Sequence[Rows]
@@ -99,8 +98,7 @@ class Joined:
         return mx.concatenate([source.read(start, stop) for source in self.sources], axis=-1)
 
 
-@dataclass(frozen=True)
-class Cast:
+class Cast(Struct, frozen=True):
     """A tensor in another dtype, rounded to nearest, ties to even."""
 
     source: Rows
@@ -121,8 +119,7 @@ class Cast:
         return self.source.read(start, stop).astype(getattr(mx, self.dtype))
 
 
-@dataclass(frozen=True)
-class HalfSplit:
+class HalfSplit(Struct, frozen=True):
     """Rows of wq or wk, from interleaved to half-split rotary order."""
 
     source: Rows
@@ -148,8 +145,7 @@ class HalfSplit:
         return half_split(self.source.read(start, stop), heads=(stop - start) // self.unit)
 
 
-@dataclass(frozen=True)
-class Whole:
+class Whole(Struct, frozen=True, dict=True):
     """Tensors joined on an axis that rows do not follow: made as a whole."""
 
     sources: Sequence[Rows]
