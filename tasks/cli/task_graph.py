@@ -187,7 +187,7 @@ class TaskGraph:
             session.background_packer.taken(target) as begun,
         ):
             acceptance = session.acceptor.target(plan)
-            stamps = self.database.get_values(f"pack:{target}").get("outputs") or {}
+            stamps = self._last_stamps(target)
             packing = Packing(session.builder, plan, acceptance, begun, stamps)
             manifest = packing.run(why)
         acceptance.update_lock()
@@ -207,9 +207,14 @@ class TaskGraph:
     def _clean_pack(self, plan: Plan) -> None:
         """Remove what was built of a target; what people put there stays, and is named."""
         workspace, target = self.session.workspace, plan.target.name
-        stamps = self.database.get_values(f"pack:{target}").get("outputs") or {}
+        stamps = self._last_stamps(target)
         for note in place.clean(workspace, target, stamps):
             print(note)
+
+    def _last_stamps(self, target: str) -> dict[str, list[int]]:
+        """Return the stamps of a target's files when they were last built, if they are known."""
+        values = self.database.get_values(f"pack:{target}") if self.database else {}
+        return values.get("outputs") or {}
 
     def _manifest(self, node: Node) -> str:
         return self.session.workspace.manifest(node.target, node.stage.name, node.layer)

@@ -173,7 +173,7 @@ class Packing:
         pending = Manifest.at(self._pending_path)
         builds = [each.tensors for each in (last, pending) if each]
         there = Contents.of(self.folder, [*builds, new], self.stamps if last else None)
-        if not builds and there.changed:
+        if not builds and there.changed and not self.builder.packed_path(target).exists():
             raise place.not_ours(self.builder.workspace.built(target), there.changed)
         return there
 

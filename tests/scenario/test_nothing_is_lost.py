@@ -231,3 +231,14 @@ def test_files_that_cannot_be_laid_over(built: Project) -> None:
     assert done.returncode
     assert "model-mine.safetensors would be loaded as weights" in done.stdout + done.stderr
     assert built.built() == before
+
+
+def test_a_damaged_record(built: Project) -> None:
+    """Something was built here; whether it is what lies there nobody knows: it is set aside."""
+    before = contents(folder(built))
+    (built.state / "manifests" / "model" / "pack.json").write_bytes(b"{")
+    built.configure(quantize={"bits": 8})
+    doit(built.folder)
+    aside = contents(built.folder / "build" / "model~aside")
+    assert aside["model.safetensors"] == before["model.safetensors"]
+    assert built.built() == built.anew()
