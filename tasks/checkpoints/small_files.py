@@ -39,9 +39,10 @@ def read_bytes(path: Path) -> bytes:
     """Return the content of one of a checkpoint's small files.
 
     Raises:
-        CheckpointError: it cannot be read, is no regular file, or is larger than any such is.
+        CheckpointError: it cannot be read, is no regular file of its folder, or is larger than
+            any such is.
     """
-    check_regular(path)
+    check_own(path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_SMALL_BYTES + 1)
@@ -68,6 +69,29 @@ def check_regular(path: Path) -> None:
     if not stat.S_ISREG(mode):
         raise CheckpointError(
             f"{path} is no file but a {_kind(mode)}. Put the checkpoint's own file there."
+        )
+
+
+def check_own(path: Path) -> None:
+    """Refuse a small file that is a link out of its folder: it would be copied into builds.
+
+    Links within the folder are fine, and those to the blobs of a hub's cache: a snapshot's own, or
+    those that a download into a folder of one's choice is made of.
+
+    Raises:
+        CheckpointError: it is such a link, or no regular file.
+    """
+    check_regular(path)
+    if not path.is_symlink():
+        return
+    folder, real = path.parent.resolve(), path.resolve()
+    blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
+    if real.parent.name == "blobs" and real.parent.parent.name.startswith("models--"):
+        blobs.append(real.parent)
+    if not any(real.is_relative_to(place.resolve()) for place in (folder, *blobs)):
+        raise CheckpointError(
+            f"{path} is a link to {real}, outside of the checkpoint's folder, and would be copied "
+            "into what is built. If it is the checkpoint's own, put the file itself there."
         )
 
 
@@ -112,7 +136,8 @@ def numbered(location: str, names: Iterable[str], pattern: str) -> list[str]:
             continue
         if other := rows.get(int(match[1])):
             raise CheckpointError(
-                f"{location}: {other[0]} and {match[0]} are one shard. Remove one."
+                f"{location}: {other[0]} and {match[0]} are one shard. Move the one that is of "
+                "another checkpoint to a folder of its own."
             )
         rows[int(match[1])] = match
         if match.re.groups > 1:
@@ -122,7 +147,8 @@ def numbered(location: str, names: Iterable[str], pattern: str) -> list[str]:
     if len(counts) > 1:
         raise CheckpointError(
             f"{location} mixes shards of {len(counts)} checkpoints "
-            f"(of {' and of '.join(map(str, sorted(counts)))}). Remove those of the other."
+            f"(of {' and of '.join(map(str, sorted(counts)))}). Move those of the other "
+            "to a folder of their own."
         )
     first = 1 if counts and 0 not in rows else 0  # numbered from 1 where names have the count
     last = first + counts.pop() if counts else max(rows) + 1

@@ -112,7 +112,7 @@ def _stored(
         elif weight_map.get(tensor.name) != other.file:
             raise CheckpointError(
                 f"{folder}: {tensor.name} is both in {other.file} and in {tensor.file}. "
-                "Remove the file that is left from another checkpoint."
+                "Move the file that is left from another checkpoint to a folder of its own."
             )
     return stored
 
@@ -190,17 +190,31 @@ def _series(name: str, row: str) -> str:
 
 
 def _refuse_gaps(location: str, names: Iterable[str], row: str) -> None:
-    """Refuse a row of files with a gap; there may be several rows, of names that begin otherwise.
+    """Refuse a row of files with a gap; there may be several rows.
+
+    Their names begin otherwise, or their files are so many others: parts of one model that were
+    saved each by itself, which mlx_lm.convert reads together.
 
     Raises:
-        CheckpointError: one has a gap, or two checkpoints' files are in one.
+        CheckpointError: one has a gap.
     """
-    rows: dict[str, list[str]] = {}
+    rows: dict[tuple[str, str], list[str]] = {}
     for name in names:
         match = re.fullmatch(row, name)
-        rows.setdefault(name[: match.start(1)] if match else "", []).append(name)
-    for each in rows.values():
-        numbered(location, each, row)
+        key = (name[: match.start(1)], match[2]) if match else ("", "")
+        rows.setdefault(key, []).append(name)
+    for (begin, count), each in rows.items():
+        try:
+            numbered(location, each, row)
+        except CheckpointError as error:
+            others = [other for other in rows if other[0] == begin and other[1] != count]
+            if not (count and others):
+                raise
+            raise CheckpointError(
+                f"{error} Beside them is a row of {others[0][1]}, and no index says which of them "
+                "are the model's. Fetch the index as well, or move the files of another "
+                "checkpoint to a folder of their own."
+            ) from error
 
 
 def _is_whole(location: str, names: Iterable[str], row: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.checkpoints.small_files import read_bytes
+from tasks.checkpoints.small_files import check_own, read_bytes
 from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import RECIPES, Target
 from tasks.layouts import llama_tokenizer
@@ -120,6 +120,7 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
             f"{path} is missing: mlx-examples' llama.py reads no other tokenizer. Fetch it from "
             'where the checkpoint came from, or use layout = "mlx-lm".'
         )
+    check_own(path)
     return [path]
 
 

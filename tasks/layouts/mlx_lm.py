@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from cache.digest import digest
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.checkpoints.small_files import read_bytes
+from tasks.checkpoints.small_files import check_own, read_bytes
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
 from tasks.layouts import architecture, llama_tokenizer
@@ -75,7 +76,7 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
     """Return the checkpoint's small files that go into the built model, as they are or changed.
 
     Raises:
-        CheckpointError: it has no tokenizer.
+        CheckpointError: it has no tokenizer, or what must not be copied.
     """
     folder = checkpoint.folder
     if checkpoint.names == "meta":
@@ -86,8 +87,15 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
             "the built model. Fetch it from where the checkpoint came from."
         )
     patterns = (*TOKENIZER, "generation_config.json")
-    paths = {path for pattern in patterns for path in folder.glob(pattern)}
-    return sorted(path for path in paths if not path.name.startswith("._"))  # macOS's own
+    own = sorted(
+        path
+        for path in folder.iterdir()
+        if any(fnmatchcase(path.name, pattern) for pattern in patterns)
+        and not path.name.startswith("._")  # macOS's
+    )
+    for path in own:
+        check_own(path)
+    return own
 
 
 def tokenizer_model(folder: Path) -> Path:
@@ -101,6 +109,7 @@ def tokenizer_model(folder: Path) -> Path:
         raise CheckpointError(
             f"{path} is missing. Meta ships it beside the models' folders: copy it there."
         )
+    check_own(path)
     return path
 
 

@@ -1,6 +1,8 @@
 """Folders as people have them, read as mlx_lm.convert reads them, or better."""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from support import checkpoints, inside, projects
 from tasks.checkpoints import loaders, sources
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import CheckpointError
+from tasks.layouts import mlx_lm
 
 INDEX = "model.safetensors.index.json"
 
@@ -76,6 +79,20 @@ def two_rows(folder: Path) -> None:
         path.rename(folder / f"model-{number:05}-of-{len(paths) - 1:05}.safetensors")
 
 
+def two_rows_of_one_name(folder: Path) -> None:
+    """Rows of one name that count otherwise: to remove either would lose half of the model."""
+    (folder / INDEX).unlink()
+    paths = sorted(folder.glob("model-*.safetensors"))
+    paths[-1].rename(folder / "model-00001-of-00001.safetensors")
+    for number, path in enumerate(paths[:-1], 1):
+        path.rename(folder / f"model-{number:05}-of-{len(paths) - 1:05}.safetensors")
+
+
+def links_within(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder / "real.json")
+    (folder / "tokenizer.json").symlink_to("real.json")
+
+
 def byte_order_mark(folder: Path) -> None:
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text, encoding="utf-8-sig")
@@ -98,6 +115,8 @@ SAME: dict[str, tuple[Callable[[Path], None], str, bool]] = {
     "mtp not fetched": (mtp_not_fetched, "mtp.safetensors left out", True),
     "macOS's files": (apple_double, "", True),
     "two rows": (two_rows, "", True),
+    "two rows of one name": (two_rows_of_one_name, "", True),
+    "links within": (links_within, "", True),
     "a byte order mark": (byte_order_mark, "", False),
     "bytes behind": (bytes_behind, "", True),
 }
@@ -232,3 +251,69 @@ def test_more_layers_than_tensors(plain: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
     with pytest.raises(CheckpointError, match=r"num_hidden_layers = 1,000,000,000, the weight"):
         read(folder, tmp_path / "cache")
+
+
+def a_link(folder: Path) -> None:
+    (folder.parent / "id_ed25519").write_text("private")
+    (folder / "added_tokens.json").symlink_to("../id_ed25519")
+
+
+def a_link_to_nowhere(folder: Path) -> None:
+    (folder / "added_tokens.json").symlink_to("nowhere")
+
+
+def a_configuration(folder: Path) -> None:
+    (folder / "config.json").rename(folder.parent / "elsewhere.json")
+    (folder / "config.json").symlink_to(folder.parent / "elsewhere.json")
+
+
+def a_pipe(folder: Path) -> None:
+    os.mkfifo(folder / "merges.txt")
+
+
+def a_device(folder: Path) -> None:
+    (folder / "chat_template.jinja").symlink_to("/dev/zero")
+
+
+OUTSIDE = {
+    a_link: r"added_tokens\.json is a link to .*id_ed25519, outside of the checkpoint's folder",
+    a_link_to_nowhere: r"added_tokens\.json cannot be read: No such file",
+    a_configuration: r"config\.json is a link to .*elsewhere\.json, outside",
+    a_pipe: r"merges\.txt is no file but a pipe",
+    a_device: r"chat_template\.jinja is no file but a device",
+}
+
+
+@pytest.mark.parametrize("change", OUTSIDE, ids=lambda change: change.__name__)
+def test_what_must_not_be_copied(
+    change: Callable[[Path], None], plain: Path, tmp_path: Path
+) -> None:
+    """It is told before any work, and nothing of it is in build/ or in the cache."""
+    project = projects.Project(tmp_path, "huggingface")
+    shutil.copytree(plain, project.checkpoint)
+    change(project.checkpoint)
+    project.configure()
+    done = inside.doit(tmp_path, expect=None)
+    assert done.returncode != 0
+    assert re.search(OUTSIDE[change], re.sub(r"\s+", " ", done.stdout + done.stderr))
+    assert not done.computed
+    assert not any((tmp_path / "build").rglob("*"))
+    files = [path for path in project.state.rglob("*") if path.is_file()]
+    assert not any(b"private" in path.read_bytes() for path in files)
+
+
+def test_links_into_the_hubs_cache(plain: Path, tmp_path: Path) -> None:
+    """A snapshot's, and those that older versions made where a folder was to be downloaded to."""
+    blobs = tmp_path / "models--org--name" / "blobs"
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
+    local = tmp_path / "local"
+    for folder in (blobs, snapshot, local):
+        folder.mkdir(parents=True)
+    for number, path in enumerate(sorted(plain.iterdir())):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+        (local / path.name).symlink_to(blobs / str(number))
+    names = {path.name for path in mlx_lm.sources(read(plain, tmp_path / "cache"))}
+    for folder in (snapshot, local):
+        checkpoint = read(folder, tmp_path / "cache")
+        assert {path.name for path in mlx_lm.sources(checkpoint)} == names

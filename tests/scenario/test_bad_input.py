@@ -729,7 +729,10 @@ DAMAGES = {
             without(INDEX),
             lambda f: shutil.copy(f / ST(1), f / "model-00001-of-00004.safetensors"),
         ),
-        (f"{ST(1)} and model-00001-of-00004.safetensors are one shard. Remove one",),
+        (
+            "model-00002-of-00004.safetensors is missing (there are model-00001-of-00004",
+            "a row of 00003, and no index says which of them are the model's. Fetch the index",
+        ),
     ),
     # Small files
     "config.json no JSON": Damage(
@@ -809,7 +812,7 @@ DAMAGES = {
     "a tensor in two files": Damage(
         "llama",
         both(without(INDEX), lambda f: shutil.copy(f / ST(1), f / "model.safetensors")),
-        (f"embed_tokens.weight is both in {ST(1)} and in model.safetensors", "Remove the file"),
+        (f"embed_tokens.weight is both in {ST(1)} and in model.safetensors", "Move the file"),
     ),
 }  # fmt: skip
 

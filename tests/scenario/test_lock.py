@@ -90,8 +90,10 @@ def test_revision_of_a_snapshot(tmp_path: Path) -> None:
     project = create(tmp_path, "huggingface")
     snapshot = tmp_path / "hub" / "snapshots" / ("c" * 40)
     snapshot.mkdir(parents=True)
-    for path in project.checkpoint.iterdir():
-        (snapshot / path.name).symlink_to(path)
+    (tmp_path / "hub" / "blobs").mkdir()
+    for number, path in enumerate(sorted(project.checkpoint.iterdir())):
+        path.rename(tmp_path / "hub" / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     project.configure(source=str(snapshot.relative_to(tmp_path)))
     project.doit()
     (source,) = lock(project)["sources"].values()
