@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cache.blobs import Blobs, Part, Writer
+from cache.digest import digest_parts
 from cache.errors import BlobLost
 from cache.files import atomic
 from cache.records.actions import Corrupt, Hit, Miss
@@ -39,6 +40,7 @@ from tasks.stages.stage import Key, LeafStage, Stage
 from tasks.tensors import arrays, mx, rows
 from tasks.tensors.rows import Rows
 
+MOST_LOST = 100  # inputs of one action that are found to be wrong, one at a time
 T = TypeVar("T")
 Locate = Callable[[str, Tensor], Sequence[Part]]  # by a tensor's name
 
@@ -72,8 +74,16 @@ class NodeContext:
         return self._builder.rows(self._plan, self._inputs, key)
 
     def parts(self, key: Key) -> list[Part]:
-        """Return where the bytes of an input lie, which is made again if they are lost."""
-        return self._builder.locate(self._plan, self._inputs, key)
+        """Return where the bytes of an input lie, looked at; they are made again if lost.
+
+        Raises:
+            BlobLost: they are others.
+        """
+        parts = self._builder.locate(self._plan, self._inputs, key)
+        digest = self._inputs[key].tensor.digest
+        if digest_parts(self.blobs.chunks(parts)) != digest:
+            raise BlobLost(digest, "its bytes are others")
+        return parts
 
     def pass_on(self, key: Key) -> Tensor:
         """Return an input as it is; from now on the cache has its bytes."""
@@ -329,9 +339,17 @@ class Builder:
 
     def _make(self, plan: Plan, node: Node, inputs: Inputs) -> Manifest:
         tensors = {key: tensor for key, (_, tensor) in inputs.items()}
-        with mx.stream(self.streams.get("cpu")):
-            made = node.stage.run(node.params, tensors, self.context(plan, node, inputs))
-        return Manifest(node.action(inputs), made.tensors, made.notes)
+        for _ in range(MOST_LOST):
+            try:
+                with mx.stream(self.streams.get("cpu")):
+                    made = node.stage.run(node.params, tensors, self.context(plan, node, inputs))
+                return Manifest(node.action(inputs), made.tensors, made.notes)
+            except BlobLost as lost:  # noticed as it was read: it is made again, and this as well
+                self.store.blobs.drop_if_wrong(lost.digest)
+        raise BuildError(
+            f"{node.name}: what it reads has other bytes each time. The disk may be failing; or "
+            f"something writes to {plan.checkpoint.folder}."
+        )
 
     def _memory(self, plan: Plan, node: Node) -> int:
         """Return how many bytes a node's action holds at once."""
@@ -384,7 +402,9 @@ class Builder:
             view = maker.stage.view(maker.params, tensors, context, key.name)
             if view is not None:
                 return view
-        return rows.Stored(blobs, self.locate(plan, inputs, key), tensor.dtype, tensor.shape)
+        parts = self.locate(plan, inputs, key)
+        check = rows.Check([(tensor.digest, tensor.nbytes)])
+        return rows.Stored(blobs, parts, tensor.dtype, tensor.shape, check=check)
 
     def locate(self, plan: Plan, inputs: Inputs, key: Key) -> list[Part]:
         """Return where the bytes of a tensor lie that is kept, made again if they are lost.

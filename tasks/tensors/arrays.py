@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import cast
 
@@ -17,6 +17,7 @@ def read(
     dtype: str,
     shape: Sequence[int],
     memory: mx.array | None = None,
+    look: Callable[[memoryview], None] | None = None,
 ) -> mx.array:
     """Return an array of the bytes in ``parts``.
 
@@ -27,6 +28,7 @@ def read(
         shape: of the array.
         memory: what to read them into, if it is large enough: (bytes,), uint8. The next that is
             read into it overwrites the array, so what is made of that must be evaluated before.
+        look: is given the bytes.
 
     Raises:
         FileChanged: a file is another than when it was found.
@@ -35,7 +37,10 @@ def read(
     if memory is None or memory.size < count:
         memory = blank(count)
     if count:
-        blobs.read_into(parts, memoryview(cast(bytearray, memory))[:count])
+        data = memoryview(cast(bytearray, memory))[:count]
+        blobs.read_into(parts, data)
+        if look:
+            look(data)
     return memory[:count].view(getattr(mx, dtype)).reshape(shape)
 
 

@@ -11,10 +11,12 @@ from functools import cached_property
 from math import prod
 from typing import Protocol
 
+import xxhash
 from msgspec import Struct
 
 from cache.blobs import Blobs, Part
 from cache.digest import digest_parts
+from cache.errors import BlobLost
 from cache.records.manifests import DTYPE_BYTES, Tensor
 from tasks.tensors import arrays, mx
 
@@ -60,21 +62,80 @@ def spans(rows: Rows, block_bytes: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, total)
 
 
+class Check:
+    """Makes sure that bytes that are read one after another are those of their digests.
+
+    So nothing is made of a blob that decayed, or of a file that changed under the same stamp. What
+    is read out of turn is not looked at.
+
+    Attributes:
+        segments: digest and length in bytes of each run of bytes, in order.
+    """
+
+    def __init__(self, segments: Sequence[tuple[str, int]]) -> None:
+        self.segments = [segment for segment in segments if segment[1]]
+        self._at = 0  # bytes that were looked at
+        self._left = list(reversed(self.segments))
+        self._missing = self._left[-1][1] if self._left else 0  # of the segment at hand
+        self._state = xxhash.xxh3_128()
+
+    def update(self, start: int, data: memoryview) -> None:
+        """Look at bytes.
+
+        Args:
+            start: the first of them.
+            data: the bytes.
+
+        Raises:
+            BlobLost: a run of bytes ended and is another one.
+        """
+        if start != self._at:
+            return
+        self._at += data.nbytes
+        while data.nbytes and self._left:
+            piece = data[: self._missing]
+            self._state.update(piece)
+            self._missing -= piece.nbytes
+            data = data[piece.nbytes :]
+            if not self._missing:
+                digest, _ = self._left.pop()
+                if self._state.hexdigest() != digest:
+                    raise BlobLost(digest, "its bytes are others")
+                self._state.reset()
+                self._missing = self._left[-1][1] if self._left else 0
+
+
 class Stored(Struct, frozen=True):
-    """A tensor whose bytes lie in files, in order."""
+    """A tensor whose bytes lie in files, in order; ``check``, if given, looks at them as read."""
 
     blobs: Blobs
     parts: Sequence[Part]
     dtype: str
     shape: tuple[int, ...]
     unit: int = 1
+    check: Check | None = None
 
     def read(self, start: int, stop: int, memory: mx.array | None = None) -> mx.array:
         """Return rows ``start`` to ``stop``, in ``memory`` if they fit, see ``arrays.read``."""
         columns = self.shape[-1] if self.shape else 1
         row_bytes = columns * DTYPE_BYTES[self.dtype]
         parts = arrays.slice_parts(self.parts, start * row_bytes, stop * row_bytes)
-        return arrays.read(self.blobs, parts, self.dtype, (stop - start, columns), memory)
+        shape = (stop - start, columns)
+        if self.check is None:
+            return arrays.read(self.blobs, parts, self.dtype, shape, memory)
+        check, at = self.check, start * row_bytes
+        return arrays.read(
+            self.blobs, parts, self.dtype, shape, memory, look=lambda data: check.update(at, data)
+        )
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield all bytes in pieces, each valid until the next."""
+        at = 0
+        for data in self.blobs.chunks(self.parts):
+            if self.check:
+                self.check.update(at, data)
+            at += data.nbytes
+            yield data
 
 
 class Joined(Struct, frozen=True):
@@ -200,7 +261,9 @@ def end_to_end(sources: Sequence[Rows], shape: tuple[int, ...]) -> Stored:
     if any(source.dtype != stored[0].dtype for source in stored):
         raise ValueError("only tensors of one dtype can be joined end to end")
     parts = [part for source in stored for part in source.parts]
-    return Stored(stored[0].blobs, parts, stored[0].dtype, shape)
+    checks = [source.check for source in stored]
+    check = Check([s for each in checks if each for s in each.segments]) if all(checks) else None
+    return Stored(stored[0].blobs, parts, stored[0].dtype, shape, check=check)
 
 
 def digest(blobs: Blobs, whole: Rows, *, keep: bool) -> Tensor:
@@ -213,7 +276,7 @@ def digest(blobs: Blobs, whole: Rows, *, keep: bool) -> Tensor:
             piece after another is never copied.
     """
     if isinstance(whole, Stored):
-        digest = digest_parts(blobs.chunks(whole.parts))
+        digest = digest_parts(whole.chunks())
         blobs.refer(digest, whole.parts)
     elif keep:
         length = Tensor(whole.dtype, whole.shape, "").nbytes
