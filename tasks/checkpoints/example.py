@@ -12,13 +12,19 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import pickletools
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    import numpy.typing as npt
+
+    BFloat16 = npt.NDArray[np.uint16]  # NumPy has no bfloat16: the bits
 
 FILES = ("consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model")
 
@@ -42,8 +48,8 @@ _BYTES_PER_WEIGHT = 4
 def make(folder: Path) -> None:
     """Write the checkpoint into a folder, unless it is there already.
 
-    The same versions of torch and sentencepiece write the same bytes each time; the weights are
-    the same everywhere.
+    The same version of sentencepiece writes the same bytes each time; the weights are the same
+    everywhere.
 
     Args:
         folder: Made, with its parents. Other files in it are left alone.
@@ -65,26 +71,60 @@ def make(folder: Path) -> None:
 
 
 def _write(folder: Path) -> None:
-    import torch
+    import numpy as np
 
-    shards: list[dict[str, torch.Tensor]] = [{} for _ in range(SHARDS)]
+    shards: list[dict[str, BFloat16]] = [{} for _ in range(SHARDS)]
     for name, whole, axis in _tensors():
-        for rank, shard in enumerate(shards):
-            part = whole if axis is None else whole.chunk(SHARDS, dim=axis)[rank]
-            # A tensor of its own: torch.save writes all of the storage that a view looks into.
-            shard[name] = part.clone(memory_format=torch.contiguous_format)
+        parts = [whole] * SHARDS if axis is None else np.split(whole, SHARDS, axis)
+        for shard, part in zip(shards, parts, strict=True):
+            shard[name] = part
     for rank, shard in enumerate(shards):
-        torch.save(shard, folder / f"consolidated.{rank:02}.pth")
+        _save(shard, folder / f"consolidated.{rank:02}.pth")
     (folder / "params.json").write_text(json.dumps(PARAMS))
     (folder / "tokenizer.model").write_bytes(_tokenizer_model())
 
 
-def _tensors() -> Iterator[tuple[str, torch.Tensor, int | None]]:
+def _save(tensors: dict[str, BFloat16], path: Path) -> None:
+    """Write a state dict as ``torch.save`` does, without torch."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in (
+            ("data.pkl", _state_dict(tensors)),
+            ("byteorder", b"little"),
+            *((f"data/{i}", tensor.tobytes()) for i, tensor in enumerate(tensors.values())),
+            ("version", b"3\n"),
+        ):
+            archive.writestr(zipfile.ZipInfo(f"{path.stem}/{name}"), data)
+
+
+def _state_dict(tensors: dict[str, BFloat16]) -> bytes:
+    """Return the pickle of a state dict, whose storages are numbered.
+
+    Made of opcodes, since a pickler imports what it names.
+    """
+    opcodes = [b"\x80\x02}("]  # protocol 2, a dict, and a mark before its items
+    for i, (name, tensor) in enumerate(tensors.items()):
+        strides = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.ndim))
+        opcodes += [
+            _plain(name), b"ctorch._utils\n_rebuild_tensor_v2\n(",
+            b"(", _plain("storage"), b"ctorch\nBFloat16Storage\n",
+            _plain(str(i)), _plain("cpu"), _plain(tensor.size), b"tQ",
+            _plain(0), _plain(tensor.shape), _plain(strides), _plain(False),
+            b"ccollections\nOrderedDict\n)R", b"tR",
+        ]  # fmt: skip
+    return b"".join([*opcodes, b"u."])
+
+
+def _plain(value: object) -> bytes:
+    """Return the opcodes of a value that names nothing."""
+    return pickletools.optimize(pickle.dumps(value, protocol=2))[2:-1]
+
+
+def _tensors() -> Iterator[tuple[str, BFloat16, int | None]]:
     """Each tensor of the model in Meta's order: name, whole tensor, the axis it is split along.
 
     None for an axis: each shard has all of it.
     """
-    import torch
+    import numpy as np
 
     dim, heads = int(PARAMS["dim"]), int(PARAMS["n_heads"])
     head_dim = dim // heads
@@ -110,7 +150,7 @@ def _tensors() -> Iterator[tuple[str, torch.Tensor, int | None]]:
             full = f"layers.{layer}.{name}"
             yield f"{full}.weight", _norm(full, dim), None
     freqs = [10000.0 ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    yield "rope.freqs", torch.tensor(freqs).to(torch.bfloat16), None
+    yield "rope.freqs", _bfloat16(np.array(freqs)), None
 
 
 def _hidden(dim: int, multiple_of: int) -> int:
@@ -118,29 +158,34 @@ def _hidden(dim: int, multiple_of: int) -> int:
     return -(-int(2 * 4 * dim / 3) // multiple_of) * multiple_of
 
 
-def _noise(name: str, rows: int, columns: int, scale: float | None = None) -> torch.Tensor:
+def _noise(name: str, rows: int, columns: int, scale: float | None = None) -> BFloat16:
     """Noise (rows, columns), much like a normal distribution's, its deviation scale.
 
     Where that is None it is 1 / √columns. Made from a hash of the tensor's name, which no version
     of a random generator changes, by sums of integers, which no processor rounds.
     """
-    import torch
+    import numpy as np
 
-    weights = rows * columns
-    stream = bytearray(hashlib.shake_128(name.encode()).digest(weights * _BYTES_PER_WEIGHT))
-    bytes_ = torch.frombuffer(stream, dtype=torch.uint8).view(rows, columns, _BYTES_PER_WEIGHT)
-    centred = bytes_.sum(dim=-1, dtype=torch.int32) - _BYTES_PER_WEIGHT * 255 // 2
+    stream = hashlib.shake_128(name.encode()).digest(rows * columns * _BYTES_PER_WEIGHT)
+    bytes_ = np.frombuffer(stream, np.uint8).reshape(rows, columns, _BYTES_PER_WEIGHT)
+    centred = bytes_.sum(axis=-1, dtype=np.int32) - _BYTES_PER_WEIGHT * 255 // 2
     # A byte's variance is (256² - 1) / 12.
     deviation = math.sqrt(_BYTES_PER_WEIGHT * (256**2 - 1) / 12)
     scale = 1 / math.sqrt(columns) if scale is None else scale
-    return (centred.to(torch.float64) * (scale / deviation)).to(torch.bfloat16)
+    return _bfloat16(centred * (scale / deviation))
 
 
-def _norm(name: str, dim: int) -> torch.Tensor:
+def _norm(name: str, dim: int) -> BFloat16:
     """A norm's weights (dim,): near 1, each another, so that one in the wrong place is seen."""
-    import torch
+    noise = _noise(name, 1, dim, scale=0.1)[0].astype("uint32") << 16
+    return _bfloat16(1 + noise.view("float32").astype("float64"))
 
-    return (1 + _noise(name, 1, dim, scale=0.1)[0].to(torch.float64)).to(torch.bfloat16)
+
+def _bfloat16(numbers: npt.NDArray[np.float64]) -> BFloat16:
+    """Round to the nearest, ties to even, by way of float32 as torch does."""
+    bits = numbers.astype("float32").view("uint32")
+    rounded: BFloat16 = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("uint16")
+    return rounded
 
 
 def _tokenizer_model() -> bytes:

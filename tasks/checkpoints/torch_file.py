@@ -94,6 +94,8 @@ def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
             if plain and not 0 <= start <= info.file_size - stored.nbytes:
                 raise damaged(path, f"{name} reaches past the end of its storage")
             tensors.append(stored)
+    if any(stored.offset == TORCH for stored in tensors):
+        _torch(path)  # wanted as they are extracted: an error before any work
     return tensors
 
 
@@ -237,14 +239,25 @@ def _read_with_torch(path: Path) -> list[Stored]:
     return tensors
 
 
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} is not the usual file of torch.save (a zip archive of plain tensors): only "
+            "torch can read it. Install that: pip install 'mlx-make[torch]'"
+        ) from error
+    return torch
+
+
 def load_with_torch(path: Path) -> dict[str, Any]:
     """Load a ``torch.save`` file's tensors, by name.
 
     Raises:
-        CheckpointError: it is damaged, holds no tensors, or wants to run code.
+        CheckpointError: it is damaged, holds no tensors, or wants to run code; or torch is not
+            installed.
     """
-    import torch
-
+    torch = _torch(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # of how the file was once written
             state = torch.load(path, map_location="cpu", weights_only=True)

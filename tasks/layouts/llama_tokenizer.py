@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -148,6 +149,8 @@ def files(model_file: Path, *, release: Release = "3.1") -> dict[str, bytes]:
     Raises:
         TokenizerError: the file is damaged, or of a make whose ids transformers would not give.
     """
+    # transformers, as it is imported, warns where there is no torch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if kind(model_file) == "tiktoken":
         tokenizer = _from_tiktoken(_read_ranks(model_file), special_tokens(release))
         # No tokenizer.model, which nothing needs beside these: tools that find one take it for

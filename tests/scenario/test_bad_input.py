@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -906,6 +907,19 @@ def small_files(folder: Path) -> list[Path]:
     torch.save(tensors, folder / "legacy.pth", _use_new_zipfile_serialization=False)
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "a.safetensors")
     return [folder / "zip.pth", folder / "legacy.pth", folder / "a.safetensors"]
+
+
+def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Usual files are read; what needs it says so when the file is looked into."""
+    views, legacy, _ = small_files(tmp_path)
+    usual = tmp_path / "usual.pth"
+    torch.save({"a": torch.arange(6.0).reshape(2, 3)}, usual)
+    with_torch = torch_file.read(usual)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert torch_file.read(usual) == with_torch
+    for path in (views, legacy):
+        with pytest.raises(CheckpointError, match=re.escape("pip install 'mlx-make[torch]'")):
+            torch_file.read(path)
 
 
 @pytest.mark.parametrize("number", range(3), ids=["zip", "legacy", "safetensors"])

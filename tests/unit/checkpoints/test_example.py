@@ -89,6 +89,16 @@ def test_shards_are_split_as_meta_splits_them(checkpoint: Path) -> None:
     )
 
 
+def test_is_made_without_torch(checkpoint: Path, tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys; sys.modules['torch'] = None; "
+        "from tasks.checkpoints import example; example.make(pathlib.Path(sys.argv[1]))"
+    )
+    call = [sys.executable, "-c", script, tmp_path / "made"]
+    subprocess.run(call, check=True, cwd=REPOSITORY)
+    assert content(tmp_path / "made") == content(checkpoint)
+
+
 def test_tokenizer_is_of_llamas_make(checkpoint: Path) -> None:
     import sentencepiece
 
