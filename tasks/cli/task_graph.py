@@ -14,7 +14,7 @@ from tasks.cli.failures import values_or_failure
 from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck, is_unchanged, manifest_state
 from tasks.execution import place
-from tasks.layouts import LAYOUTS, weight_suffixes
+from tasks.layouts.registry import LAYOUTS, weight_suffixes
 from tasks.planning import bundle
 from tasks.planning.node import Node
 from tasks.planning.plan import Plan

@@ -23,7 +23,7 @@ from tasks.core.errors import ConfigError
 from tasks.core.program import COMMAND
 from tasks.core.spec import At, Quantize, Settings, Size, SourceName, Target
 from tasks.core.workspace import BUILD
-from tasks.layouts import LAYOUTS
+from tasks.layouts.registry import LAYOUTS
 
 MAX_NAME_BYTES = 200  # file systems take 255, and temporary names are longer
 

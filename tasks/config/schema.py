@@ -17,7 +17,7 @@ from tasks.config.tables import Build, Cache, Document, Matrix, Model, RemoteURL
 from tasks.config.values import REMOTE, REMOTES, words
 from tasks.core.spec import MODES, Quantize, Rule, Settings, Size, SourceName, Word
 from tasks.core.text import NUMBER, UNITS
-from tasks.layouts import LAYOUTS
+from tasks.layouts.registry import LAYOUTS
 from tasks.tensors import modes
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -25,7 +25,7 @@ from tasks.core.spec import (
     Word,
 )
 from tasks.core.text import SIZE, UNITS, size_bytes
-from tasks.layouts import LAYOUTS
+from tasks.layouts.registry import LAYOUTS
 from tasks.stages import registry
 from tasks.tensors import modes
 

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 from cache.blobs import Blobs, Part, Place, Writer
 from cache.records.manifests import Tensor
-from tasks.layouts import LAYOUTS, weight_file
+from tasks.layouts import weight_file
+from tasks.layouts.registry import LAYOUTS
 from tasks.layouts.weight_file import Find
 from tasks.planning import bundle
 from tasks.planning.node import Node, total

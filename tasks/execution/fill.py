@@ -20,7 +20,8 @@ from cache.files import atomic, link, space
 from cache.records.manifests import Tensor
 from tasks.execution.draft import Drafts, WeightFileDraft
 from tasks.execution.resources import cores
-from tasks.layouts import LAYOUTS, weight_file
+from tasks.layouts import weight_file
+from tasks.layouts.registry import LAYOUTS
 from tasks.layouts.weight_file import Find
 from tasks.planning import bundle
 from tasks.planning.bundle import Bundle

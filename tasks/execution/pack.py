@@ -21,7 +21,7 @@ from tasks.execution.builder import Builder
 from tasks.execution.early import PackInProgress
 from tasks.execution.fill import Filling, PackedFolder
 from tasks.execution.place import Contents, Stamps
-from tasks.layouts import LAYOUTS
+from tasks.layouts.registry import LAYOUTS
 from tasks.planning import bundle
 from tasks.planning.bundle import Bundle
 from tasks.planning.node import Inputs

@@ -1,97 +1,10 @@
 """What a built model is: its parameters by name, its modules, and the files of its folder.
 
 One module a layout says all that is peculiar to it (``mlx_lm``, ``mlx_examples``) and stands in
-``LAYOUTS``, where everybody else finds it: a new layout is one module and one line here. Beside
+``registry``, where everybody else finds it: a new layout is one module and one line there. Beside
 them: ``model`` (a model by a layout's names), ``architecture`` (what the classes of one of the
 ``libraries`` make of a checkpoint, found out by ``probe``), ``llama_names`` and ``llama_tokenizer``
 (from Meta's to Hugging Face's), ``weight_file`` and one module a format of weight files.
 
 May import ``cache``, ``tasks.core``, ``tasks.tensors`` and ``tasks.checkpoints``.
 """
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
-
-from cache.records.memos import Memos
-from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.core.spec import Target
-from tasks.layouts import mlx_examples, mlx_lm
-from tasks.layouts.model import Model
-from tasks.layouts.weight_file import WeightFormat
-
-
-class Layout(Protocol):
-    """How a built model's files are laid out.
-
-    Attributes:
-        weight_format: what its weight files are written as.
-        default_shard_bytes: largest size of a weight file, where models.toml does not say it.
-        loaded: a shell pattern: what lies in the folder by such a name, clients load.
-    """
-
-    weight_format: WeightFormat
-    default_shard_bytes: int
-    loaded: str
-
-    def model(self, checkpoint: Checkpoint, memos: Memos) -> Model:
-        """Return the model by the layout's names.
-
-        Raises:
-            CheckpointError: the layout has no place for such a model.
-        """
-
-    def default_dtype(self, checkpoint: Checkpoint, model: Model) -> str | None:
-        """Return what floating tensors are cast to if models.toml does not say; None: nothing."""
-
-    def check(self, target: Target, model: Model) -> None:
-        """Refuse settings that the layout cannot express.
-
-        Raises:
-            ConfigError: there are such.
-        """
-
-    def config(
-        self, target: Target, model: Model, quantization: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        """Return config.json.
-
-        Raises:
-            ConfigError: what reads the layout could not load such a model.
-        """
-
-    def sources(self, checkpoint: Checkpoint) -> list[Path]:
-        """Return the checkpoint's small files that go into the built model, changed or not.
-
-        Raises:
-            CheckpointError: one is missing without which nothing can load the model.
-        """
-
-    def files(
-        self,
-        checkpoint: Checkpoint,
-        memos: Memos,
-        shards: Sequence[Sequence[tuple[str, int]]],
-        parameters: int,
-    ) -> dict[str, bytes]:
-        """Return the small files besides config.json, by name.
-
-        Args:
-            checkpoint: what the model is built from.
-            memos: where a tokenizer is remembered that had to be made.
-            shards: the tensors of each weight file: name and size in bytes.
-            parameters: weights of the model, as mlx-lm counts them.
-        """
-
-    def shard_names(self, count: int) -> list[str]:
-        """Return the names of ``count`` weight files, in order."""
-
-
-LAYOUTS: dict[str, Layout] = {"mlx-lm": mlx_lm, "mlx-examples": mlx_examples}
-
-
-def weight_suffixes() -> tuple[str, ...]:
-    """Return what the names of weight files end with, whatever the layout."""
-    return tuple({layout.weight_format.suffix: None for layout in LAYOUTS.values()})

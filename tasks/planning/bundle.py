@@ -16,7 +16,7 @@ from cache.records.manifests import Action, Tensor, TensorSpec
 from cache.records.memos import Memos
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
-from tasks.layouts import LAYOUTS
+from tasks.layouts.registry import LAYOUTS
 from tasks.planning.node import Inputs, Node, total
 from tasks.planning.plan import Plan
 

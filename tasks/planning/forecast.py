@@ -20,7 +20,7 @@ from cache.records.manifests import Action, Manifest, Tensor, TensorSpec
 from cache.store import Store
 from tasks.core.errors import BuildError
 from tasks.core.workspace import Workspace
-from tasks.layouts import LAYOUTS
+from tasks.layouts.registry import LAYOUTS
 from tasks.planning import bundle, sizes
 from tasks.planning.bundle import Bundle
 from tasks.planning.lockfile import Lock

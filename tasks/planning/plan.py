@@ -14,8 +14,9 @@ from tasks.checkpoints import loaders, sources
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.spec import SourceSpec, Target
-from tasks.layouts import LAYOUTS, architecture
+from tasks.layouts import architecture
 from tasks.layouts.model import Model, Module, Parameter, layer_names
+from tasks.layouts.registry import LAYOUTS
 from tasks.planning.node import Node
 from tasks.stages import quantize_scheme, registry
 from tasks.stages.stage import ActionSpec, Computer, Need, Planned, Stage, TargetModel

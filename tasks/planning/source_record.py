@@ -17,7 +17,7 @@ from tasks.checkpoints.loaders import weight_patterns
 from tasks.checkpoints.small_files import read_bytes
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
-from tasks.layouts import LAYOUTS
+from tasks.layouts.registry import LAYOUTS
 
 
 @dataclass(frozen=True)

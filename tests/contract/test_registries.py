@@ -19,8 +19,8 @@ from tasks.checkpoints.loaders import LOADERS
 from tasks.checkpoints.sources import SOURCES
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Quantize, SourceSpec, Target
-from tasks.layouts import LAYOUTS, weight_suffixes
 from tasks.layouts.libraries import LIBRARIES
+from tasks.layouts.registry import LAYOUTS, weight_suffixes
 
 KINDS = {"llama": "meta", "transformers": "huggingface"}  # a checkpoint for each loader
 

@@ -13,8 +13,9 @@ from support.projects import FOUR_BIT, Project
 from tasks.checkpoints import headers
 from tasks.checkpoints.loaders import LOADERS
 from tasks.checkpoints.sources import SOURCES
-from tasks.layouts import LAYOUTS, architecture
+from tasks.layouts import architecture
 from tasks.layouts.libraries import LIBRARIES
+from tasks.layouts.registry import LAYOUTS
 
 QUANTIZED = {"bits": 4, "group_size": 32}
 
