@@ -93,9 +93,14 @@ class Command(DoitCommand):  # type: ignore[misc]
         from difflib import get_close_matches  # that only a mistake pays
 
         depth = max(name.count(":"), 1)  # a layer's tasks only for a layer's name
+        session = self.loader and self.loader.session
+        if session and (refused := session.refused.get(name.split(":")[1] if ":" in name else "")):
+            from tasks.planning.refused import messages
+
+            return messages([refused])[0]  # it has no layers
         valid = [task.name for task in self.task_list if task.name.count(":") <= depth]
-        if self.names_tasks and self.loader.session:
-            valid += self.loader.session.plans
+        if self.names_tasks and session:
+            valid += [*session.plans, *session.refused]
         kind = "task"
         if self.name == "run":  # doit lits is doit run lits
             if name in self.loader.cmd_names:

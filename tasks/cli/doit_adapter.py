@@ -22,7 +22,8 @@ from doit.cmd_forget import Forget as DoitForget
 from doit.cmd_info import Info as DoitInfo
 from doit.cmd_list import List as DoitList
 from doit.control import TaskControl, TaskDispatcher
-from doit.exceptions import InvalidCommand
+from doit.exceptions import InvalidCommand, UnmetDependency
+from doit.runner import MThreadRunner, Runner
 
 
 def models_file() -> Path:
@@ -104,14 +105,42 @@ class Control(TaskControl):  # type: ignore[misc]
         return DepthFirst(self.tasks, self.targets, self.selected_tasks)
 
 
+class _FailsAlone:
+    """For a runner: what is refused, and what only needs what failed, stops nothing else."""
+
+    final_result: Any
+    _stop_running: bool
+    continue_: bool
+
+    def _handle_task_error(self, node: Any, base_fail: Any) -> None:
+        before = self.final_result, self._stop_running
+        super()._handle_task_error(node, base_fail)  # type: ignore[misc]
+        if self.continue_:
+            return
+        if isinstance(base_fail, UnmetDependency):
+            self.final_result, self._stop_running = before
+        elif "refused" in (node.task.meta or {}):
+            self._stop_running = before[1]
+
+
+class OneByOne(_FailsAlone, Runner):  # type: ignore[misc]
+    """doit's runner without threads."""
+
+
+class InThreads(_FailsAlone, MThreadRunner):  # type: ignore[misc]
+    """doit's runner in threads."""
+
+
 @contextmanager
 def our_control() -> Iterator[None]:
-    """Have doit's ``run`` use ``Control``, which it looks up by name: it has no hook for it."""
-    original, cmd_run.TaskControl = cmd_run.TaskControl, Control
+    """Have doit's ``run`` use our classes, which it looks up by name: it has no hook for them."""
+    ours = {"TaskControl": Control, "Runner": OneByOne, "MThreadRunner": InThreads}
+    originals = {name: getattr(cmd_run, name) for name in ours}
+    vars(cmd_run).update(ours)
     try:
         yield
     finally:
-        cmd_run.TaskControl = original
+        vars(cmd_run).update(originals)
 
 
 # Whether a task is up to date

@@ -93,6 +93,8 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
                 options = cmd.options.requesting(pos_args)
             makers = {EXAMPLE: _make_example} if IS_CHECKOUT else {}
             self.session = Session.open(self._config, options, makers)
+            if "report" in pos_args:  # its task shows what can be planned
+                pos_args += [f"report:{target}" for target in self.session.refused]
             graph = TaskGraph(self.session, cmd.dep_manager)
             self.namespace = graph.stage_creators() | {
                 name: MethodType(creator, graph) if creator.__code__.co_argcount else creator

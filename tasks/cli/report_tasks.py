@@ -12,6 +12,7 @@ from msgspec import structs, to_builtins
 from cache.digest import digest_record
 from cache.files import atomic
 from cache.records.manifests import Manifest
+from tasks.cli.refused_tasks import refused_tasks
 from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck
 from tasks.core import text
@@ -38,6 +39,7 @@ def report(session: Session) -> Iterator[dict[str, Any]]:
         first = [plan for plan in family if session.options.requests(f"report:{plan.target.name}")]
         for plan in family:
             yield _target_task(session, reader, plan, family, first)
+    yield from refused_tasks(session, "report")
     yield _overview_task(session, reader)
 
 

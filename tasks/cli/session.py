@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING
 
 from cache.errors import CacheError
 from cache.store import Store
-from tasks.cli.failures import as_invalid_dodo_file, message
+from tasks.cli.failures import MENDABLE, as_invalid_dodo_file, message
 from tasks.cli.options import DEFAULT, Options
 from tasks.config.reader import Config
+from tasks.core.errors import BuildError
+from tasks.core.spec import Target
 from tasks.core.text import plural
 from tasks.core.workspace import Workspace
 from tasks.execution import place
 from tasks.execution.log import Log
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan, Planner
+from tasks.planning.refused import Refused, messages
+from tasks.stages import registry
 
 if TYPE_CHECKING:  # imported where they are wanted: a run with nothing to do wants none
     from cache.remote.remote import Remote
@@ -34,7 +38,7 @@ if TYPE_CHECKING:  # imported where they are wanted: a run with nothing to do wa
 
 @dataclass(frozen=True)
 class Session:
-    """The targets of one models.toml, planned, and what their tasks need to run.
+    """The targets of one models.toml, planned or refused, and what their tasks need to run.
 
     Attributes:
         workspace: where things lie beside models.toml.
@@ -42,6 +46,7 @@ class Session:
         options: what the command line says.
         store: the cache.
         plans: by target.
+        refused: the targets that cannot be planned, by name. Each fails alone.
         lock: models.lock.
         remote: the remote store, if one is used.
     """
@@ -51,6 +56,7 @@ class Session:
     options: Options
     store: Store
     plans: dict[str, Plan]
+    refused: dict[str, Refused]
     lock: Lock
     remote: Remote | None = None
 
@@ -88,7 +94,10 @@ class Session:
         """Holds the targets' sources against models.lock."""
         from tasks.execution.accept import Acceptor
 
-        return Acceptor(self.lock, self.builder, list(self.plans.values()))
+        plans = [*self.plans.values()]
+        targets = [plan.target for plan in plans] + [r.target for r in self.refused.values()]
+        source_names = {target.name: target.source_name for target in targets}
+        return Acceptor(self.lock, self.builder, plans, source_names)
 
     @classmethod
     def open(
@@ -105,7 +114,8 @@ class Session:
             makers: what makes a checkpoint that this project makes itself, by its folder.
 
         Raises:
-            InvalidDodoFile: something cannot be built; doit prints the message.
+            InvalidDodoFile: nothing that is asked for can be built; doit prints the message. Of
+                ``--locked``, that anything cannot.
         """
         with as_invalid_dodo_file(), ExitStack() as if_it_fails:
             lock = Lock.load(config.path.with_suffix(".lock"), strict=options.locked)
@@ -121,13 +131,12 @@ class Session:
                 if makers and folder in makers:
                     makers[folder](folder)
             planner = Planner(store.memos, lambda target: lock.recall(store, target))
-            plans = {name: planner.plan(target) for name, target in config.targets.items()}
-            lock.check_plans(plans.values())
             workspace = Workspace(config.path.parent)
-            for name in plans:
-                place.check_is_ours(workspace, name, locked=name in lock.targets)
+            plans, refused = _plan(planner, workspace, lock, config.targets.values())
+            _check_any_is_planned(options, plans, refused)
+            lock.check_plans(plans.values())
             if_it_fails.pop_all()
-        return cls(workspace, config, options, store, plans, lock, remote)
+        return cls(workspace, config, options, store, plans, refused, lock, remote)
 
     def abandon(self) -> None:
         """Have all that goes on behind the tasks stop before long; wait for nothing."""
@@ -157,6 +166,44 @@ class Session:
         """Let go of the remote store: what is queued for it is dropped."""
         if self.remote:
             self.remote.close()
+
+
+def _plan(
+    planner: Planner, workspace: Workspace, lock: Lock, targets: Iterable[Target]
+) -> tuple[dict[str, Plan], dict[str, Refused]]:
+    """Return the targets that can be planned, and those that cannot, by name."""
+    plans, refused = {}, {}
+    for target in targets:
+        try:
+            plan = planner.plan(target)
+            place.check_is_ours(workspace, target.name, locked=target.name in lock.targets)
+            plans[target.name] = plan
+        except MENDABLE as error:
+            refused[target.name] = Refused(target, message(error))
+    return plans, refused
+
+
+def _check_any_is_planned(
+    options: Options, plans: Iterable[str], refused: Mapping[str, Refused]
+) -> None:
+    """Refuse a run of which nothing can be planned; of ``--locked``, also of which a part cannot.
+
+    Raises:
+        BuildError: that is so.
+    """
+
+    def asked(target: str) -> bool:
+        groups = (*registry.names(), "pack", "report", "lock")
+        return not options.requested_tasks or any(options.requests(f"{g}:{target}") for g in groups)
+
+    if options.locked:
+        wanted = [*refused.values()]
+    elif any(map(asked, plans)):
+        wanted = []
+    else:
+        wanted = [each for target, each in refused.items() if asked(target)]
+    if wanted:
+        raise BuildError("\n".join(messages(wanted)))
 
 
 def _open_remote(config: Config, *, read_only: bool) -> Remote | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +12,10 @@ from typing import Any
 from cache.digest import digest_record
 from tasks.cli.doit_adapter import is_up_to_date
 from tasks.cli.failures import values_or_failure
+from tasks.cli.refused_tasks import fails, refused_tasks
 from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck, is_unchanged, manifest_state
+from tasks.core.errors import BuildError
 from tasks.execution import place
 from tasks.layouts.registry import LAYOUTS, weight_suffixes
 from tasks.planning import bundle
@@ -74,7 +77,9 @@ class TaskGraph:
         for plan in plans:
             for node in plan.nodes(stage):
                 yield self._layer_task(plan, node)
+        yield from refused_tasks(self.session, stage)
         groups = [f"{stage}:{plan.target.name}" for plan in plans if plan.nodes(stage)]
+        groups += [f"{stage}:{target}" for target in self.session.refused]
         # The reporter finds the session here: doit hands it tasks, and nothing else.
         meta = {"session": self.session}
         yield {"basename": stage, "actions": None, "task_dep": groups, "meta": meta}
@@ -83,6 +88,10 @@ class TaskGraph:
         """Yield the tasks that write the built models' folders."""
         for plan in self.session.plans.values():
             yield self._pack_task(plan)
+        for target in self.session.refused:
+            clean = [(self._clean_pack, [target])]
+            task = fails(self.session, "pack", target)
+            yield {"basename": "pack", "name": target, "clean": clean, **task}
 
     def accept(self) -> Iterator[dict[str, Any]]:
         """Yield the tasks that lock the sources as they are now."""
@@ -97,6 +106,8 @@ class TaskGraph:
                 return values_or_failure(accept)
 
             yield {"basename": "lock", "name": target, "actions": [act], "io": {"capture": False}}
+        for target in session.refused:
+            yield {"basename": "lock", "name": target, **fails(session, "lock", target)}
 
     def _is_up_to_date(self, node: Node) -> bool:
         file_dep = {self._manifest(need) for need in node.needs}
@@ -171,7 +182,7 @@ class TaskGraph:
             "task_dep": [node.name for node in reversed(waits_for)],
             "targets": [str(manifest_path)],
             "uptodate": [check],
-            "clean": [(self._clean_pack, [plan])],
+            "clean": [(self._clean_pack, [target])],
             "io": {"capture": False},
             "meta": {"plan": plan, "check": check},
         }
@@ -204,12 +215,14 @@ class TaskGraph:
             "locked": session.lock.state(plan),
         }
 
-    def _clean_pack(self, plan: Plan) -> None:
+    def _clean_pack(self, target: str) -> None:
         """Remove what was built of a target; what people put there stays, and is named."""
-        workspace, target = self.session.workspace, plan.target.name
         stamps = self._last_stamps(target)
-        for note in place.clean(workspace, target, stamps):
-            print(note)
+        try:
+            for note in place.clean(self.session.workspace, target, stamps):
+                print(note)
+        except BuildError as error:  # of a link that leads nowhere, for one
+            print(f"warning: {error}", file=sys.stderr)
 
     def _last_stamps(self, target: str) -> dict[str, list[int]]:
         """Return the stamps of a target's files when they were last built, if they are known."""

@@ -6,7 +6,7 @@ To look at a source is to digest all of it: what needs no looking is ``planning.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cache.records.manifests import Action, Manifest
@@ -60,12 +60,14 @@ class Acceptor:
     Attributes:
         lock: models.lock.
         builder: digests what is not known.
-        plans: all targets.
+        plans: all targets that are planned.
+        source_names: of all targets of models.toml, by target: models.lock keeps them all.
     """
 
     lock: Lock
     builder: Builder
     plans: list[Plan]
+    source_names: Mapping[str, str]
     _snapshots: dict[str, LockedSource] = field(default_factory=dict)
     _taking: threading.Lock = field(default_factory=threading.Lock)
 
@@ -101,7 +103,7 @@ class Acceptor:
             raise BuildError("--locked never writes models.lock. Run doit lock without it.")
         if not plan.checkpoint.source.available:
             return  # not here: there is nothing new to accept
-        self.lock.accept(plan, self.snapshot(plan), self.plans)
+        self.lock.accept(plan, self.snapshot(plan), self.source_names)
 
     def wants_blake3(self, plan: Plan) -> bool:
         """Tell whether a target's output has its BLAKE3 in the lock, or gets it."""
@@ -157,4 +159,5 @@ class TargetAcceptance:
     def update_lock(self) -> None:
         """Lock what was built."""
         if self._built:
-            self.acceptor.lock.update(self.plan, self.source, self._built, self.acceptor.plans)
+            lock, source_names = self.acceptor.lock, self.acceptor.source_names
+            lock.update(self.plan, self.source, self._built, source_names)

@@ -294,11 +294,17 @@ class Lock:
         if odd:
             raise self._drift(plan.target, odd)
 
-    def accept(self, plan: Plan, now: LockedSource, plans: Iterable[Plan]) -> None:
-        """Lock a target's source as it is now."""
+    def accept(self, plan: Plan, now: LockedSource, source_names: Mapping[str, str]) -> None:
+        """Lock a target's source as it is now.
+
+        Args:
+            plan: the target.
+            now: its source.
+            source_names: of all targets of models.toml, by target.
+        """
         with self._writing:
             self.sources[plan.target.source_name] = now
-            self._save(plans)
+            self._save(source_names)
 
     def check_target(
         self,
@@ -376,14 +382,23 @@ class Lock:
             )
         return built, notes
 
-    def update(self, plan: Plan, source: LockedSource, built: Built, plans: Iterable[Plan]) -> None:
-        """Lock what was built, unless ``strict``: then it is what is locked."""
+    def update(
+        self, plan: Plan, source: LockedSource, built: Built, source_names: Mapping[str, str]
+    ) -> None:
+        """Lock what was built, unless ``strict``: then it is what is locked.
+
+        Args:
+            plan: the target.
+            source: its source.
+            built: what was built of it.
+            source_names: of all targets of models.toml, by target.
+        """
         if self.strict:
             return
         with self._writing:
             self.sources[plan.target.source_name] = source
             self.targets[plan.target.name] = built
-            self._save(plans)
+            self._save(source_names)
 
     def state(self, plan: Plan) -> str | None:
         """Return a digest of what is locked of a target, or None if it is not."""
@@ -391,14 +406,13 @@ class Lock:
         built = self.targets.get(plan.target.name)
         return digest_record([asdict(source), asdict(built)]) if source and built else None
 
-    def _save(self, plans: Iterable[Plan]) -> None:
+    def _save(self, source_names: Mapping[str, str]) -> None:
         """Write the file, without what models.toml does not have any more."""
-        targets = {plan.target.name: plan.target.source_name for plan in plans}
-        kept = set(targets.values())
+        kept = set(source_names.values())
         record = {
             "version": VERSION,
             "sources": {n: asdict(s) for n, s in self.sources.items() if n in kept},
-            "targets": {n: asdict(b) for n, b in self.targets.items() if n in targets},
+            "targets": {n: asdict(b) for n, b in self.targets.items() if n in source_names},
         }
         data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
         if not self.path.exists() or self.path.read_bytes() != data:

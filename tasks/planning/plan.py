@@ -150,21 +150,14 @@ class Planner:
         self.memos = memos
         self._recall = recall
         self._checkpoints: dict[tuple[SourceSpec, str | None], Checkpoint] = {}
-        self._shared: dict[tuple[SourceSpec, str | None, str, str], SharedPlan] = {}
+        self._shared: dict[tuple[SourceSpec, str | None, str, str], SharedPlan | BuildError] = {}
 
     def plan(self, target: Target) -> Plan:
         """Work a target out.
 
         Raises:
-            BuildError: the checkpoint, the model or a setting makes it impossible. The message
-                begins with the target's name.
+            BuildError: the checkpoint, the model or a setting makes it impossible.
         """
-        try:
-            return self._plan(target)
-        except BuildError as error:
-            raise type(error)(f"{target.where}: {target.name}: {error}") from error
-
-    def _plan(self, target: Target) -> Plan:
         layout = LAYOUTS[target.layout]
         shared = self._share(target)
         checkpoint, model = shared.checkpoint, shared.model
@@ -186,20 +179,29 @@ class Planner:
         return Plan(target, shared, asked, stages, names, config, weights, notes)
 
     def _share(self, target: Target) -> SharedPlan:
-        source = (target.source, target.loader)
         backend = device.backend(target.device)
-        key = (*source, target.layout, backend)
+        key = (target.source, target.loader, target.layout, backend)
         if key not in self._shared:
-            if source not in self._checkpoints:
-                self._checkpoints[source] = self._recall(target) or loaders.read(
-                    sources.open_source(target.source), target.loader, self.memos
-                )
-            checkpoint = self._checkpoints[source]
-            layout = LAYOUTS[target.layout]
-            model = layout.model(checkpoint, self.memos)
-            layout.sources(checkpoint)  # refuses a checkpoint without tokenizer
-            self._shared[key] = SharedPlan.of(checkpoint, model, backend)
-        return self._shared[key]
+            try:
+                self._shared[key] = self._read(target, backend)
+            except BuildError as error:  # of all targets alike: to find out may take seconds
+                self._shared[key] = error
+        shared = self._shared[key]
+        if isinstance(shared, BuildError):
+            raise shared
+        return shared
+
+    def _read(self, target: Target, backend: str) -> SharedPlan:
+        source = (target.source, target.loader)
+        if source not in self._checkpoints:
+            self._checkpoints[source] = self._recall(target) or loaders.read(
+                sources.open_source(target.source), target.loader, self.memos
+            )
+        checkpoint = self._checkpoints[source]
+        layout = LAYOUTS[target.layout]
+        model = layout.model(checkpoint, self.memos)
+        layout.sources(checkpoint)  # refuses a checkpoint without tokenizer
+        return SharedPlan.of(checkpoint, model, backend)
 
 
 def _nodes(

@@ -4,6 +4,7 @@ A test that fails here tells which name of doit's a new release changed, and wha
 """
 
 import inspect
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from doit.cmdparse import CmdParseError
 from doit.control import TaskControl, TaskDispatcher
 from doit.dependency import Dependency
 from doit.doit_cmd import DoitMain
-from doit.exceptions import InvalidCommand
+from doit.exceptions import InvalidCommand, TaskFailed
+from doit.runner import MThreadRunner, Runner
 from doit.task import Task, dict_to_task
 
 from tasks.cli import doit_adapter
@@ -147,6 +149,35 @@ def test_run_looks_its_control_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert doit(tmp_path, "run", task_nothing=task_nothing) == 0
     assert used
     assert cmd_run.TaskControl is TaskControl
+    assert cmd_run.Runner is Runner
+    assert cmd_run.MThreadRunner is MThreadRunner
+
+
+@pytest.mark.parametrize("threads", ["0", "1", "4"])
+@pytest.mark.parametrize("meta", [{"refused": "why"}, {}, None])
+def test_what_is_refused_stops_nothing(
+    tmp_path: Path, threads: str, meta: dict[str, str] | None
+) -> None:
+    """Nor does a group that needs it; what fails at work does."""
+    assert parameters(Runner._handle_task_error) == ["self", "node", "base_fail"]
+    ran: list[str] = []
+
+    def act(name: str) -> Any:
+        ran.append(name)
+        return TaskFailed("it cannot") if name == "bad" else True
+
+    def task_group() -> Iterator[dict[str, Any]]:
+        yield {"name": "bad", "actions": [(act, ["bad"])], "meta": meta}
+
+    def task_after() -> dict[str, Any]:
+        return {"actions": [(act, ["after"])]}
+
+    creators = {"task_group": task_group, "task_after": task_after}
+    with doit_adapter.our_control():
+        run = ["run", "-n", threads, "-P", "thread"]
+        assert doit(tmp_path, *run, "group", "after", **creators) == 1
+        assert ("after" in ran) == bool(meta) or threads == "4"
+        assert doit(tmp_path, *run, "--continue", "group", "after", **creators) == 2
 
 
 def test_is_up_to_date_as_doit_finds(tmp_path: Path) -> None:

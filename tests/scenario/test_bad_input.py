@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +88,10 @@ class Project:
         self.says(f'[models.a]\nsource = "checkpoint"\n{settings}')
         return shutil.copytree(self.shared / name, self.folder / "checkpoint")
 
-    def refuses(self, *words: str, status: int = 3) -> str:
+    def refuses(self, *words: str, status: int = 3, asked: Sequence[str] = ()) -> str:
         """Run doit, which must say all of `words` and change no file but its own state."""
         before = self.content()
-        said = output(doit(self.folder, expect=status))
+        said = output(doit(self.folder, *asked, expect=status))
         assert self.content() == before
         assert "Traceback" not in said
         assert "ERROR: " in said
@@ -428,7 +428,7 @@ def test_every_command_says_it(project: Project, command: str) -> None:
 MODULES = "There are model.embed_tokens, model.layers.0.self_attn.q_proj, "
 PLANS = {
     "no such source": Case(
-        MODEL + '[models.b]\nsource = "nowhere"',
+        '[models.b]\nsource = "nowhere"',
         ("b: source ", "/nowhere does not exist. Name the checkpoint's folder."),
     ),
     "a source's name too long": Case(
@@ -509,7 +509,7 @@ def test_plan(project: Project, case: Case) -> None:
 def test_what_is_found_out_later_has_its_line_too(project: Project) -> None:
     """Where the file asks for it: of a missing source, at least the model's line."""
     project.says(MODEL + '[models.b]\nsource = "nowhere"')
-    project.refuses("models.toml:3: ", "b: source ")
+    project.refuses("models.toml:3: ", "b: source ", asked=["b"])
 
 
 def test_an_empty_source(project: Project) -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import termios
@@ -162,10 +163,10 @@ def test_more_targets_than_rows(tmp_path: Path) -> None:
 def test_errors_come_last_and_warnings_tear_nothing(tmp_path: Path) -> None:
     project = two_targets(tmp_path)
     (tmp_path / ".mlx-make" / "log.jsonl").mkdir()  # of which each task warns, in its thread
-    (tmp_path / "build" / "other").mkdir(parents=True)
-    (tmp_path / "build" / "other" / "mine").touch()
     terminal = Terminal(project, "--continue", columns=500, hook=held(tmp_path))
     terminal.wait_for("^  target ")
+    (tmp_path / "build" / "other").mkdir(parents=True)
+    (tmp_path / "build" / "other" / "config.json").touch()
     release(tmp_path)
     *warnings, built, total, error = terminal.finish()
     assert set(warnings) == {
@@ -175,8 +176,9 @@ def test_errors_come_last_and_warnings_tear_nothing(tmp_path: Path) -> None:
     assert built.startswith("build/model: ")
     assert total.startswith("1 target built, 1 target failed in ")
     assert error == (
-        f"ERROR: pack:other: {tmp_path}/build/other is in the way: it is no model that was built. "
-        "Move it, or rename the target."
+        f"ERROR: pack:other: {tmp_path}/build/other was not built here, as far as is on record: it "
+        "holds config.json. Nothing there is replaced. Move it, or rename the target; or remove "
+        "it, if it is an older build that is not wanted."
     )
     assert terminal.process.returncode
 
@@ -224,14 +226,15 @@ def test_in_a_pipe(tmp_path: Path) -> None:
 
 def test_a_failure_in_a_pipe(tmp_path: Path) -> None:
     project = two_targets(tmp_path)
-    for target in ("model", "other"):
-        (tmp_path / "build" / target).mkdir(parents=True)
-        (tmp_path / "build" / target / "mine").touch()
+    project.doit()
+    shutil.rmtree(tmp_path / ".mlx-make")
+    for target in ("model", "other"):  # what is locked is looked at as it is packed
+        (tmp_path / "build" / target / "config.json").write_text("{}")
     lines = project.doit("--continue", expect=2).stdout.splitlines()
     assert {"model: pack failed", "other: pack failed"} < set(lines)
     total, *errors = lines[-3:]
     assert re.match(rf"\d+ tasks computed, \d+ reused, 2 targets failed {TOOK}, ", total)
-    assert {error.partition(" is in")[0] for error in errors} == {
+    assert {error.partition(" was not built")[0] for error in errors} == {
         f"ERROR: pack:{target}: {tmp_path}/build/{target}" for target in ("model", "other")
     }
 

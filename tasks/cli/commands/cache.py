@@ -33,6 +33,7 @@ from tasks.core.program import COMMAND
 from tasks.core.text import plural, size, size_bytes
 from tasks.execution import exchange
 from tasks.execution.resources import cores
+from tasks.planning.refused import messages
 
 FAILED = 1  # exit status, as doit's own when a task fails
 
@@ -237,6 +238,7 @@ def push(config: Config, _options: Mapping[str, Any]) -> int:
         remote = sharing.remote
         if config.cache.mode == "read-only":
             raise ConfigError('[cache] mode is "read-only": nothing is written to the remote')
+        _warn_of_refused(session)
         exchanged = exchange.push(session.builder, sharing, session.plans.values())
         pushed = remote.finish()
         uploaded = f"{plural(pushed.objects, 'object')} uploaded, {size(pushed.bytes)}"
@@ -251,6 +253,7 @@ def pull(config: Config, _options: Mapping[str, Any]) -> int:
     with closing(Session.open(config)) as session:
         sharing = _sharing(config, session)
         remote = sharing.remote
+        _warn_of_refused(session)
         exchanged = exchange.pull(session.builder, sharing, session.plans.values())
         here = plural(exchanged.results, "result")
         fetched = f"{here} here, {size(remote.fetched_bytes)} fetched"
@@ -258,6 +261,11 @@ def pull(config: Config, _options: Mapping[str, Any]) -> int:
             return _given_up(remote, fetched)
         print(f"{remote.name}: {fetched}")
         return _missing(exchanged, f"in neither place: {COMMAND} makes them")
+
+
+def _warn_of_refused(session: Session) -> None:
+    for message in messages(session.refused.values()):
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _sharing(config: Config, session: Session) -> Sharing:

@@ -17,9 +17,11 @@ from tasks.cli import failures
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import Control
 from tasks.cli.options import Options
+from tasks.cli.refused_tasks import messages_of
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step, TaskState
+from tasks.planning.refused import Refused, messages
 
 BY_RESULTS = {"changed_file_dep", "missing_file_dep"}  # reasons of doit's that a run settles
 MOST_COLUMNS = 80
@@ -41,9 +43,11 @@ class ForecastCommand(Command, DoitCmdBase):  # type: ignore[misc]
         tasks = control.tasks
         leaves = [leaf for name in control.selected_tasks for leaf in _leaves(tasks, name)]
         requested = [name for name in leaves if "check" in (tasks[name].meta or {})]
-        if not requested:
+        refused = messages_of(tasks, leaves)
+        if not requested and not refused:
             raise InvalidCommand(f"{' '.join(self.sel_tasks)}: that builds no model")
         forecasted = forecast(self.session, tasks, requested, self.dep_manager)
+        forecasted.refused |= zip(refused, refused, strict=True)
         return forecasted, [forecasted.steps[name] for name in dict.fromkeys(requested)]
 
 
@@ -128,9 +132,9 @@ def _saved(tasks: Mapping[str, Any], name: str, database: Any) -> TaskState:
     )
 
 
-def warn_of_refused(forecasted: Forecast) -> None:
-    """Say on stderr what models.lock refuses."""
-    for message in forecasted.refused.values():
+def warn_of_refused(forecasted: Forecast, targets: Iterable[Refused]) -> None:
+    """Say on stderr which targets cannot be planned, and what models.lock refuses."""
+    for message in (*messages(targets), *forecasted.refused.values()):
         print(f"warning: {message}", file=sys.stderr)
 
 

@@ -27,6 +27,7 @@ from tasks.core.workspace import BUILD
 from tasks.planning.forecast import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.planning.node import Node
 from tasks.planning.plan import Plan
+from tasks.planning.refused import messages
 
 RUNS_IN_A_BOX = 6  # at most, of layers
 TARGETS_IN_A_BOX = 3  # at most, that are named
@@ -66,8 +67,10 @@ Without TARGET: all. Layers that a stage treats alike are one box. The states ar
     )
 
     def _execute(self, form: str, outfile: Any, pos_args: list[str]) -> int:
-        plans = self.session.plans
+        plans, refused = self.session.plans, self.session.refused
         for name in pos_args:
+            if name in refused:
+                raise InvalidCommand(messages([refused[name]])[0])
             if name not in plans:
                 near = difflib.get_close_matches(name, plans, 1)
                 mend = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(plans)}."
@@ -76,7 +79,7 @@ Without TARGET: all. Layers that a stage treats alike are one box. The states ar
         tasks = {task.name: task for task in self.task_list}
         packed = [f"pack:{plan.target.name}" for plan in chosen]
         forecasted = forecast(self.session, tasks, packed, self.dep_manager, quick=True)
-        warn_of_refused(forecasted)
+        warn_of_refused(forecasted, [] if pos_args else refused.values())
         text = FORMS[form](boxes(chosen, forecasted.steps))
         if not isinstance(outfile, str):
             outfile.write(text)

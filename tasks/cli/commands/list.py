@@ -16,11 +16,13 @@ from tasks.cli.commands.forecasting import (
     warn_of_refused,
 )
 from tasks.cli.doit_adapter import ListCommand
+from tasks.cli.refused_tasks import refused_of
 from tasks.core.program import COMMAND
 from tasks.planning.forecast import IGNORED, SETTLED, UP_TO_DATE, Step
 from tasks.stages import registry
 
 NOT_IN_A_PLAIN_RUN = ("error:", "report:")  # begin the names of what a plain doit leaves out
+CANNOT_BE_PLANNED = "cannot be planned"
 STATUS_LETTERS = {UP_TO_DATE: "U", IGNORED: "I"}  # of doit list -s, where all else is R
 
 
@@ -57,15 +59,18 @@ could be fetched is to run, too."""
             listed = include_subtasks or not (
                 task.subtask_of or (task.name in groups and not task.actions)
             )
-            if listed and task.name not in names:
+            if listed and task.name not in names and not refused_of(task):
                 yield task
 
     def status_of(self, name: str) -> tuple[str, str] | None:
         """Return what a task, or those that a line stands for, would do."""
+        known = self._steps
+        if ":" in name and name.split(":")[1] in self.session.refused:
+            return "E", CANNOT_BE_PLANNED
         names = self._lines.get(name, [name])
-        if not self._steps.keys() >= {*names}:
+        if not known.keys() >= {*names}:
             return None
-        steps = [self._steps[name] for name in names]
+        steps = [known[name] for name in names]
         busy = any(step.state not in SETTLED for step in steps)
         letter = "R" if busy else STATUS_LETTERS[min(step.state for step in steps)]
         return letter, state_counts(map(state_words, steps))
@@ -82,7 +87,7 @@ could be fetched is to run, too."""
                 if nodes:
                     lines[f"{stage}:{target}"] = [node.name for node in nodes]
             lines[f"report:{target}"] = [f"report:{target}"]
-        return lines
+        return lines | {f"pack:{target}": [] for target in self.session.refused}
 
     @cached_property
     def _steps(self) -> dict[str, Step]:
@@ -92,7 +97,7 @@ could be fetched is to run, too."""
         reports = [name for name in names if name.startswith(NOT_IN_A_PLAIN_RUN)]
         building = [name for name in names if not name.startswith(NOT_IN_A_PLAIN_RUN)]
         forecasted = forecast(self.session, tasks, building, self.dep_manager, quick=True)
-        warn_of_refused(forecasted)
+        warn_of_refused(forecasted, self.session.refused.values())
         built = {**forecasted.steps}
         add_requested(forecasted, tasks, reports)  # which may want what has been lost
         return forecasted.steps | built

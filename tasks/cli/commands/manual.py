@@ -96,9 +96,14 @@ where no other target's name begins so, and its task, `doit pack:llama-7b` |
 
 All state and output lie beside `models.toml`.
 
-Exit status 0: all is well; 1: a task failed; 2: a task could not be tried; 3: `models.toml` or the
-command line is wrong, and nothing was done; 130: interrupted; 141: whoever read the output is gone
-(`doit | head`), or cannot take it (a full disk), which ends a build as an interrupt does."""
+A target that cannot be planned (its checkpoint is not there, nothing knows its architecture, a
+setting does not fit) fails alone: the others are built, and the last lines name it and say why. If
+only others are asked for, it does not matter.
+
+Exit status 0: all is well; 1: a task failed, or a target cannot be planned; 2: a task could not be
+tried; 3: `models.toml` or the command line is wrong, or nothing that is asked for can be planned,
+and nothing was done; 130: interrupted; 141: whoever read the output is gone (`doit | head`), or
+cannot take it (a full disk), which ends a build as an interrupt does."""
 REST = """\
 ## doit's own
 

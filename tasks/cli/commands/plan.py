@@ -39,7 +39,8 @@ class PlanCommand(ForecastCommand):
     doc_purpose = "say what a run would do and why, without doing it"
     doc_usage = "[TASK ...]"
     doc_description = """\
-Exit status 0: there is nothing to do, 1: there is, 3: an error, also if models.lock refuses it."""
+Exit status 0: there is nothing to do, 1: there is, 3: an error, also if models.lock refuses
+it or a target cannot be planned."""
     cmd_options = (JSON,)
 
     def _execute(self, as_json: bool) -> int:

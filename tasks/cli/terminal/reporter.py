@@ -18,6 +18,7 @@ from doit.exceptions import UnmetDependency
 from doit.reporter import ConsoleReporter
 
 from tasks.cli import table
+from tasks.cli.refused_tasks import refused_of
 from tasks.cli.session import Session
 from tasks.cli.terminal import progress
 from tasks.cli.terminal.live import Line, Live
@@ -25,6 +26,7 @@ from tasks.cli.terminal.progress import OUTCOMES, Work
 from tasks.core.text import clock, duration, plural, size
 from tasks.core.workspace import BUILD
 from tasks.execution.log import Entry
+from tasks.planning.refused import Refused, messages
 
 LINE_SECONDS = 10.0  # between two plain lines on how far it is
 SPINNER = "|/-\\"
@@ -75,7 +77,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def execute_task(self, task: Any) -> None:
         """Say, or show, what begins."""
-        if not task.actions:
+        if not task.actions or refused_of(task):
             return
         stage, target = _parts(task.name)
         if self._session and target in self._session.plans:
@@ -151,10 +153,19 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         if sys.exc_info()[0] is None:  # not interrupted
             self._sum_up()
         for failure in self.failures:
+            if refused_of(failure["task"]):
+                continue
             message = failure["exception"].get_msg().rstrip("\n")
             self.write(f"ERROR: {failure['task'].name}: {message}\n")
-        for message in self.runtime_errors:
+        for message in (*messages(self._refused), *self.runtime_errors):
             self.write(f"ERROR: {message}\n")
+
+    @property
+    def _refused(self) -> list[Refused]:
+        """The targets that failed since they cannot be planned, in their order."""
+        failed = [refused_of(failure["task"]) for failure in self.failures]
+        every = self._session.refused.values() if self._session else ()
+        return [each for each in every if each in failed]
 
     def _finish(self, name: str) -> None:
         with self._lock:
@@ -203,7 +214,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             self.write(f"{prefix}{plural(self._fresh, 'target')} {are} up to date\n")
 
     def _total(self, begun: Sequence[Work], built: Sequence[Work]) -> str:
-        failed = sum(work.state == "failed" for work in begun)
+        failed = sum(work.state == "failed" for work in begun) + len(self._refused)
         outcomes = Counter(self._outcomes.values())
         what = [
             f"{plural(len(built), 'target')} built" if built else _counts(outcomes),

@@ -1,0 +1,47 @@
+"""refused_tasks: doit's tasks of targets that cannot be planned: each fails at once, and says why.
+
+So such a target fails alone. What it says is in the tasks' meta, for those who tell of tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from tasks.cli.failures import values_or_failure
+from tasks.cli.session import Session
+from tasks.core.errors import BuildError
+from tasks.planning.refused import Refused, messages
+
+
+def refused_tasks(session: Session, stage: str) -> Iterator[dict[str, Any]]:
+    """Yield a stage's task of each of these targets, with its whole name as basename."""
+    for target in session.refused:
+        yield {"basename": f"{stage}:{target}", **fails(session, stage, target)}
+
+
+def fails(session: Session, stage: str, target: str) -> dict[str, Any]:
+    """Return a stage's task of such a target, but for its name."""
+    refused = session.refused[target]
+
+    def fail() -> dict[str, Any]:
+        with session.builder.logged(f"{stage}:{target}", "it cannot be planned"):
+            raise BuildError(refused.reason)
+
+    return {
+        "actions": [lambda: values_or_failure(fail)],
+        "io": {"capture": False},
+        "meta": {"refused": refused},
+    }
+
+
+def refused_of(task: Any) -> Refused | None:
+    """Return the target that cannot be planned, if a task of doit's is such a target's."""
+    refused: Refused | None = (task.meta or {}).get("refused")
+    return refused
+
+
+def messages_of(tasks: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return what to tell of those tasks, among some of doit's, that cannot be planned."""
+    refused = [refused for name in names if (refused := refused_of(tasks[name]))]
+    return messages(refused)
