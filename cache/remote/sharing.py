@@ -73,12 +73,29 @@ class Sharing:
         if manifest is None or manifest.action != action:
             return None
         if outline is not None and (odd := _differing(manifest.tensors, outline)):
-            with self._lock:
-                self._refused.add(action.key)
-            name = f"{KIND}/{action.key}"
-            self.remote.refuse(Refused(name, f"{odd} is not what {action.stage} makes of it"))
+            self._refuse(action, odd)
             return None
         return manifest
+
+    def agrees(self, made: Manifest) -> bool:
+        """Tell whether the remote has what was made here; if it has another result, it is refused.
+
+        So what the remote says of an action is compared, and not used.
+        """
+        told = self.look_up(made.action, None)
+        if told is None or told.tensors == made.tensors:
+            return told is not None
+        both = {**told.tensors, **made.tensors}
+        self._refuse(
+            made.action, next(n for n in both if told.tensors.get(n) != made.tensors.get(n))
+        )
+        return False
+
+    def _refuse(self, action: Action, odd: str) -> None:
+        with self._lock:
+            self._refused.add(action.key)
+        name = f"{KIND}/{action.key}"
+        self.remote.refuse(Refused(name, f"{odd} is not what {action.stage} makes of it"))
 
     def fetch_all(self, wanted: Iterable[tuple[str, Tensor]]) -> None:
         """Make blobs of this cache of all those that can be had, many at once.

@@ -137,6 +137,15 @@ class TargetAcceptance:
     notes: list[str] = field(default_factory=list)
     _built: Built | None = None
 
+    def contradicted(self, action: Action) -> bool:
+        """Tell whether models.lock knows better what the target is packed of."""
+        lock, recorded = self.acceptor.lock, self.acceptor.builder.recorded
+        return lock.contradicts(self.plan, self.source, action, recorded)
+
+    def output(self, action: Action) -> str | None:
+        """Return the digest of what ``action`` packs, if models.lock knows it."""
+        return self.acceptor.lock.output(self.plan, action)
+
     def check(self, action: Action) -> None:
         """Refuse what is not to be packed.
 
@@ -153,8 +162,7 @@ class TargetAcceptance:
             BuildError: it differs from what is locked, and that is an error.
         """
         lock = self.acceptor.lock
-        self._built, more = lock.check_output(self.plan, self.source, packed, blake3)
-        self.notes += more
+        self._built = lock.check_output(self.plan, self.source, packed, blake3)
 
     def update_lock(self) -> None:
         """Lock what was built."""

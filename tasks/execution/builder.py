@@ -130,6 +130,7 @@ class Builder:
         memory: what tensors in work may take together.
         drafts: weight files of what is to be packed.
         streams: MLX's, of each thread.
+        made: keys of the actions that were run.
         answers: what stages worked out once, by the question.
         once_lock: held meanwhile.
     """
@@ -142,6 +143,7 @@ class Builder:
     memory: MemoryBudget
     drafts: Drafts
     streams: arrays.Streams = field(default_factory=arrays.Streams)
+    made: set[str] = field(default_factory=set)
     answers: dict[Hashable, Any] = field(default_factory=dict)
     once_lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -290,6 +292,25 @@ class Builder:
                 return Hit(manifest), "fetched"
         return found, "reused" if isinstance(found, Hit) else "computed"
 
+    def make_again(self, plan: Plan, why: str) -> None:
+        """Make all results of a target that this run did not make, whatever is on record.
+
+        Raises:
+            BuildError: what they are made of is not here.
+        """
+        for node in (node for nodes in plan.stages.values() for node in nodes if not node.is_leaf):
+            inputs = self.inputs(plan, node)
+            key = node.action(inputs).key
+            if key in self.made:
+                continue
+            with self.logged(node.name, why) as record, self._working(plan, node, key):
+                manifest = self._make(plan, node, inputs)
+                self.store.actions.put(manifest)
+                record["outcome"] = "computed"
+            self.publish(Path(self.manifest_path(node)), manifest)
+            if self.store.sharing and not self.store.sharing.agrees(manifest):
+                self.store.sharing.push(manifest, self.shared(node))
+
     def recorded(self, key: str) -> Manifest | None:
         """Return what the action of ``key`` made, if that is on record."""
         found = self.store.actions.read(key)
@@ -343,7 +364,9 @@ class Builder:
             try:
                 with mx.stream(self.streams.get("cpu")):
                     made = node.stage.run(node.params, tensors, self.context(plan, node, inputs))
-                return Manifest(node.action(inputs), made.tensors, made.notes)
+                manifest = Manifest(node.action(inputs), made.tensors, made.notes)
+                self.made.add(manifest.action.key)
+                return manifest
             except BlobLost as lost:  # noticed as it was read: it is made again, and this as well
                 self.store.blobs.drop_if_wrong(lost.digest)
         raise BuildError(

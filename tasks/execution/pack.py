@@ -16,6 +16,7 @@ from cache.errors import BlobLost
 from cache.files import atomic, space, trash
 from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor
+from tasks.core.errors import BuildError
 from tasks.execution import fill, place
 from tasks.execution.builder import Builder
 from tasks.execution.early import PackInProgress
@@ -34,6 +35,12 @@ class Acceptance(Protocol):
     @property
     def with_blake3(self) -> bool:
         """Whether ``accept`` wants the BLAKE3 of the table of the files' names and BLAKE3s."""
+
+    def contradicted(self, action: Action) -> bool:
+        """Tell whether it knows that something else is packed of the same, by the same computer."""
+
+    def output(self, action: Action) -> str | None:
+        """Return the digest of what ``action`` packs, if it is known."""
 
     def check(self, action: Action) -> None:
         """Refuse what must not be written.
@@ -106,29 +113,69 @@ class Packing:
         path = builder.packed_path(plan.target.name)
         try:
             with builder.logged(f"pack:{plan.target.name}", why) as record:
-                made = {node: builder.manifest(plan, node) for node in plan.last}
-                notes = [*plan.notes, *(note for each in made.values() for note in each.notes)]
-                inputs = bundle.inputs(plan, {node: each.tensors for node, each in made.items()})
-                tensors = {key.name: tensor for key, (_, tensor) in inputs.items()}
-                wanted = Bundle.of(plan, tensors, builder.store.memos)
+                inputs, wanted, notes = self._wanted()
+                if self.acceptance.contradicted(wanted.action):
+                    self._make_again()
+                    inputs, wanted, notes = self._wanted()
                 self.acceptance.check(wanted.action)
-                found, record["outcome"] = builder.find(wanted.action)
-                known = found.manifest.tensors if isinstance(found, Hit) else {}
+                last = self._last(wanted.action)
+                known = last.tensors if last else {}
                 there = Contents.of(self.folder, [known], self._stamps(known))
-                if isinstance(found, Hit) and set(there.kept) == set(known):
-                    result = found.manifest
+                if last and set(there.kept) == set(known):
+                    record["outcome"] = "reused"
+                    result = last
                     self.acceptance.accept(result, self._blake3(known))
                     self.notes.extend(place.set_aside_loaded(there, self._loaded))
                 else:
-                    result = self._write(inputs, wanted, known, tuple(dict.fromkeys(notes)))
+                    result = self._write(inputs, wanted, known, notes)
                     builder.store.actions.put(result)
-                    if builder.store.sharing and known != result.tensors:
-                        builder.store.sharing.push(result, None)
+                    shared = self._share(result)
+                    record["outcome"] = "reused" if last else "fetched" if shared else "computed"
                 builder.publish(path, result)
                 self._pending_path.unlink(missing_ok=True)
                 return result
         finally:
             builder.drafts.end(plan.target.name)
+
+    def _wanted(self) -> tuple[Inputs, Bundle, tuple[str, ...]]:
+        """Return what packing reads, what it makes of that, and notes for people."""
+        builder, plan = self.builder, self.plan
+        made = {node: builder.manifest(plan, node) for node in plan.last}
+        notes = [*plan.notes, *(note for each in made.values() for note in each.notes)]
+        inputs = bundle.inputs(plan, {node: each.tensors for node, each in made.items()})
+        tensors = {key.name: tensor for key, (_, tensor) in inputs.items()}
+        wanted = Bundle.of(plan, tensors, builder.store.memos)
+        return inputs, wanted, tuple(dict.fromkeys(notes))
+
+    def _make_again(self) -> None:
+        """Make here what is on record, but not as it is locked.
+
+        Raises:
+            BuildError: it cannot be made here.
+        """
+        target = self.plan.target.name
+        try:
+            self.builder.make_again(self.plan, "another result of it is locked")
+        except BuildError as error:
+            raise BuildError(
+                f"{target}: what is on record of its layers, perhaps fetched, is not what is "
+                f"locked, and cannot be made here. {error}"
+            ) from error
+
+    def _last(self, action: Action) -> Manifest | None:
+        """Return what was packed here of the same, unless models.lock has it otherwise."""
+        found = self.builder.store.actions.get(action)
+        if not isinstance(found, Hit):
+            return None
+        locked = self.acceptance.output(action)
+        return found.manifest if locked in (None, found.manifest.result) else None
+
+    def _share(self, result: Manifest) -> bool:
+        """Tell whether the remote has a result already; if not, have it uploaded."""
+        sharing = self.builder.store.sharing
+        if sharing and not (there := sharing.agrees(result)):
+            sharing.push(result, None)
+        return bool(sharing and there)
 
     def _blake3(self, files: Mapping[str, Tensor]) -> str | None:
         return fill.blake3_of(self.folder, files, {}) if self.acceptance.with_blake3 else None

@@ -350,28 +350,58 @@ class Lock:
         locked = self.targets.get(plan.target.name)
         return shared or bool(locked and locked.blake3)
 
+    def output(self, plan: Plan, action: Action) -> str | None:
+        """Return the locked digest of what ``action`` packs; None if it is not that of the lock."""
+        locked = self.targets.get(plan.target.name)
+        return locked.output if locked and locked.action == action.key else None
+
+    def contradicts(
+        self,
+        plan: Plan,
+        source: LockedSource,
+        action: Action,
+        recorded: Callable[[str], Manifest | None],
+    ) -> bool:
+        """Tell whether the same source, settings and computer made other tensors than are locked.
+
+        Args:
+            plan: the target.
+            source: its source as it is now.
+            action: that packs it.
+            recorded: as for ``check_target``.
+        """
+        locked = self.targets.get(plan.target.name)
+        if not locked or locked.action == action.key:
+            return False
+        asked = (source.record, settings(plan), computer(plan))
+        if (locked.source, locked.settings, locked.computer) != asked:
+            return False
+        then = recorded(locked.action)
+        return then is None or then.action.inputs != action.inputs
+
     def check_output(
         self, plan: Plan, source: LockedSource, packed: Manifest, blake3: str | None
-    ) -> tuple[Built, list[str]]:
-        """Compare what was packed with what is locked.
-
-        Returns:
-            What is to be locked of a target, and notes for people.
+    ) -> Built:
+        """Compare what was packed with what is locked, and return what is to be locked of it.
 
         Raises:
-            BuildError: it differs, and ``strict``; or somebody made it to look as if it did not.
+            BuildError: the same action made something else, or somebody made it to look as if it
+                did not; or it differs, and ``strict``.
         """
         built = Built(
             source.record, settings(plan), computer(plan), packed.action.key, packed.result, blake3
         )
         locked = self.targets.get(plan.target.name)
-        notes = []
         if locked and locked.output != built.output:
             fact = f"was built as {built.output}, and is {locked.output} in {self.path.name}"
+            if locked.action == built.action:  # else check_target said what differs
+                raise BuildError(
+                    f"{plan.target.name} {fact}, of the same tensors and files: that was edited, "
+                    f"or another mlx-make wrote it. Take {self.path.name} from version control "
+                    f"again, or remove it: {COMMAND} then writes it anew."
+                )
             if self.strict:
                 raise self._another(plan, fact)
-            if locked.action == built.action:  # else check_target said what differs
-                notes.append(f"{fact}, of the same tensors and files: that was edited")
         # By accident no two outputs have one xxh3.
         if locked and locked.output == built.output and locked.blake3 not in (None, blake3):
             raise BuildError(
@@ -380,7 +410,7 @@ class Lock:
                 "another one, or the file was edited. If it was not, remove the cache's folder, "
                 "and find out who wrote to its remote, or to it."
             )
-        return built, notes
+        return built
 
     def update(
         self, plan: Plan, source: LockedSource, built: Built, source_names: Mapping[str, str]

@@ -361,11 +361,15 @@ def count(project: Project) -> int:
     return len(index["weight_map"])
 
 
-def test_an_output_digest_that_differs(project: Project) -> None:
+@pytest.mark.parametrize("args", [[], ["--locked"]])
+def test_an_output_digest_that_differs(args: list[str], project: Project) -> None:
+    """The same tensors and files make one output: another one in the lock is an error always."""
     rewrite(project, lambda it: it["targets"]["model"].update(output="1" * 32))
-    unlocked(project, "was built as", f"and is {'1' * 32} in models.lock")
-    said = project.doit().stdout
+    said = refused(project, *args)
+    assert "was built as" in said
     assert f"and is {'1' * 32} in models.lock, of the same tensors and files" in said
+    (project.folder / "models.lock").unlink()
+    project.doit()
     project.doit("--locked")
 
 

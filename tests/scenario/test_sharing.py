@@ -33,50 +33,24 @@ from cache.remote.transport import PIECE_BYTES
 from cache.store import Store
 from support import checkpoints, inside, meta, servers
 from support.front_door import Finished
-from support.inside import doit
-from support.projects import FOUR_BIT, Project, contents, flip, outcomes
+from support.machines import (
+    BIG,
+    KEEP,
+    MODE,
+    REMOTE,
+    SIGNING,
+    SMALL,
+    Machine,
+    first,
+    machine,
+    warnings,
+)
+from support.projects import FOUR_BIT, contents, flip, outcomes
 from support.running import DEADLINE_SECONDS, start
 from tasks.checkpoints import record as records
 from tasks.cli.task_graph import TaskGraph
 from tasks.core.errors import CheckpointError
 from tasks.execution import exchange
-
-BIG = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 4}
-SMALL = {"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 64}
-REMOTE = "MLX_MAKE_CACHE_REMOTE"
-MODE = "MLX_MAKE_CACHE_MODE"
-KEEP = "MLX_MAKE_CACHE_KEEP"
-SIGNING = "MLX_MAKE_SIGNING_KEY"
-
-
-class Machine(Project):
-    """A project whose doit has these variables, above all those of a remote."""
-
-    environ: dict[str, str]
-
-    def doit(self, *args: str, expect: int = 0, **environ: str) -> Finished:
-        return doit(self.folder, *args, expect=expect, env={**self.environ, **environ})
-
-    def beside(self, name: str, *, checkpoint: bool = False, **environ: str) -> "Machine":
-        """A machine with the same models.toml and models.lock, and nothing else."""
-        other = machine(self.folder.parent / name, self.environ | environ)
-        other.models = {target: dict(told) for target, told in self.models.items()}
-        for file in ("models.toml", "models.lock"):
-            shutil.copy(self.folder / file, other.folder)
-        if checkpoint:
-            other.checkpoint.symlink_to(self.checkpoint)
-        # What mlx-lm says of the architecture, only to save seconds of imports.
-        for kind in ("architectures", "tokenizers"):
-            if (memos := self.store / "memos" / kind).exists():
-                shutil.copytree(memos, other.store / "memos" / kind)
-        return other
-
-
-def machine(folder: Path, environ: dict[str, str]) -> Machine:
-    folder.mkdir(parents=True)
-    made = Machine(folder, "huggingface")
-    made.environ = environ
-    return made
 
 
 def alone(one: Machine) -> dict[str, str]:
@@ -96,14 +70,6 @@ def at(server: servers.Faulty) -> dict[str, str]:
     return {REMOTE: f"http://127.0.0.1:{server.port}/store"}
 
 
-def first(folder: Path, environ: dict[str, str], arch: str = "llama", **keys: object) -> Machine:
-    """The machine that builds first: it has the checkpoint."""
-    made = machine(folder / "one", environ)
-    checkpoints.make(arch, made.checkpoint, **keys.pop("config", {}))
-    made.configure(**keys)
-    return made
-
-
 def fetched(server: servers.Faulty) -> dict[str, int]:
     """Bytes that the server was made to send, by object, since it was asked last."""
     sent: dict[str, int] = {}
@@ -112,10 +78,6 @@ def fetched(server: servers.Faulty) -> dict[str, int]:
             sent[request.path] = sent.get(request.path, 0) + request.sent
     server.requests.clear()
     return sent
-
-
-def warnings(done: Finished) -> list[str]:
-    return [line for line in done.stderr.splitlines() if line.startswith("warning:")]
 
 
 # A second machine, without the checkpoint.
