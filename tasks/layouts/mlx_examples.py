@@ -11,7 +11,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.small_files import check_own, read_bytes
 from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import RECIPES, Target
-from tasks.layouts import llama_tokenizer
+from tasks.layouts import card, llama_tokenizer
 from tasks.layouts.llama_names import to_meta
 from tasks.layouts.model import Model, Module, Parameter
 from tasks.layouts.npz_format import NPZ
@@ -121,7 +121,7 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
             'where the checkpoint came from, or use layout = "mlx-lm".'
         )
     check_own(path)
-    return [path]
+    return [path, *card.legal_files(checkpoint.folder)]
 
 
 def _tokenizer_notes(folder: Path) -> tuple[str, ...]:

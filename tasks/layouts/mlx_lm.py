@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from cache.digest import digest
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
@@ -17,7 +19,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.small_files import check_own, read_bytes
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
-from tasks.layouts import architecture, llama_tokenizer
+from tasks.layouts import architecture, card, llama_tokenizer
 from tasks.layouts.libraries import MLX_LM
 from tasks.layouts.llama_names import to_huggingface
 from tasks.layouts.model import Model
@@ -46,7 +48,9 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     """Return the model by Hugging Face's names, as mlx-lm's classes take it."""
     if checkpoint.names == "meta":
         checkpoint = to_huggingface(checkpoint, _token_ids(checkpoint, memos))
-    return architecture.model(checkpoint, memos, MLX_LM)
+    model = architecture.model(checkpoint, memos, MLX_LM)
+    _, notes = card.front_matter(checkpoint.folder, memos)
+    return structs.replace(model, notes=(*model.notes, *notes))
 
 
 def default_dtype(checkpoint: Checkpoint, model: Model) -> str | None:
@@ -80,7 +84,7 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
     """
     folder = checkpoint.folder
     if checkpoint.names == "meta":
-        return [tokenizer_model(folder)]
+        return [tokenizer_model(folder), *card.source_files(folder)]
     if not any(True for pattern in ENOUGH for _ in folder.glob(pattern)):
         raise CheckpointError(
             f"{folder} has no tokenizer ({', '.join(ENOUGH[:3])}, …), so that nothing could load "
@@ -95,7 +99,7 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
     )
     for path in own:
         check_own(path)
-    return own
+    return [*own, *card.source_files(folder)]
 
 
 def tokenizer_model(folder: Path) -> Path:
@@ -140,11 +144,15 @@ def files(
     }
     if checkpoint.names == "meta":
         small = _made_tokenizer(checkpoint, memos)
+        copied = card.legal_files(checkpoint.folder)
     else:
-        small = {path.name: read_bytes(path) for path in sources(checkpoint)}
-    return small | {
+        small, copied = {}, sources(checkpoint)
+    front_matter, _ = card.front_matter(checkpoint.folder, memos)
+    return {
+        **small,
+        **{path.name: read_bytes(path) for path in copied},
         "model.safetensors.index.json": json.dumps(index, indent=4).encode(),
-        "README.md": CARD.encode(),
+        card.CARD: f"---\n{front_matter}---\n{CARD}".encode(),
     }
 
 
@@ -181,15 +189,7 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-CARD = """\
----
-language: en
-library_name: mlx
-pipeline_tag: text-generation
-tags:
-- mlx
----
-
+CARD = """
 This model was built in MLX format by mlx-make.
 
 ```python

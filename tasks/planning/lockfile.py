@@ -30,6 +30,7 @@ from tasks.checkpoints.loaders import weight_patterns
 from tasks.core.errors import BuildError, CheckpointError, ConfigError
 from tasks.core.program import COMMAND
 from tasks.core.spec import Target
+from tasks.layouts.card import is_document
 from tasks.planning import bundle, source_record
 from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource
@@ -285,11 +286,12 @@ class Lock:
     def _compare(
         self, plan: Plan, now: Mapping[str, list[Any]], locked: Mapping[str, list[Any]]
     ) -> None:
+        # What is for people is no reason to stop, and a lock of an older version has none of it.
         odd = [
             f"{name} is "
             + ("new" if name not in locked else "gone" if name not in now else "another")
             for name in sorted(now.keys() | locked.keys())
-            if now.get(name) != locked.get(name)
+            if now.get(name) != locked.get(name) and (self.strict or not is_document(name))
         ]
         if odd:
             raise self._drift(plan.target, odd)
