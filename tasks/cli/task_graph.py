@@ -168,7 +168,7 @@ class TaskGraph:
             digest_record(parts),
             str(folder),
             lambda values: self._changed_folder(plan, values),
-            lambda values: reasons.of_parts(values.get("parts"), parts),
+            lambda values: reasons.of_packing(values.get("parts"), parts),
         )
         return {
             "basename": "pack",

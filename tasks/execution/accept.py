@@ -18,8 +18,7 @@ from tasks.planning.node import Node
 from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource
 from tasks.stages import registry
-from tasks.stages.extract import Extract
-from tasks.stages.stage import ActionSpec
+from tasks.stages.stage import ActionSpec, LeafStage
 
 
 def snapshot(builder: Builder, plans: Iterable[Plan]) -> LockedSource:
@@ -46,7 +45,7 @@ def _all_digests(builder: Builder, plans: Iterable[Plan]) -> dict[str, str]:
                 tensors = builder.scan(plan, node).tensors
                 digests |= {key: tensor.digest for key, tensor in tensors.items()}
     if rest := [key for key in plan.checkpoint.stored if key not in digests]:
-        stage = next(stage for stage in registry.PIPELINE if isinstance(stage, Extract))
+        stage = next(stage for stage in registry.PIPELINE if isinstance(stage, LeafStage))
         spec = ActionSpec(stage, "rest", stage.planned(plan.checkpoint, rest))
         tensors = builder.scan(plan, Node(spec, plan.target.name)).tensors
         digests |= {key: tensor.digest for key, tensor in tensors.items()}

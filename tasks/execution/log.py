@@ -1,4 +1,7 @@
-"""log: the build log, one JSON line a task that was looked into (as Ninja's ``.ninja_log``)."""
+"""log: the build log: one JSON line for each task that was not up to date.
+
+As Ninja's ``.ninja_log``.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +19,7 @@ from cache.files import atomic, own
 
 MAX_BYTES = 16 << 20
 OUTCOMES = ("computed", "reused", "fetched", "failed")  # reused: from the action cache
-# What a line can say: damage can make any number of it, which a page of a report would draw.
+# The bounds of what is believed: a damaged line may hold any number, and reports draw it.
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
 _Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 
@@ -30,12 +32,12 @@ class Entry:
         run: id of the invocation.
         task: the task's name.
         outcome: one of ``OUTCOMES``.
-        why: what made it look.
+        why: what made the task run.
         start: Unix time, seconds.
         seconds: wall time.
         bytes_read: through the store.
-        bytes_written: through the store, what is packed included.
-        thread: name of the thread.
+        bytes_written: through the store, with what is packed.
+        thread: the thread's name.
     """
 
     run: str
@@ -52,11 +54,19 @@ class Entry:
 _LINE = msgspec.json.Decoder(Entry)
 
 
+def parse(line: bytes) -> Entry | None:
+    """Return the entry that a line holds, or None if it is torn or another version's."""
+    try:
+        return _LINE.decode(line)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
 class Log:
     """The build log at ``path``. Appending is safe from threads and from processes.
 
     Attributes:
-        listeners: are told each entry, one at a time.
+        listeners: called with each new entry, one at a time.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,14 +94,12 @@ class Log:
                 self._trim()
 
     def entries(self) -> Iterator[Entry]:
-        """Yield the lines, oldest first; but those that are torn, or another version's."""
+        """Yield the entries, oldest first, without lines that are torn or another version's."""
         try:
             lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:
             return
-        for line in lines:
-            with suppress(msgspec.DecodeError, RecursionError):
-                yield _LINE.decode(line)
+        yield from filter(None, map(parse, lines))
 
     def _trim(self) -> None:
         data = self.path.read_bytes()

@@ -161,7 +161,7 @@ class Forecast:
         self._saved = saved
         self._results: dict[Node, _Result | _UnchangedResult] = {}
         self._checked: set[str] = set()  # sources
-        self._running: dict[str, bool] = {}  # identitys of what will be made, and whether surely
+        self._running: dict[str, bool] = {}  # identities of what will be made, and whether surely
         self._there: set[str] = set()  # digests of blobs that will be in the cache
         # Else any result may be on record that is not known before it is made.
         self._empty = not self._store.actions.root.exists()
@@ -266,7 +266,7 @@ class Forecast:
             return
         if not node and source in self._checked:
             return
-        nodes = [node] if node else plan.stages["extract"]
+        nodes = [node] if node else plan.leaves
         found = [self._results[node].manifest for node in nodes]
         tensors = {
             name: t for manifest in found if manifest for name, t in manifest.tensors.items()

@@ -14,16 +14,16 @@ from cache.records.manifests import Manifest
 from tasks.core import text as words
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
-from tasks.planning import lockfile as locks
+from tasks.planning import lockfile
+from tasks.planning.lockfile import Lock
+from tasks.planning.plan import Plan
 from tasks.report import INDEX, charts, figures, page_name, timeline, trace_name
 from tasks.report.figures import Figures, Piece, Reader
 from tasks.stages.cast import FLOATING
+from tasks.stages.measure import Measure
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported where a page is written
     from jinja2 import Environment
-
-    from tasks.planning.lockfile import Lock
-    from tasks.planning.plan import Plan
 
 WORST = 10
 LAYERS_HEIGHT = 160.0  # of the chart of layers, in CSS pixels
@@ -57,14 +57,14 @@ def target(
     Raises:
         BuildError: its errors are not of what is packed.
     """
-    own = reader.read(plan)
-    if own is None or own.errors is None:
+    built = reader.read(plan)
+    if built is None or built.errors is None:
         raise BuildError(
             f"{plan.target.name}: what was measured is not what was packed. Run {COMMAND} forget "
-            f"error:{plan.target.name}, then {COMMAND} report:{plan.target.name}."
+            f"{Measure.name}:{plan.target.name}, then {COMMAND} report:{plan.target.name}."
         )
-    pieces = figures.pieces(plan, packed, own.errors)
-    scale = charts.Scale.of(own.errors.values())
+    pieces = figures.pieces(plan, packed, built.errors)
+    scale = charts.Scale.of(built.errors.values())
     build = timeline.read(reader.builder.log.path, plan)
     variants = [one for p in family if (one := reader.read(p))]
     measured = [piece for piece in pieces if piece.error]
@@ -74,7 +74,7 @@ def target(
     rows = charts.rows(build, stages) if build else []
     page = _environment().get_template("target.html").render(
         target=plan.target,
-        own=own,
+        built=built,
         pieces=pieces,
         measured=measured,
         worst=measured[:WORST],
@@ -108,37 +108,37 @@ def overview(reader: Reader, plans: Iterable[Plan]) -> str:
         if figures_of_target := reader.read(plan):
             families.setdefault(plan.target.source_name, []).append(figures_of_target)
     return _environment().get_template("overview.html").render(
-        families=[(source, some, charts.plot(some)) for source, some in families.items()]
+        families=[(source, family, charts.plot(family)) for source, family in families.items()]
     )  # fmt: skip
 
 
 def parameters(plan: Plan, packed: Manifest) -> list[tuple[str, str]]:
-    """Return what a target was told, in words."""
+    """Return the settings that a target was built with, in words."""
     target = plan.target
     quantize = target.quantize
     dtypes = {dtype for dtype, *_ in packed.action.inputs.values() if dtype in FLOATING}
-    told = {"source": target.source_name, "layout": target.layout}
-    told["dtype"] = ", ".join(sorted(dtypes)) + ("" if target.dtype else " (default)")
+    settings = {"source": target.source_name, "layout": target.layout}
+    settings["dtype"] = ", ".join(sorted(dtypes)) + ("" if target.dtype else " (default)")
     if not quantize:
-        told["quantize"] = "not quantized"
+        settings["quantize"] = "not quantized"
     else:
-        given: dict[str, object] = {
+        options: dict[str, object] = {
             "mode": quantize.mode,
             "bits": quantize.bits,
             "group_size": quantize.group_size,
             "recipe": quantize.recipe,
         }
-        told["quantize"] = ", ".join(f"{k} = {v}" for k, v in given.items() if v is not None)
+        settings["quantize"] = ", ".join(f"{k} = {v}" for k, v in options.items() if v is not None)
         for number, rule in enumerate(quantize.rules, 1):
-            what = {"mode": rule.mode, "bits": rule.bits, "group_size": rule.group_size}
-            rest = ", ".join(f"{k} = {v}" for k, v in what.items() if v is not None)
-            told[f"rule {number}"] = f"{rule.match}: {'skip' if rule.skip else rest}"
-    told["max_shard_size"] = f"{target.max_shard_bytes:,} bytes"
-    told |= {
+            of_rule = {"mode": rule.mode, "bits": rule.bits, "group_size": rule.group_size}
+            rest = ", ".join(f"{k} = {v}" for k, v in of_rule.items() if v is not None)
+            settings[f"rule {number}"] = f"{rule.match}: {'skip' if rule.skip else rest}"
+    settings["max_shard_size"] = f"{target.max_shard_bytes:,} bytes"
+    settings |= {
         {"mlx": "MLX", "device": "device", "machine": "machine"}[key]: value
-        for key, value in (locks.computer(plan) or {}).items()
+        for key, value in (lockfile.computer(plan) or {}).items()
     }
-    return list(told.items())
+    return list(settings.items())
 
 
 def _relative(piece: Piece) -> float:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tasks.execution.log import MAX_BYTES, Entry
+from tasks.execution.log import MAX_BYTES, Entry, parse
+from tasks.planning.plan import Plan
 from tasks.stages import registry
-
-if TYPE_CHECKING:
-    from tasks.planning.plan import Plan
-
-_FIELDS = [field.name for field in fields(Entry)]
 
 
 @dataclass(frozen=True)
@@ -35,21 +31,21 @@ class Timeline:
 
     @property
     def mine(self) -> list[Entry]:
-        """The lines of what the target was built by."""
+        """The lines of the target's own tasks that build it."""
         return [entry for entry in self.entries if self.builds(entry)]
 
     def builds(self, entry: Entry) -> bool:
-        """Tell whether a line is one of those."""
+        """Tell whether a line is of a task that builds the target."""
         return target_of(entry.task) == self.target and stage_of(entry.task) in registry.building()
 
     @property
     def start(self) -> float:
-        """When the first of the target's began, Unix time."""
+        """When the first of the target's tasks began, Unix time, seconds."""
         return min(entry.start for entry in self.mine)
 
     @property
     def seconds(self) -> float:
-        """From then to the end of the last."""
+        """Seconds from then to the end of the last."""
         return max(end(entry) for entry in self.mine) - self.start
 
     @property
@@ -60,7 +56,7 @@ class Timeline:
 
 
 def end(entry: Entry) -> float:
-    """Return when it ended, Unix time."""
+    """Return when a task ended, Unix time, seconds."""
     return entry.start + entry.seconds
 
 
@@ -89,8 +85,8 @@ def read(log: Path, plan: Plan) -> Timeline | None:
         return None
     stop, packed = last
     lines = [line for line in data[:stop].splitlines() if packed.run.encode() in line]
-    entries = [entry for line in lines if (entry := _entry(line)) and entry.run == packed.run]
-    first = _entry(data.partition(b"\n")[0])
+    entries = [entry for line in lines if (entry := parse(line)) and entry.run == packed.run]
+    first = parse(data.partition(b"\n")[0])
     # A trimmed log begins in the middle of a run, and is still long.
     cut = first is not None and first.run == packed.run and len(data) > MAX_BYTES // 4
     needs = {f"pack:{target}": [node.name for node in plan.last]}
@@ -136,8 +132,8 @@ def trace(timeline: Timeline) -> dict[str, Any]:
         {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": f"doit {timeline.target}"}}
     ]
     for name, number in threads.items():
-        told = {"name": f"{number} {name}"}
-        named.append({"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": told})
+        label = {"name": f"{number} {name}"}
+        named.append({"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": label})
     events = [
         {
             "ph": "X",
@@ -182,22 +178,14 @@ def _read(log: Path) -> bytes:
 
 def _last_pack(data: bytes, target: str) -> tuple[int, Entry] | None:
     """Return the last line in which a target was packed, and where it ends."""
-    told = json.dumps(f"pack:{target}", ensure_ascii=False).encode()
-    at = data.rfind(told)
+    quoted = json.dumps(f"pack:{target}", ensure_ascii=False).encode()
+    at = data.rfind(quoted)
     while at >= 0:
         start = data.rfind(b"\n", 0, at) + 1
         stop = data.find(b"\n", at)
         stop = len(data) if stop < 0 else stop
-        entry = _entry(data[start:stop])
+        entry = parse(data[start:stop])
         if entry and entry.task == f"pack:{target}" and entry.outcome != "failed":
             return stop, entry
-        at = data.rfind(told, 0, start)
+        at = data.rfind(quoted, 0, start)
     return None
-
-
-def _entry(line: bytes) -> Entry | None:
-    try:
-        record = json.loads(line)
-        return Entry(**{name: record[name] for name in _FIELDS})
-    except (ValueError, KeyError, TypeError):
-        return None  # torn

@@ -52,45 +52,45 @@ class Cast(Stage[CastParams]):
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[CastParams]]:
         """Plan to cast each parameter that is not of its dtype."""
-        found = {}
+        planned = {}
         for layer, parameters in target.layers.items():
             dtypes = {p.name: dtype_after(p, target.dtype) for p in parameters}
             params = CastParams({p.name: d for p in parameters if (d := dtypes[p.name]) != p.dtype})
-            found[layer] = Planned(params, target.same_layer(layer))
-        return found
+            planned[layer] = Planned(params, target.same_layer(layer))
+        return planned
 
     def plan_key(self, target: TargetModel) -> Hashable:
-        """The dtype."""
+        """Return the dtype."""
         return target.dtype
 
     def outputs(self, params: CastParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
-        """Of the same names and shapes."""
-        found = {}
+        """Return tensors of the same names and shapes."""
+        outputs = {}
         for key, spec in inputs.items():
             dtype = params.dtypes.get(key.name)
             origin = Origin.VIEW if dtype else Origin.PASSED_ON
-            found[key.name] = Output(TensorSpec(dtype or spec.dtype, spec.shape), origin, (key,))
-        return found
+            outputs[key.name] = Output(TensorSpec(dtype or spec.dtype, spec.shape), origin, (key,))
+        return outputs
 
     def run(self, params: CastParams, inputs: Inputs, context: Context) -> Result:
         """Cast a layer."""
-        made = {}
+        tensors = {}
         for key, tensor in inputs.items():
             if key.name in params.dtypes:
-                whole = self.view(params, inputs, context, key.name)
-                made[key.name] = rows.digest(context.blobs, whole, keep=context.keeps)
+                view = self.view(params, inputs, context, key.name)
+                tensors[key.name] = rows.digest(context.blobs, view, keep=context.keeps)
             else:
-                made[key.name] = context.pass_on(key) if context.keeps else tensor
-        return Result(made)
+                tensors[key.name] = context.pass_on(key) if context.keeps else tensor
+        return Result(tensors)
 
     def view(self, params: CastParams, inputs: Inputs, context: Context, name: str) -> Rows:
         """Return a tensor, cast as it is read."""
-        whole = context.rows(next(key for key in inputs if key.name == name))
+        source = context.rows(next(key for key in inputs if key.name == name))
         dtype = params.dtypes.get(name)
-        return rows.Cast(whole, dtype) if dtype else whole
+        return rows.Cast(source, dtype) if dtype else source
 
     def describe(self, params: CastParams) -> str:
-        """Return to which dtypes."""
+        """Return the dtypes that tensors are cast to."""
         dtypes = sorted({*params.dtypes.values()})
         return f"to {', '.join(dtypes)}" if dtypes else "as it is"
 

@@ -70,13 +70,13 @@ class Extract(LeafStage[ExtractParams]):
         }
 
     def planned(self, checkpoint: Checkpoint, keys: Sequence[str]) -> Planned[ExtractParams]:
-        """Plan to extract some stored tensors."""
+        """Plan to extract stored tensors."""
         stored = {key: checkpoint.stored[key] for key in keys}
         specs = {key: StoredSpec(s.dtype, s.shape) for key, s in stored.items()}
         return Planned(ExtractParams(specs), fingerprint=checkpoint.fingerprint(keys))
 
     def outputs(self, params: ExtractParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
-        """The stored tensors, where they lie."""
+        """Return the stored tensors, where they lie."""
         return {
             key: Output(TensorSpec(stored.dtype, stored.shape), Origin.REFERENCE)
             for key, stored in params.tensors.items()
@@ -132,16 +132,16 @@ class Extract(LeafStage[ExtractParams]):
 
     def _remembered(self, spec: ActionSpec[ExtractParams], context: Context) -> list[str] | None:
         """Return the digests of a layer's tensors, if files of these stamps were digested."""
-        found = context.memos.get(KIND, [self.version, spec.fingerprint], list[str])
-        return found if found and len(found) == len(spec.params.tensors) else None
+        digests = context.memos.get(KIND, [self.version, spec.fingerprint], list[str])
+        return digests if digests and len(digests) == len(spec.params.tensors) else None
 
     def watched(self, spec: ActionSpec[ExtractParams]) -> Any:
         """Return folder, and stamps of files; of a checkpoint that is not here, its record."""
-        found = spec.fingerprint
-        return found if isinstance(found, str) else found[:2]
+        fingerprint = spec.fingerprint
+        return fingerprint if isinstance(fingerprint, str) else fingerprint[:2]
 
     def explain_watched(self, old: Any, new: Any) -> list[Reason]:
-        """Return which of the checkpoint's files are others."""
+        """Return which of the checkpoint's files changed."""
         if old is None:  # by another version
             return []
         if isinstance(new, str):
@@ -162,7 +162,7 @@ class Extract(LeafStage[ExtractParams]):
         return [Reason(fact) for fact in facts or ["its tensors are others, or lie elsewhere"]]
 
     def memory(self, params: ExtractParams, checkpoint: Checkpoint) -> int:
-        """A file that torch must read is read whole."""
+        """Return the size of the largest file that torch must read whole."""
         if not checkpoint.source.available:
             return IN_FLIGHT_BYTES
         stored = [checkpoint.stored[key] for key in params.tensors]
@@ -171,8 +171,8 @@ class Extract(LeafStage[ExtractParams]):
 
     def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
         """Compare stored tensors by key."""
-        found = tensor_changes(old.get("tensors") or {}, new.get("tensors") or {})
-        return found + changed_values(old, new, but=("tensors",))
+        changed = tensor_changes(old.get("tensors") or {}, new.get("tensors") or {})
+        return changed + changed_values(old, new, but=("tensors",))
 
 
 def _recalled(
@@ -216,13 +216,13 @@ def _with_torch(context: Context, file: str) -> dict[str, str]:
         loaded = load_with_torch(path)
         if Stamp.of(path) != stamp:
             raise FileChanged(str(path))
-        found = {}
+        digest_of = {}
         for stored in context.checkpoint.stored.values():
             if (stored.file, stored.offset) == (file, TORCH):
                 flat = loaded[stored.name].contiguous().reshape(-1)
                 with context.blobs.writing(stored.nbytes) as writer:
                     writer.write(memoryview(flat.view(torch.uint8).numpy()))
-                found[stored.name] = writer.digest
-        return found
+                digest_of[stored.name] = writer.digest
+        return digest_of
 
     return context.once((path, stamp), digests)

@@ -1,6 +1,6 @@
-"""error: what quantizing took from each weight, against the weight as it was before.
+"""measure: how far each quantized weight is from the weight before.
 
-The stage is called ``error``, as its tasks are; the module says what it does.
+The stage itself is called ``error``, as its tasks and its records are.
 """
 
 from __future__ import annotations
@@ -69,23 +69,23 @@ class Measure(Stage[MeasureParams]):
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[MeasureParams]]:
         """Plan to compare what is quantized; layers without have no node."""
-        found = {}
+        planned = {}
         for layer, spec in target.planned[QUANTIZED].items():
             params = spec.params
             if not params.settings:
                 continue
             reads = {part for name, s in params.settings.items() for part in parts(name, s)}
-            told = MeasureParams(params.settings, params.mlx, params.device, params.machine)
+            compared = MeasureParams(params.settings, params.mlx, params.device, params.machine)
             needs = (*spec.planned.needs, Need(QUANTIZED, layer))
-            found[layer] = Planned(told, needs, frozenset(reads))
-        return found
+            planned[layer] = Planned(compared, needs, frozenset(reads))
+        return planned
 
     def plan_key(self, target: TargetModel) -> Hashable:
-        """The settings."""
+        """Return the settings."""
         return tuple(target.settings.items())
 
     def outputs(self, params: MeasureParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
-        """The two vectors."""
+        """Return the two vectors."""
         vector = TensorSpec("float32", (len(params.compared),))
         return {name: Output(vector, Origin.STORED, tuple(inputs)) for name in (NORM, ERROR_NORM)}
 
@@ -103,16 +103,16 @@ class Measure(Stage[MeasureParams]):
             norms.append(norm)
             error_norms.append(error_norm)
         vectors = {NORM: norms, ERROR_NORM: error_norms}
-        return Result({name: _vector(context, name, found) for name, found in vectors.items()})
+        return Result({name: _vector(context, name, numbers) for name, numbers in vectors.items()})
 
     def memory(self, params: MeasureParams, checkpoint: Checkpoint) -> int:
-        """As much as quantizing takes."""
+        """Return what quantizing takes."""
         return quantize.memory(params.device)
 
     def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
         """Compare settings by name, and what computes."""
-        found = quantize.setting_changes(old.get("compared") or {}, new.get("compared") or {})
-        return found + changed_values(old, new, but=("compared",))
+        changed = quantize.setting_changes(old.get("compared") or {}, new.get("compared") or {})
+        return changed + changed_values(old, new, but=("compared",))
 
 
 def figures(manifest: Manifest, read: Mapping[str, bytes]) -> dict[str, tuple[float, float]]:
@@ -157,7 +157,7 @@ def _compare(
             sums = [_group_sums(array, setting) for array in (wide, wide - restored)]
             mx.eval(sums)
         with mx.stream(context.streams.get("cpu")):  # the only device that has float64
-            here, error_here = (mx.sum(some.astype(mx.float64)) for some in sums)
+            here, error_here = (mx.sum(each.astype(mx.float64)) for each in sums)
             mx.eval(here, error_here)
         squares += float(here)
         error_squares += float(error_here)

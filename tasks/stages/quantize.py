@@ -40,7 +40,7 @@ class QuantizeParams(Params, frozen=True):
 
     Attributes:
         settings: how, by the weight's name; other tensors stay as they are.
-        mlx: MLX's version; this and the next two are told only where anything is computed.
+        mlx: MLX's version; this and the next two are empty if nothing is computed.
         device: what computes: ``cpu``, ``metal``, ``cuda``.
         machine: the processor.
     """
@@ -67,76 +67,77 @@ class Quantize(Stage[QuantizeParams]):
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[QuantizeParams]]:
         """Plan what the target's settings say."""
-        found = {}
+        planned = {}
         for layer, parameters in target.layers.items():
             names = [p.name for p in parameters if p.name in target.settings]
             settings = {name: target.settings[name] for name in names}
-            by = target.computer._asdict() if settings else {}
-            found[layer] = Planned(QuantizeParams(settings, **by), target.same_layer(layer))
-        return found
+            computer = target.computer._asdict() if settings else {}
+            params = QuantizeParams(settings, **computer)
+            planned[layer] = Planned(params, target.same_layer(layer))
+        return planned
 
     def plan_key(self, target: TargetModel) -> Hashable:
-        """The settings."""
+        """Return the settings."""
         return tuple(target.settings.items())
 
     def outputs(
         self, params: QuantizeParams, inputs: Mapping[Key, TensorSpec]
     ) -> dict[str, Output]:
-        """Each weight becomes its parts; the rest is passed on."""
-        found = {}
+        """Return each weight's parts; the rest is passed on."""
+        outputs = {}
         for key, spec in inputs.items():
             if setting := params.settings.get(key.name):
                 for name, part in _part_specs(key.name, spec, setting).items():
-                    found[name] = Output(part, Origin.STORED, (key,))
+                    outputs[name] = Output(part, Origin.STORED, (key,))
             else:
-                found[key.name] = Output(spec, Origin.PASSED_ON, (key,))
-        return found
+                outputs[key.name] = Output(spec, Origin.PASSED_ON, (key,))
+        return outputs
 
     def run(self, params: QuantizeParams, inputs: Inputs, context: Context) -> Result:
         """Quantize a layer."""
-        made: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         notes = []
         for key in inputs:
             setting = params.settings.get(key.name)
             if setting is None:
-                made[key.name] = context.pass_on(key)
+                tensors[key.name] = context.pass_on(key)
                 continue
-            whole = context.rows(key)
-            packed, finite = _quantize_rows(context, key.name, whole, setting, params.device)
+            weight = context.rows(key)
+            packed, finite = _quantize_rows(context, key.name, weight, setting, params.device)
             if not finite:
                 notes.append(
                     f"{key.name} holds NaN or infinity, which no quantized weight can show"
                 )
-            made |= packed
-        return Result(made, tuple(notes))
+            tensors |= packed
+        return Result(tensors, tuple(notes))
 
     def memory(self, params: QuantizeParams, checkpoint: Checkpoint) -> int:
-        """A few blocks."""
+        """Return the size of a few blocks."""
         return memory(params.device) if params.device else IN_FLIGHT_BYTES
 
     def describe(self, params: QuantizeParams) -> str:
         """Return the settings: bits, or the mode where that says them."""
-        found = []
+        words = []
         for group_size, bits, mode in sorted({*params.settings.values()}):
-            words = f"{bits} bit" if mode == "affine" else mode
-            usual = group_size == MODES[mode][0][0]
-            found.append(words if usual else f"{words} group {group_size}")
-        return ", ".join(found) or "as it is"
+            short = f"{bits} bit" if mode == "affine" else mode
+            is_default = group_size == MODES[mode][0][0]
+            words.append(short if is_default else f"{short} group {group_size}")
+        return ", ".join(words) or "as it is"
 
     def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
         """Compare settings by name, and what computes."""
-        found = setting_changes(old.get("settings") or {}, new.get("settings") or {})
-        return found + changed_values(old, new, but=("settings",))
+        changed = setting_changes(old.get("settings") or {}, new.get("settings") or {})
+        return changed + changed_values(old, new, but=("settings",))
 
 
 def setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
     """Return how settings differ, by the weight's name, as records have them."""
-    found = []
+    reasons = []
     for at, key in ((1, "bits"), (0, "group_size"), (2, "mode")):
         was = {name: setting[at] for name, setting in old.items() if name in new}
         now = {name: setting[at] for name, setting in new.items() if name in old}
-        found += changes(f"quantize.{key}", was, now, "")
-    return found + come_and_gone(old, new, "now quantized", "not quantized any more")
+        reasons += changes(f"quantize.{key}", was, now, "")
+    return reasons + come_and_gone(old, new, "now quantized", "not quantized any more")
 
 
 def _part_specs(name: str, spec: TensorSpec, setting: Setting) -> dict[str, TensorSpec]:
@@ -150,26 +151,26 @@ def _part_specs(name: str, spec: TensorSpec, setting: Setting) -> dict[str, Tens
 
 
 def _quantize_rows(
-    context: Context, name: str, whole: Rows, setting: Setting, backend: str
+    context: Context, name: str, weight: Rows, setting: Setting, backend: str
 ) -> tuple[dict[str, Tensor], bool]:
-    """Quantize the weight ``name``; return its parts, and whether all of it was finite."""
+    """Quantize a weight; return its parts by name, and whether all of it was finite."""
     device = device_of(backend)
     stream = context.streams.get(device)
     names = quantize_scheme.parts(name, setting)
     finite = True
     packed: tuple[mx.array, ...] = ()
     with ExitStack() as stack:
-        packed_bytes = prod(whole.shape) * setting.bits // 8
+        packed_bytes = prod(weight.shape) * setting.bits // 8
         writers = [stack.enter_context(context.writer(part, packed_bytes)) for part in names]
-        for start, stop in rows.spans(whole, BLOCK_BYTES[device]):
-            block = _read(context, whole, start, stop, device)
+        for start, stop in rows.spans(weight, BLOCK_BYTES[device]):
+            block = _read(context, weight, start, stop, device)
             with mx.stream(stream):
-                packed, made, all_finite = _quantize_block(block, setting, device)
-            for writer, data in zip(writers, made, strict=True):
+                packed, pieces, all_finite = _quantize_block(block, setting, device)
+            for writer, data in zip(writers, pieces, strict=True):
                 writer.write(data)
             finite = finite and all_finite
     return {
-        name: Tensor(arrays.dtype_name(part), (*whole.shape[:-1], part.shape[-1]), writer.digest)
+        name: Tensor(arrays.dtype_name(part), (*weight.shape[:-1], part.shape[-1]), writer.digest)
         for name, part, writer in zip(names, packed, writers, strict=True)
     }, finite
 
@@ -178,19 +179,19 @@ def _quantize_block(
     block: mx.array, setting: Setting, device: str
 ) -> tuple[tuple[mx.array, ...], list[memoryview], bool]:
     """Quantize rows; return their parts, the bytes of these, and whether all rows were finite."""
-    told = setting._asdict()
-    if device == "cpu" and kernels.agrees(block.dtype, **told):
-        packed, large = kernels.quantize_fast(block, **told)
-        made = arrays.views(packed, large, together=False)
+    options = setting._asdict()
+    if device == "cpu" and kernels.agrees(block.dtype, **options):
+        packed, large = kernels.quantize_fast(block, **options)
+        pieces = arrays.views(packed, large, together=False)
         if not large.item():
-            return packed, made, True
+            return packed, pieces, True
     if device == "cpu":
         packed = _quantize_slices(block, setting)
     else:
-        packed = kernels.quantize(block, **told)
-    odd = kernels.not_finite(block)
-    made = arrays.views(packed, odd, together=device == "gpu")
-    return packed, made, not odd.item()
+        packed = kernels.quantize(block, **options)
+    not_finite = kernels.not_finite(block)
+    pieces = arrays.views(packed, not_finite, together=device == "gpu")
+    return packed, pieces, not not_finite.item()
 
 
 def _quantize_slices(block: mx.array, setting: Setting) -> tuple[mx.array, ...]:
@@ -198,19 +199,19 @@ def _quantize_slices(block: mx.array, setting: Setting) -> tuple[mx.array, ...]:
     step = 2 * max(1, len(block) // (2 * SLICES))
     slices = []
     for start in range(0, len(block), step):
-        some = block[start : start + step]
-        parts = kernels.quantize(kernels.even_rows(some), **setting._asdict())
-        slices.append([part[: len(some)] for part in parts])
+        part_of_block = block[start : start + step]
+        packed = kernels.quantize(kernels.even_rows(part_of_block), **setting._asdict())
+        slices.append([part[: len(part_of_block)] for part in packed])
         mx.eval(slices[-1])
     return tuple(mx.concatenate(list(parts)) for parts in zip(*slices, strict=True))
 
 
-def _read(context: Context, whole: Rows, start: int, stop: int, device: str) -> mx.array:
+def _read(context: Context, weight: Rows, start: int, stop: int, device: str) -> mx.array:
     """Return rows of a weight, where ``device`` can read them, until the next are asked for."""
-    if isinstance(whole, rows.Stored):
+    if isinstance(weight, rows.Stored):
         with mx.stream(context.streams.get(device)):
-            return whole.read(start, stop, context.streams.memory(BLOCK_BYTES[device]))
-    block = whole.read(start, stop)  # joined or cast: the CPU's
+            return weight.read(start, stop, context.streams.memory(BLOCK_BYTES[device]))
+    block = weight.read(start, stop)  # joined or cast: the CPU's
     if device == "gpu":
         arrays.share(block)
     return block

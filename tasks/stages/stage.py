@@ -28,7 +28,7 @@ from tasks.stages.reasons import Reason, changed_values
 from tasks.tensors.arrays import Streams
 from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
 
-# Of a stage's parameters those that say what computes; "sanitize" names mlx-lm's version.
+# The parameters that say what computes, by name; "sanitize" covers the library's version.
 COMPUTER = ("mlx", "device", "machine", "sanitize")
 
 
@@ -92,7 +92,7 @@ class Params(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def record(self) -> dict[str, Any]:
-        """The parameters as JSON has them, read back: lists, not tuples."""
+        """The parameters as they are read back from JSON: lists, not tuples."""
         try:
             record: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         except UnicodeEncodeError:  # a name with half a surrogate pair, which JSON may hold
@@ -124,7 +124,7 @@ class Planned(Struct, Generic[P], frozen=True):
         params: what it is asked to do.
         needs: the nodes it reads.
         reads: names of the tensors it reads of these, or None for all.
-        fingerprint: what else decides whether to look again (files' stamps), JSON.
+        fingerprint: what else decides whether to scan again (stamps of files), JSON.
     """
 
     params: P
@@ -153,12 +153,12 @@ class ActionSpec(Struct, Generic[P], frozen=True, dict=True):
 
     @property
     def fingerprint(self) -> Any:
-        """What else decides whether to look again."""
+        """What else decides whether to scan again."""
         return self.planned.fingerprint
 
     @cached_property
     def digest(self) -> str:
-        """Digest of all of it."""
+        """Digest of the stage's version, the parameters and the fingerprint."""
         params = msgspec.to_builtins(self.params)  # tuples: in JSON, lists
         return digest_record([self.stage.version, params, self.fingerprint])
 
@@ -221,25 +221,37 @@ class Context(Protocol):
     keeps: bool  # whether the cache is to keep what the stage makes
 
     def rows(self, key: Key) -> Rows:
-        """Return an input to read."""
+        """Return an input, to be read by rows.
+
+        Raises:
+            BuildError: it is lost, and cannot be made again.
+        """
 
     def parts(self, key: Key) -> Sequence[Part]:
-        """Return where the bytes of an input lie, which is made again if they are lost."""
+        """Return where the bytes of an input lie; if they are lost, it is made again first.
+
+        Raises:
+            BlobLost: they are not those of its digest.
+        """
 
     def pass_on(self, key: Key) -> Tensor:
         """Return an input as it is; from now on the cache has its bytes."""
 
     def writer(self, name: str, nbytes: int) -> AbstractContextManager[Writer]:
-        """Give a writer for the output ``name``, whose digest is known when it ends."""
+        """Give a writer for an output of ``nbytes`` bytes; it knows the digest at the end.
+
+        Raises:
+            NoRoom: the disk is full.
+        """
 
     def prefetch(self, keys: Iterable[Key]) -> None:
-        """Have inputs in the cache that only a remote store has, all at once."""
+        """Fetch inputs that only a remote store has, all at once."""
 
     def verify(self, keys: Iterable[Key]) -> None:
-        """Forget where inputs lie whose bytes are not those of their digests any more."""
+        """Forget where inputs lie whose bytes no longer match their digests."""
 
     def once(self, question: Hashable, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns; in one run of the build it is done once."""
+        """Return what ``work`` returns for a question; it is called once in a run of the build."""
 
 
 class Stage(ABC, Generic[P]):
@@ -266,12 +278,12 @@ class Stage(ABC, Generic[P]):
         """
 
     def plan_key(self, target: TargetModel) -> Hashable:
-        """Return what the plan depends on besides checkpoint, layout, device and stages before."""
+        """Return what the plan depends on besides checkpoint, layout, device and earlier stages."""
         return None
 
     @abstractmethod
     def outputs(self, params: P, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
-        """Return what ``run`` will make of such inputs, by name, in order."""
+        """Return what ``run`` will make of inputs of these dtypes and shapes, by name, in order."""
 
     @abstractmethod
     def run(self, params: P, inputs: Inputs, context: Context) -> Result:
@@ -282,7 +294,7 @@ class Stage(ABC, Generic[P]):
         """
 
     def view(self, params: P, inputs: Inputs, context: Context, name: str) -> Rows | None:
-        """Return the output ``name``, made again as it is read; None if it can only be stored."""
+        """Return an output as rows that are made as they are read; None if it is stored."""
         return None
 
     def memory(self, params: P, checkpoint: Checkpoint) -> int:
@@ -290,7 +302,7 @@ class Stage(ABC, Generic[P]):
         return IN_FLIGHT_BYTES
 
     def view_memory(self, params: P, checkpoint: Checkpoint) -> int:
-        """Return the bytes that reading a view holds besides blocks."""
+        """Return the bytes that reading a view holds at once, besides blocks of rows."""
         return 0
 
     def describe(self, params: P) -> str:
@@ -298,16 +310,23 @@ class Stage(ABC, Generic[P]):
         return ""
 
     def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
-        """Return how parameters differ, as records have them: the old may be of any version."""
+        """Return how parameters differ, as records have them; the old may be of any version.
+
+        Never empty where a parameter that both have changed.
+        """
         return changed_values(old, new)
 
 
 class LeafStage(Stage[P]):
     """A stage that reads the checkpoint and no other stage.
 
-    What it reads is what it makes: its action is known only once it has looked. So it has ``scan``
-    in place of ``run``.
+    What it reads is what it makes: its action is known only once it has scanned the files. So it
+    has ``scan`` in place of ``run``.
     """
+
+    @abstractmethod
+    def planned(self, checkpoint: Checkpoint, keys: Sequence[str]) -> Planned[P]:
+        """Plan to read the stored tensors of these keys, whatever layer they are of."""
 
     @abstractmethod
     def scan(self, spec: ActionSpec[P], context: Context, *, reread: bool) -> dict[str, Tensor]:
@@ -324,7 +343,7 @@ class LeafStage(Stage[P]):
 
     @abstractmethod
     def recall(self, spec: ActionSpec[P], context: Context) -> dict[str, Tensor] | None:
-        """Return the same without reading anything, or None if that is not known.
+        """Return what ``scan`` would, without reading anything, or None if that is not known.
 
         Raises:
             BuildError: the checkpoint is not here, and what is wanted of it is not on record.
@@ -332,12 +351,12 @@ class LeafStage(Stage[P]):
 
     @abstractmethod
     def watched(self, spec: ActionSpec[P]) -> Any:
-        """Return what tells whether to look again, for the build tool to compare, JSON."""
+        """Return what the build tool compares to tell whether to scan again, JSON."""
 
     @abstractmethod
     def explain_watched(self, old: Any, new: Any) -> list[Reason]:
-        """Return how two of ``watched`` differ."""
+        """Return how two values of ``watched`` differ."""
 
     def run(self, params: P, inputs: Inputs, context: Context) -> Result:
-        """Nothing is to be made."""
+        """Return the inputs: nothing is made."""
         return Result(dict(zip((key.name for key in inputs), inputs.values(), strict=True)))

@@ -68,12 +68,12 @@ class Sanitizer(msgspec.Struct, frozen=True):
     """What a library's ``sanitize`` depends on besides the tensors.
 
     Attributes:
-        asked: digest of what the library is asked, see ``architecture.identity``.
+        identity: digest of what the library is asked, see ``architecture.identity``.
         device: what computes: ``cpu``, ``metal``, ``cuda``.
         machine: the processor.
     """
 
-    asked: str
+    identity: str = msgspec.field(name="asked")
     device: str
     machine: str
 
@@ -101,23 +101,23 @@ class Unshard(Stage[UnshardParams]):
     def plan(self, target: TargetModel) -> Mapping[str, Planned[UnshardParams]]:
         """Plan each parameter by the model's recipe for it."""
         layer_of = {key: layer for layer, keys in target.stored_layers.items() for key in keys}
-        found = {}
+        planned = {}
         for layer, parameters in target.layers.items():
             recipes = {p.name: _recipe(p) for p in parameters}
             reads = {key: layer_of[key] for recipe in recipes.values() for key in recipe.inputs}
             sanitizer = None
             if any(steps.computed_by_library(recipe.steps) for recipe in recipes.values()):
-                asked = architecture.identity(target.checkpoint, target.model.library)
-                sanitizer = Sanitizer(asked, target.computer.device, platform.machine())
+                identity = architecture.identity(target.checkpoint, target.model.library)
+                sanitizer = Sanitizer(identity, target.computer.device, platform.machine())
             needs = tuple(Need(target.previous, need) for need in dict.fromkeys(reads.values()))
             params = UnshardParams(recipes, sanitizer)
-            found[layer] = Planned(params, needs, frozenset(reads))
-        return found
+            planned[layer] = Planned(params, needs, frozenset(reads))
+        return planned
 
     def outputs(self, params: UnshardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
-        """The parameters. Copies that are only compared are passed on."""
+        """Return the parameters. Copies that are only compared are passed on."""
         keys = {key.name: key for key in inputs}
-        found = {}
+        outputs = {}
         for name, recipe in params.tensors.items():
             origin = Origin.VIEW
             made_of = recipe.inputs
@@ -128,13 +128,13 @@ class Unshard(Stage[UnshardParams]):
             elif steps.lies_in_inputs(recipe.steps):
                 origin = Origin.REFERENCE
             read = tuple(keys[key] for key in made_of if key in keys)
-            found[name] = Output(recipe.spec, origin, read)
-        return found
+            outputs[name] = Output(recipe.spec, origin, read)
+        return outputs
 
     def run(self, params: UnshardParams, inputs: Inputs, context: Context) -> Result:
         """Make a layer's parameters."""
         keys = {key.name: key for key in inputs}
-        made: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, recipe in params.tensors.items():
             if steps.computed_by_library(recipe.steps):
                 continue  # all at once, below
@@ -146,12 +146,12 @@ class Unshard(Stage[UnshardParams]):
                     "whole. They are not of one checkpoint."
                 )
             if not steps.work(recipe.steps):
-                made[name] = Tensor(recipe.dtype, recipe.shape, first)
+                tensors[name] = Tensor(recipe.dtype, recipe.shape, first)
             else:
-                whole = _rows(recipe, keys, context)
-                made[name] = rows.digest(context.blobs, whole, keep=context.keeps)
-        made |= _sanitize(params, keys, context)
-        return Result({name: made[name] for name in params.tensors})
+                joined = _rows(recipe, keys, context)
+                tensors[name] = rows.digest(context.blobs, joined, keep=context.keeps)
+        tensors |= _sanitize(params, keys, context)
+        return Result({name: tensors[name] for name in params.tensors})
 
     def view(
         self, params: UnshardParams, inputs: Inputs, context: Context, name: str
@@ -163,22 +163,22 @@ class Unshard(Stage[UnshardParams]):
         return _rows(recipe, {key.name: key for key in inputs}, context)
 
     def memory(self, params: UnshardParams, checkpoint: Checkpoint) -> int:
-        """What is joined as a whole, or made by a library."""
+        """Return the size of what is joined as a whole, or made by a library."""
         batches = [_nbytes(checkpoint, params, b) for b in _batches(checkpoint, params)]
         joined = self.view_memory(params, checkpoint)
         return max([joined, *batches]) + IN_FLIGHT_BYTES
 
     def view_memory(self, params: UnshardParams, checkpoint: Checkpoint) -> int:
-        """What is joined as a whole."""
-        whole = [
+        """Return the size of the largest parameter that is joined as a whole, with its inputs."""
+        sizes = [
             _nbytes(checkpoint, params, [name])
             for name, recipe in params.tensors.items()
             if steps.needs_whole(recipe.shape, recipe.steps)
         ]
-        return max(whole, default=0)
+        return max(sizes, default=0)
 
     def describe(self, params: UnshardParams) -> str:
-        """Return the kinds of steps."""
+        """Return the kinds of steps, in words."""
         names = {
             step.__struct_config__.tag
             for recipe in params.tensors.values()
@@ -188,10 +188,10 @@ class Unshard(Stage[UnshardParams]):
 
     def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
         """Compare recipes by name, and what a library's ``sanitize`` depends on."""
-        found = tensor_changes(old.get("tensors") or {}, new.get("tensors") or {})
+        reasons = tensor_changes(old.get("tensors") or {}, new.get("tensors") or {})
         if old.get("sanitize") != new.get("sanitize"):
-            found.append(Reason("what mlx-lm's sanitize depends on changed"))
-        return found + changed_values(old, new, but=("tensors", "sanitize"))
+            reasons.append(Reason("what mlx-lm's sanitize depends on changed"))
+        return reasons + changed_values(old, new, but=("tensors", "sanitize"))
 
 
 def _recipe(parameter: Parameter) -> Recipe:
@@ -221,17 +221,17 @@ def _nbytes(checkpoint: Checkpoint, params: UnshardParams, names: Iterable[str])
     """Return the size of parameters and of all that they are made of."""
     recipes = [params.tensors[name] for name in names]
     inputs = {key for recipe in recipes for key in recipe.inputs}
-    made = sum(recipe.spec.nbytes for recipe in recipes)
-    return made + sum(checkpoint.stored[key].nbytes for key in inputs)
+    outputs = sum(recipe.spec.nbytes for recipe in recipes)
+    return outputs + sum(checkpoint.stored[key].nbytes for key in inputs)
 
 
 def _sanitize(
     params: UnshardParams, keys: Mapping[str, Key], context: Context
 ) -> dict[str, Tensor]:
     """Have the library make what is no plain tensor of the checkpoint."""
-    made: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     if params.sanitize is None:
-        return made
+        return tensors
     computes_on = device.device_of(params.sanitize.device)
     for batch in _batches(context.checkpoint, params):
         read = dict.fromkeys(key for name in batch for key in params.tensors[name].inputs)
@@ -243,5 +243,5 @@ def _sanitize(
             architecture.compute(context.checkpoint, library, computes_on, inputs, outputs)
             for name, path in outputs.items():
                 tensor = Tensor(*params.tensors[name].spec, "")
-                made[name] = replace(tensor, digest=context.blobs.adopt(path))
-    return made
+                tensors[name] = replace(tensor, digest=context.blobs.adopt(path))
+    return tensors

@@ -21,7 +21,8 @@ from tasks.core.program import COMMAND
 from tasks.planning.forecast import IGNORED, SETTLED, UP_TO_DATE, Step
 from tasks.stages import registry
 
-NOT_IN_A_PLAIN_RUN = ("error:", "report:")  # begin the names of what a plain doit leaves out
+# What a plain doit leaves out, by what the names of tasks begin with.
+NOT_IN_A_PLAIN_RUN = (*(f"{stage.name}:" for stage in registry.MEASURES), "report:")
 CANNOT_BE_PLANNED = "cannot be planned"
 STATUS_LETTERS = {UP_TO_DATE: "U", IGNORED: "I"}  # of doit list -s, where all else is R
 
