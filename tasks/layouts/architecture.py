@@ -100,7 +100,11 @@ def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
     config = {key: value for key, value in answer.config.items() if key != "_name_or_path"}
     if not answer.keep_vision_config:
         config.pop("vision_config", None)
-    notes = (*checkpoint.notes, *_dropped(answer.dropped, library))
+    notes = (
+        *checkpoint.notes,
+        *_written_out(checkpoint.config, rope(checkpoint.config)),
+        *_dropped(answer.dropped, library),
+    )
     return Model(parameters, modules, config, answer.recipes, notes, library)
 
 
@@ -156,6 +160,19 @@ def _question(checkpoint: Checkpoint, library: str) -> dict[str, Any]:
         "files": files,
         "tensors": checkpoint.table,
     }
+
+
+def _written_out(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the note on what ``llama_names.rope`` adds to config.json."""
+    inner = settings.get("text_config", {}).keys() - (config.get("text_config") or {}).keys()
+    added = sorted({*settings, *inner} - {"text_config"})
+    if not added:
+        return ()
+    return (
+        f"config.json gains {', '.join(added)}: it has them under rope_parameters alone, as "
+        "transformers 5 saves them, where this class of mlx-lm does not look (mlx_lm.convert "
+        "leaves them there, and the model speaks nonsense)",
+    )
 
 
 def _dropped(names: list[str], library: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tasks.checkpoints import llama
 from tasks.checkpoints.checkpoint import Checkpoint
@@ -111,17 +111,22 @@ def to_meta(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, names="meta", config=params, tensors=ordered)
 
 
-def rope(config: dict[str, Any]) -> dict[str, Any]:
+def rope(config: dict[str, Any], wrapper: str = "") -> dict[str, Any]:
     """Return the rotary settings of config.json that it gives elsewhere only, by their old keys.
 
     A folder saved by transformers 5 keeps them under ``rope_parameters``, for each kind of
     attention if they differ, and in ``text_config`` for a model that also sees. Most of mlx-lm's
     classes do not look there: they would convert without a word and speak nonsense. Those that
     do get nothing.
+
+    Args:
+        config: config.json, or its ``text_config``.
+        wrapper: of a ``text_config``, the model_type of what it is in.
     """
     settings: dict[str, Any] = {}
     inner = config.get("rope_parameters")
-    if isinstance(inner, dict) and not _reads_rope_parameters(str(config.get("model_type"))):
+    reader = _reader(str(config.get("model_type")), wrapper)
+    if isinstance(inner, dict) and not reader.looks:
         kinds = {kind: table for kind, table in inner.items() if isinstance(table, dict)}
         table = kinds.get("full_attention", {}) if kinds else inner
         old_keys = {
@@ -130,37 +135,67 @@ def rope(config: dict[str, Any]) -> dict[str, Any]:
             "partial_rotary_factor": None if kinds else table.get("partial_rotary_factor"),
         }
         settings = {k: v for k, v in old_keys.items() if v is not None and k not in config}
-        if table.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
-            settings["rope_scaling"] = {key: table[key] for key in table if key != "rope_theta"}
+        rope_type = table.get("rope_type", "default")
+        if rope_type != "default" and not config.get("rope_scaling"):
+            scaling = {key: table[key] for key in table if key != "rope_theta"}
+            settings["rope_scaling"] = {"type": rope_type, **scaling} if reader.type else scaling
+        elif reader.needs_scaling and "rope_scaling" not in config:
+            settings["rope_scaling"] = None
     text = config.get("text_config")
-    if isinstance(text, dict) and (more := rope(text)):
+    if isinstance(text, dict) and (more := rope(text, str(config.get("model_type")))):
         settings["text_config"] = {**text, **more}
     return settings
 
 
+class _Reader(NamedTuple):
+    """How a class of mlx-lm's reads rotary settings.
+
+    Attributes:
+        looks: whether it looks into ``rope_parameters`` itself.
+        type: whether it asks ``rope_scaling`` for ``type``, as ``rope_type`` was called once.
+        needs_scaling: whether it wants ``rope_scaling`` in config.json, if only as null.
+    """
+
+    looks: bool = False
+    type: bool = False
+    needs_scaling: bool = False
+
+
 @cache
-def _reads_rope_parameters(model_type: str) -> bool:
-    """Tell whether mlx-lm's class looks into ``rope_parameters``.
+def _reader(model_type: str, wrapper: str) -> _Reader:
+    """Return how mlx-lm's class for a model reads rotary settings.
 
     Told from its source and from the modules that it builds on, since importing them takes
     seconds.
     """
     spec = find_spec("mlx_lm")  # finds the package without running it
     if spec is None or not spec.submodule_search_locations:
-        return False
-    models = Path(spec.submodule_search_locations[0], "models")
-    names = (model_type, model_type.removesuffix("_text"))
-    own = [path for name in names if (path := models / f"{name}.py").is_file()]
-    if not own:  # mlx-lm has another class do for it, such as llama for mistral
-        return False
-    source = own[0].read_text(encoding="utf-8")
+        return _Reader()
+    package = Path(spec.submodule_search_locations[0])
+    models = package / "models"
+    utils = (package / "utils.py").read_text(encoding="utf-8")
+    renamed = dict(re.findall(r'^    "(\S+)": "(\S+)",', utils, re.MULTILINE))
+    names = (wrapper, model_type, model_type.removesuffix("_text"))
+    found = (path for n in names if (path := models / f"{renamed.get(n, n)}.py").is_file())
+    source = ""
+    for path in found:
+        source = path.read_text(encoding="utf-8")
+        if path.stem != renamed.get(wrapper, wrapper) or "rope_theta" in source:
+            break  # else it leaves its text to another class
+    if not source:
+        return _Reader()
     used = [
         name
         for module, several in re.findall(r"^from \.(\w*) import (.+)$", source, re.MULTILINE)
         for name in ([module] if module else re.split(r", *", several))
     ]
-    paths = [own[0], *(path for name in used if (path := models / f"{name}.py").is_file())]
-    return any("rope_parameters" in path.read_text(encoding="utf-8") for path in paths)
+    beside = [path for name in used if (path := models / f"{name}.py").is_file()]
+    sources = [source, *(path.read_text(encoding="utf-8") for path in beside)]
+    return _Reader(
+        any("rope_parameters" in text for text in sources),
+        '"type"' in source,
+        bool(re.search(r"^    rope_scaling: [^=\n]+$", source, re.MULTILINE)),
+    )
 
 
 def _rename(name: str, table: dict[str, str], prefix: str) -> str:

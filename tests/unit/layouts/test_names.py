@@ -85,6 +85,7 @@ def test_config_of_metas_models_is_the_published_one(name: str) -> None:
 
 
 LINEAR = {"rope_type": "linear", "factor": 8.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.5] * 48, "long_factor": [2.5] * 48}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 THETA = 77777.0
 # What an author's config.json says of the rotary embedding. No value is a default.
@@ -104,6 +105,15 @@ ROTARY = {
     "qwen2": {"rope_theta": THETA, "rope_scaling": YARN},
     "qwen3": {"rope_theta": THETA},
     "phi3": {"rope_theta": THETA, "partial_rotary_factor": 0.75},
+    "phi3-longrope": {"rope_theta": THETA, "rope_scaling": {**LONG, "type": "longrope"}},
+    "nemotron": {"rope_theta": THETA, "rope_scaling": {**LINEAR, "type": "linear"}},
+    "qwen2_moe": {"rope_theta": THETA, "rope_scaling": {**LINEAR, "type": "linear"}},
+    "hunyuan_v1_dense": {
+        "rope_theta": THETA,
+        "rope_scaling": {"rope_type": "dynamic", "type": "dynamic", "alpha": 9.0, "factor": 1.0},
+    },
+    "glm4_moe": {"rope_theta": THETA, "rope_scaling": None, "head_dim": 32},
+    "exaone4": {"rope_theta": THETA, "rope_scaling": None, "head_dim": 32},
     "stablelm": {"rope_theta": THETA, "partial_rotary_factor": 0.75},
     "glm4": {"rope_theta": THETA, "partial_rotary_factor": 0.75},
     "olmo3": {"rope_theta": THETA},
@@ -121,7 +131,7 @@ def test_mlx_lm_reads_what_transformers_5_moved(tmp_path: Path, name: str) -> No
     read = arguments.from_dict({**saved, **rope(saved)})
     for key, value in told.items():
         found = getattr(read, key)
-        if key == "rope_scaling":
+        if key == "rope_scaling" and value:
             found = {inner: found.get(inner) for inner in value}
         assert found == value, key
 
@@ -143,6 +153,20 @@ def saved_again(config: dict, folder: Path) -> dict:
     return json.loads((folder / "saved" / "config.json").read_text(encoding="utf-8"))
 
 
+def test_null_where_a_class_wants_the_key(tmp_path: Path) -> None:
+    """Without it, mlx-lm's `ModelArgs` is a TypeError. Llama 4's text is of the outer class."""
+    table = {"rope_type": "default", "rope_theta": THETA}
+    text = {"model_type": "llama4_text", "rope_parameters": table}
+    added = rope({"model_type": "llama4", "text_config": text})
+    assert added == {"text_config": {**text, "rope_theta": THETA, "rope_scaling": None}}
+    for model_type in ("exaone4", "glm4_moe"):
+        assert rope({"model_type": model_type, "rope_parameters": table})["rope_scaling"] is None
+    assert rope({"model_type": "llama", "rope_parameters": table}) == {"rope_theta": THETA}
+    text = {"model_type": "mistral", "rope_parameters": table}
+    added = rope({"model_type": "mistral3", "text_config": text})
+    assert added == {"text_config": {**text, "rope_theta": THETA}}
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -154,6 +178,13 @@ def saved_again(config: dict, folder: Path) -> dict:
         {"model_type": "lfm2", "rope_parameters": {"rope_theta": THETA}},
         {"model_type": "qwen3_5_moe_text", "rope_parameters": {"rope_theta": THETA}},
         {"text_config": {"model_type": "gemma4_text", "rope_parameters": {"full_attention": {}}}},
+        {
+            "model_type": "gemma4_unified",  # another name of gemma4's class
+            "text_config": {
+                "model_type": "gemma4_unified_text",
+                "rope_parameters": {"full_attention": {"rope_theta": THETA}},
+            },
+        },
     ],
     ids=str,
 )
@@ -175,7 +206,8 @@ def test_gemma_3_saved_by_transformers_5_speaks_as_before(tmp_path: Path) -> Non
     for name in "shipped", "saved":
         lines += [f"[models.{name}]", f'source = "checkpoints/{name}"']
     (tmp_path / "models.toml").write_text("\n".join(lines), encoding="utf-8")
-    doit(tmp_path)
+    done = doit(tmp_path)
+    assert done.stdout.count("config.json gains rope_local_base_freq, rope_scaling, rope_theta") == 1
     models = [mlx_lm.utils.load(str(tmp_path / "build" / n))[0] for n in ("shipped", "saved")]
     tokens = mx.arange(VOCABULARY)[None, :64]
     shipped, saved_logits = (model(tokens) for model in models)
