@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +19,14 @@ from cache.blobs import Part
 from cache.digest import digest_record
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.stored import TORCH
 from tasks.core.errors import ArchitectureError, BuildError
 from tasks.layouts.libraries import LIBRARIES, MLX_LM
 from tasks.layouts.llama_names import rope
 from tasks.layouts.model import Model, Module, Parameter
 
 SCHEMA = 3  # of the probe's answers; raised when they change
+MAX_VALUES_BYTES = 64 << 20  # of tensors whose values a library looks at
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -44,6 +47,16 @@ class Answer(msgspec.Struct, frozen=True):
     config: dict[str, Any]
     keep_vision_config: bool
     dropped: list[str]
+
+
+class LookedAt(msgspec.Struct, frozen=True):
+    """What a library says that cannot tell without the values of some tensors.
+
+    Attributes:
+        looked_at: their names.
+    """
+
+    looked_at: list[str]
 
 
 @cache
@@ -70,12 +83,7 @@ def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
     Raises:
         ArchitectureError: it does not know the architecture or refuses the checkpoint.
     """
-    question = _question(checkpoint, library)
-    answer = memos.get("architectures", question, Answer)
-    if answer is None:
-        asked = _ask(question, library, checkpoint.folder)
-        memos.put("architectures", question, asked)
-        answer = msgspec.convert(asked, Answer)
+    answer, values = _answer(checkpoint, memos, library)
     parameters = {}
     for name, dtype, shape, cast, inputs, steps in answer.parameters:
         tensors = [checkpoint.tensors[i] for i in inputs]
@@ -105,7 +113,48 @@ def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
         *_written_out(checkpoint.config, rope(checkpoint.config)),
         *_dropped(answer.dropped, library),
     )
-    return Model(parameters, modules, config, answer.recipes, notes, library)
+    return Model(parameters, modules, config, answer.recipes, notes, library, values)
+
+
+def _answer(checkpoint: Checkpoint, memos: Memos, library: str) -> tuple[Answer, dict[str, str]]:
+    """Return what a library says of a checkpoint, and the values that it had to be given."""
+    values: dict[str, str] = {}
+    while True:
+        question = _question(checkpoint, library, values)
+        answer: Answer | LookedAt | None = memos.get("architectures", question, Answer)
+        answer = answer or memos.get("architectures", question, LookedAt)
+        if answer is None:
+            asked = _ask(question, library, checkpoint.folder)
+            memos.put("architectures", question, asked)
+            if "looked_at" in asked:
+                answer = msgspec.convert(asked, LookedAt)
+            else:
+                answer = msgspec.convert(asked, Answer)
+        if isinstance(answer, Answer):
+            return answer, values
+        values |= _values(checkpoint, answer.looked_at, library)
+
+
+def _values(checkpoint: Checkpoint, names: Iterable[str], library: str) -> dict[str, str]:
+    """Return the values of tensors, in base64.
+
+    Raises:
+        ArchitectureError: they are too many, or no plain bytes of a file.
+    """
+    found: dict[str, str] = {}
+    left = MAX_VALUES_BYTES
+    for name in names:
+        tensor = checkpoint.tensors[name]
+        stored = checkpoint.stored[tensor.inputs[0]]
+        left -= stored.nbytes
+        if left < 0 or tensor.steps or len(tensor.inputs) > 1 or stored.offset == TORCH:
+            raise ArchitectureError(
+                f"{checkpoint.folder}: {library} decides by the values of {name}, which cannot be "
+                "read while a build is planned. Use the model's safetensors, unsharded."
+            )
+        data = checkpoint.source.read(stored.file, stored.offset, stored.nbytes)
+        found[name] = base64.b64encode(b"".join(data)).decode()
+    return found
 
 
 @cache
@@ -114,14 +163,17 @@ def _names(*names: str) -> tuple[str, ...]:
     return names
 
 
-def identity(checkpoint: Checkpoint, library: str) -> str:
-    """Return a digest of all that a model's ``sanitize`` depends on besides the tensors' data."""
-    return digest_record(_question(checkpoint, library))
+def identity(checkpoint: Checkpoint, model: Model) -> str:
+    """Return a digest of all that a model's ``sanitize`` depends on besides the tensors' data.
+
+    The values that it was decided by are part of it.
+    """
+    return digest_record(_question(checkpoint, model.library, model.values))
 
 
 def compute(
     checkpoint: Checkpoint,
-    library: str,
+    model: Model,
     device: str,
     inputs: Mapping[str, Sequence[Part]],
     outputs: Mapping[str, Path],
@@ -130,7 +182,7 @@ def compute(
 
     Args:
         checkpoint: with Hugging Face's names.
-        library: whose model it is.
+        model: the model, as ``model`` returned it.
         device: ``cpu`` or ``gpu``: what is to be MLX's default, as it is for mlx_lm.convert.
         inputs: where the tensors lie that the parameters are made of, by name.
         outputs: files to write the parameters' bytes into, by the parameter's name.
@@ -146,10 +198,11 @@ def compute(
         },
         "outputs": {name: str(path) for name, path in outputs.items()},
     }
-    _ask({**_question(checkpoint, library), "compute": work}, library, checkpoint.folder)
+    question = _question(checkpoint, model.library, model.values)
+    _ask({**question, "compute": work}, model.library, checkpoint.folder)
 
 
-def _question(checkpoint: Checkpoint, library: str) -> dict[str, Any]:
+def _question(checkpoint: Checkpoint, library: str, values: Mapping[str, str]) -> dict[str, Any]:
     extra = rope(checkpoint.config)
     files = dict(checkpoint.files)
     if extra or "config.json" not in files:
@@ -159,6 +212,7 @@ def _question(checkpoint: Checkpoint, library: str) -> dict[str, Any]:
         "versions": versions(library),
         "files": files,
         "tensors": checkpoint.table,
+        **({"values": values} if values else {}),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ class Model(Struct, frozen=True):
         notes: what people should know.
         library: whose classes make it, and compute what is no plain tensor of the checkpoint;
             empty if there can be no such parameter.
+        values: of tensors that the library decided by, by name, in base64.
     """
 
     parameters: dict[str, Parameter]
@@ -72,6 +74,7 @@ class Model(Struct, frozen=True):
     recipes: dict[str, dict[str, int] | str]
     notes: tuple[str, ...] = field(default=())
     library: str = ""
+    values: Mapping[str, str] = field(default_factory=dict)
 
 
 def layer_names(names: list[str]) -> dict[str, str]:

@@ -5,6 +5,9 @@ answer it leaves out modules that a conversion does not need and that take secon
 Question and answer are JSON; see ``tasks.layouts.architecture`` for what they hold, and
 ``tasks.layouts.libraries`` for what is said of a library.
 
+Zeros must not decide anything: where the library looks at the values of tensors, the answer is
+which (``looked_at``), and the next question has them, by name, in base64 (``values``).
+
 Asked to ``compute``, it is given some tensors' data and writes the parameters made of them. That,
 and whatever needs the heavy modules, is for a process of its own (``python -m tasks.layouts.probe
 LIBRARY``, question on standard input, answer on standard output).
@@ -12,6 +15,7 @@ LIBRARY``, question on standard input, answer on standard output).
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import importlib
@@ -87,15 +91,24 @@ def _answer(question: dict[str, Any], library: Library, mx: Any) -> dict[str, An
         mx.set_default_device(getattr(mx, compute["device"]))
         for name, parts in compute["inputs"].items():
             given[name] = _read(parts, *tensors[name])
+    values = question.get("values", {})
+    given |= {name: _valued(mx, text, *tensors[name]) for name, text in values.items()}
     kept = {name: a.astype(a.dtype) for name, a in given.items()}  # stay as they are
     joins = _record_joins(mx)
     _leave_out_noise(mx)
-    model, config = _load(question["files"], given, library, mx)
+    try:
+        model, config = _load(question["files"], given, library, mx)
+    except Exception:
+        if not compute and (needed := _looked_at(mx, kept) - values.keys()):
+            return {"looked_at": sorted(needed)}
+        raise
+    if not compute and (needed := _looked_at(mx, kept) - values.keys()):
+        return {"looked_at": sorted(needed)}
     if compute:
         return _write(dict(_flat(model.parameters())), compute["outputs"])
     parameters = _parameters(model, library, _Tensors(given, kept, joins), mx)
     leaves = _leaves(model)
-    used = {name for parameter in parameters for name in parameter[4]}
+    used = {name for parameter in parameters for name in parameter[4]} | values.keys()
     return {
         "parameters": parameters,
         "modules": _modules(model, leaves, library, mx),
@@ -219,6 +232,28 @@ def _hollow(mx: Any, dtype: str, shape: Sequence[int]) -> Any:
     What makes it is an operation that no model uses, by which a graph shows where its inputs are.
     """
     return mx.stop_gradient(_zeros(getattr(mx, dtype), tuple(shape)))
+
+
+def _valued(mx: Any, text: str, dtype: str, shape: Sequence[int]) -> Any:
+    """Return a tensor with its values, given in base64, which a graph shows as a hollow one."""
+    from tasks.tensors import arrays
+
+    data = base64.b64decode(text)
+    memory = arrays.blank(len(data))
+    memoryview(cast(bytearray, memory))[:] = data
+    return mx.stop_gradient(memory.view(getattr(mx, dtype)).reshape(shape))
+
+
+def _looked_at(mx: Any, kept: dict[str, Any]) -> set[str]:
+    """Return the tensors that were evaluated: their zeros may have decided something.
+
+    What is evaluated is no longer made of anything: in a graph it is a source.
+    """
+    found = set()
+    for batch in _batches(kept):
+        graph = _graph(mx, {f"in{i}": kept[name] for i, name in enumerate(batch)})
+        found |= {batch[int(i)] for i in re.findall(r'rank=source; "in(\d+)"', graph)}
+    return found
 
 
 @functools.cache

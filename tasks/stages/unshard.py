@@ -107,7 +107,7 @@ class Unshard(Stage[UnshardParams]):
             reads = {key: layer_of[key] for recipe in recipes.values() for key in recipe.inputs}
             sanitizer = None
             if any(steps.computed_by_library(recipe.steps) for recipe in recipes.values()):
-                identity = architecture.identity(target.checkpoint, target.model.library)
+                identity = architecture.identity(target.checkpoint, target.model)
                 sanitizer = Sanitizer(identity, target.computer.device, platform.machine())
             needs = tuple(Need(target.previous, need) for need in dict.fromkeys(reads.values()))
             params = UnshardParams(recipes, sanitizer)
@@ -239,8 +239,7 @@ def _sanitize(
         need = sum(params.tensors[name].spec.nbytes for name in batch)
         with context.blobs.scratch(need) as folder:
             outputs = {name: folder / str(number) for number, name in enumerate(batch)}
-            library = context.model.library
-            architecture.compute(context.checkpoint, library, computes_on, inputs, outputs)
+            architecture.compute(context.checkpoint, context.model, computes_on, inputs, outputs)
             for name, path in outputs.items():
                 tensor = Tensor(*params.tensors[name].spec, "")
                 tensors[name] = replace(tensor, digest=context.blobs.adopt(path))

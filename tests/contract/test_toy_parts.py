@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+import threading
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from support.projects import FOUR_BIT, Project
 from tasks.checkpoints import headers
 from tasks.checkpoints.loaders import LOADERS
 from tasks.checkpoints.sources import SOURCES
-from tasks.layouts import architecture
+from tasks.layouts import architecture, probe
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.registry import LAYOUTS
 
@@ -231,6 +232,43 @@ def test_a_library_with_its_own_models(toy_model: Path) -> None:
         for part, array in zip(("weight", "scales", "biases"), arrays, strict=True):
             assert found[f"{name}.{part}"].tobytes() == data_of(array)
     assert json.loads((toy_model / "build" / "a" / "config.json").read_bytes())["by"] == "toy-lm"
+    assert inside.doit(toy_model).entries == []
+
+
+def test_a_library_that_decides_by_values(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it computes depends on them: another sign, other weights, and nothing else anew."""
+    lock = threading.Lock()
+
+    def answer(question: dict, library: str, folder: Path) -> dict:
+        with lock:  # in this process, which alone knows the library
+            return probe.answer({**question, "light": True}, LIBRARIES[library])
+
+    monkeypatch.setattr(architecture, "_ask_process", answer)
+    path, weights = toy_model / "site" / "toy_lm" / "models.py", toy_model / "checkpoint"
+    text = path.read_text()
+    looks = """
+    sign = weights.pop("sign")
+    mx.eval(sign)
+    if sign.item() < 0:
+        weights["layers.1.weight"] = -weights["layers.1.weight"]
+    weights["layers.2.weight"] = weights["layers.2.weight"] * sign
+    model.load_weights"""
+    path.write_text(text.replace("\n    model.load_weights", looks))
+    given = mx.load(str(weights / "model.safetensors"))
+    models = toy_model / "models.toml"
+    models.write_text(models.read_text().replace("quantize = { bits = 4 }\n", ""))
+    for sign in (-1.0, 1.0):
+        tensors = {**given, "sign": mx.array(sign, mx.bfloat16)}
+        mx.save_safetensors(str(weights / "new.safetensors"), tensors)
+        (weights / "new.safetensors").rename(weights / "model.safetensors")
+        inside.doit(toy_model, "lock")
+        done = inside.doit(toy_model)
+        found = raw(toy_model / "build" / "a")
+        for i, factor in enumerate((1, sign, sign)):
+            expected = (given[f"layers.{i}.weight"] * factor).astype(mx.float16)
+            assert found[f"layers.{i}.weight"].tobytes() == data_of(expected)
+    assert "unshard:a:layers.2" in done.computed
+    assert "unshard:a:layers.0" not in done.computed
     assert inside.doit(toy_model).entries == []
 
 

@@ -207,7 +207,9 @@ def test_gemma_3_saved_by_transformers_5_speaks_as_before(tmp_path: Path) -> Non
         lines += [f"[models.{name}]", f'source = "checkpoints/{name}"']
     (tmp_path / "models.toml").write_text("\n".join(lines), encoding="utf-8")
     done = doit(tmp_path)
-    assert done.stdout.count("config.json gains rope_local_base_freq, rope_scaling, rope_theta") == 1
+    assert (
+        done.stdout.count("config.json gains rope_local_base_freq, rope_scaling, rope_theta") == 1
+    )
     models = [mlx_lm.utils.load(str(tmp_path / "build" / n))[0] for n in ("shipped", "saved")]
     tokens = mx.arange(VOCABULARY)[None, :64]
     shipped, saved_logits = (model(tokens) for model in models)

@@ -1,11 +1,16 @@
 """What tells a tensor that `sanitize` only renames from one that it computes."""
 
+import dataclasses
 import importlib
+import json
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+import torch
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
 
 from cache.store import Store
 from support import checkpoints
@@ -13,6 +18,7 @@ from tasks.checkpoints import loaders
 from tasks.checkpoints.folder import FolderSource
 from tasks.core.errors import ArchitectureError
 from tasks.layouts import architecture, probe
+from tasks.layouts.model import Model
 
 
 @pytest.fixture
@@ -98,3 +104,77 @@ def test_a_module_of_mlx_lm_that_exits(tmp_path: Path) -> None:
     read = loaders.read(FolderSource(checkpoint), None, Store.at(tmp_path / "cache").memos)
     with pytest.raises(ArchitectureError, match=r"says: To run olmo install ai2-olmo: .* status 1"):
         architecture.model(read, Store.at(tmp_path / "cache").memos, "mlx-lm")
+
+
+# A library that looks at values: zeros must not decide for it.
+
+
+def hadamard(folder: Path, *, sign: float = 1.0) -> Path:
+    """A small checkpoint whose class wants all of its signs to be 1 or -1."""
+    text = {
+        "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 128,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "full_attention_interval": 1,
+        "head_dim": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    path = "model.layers.0.mlp.down_proj"
+    packed = {"path": path, "embedding": False, "dtype": "float16", "block": 512}
+    config = {
+        "model_type": "prism_hadamard_qwen35", "schema_version": 1, "modules": [packed],
+        "tensor_namespace": "mlx-lm-text", "text_config": {**text, "intermediate_size": 512},
+        "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
+    }  # fmt: skip
+    module = importlib.import_module("mlx_lm.models.prism_hadamard_qwen35")
+    made = module.Model(module.ModelArgs.from_dict(config))
+    weights = dict(tree_flatten(made.parameters()))
+    weights[f"language_model.{path}.signs"] = mx.array([-1.0, sign] * 256)
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoints.write_tokenizer(folder)
+    return folder
+
+
+def architecture_of(folder: Path, cache: Path) -> Model:
+    memos = Store.at(cache).memos
+    return architecture.model(loaders.read(FolderSource(folder), None, memos), memos, "mlx-lm")
+
+
+def test_a_class_that_looks_at_values(tmp_path: Path) -> None:
+    """As the peer: zeros in place of the signs would have had it refuse the checkpoint."""
+    folder = hadamard(tmp_path / "checkpoint")
+    peer, _ = load_model(folder, lazy=True)
+    for _ in range(2):  # the second is remembered
+        model = architecture_of(folder, tmp_path / "cache")
+        assert list(model.parameters) == [name for name, _ in tree_flatten(peer.parameters())]
+        (name,) = model.values
+        assert name.endswith("down_proj.signs")
+    for sign in (0.5, 0.0):
+        wrong = hadamard(tmp_path / f"wrong-{sign}", sign=sign)
+        with pytest.raises(ValueError, match="signs must contain only -1"):
+            load_model(wrong, lazy=True)
+        with pytest.raises(ArchitectureError, match="signs must contain only -1"):
+            architecture_of(wrong, tmp_path / "cache")
+
+
+def test_what_was_looked_at(given: dict[str, mx.array]) -> None:
+    """Through what is made of it, too; what is changed or only computed with is not."""
+    kept = {name: array.astype(array.dtype) for name, array in given.items()}
+    given["b"] += 1
+    made = given["a"] * given["b"]
+    assert probe._looked_at(mx, kept) == set()
+    assert not mx.any(given["c"] != 0).item()
+    assert probe._looked_at(mx, kept) == {"c"}
+    mx.eval(made)
+    assert probe._looked_at(mx, kept) == {"a", "b", "c"}
+
+
+def test_tensors_that_are_decided_by_are_no_guess(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
+    memos = Store.at(tmp_path / "cache").memos
+    checkpoint = loaders.read(FolderSource(tmp_path), None, memos)
+    assert architecture._values(checkpoint, ["a"], "mlx-lm") == {"a": "AACAPwAAgD8="}
+    shared = checkpoint.tensors["b"]._replace(inputs=("a", "b"))
+    split = dataclasses.replace(checkpoint, tensors={"b": shared})
+    with pytest.raises(ArchitectureError, match="mlx-lm decides by the values of b"):
+        architecture._values(split, ["b"], "mlx-lm")
