@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from math import inf, isnan
 
 UNITS = {
@@ -24,6 +25,11 @@ def count(number: float) -> str:
 def plural(count: int, thing: str) -> str:
     """Return how many things there are: ``1 task``, ``2 tasks``."""
     return f"{count} {thing}{'s' if count != 1 else ''}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first three names, and a mark if there are more."""
+    return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
 
 
 def percent(part: float) -> str:

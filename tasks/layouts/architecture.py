@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,12 +21,14 @@ from cache.digest import digest_record
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.stored import TORCH
-from tasks.core.errors import ArchitectureError, BuildError
+from tasks.core.errors import ArchitectureError, BuildError, CheckpointError
+from tasks.core.text import listed, plural
 from tasks.layouts.libraries import LIBRARIES, MLX_LM
 from tasks.layouts.llama_names import rope
 from tasks.layouts.model import Model, Module, Parameter
 
 SCHEMA = 3  # of the probe's answers; raised when they change
+SCALES = re.compile(r"(weight_scale(_inv|_2)?|scale_inv|\.scales|\.qzeros)$")  # of packed weights
 MAX_VALUES_BYTES = 64 << 20  # of tensors whose values a library looks at
 
 
@@ -105,6 +108,7 @@ def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
         Module(path, _names(*names), None if after is None else _names(*after), verdict, count)
         for path, names, after, verdict, count in answer.modules
     )
+    _refuse_integers(checkpoint.folder, modules, parameters)
     config = {key: value for key, value in answer.config.items() if key != "_name_or_path"}
     if not answer.keep_vision_config:
         config.pop("vision_config", None)
@@ -229,17 +233,43 @@ def _written_out(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tupl
     )
 
 
+def _refuse_integers(
+    folder: Path, modules: Iterable[Module], parameters: Mapping[str, Parameter]
+) -> None:
+    """Refuse weights whose bytes would be taken for integers: FP8 that no scales go with.
+
+    Raises:
+        CheckpointError: there are such.
+    """
+    weights = [f"{m.path}.weight" for m in modules if m.quantized_names is not None]
+    packed = [name for name in weights if parameters[name].dtype in ("uint8", "int8")]
+    if packed:
+        raise CheckpointError(
+            f"{folder}: {plural(len(packed), 'weight')} ({', '.join(packed[:3])}) would be bytes "
+            f"taken for numbers ({parameters[packed[0]].dtype}), as mlx_lm.convert builds them: "
+            "FP8 or the like, without scales (weight_scale_inv) that this class of mlx-lm applies. "
+            "Get the checkpoint with its scales, or in bfloat16."
+        )
+
+
 def _dropped(names: list[str], library: str) -> tuple[str, ...]:
-    buffers = [name for name in names if "rotary_emb" in name]
-    left = [name for name in names if name not in buffers]
-    if not left:
-        return ()
-    more = ", …" if len(left) > 3 else ""
-    return (
-        f"{len(left)} tensors of the checkpoint belong to no part of the model that {library} "
-        f"knows and are left out, as {LIBRARIES[library].PACKAGE}.convert does: "
-        f"{', '.join(left[:3])}{more}",
-    )
+    left = [name for name in names if "rotary_emb" not in name]  # these are buffers
+    scales = [name for name in left if SCALES.search(name)]
+    left = [name for name in left if name not in scales]
+    convert = f"{LIBRARIES[library].PACKAGE}.convert"
+    notes = []
+    if scales:
+        notes.append(
+            f"{plural(len(scales), 'tensor')} that {library} leaves out, as {convert} does, would "
+            "be scales: unless they are left over, the weights that they are of are wrong by "
+            f"them: {listed(scales)}"
+        )
+    if left:
+        notes.append(
+            f"{len(left)} tensors of the checkpoint belong to no part of the model that {library} "
+            f"knows and are left out, as {convert} does: {listed(left)}"
+        )
+    return tuple(notes)
 
 
 def _ask(question: dict[str, Any], library: str, folder: Path) -> dict[str, Any]:

@@ -175,7 +175,8 @@ class Planner:
         stages = _nodes(target.name, shared, asked, registry.PIPELINE, {})
         names = [name for names in _ordered(model, scheme) for name in names]
         weights = sum(_weights(model, module, scheme) for module in model.modules)
-        notes = (*model.notes, *scheme.notes)
+        wide = quantize_scheme.float32_scales(model, scheme.settings, dtype)
+        notes = (*model.notes, *scheme.notes, *wide)
         return Plan(target, shared, asked, stages, names, config, weights, notes)
 
     def _share(self, target: Target) -> SharedPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -12,7 +13,7 @@ from msgspec import Struct
 
 from tasks.core.errors import ConfigError
 from tasks.core.spec import MODES, Quantize, Rule
-from tasks.core.text import plural
+from tasks.core.text import listed, plural
 from tasks.layouts.model import Model, Module
 
 PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them
@@ -44,7 +45,7 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
     """Decide how each module is quantized, as ``mlx_lm.utils.quantize_model`` does.
 
     On top of mlx-lm's verdict (the model's own or the recipe's) the first rule that matches a
-    module's path wins.
+    module's path wins. A rule that matches none may have the checkpoint's own names instead.
 
     Raises:
         ConfigError: the recipe does not fit the model, or a rule matches nothing.
@@ -57,11 +58,12 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
     config: dict[str, Any] = dict(given) if given else default._asdict()
     settings: dict[str, Setting] = {}
     narrow: dict[tuple[int, int], list[str]] = {}
-    unused = set(quantize.rules)
+    ruled = _ruled(model, quantize.rules)
+    skipped = 0
     for module, verdict in _verdicts(model, quantize):
-        rule = next((r for r in quantize.rules if fnmatchcase(module.path, r.match)), None)
-        unused.discard(rule)
+        rule = ruled.get(module.path)
         if rule and rule.skip:
+            skipped += 1
             continue
         if rule:
             verdict = _apply(rule, verdict, default)
@@ -84,8 +86,8 @@ def plan(model: Model, quantize: Quantize | None) -> Scheme:
             config[module.path] = default._asdict()
         _check_known(module)
         settings[module.path] = setting
-    _check_rules(model, quantize.rules, unused)
-    return Scheme(settings, config, _notes(settings, narrow))
+    notes = [*_already(model, given, default), *_notes(settings, narrow, skipped)]
+    return Scheme(settings, config, tuple(notes))
 
 
 def _verdicts(model: Model, quantize: Quantize) -> Iterator[tuple[Module, bool | dict[str, Any]]]:
@@ -118,29 +120,117 @@ def _check_known(module: Module) -> None:
         )
 
 
-def _check_rules(model: Model, rules: Sequence[Rule], unused: set[Rule]) -> None:
-    if unused:
-        rule = min(unused, key=rules.index)
-        paths = [module.path for module in model.modules if module.quantized_names]
-        raise ConfigError(
-            f"rule {rule.match!r} matches no module that can be quantized, or none that an "
-            f"earlier rule left. There are {', '.join(paths[:3])}, … ({len(paths)} in all); "
-            "'*' matches any run of characters."
-        )
+def _ruled(model: Model, rules: Sequence[Rule]) -> dict[str, Rule]:
+    """Return the rule of each module that has one, by path: the first that matches it.
+
+    Raises:
+        ConfigError: a rule matches none, or a part of one alone.
+    """
+    can = [module for module in model.modules if module.quantized_names is not None]
+    matches = {rule: [m.path for m in can if fnmatchcase(m.path, rule.match)] for rule in rules}
+    for rule in (rule for rule, paths in matches.items() if not paths):
+        for module in can:
+            theirs = _checkpoint_paths(model, module)
+            if named := [path for path in theirs if fnmatchcase(path, rule.match)]:
+                if len(named) < len(theirs):
+                    raise ConfigError(
+                        f"rule {rule.match!r} matches {named[0]} of the checkpoint, which the "
+                        f"model has in one with others, as {module.path}. Match that: it is "
+                        "quantized as a whole."
+                    )
+                matches[rule].append(module.path)
+    found: dict[str, Rule] = {}
+    for rule in dict.fromkeys(rules):
+        new = {path: rule for path in matches[rule] if path not in found}
+        if not new:
+            raise ConfigError(_unmatched(model, rule))
+        found |= new
+    return found
+
+
+def _checkpoint_paths(model: Model, module: Module) -> list[str]:
+    """Return what the checkpoint calls the modules that a module's weight is made of."""
+    weight = model.parameters[weight_name(module.path)]
+    names = (key.partition("#")[0] for key in weight.inputs)
+    return list(dict.fromkeys(re.sub(r"\.weight(_\w+)?$", "", name) for name in names))
+
+
+def _unmatched(model: Model, rule: Rule) -> str:
+    """Return what to say of a rule that has no effect, with the nearest that would have one."""
+    from difflib import get_close_matches  # that only a mistake pays
+
+    paths = [module.path for module in model.modules if module.quantized_names]
+    patterns = {re.sub(r"\.\d+\.", ".*.", path): None for path in paths}
+    near = get_close_matches(rule.match, [*paths, *patterns], 1)
+    return (
+        f"rule {rule.match!r} matches no module that can be quantized, or none that an "
+        f"earlier rule left. There are {', '.join(paths[:3])}, … ({len(paths)} in all); "
+        + (f"near is {near[0]!r}; " if near else "")
+        + "'*' matches any run of characters."
+    )
+
+
+def _already(model: Model, given: Mapping[str, Any] | None, default: Setting) -> list[str]:
+    """Return what to say of modules that are quantized already and stay as they are."""
+    packed = [m for m in model.modules if m.quantized_names is None and "scales" in m.names]
+    if not (given and packed):
+        return []
+    was = _complete(given.get("mode", "affine"), given.get("group_size"), given.get("bits"))
+    if was == default:
+        return []
+    return [
+        f"the checkpoint is quantized already, {_words(was)}, and {plural(len(packed), 'module')} "
+        f"of it stay so: {_words(default)} is only for those that are not. Build from the "
+        "checkpoint that was not quantized"
+    ]
+
+
+def _words(setting: Setting) -> str:
+    """Return a setting in words."""
+    mode = "" if setting.mode == "affine" else f" {setting.mode}"
+    return f"to {setting.bits} bits{mode} in groups of {setting.group_size}"
 
 
 def _notes(
-    settings: Mapping[str, Setting], narrow: Mapping[tuple[int, int], list[str]]
+    settings: Mapping[str, Setting],
+    narrow: Mapping[tuple[int, int], list[str]],
+    skipped: int,
 ) -> tuple[str, ...]:
     """Return what people should know of modules that are left as they are."""
     notes = [
         f"{plural(len(paths), 'module')} left unquantized: a last axis of {width} is no multiple "
-        f"of the group size, {size} ({', '.join(paths[:3])}{', …' if len(paths) > 3 else ''})"
+        f"of the group size, {size} ({listed(paths)})"
         for (width, size), paths in narrow.items()
     ]
-    if not settings and not notes:
+    if not settings and skipped:
+        notes.append(f"nothing is quantized: rules skip {plural(skipped, 'module')}")
+    elif not settings and not notes:
         notes.append("nothing is quantized: the checkpoint has no module that can be")
     return tuple(notes)
+
+
+def float32_scales(model: Model, settings: Mapping[str, Setting], dtype: str | None) -> list[str]:
+    """Return the note on scales that are as large as float32 has them, by path of the module.
+
+    Args:
+        model: the model.
+        settings: how modules are quantized.
+        dtype: what the target casts to, if anything.
+    """
+    large = [
+        path
+        for path, setting in settings.items()
+        if setting.mode == "affine"
+        and (weight := model.parameters[weight_name(path)]).dtype == "float32"
+        and not (dtype and weight.castable)
+    ]
+    large = large if dtype != "float32" else []
+    if not large:
+        return []
+    return [
+        f"scales and biases of {plural(len(large), 'module')} are float32, as the checkpoint's "
+        f'weights are ({listed(large)}): dtype = "bfloat16" has them half as large'
+    ]
 
 
 def names(module: Module, setting: Setting | None) -> tuple[str, ...]:

@@ -1,0 +1,104 @@
+"""What is quantized, by rules and by what the checkpoint is, and what is said of it."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+import torch
+from mlx_lm.utils import load_model
+from safetensors.torch import load_file, save_file
+
+from cache.store import Store
+from support import checkpoints
+from tasks.checkpoints import loaders
+from tasks.checkpoints.folder import FolderSource
+from tasks.core.errors import CheckpointError, ConfigError
+from tasks.core.spec import Quantize, Rule
+from tasks.layouts import architecture
+from tasks.layouts.model import Model
+from tasks.stages import quantize_scheme
+
+
+def model_of(folder: Path, cache: Path) -> Model:
+    memos = Store.at(cache).memos
+    return architecture.model(loaders.read(FolderSource(folder), None, memos), memos, "mlx-lm")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("experts")
+    return model_of(checkpoints.make("qwen3-moe", folder / "checkpoint"), folder / "cache")
+
+
+def test_rules_may_have_the_checkpoint_s_names(experts: Model) -> None:
+    """MLX has all experts in one, as switch_mlp: its names are matched before the checkpoint's."""
+    schemes = [
+        quantize_scheme.plan(experts, Quantize(rules=(Rule(match, bits=8),)))
+        for match in ("*.switch_mlp.*", "*.experts.*", "model.layers.?.mlp.experts.*.*_proj")
+    ]
+    assert {s.bits for path, s in schemes[0].settings.items() if "switch_mlp" in path} == {8}
+    assert {s.bits for path, s in schemes[0].settings.items() if "self_attn" in path} == {4}
+    assert schemes[1:] == schemes[:1] * 2
+    part = Quantize(rules=(Rule("*.experts.2.up_proj", bits=8),))
+    with pytest.raises(ConfigError, match=r"in one with others, as \S+switch_mlp\.up_proj\. Match"):
+        quantize_scheme.plan(experts, part)
+
+
+def test_a_rule_that_is_nearly_right(experts: Model) -> None:
+    wrong = Quantize(rules=(Rule("model.layers.*.mlp.switch_mpl.up_proj", bits=8),))
+    with pytest.raises(ConfigError, match=r"near is 'model\.layers\.\*\.mlp\.switch_mlp\.up_proj'"):
+        quantize_scheme.plan(experts, wrong)
+
+
+def test_rules_that_skip_everything(experts: Model) -> None:
+    scheme = quantize_scheme.plan(experts, Quantize(rules=(Rule("*", skip=True),)))
+    (note,) = scheme.notes
+    assert note.startswith("nothing is quantized: rules skip ")
+
+
+def test_a_checkpoint_that_is_quantized_already(tmp_path: Path) -> None:
+    """As the peer: what is quantized stays so, whatever is asked for."""
+    source, built = checkpoints.make("llama", tmp_path / "checkpoint"), tmp_path / "built"
+    mlx_lm.convert(str(source), str(built), quantize=True, q_bits=4, q_group_size=32)
+    model = model_of(built, tmp_path / "cache")
+    first, _ = quantize_scheme.plan(model, Quantize(bits=8)).notes
+    assert first.startswith("the checkpoint is quantized already, to 4 bits in groups of 32, and ")
+    assert "stay so: to 8 bits in groups of 64 is only for those that are not" in first
+    same = quantize_scheme.plan(model, Quantize(bits=4, group_size=32))
+    assert same.notes == ("nothing is quantized: the checkpoint has no module that can be",)
+
+
+def test_scales_that_are_float32(tmp_path: Path) -> None:
+    """As the peer, which casts to what config.json says, if it says anything."""
+    folder = checkpoints.make("starcoder2", tmp_path / "checkpoint")
+    model = model_of(folder, tmp_path / "cache")
+    settings = quantize_scheme.plan(model, Quantize(bits=4)).settings
+    (note,) = quantize_scheme.float32_scales(model, settings, None)
+    assert "are float32, as the checkpoint's weights are (" in note
+    for dtype in ("float16", "bfloat16", "float32"):  # the last was asked for
+        assert quantize_scheme.float32_scales(model, settings, dtype) == []
+
+
+def test_fp8_without_scales(tmp_path: Path) -> None:
+    """The peer loads the bytes as integers, without a word."""
+    folder = checkpoints.make("llama-tied", tmp_path / "checkpoint", files=1)
+    path = folder / "model.safetensors"
+    tensors = {
+        name: tensor.to(torch.float8_e4m3fn) if "_proj" in name else tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path)
+    peer, _ = load_model(folder, lazy=True)
+    assert peer.model.layers[0].mlp.down_proj.weight.dtype == mx.uint8
+    with pytest.raises(CheckpointError, match=r"taken for numbers \(uint8\).*weight_scale_inv"):
+        model_of(folder, tmp_path / "cache")
+
+
+def test_scales_that_are_left_out() -> None:
+    notes = architecture._dropped(["a.rotary_emb.inv_freq"], "mlx-lm")
+    assert notes == ()
+    scales, rest = architecture._dropped(["a.weight_scale_inv", "a.input_scale"], "mlx-lm")
+    assert "1 tensor that mlx-lm leaves out" in scales
+    assert scales.endswith("a.weight_scale_inv")
+    assert rest.endswith("a.input_scale")
