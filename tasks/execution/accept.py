@@ -79,18 +79,20 @@ class Acceptor:
                 self._snapshots[name] = snapshot(self.builder, same)
             return self._snapshots[name]
 
-    def source(self, plan: Plan) -> LockedSource:
-        """Return a target's source as it is now; it must be as it is locked, if it is.
+    def source(self, plan: Plan) -> tuple[LockedSource, list[str]]:
+        """Return a target's source as it is now; its weights must be as they are locked, if so.
+
+        Returns:
+            The source, and notes for people: small files that are others than are locked.
 
         Raises:
-            BuildError: it is not.
+            BuildError: they are not; or, if the lock is strict, a small file is another.
         """
         locked = self.lock.locked_record(plan)
         if locked:
-            return locked
+            return locked, []
         now = self.snapshot(plan)
-        self.lock.check_files(plan, now.files)
-        return now
+        return now, self.lock.check_files(plan, now.files)
 
     def accept(self, plan: Plan) -> None:
         """Lock a target's source as it is now.
@@ -114,7 +116,8 @@ class Acceptor:
         Raises:
             BuildError: its source is not what is locked.
         """
-        return TargetAcceptance(self, plan, self.source(plan), self.wants_blake3(plan))
+        source, notes = self.source(plan)
+        return TargetAcceptance(self, plan, source, self.wants_blake3(plan), notes)
 
 
 @dataclass

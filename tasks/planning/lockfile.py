@@ -253,21 +253,25 @@ class Lock:
         locked = self.sources.get(plan.target.source_name)
         return locked if locked and plan.checkpoint.source.identity == locked.record else None
 
-    def check_files(self, plan: Plan, now: Mapping[str, list[Any]]) -> None:
+    def check_files(self, plan: Plan, now: Mapping[str, list[Any]]) -> list[str]:
         """Refuse a target's source that is not as it is locked, if it is.
 
         Args:
             plan: the target.
             now: its files, see ``LockedSource.files``.
 
+        Returns:
+            Notes for people: small files that are others, unless ``strict``.
+
         Raises:
-            BuildError: it is another.
+            BuildError: its weights are others, or what config.json says of them; or anything is,
+                and ``strict``.
         """
-        if locked := self.sources.get(plan.target.source_name):
-            self._compare(plan, now, locked.files)
+        locked = self.sources.get(plan.target.source_name)
+        return self._compare(plan, now, locked.files) if locked else []
 
     def check_known(self, plan: Plan, digests: Mapping[str, str]) -> None:
-        """Refuse what ``check_source`` will, as far as that is known without reading weights.
+        """Refuse what ``check_files`` will, as far as that is known without reading weights.
 
         Args:
             plan: the target.
@@ -285,16 +289,27 @@ class Lock:
 
     def _compare(
         self, plan: Plan, now: Mapping[str, list[Any]], locked: Mapping[str, list[Any]]
-    ) -> None:
-        # What is for people is no reason to stop, and a lock of an older version has none of it.
-        odd = [
-            f"{name} is "
-            + ("new" if name not in locked else "gone" if name not in now else "another")
+    ) -> list[str]:
+        # What is for people is no matter, and a lock of an older version has none of it.
+        names = [
+            name
             for name in sorted(now.keys() | locked.keys())
             if now.get(name) != locked.get(name) and (self.strict or not is_document(name))
         ]
-        if odd:
+        odd = [
+            f"{name} is "
+            + ("new" if name not in locked else "gone" if name not in now else "another")
+            for name in names
+        ]
+        config = plan.checkpoint.config_file  # it says what the weights are
+        if any(self.strict or name == config or source_record.is_weights(name) for name in names):
             raise self._drift(plan.target, odd)
+        if not odd:
+            return []
+        return [
+            f"source {plan.target.source_name} is not what {self.path.name} had: "
+            f"{_some(odd, '; ')}. It is locked as it is now"
+        ]
 
     def accept(self, plan: Plan, now: LockedSource, source_names: Mapping[str, str]) -> None:
         """Lock a target's source as it is now.

@@ -78,10 +78,15 @@ def mismatched_files(folder: Path, source: LockedSource) -> list[str]:
     return [
         name
         for name, (size, known) in source.files.items()
-        if not any(fnmatch(name, pattern) for pattern in weight_patterns())
+        if not is_weights(name)
         and (folder / name).is_file()
         and ((folder / name).stat().st_size != size or digest_file(folder / name) != known)
     ]
+
+
+def is_weights(name: str) -> bool:
+    """Tell whether a source's file holds weights."""
+    return any(fnmatch(name, pattern) for pattern in weight_patterns())
 
 
 def _small_files(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from cache.digest import digest
 from cache.files.stamp import Stamp
 from cache.records.actions import Actions
 from cache.records.manifests import Action, Manifest
@@ -171,6 +172,8 @@ CHANGES: dict[str, tuple[Callable[[Project], object], str]] = {
         lambda p: edit(p, "config.json", somebody=1),
         "config.json is another",
     ),
+}
+SMALL: dict[str, tuple[Callable[[Project], object], str]] = {
     "a tokenizer": (
         lambda p: edit(p, "tokenizer_config.json", somebody=1),
         "tokenizer_config.json is another",
@@ -186,20 +189,73 @@ CHANGES: dict[str, tuple[Callable[[Project], object], str]] = {
 }
 
 
+@pytest.mark.parametrize("change", SMALL)
+def test_a_changed_small_file(project: Project, change: str) -> None:
+    """It is built, said once and locked; with --locked it is an error like any other."""
+    if change == "a file less":
+        (project.checkpoint / "generation_config.json").write_text("{}")
+        project.doit()
+    act, fact = SMALL[change]
+    act(project)
+    said = refused(project, "--locked", status=3 if "another" in fact else 1)
+    assert fact.replace(" is another", " of source checkpoint is another") in said
+    before = lock(project)
+    done = project.doit()
+    assert done.computed == {"pack:model"}
+    note = f"source checkpoint is not what models.lock had: {fact}. It is locked as it is now"
+    assert done.stdout.count(note) == 1
+    assert project.built() == project.anew()
+    assert project.doit().entries == []
+    now, old = (record["sources"]["checkpoint"] for record in (lock(project), before))
+    assert now["record"] != old["record"]
+    (name,) = [
+        name for name in now["files"].keys() | old["files"].keys()
+        if now["files"].get(name) != old["files"].get(name)
+    ]  # fmt: skip
+    assert fact.startswith(name)
+    if name in now["files"]:
+        data = (project.checkpoint / name).read_bytes()
+        assert now["files"][name] == [len(data), digest(data)]
+    project.doit("--locked")
+
+
+def test_a_changed_small_file_beside_changed_weights(project: Project) -> None:
+    """Then it is the weights' error, and nothing is locked."""
+    edit(project, "tokenizer_config.json", somebody=1)
+    project.doit("extract")
+    edit(project, "config.json", somebody=1)
+    said = refused(project)
+    assert "config.json is another; tokenizer_config.json is another" in said
+    project.accept()
+    alter(project.checkpoint, WEIGHT)
+    (project.checkpoint / "chat_template.jinja").write_text("{{ x }}")
+    assert f"tensor {WEIGHT} has other contents" in refused(project)
+
+
+def test_a_changed_small_file_of_two_targets(project: Project) -> None:
+    project.configure("other", quantize={"bits": 8})
+    project.doit()
+    edit(project, "tokenizer_config.json", somebody=1)
+    assert "error" not in project.doit("plan", expect=1).stdout.lower()
+    assert "is not what models.lock had" in project.doit("model").stdout
+    done = project.doit()
+    assert done.computed == {"pack:other"}
+    assert "is not what" not in done.stdout  # it is what is locked now
+    records = [target["source"] for target in lock(project)["targets"].values()]
+    assert records == [lock(project)["sources"]["checkpoint"]["record"]] * 2
+    project.doit("--locked")
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_checkpoint(project: Project, change: str) -> None:
     """It is refused whoever asks, until it is accepted; then it is built as from nothing."""
-    if change == "a file less":
-        (project.checkpoint / "generation_config.json").write_text("{}")
-        project.accept()
-        project.doit()
     act, fact = CHANGES[change]
     act(project)
     for _ in range(2):
         said = refused(project)
         assert f"source checkpoint is not what models.lock has: {fact}" in said
         assert "accept it: doit lock, then doit" in said
-    early = fact == "config.json is another" or "tokenizer_config" in fact
+    early = fact == "config.json is another"
     refused(project, "--locked", status=3 if early else 1)
     before = lock(project)
     project.accept()
