@@ -3,6 +3,9 @@
 ```
 memos/KIND/ab/cdef….json    sealed under KIND/abcdef…
 ```
+Older versions kept memos that were not sealed, under the question's own digest. The two lie side by
+side, so that either version can share the folder with the other.
+
 A memo can always be worked out again, so one that is not what was written is simply absent.
 """
 
@@ -16,6 +19,7 @@ from cache.files import atomic
 from cache.records.sealed import Damaged, seal, unseal
 
 _T = TypeVar("_T")
+_FORM = "sealed"  # another where the form of memos changes
 
 
 class Memos:
@@ -33,7 +37,7 @@ class Memos:
             question: JSON.
             answer: the answer's type; one of another type is absent.
         """
-        key = digest_record(question)
+        key = _key(question)
         path = self._path(kind, key)
         try:
             found = unseal(f"{kind}/{key}", path.read_bytes(), answer)
@@ -47,8 +51,12 @@ class Memos:
         """Remember the ``answer`` (JSON, None excepted) to ``question``."""
         if self._read_only:
             return
-        key = digest_record(question)
+        key = _key(question)
         atomic.write(self._path(kind, key), seal(f"{kind}/{key}", answer))
 
     def _path(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / f"{key[2:]}.json"
+
+
+def _key(question: Any) -> str:
+    return digest_record([_FORM, question])

@@ -11,7 +11,7 @@ def connect(url: str, *, timeout: float, create: bool) -> Transport:
 
     Args:
         url: one that ``check`` has passed.
-        timeout: seconds that one request may take.
+        timeout: seconds for which a server may send nothing.
         create: a local folder that is not there is made.
 
     Raises:

@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 from cache.remote.credentials import basic_auth, basic_header
-from cache.remote.transport import BODY_CHARS, TRANSIENT, Fault, Transport, noting
+from cache.remote.transport import (
+    BODY_CHARS,
+    FIRST_SECONDS,
+    TRANSIENT,
+    Fault,
+    Transport,
+    noting,
+)
 
 if TYPE_CHECKING:
     import requests
@@ -74,46 +81,43 @@ class HttpTransport(Transport):
             self._move(temporary, path)
         except BaseException:
             with suppress(Fault):
-                self._request("DELETE", f"{self._url}/{temporary}").close()
+                self._request("DELETE", f"{self._url}/{temporary}")
             raise
         return None
 
     def _move(self, temporary: str, path: str) -> None:
         target = {"Destination": f"{self._url}/{path}", "Overwrite": "T"}
         for again in reversed(range(_MOVES)):
-            with self._request("MOVE", f"{self._url}/{temporary}", headers=target) as response:
-                if 200 <= response.status_code < 300:
-                    return
-                if not again:
-                    self._expect_ok(response)
+            answer = self._request("MOVE", f"{self._url}/{temporary}", headers=target)
+            if answer.ok:
+                return
+            if not again:
+                self._expect_ok(answer)
             # Servers that remove what is there first refuse it where two do so at once.
             time.sleep(random.uniform(0.01, 0.1))
 
     @cached_property
     def _moves(self) -> bool:
         """Whether it can MOVE: it says that it is WebDAV, or does not find what is not there."""
-        with self._request("OPTIONS", self._url) as response:
-            if "DAV" in response.headers:
-                return True
+        if "DAV" in self._request("OPTIONS", self._url).headers:
+            return True
         nothing = f"{self._url}/{uuid4().hex}"
         target = {"Destination": f"{nothing}-moved"}
-        with self._request("MOVE", nothing, headers=target) as response:
-            return response.status_code == 404
+        return self._request("MOVE", nothing, headers=target).status == 404
 
     def _put(self, path: str, length: int, chunks: Iterator[memoryview]) -> None:
         raised: list[BaseException] = []
         body = _Body(length, noting(chunks, raised)) if length else b"".join(chunks)
         try:
-            with self._request("PUT", f"{self._url}/{path}", data=body) as response:
-                self._expect_ok(response)
+            self._expect_ok(self._request("PUT", f"{self._url}/{path}", data=body))
         except Fault:
             if raised:
                 raise raised[0] from None
             raise
 
-    def _expect_ok(self, response: requests.Response) -> None:
-        if not 200 <= response.status_code < 300:  # a redirect of a PUT is not followed
-            raise self.of_status(response.status_code, response.text[:BODY_CHARS])
+    def _expect_ok(self, answer: _Answer) -> None:
+        if not answer.ok:  # a redirect of a PUT is not followed
+            raise self.of_status(answer.status, answer.said)
 
     def _make_parents(self, path: str) -> None:
         """Make the folders above ``path``. Servers without folders say no, which is no harm."""
@@ -123,16 +127,28 @@ class HttpTransport(Transport):
             folder = "/".join(folders[:count])
             if folder and folder not in self._made:
                 place = urlunsplit((base.scheme, base.netloc, f"/{folder}/", "", ""))
-                with self._request("MKCOL", place) as response:
-                    if response.status_code in TRANSIENT:
-                        raise self.of_status(response.status_code, "")
+                answer = self._request("MKCOL", place)
+                if answer.status in TRANSIENT:
+                    raise self.of_status(answer.status, "")
                 self._made.add(folder)
 
-    def _request(self, method: str, url: str, **options: Any) -> requests.Response:
-        with self._faults():
-            return self._session.request(
-                method, url, timeout=self._timeout, allow_redirects=method == "GET", **options
-            )
+    def _request(self, method: str, url: str, **options: Any) -> _Answer:
+        seconds = 2 * self._timeout if self.answered else min(self._timeout, FIRST_SECONDS)
+        begin = time.monotonic()
+        said = b""
+        with (
+            self._faults(),
+            self._session.request(
+                method, url, timeout=seconds, allow_redirects=False, stream=True, **options
+            ) as response,
+        ):
+            for chunk in response.iter_content(BODY_CHARS):
+                said += chunk
+                # What goes on and on is not worth a new connection.
+                if len(said) >= BODY_CHARS or time.monotonic() - begin > seconds:
+                    break
+            text = said[:BODY_CHARS].decode(errors="replace")
+            return _Answer(response.status_code, response.headers, text)
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
@@ -155,6 +171,25 @@ class HttpTransport(Transport):
             fault = self.of_connection(kind, text)
             fault.answered &= not isinstance(error, ConnectTimeout)
             raise fault from error
+
+
+class _Answer(NamedTuple):
+    """What a server answers.
+
+    Attributes:
+        status: its status.
+        headers: its headers.
+        said: the beginning of its body.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    said: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether it did what was asked."""
+        return 200 <= self.status < 300
 
 
 class _Body:

@@ -26,6 +26,7 @@ from cache.errors import Mismatch, NotFetched, Refused
 from cache.remote import connect, transport
 from cache.remote.signing import check_signature, sign
 from cache.remote.transport import (
+    FIRST_SECONDS,
     PARALLEL,
     PIECE_BYTES,
     Absent,
@@ -40,8 +41,7 @@ if TYPE_CHECKING:
 
 READERS = 8  # requests for pieces under way at once, of all blobs together
 WRITERS = 2  # blobs being pushed at once, each in PARALLEL pieces
-MAX_RECORD_BYTES = 64 << 20
-FIRST_SECONDS = 2  # a server that never answered is not waited for longer
+MAX_RECORD_BYTES = 16 << 20  # of 100,000 tensors
 BACKOFF_SECONDS = (0.1, 5.0)
 
 _T = TypeVar("_T")
@@ -76,7 +76,7 @@ class Remote:
             up, and one when a record is refused.
         read_only: nothing is ever written.
         secret: signs records, and those without its signature are refused.
-        timeout: seconds that one request (of ``PIECE_BYTES`` at most) may take.
+        timeout: seconds for which a server may send nothing.
         patience: seconds for which a request that failed is repeated.
 
     Raises:
@@ -90,7 +90,7 @@ class Remote:
         warn: Callable[[str], None],
         read_only: bool = False,
         secret: bytes | None = None,
-        timeout: float = 60,
+        timeout: float = 30,
         patience: float = 30,
     ) -> None:
         transport.check(url)
@@ -367,20 +367,27 @@ class Remote:
         while not over.is_set():
             try:
                 result = call(self._open())
+            except (Absent, WrongSize, NoRanges):
+                self._note_answer(asks)
+                raise
             except Fault as fault:
                 now = time.monotonic()
-                failing_since = failing_since or now
-                self._answered |= fault.answered
+                failing_since = failing_since or now - fault.waited
+                self._note_answer(fault.answered)
                 patience = self._patience if self._answered else min(self._patience, FIRST_SECONDS)
                 if not fault.transient or now + delay - failing_since > patience:
                     self._give_up(fault, what, now - failing_since, writes=writes)
             else:
-                self._answered |= asks
+                self._note_answer(asks)
                 return result
             # Jitter, so that machines that failed together do not come back together.
             over.wait(random.uniform(delay / 2, delay))
             delay = min(2 * delay, longest)
         raise _GivenUp
+
+    def _note_answer(self, answered: bool) -> None:
+        if answered and self._transport:
+            self._answered = self._transport.answered = True
 
     def _give_up(self, fault: Fault, what: str, seconds: float, *, writes: bool) -> NoReturn:
         """Report ``fault``, unless that was done. A write that is refused leaves reading as it is.

@@ -1,13 +1,16 @@
 """transport: objects under a URL, by obstore, and what can go wrong in one vocabulary.
 
 Nothing here repeats a request, except that obstore repeats the parts of a multipart upload,
-which nobody else can. Every request moves ``PIECE_BYTES`` at most, so that one timeout fits all.
+which nobody else can. A server may be silent for ``timeout`` seconds, and for ``FIRST_SECONDS``
+until it has answered once; what it sends must come at ``LEAST_RATE``. So none holds a build up for
+long, and a slow line has its time. No more is read than was asked for.
 """
 
 from __future__ import annotations
 
 import errno
 import re
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from http import HTTPStatus
@@ -18,11 +21,14 @@ from cache.errors import BadRemote
 from cache.remote.credentials import PASSWORD, USER, aws_profile
 
 if TYPE_CHECKING:
+    from obstore import GetResult
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 PIECE_BYTES = 8 << 20  # S3 takes 10,000 parts: blobs of 80 GB
 PARALLEL = 4  # pieces of one blob under way at once
 CONNECT_SECONDS = 5
+FIRST_SECONDS = 2  # a server that never answered is not waited for longer
+LEAST_RATE = 16 << 10  # bytes a second, of what one request is waited for longer than ``timeout``
 PART_SECONDS = 3  # for which a part of a multipart upload is repeated
 BODY_CHARS = 1 << 16
 
@@ -62,14 +68,18 @@ class Fault(Exception):
         mend: what to do.
         transient: the same request may succeed soon.
         answered: the server was reached.
+        waited: seconds for which nothing came, or too little.
     """
 
-    def __init__(self, cause: str, mend: str, *, transient: bool, answered: bool) -> None:
+    def __init__(
+        self, cause: str, mend: str, *, transient: bool, answered: bool, waited: float = 0
+    ) -> None:
         super().__init__(cause)
         self.cause = cause
         self.mend = mend
         self.transient = transient
         self.answered = answered
+        self.waited = waited
 
 
 def check(url: str) -> None:
@@ -116,9 +126,11 @@ class Transport:
 
     Attributes:
         ranges: the server has them, as far as it is known.
+        answered: the server was reached.
     """
 
     ranges = True
+    answered = False
 
     def __init__(self, url: str, *, timeout: float, create: bool) -> None:
         from obstore.exceptions import BaseError  # 0.1 s and 30 MB: only where a remote is used
@@ -127,25 +139,31 @@ class Transport:
         self._scheme = urlsplit(url).scheme
         self._timeout = timeout
         try:
-            self._store = self._open(url, create=create)
-            self._parts_store = self._open(url, create=create, repeats=True)
-            self._whole_store = self._open(url, create=create, endless=True)
+            self._first_store = self._open(url, min(timeout, FIRST_SECONDS), create=create)
+            self._reading_store = self._open(url, timeout, create=create)
+            # Nothing is sent back while a piece is on its way.
+            self._writing_store = self._open(url, 2 * timeout, create=create)
+            self._parts_store = self._open(url, 2 * timeout, create=create, repeats=True)
         except self._errors as error:
             raise self._fault(error) from error
 
+    @property
+    def _store(self) -> ObjectStore:
+        return self._reading_store if self.answered else self._first_store
+
     def _open(
-        self, url: str, *, create: bool, repeats: bool = False, endless: bool = False
+        self, url: str, silence: float, *, create: bool, repeats: bool = False
     ) -> ObjectStore:
+        """Open the store; a server may be silent for ``silence`` seconds."""
         from obstore.store import from_url
 
         if self._scheme == "file":
             return from_url(url, mkdir=create)
-        seconds = timedelta(seconds=self._timeout)
         client: ClientConfig = {
             "allow_http": True,  # of an endpoint that is spelled http://
-            "timeout": timedelta(days=1) if endless else seconds,
-            "read_timeout": seconds,
-            "connect_timeout": timedelta(seconds=min(self._timeout, CONNECT_SECONDS)),
+            "timeout": timedelta(days=1),
+            "read_timeout": timedelta(seconds=silence),
+            "connect_timeout": timedelta(seconds=min(silence, CONNECT_SECONDS)),
         }
         retry: RetryConfig = {
             "max_retries": 10 if repeats else 0,
@@ -172,7 +190,7 @@ class Transport:
             result = obstore.get(self._store, path)
             if result.meta["size"] > limit:
                 raise WrongSize
-            return bytes(result.bytes())
+            return bytes(self._received(result, result.meta["size"]))
         except self._errors as error:
             raise self._outcome(error) from error
 
@@ -188,7 +206,8 @@ class Transport:
 
         try:
             result = obstore.get(self._store, path, options={"range": (start, stop)})
-            return memoryview(result.bytes()), result.meta["size"]
+            size = result.meta["size"]
+            return self._received(result, max(0, min(stop, size) - start)), size
         except self._errors as error:
             raise self._outcome(error) from error
 
@@ -201,10 +220,49 @@ class Transport:
         import obstore
 
         try:
-            for data in obstore.get(self._whole_store, path).stream(PIECE_BYTES):
-                yield memoryview(data)
+            piece = bytearray()
+            for chunk in self._chunks(obstore.get(self._store, path)):
+                piece += chunk
+                if len(piece) >= PIECE_BYTES:
+                    yield memoryview(piece)
+                    piece = bytearray()
+            if piece:
+                yield memoryview(piece)
         except self._errors as error:
             raise self._outcome(error) from error
+
+    def _received(self, result: GetResult, most: int) -> memoryview:
+        """Return what a server sends, and of more than is wanted nothing."""
+        if self._scheme == "file":  # no server: its size is what it says
+            return memoryview(result.bytes())
+        data = memoryview(bytearray(most))
+        count = 0
+        for chunk in self._chunks(result):
+            length = min(len(chunk), most - count)
+            data[count : count + length] = chunk[:length]
+            count += length
+            if count == most:
+                break
+        return data[:count]
+
+    def _chunks(self, result: GetResult) -> Iterator[memoryview]:
+        """Yield what a server sends as it comes.
+
+        Raises:
+            Fault: it comes too slowly.
+        """
+        chunks = iter(result.stream(min_chunk_size=1))
+        waited, count = 0.0, 0
+        while True:
+            begin = time.monotonic()
+            chunk = next(chunks, None)
+            waited += time.monotonic() - begin
+            if chunk is None:
+                return
+            count += len(chunk)
+            if waited > self._timeout and count < LEAST_RATE * waited:
+                raise self.of_connection("Timeout", "")
+            yield memoryview(chunk)
 
     def size(self, path: str) -> int | None:
         """Return how many bytes an object has, or None if it is not there."""
@@ -231,7 +289,8 @@ class Transport:
         import obstore
 
         try:
-            obstore.put(self._store, path, data, use_multipart=False)
+            store = self._writing_store if self.answered else self._first_store
+            obstore.put(store, path, data, use_multipart=False)
         except self._errors as error:
             raise self._written(error) from error
 
@@ -322,12 +381,15 @@ class Transport:
         said = re.findall(r'message: "([\w \-]+)"', text)
         name = "its name is not known" if "dns error" in text else ""
         tls = "its certificate is not trusted" if "certificate" in text else ""
+        waited = 0.0
         if kind == "Timeout":
-            cause = f"it took more than {self._timeout:g} s to answer"
+            waited = limit = self._timeout if self.answered else min(self._timeout, FIRST_SECONDS)
+            cause = f"it took more than {limit:g} s to answer, or sent too slowly"
         else:
             cause = name or tls or (said[-1].lower() if said else "the connection broke")
         mend = "Check its address, that the server is up, and the network."
-        return Fault(cause, mend, transient=not tls, answered=kind in ("Interrupted", "Decode"))
+        answered = kind in ("Interrupted", "Decode")
+        return Fault(cause, mend, transient=not tls, answered=answered, waited=waited)
 
     def _of_errno(self, number: int) -> Fault:
         said = errno.errorcode.get(number, "unknown error")

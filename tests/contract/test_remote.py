@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import count
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from cache.remote.signing import check_signature, sign
 from cache.remote.transport import PIECE_BYTES
 from support import servers
 from support.front_door import REPOSITORY
-from support.servers import Answer, Flipped, Reset, Server, Stalled, Torn
+from support.servers import Answer, Dripping, Endless, Flipped, Reset, Server, Stalled, Torn
 
 BACKENDS = ["file", "s3", "webdav", "nginx"]
 KEY = "0123456789abcdef" * 2
@@ -289,7 +289,7 @@ def test_signed_records(place: Server, remotes: Remotes):
         (sign("actions", KEY, 1, SECRET).replace(b'"record":1', b'"record":2'), "signature"),
         (b'{"record":1,"signature":5}', "not signed"),
         (b'{"record":1,"signature":"\\ud800"}', "signature"),
-        (b'{"record":NaN,"signature":""}', "not a sealed record"),
+        (b'{"record":NaN,"signature":""}', "signature"),  # unsigned: it is not even parsed
         (b"[" * 100_000, "not a sealed record"),
         (b"\xff", "not a sealed record"),
         (b"[]", "not a sealed record"),
@@ -306,6 +306,24 @@ def test_records_that_are_refused(tmp_path: Path, remotes: Remotes, data: bytes,
     remotes.one_warning(cause)
     remote.put_record("actions", KEY, 1)
     assert remote.record("actions", KEY) == 1
+
+
+def test_nothing_is_parsed_before_its_signature(monkeypatch: pytest.MonkeyPatch):
+    def parse(_: bytes) -> None:
+        raise AssertionError("it was parsed")
+
+    monkeypatch.setattr("cache.remote.signing.json.loads", parse)
+    for data in (sign("actions", KEY, 1, None), sign("actions", KEY, 1, b"another"), b"[" * 99):
+        with pytest.raises(Refused):
+            check_signature("actions", KEY, data, SECRET)
+
+
+def test_a_record_of_brackets():
+    """It would take gigabytes, which is told without parsing it."""
+    for secret in (None, SECRET):
+        data = sign("actions", KEY, [[]] * 1_100_000, secret)
+        with pytest.raises(Refused, match="more than 1,000,000 lists"):
+            check_signature("actions", KEY, data, secret)
 
 
 def test_a_record_of_absurd_size(
@@ -574,6 +592,78 @@ def test_a_server_that_is_slow(faulty: tuple[servers.Faulty, str], remotes: Remo
     assert time.monotonic() - begin < 1.5
     remotes.one_warning("0.3 s")
     is_dead(remote, server, name, len(data))
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("what", ["record", "blob"])
+def test_a_server_that_drips(remotes: Remotes, what: str, ranges: bool):
+    """A byte now and then is as good as nothing."""
+    name, data = blob(100_000)
+    with servers.faulty() as server:
+        server.ranges = ranges
+        url = f"http://127.0.0.1:{server.port}/x"
+        ready(remotes, url)
+        remotes(url).push(name, len(data), chunks(data))
+        server.misdeed = lambda request: Dripping(0.02) if request.method == "GET" else None
+        remote = remotes(url, timeout=0.5, patience=0.5)
+        begin = time.monotonic()
+        if what == "record":
+            server.objects = dict.fromkeys(server.objects, data)
+            assert remote.record("actions", KEY) is None
+        else:
+            with pytest.raises(NotFetched):
+                fetched(remote, name, len(data))
+        assert time.monotonic() - begin < 4
+        remotes.one_warning("is not used from now on", "0.5 s", "too slowly")
+
+
+@pytest.mark.parametrize("act", ["read", "write"])
+def test_a_server_that_accepts_and_is_silent(remotes: Remotes, act: str):
+    """It is given two seconds, as docs/sharing.md says."""
+    with servers.faulty(lambda request: Stalled(60)) as server:
+        remote = remotes(f"http://127.0.0.1:{server.port}/x", patience=30)
+        begin = time.monotonic()
+        if act == "read":
+            assert remote.record("actions", KEY) is None
+        else:
+            remote.put_record("actions", KEY, 1)
+        assert time.monotonic() - begin < 8
+        remotes.one_warning("is not used from now on", "2 s to answer")
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_body_that_does_not_end(remotes: Remotes, ranges: bool):
+    """No more is read of it than was asked for."""
+    name, data = blob(100_000)
+    with servers.faulty() as server:
+        server.ranges = ranges
+        url = f"http://127.0.0.1:{server.port}/x"
+        remote = remotes(url)
+        remote.push(name, len(data), chunks(data))
+        server.misdeed = lambda request: Endless() if request.method == "GET" else None
+        server.requests.clear()
+        with pytest.raises((Mismatch, NotFetched)) if not ranges else nullcontext():
+            assert fetched(remote, name, len(data)) == data
+        assert remote.record("actions", KEY) is None
+        assert sum(request.sent for request in server.requests) < 40 << 20
+
+
+def test_a_redirect_elsewhere(remotes: Remotes):
+    """Credentials are for the remote's host: no other is shown them."""
+    secret = f"{servers.USER}:{servers.PASSWORD}"
+    with servers.faulty() as server, servers.faulty() as other:
+        place = f"127.0.0.1:{server.port}/x"
+        remote = remotes(f"http://{secret}@{place}")
+        remote.put_record("actions", KEY, 1)
+        other.objects = server.objects
+        server.misdeed = lambda request: Answer(
+            307, headers={"Location": f"http://127.0.0.1:{other.port}{request.path}"}
+        )
+        remote.record("actions", KEY)
+        remote.put_record("actions", KEY, 2)
+    assert all("uthorization" in str(request.headers) for request in server.requests)
+    assert not [request for request in other.requests if "uthorization" in str(request.headers)]
+    assert {request.method for request in other.requests} <= {"GET", "HEAD"}
 
 
 def test_a_file_in_the_place_of_the_folder(remotes: Remotes, tmp_path: Path):

@@ -178,6 +178,7 @@ class Answer:
 
     status: int
     body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -202,7 +203,19 @@ class Stalled:
     seconds: float
 
 
-Misdeed = Answer | Reset | Torn | Flipped | Stalled | None
+@dataclass
+class Dripping:
+    """Send a byte now and then, as long as anybody waits."""
+
+    seconds: float
+
+
+@dataclass
+class Endless:
+    """Send what was asked for, and then go on sending."""
+
+
+Misdeed = Answer | Reset | Torn | Flipped | Stalled | Dripping | Endless | None
 
 
 class Faulty(ThreadingHTTPServer):
@@ -264,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(misdeed.seconds)
             self.close_connection = True
         elif isinstance(misdeed, Answer):
-            self._answer(misdeed.status, misdeed.body)
+            self._answer(misdeed.status, misdeed.body, misdeed.headers)
         elif self.command == "PUT" and misdeed is None:
             self.server.objects[self.path] = body
             self._answer(201, b"")
@@ -292,7 +305,30 @@ class _Handler(BaseHTTPRequestHandler):
             data = bytes([data[0] ^ 4]) + data[1:]
         if isinstance(misdeed, Torn):
             data = data[: len(data) // 2]
+        if isinstance(misdeed, Dripping | Endless):
+            return self._go_on(misdeed, status, data, extra)
         return self._answer(status, data, extra, cut=isinstance(misdeed, Reset))
+
+    def _go_on(
+        self, misdeed: "Dripping | Endless", status: int, data: bytes, extra: dict[str, str]
+    ) -> None:
+        """Answer with a body that does not end before the connection does."""
+        self.send_response(status)
+        length = len(data) if isinstance(misdeed, Dripping) else 1 << 40
+        for name, value in {"Content-Length": str(length), "ETag": '"1"', **extra}.items():
+            self.send_header(name, value)
+        self.send_header("Last-Modified", "Mon, 05 Jan 2026 10:00:00 GMT")
+        self.end_headers()
+        self.close_connection = True
+        if isinstance(misdeed, Endless):
+            self.wfile.write(data)
+        while self.command != "HEAD":
+            piece = data[:1] if isinstance(misdeed, Dripping) else bytes(1 << 16)
+            self.wfile.write(piece)
+            self.wfile.flush()
+            self._request.sent += len(piece)
+            if isinstance(misdeed, Dripping):
+                time.sleep(misdeed.seconds)
 
     def _answer(
         self, status: int, body: bytes, extra: dict[str, str] | None = None, cut: bool = False
