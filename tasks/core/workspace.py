@@ -53,3 +53,10 @@ class Workspace:
     def packed(self, target: str) -> Path:
         """Return where the manifest of a target's packing lies."""
         return self.state / "manifests" / target / "pack.json"
+
+    def may_be_packed(self, target: str) -> Path:
+        """Return where that of one lies that may be what is in the target's folder, or not.
+
+        So of one that is about to take the folder's place, or that is not to be trusted any more.
+        """
+        return self.state / "manifests" / target / "pack.next.json"

@@ -87,7 +87,7 @@ class Packing:
     @property
     def _pending_path(self) -> Path:
         """Where the manifest lies of what is about to take the folder's place."""
-        return self.builder.packed_path(self.plan.target.name).with_name("pack.next.json")
+        return self.builder.workspace.may_be_packed(self.plan.target.name)
 
     def _stamps(self, known: Mapping[str, Tensor]) -> Stamps:
         """Return the stamps of the last build's files, of those that are among ``known``."""

@@ -107,7 +107,8 @@ def check_is_ours(workspace: Workspace, target: str, *, locked: bool) -> None:
         BuildError: the folder holds something else, or a link leads nowhere.
     """
     folder = folder_of(workspace, target)
-    if not locked and not workspace.packed(target).exists() and any(_walk(folder)):
+    records = (workspace.packed(target), workspace.may_be_packed(target))
+    if not locked and not any(path.exists() for path in records) and any(_walk(folder)):
         raise not_ours(workspace.built(target), sorted(_walk(folder)))
 
 
@@ -168,8 +169,9 @@ def keep(contents: Contents, new: Path, loaded: str) -> list[str]:
             notes.append(f"{name} was added to the model, and {why}: {_set_aside(contents, name)}")
     for name in contents.changed:
         notes.append(
-            f"{name} was changed by hand and is made again: {_set_aside(contents, name)}. What is "
-            'to last belongs into a folder that models.toml names: files = "FOLDER"'
+            f"{name} was changed since it was built and is made again: "
+            f"{_set_aside(contents, name)}. What is to last belongs into a folder that "
+            'models.toml names: files = "FOLDER"'
         )
     return notes
 

@@ -256,8 +256,9 @@ def test_a_file_that_is_removed_meanwhile(tmp_path: Path) -> None:
 def test_nowhere_to_begin(tmp_path: Path) -> None:
     project = create(tmp_path, "huggingface", **FOUR_BIT)
     (tmp_path / "build").touch()
-    done = project.doit(expect=1)
-    assert f"ERROR: pack:model: {tmp_path}/build: " in done.stdout
+    done = project.doit(expect=3)
+    assert f"{tmp_path}/build is in the way: it is a file. Move it away." in done.stderr
+    assert done.entries == []
     assert "Traceback" not in done.stdout + done.stderr
 
 

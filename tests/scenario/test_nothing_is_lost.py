@@ -142,7 +142,7 @@ def test_an_edited_file_is_kept_aside(built: Project, name: str, bits: int) -> N
         path.write_bytes(text)
         built.configure(quantize={"bits": bits + number * (4 if bits == 4 else -2)})
         done = doit(built.folder)
-        assert f"{name} was changed by hand and is made again" in done.stdout
+        assert f"{name} was changed since it was built and is made again" in done.stdout
         assert 'files = "FOLDER"' in done.stdout
     aside = built.folder / "build" / "model~aside"
     assert (aside / name).read_bytes() == b"edited"

@@ -31,6 +31,7 @@ from tasks.config.reader import Config
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.program import COMMAND
 from tasks.core.text import plural, size, size_bytes
+from tasks.core.workspace import Workspace
 from tasks.execution import exchange
 from tasks.execution.resources import cores
 from tasks.planning.refused import messages
@@ -120,7 +121,7 @@ def verify_all(config: Config, _options: Mapping[str, Any]) -> int:
             built = manifests.read(config)
             for file, _ in wrong:
                 verify.set_aside(config.cache.dir, file)
-            forgotten = _forget(survey, built, wrong)
+            forgotten = _forget(config, survey, built, wrong)
         _report(config, built, wrong, forgotten)
     counts = (f"{len(s)} {cache_stats.KIND_NAMES[k]} ({size(sum(s))})" for k, s in sizes.items())
     print(f"{config.cache.dir}: read {', '.join(counts)}; {len(wrong) or 'none'} corrupt")
@@ -128,7 +129,10 @@ def verify_all(config: Config, _options: Mapping[str, Any]) -> int:
 
 
 def _forget(
-    survey: Survey, built: Iterable[manifests.Record], wrong: Iterable[verify.Wrong]
+    config: Config,
+    survey: Survey,
+    built: Iterable[manifests.Record],
+    wrong: Iterable[verify.Wrong],
 ) -> list[str]:
     """Forget what may have been made of wrong bytes; return the tasks, or the keys of others'."""
     spoilt = {file.key for file, _ in wrong if file.kind in ("blob", "reference")}
@@ -145,8 +149,12 @@ def _forget(
         if key in keys:
             trash.remove(file.path)
     forgotten = [record for record in ours if record.manifest.action.key in keys]
+    workspace = Workspace(config.path.parent)
     for record in forgotten:
-        trash.remove(record.path)
+        if record.manifest.action.stage == "pack":  # what lies in build/ stays known as ours
+            record.path.replace(workspace.may_be_packed(record.target))
+        else:
+            trash.remove(record.path)
     return [record.task for record in forgotten]
 
 
