@@ -141,7 +141,9 @@ class Packing:
         """Return what packing reads, what it makes of that, and notes for people."""
         builder, plan = self.builder, self.plan
         made = {node: builder.manifest(plan, node) for node in plan.last}
-        notes = [*plan.notes, *(note for each in made.values() for note in each.notes)]
+        stages = [node for nodes in plan.stages.values() for node in nodes if not node.is_leaf]
+        manifests = (made.get(node) or Manifest.at(builder.manifest_path(node)) for node in stages)
+        notes = [*plan.notes, *(note for each in manifests if each for note in each.notes)]
         inputs = bundle.inputs(plan, {node: each.tensors for node, each in made.items()})
         tensors = {key.name: tensor for key, (_, tensor) in inputs.items()}
         wanted = Bundle.of(plan, tensors, builder.store.memos)

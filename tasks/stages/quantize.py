@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from math import prod
 from typing import Any
 
+from cache.digest import CHUNK_BYTES, digest_parts
 from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.spec import MODES
@@ -108,6 +109,13 @@ class Quantize(Stage[QuantizeParams]):
                 notes.append(
                     f"{key.name} holds NaN or infinity, which no quantized weight can show"
                 )
+            if setting.mode == "nvfp4" and _is_zero(
+                packed[quantize_scheme.parts(key.name, setting)[1]]
+            ):
+                notes.append(
+                    f"{key.name} is zero in nvfp4: all of its scales are, which have no number "
+                    'under 0.002. A rule with mode = "mxfp4" or "affine" holds small weights'
+                )
             tensors |= packed
         return Result(tensors, tuple(notes))
 
@@ -148,6 +156,13 @@ def _part_specs(name: str, spec: TensorSpec, setting: Setting) -> dict[str, Tens
     scale = TensorSpec(spec.dtype if setting.mode == "affine" else "uint8", scales)
     names = quantize_scheme.parts(name, setting)
     return dict(zip(names, (weight, scale, scale), strict=False))
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    """Tell by its digest whether all of a tensor is zero."""
+    zeros = memoryview(bytes(min(tensor.nbytes, CHUNK_BYTES)))
+    spans = range(0, tensor.nbytes, CHUNK_BYTES)
+    return digest_parts(zeros[: tensor.nbytes - at] for at in spans) == tensor.digest
 
 
 def _quantize_rows(

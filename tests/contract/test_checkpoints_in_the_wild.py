@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 import torch
 from mlx.utils import tree_flatten
+from mlx_lm.convert import convert
 from mlx_lm.utils import load_model
 
 from cache.store import Store
@@ -317,3 +318,52 @@ def test_links_into_the_hubs_cache(plain: Path, tmp_path: Path) -> None:
     for folder in (snapshot, local):
         checkpoint = read(folder, tmp_path / "cache")
         assert {path.name for path in mlx_lm.sources(checkpoint)} == names
+
+
+def test_what_a_cast_to_float16_loses(tmp_path: Path) -> None:
+    """It is counted and named where the peer is silent; the bytes are the same."""
+    project = projects.Project(tmp_path, "huggingface")
+    folder = checkpoints.make("llama", project.checkpoint, files=1)
+    path = folder / "model.safetensors"
+    tensors = {name: a.astype(mx.float32) for name, a in mx.load(str(path)).items()}
+    large, small = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    tiny = "model.layers.2.self_attn.q_proj.weight"
+    tensors[large][0, :3] = mx.array([1e5, -1e9, 65504.0])
+    tensors[large][1, :2] = mx.array([float("inf"), float("nan")])
+    tensors[small] *= -1e-9
+    tensors[tiny][0, 0] = 1e-20  # one of so many is no news
+    mx.save_safetensors(str(path), tensors, metadata={"format": "pt"})
+    project.configure("half", dtype="float16")
+    project.configure("wide", dtype="bfloat16")
+    said = inside.doit(tmp_path).stdout
+    notes = [line for line in said.splitlines() if "too large" in line or "too small" in line]
+    size = tensors[large].size
+    assert [note.partition("note: ")[2] for note in notes] == [
+        f"half: {large}: 2 of {size:,} values are too large for float16, and infinite in it; "
+        'dtype = "bfloat16" holds them',
+        f"half: {small}: {size:,} of {size:,} values are too small for float16, and zero in it; "
+        'dtype = "bfloat16" holds them',
+    ]
+    peer = tmp_path / "peer"
+    convert(str(folder), str(peer), dtype="float16")
+    theirs = mx.load(str(peer / "model.safetensors"))
+    ours = mx.load(str(tmp_path / "build" / "half" / "model.safetensors"))
+    for name in (large, small, tiny):
+        assert mx.array_equal(ours[name], theirs[name], equal_nan=True)
+
+
+def test_nvfp4_of_small_weights(tmp_path: Path) -> None:
+    """Its scales have 8 bits: the peer writes zeros without a word."""
+    project = projects.Project(tmp_path, "huggingface")
+    folder = checkpoints.make("llama", project.checkpoint, files=1)
+    path = folder / "model.safetensors"
+    tensors = mx.load(str(path))
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.weight"] *= 1e-3
+    mx.save_safetensors(str(path), tensors, metadata={"format": "pt"})
+    project.configure("small", quantize={"mode": "nvfp4"})
+    said = inside.doit(tmp_path).stdout
+    assert said.count("is zero in nvfp4") == 1
+    assert f"note: small: {name}.weight is zero in nvfp4: all of its scales are" in said
+    built = mx.load(str(tmp_path / "build" / "small" / "model.safetensors"))
+    assert not mx.any(built[f"{name}.scales"]).item()
