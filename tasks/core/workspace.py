@@ -50,6 +50,10 @@ class Workspace:
         """Return where a node's manifest lies. A string: there are thousands of them."""
         return f"{self._manifests}/{target}/{stage}/{layer}.json"
 
+    def all_packed(self) -> list[Path]:
+        """Return where the manifests lie of all packings on record."""
+        return list(self.state.glob("manifests/*/pack.json"))
+
     def packed(self, target: str) -> Path:
         """Return where the manifest of a target's packing lies."""
         return self.state / "manifests" / target / "pack.json"

@@ -8,6 +8,7 @@ from typing import Any
 from doit.cmd_help import Help as DoitHelp
 from doit.cmd_ignore import Ignore as DoitIgnore
 from doit.cmd_resetdep import ResetDep as DoitResetDep
+from doit.exceptions import InvalidCommand
 
 from tasks.cli.command import Command, StateCommand
 from tasks.cli.doit_adapter import CleanCommand, ForgetCommand, InfoCommand
@@ -24,10 +25,55 @@ mlx-make: Make for MLX model artifacts (https://pydoit.org with tasks for models
 Commands"""
 
 
+ORPHANS = {
+    "name": "orphans",
+    "short": "",
+    "long": "orphans",
+    "type": bool,
+    "default": False,
+    "help": "remove what was built of targets that models.toml does not have any more",
+}
+
+
 class Clean(StateCommand, CleanCommand):
     """``doit clean``."""
 
     name = "clean"
+    cmd_options = (*CleanCommand.cmd_options, ORPHANS)
+
+    def _execute(
+        self,
+        dryrun: bool,
+        cleandep: bool,
+        cleanall: bool,
+        cleanforget: bool,
+        orphans: bool,
+        pos_args: list[str],
+    ) -> None:
+        if not orphans:
+            super()._execute(dryrun, cleandep, cleanall, cleanforget, pos_args)
+            return
+        if pos_args:
+            raise InvalidCommand(
+                f"--orphans is of targets that models.toml does not have; {pos_args[0]} is for "
+                f"{COMMAND} clean without it."
+            )
+        self._remove_orphans(dryrun=dryrun)
+        self.dep_manager.close()
+
+    def _remove_orphans(self, *, dryrun: bool) -> None:
+        """Remove what was built here of the targets that are gone; what was not stays."""
+        from tasks.cli.orphans import orphans
+        from tasks.execution import place
+
+        workspace = self.session.workspace
+        for target in orphans(self.session):
+            print(f"{'would remove' if dryrun else 'removing'} {workspace.built(target)}")
+            if dryrun:
+                continue
+            stamps = self.dep_manager.get_values(f"pack:{target}").get("outputs") or {}
+            for note in place.clean(workspace, target, stamps):
+                print(note)
 
 
 class Forget(StateCommand, ForgetCommand):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from tasks.cli.commands.forecasting import (
     warn_of_refused,
 )
 from tasks.cli.doit_adapter import ListCommand
+from tasks.cli.orphans import orphans
 from tasks.cli.refused_tasks import refused_of
 from tasks.core.program import COMMAND
 from tasks.planning.forecast import IGNORED, SETTLED, UP_TO_DATE, Step
@@ -44,7 +46,14 @@ could be fetched is to run, too."""
     def execute(self, params: Any, args: list[str]) -> int:
         """List the tasks."""
         gc.disable()  # as in run: thousands of tasks are made, and none goes
-        return int(super().execute(params, args))
+        status = int(super().execute(params, args))
+        for target in [] if args else orphans(self.session):
+            print(
+                f"note: {self.session.workspace.built(target)} was built here, and models.toml has "
+                f"it no more: {COMMAND} clean --orphans removes it.",
+                file=sys.stderr,
+            )
+        return status
 
     def tasks_to_list(self, *, include_subtasks: bool) -> Iterator[Any]:
         """Yield what builds each target, then the other tasks."""

@@ -108,7 +108,8 @@ REST = """\
 ## doit's own
 
 These are [doit's](https://pydoit.org/cmd-other.html); `mlx-make` leaves out those for a dodo.py of
-one's own (`dumpdb`, `strace`, `tabcompletion`)."""
+one's own (`dumpdb`, `strace`, `tabcompletion`). `doit clean --orphans` removes what was built of
+targets that `models.toml` does not have any more; with `-n` it only says so."""
 
 if __name__ == "__main__":
     main()
