@@ -1,16 +1,18 @@
-"""doit_database: what doit remembers of tasks and files, in one file that is written whole."""
+"""doit_database: what doit remembers of tasks and files, in one file, a line a target."""
 
 from __future__ import annotations
 
 import os
 import sys
+import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from doit.dependency import FileChangedChecker
 
-from cache.digest import digest_file
+from cache.digest import digest, digest_file
 from cache.errors import NoRoom
 from cache.files import atomic
 from cache.files.stamp import Stamp
@@ -18,7 +20,7 @@ from cache.records.manifests import Manifest, ManifestError
 from cache.records.sealed import Damaged, Unsealed, seal, unseal
 from tasks.cli import failures
 
-KEY = "doit.json"  # that it is sealed under
+KEY = "doit.json"  # that its lines are sealed under
 _Tasks = dict[str, dict[str, Any]]
 
 
@@ -59,22 +61,93 @@ def _content_digest(path: Path) -> str:
     return digest_file(path)
 
 
-class Database:
-    """doit's database (a backend plugin): one JSON file, replaced whole, and only if it changed.
+class _Head(msgspec.Struct, frozen=True):
+    """The first line: tasks of no target, and where behind it each target's line lies."""
 
-    A damaged one is as good as none: the action cache remembers what was built.
+    tasks: _Tasks = {}
+    targets: dict[str, tuple[int, int]] = {}  # start, length
+
+
+class _Saved:
+    """What the file holds, of which a target's tasks are read when they are asked for.
+
+    Attributes:
+        head: the first line.
+        older: all tasks, by target, of an older version's file, which was one record.
     """
 
-    desc = "JSON, written whole"
+    def __init__(self, path: Path | None = None) -> None:
+        self.head = _Head()
+        self.older: dict[str, _Tasks] = {}
+        self._file = -1
+        with suppress(FileNotFoundError, NotADirectoryError):
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path else -1
+        if self._file >= 0:
+            weakref.finalize(self, os.close, self._file)
+            self._read()
+
+    def _read(self) -> None:
+        with open(self._file, "rb", closefd=False) as file:
+            line = file.readline()
+            self._start = len(line)
+            try:
+                self.head = unseal(_key(), line.removesuffix(b"\n"), _Head)
+            except Damaged:
+                self._read_older(line + file.read())
+        if not all(map(_is_whole, self.head.tasks.values())):
+            self.head = msgspec.structs.replace(self.head, tasks={})
+
+    def _read_older(self, data: bytes) -> None:
+        try:
+            try:
+                tasks = unseal(KEY, data, _Tasks)
+            except Unsealed:
+                tasks = msgspec.json.decode(data, type=_Tasks)
+        except (Damaged, msgspec.DecodeError, RecursionError):
+            return
+        if all(map(_is_whole, tasks.values())):
+            for task, known in tasks.items():
+                self.older.setdefault(_target(task), {})[task] = known
+
+    def bytes_of(self, target: str) -> bytes:
+        """Return a target's line; nothing, if there is none."""
+        start, length = self.head.targets.get(target, (0, 0))
+        return os.pread(self._file, length, self._start + start) if length > 0 <= start else b""
+
+    def tasks(self, target: str) -> _Tasks:
+        """Return what is known of a target's tasks; nothing, if it is not what was written."""
+        if self.older or not target:
+            return self.older.get(target, {}) if self.older else self.head.tasks
+        try:
+            tasks = unseal(_key(target), self.bytes_of(target).removesuffix(b"\n"), _Tasks)
+        except Damaged:
+            return {}
+        return tasks if all(map(_is_whole, tasks.values())) else {}
+
+
+class Database:
+    """doit's database (a backend plugin): one file, replaced whole, and only if it changed.
+
+    ```
+    {"seal":…,"key":"doit.json:","value":{"tasks":{…},"targets":{"TARGET":[START,LENGTH],…}}}
+    {"seal":…,"key":"doit.json:TARGET","value":{"TASK":{…},…}}
+    …
+    ```
+    A target's tasks are read when one of them is asked for. What is damaged is as good as not
+    there: the action cache remembers what was built.
+    """
+
+    desc = "JSON, a line a target, written whole"
 
     def __init__(self, name: str, codec: Any, *, module_name: str | None = None) -> None:
         self.name = name
-        self._tasks = _read(Path(name))
-        self._changed = False
+        self._saved = _Saved(Path(name))
+        self._parts: dict[str, _Tasks] = {}  # those that were read, by target; "": of none
+        self._changed: set[str] = set(self._saved.older)  # to be written as it is written now
 
     def get(self, task_id: str, dependency: str) -> Any:
         """Return what is known of a task's dependency, or None."""
-        task = self._tasks.get(task_id)
+        task = self._part(task_id).get(task_id)
         return None if task is None else task.get(dependency)
 
     def set(self, task_id: str, dependency: str, value: Any) -> None:
@@ -83,44 +156,71 @@ class Database:
             return
         value = list(value) if isinstance(value, tuple) else value  # as JSON has it
         if self.get(task_id, dependency) != value:
-            self._changed = True
-            self._tasks.setdefault(task_id, {})[dependency] = value
+            self._changed.add(_target(task_id))
+            self._part(task_id).setdefault(task_id, {})[dependency] = value
 
     def in_(self, task_id: str) -> bool:
         """Tell whether anything is known of a task."""
-        return task_id in self._tasks
+        return task_id in self._part(task_id)
 
     def remove(self, task_id: str) -> None:
         """Forget a task."""
-        self._changed = True
-        self._tasks.pop(task_id, None)
+        if self._part(task_id).pop(task_id, None) is not None:
+            self._changed.add(_target(task_id))
 
     def remove_all(self) -> None:
         """Forget all tasks."""
-        self._changed = True
-        self._tasks = {}
+        self._saved = _Saved()
+        self._parts = {}
+        self._changed = {""}
+
+    def saved(self, target: str) -> str | None:
+        """Return a digest of what is saved of a target's tasks, or None if that is nothing."""
+        data = self._saved.bytes_of(target)
+        return digest(data) if data else None
 
     def dump(self) -> None:
         """Write the file."""
-        if self._changed:
-            try:
-                atomic.write(Path(self.name), seal(KEY, self._tasks))
-            except NoRoom as error:  # the action cache remembers what was built
-                print(f"warning: {failures.message(error)}", file=sys.stderr)
-            self._changed = False
-
-
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """Return what is known of each task; nothing, if it is not what was written."""
-    try:
-        data = path.read_bytes()
+        if not self._changed:
+            return
+        lines: dict[str, bytes | None] = dict.fromkeys(self._saved.head.targets)  # as they are
+        lines |= {n: seal(_key(n), self._part_of(n)) + b"\n" for n in self._changed if n}
+        places, end = {}, 0
+        for name, line in lines.items():
+            length = self._saved.head.targets[name][1] if line is None else len(line)
+            places[name] = (end, length)
+            end += length
+        head = seal(_key(), {"tasks": self._part_of(""), "targets": places}) + b"\n"
         try:
-            return unseal(KEY, data, _Tasks)
-        except Unsealed:  # an older version's
-            tasks = msgspec.json.decode(data, type=_Tasks)
-    except (FileNotFoundError, NotADirectoryError, Damaged, msgspec.DecodeError, RecursionError):
-        return {}
-    return tasks if all(map(_is_whole, tasks.values())) else {}
+            with atomic.temporary(Path(self.name).parent, len(head) + end) as new:
+                atomic.write_all(new.file, memoryview(head))
+                for name, line in lines.items():
+                    data = self._saved.bytes_of(name) if line is None else line
+                    atomic.write_all(new.file, memoryview(data), len(head) + places[name][0])
+                new.rename(Path(self.name))
+        except NoRoom as error:  # the action cache remembers what was built
+            print(f"warning: {failures.message(error)}", file=sys.stderr)
+        self._saved = _Saved(Path(self.name))
+        self._changed = set()
+
+    def _part(self, task_id: str) -> _Tasks:
+        """Return what is known of the tasks of a task's target."""
+        return self._part_of(_target(task_id))
+
+    def _part_of(self, target: str) -> _Tasks:
+        if target not in self._parts:
+            self._parts[target] = self._saved.tasks(target)
+        return self._parts[target]
+
+
+def _target(task_id: str) -> str:
+    """Return the target of a task's name, STAGE:TARGET[:LAYER]; nothing, if it is of none."""
+    return task_id.split(":", 2)[1] if ":" in task_id else ""
+
+
+def _key(target: str = "") -> str:
+    """Return what a line is sealed under."""
+    return f"{KEY}:{target}"
 
 
 def _is_whole(task: dict[str, Any]) -> bool:

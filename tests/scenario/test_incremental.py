@@ -30,6 +30,7 @@ from support.projects import (
     touch,
     weight_files,
 )
+from support.records import tasks_in
 from tasks.checkpoints import safetensors_file
 
 HEAVY = {"torch", "transformers", "mlx_lm", "numpy"}
@@ -450,7 +451,7 @@ def test_the_database_is_lost(project: Project) -> None:
 def test_a_database_of_another_shape_is_as_good_as_none(tmp_path: Path) -> None:
     project = built(tmp_path, "huggingface", **FOUR_BIT)
     database = project.state / "doit.json"
-    for damaged in ([], dict.fromkeys(json.loads(database.read_bytes())["value"], 3)):
+    for damaged in ([], dict.fromkeys(tasks_in(database), 3)):
         database.write_text(json.dumps(damaged))
         done = project.doit()
         assert outcomes(done) == {"reused": project.tasks()}

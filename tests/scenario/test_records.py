@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cache.digest import canonical
 from support import projects
 from support.projects import FOUR_BIT, outcomes
-from support.records import OUTCOMES, Damaged
+from support.records import OUTCOMES, Damaged, tasks_in
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +79,14 @@ def test_what_an_older_version_left_is_used(tmp_path: Path) -> None:
         record = json.loads(path.read_bytes())
         assert record.pop("seal")
         path.write_bytes(canonical(record))
-    records = [database, *project.store.glob("blobs/*/*.parts"), *project.store.glob("memos/*/*/*")]
+    database.write_bytes(canonical(tasks_in(database)))
+    records = [*project.store.glob("blobs/*/*.parts"), *project.store.glob("memos/*/*/*")]
     for path in records:
         sealed = json.loads(path.read_bytes())
         assert sealed.keys() == {"seal", "key", "value"}
         path.write_bytes(canonical(sealed["value"]))
     assert project.doit().entries == []
+    assert tasks_in(database)  # written anew
     assert "none corrupt" in project.doit("cache", "verify").stdout
     for stage in projects.STAGES:
         shutil.rmtree(project.state / "manifests" / "model" / stage)

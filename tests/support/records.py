@@ -1,5 +1,6 @@
 """records: a small project whose records are damaged one at a time, and what doit makes of it."""
 
+import json
 import os
 import random
 import shutil
@@ -7,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cache.files.stamp import Stamp
 from support import checkpoints, inside
@@ -39,6 +40,17 @@ LOOKS = (
     ["cache", "verify"],
 )  # fmt: skip
 OUTCOMES = ("built right", "said so")
+
+
+def tasks_in(database: Path) -> dict[str, Any]:
+    """What doit's database says of all tasks; each of its lines is sealed."""
+    head, *targets = [json.loads(line) for line in database.read_bytes().splitlines()]
+    assert all(line.keys() == {"seal", "key", "value"} for line in (head, *targets))
+    tasks: dict[str, Any] = head["value"]["tasks"]
+    assert len(targets) == len(head["value"]["targets"])
+    for line in targets:
+        tasks |= line["value"]
+    return tasks
 
 
 class Outcome(NamedTuple):
