@@ -92,7 +92,9 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
                     pos_args[:] = [task_named(name, targets, groups) for name in pos_args]
                 options = cmd.options.requesting(pos_args)
             makers = {EXAMPLE: _make_example} if IS_CHECKOUT else {}
-            self.session = Session.open(self._config, options, makers)
+            self.session = Session.open(
+                self._config, options, makers, cmd.dep_manager.backend.saved
+            )
             if "report" in pos_args:  # its task shows what can be planned
                 pos_args += [f"report:{target}" for target in self.session.refused]
             graph = TaskGraph(self.session, cmd.dep_manager)

@@ -17,6 +17,7 @@ from cache.errors import CacheError
 from cache.store import Store
 from tasks.cli.failures import MENDABLE, as_invalid_dodo_file, message
 from tasks.cli.options import DEFAULT, Options
+from tasks.cli.untouched import Untouched
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError
 from tasks.core.spec import Target
@@ -49,6 +50,7 @@ class Session:
         refused: the targets that cannot be planned, by name. Each fails alone.
         lock: models.lock.
         remote: the remote store, if one is used.
+        untouched: the targets that need no look, in a run that may skip them; they have no plan.
     """
 
     workspace: Workspace
@@ -59,6 +61,7 @@ class Session:
     refused: dict[str, Refused]
     lock: Lock
     remote: Remote | None = None
+    untouched: Untouched | None = None
 
     @cached_property
     def log(self) -> Log:
@@ -94,9 +97,9 @@ class Session:
         """Holds the targets' sources against models.lock."""
         from tasks.execution.accept import Acceptor
 
-        plans = [*self.plans.values()]
-        targets = [plan.target for plan in plans] + [r.target for r in self.refused.values()]
-        source_names = {target.name: target.source_name for target in targets}
+        # What untouched targets read is a part of what is locked.
+        plans = [*self.plans.values(), *(self.untouched.plans() if self.untouched else ())]
+        source_names = {name: target.source_name for name, target in self.config.targets.items()}
         return Acceptor(self.lock, self.builder, plans, source_names)
 
     @classmethod
@@ -105,13 +108,15 @@ class Session:
         config: Config,
         options: Options = DEFAULT,
         makers: Mapping[Path, Callable[[Path], None]] | None = None,
+        saved: Callable[[str], str | None] = lambda _: None,
     ) -> Session:
-        """Plan every target of a models.toml that has been read.
+        """Plan the targets of a models.toml that has been read.
 
         Args:
             config: what models.toml says.
             options: what the command line says.
             makers: what makes a checkpoint that this project makes itself, by its folder.
+            saved: returns a digest of what doit's database has saved of a target's tasks.
 
         Raises:
             InvalidDodoFile: nothing that is asked for can be built; doit prints the message. Of
@@ -132,11 +137,15 @@ class Session:
                     makers[folder](folder)
             planner = Planner(store.memos, lambda target: lock.recall(store, target))
             workspace = Workspace(config.path.parent)
-            plans, refused = _plan(planner, workspace, lock, config.targets.values())
-            _check_any_is_planned(options, plans, refused)
+            untouched = None
+            if options.skip_up_to_date and not options.locked:
+                untouched = Untouched(workspace, lock, planner, saved)
+            plans, refused = _plan(planner, workspace, lock, config.targets.values(), untouched)
+            if not (untouched and untouched.targets):
+                _check_any_is_planned(options, plans, refused)
             lock.check_plans(plans.values())
             if_it_fails.pop_all()
-        return cls(workspace, config, options, store, plans, refused, lock, remote)
+        return cls(workspace, config, options, store, plans, refused, lock, remote, untouched)
 
     def abandon(self) -> None:
         """Have all that goes on behind the tasks stop before long; wait for nothing."""
@@ -145,6 +154,8 @@ class Session:
 
     def finish(self) -> None:
         """End what goes on behind the tasks, and say what the remote store was sent and gave."""
+        if self.untouched:
+            self.untouched.save()
         if "background_packer" in vars(self):
             self.background_packer.stop()
         if not self.remote:
@@ -169,12 +180,18 @@ class Session:
 
 
 def _plan(
-    planner: Planner, workspace: Workspace, lock: Lock, targets: Iterable[Target]
+    planner: Planner,
+    workspace: Workspace,
+    lock: Lock,
+    targets: Iterable[Target],
+    untouched: Untouched | None,
 ) -> tuple[dict[str, Plan], dict[str, Refused]]:
-    """Return the targets that can be planned, and those that cannot, by name."""
+    """Return the targets that can be planned, and those that cannot; not those ``untouched``."""
     plans, refused = {}, {}
     for target in targets:
         try:
+            if untouched and untouched.holds(target):
+                continue
             plan = planner.plan(target)
             place.check_is_ours(workspace, target.name, locked=target.name in lock.targets)
             plans[target.name] = plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -86,8 +87,11 @@ class TaskGraph:
 
     def pack(self) -> Iterator[dict[str, Any]]:
         """Yield the tasks that write the built models' folders."""
-        for plan in self.session.plans.values():
-            yield self._pack_task(plan)
+        for target, plan in self.session.plans.items():
+            task = self._pack_task(plan)
+            if self.session.untouched and target in self.skipped and self._is_packed(target, task):
+                self.session.untouched.note(target)
+            yield task
         for target in self.session.refused:
             clean = [(self._clean_pack, [target])]
             task = fails(self.session, "pack", target)
@@ -112,6 +116,12 @@ class TaskGraph:
     def _is_up_to_date(self, node: Node) -> bool:
         file_dep = {self._manifest(need) for need in node.needs}
         return is_up_to_date(self.database, node.name, file_dep, self._layer_check(node))
+
+    def _is_packed(self, target: str, task: Mapping[str, Any]) -> bool:
+        (check,) = task["uptodate"]
+        return is_up_to_date(self.database, f"pack:{target}", {*task["file_dep"]}, check) and all(
+            map(os.path.exists, task["targets"])
+        )
 
     def _layer_check(self, node: Node) -> UpToDateCheck:
         path = self._manifest(node)

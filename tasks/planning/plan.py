@@ -159,7 +159,7 @@ class Planner:
             BuildError: the checkpoint, the model or a setting makes it impossible.
         """
         layout = LAYOUTS[target.layout]
-        shared = self._share(target)
+        shared = self.share(target)
         checkpoint, model = shared.checkpoint, shared.model
         layout.check(target, model)
         if target.files and not target.files.is_dir():
@@ -179,7 +179,12 @@ class Planner:
         notes = (*model.notes, *scheme.notes, *wide)
         return Plan(target, shared, asked, stages, names, config, weights, notes)
 
-    def _share(self, target: Target) -> SharedPlan:
+    def share(self, target: Target) -> SharedPlan:
+        """Return what a target has in common with others, worked out once.
+
+        Raises:
+            BuildError: the checkpoint or the model makes it impossible.
+        """
         backend = device.backend(target.device)
         key = (target.source, target.loader, target.layout, backend)
         if key not in self._shared:

@@ -62,6 +62,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             (t.meta["session"] for t in tasks.values() if t.meta and "session" in t.meta), None
         )
         if self._session:
+            self._fresh = len(self._session.untouched.targets) if self._session.untouched else 0
             self._session.log.listeners.append(self._log)
         if self._live:
             self._live.start()
