@@ -31,6 +31,7 @@ KINDS = {
     "source file": ".mlx-make/cache/sources/*/files/*",
     "manifest": ".mlx-make/manifests/model/**/*.json",
     "doit.json": ".mlx-make/doit.json",
+    "up-to-date.json": ".mlx-make/up-to-date.json",
     "build log": ".mlx-make/log.jsonl",
     "models.lock": "models.lock",
 }  # fmt: skip
@@ -99,7 +100,7 @@ class Damaged:
     def create(cls, folder: Path, kind: str = "llama") -> "Damaged":
         made = cls(folder, kind)
         checkpoints.make(kind, folder / "checkpoint", num_hidden_layers=2)
-        for bits in (8, 4):
+        for bits in (8, 4, 4):  # the last finds nothing to do
             made.configure(bits)
             assert _run(folder)[0] == 0
             made.expected[bits] = made.built()

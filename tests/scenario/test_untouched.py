@@ -1,0 +1,200 @@
+"""A target is skipped without a look only where a look would find that nothing is to be done."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from doit.exceptions import InvalidDodoFile
+
+from cache.digest import canonical
+from support import projects
+from support.projects import FOUR_BIT, Project
+from tasks.cli.doit_database import Database
+from tasks.cli.options import Options
+from tasks.cli.session import Session
+from tasks.config import reader
+from tasks.stages import registry
+
+
+def skipped(project: Project) -> bool:
+    """Whether a run would skip the target without a look."""
+    options = Options(requested_tasks=(), skip_up_to_date=True)
+    saved = Database(str(project.state / "doit.json"), None).saved
+    try:
+        session = Session.open(reader.load(project.folder / "models.toml"), options, saved=saved)
+    except InvalidDodoFile:  # a run would be an error
+        return False
+    assert session.untouched
+    return "model" in session.untouched.targets
+
+
+def nothing_to_do(project: Project) -> bool:
+    """Whether a look at everything finds nothing to do."""
+    status = project.doit("plan", expect=None).returncode
+    assert status in (0, 1, 3)
+    return status == 0
+
+
+def manifest(project: Project, chance: random.Random) -> Path:
+    below = project.state / "manifests" / "model"
+    return chance.choice(
+        sorted(path for stage in projects.STAGES for path in below.glob(f"{stage}/*"))
+    )
+
+
+def packed(project: Project, chance: random.Random) -> Path:
+    return chance.choice(sorted((project.folder / "build" / "model").iterdir()))
+
+
+def record(project: Project, _: random.Random) -> Path:
+    return project.state / "manifests" / "model" / "pack.json"
+
+
+def source(project: Project, chance: random.Random) -> Path:
+    return chance.choice(sorted(project.checkpoint.iterdir()))
+
+
+def database(project: Project, _: random.Random) -> Path:
+    return project.state / "doit.json"
+
+
+def lock(project: Project, _: random.Random) -> Path:
+    return project.folder / "models.lock"
+
+
+def touched(path: Path, _: random.Random) -> None:
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1000))
+
+
+def removed(path: Path, _: random.Random) -> None:
+    path.unlink()
+
+
+def written_anew(path: Path, _: random.Random) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+
+
+def grown(path: Path, _: random.Random) -> None:
+    with path.open("ab") as file:
+        file.write(b" ")
+
+
+def flipped(path: Path, chance: random.Random) -> None:
+    """Changed in place, its size as it was."""
+    projects.flip(path, chance.randrange(path.stat().st_size))
+
+
+def beside(path: Path, _: random.Random) -> None:
+    path.with_name("model-00009.safetensors").write_bytes(b"not ours")
+
+
+FILES = (manifest, packed, record, database, lock)
+CHANGES = (touched, removed, written_anew, grown, flipped)
+KEYS = (
+    {"quantize": {"bits": 8}},
+    {"dtype": "bfloat16"},
+    {"max_shard_size": "1MB"},
+    {"quantize": None},
+)
+
+
+def named(project: Project, command: str, chance: random.Random) -> None:
+    project.doit(command, chance.choice(sorted(project.tasks())))
+
+
+def other_digest(project: Project) -> None:
+    path = project.folder / "models.lock"
+    locked = json.loads(path.read_bytes())
+    locked["targets"]["model"]["output"] = "0" * 32
+    path.write_text(json.dumps(locked))
+
+
+def older_database(project: Project, chance: random.Random) -> None:
+    """As an older version wrote it; a record that it has of something else is not believed."""
+    path = database(project, chance)
+    line = json.loads(path.read_bytes().splitlines()[1])
+    line["value"][chance.choice(sorted(line["value"]))]["_values_:"]["told"] = "0" * 32
+    path.write_bytes(canonical(line["value"]))
+
+
+def disturbances() -> dict[str, Callable[[Project, random.Random], object]]:
+    found: dict[str, Callable[[Project, random.Random], object]] = {
+        f"{where.__name__} {change.__name__}": (
+            lambda project, chance, where=where, change=change: change(
+                where(project, chance), chance
+            )
+        )
+        for where in FILES
+        for change in CHANGES
+    }
+    found["source touched"] = lambda project, chance: touched(source(project, chance), chance)
+    found["weights beside"] = lambda project, chance: beside(packed(project, chance), chance)
+    found["other keys"] = lambda project, chance: project.configure(**chance.choice(KEYS))
+    found["forgotten"] = lambda project, chance: named(project, "forget", chance)
+    found["ignored"] = lambda project, chance: named(project, "ignore", chance)
+    found["lock edited"] = lambda project, _: other_digest(project)
+    found["older database"] = older_database
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_skipped_has_nothing_to_be_done(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    every = sorted(disturbances().items())
+    project = projects.create(tmp_path, "huggingface", **FOUR_BIT)
+    for name, disturb in chance.sample(every, 12):
+        project.configure(**FOUR_BIT, max_shard_size=None)
+        (project.state / "doit.json").unlink(missing_ok=True)  # also what was ignored
+        (project.folder / "models.lock").unlink(missing_ok=True)
+        shutil.rmtree(project.folder / "build", ignore_errors=True)
+        project.doit(expect=None)
+        assert not skipped(project), name
+        assert project.doit().entries == []
+        assert skipped(project), name
+        assert nothing_to_do(project), name
+        disturb(project, chance)
+        assert nothing_to_do(project) or not skipped(project), name
+
+
+def test_another_version_of_a_stage_is_looked_at(tmp_path: Path) -> None:
+    project = projects.create(tmp_path, "huggingface", **FOUR_BIT)
+    project.doit()
+    project.doit()
+    assert skipped(project)
+    with mock.patch.object(registry.PIPELINE[-1], "version", 99):
+        assert not skipped(project)
+
+
+def test_an_untouched_target_keeps_its_lines_in_the_lock(tmp_path: Path) -> None:
+    """While another one is built."""
+    project = projects.create(tmp_path, "huggingface", **FOUR_BIT)
+    project.configure("other", source="checkpoint", quantize={"bits": 8})
+    project.doit()
+    project.doit()
+    before = json.loads((project.folder / "models.lock").read_bytes())
+    project.configure("other", quantize={"bits": 3})
+    assert "1 target is up to date" in project.doit().stdout
+    after = json.loads((project.folder / "models.lock").read_bytes())
+    assert after["targets"]["model"] == before["targets"]["model"]
+    assert after["targets"]["other"] != before["targets"]["other"]
+    assert after["sources"] == before["sources"]
+    assert skipped(project)
+
+
+def test_what_is_kept_of_it_is_not_believed_damaged(tmp_path: Path) -> None:
+    project = projects.create(tmp_path, "huggingface", **FOUR_BIT)
+    project.doit()
+    project.doit()
+    path = project.state / "up-to-date.json"
+    for data in (b"", b"{}", path.read_bytes()[:-1]):
+        path.write_bytes(data)
+        assert not skipped(project)
+        assert "nothing to do" in project.doit().stdout
+        assert skipped(project)
