@@ -165,7 +165,7 @@ class TaskGraph:
             session.lock.check_layer(builder.store, plan, manifest.tensors)
         if node in plan.packed and session.options.packs(node.target):
             with_blake3 = session.acceptor.wants_blake3(plan)
-            session.background_packer.layer(builder, plan, manifest, with_blake3=with_blake3)
+            session.background_packer.add_layer(builder, plan, manifest, with_blake3=with_blake3)
         return {**values, "left": manifest_state(self._manifest(node))}
 
     def _pack_task(self, plan: Plan) -> dict[str, Any]:

@@ -349,14 +349,14 @@ class Builder:
 
     def _scan(self, plan: Plan, node: Node, *, reread: bool) -> Manifest:
         tensors = _leaf(node).scan(*self._asked(plan, node), reread=reread)
-        return Manifest(node.action(node.own(tensors)), tensors)
+        return Manifest(node.action(node.as_inputs(tensors)), tensors)
 
     def _asked(self, plan: Plan, node: Node) -> tuple[Any, NodeContext]:
         return node.spec, self.context(plan, node, {})
 
     @staticmethod
     def _manifest_of_leaf(node: Node, tensors: dict[str, Tensor] | None) -> Manifest | None:
-        return None if tensors is None else Manifest(node.action(node.own(tensors)), tensors)
+        return None if tensors is None else Manifest(node.action(node.as_inputs(tensors)), tensors)
 
     def _make(self, plan: Plan, node: Node, inputs: Inputs) -> Manifest:
         tensors = {key: tensor for key, (_, tensor) in inputs.items()}
@@ -386,7 +386,7 @@ class Builder:
     def begin_draft(self, plan: Plan) -> WeightFileDraft | None:
         """Return the draft of a target's weight files, begun unless it is already.
 
-        There is none where most of the target is on record here: see ``bundle.is_new``.
+        There is none where most of the target is on record here: see ``bundle.writes_in_place``.
 
         Raises:
             NoRoom: the disk cannot take it.
@@ -426,7 +426,7 @@ class Builder:
             if view is not None:
                 return view
         parts = self.locate(plan, inputs, key)
-        check = rows.Check([(tensor.digest, tensor.nbytes)])
+        check = rows.DigestCheck([(tensor.digest, tensor.nbytes)])
         return rows.Stored(blobs, parts, tensor.dtype, tensor.shape, check=check)
 
     def locate(self, plan: Plan, inputs: Inputs, key: Key) -> list[Part]:

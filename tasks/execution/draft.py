@@ -1,6 +1,6 @@
-"""draft: a target's weight files in the cache, in which what is made is written in its place.
+"""draft: a target's weight files in the cache, into which layers write their tensors in place.
 
-So no byte of it is written twice: packing adds what is missing, and links the files to build/.
+So no byte is written twice: packing adds what is missing, and links the files to build/.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tasks.planning.plan import Plan
 
 
 class WeightFileDraft:
-    """The weight files of one target, its layers being made.
+    """The weight files of one target, while its layers are made.
 
     Attributes:
-        shapes: the digest of what the files hold, see ``bundle.shapes``.
+        specs_digest: of what the files hold, see ``bundle.specs_digest``.
         paths: where they lie, by their names.
     """
 
@@ -38,10 +38,10 @@ class WeightFileDraft:
         self._blobs = blobs
         self._places: dict[str, Place] = {}
         self._digests: dict[str, str] = {}  # of what is written, by name
-        self._elsewhere: set[str] = set()  # names of what the cache has in another file as well
-        self.shapes = bundle.shapes(split)
-        packs = self._blobs.new_containers(len(split), total(specs.values()))
-        self.paths = dict(zip(split, packs, strict=True))
+        self._elsewhere: set[str] = set()  # names of tensors that another file has, too
+        self.specs_digest = bundle.specs_digest(split)
+        containers = self._blobs.new_containers(len(split), total(specs.values()))
+        self.paths = dict(zip(split, containers, strict=True))
         weight_format = LAYOUTS[plan.target.layout].weight_format
         for file, shard in split.items():
             for tensor, offset in weight_file.offsets(shard, weight_format).items():
@@ -77,13 +77,16 @@ class WeightFileDraft:
 
         return find_here
 
-    def note_whole(self, made: Mapping[str, Tensor]) -> None:
-        """Take note that the files are whole, as tensors of bytes by their names.
+    def note_whole(self, files: Mapping[str, Tensor]) -> None:
+        """Record that the files are whole.
 
-        What the cache has in another file as well is known to lie here from now on: what is wanted
-        together lies together, and an older file can go.
+        Tensors that the cache has in another file as well are found here from now on: what is
+        wanted together lies together, and the older file can go.
+
+        Args:
+            files: as tensors of bytes, by name.
         """
-        for file, tensor in made.items():
+        for file, tensor in files.items():
             self._blobs.note_whole(self.paths[file], tensor.digest, tensor.nbytes)
         for name in self._elsewhere:
             self._blobs.refer(self._digests[name], [self._places[name].part])
@@ -107,8 +110,8 @@ class Drafts:
     def begin(self, plan: Plan, is_made: Callable[[Node], bool]) -> WeightFileDraft | None:
         """Return a target's draft, begun unless it is already.
 
-        There is none where the target is not packed, or most of it is on record here: a file would
-        stay for the sake of a few of its tensors.
+        There is none where the target is not packed, or most of it is on record here: a whole file
+        would be kept for a few of its tensors.
 
         Args:
             plan: the target.
@@ -122,8 +125,8 @@ class Drafts:
             return None
         with self._lock:
             if target not in self._drafts:
-                new = bundle.is_new(plan, is_made)
-                self._drafts[target] = WeightFileDraft(self._blobs, plan) if new else None
+                in_place = bundle.writes_in_place(plan, is_made)
+                self._drafts[target] = WeightFileDraft(self._blobs, plan) if in_place else None
             return self._there(target)
 
     def of(self, target: str) -> WeightFileDraft | None:
@@ -138,6 +141,6 @@ class Drafts:
         return draft
 
     def end(self, target: str) -> None:
-        """Have no more written into the draft of a target."""
+        """Let nothing more be written into the draft of a target."""
         with self._lock:
             self._drafts[target] = None

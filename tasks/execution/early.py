@@ -89,9 +89,10 @@ class PackInProgress:
             self._thread.join()
             if self._result:
                 written, filled, stamps = self._result
-                alike = bundle.shapes(written.weights) == bundle.shapes(wanted.weights)
+                specs = bundle.specs_digest(written.weights)
                 intact = place.intact_files(str(self._new), stamps)
-                if alike and written.small == wanted.small and intact:
+                as_wanted = specs == bundle.specs_digest(wanted.weights)
+                if as_wanted and written.small == wanted.small and intact:
                     return filled
         self.stop()
         return None
@@ -129,7 +130,9 @@ class BackgroundPacker:
         self._begun: PackInProgress | None = None
         self._over = False
 
-    def layer(self, builder: Builder, plan: Plan, manifest: Manifest, *, with_blake3: bool) -> None:
+    def add_layer(
+        self, builder: Builder, plan: Plan, manifest: Manifest, *, with_blake3: bool
+    ) -> None:
         """Take note of what the last stage made of a layer of a target that will be packed."""
         with self._lock:
             if self._begun is None and not self._over and cores() > BUSY_CORES:

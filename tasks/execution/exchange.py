@@ -1,7 +1,7 @@
-"""exchange: all results of targets to a remote store, or from there, whatever runs or not.
+"""exchange: pushes all results of targets to a remote store, or pulls them, without a build.
 
-The cache's lock is held for one result at a time, as by a task: a transfer may take hours, and who
-collects garbage would wait for it, and builds for them.
+The cache's lock is held for one result at a time, as by a task: a transfer may take hours, for
+which garbage collection would wait, and builds for that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Exchanged:
 
     Attributes:
         results: manifests, with what they name.
-        missing: those that were not there to be exchanged.
+        missing: how many were not there to be exchanged.
     """
 
     results: int
@@ -37,7 +37,7 @@ class Exchanged:
 def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged:
     """Upload all that is built of ``plans`` and that the remote does not have.
 
-    What is not there, or goes away meanwhile, is left out.
+    What is not there, or is removed meanwhile, is left out and counted as missing.
     """
     plans = list(plans)
     by_source: dict[str, list[Plan]] = {}
@@ -59,20 +59,20 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     pool = ThreadPoolExecutor(cores())
     try:
         done = list(pool.map(push_one, built))
-    finally:  # who is interrupted does not wait
+    finally:  # an interrupt does not wait
         pool.shutdown(wait=False, cancel_futures=True)
     packed = 0
     for plan in plans:
         manifest = Manifest.at(builder.packed_path(plan.target.name))
         packed += manifest is not None and sharing.push_now(manifest, None)
-    there = [node for (node, _), pushed in zip(built, done, strict=True) if pushed]
-    return Exchanged(len(there) + packed, _missing(plans, there) + len(plans) - packed)
+    present = [node for (node, _), pushed in zip(built, done, strict=True) if pushed]
+    return Exchanged(len(present) + packed, _missing(plans, present) + len(plans) - packed)
 
 
 def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged:
     """Fetch all that the remote has of ``plans``, so that it can be built without it."""
     plans = list(plans)
-    there = []
+    present = []
     for plan in plans:
         manifests: dict[Node, Manifest] = {}
         for node in (*plan.leaves, *_shared(plan)):
@@ -83,10 +83,10 @@ def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
                 manifests[node] = manifest
                 if node.is_leaf:
                     continue
-                there.append(node)
+                present.append(node)
                 if builder.shared(node):
                     sharing.fetch_all([(manifest.action.key, t) for t in manifest.tensors.values()])
-    return Exchanged(len(there), _missing(plans, there))
+    return Exchanged(len(present), _missing(plans, present))
 
 
 def _shared(plan: Plan) -> list[Node]:
@@ -95,10 +95,10 @@ def _shared(plan: Plan) -> list[Node]:
     return [*nodes, *plan.measuring]
 
 
-def _missing(plans: Iterable[Plan], there: Iterable[Node]) -> int:
-    """Return how many results that models are made of are not there; measures are for reports."""
+def _missing(plans: Iterable[Plan], present: Iterable[Node]) -> int:
+    """Return how many results that models are made of are not present; measures do not count."""
     wanted = {node for plan in plans for node in _shared(plan) if node not in plan.measuring}
-    return len(wanted.difference(there))
+    return len(wanted.difference(present))
 
 
 def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Node, Manifest]]:
@@ -111,7 +111,7 @@ def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Node, Mani
 def _pulled(
     builder: Builder, plan: Plan, node: Node, manifests: dict[Node, Manifest]
 ) -> Manifest | None:
-    """Return what a node made, here or elsewhere, without making anything but what leaves find."""
+    """Return what a node made, on record here or in the remote. Only leaves are run."""
     if node.is_leaf:
         return builder.scan(plan, node)
     if not all(need in manifests for need in node.needs):

@@ -68,7 +68,8 @@ class Filling:
     def draft(self) -> WeightFileDraft | None:
         """The files that were begun in the cache, if they are those of the bundle."""
         draft = self.drafts.of(self.plan.target.name)
-        return draft if draft and draft.shapes == bundle.shapes(self.bundle.weights) else None
+        wanted = bundle.specs_digest(self.bundle.weights)
+        return draft if draft and draft.specs_digest == wanted else None
 
     @property
     def need(self) -> int:
@@ -146,13 +147,13 @@ def _whole(filling: Filling) -> dict[str, Path]:
     Raises:
         BlobLost: one is not what it was.
     """
-    found = bundle.whole_files(filling.blobs, filling.bundle, filling.known)
-    for file, path in found.items():
+    paths = bundle.whole_files(filling.blobs, filling.bundle, filling.known)
+    for file, path in paths.items():
         wanted = filling.known[file].digest
         if digest_file(path) != wanted:
             filling.blobs.drop_if_wrong(wanted)
             raise BlobLost(wanted, f"{path} has other bytes")
-    return found
+    return paths
 
 
 def blake3_of(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tasks.tensors import mx
 
+GPU_THREADS = 4
+
 
 def cores() -> int:
     """Return how many cores this process may use."""
@@ -21,22 +23,18 @@ def cores() -> int:
 def threads(devices: Iterable[str | None]) -> int:
     """Return how many tasks run at once: as many as there are cores, fewer where a GPU computes.
 
-    It is fed by a few threads, and more of them only wait for each other (on 16 cores with an
-    H100 8 threads take 0.8 of the time of 16). With 4 the first layer is there sooner, and with it
-    what packing can begin with.
+    A few threads feed a GPU, and more only wait for each other (on 16 cores with an H100, 8 threads
+    take 0.8 of the time of 16). With 4 the first layer is done sooner, so that packing can begin.
 
     Args:
-        devices: of the targets, as they name them; asked for only where there is a GPU.
+        devices: the targets' ``device``; read only where there is a GPU.
     """
-    by_gpu = mx.default_device().type == mx.gpu and any(device != "cpu" for device in devices)
-    return min(cores(), GPU_THREADS) if by_gpu else cores()
-
-
-GPU_THREADS = 4
+    on_gpu = mx.default_device().type == mx.gpu and any(device != "cpu" for device in devices)
+    return min(cores(), GPU_THREADS) if on_gpu else cores()
 
 
 class MemoryBudget:
-    """Bytes that actions hold at once, so that few large layers run together and many small ones.
+    """A limit on the bytes that actions hold at once: few large layers run together, many small.
 
     Args:
         limit: bytes; one action that needs more runs alone.
@@ -44,31 +42,31 @@ class MemoryBudget:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._held = 0
+        self._reserved = 0
         self._changed = threading.Condition()
-        self._mine = threading.local()
+        self._thread = threading.local()
 
     @contextmanager
     def reserve(self, need: int) -> Iterator[None]:
         """Reserve ``need`` bytes, when they are free. An action within another does not wait."""
         need = min(need, self.limit)
-        nested = getattr(self._mine, "depth", 0)
-        self._mine.depth = nested + 1
+        nested = getattr(self._thread, "depth", 0)
+        self._thread.depth = nested + 1
         with self._changed:
-            self._changed.wait_for(lambda: nested or self._held + need <= self.limit)
-            self._held += need
+            self._changed.wait_for(lambda: nested or self._reserved + need <= self.limit)
+            self._reserved += need
         try:
             yield
         finally:
-            self._mine.depth = nested
+            self._thread.depth = nested
             with self._changed:
-                self._held -= need
+                self._reserved -= need
                 self._changed.notify_all()
 
 
 def machine_memory() -> int:
     """Return the bytes of memory that this process may use."""
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # a container's limit; "max" if there is none
-        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return found
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return limit

@@ -21,37 +21,40 @@ from tasks.planning.node import Inputs, Node, total
 from tasks.planning.plan import Plan
 
 VERSION = 1
-LAID_OVER_BYTES = 256 << 20
+MAX_OVERLAY_BYTES = 256 << 20
 
 
 T = TypeVar("T", Tensor, TensorSpec)
 Weights = dict[str, list[tuple[str, T]]]  # weight files' tensors, in order
 
 
-def shards(tensors: Sequence[tuple[str, T]], max_shard_bytes: int) -> list[list[tuple[str, T]]]:
+def split_into_shards(
+    tensors: Sequence[tuple[str, T]], max_shard_bytes: int
+) -> list[list[tuple[str, T]]]:
     """Split tensors into weight files, greedily and in order, as the peers do.
 
     A tensor over the limit gets a file of its own; no file is empty.
 
     Args:
         tensors: all of the model's, by name, in order.
-        max_shard_bytes: most that a file's tensors have together.
+        max_shard_bytes: the largest size of a file's tensors together.
     """
-    found: list[list[tuple[str, T]]] = []
+    shards: list[list[tuple[str, T]]] = []
     size = 0
     for name, tensor in tensors:
-        if not found or size + tensor.nbytes > max_shard_bytes:
-            found.append([])
+        if not shards or size + tensor.nbytes > max_shard_bytes:
+            shards.append([])
             size = 0
-        found[-1].append((name, tensor))
+        shards[-1].append((name, tensor))
         size += tensor.nbytes
-    return found
+    return shards
 
 
 def split(plan: Plan, tensors: Mapping[str, T]) -> Weights[T]:
     """Return a target's weight files by name, each with its tensors in order."""
-    found = shards([(name, tensors[name]) for name in plan.names], plan.target.max_shard_bytes)
-    return dict(zip(LAYOUTS[plan.target.layout].shard_names(len(found)), found, strict=True))
+    ordered = [(name, tensors[name]) for name in plan.names]
+    shards = split_into_shards(ordered, plan.target.max_shard_bytes)
+    return dict(zip(LAYOUTS[plan.target.layout].shard_names(len(shards)), shards, strict=True))
 
 
 def specs(plan: Plan) -> dict[str, TensorSpec]:
@@ -74,12 +77,12 @@ class Bundle(Struct, frozen=True):
 
     @classmethod
     def of(cls, plan: Plan, tensors: Mapping[str, Tensor], memos: Memos) -> Bundle:
-        """Work it out.
+        """Work out what a target's folder will hold.
 
         Args:
             plan: the target.
             tensors: what its layers made, by name.
-            memos: where a tokenizer is remembered that had to be made.
+            memos: remembers a tokenizer that had to be made.
 
         Raises:
             BuildError: the layers are not those of the plan.
@@ -94,7 +97,7 @@ class Bundle(Struct, frozen=True):
         sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in weights.values()]
         small = layout.files(plan.checkpoint, memos, sizes, plan.weights)
         small["config.json"] = json.dumps(plan.config, indent=4).encode()
-        small |= laid_over(plan)
+        small |= overlay(plan)
         params = {
             "format": layout.weight_format.name,
             "weights": {file: [name for name, _ in shard] for file, shard in weights.items()},
@@ -114,14 +117,14 @@ class Bundle(Struct, frozen=True):
         return self.weights_nbytes + sum(map(len, self.small.values()))
 
 
-def laid_over(plan: Plan) -> dict[str, bytes]:
-    """Return the files that models.toml has laid over a built model, by their paths in it.
+def overlay(plan: Plan) -> dict[str, bytes]:
+    """Return the files that ``files`` in models.toml lays over a built model, by their paths.
 
     Raises:
         BuildError: one would be a weight file, or is too large to be one of the small files.
     """
     folder, loaded = plan.target.files, LAYOUTS[plan.target.layout].loaded
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     for path in sorted(folder.rglob("*")) if folder else ():
         if not folder or not path.is_file() or path.name == ".DS_Store":
             continue
@@ -131,13 +134,13 @@ def laid_over(plan: Plan) -> dict[str, bytes]:
                 f"{plan.target.name}: {path} would be loaded as weights, which files = … cannot "
                 "bring. Take it away, or rename it."
             )
-        if (size := path.stat().st_size) > LAID_OVER_BYTES:
+        if (size := path.stat().st_size) > MAX_OVERLAY_BYTES:
             raise BuildError(
-                f"{plan.target.name}: {path} has {size:,} bytes, more than {LAID_OVER_BYTES:,}: "
+                f"{plan.target.name}: {path} has {size:,} bytes, more than {MAX_OVERLAY_BYTES:,}: "
                 "files = … is for small files. Put it into the built folder yourself: it stays."
             )
-        found[name] = path.read_bytes()
-    return found
+        contents[name] = path.read_bytes()
+    return contents
 
 
 def params(plan: Plan) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def params(plan: Plan) -> dict[str, Any]:
         "config.json": digest(json.dumps(plan.config).encode()),
         "names of tensors": digest_record(plan.names),
         "notes": digest_record(plan.notes),
-        **({"files": _digests(laid_over(plan))} if plan.target.files else {}),
+        **({"files": _digests(overlay(plan))} if plan.target.files else {}),
     }
 
 
@@ -158,20 +161,25 @@ def _digests(files: Mapping[str, bytes]) -> str:
 
 
 def whole_files(blobs: Blobs, bundle: Bundle, known: Mapping[str, Tensor]) -> dict[str, Path]:
-    """Return where the cache has weight files whole, of those that ``known`` tells of.
+    """Return the paths of a target's weight files in the cache, if it has all of them whole.
 
-    All of a target's, or none: a part of them saves little, since its layers are read for the rest.
+    A part of them would save little, since its layers are read for the rest.
+
+    Args:
+        blobs: the cache's.
+        bundle: what the target's folder will hold.
+        known: weight files of an earlier build, by name.
     """
-    found = {
+    paths = {
         file: path
         for file in bundle.weights
         if (tensor := known.get(file))
         and (path := blobs.whole_container(tensor.digest, tensor.nbytes))
     }
-    return found if len(found) == len(bundle.weights) else {}
+    return paths if len(paths) == len(bundle.weights) else {}
 
 
-def shapes(weights: Weights[T]) -> str:
+def specs_digest(weights: Weights[T]) -> str:
     """Return the digest of names, dtypes and shapes of weight files' tensors, in order."""
     return digest_list(
         [file, name, tensor.dtype, tensor.shape]
@@ -180,11 +188,15 @@ def shapes(weights: Weights[T]) -> str:
     )
 
 
-def is_new(plan: Plan, is_made: Callable[[Node], bool]) -> bool:
-    """Tell whether a target's weight files are begun with its layers.
+def writes_in_place(plan: Plan, is_made: Callable[[Node], bool]) -> bool:
+    """Tell whether a target's layers write their tensors straight into its weight files.
 
-    So where most bytes are of layers that a run makes. Not by CUDA: its threads write as fast as
-    memory takes it, and in one file wait for each other.
+    They do where most bytes are of layers that the run makes; but not with CUDA, whose threads
+    write as fast as memory takes it, and would wait for each other in one file.
+
+    Args:
+        plan: the target.
+        is_made: tells whether a node is made in this run.
     """
     if plan.shared.computer.device == "cuda":
         return False
@@ -192,9 +204,9 @@ def is_new(plan: Plan, is_made: Callable[[Node], bool]) -> bool:
     return 2 * written > sum(total(node.output_specs().values()) for node in plan.last)
 
 
-def inputs(plan: Plan, made: Mapping[Node, Mapping[str, Tensor]]) -> Inputs:
-    """Return what packing reads: who made each tensor, and what it is."""
-    found: Inputs = {}
+def inputs(plan: Plan, outputs: Mapping[Node, Mapping[str, Tensor]]) -> Inputs:
+    """Return what packing reads, given what the target's last nodes made."""
+    inputs: Inputs = {}
     for node in plan.last:
-        found |= node.own(made[node])
-    return found
+        inputs |= node.as_inputs(outputs[node])
+    return inputs

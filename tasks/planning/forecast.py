@@ -316,7 +316,7 @@ class Forecast:
         if self._quick or not self._links:
             return 0
         made = {node for node in plan.last if self.steps[node.name].state == RUN}
-        if not bundle.is_new(plan, made.__contains__):
+        if not bundle.writes_in_place(plan, made.__contains__):
             return 0
         return sum(total(node.new_specs().values()) for node in made)
 
@@ -459,7 +459,7 @@ class Forecast:
         found: Inputs = {}
         for node in nodes:
             if manifest := self._results[node].manifest:
-                found |= node.own(manifest.tensors)
+                found |= node.as_inputs(manifest.tensors)
         return found
 
     def _has(self, tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from tasks.stages.stage import ActionSpec, Key, LeafStage, Origin, Output, Stage
 
 
 class Input(NamedTuple):
-    """A tensor that a node reads: who makes it, and what it is."""
+    """A tensor that a node reads, and the node that makes it."""
 
     maker: Node
     tensor: Tensor
@@ -59,16 +59,16 @@ class Node:
         """Whether it reads the checkpoint, and no other node."""
         return isinstance(self.spec.stage, LeafStage)
 
-    def inputs(self, made: Mapping[Node, Manifest]) -> Inputs:
-        """Return the tensors that it reads of what its needs made."""
-        return self.inputs_of({need: manifest.tensors for need, manifest in made.items()})
+    def inputs(self, manifests: Mapping[Node, Manifest]) -> Inputs:
+        """Return the tensors that it reads, given the manifests of the nodes that it needs."""
+        return self.inputs_of({need: manifest.tensors for need, manifest in manifests.items()})
 
-    def inputs_of(self, made: Mapping[Node, Mapping[str, Tensor]]) -> Inputs:
-        """Return the tensors that it reads of those that its needs make."""
+    def inputs_of(self, outputs: Mapping[Node, Mapping[str, Tensor]]) -> Inputs:
+        """Return the tensors that it reads, given what the nodes that it needs make."""
         reads = self.spec.planned.reads
         return {
             Key(need.spec.stage.name, name): Input(need, tensor)
-            for need, tensors in made.items()
+            for need, tensors in outputs.items()
             for name, tensor in tensors.items()
             if reads is None or name in reads
         }
@@ -85,27 +85,28 @@ class Node:
 
     def outputs(self) -> dict[str, Output]:
         """Return what it will make."""
-        found: dict[str, Output] = self.spec.stage.outputs(self.spec.params, self.input_specs())
-        return found
+        outputs: dict[str, Output] = self.spec.stage.outputs(self.spec.params, self.input_specs())
+        return outputs
 
     def output_specs(self) -> dict[str, TensorSpec]:
         """Return the dtypes and shapes of what it will make."""
         return {name: output.spec for name, output in self.outputs().items()}
 
     def new_specs(self) -> dict[str, TensorSpec]:
-        """Return the dtypes and shapes of what it makes and does not just pass on."""
+        """Return the dtypes and shapes of what it makes, without what it only passes on."""
         outputs = self.outputs().items()
         return {n: output.spec for n, output in outputs if output.origin is not Origin.PASSED_ON}
 
-    def own(self, tensors: Mapping[str, Tensor]) -> Inputs:
-        """Return tensors that it made as another node reads them."""
+    def as_inputs(self, tensors: Mapping[str, Tensor]) -> Inputs:
+        """Return tensors that it made, as inputs of another node."""
         stage = self.spec.stage.name
         return {Key(stage, name): Input(self, tensor) for name, tensor in tensors.items()}
 
     def action(self, inputs: Inputs) -> Action:
         """Return its action, given what it reads.
 
-        Where that is of two stages, a tensor may have one name in both: the stage's goes in front.
+        Where that is of several stages, each name is prefixed with its stage: two of them may make
+        tensors of one name.
         """
         several = len({need.spec.stage.name for need in self.needs}) > 1
         read = {

@@ -265,6 +265,6 @@ def _errors(builder: Builder, plan: Plan, packed: Manifest) -> dict[str, Error] 
 
 def _bytes(builder: Builder, plan: Plan, node: Node, manifest: Manifest) -> dict[str, bytes]:
     """Return what a node made: bytes that only a remote has are fetched, lost ones made again."""
-    made = node.own(manifest.tensors)
+    made = node.as_inputs(manifest.tensors)
     chunks = builder.store.blobs.chunks
     return {key.name: b"".join(map(bytes, chunks(builder.locate(plan, made, key)))) for key in made}

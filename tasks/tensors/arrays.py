@@ -17,7 +17,7 @@ def read(
     dtype: str,
     shape: Sequence[int],
     memory: mx.array | None = None,
-    look: Callable[[memoryview], None] | None = None,
+    on_read: Callable[[memoryview], None] | None = None,
 ) -> mx.array:
     """Return an array of the bytes in ``parts``.
 
@@ -28,10 +28,10 @@ def read(
         shape: of the array.
         memory: what to read them into, if it is large enough: (bytes,), uint8. The next that is
             read into it overwrites the array, so what is made of that must be evaluated before.
-        look: is given the bytes.
+        on_read: called with the bytes, before they are used.
 
     Raises:
-        FileChanged: a file is another than when it was found.
+        FileChanged: a file has changed since it was first seen.
     """
     count = sum(part.length for part in parts)
     if memory is None or memory.size < count:
@@ -39,13 +39,13 @@ def read(
     if count:
         data = memoryview(cast(bytearray, memory))[:count]
         blobs.read_into(parts, data)
-        if look:
-            look(data)
+        if on_read:
+            on_read(data)
     return memory[:count].view(getattr(mx, dtype)).reshape(shape)
 
 
 def blank(count: int) -> mx.array:
-    """Return memory of the CPU's that is nobody else's, and so may be filled in place."""
+    """Return new memory of the CPU that may be filled in place: (bytes,), uint8."""
     with mx.stream(mx.cpu):
         memory = mx.zeros((count,), mx.uint8)
         mx.eval(memory)
@@ -65,15 +65,15 @@ def slice_parts(parts: Sequence[Part], start: int, stop: int) -> list[Part]:
 
 
 def share(array: mx.array) -> None:
-    """Evaluate an array of the CPU's, and have a GPU read it where it lies."""
+    """Evaluate an array of the CPU, and let a GPU read it where it lies."""
     cuda.share(view(array))
 
 
 def flat(array: mx.array) -> mx.array:
     """Return an array's bytes, row-major, little-endian, not evaluated yet: (bytes,), uint8.
 
-    On the current stream, which had better be the one that the array is made on: another device's
-    would move it page by page.
+    On the current stream, which should be the one that the array is made on: another device would
+    move it page by page.
     """
     return mx.contiguous(array).reshape(-1).view(mx.uint8)
 
@@ -90,9 +90,9 @@ def views(arrays: Sequence[mx.array], *others: mx.array, together: bool) -> list
 
     Args:
         arrays: the arrays.
-        others: what is to be evaluated at the same time: a GPU is waited for each time.
-        together: whether to put them into one array first, as a GPU's should: what it makes leaves
-            it in one go, and kernels that write small pieces write them into its own memory.
+        others: arrays to be evaluated at the same time: each wait for a GPU costs.
+        together: whether to join them into one array first, as should be for a GPU: its results
+            then leave it in one go, and kernels that write small pieces write to its own memory.
     """
     flats = [flat(array) for array in arrays]
     if not together:
@@ -112,10 +112,9 @@ def dtype_name(array: mx.array) -> str:
 
 
 class Streams(threading.local):
-    """What each thread has of MLX for itself.
+    """Each thread's own MLX streams, one for each device, and memory to read blocks into.
 
-    One stream a device, since MLX runs what shares a stream one after another, and memory to read
-    blocks into.
+    MLX runs what shares a stream one after another.
     """
 
     def __init__(self) -> None:
@@ -129,9 +128,10 @@ class Streams(threading.local):
         return self._streams[device]
 
     def memory(self, count: int) -> mx.array:
-        """Return at least ``count`` bytes to read one block after another into, for a GPU too.
+        """Return memory of at least ``count`` bytes, to read one block after another into.
 
-        (bytes,), uint8. New memory for each block would cost as much as reading it.
+        (bytes,), uint8; a GPU can read it, too. New memory for each block would cost as much as
+        reading it.
         """
         if self._memory is None or self._memory.size < count:
             self._memory = blank(count)

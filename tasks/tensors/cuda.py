@@ -15,14 +15,14 @@ from tasks.tensors import mx
 # cuda.h: advice for cuMemAdvise.
 PREFERRED_LOCATION, ACCESSED_BY = 3, 5
 CPU, FIRST_GPU = -1, 0
-CONTROL = "/dev/nvidiactl"  # there where a driver is, on Linux
+CONTROL = "/dev/nvidiactl"  # exists where a driver is installed, on Linux
 
 
 def begin() -> None:
     """Begin to start CUDA in a thread, if the MLX that is installed would start it.
 
-    It takes 0.2 to 0.3 s, in which Python goes on. MLX's import does the same, but with Python's
-    lock in its hand. A few hundred MB of the GPU's memory are taken from here on.
+    It takes 0.2 to 0.3 s, in which Python goes on. MLX's import does the same, but holds Python's
+    global lock. A few hundred MB of the GPU's memory are taken from here on.
     """
     if os.path.exists(CONTROL) and _in_mlx():
         threading.Thread(target=_start, name="cuda").start()
@@ -30,24 +30,24 @@ def begin() -> None:
 
 def _in_mlx() -> bool:
     """Tell whether the MLX that is installed has the CUDA backend (a wheel of its own)."""
-    found = find_spec("mlx")
-    folders = found.submodule_search_locations if found else None
+    spec = find_spec("mlx")
+    folders = spec.submodule_search_locations if spec else None
     return any(any(Path(folder).parent.glob("mlx_cuda*")) for folder in folders or ())
 
 
 def _start() -> None:
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    with suppress(OSError, AttributeError):  # MLX meets the same, and has words for it
+    with suppress(OSError, AttributeError):  # MLX meets the same error, and reports it
         driver = ctypes.CDLL("libcuda.so.1")
         if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), FIRST_GPU) == 0:
             driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # MLX's, too
 
 
 def share(memory: memoryview) -> None:
-    """Have a GPU read and write memory of MLX's where it lies, with the CPU.
+    """Let a GPU read and write memory of MLX where it lies, beside the CPU.
 
-    CUDA moves it page by page, to whichever side touches it, unless it is told to leave it there.
-    That is advice: whether it is taken or not, the bits are the same.
+    CUDA moves it page by page to whichever side touches it, unless it is advised to leave it there.
+    Whether the advice is taken or not, the bits are the same.
     """
     if memory.nbytes and mx.cuda.is_available():
         with suppress(OSError):  # a driver by another name

@@ -1,4 +1,4 @@
-"""device: what computes: the CPU, Metal or CUDA; and how much it is given at once."""
+"""device: what computes (CPU, Metal or CUDA), and how large its blocks are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BLOCK_BYTES = {"cpu": 2 << 20, "gpu": 32 << 20}
 
 
 def backend(device: str | None) -> str:
-    """Return what computes on ``device``: ``cpu``, ``metal``, ``cuda``. They differ in the bits.
+    """Return the backend of a device: ``cpu``, ``metal``, ``cuda``. Their results differ in bits.
 
     Args:
         device: ``cpu``, ``gpu``, or None for MLX's default device.
@@ -32,5 +32,5 @@ def backend(device: str | None) -> str:
 
 
 def device_of(backend: str) -> str:
-    """Return the device, ``cpu`` or ``gpu``, of what computes."""
+    """Return the device, ``cpu`` or ``gpu``, of a backend."""
     return "cpu" if backend == "cpu" else "gpu"

@@ -1,4 +1,4 @@
-"""kernels: what computes on blocks of weights, on the current stream."""
+"""kernels: quantizes blocks of weights, on the current stream."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def quantize(weight: mx.array, *, group_size: int, bits: int, mode: str) -> tupl
 
 
 def even_rows(rows: mx.array) -> mx.array:
-    """Return rows, one of zeros more if they are odd: MLX takes nvfp4 groups by twos on a CPU."""
+    """Return rows, and one of zeros if their number is odd: on a CPU MLX takes nvfp4 in pairs."""
     return mx.pad(rows, [(0, 1), (0, 0)]) if len(rows) % 2 else rows
 
 
@@ -80,9 +80,9 @@ def agrees(dtype: mx.Dtype, group_size: int, bits: int, mode: str) -> bool:
     ties = (mx.arange(width) % 61 - 30)[None] / 4
     rows = [spread, mx.abs(spread[-32:]), -mx.abs(spread[-32:]), ties, ties * 0]
     sample = mx.concatenate([*rows, mx.repeat(changes, width, axis=1)]).astype(dtype)
-    found, _ = quantize_fast(sample, group_size=group_size, bits=bits, mode=mode)
+    fast, _ = quantize_fast(sample, group_size=group_size, bits=bits, mode=mode)
     expected = quantize(sample, group_size=group_size, bits=bits, mode=mode)
-    same = [mx.array_equal(one, other) for one, other in zip(found, expected, strict=True)]
+    same = [mx.array_equal(one, other) for one, other in zip(fast, expected, strict=True)]
     return all(one.item() for one in same)
 
 
@@ -213,12 +213,12 @@ def _pack(codes: mx.array, bits: int) -> mx.array:
     no wider one: then the bytes of each that are filled are taken.
     """
     integers = {8: mx.uint8, 16: mx.uint16, 32: mx.uint32, 64: mx.uint64}
-    held, lane = bits, 8  # bits of each integer that are codes, and all of them
-    while held not in integers and lane < LANE:
+    filled, lane = bits, 8  # bits of each integer that are codes, and all its bits
+    while filled not in integers and lane < LANE:
         wide = codes.view(integers[2 * lane])
-        codes = wide - (wide >> lane) * (2**lane - 2**held)
-        held, lane = 2 * held, 2 * lane
-    if held in integers:
-        return codes.astype(integers[held])
-    unit = gcd(held, 16)
-    return codes.view(integers[unit]).reshape(-1, lane // unit)[:, : held // unit].reshape(-1)
+        codes = wide - (wide >> lane) * (2**lane - 2**filled)
+        filled, lane = 2 * filled, 2 * lane
+    if filled in integers:
+        return codes.astype(integers[filled])
+    unit = gcd(filled, 16)
+    return codes.view(integers[unit]).reshape(-1, lane // unit)[:, : filled // unit].reshape(-1)

@@ -1,4 +1,4 @@
-"""modes: the numbers that the installed MLX quantizes by. It is asked; nothing is computed."""
+"""modes: which group sizes and bits the installed MLX takes in each mode; nothing is computed."""
 
 from __future__ import annotations
 

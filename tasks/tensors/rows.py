@@ -49,12 +49,12 @@ def count(rows: Rows) -> int:
 
 
 def blocks(rows: Rows, block_bytes: int = BLOCK_BYTES) -> Iterator[mx.array]:
-    """Yield all rows, in blocks of about ``block_bytes`` bytes: (some, columns) each."""
+    """Yield all rows, in blocks of about ``block_bytes`` bytes: (rows, columns) each."""
     return (rows.read(start, stop) for start, stop in spans(rows, block_bytes))
 
 
 def spans(rows: Rows, block_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield where such blocks begin and end."""
+    """Yield the first row of each block of about ``block_bytes`` bytes, and the end of its rows."""
     row_bytes = max(1, (rows.shape[-1] if rows.shape else 1) * DTYPE_BYTES[rows.dtype])
     step = max(1, block_bytes // (row_bytes * rows.unit)) * rows.unit
     total = count(rows)
@@ -62,11 +62,11 @@ def spans(rows: Rows, block_bytes: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, total)
 
 
-class Check:
-    """Makes sure that bytes that are read one after another are those of their digests.
+class DigestCheck:
+    """Checks bytes against their digests as they are read, one run of bytes after another.
 
     So nothing is made of a blob that decayed, or of a file that changed under the same stamp. What
-    is read out of turn is not looked at.
+    is read out of order is not checked.
 
     Attributes:
         segments: digest and length in bytes of each run of bytes, in order.
@@ -74,46 +74,48 @@ class Check:
 
     def __init__(self, segments: Sequence[tuple[str, int]]) -> None:
         self.segments = [segment for segment in segments if segment[1]]
-        self._at = 0  # bytes that were looked at
+        self._at = 0  # bytes that were checked
         self._left = list(reversed(self.segments))
-        self._missing = self._left[-1][1] if self._left else 0  # of the segment at hand
+        self._pending = (
+            self._left[-1][1] if self._left else 0
+        )  # bytes of the current segment to come
         self._state = xxhash.xxh3_128()
 
     def update(self, start: int, data: memoryview) -> None:
-        """Look at bytes.
+        """Take in bytes that were read.
 
         Args:
-            start: the first of them.
+            start: where they begin among all.
             data: the bytes.
 
         Raises:
-            BlobLost: a run of bytes ended and is another one.
+            BlobLost: a segment has ended, and has another digest.
         """
         if start != self._at:
             return
         self._at += data.nbytes
         while data.nbytes and self._left:
-            piece = data[: self._missing]
+            piece = data[: self._pending]
             self._state.update(piece)
-            self._missing -= piece.nbytes
+            self._pending -= piece.nbytes
             data = data[piece.nbytes :]
-            if not self._missing:
+            if not self._pending:
                 digest, _ = self._left.pop()
                 if self._state.hexdigest() != digest:
                     raise BlobLost(digest, "its bytes are others")
                 self._state.reset()
-                self._missing = self._left[-1][1] if self._left else 0
+                self._pending = self._left[-1][1] if self._left else 0
 
 
 class Stored(Struct, frozen=True):
-    """A tensor whose bytes lie in files, in order; ``check``, if given, looks at them as read."""
+    """A tensor whose bytes lie in files, in order; ``check``, if given, checks them as read."""
 
     blobs: Blobs
     parts: Sequence[Part]
     dtype: str
     shape: tuple[int, ...]
     unit: int = 1
-    check: Check | None = None
+    check: DigestCheck | None = None
 
     def read(self, start: int, stop: int, memory: mx.array | None = None) -> mx.array:
         """Return rows ``start`` to ``stop``, in ``memory`` if they fit, see ``arrays.read``."""
@@ -125,7 +127,12 @@ class Stored(Struct, frozen=True):
             return arrays.read(self.blobs, parts, self.dtype, shape, memory)
         check, at = self.check, start * row_bytes
         return arrays.read(
-            self.blobs, parts, self.dtype, shape, memory, look=lambda data: check.update(at, data)
+            self.blobs,
+            parts,
+            self.dtype,
+            shape,
+            memory,
+            on_read=lambda data: check.update(at, data),
         )
 
     def chunks(self) -> Iterator[memoryview]:
@@ -139,7 +146,7 @@ class Stored(Struct, frozen=True):
 
 
 class Joined(Struct, frozen=True):
-    """Matrices of as many rows each, joined on the last axis."""
+    """Matrices with the same number of rows, joined on the last axis."""
 
     sources: Sequence[Rows]
     unit: int = 1
@@ -206,8 +213,8 @@ class HalfSplit(Struct, frozen=True):
         return half_split(self.source.read(start, stop), heads=(stop - start) // self.unit)
 
 
-class Whole(Struct, frozen=True, dict=True):
-    """Tensors joined on an axis that rows do not follow: made as a whole."""
+class JoinedInMemory(Struct, frozen=True, dict=True):
+    """Tensors joined on an axis that cannot be read row by row: joined in memory, at once."""
 
     sources: Sequence[Rows]
     step: str
@@ -230,9 +237,9 @@ class Whole(Struct, frozen=True, dict=True):
 
     @cached_property
     def _array(self) -> mx.array:
-        whole = [s.read(0, count(s)).reshape(s.shape) for s in self.sources]
+        arrays = [s.read(0, count(s)).reshape(s.shape) for s in self.sources]
         join = mx.concatenate if self.step == "concatenate" else mx.stack
-        return join(whole, self.axis)
+        return join(arrays, self.axis)
 
 
 def half_split(weight: mx.array, *, heads: int) -> mx.array:
@@ -254,7 +261,11 @@ def half_split(weight: mx.array, *, heads: int) -> mx.array:
 
 
 def end_to_end(sources: Sequence[Rows], shape: tuple[int, ...]) -> Stored:
-    """Return stored tensors as one, their bytes one after another."""
+    """Return stored tensors as one, their bytes one after another.
+
+    Raises:
+        ValueError: one is not stored, or their dtypes differ.
+    """
     stored = [source for source in sources if isinstance(source, Stored)]
     if len(stored) != len(sources):
         raise ValueError("only stored tensors can be joined end to end")
@@ -262,28 +273,29 @@ def end_to_end(sources: Sequence[Rows], shape: tuple[int, ...]) -> Stored:
         raise ValueError("only tensors of one dtype can be joined end to end")
     parts = [part for source in stored for part in source.parts]
     checks = [source.check for source in stored]
-    check = Check([s for each in checks if each for s in each.segments]) if all(checks) else None
+    check = (
+        DigestCheck([s for each in checks if each for s in each.segments]) if all(checks) else None
+    )
     return Stored(stored[0].blobs, parts, stored[0].dtype, shape, check=check)
 
 
-def digest(blobs: Blobs, whole: Rows, *, keep: bool) -> Tensor:
-    """Read a tensor through, and return it by its digest.
+def digest(blobs: Blobs, source: Rows, *, keep: bool) -> Tensor:
+    """Read all of a tensor, and return its dtype, shape and digest.
 
     Args:
         blobs: the store.
-        whole: the tensor.
-        keep: whether the store must have its bytes afterwards. What only lies elsewhere in one
-            piece after another is never copied.
+        source: the tensor.
+        keep: whether the store must have its bytes afterwards. A stored tensor is never copied.
     """
-    if isinstance(whole, Stored):
-        digest = digest_parts(whole.chunks())
-        blobs.refer(digest, whole.parts)
+    if isinstance(source, Stored):
+        digest = digest_parts(source.chunks())
+        blobs.refer(digest, source.parts)
     elif keep:
-        length = Tensor(whole.dtype, whole.shape, "").nbytes
-        with blobs.writing(length) as writer:
-            for block in blocks(whole):
+        nbytes = Tensor(source.dtype, source.shape, "").nbytes
+        with blobs.writing(nbytes) as writer:
+            for block in blocks(source):
                 writer.write(arrays.view(block))
         digest = writer.digest
     else:
-        digest = digest_parts(arrays.view(block) for block in blocks(whole))
-    return Tensor(whole.dtype, whole.shape, digest)
+        digest = digest_parts(arrays.view(block) for block in blocks(source))
+    return Tensor(source.dtype, source.shape, digest)

@@ -1,4 +1,4 @@
-"""steps: what a parameter is made of stored tensors by: copies, joins, a reordering of rows.
+"""steps: how a parameter is made of stored tensors: compared copies, joins, reordered rows.
 
 In JSON each is a list: ``["same"]``, ``["concatenate", 0]``.
 """
@@ -49,7 +49,7 @@ def read(steps: Iterable[Sequence[Any]]) -> tuple[Step, ...]:
     """Return steps as JSON has them.
 
     Raises:
-        msgspec.ValidationError: one is none.
+        msgspec.ValidationError: one is no step.
     """
     return msgspec.convert(tuple(steps), tuple[Step, ...])
 
@@ -60,33 +60,37 @@ def computed_by_library(steps: Iterable[Step]) -> bool:
 
 
 def apply(sources: Sequence[Rows], steps: Iterable[Step]) -> Rows:
-    """Return the tensor that steps make of tensors, to be read by rows."""
-    made = list(sources)
+    """Return the tensor that steps make of ``sources``, to be read by rows.
+
+    Raises:
+        ValueError: a library has to make it.
+    """
+    tensors = list(sources)
     for step in steps:
         match step:
             case Same():
-                made = made[:1]
+                tensors = tensors[:1]
             case HalfSplit(heads):
-                made = [rows.HalfSplit(made[0], heads)]
-            case Concatenate(axis) if axis == len(made[0].shape) - 1 > 0:
-                made = [rows.Joined(made)]
+                tensors = [rows.HalfSplit(tensors[0], heads)]
+            case Concatenate(axis) if axis == len(tensors[0].shape) - 1 > 0:
+                tensors = [rows.Joined(tensors)]
             case Concatenate(0):
-                length = sum(source.shape[0] for source in made)
-                made = [rows.end_to_end(made, (length, *made[0].shape[1:]))]
+                length = sum(source.shape[0] for source in tensors)
+                tensors = [rows.end_to_end(tensors, (length, *tensors[0].shape[1:]))]
             case Stack(0):
-                made = [rows.end_to_end(made, (len(made), *made[0].shape))]
+                tensors = [rows.end_to_end(tensors, (len(tensors), *tensors[0].shape))]
             case Concatenate(axis):
-                made = [rows.Whole(made, "concatenate", axis)]
+                tensors = [rows.JoinedInMemory(tensors, "concatenate", axis)]
             case Stack(axis):
-                made = [rows.Whole(made, "stack", axis)]
+                tensors = [rows.JoinedInMemory(tensors, "stack", axis)]
             case Sanitize(name):
                 raise ValueError(f"{name} is made by a library, not by rows")
-    (whole,) = made
-    return whole
+    (result,) = tensors
+    return result
 
 
 def lies_in_inputs(steps: Iterable[Step]) -> bool:
-    """Tell whether the bytes of what steps make lie in the inputs, one after another."""
+    """Tell whether what steps make is the inputs' bytes, one after another."""
     return all(step in (Same(), Concatenate(0), Stack(0)) for step in steps)
 
 
@@ -106,5 +110,5 @@ def needs_whole(shape: Sequence[int], steps: Iterable[Step]) -> bool:
 
 
 def work(steps: Sequence[Step]) -> Sequence[Step]:
-    """Return the steps that make anything: to compare copies makes nothing."""
+    """Return the steps that make something: comparing copies makes nothing."""
     return steps[1:] if steps and isinstance(steps[0], Same) else steps

@@ -238,9 +238,9 @@ def test_a_build_that_was_killed(last: str, tmp_path: Path) -> None:
 
 def test_cuda_writes_into_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = create(tmp_path, "huggingface", **FOUR_BIT)
-    assert bundle.is_new(inside.session(tmp_path).plans["model"], lambda _: True)
+    assert bundle.writes_in_place(inside.session(tmp_path).plans["model"], lambda _: True)
     monkeypatch.setattr(device, "backend", lambda _: "cuda")
-    assert not bundle.is_new(inside.session(tmp_path).plans["model"], lambda _: True)
+    assert not bundle.writes_in_place(inside.session(tmp_path).plans["model"], lambda _: True)
     assert not packs(project)
 
 

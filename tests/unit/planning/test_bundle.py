@@ -32,7 +32,7 @@ sizes = st.lists(st.integers(0, 40), max_size=30)
 def test_shards(sizes: list[int], limit: int) -> None:
     """As mlx-lm's own, less the empty first one that some versions make of a large tensor."""
     tensors = [(f"t{i}", Tensor("uint8", (size,), digest(b""))) for i, size in enumerate(sizes)]
-    made = bundle.shards(tensors, limit)
+    made = bundle.split_into_shards(tensors, limit)
     assert [packed for shard in made for packed in shard] == tensors
     assert all(made)
     for shard in made:
