@@ -1,4 +1,4 @@
-"""tasks: what is done: one module a stage, loader or layout. See docs/ for the whole picture."""
+"""tasks: builds models, in rooms from ``core`` up to ``cli``: see CONTRIBUTING.md."""
 
 import sys
 

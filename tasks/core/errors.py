@@ -1,8 +1,8 @@
-"""errors: what a user can be told to mend. One base; doit prints the text and no traceback."""
+"""errors: what a user can mend. They have one base; doit prints the text without a traceback."""
 
 
 class BuildError(Exception):
-    """Base: the fact with its values, the cause, the mend."""
+    """The base of them. The text has the fact with its values, the cause, and the mend."""
 
 
 class ConfigError(BuildError):

@@ -41,7 +41,7 @@ class LoaderName(Word):
 
 
 class LayoutName(Word):
-    """One of ``tasks.layouts``."""
+    """One of ``tasks.layouts.registry``."""
 
     __slots__ = ()
 

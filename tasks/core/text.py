@@ -1,4 +1,4 @@
-"""Numbers as people write and read them."""
+"""text: numbers, sizes and times as people write and read them."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def listed(names: Sequence[str]) -> str:
 
 
 def percent(part: float) -> str:
-    """Return a part of 1 in percent, three digits."""
+    """Return a fraction in percent, with three digits."""
     if isnan(part) or part == inf:
         return "not finite"
     return "0 %" if part == 0 else f"{100 * part:#.3g}".rstrip(".") + " %"
 
 
 def decibel(value: float) -> str:
-    """Return decibels."""
+    """Return a value in decibels: ``31.2 dB``."""
     if isnan(value) or value == -inf:
         return "not finite"
     return "exact" if value == inf else f"{value:.1f} dB"
 
 
 def seconds(value: float) -> str:
-    """Return a time: ``12 ms``, ``3.4 s``, ``2 min 5 s``, ``1 h 3 min``."""
+    """Return a time in seconds: ``12 ms``, ``3.4 s``, ``2 min 5 s``, ``1 h 3 min``."""
     if value < 0.9995:
         return f"{1000 * value:.3g} ms"
     if value < 99.5:
@@ -59,7 +59,7 @@ def seconds(value: float) -> str:
 
 
 def size_bytes(text: str) -> int | None:
-    """Return the bytes that a size such as ``2.5GB`` says, rounded down, or None if it is none."""
+    """Return the bytes of a size such as ``2.5GB``, rounded down, or None if it is no size."""
     match = re.fullmatch(SIZE, text)
     if not match or match[3] not in UNITS:
         return None
@@ -68,7 +68,7 @@ def size_bytes(text: str) -> int | None:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes, for people."""
+    """Return a number of bytes: ``1.5 GB``, in powers of ten."""
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= 0.9995 * factor:  # as it is rounded
             return f"{count / factor:.3g} {unit}"
@@ -76,12 +76,12 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return how long something took, for people."""
+    """Return a time in seconds: ``3.4 s``, from a minute on as a clock: ``2:05 min``."""
     return f"{seconds:.1f} s" if seconds < 60 else f"{clock(seconds)} {_unit(seconds)}"
 
 
 def clock(seconds: float) -> str:
-    """Return a time as m:ss or h:mm:ss."""
+    """Return a time in seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -74,10 +74,10 @@ class NodeContext:
         return self._builder.rows(self._plan, self._inputs, key)
 
     def parts(self, key: Key) -> list[Part]:
-        """Return where the bytes of an input lie, looked at; they are made again if lost.
+        """Return where the bytes of an input lie, checked; it is made again first if it is lost.
 
         Raises:
-            BlobLost: they are others.
+            BlobLost: they are not those of its digest.
         """
         parts = self._builder.locate(self._plan, self._inputs, key)
         digest = self._inputs[key].tensor.digest
@@ -93,23 +93,23 @@ class NodeContext:
         return rows.digest(self.blobs, self.rows(key), keep=True)
 
     def writer(self, name: str, nbytes: int) -> AbstractContextManager[Writer]:
-        """Give a writer for the output ``name``: of what is packed, in its place if it has one."""
+        """Give a writer for an output: into its place in a weight file, where there is a draft."""
         draft = None
         if self._node in self._plan.packed:
             draft = self._builder.begin_draft(self._plan)
         return draft.writing(name) if draft else self.blobs.writing(nbytes)
 
     def prefetch(self, keys: Iterable[Key]) -> None:
-        """Have inputs in the cache that only a remote store has, all at once."""
+        """Fetch inputs that only a remote store has, all at once."""
         self._builder.fetch(self._plan, self._inputs, keys)
 
     def verify(self, keys: Iterable[Key]) -> None:
-        """Forget where inputs lie whose bytes are not those of their digests any more."""
+        """Forget where inputs lie whose bytes no longer match their digests."""
         for key in keys:
             self.blobs.drop_if_wrong(self._inputs[key].tensor.digest)
 
     def once(self, question: Hashable, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns; in one run of the build it is done once."""
+        """Return what ``work`` returns for a question; it is called once in a run of the build."""
         with self._builder.once_lock:
             if question not in self._builder.answers:
                 self._builder.answers[question] = work()
@@ -127,12 +127,12 @@ class Builder:
         log: the build log.
         run_id: of this invocation.
         keep: stages whose results are kept, besides those that always are.
-        memory: what tensors in work may take together.
+        memory: the limit on what actions hold at once.
         drafts: weight files of what is to be packed.
         streams: MLX's, of each thread.
         made: keys of the actions that were run.
         answers: what stages worked out once, by the question.
-        once_lock: held meanwhile.
+        once_lock: held while they do.
     """
 
     store: Store
@@ -170,14 +170,14 @@ class Builder:
             manifest, record["outcome"] = self._run(plan, node)
             old = Manifest.at(path)
             explain = node.stage.explain
-            if old and (found := reasons.between(old.action, manifest.action, explain)):
+            if old and (changes := reasons.between(old.action, manifest.action, explain)):
                 first = [why] if node.is_leaf else []  # which file changed
-                record["why"] = "; ".join([*first, reasons.joined(found)])
+                record["why"] = "; ".join([*first, reasons.joined(changes)])
             self.publish(path, manifest)
         return manifest
 
     def publish(self, path: Path, manifest: Manifest) -> None:
-        """Write a manifest where the build tool looks, unless it says the same already."""
+        """Write a manifest to ``path``, unless it is there already."""
         data = manifest.to_bytes()
         try:
             if path.read_bytes() == data:
@@ -234,7 +234,7 @@ class Builder:
         return self.run(plan, node, why)
 
     def inputs(self, plan: Plan, node: Node) -> Inputs:
-        """Return the tensors that a node reads: who made each, and what it is."""
+        """Return the tensors that a node reads, and the nodes that made them."""
         return node.inputs({need: self.manifest(plan, need) for need in node.needs})
 
     def _run(self, plan: Plan, node: Node) -> tuple[Manifest, str]:
@@ -319,13 +319,13 @@ class Builder:
         return found
 
     def shared(self, node: Node) -> Locate | None:
-        """Return what locates a node's tensors, or None if their bytes are not kept anywhere."""
+        """Return what locates a node's tensors, or None if their bytes are not shared."""
         if node.is_leaf or not self.keeps(node.stage):
             return None
         return lambda _, tensor: self.store.blobs.locate(tensor.digest, tensor.nbytes)
 
     def fetch(self, plan: Plan, inputs: Inputs, keys: Iterable[Key]) -> None:
-        """Have the tensors' blobs in the store, those of a remote all at once."""
+        """Fetch the blobs of inputs that only a remote has, all at once."""
         sharing, blobs = self.store.sharing, self.store.blobs
         if not sharing:
             return
@@ -397,7 +397,13 @@ class Builder:
     def _on_record(
         self, plan: Plan, node: Node, known: dict[Node, Manifest | None]
     ) -> Manifest | None:
-        """Return what is on record of a node, of the checkpoint as it is; ``known``: of others."""
+        """Return what is on record of a node, for the checkpoint as it is now.
+
+        Args:
+            plan: the target.
+            node: the node.
+            known: the answers for nodes that were asked of before; extended.
+        """
         if node not in known:
             known[node] = None
             if node.is_leaf:
@@ -465,12 +471,12 @@ class Builder:
                 return
             with self.logged(node.name, f"blob lost: {lost.cause}") as record:
                 if node.is_leaf:
-                    again = self._scan(plan, node, reread=True)
+                    remade = self._scan(plan, node, reread=True)
                 else:
-                    again = self._make(plan, node, inputs)
+                    remade = self._make(plan, node, inputs)
                 record["outcome"] = "computed"
-        if again.tensors.get(name) != tensor:
-            self.publish(Path(self.manifest_path(node)), again)  # so that the next run sees it
+        if remade.tensors.get(name) != tensor:
+            self.publish(Path(self.manifest_path(node)), remade)  # so that the next run sees it
             raise BuildError(
                 f"{node.name}: {name} is lost ({lost.cause}) and comes out differently now. "
                 f"Run {COMMAND} again: what depends on it is then built anew."

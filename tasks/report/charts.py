@@ -1,4 +1,4 @@
-"""charts: where everything of a report's charts goes, worked out before anything is drawn."""
+"""charts: works out the geometry of a report's charts; templates draw them."""
 
 from __future__ import annotations
 
@@ -113,25 +113,25 @@ def heats(pieces: Sequence[Piece], scale: Scale) -> list[Heat]:
 def _heat(stack: str, layers: dict[int, dict[str, Piece]], scale: Scale) -> Heat:
     modules = list(dict.fromkeys(module for layer in layers.values() for module in layer))
     numbers = sorted(layers)
-    strips = -(-len(numbers) // STRIP_LAYERS)
-    length = -(-len(numbers) // strips)
-    found = []
+    count = -(-len(numbers) // STRIP_LAYERS)
+    length = -(-len(numbers) // count)
+    strips = []
     for start in range(0, len(numbers), length):
-        some = numbers[start : start + length]
-        every = 1 if len(some) <= 12 else 4
-        heads = [(some[at], min(every, len(some) - at)) for at in range(0, len(some), every)]
+        shown = numbers[start : start + length]
+        every = 1 if len(shown) <= 12 else 4
+        heads = [(shown[at], min(every, len(shown) - at)) for at in range(0, len(shown), every)]
         rows = [
             (
                 module,
                 [
                     cell(scale, layers[number][module]) if module in layers[number] else None
-                    for number in some
+                    for number in shown
                 ],
             )
             for module in modules
         ]
-        found.append(Strip(heads, rows))
-    return Heat(stack, len(numbers), len(modules), found)
+        strips.append(Strip(heads, rows))
+    return Heat(stack, len(numbers), len(modules), strips)
 
 
 class Kind(NamedTuple):
@@ -148,18 +148,18 @@ class Kind(NamedTuple):
 def kinds(pieces: Sequence[Piece]) -> list[Kind]:
     """Return sizes by kind, the largest first."""
     total = sum(piece.nbytes for piece in pieces)
-    found = []
+    kinds = []
     for name in KINDS:
-        some = [piece for piece in pieces if piece.kind == name]
-        if not some:
+        members = [piece for piece in pieces if piece.kind == name]
+        if not members:
             continue
-        weights, nbytes = sum(p.weights for p in some), sum(p.nbytes for p in some)
-        errors = [p.error for p in some if p.error]
-        found.append(
+        weights, nbytes = sum(p.weights for p in members), sum(p.nbytes for p in members)
+        errors = [p.error for p in members if p.error]
+        kinds.append(
             Kind(name, weights, nbytes, nbytes / total if total else 0,
                  8 * nbytes / weights if weights else nan, together(errors) if errors else None)
         )  # fmt: skip
-    return sorted(found, key=lambda kind: -kind.nbytes)
+    return sorted(kinds, key=lambda kind: -kind.nbytes)
 
 
 class Bar(NamedTuple):
@@ -177,17 +177,17 @@ def bars(pieces: Sequence[Piece], height: float) -> list[Bar]:
     layers: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces:
         layers[piece.layer].append(piece)
-    sizes = {layer: sum(p.nbytes for p in some) for layer, some in layers.items()}
-    stacked = [layer for layer, some in layers.items() if some[0].block]
+    sizes = {layer: sum(p.nbytes for p in members) for layer, members in layers.items()}
+    stacked = [layer for layer, members in layers.items() if members[0].block]
     most = max((sizes[layer] for layer in stacked), default=0)
     step = WIDTH / max(FEWEST_BARS, len(stacked))
-    found = []
-    for layer, some in layers.items():
+    bars = []
+    for layer, members in layers.items():
         boxes = []
         y = height
         if layer in stacked and most:
             by_kind: dict[str, int] = defaultdict(int)
-            for piece in some:
+            for piece in members:
                 by_kind[piece.kind] += piece.nbytes
             for kind in KINDS:
                 if by_kind[kind]:
@@ -196,11 +196,11 @@ def bars(pieces: Sequence[Piece], height: float) -> list[Bar]:
                     title = f"{layer} {kind}: {words.size(by_kind[kind])}"
                     x = step * stacked.index(layer)
                     boxes.append((kind, x, y, step * 0.86, tall, title))
-        weights = sum(p.weights for p in some)
-        errors = [p.error for p in some if p.error]
+        weights = sum(p.weights for p in members)
+        errors = [p.error for p in members if p.error]
         bits = 8 * sizes[layer] / weights if weights else nan
-        found.append(Bar(layer, sizes[layer], bits, together(errors) if errors else None, boxes))
-    return found
+        bars.append(Bar(layer, sizes[layer], bits, together(errors) if errors else None, boxes))
+    return bars
 
 
 class Point(NamedTuple):
@@ -249,16 +249,18 @@ class Plot(NamedTuple):
 
 def plot(figures: Sequence[Figures]) -> Plot | None:
     """Return the plot of the targets whose error is known; None if that leaves none to compare."""
-    known = [
+    measured = [
         (number, one, one.relative)
         for number, one in enumerate(figures, 1)
         if one.relative is not None and isfinite(one.relative)
     ]
-    if len(known) < 2:
+    if len(measured) < 2:
         return None
-    x_step, x_most = _ticks(max(one.nbytes for _, one, _ in known))
-    y_step, y_most = _ticks(max(part for *_, part in known) or 1.0)
-    places = [(number, one, one.nbytes / x_most, 1 - part / y_most) for number, one, part in known]
+    x_step, x_most = _ticks(max(one.nbytes for _, one, _ in measured))
+    y_step, y_most = _ticks(max(part for *_, part in measured) or 1.0)
+    places = [
+        (number, one, one.nbytes / x_most, 1 - part / y_most) for number, one, part in measured
+    ]
     taken = [_box(x, y, -6, 6, 0) for *_, x, y in places]
     return Plot(
         [_labelled(taken, *place) for place in places],
@@ -374,7 +376,7 @@ def _span(build: Timeline, entry: Entry, critical: bool, start: float, seconds: 
 
 
 class Row(NamedTuple):
-    """What came of a stage's tasks."""
+    """The outcomes of a stage's tasks, the seconds they took, and the bytes they moved."""
 
     stage: str
     counts: dict[str, int]  # by outcome
@@ -384,22 +386,22 @@ class Row(NamedTuple):
 
 
 def rows(build: Timeline, tasks: dict[str, int]) -> list[Row]:
-    """Return what came of each stage's tasks in a build.
+    """Return the outcomes of each stage's tasks in a build.
 
     Args:
         build: the build.
         tasks: how many a stage has.
     """
-    found = []
+    rows = []
     for stage, total in tasks.items():
         entries = [entry for entry in build.mine if timeline.stage_of(entry.task) == stage]
         counts = {o: sum(e.outcome == o for e in entries) for o in log.OUTCOMES}
         counts["up to date"] = total - len({entry.task for entry in entries})
         read, written = sum(e.bytes_read for e in entries), sum(e.bytes_written for e in entries)
         seconds = sum(e.seconds for e in entries)
-        found.append(Row(stage, counts, seconds, read, written))
-    seen = {outcome for row in found for outcome, count in row.counts.items() if count}
+        rows.append(Row(stage, counts, seconds, read, written))
+    seen = {outcome for row in rows for outcome, count in row.counts.items() if count}
     return [
         row._replace(counts={o: count for o, count in row.counts.items() if o in seen})
-        for row in found
+        for row in rows
     ]

@@ -1,4 +1,4 @@
-"""figures: what a target's manifests tell: sizes, bits per weight, quantization errors."""
+"""figures: reads sizes, bits per weight and quantization errors out of a target's manifests."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class Piece:
         layer: the layer's.
         weights: how many it holds.
         nbytes: in the built model.
-        dtype: there, if it is not quantized.
-        error: if it is quantized.
+        dtype: in the built model; of a quantized one, of its packed weight.
+        error: how far it is from its original; None if it is not quantized.
     """
 
     name: str
@@ -87,8 +87,8 @@ class Piece:
     @cached_property
     def module(self) -> str:
         """The module's path within its layer."""
-        _, found, rest = f".{self.path}".partition(f".{self.layer}.")
-        return rest if found else self.path
+        _, layer, rest = f".{self.path}".partition(f".{self.layer}.")
+        return rest if layer else self.path
 
     @cached_property
     def kind(self) -> str:
@@ -187,8 +187,8 @@ class Reader:
     def read(self, plan: Plan) -> Figures | None:
         """Return the figures of a target as it was last built, or None if it was not.
 
-        Nothing is built for it. Errors that are not known, or not of what was last packed, are
-        not there.
+        Nothing is built for it. ``errors`` is None where they are not known, or not of what was
+        last packed.
         """
         stamps = self.stamps(plan)
         known = self._known.get(plan.target.name)
@@ -232,20 +232,20 @@ def pieces(plan: Plan, packed: Manifest, errors: dict[str, Error]) -> list[Piece
         name: Tensor(dtype, tuple(shape), digest)
         for name, (dtype, shape, digest) in packed.action.inputs.items()
     }
-    found = []
+    pieces = []
     for layer, parameters in plan.shared.layers.items():
         for parameter in parameters:
             name = parameter.name
-            known = errors.get(name)
-            names = quantize_scheme.parts(name, known.setting) if known else [name]
+            error = errors.get(name)
+            names = quantize_scheme.parts(name, error.setting) if error else [name]
             nbytes = sum(tensors[part].nbytes for part in names)
             dtype = tensors[name].dtype
-            found.append(Piece(name, layer, parameter.size, nbytes, dtype, known))
-    return found
+            pieces.append(Piece(name, layer, parameter.size, nbytes, dtype, error))
+    return pieces
 
 
 def _errors(builder: Builder, plan: Plan, packed: Manifest) -> dict[str, Error] | None:
-    found: dict[str, Error] = {}
+    errors: dict[str, Error] = {}
     for node in plan.nodes(measure.Measure.name):
         manifest = Manifest.at(Path(builder.manifest_path(node)))
         if manifest is None or manifest.action.params != node.params.record:
@@ -259,12 +259,15 @@ def _errors(builder: Builder, plan: Plan, packed: Manifest) -> dict[str, Error] 
         except (BuildError, CacheError, OSError):
             return None
         for name, setting in node.params.compared.items():
-            found[name] = Error(setting, *norms[name])
-    return found
+            errors[name] = Error(setting, *norms[name])
+    return errors
 
 
 def _bytes(builder: Builder, plan: Plan, node: Node, manifest: Manifest) -> dict[str, bytes]:
-    """Return what a node made: bytes that only a remote has are fetched, lost ones made again."""
-    made = node.as_inputs(manifest.tensors)
+    """Return the bytes of what a node made, by name; fetched or made again if they are not here."""
+    outputs = node.as_inputs(manifest.tensors)
     chunks = builder.store.blobs.chunks
-    return {key.name: b"".join(map(bytes, chunks(builder.locate(plan, made, key)))) for key in made}
+    return {
+        key.name: b"".join(map(bytes, chunks(builder.locate(plan, outputs, key))))
+        for key in outputs
+    }
