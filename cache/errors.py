@@ -1,5 +1,19 @@
 """errors: what can go wrong in the store."""
 
+MOST_SHOWN = 500  # characters
+
+
+def printable(text: str) -> str:
+    """Return a text from elsewhere as it may be shown: on one line, in bounds, as it is seen.
+
+    So it can neither forge a line, nor move the cursor, nor fill the screen.
+    """
+    if len(text) > MOST_SHOWN:
+        text = f"{text[:MOST_SHOWN]}…"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
 
 class CacheError(Exception):
     """Base of the store's errors. The message is one a user can act on."""
@@ -38,8 +52,8 @@ class Refused(CacheError):
     """
 
     def __init__(self, name: str, cause: str) -> None:
-        super().__init__(f"record {name} is refused: {cause}")
-        self.cause = cause
+        super().__init__(f"record {name} is refused: {printable(cause)}")
+        self.cause = printable(cause)
 
 
 class BadRemote(CacheError):

@@ -6,7 +6,6 @@ leave it out, too. One that an older version made is known by what lies in it.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cache.errors import CacheError
+from cache.files.own import UNWRITABLE
 
 TAG = "CACHEDIR.TAG"
 CONTENT = b"""Signature: 8a477f597d28d172789f06886806bc55
@@ -21,7 +21,6 @@ CONTENT = b"""Signature: 8a477f597d28d172789f06886806bc55
 """
 _OWN = {"blobs", "actions", "memos", "corrupt", "turn", "lock", TAG}
 _NOBODYS = {"lost+found", ".DS_Store", ".gitignore", ".gitkeep"}
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 SHOWN = 3
 
 
@@ -70,7 +69,7 @@ def claim(root: Path) -> None:
     try:
         descriptor = os.open(root / TAG, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        if error.errno in _UNWRITABLE:  # it may be read all the same
+        if error.errno in UNWRITABLE:  # it may be read all the same
             return
         raise
     with open(descriptor, "wb") as file:

@@ -78,7 +78,8 @@ class Lock:
     def _held(
         self, name: str, how: int, waiting: Callable[[], None] = lambda: None
     ) -> Iterator[None]:
-        descriptor = own.open_own(self.root / name, os.O_RDWR | os.O_CREAT)
+        path = self.root / name
+        descriptor = _open(path, must_write=how == fcntl.LOCK_EX)
         try:
             try:
                 fcntl.flock(descriptor, how | fcntl.LOCK_NB)
@@ -88,7 +89,26 @@ class Lock:
             except OSError as error:
                 if error.errno in _UNKNOWN:
                     raise NoLocks(self.root) from error
+                error.filename = str(path)
                 raise
             yield
         finally:
             os.close(descriptor)
+
+
+def _open(path: Path, *, must_write: bool) -> int:
+    """Open a lock's file; where nothing can be written, one that is there can be locked as well.
+
+    Raises:
+        NoLocks: there is none, and none can be made: nor can anybody who sees the folder as it is
+            seen here remove anything.
+    """
+    try:
+        return own.open_own(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        if must_write or error.errno not in own.UNWRITABLE:
+            raise
+    try:
+        return own.open_own(path, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise NoLocks(path.parent) from error

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from cache.errors import CacheError
 
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 class Linked(CacheError):
     """A link lies where a file or folder of our own belongs."""

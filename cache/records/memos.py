@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from cache.digest import digest_record
 from cache.files import atomic
+from cache.files.own import UNWRITABLE
 from cache.records.sealed import Damaged, seal, unseal
 
 _T = TypeVar("_T")
@@ -48,11 +49,15 @@ class Memos:
         return found
 
     def put(self, kind: str, question: Any, answer: Any) -> None:
-        """Remember the ``answer`` (JSON, None excepted) to ``question``."""
+        """Remember the ``answer`` (JSON, None excepted) to ``question``, if it can be written."""
         if self._read_only:
             return
         key = _key(question)
-        atomic.write(self._path(kind, key), seal(f"{kind}/{key}", answer))
+        try:
+            atomic.write(self._path(kind, key), seal(f"{kind}/{key}", answer))
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
 
     def _path(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / f"{key[2:]}.json"

@@ -11,19 +11,20 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import xxhash
 
 from cache.blobs import Blobs, Part
 from cache.digest import canonical
-from cache.errors import BlobLost, FileChanged, Mismatch, NotFetched, Refused
+from cache.errors import BlobLost, FileChanged, Mismatch, NotFetched, Refused, printable
 from cache.records.actions import Actions
 from cache.records.manifests import Action, Manifest, ManifestError, Tensor, TensorSpec
 from cache.remote.remote import Remote, blake3_of
 
 KIND = "actions"
+MOST_NOTES = 100  # of a result, of those that a remote has
 FETCHES = 8  # blobs fetched at once
 
 Locate = Callable[[str, Tensor], Sequence[Part]]  # by a tensor's name
@@ -201,6 +202,8 @@ class Sharing:
             if record is None:
                 return None
             manifest = Manifest.from_bytes(canonical(record["manifest"]))
+            notes = tuple(printable(note) for note in manifest.notes[:MOST_NOTES])
+            manifest = replace(manifest, notes=notes)
             names = {digest: blake3 for digest, blake3 in record["blake3"].items() if _is(blake3)}
         except (ManifestError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None  # damaged: as good as none, and replaced when it was made again

@@ -9,9 +9,10 @@ long, and a slow line has its time. No more is read than was asked for.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -108,6 +109,33 @@ def check(url: str) -> None:
         raise BadRemote(f"{shown(url)}: there is no bucket or host after {parts.scheme}://.")
     if parts.query or parts.fragment:
         raise BadRemote(f"{shown(url)}: a remote's URL has no ? and no #. Leave them out.")
+
+
+def risks(url: str, *, signed: bool, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return what people should know who use a remote on another machine.
+
+    Args:
+        url: the remote's.
+        signed: whether its records have to be signed.
+        environ: may name the endpoint of an S3 server.
+    """
+    if url.startswith("s3:"):
+        url = environ.get("AWS_ENDPOINT_URL") or url
+    parts = urlsplit(url)
+    if parts.scheme == "file" or re.fullmatch(r"localhost|127\.[0-9.]+|::1", parts.hostname or ""):
+        return []
+    found = []
+    if parts.scheme == "http":
+        found.append(
+            "all that is sent there, passwords too, can be read and changed on its way. Use "
+            "https:// if the server has it."
+        )
+    if not signed:
+        found.append(
+            "its records are not signed: who can write there can have you build anything that "
+            "models.lock does not know better. Set MLX_MAKE_SIGNING_KEY wherever it is used."
+        )
+    return found
 
 
 def shown(url: str) -> str:
@@ -416,7 +444,7 @@ class Transport:
 
     def of_status(self, status: int, body: str) -> Fault:
         """Return the fault that an HTTP answer tells of."""
-        code = re.search(r"<Code>(\w+)</Code>", body)
+        code = re.search(r"<Code>(\w{1,64})</Code>", body)
         phrase = code[1] if code else _PHRASES.get(status)
         said = f"it answered {status} ({phrase})" if phrase else f"it answered {status}"
         if code and code[1] == "RequestTimeTooSkewed":
@@ -454,7 +482,9 @@ def _full(cause: str) -> Fault:
 
 def _skewed(cause: str, body: str) -> Fault:
     here, there = (
-        found[1] if (found := re.search(rf"<{tag}>([\w:.+\- ]+)</{tag}>", body)) else "unknown"
+        found[1]
+        if (found := re.search(rf"<{tag}>([\w:.+\- ]{{1,64}})</{tag}>", body))
+        else "unknown"
         for tag in ("RequestTime", "ServerTime")
     )
     return Fault(

@@ -70,6 +70,10 @@ class Command(DoitCommand):  # type: ignore[misc]
                 raise
             except CacheError as error:
                 raise InvalidDodoFile(failures.message(error)) from error
+            except OSError as error:
+                if error.filename is None:  # what is printed cannot be, or nobody reads it
+                    raise
+                raise InvalidDodoFile(failures.message(error)) from error
             finally:
                 if self.loader and self.loader.session:
                     self.loader.session.close()

@@ -198,7 +198,7 @@ class Database:
                     data = self._saved.bytes_of(name) if line is None else line
                     atomic.write_all(new.file, memoryview(data), len(head) + places[name][0])
                 new.rename(Path(self.name))
-        except NoRoom as error:  # the action cache remembers what was built
+        except (NoRoom, OSError) as error:  # the action cache remembers what was built
             print(f"warning: {failures.message(error)}", file=sys.stderr)
         self._saved = _Saved(Path(self.name))
         self._changed = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,20 @@ from cache.folder import NotACache
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 
+_WRITABLE = "Have it writable, or name another folder (for the cache, [cache] dir)"
+_IN_THE_WAY = "A file is where a folder must be, or the other way round: move it away"
+_MENDS = {
+    errno.EIO: "The disk, or what connects it, may be failing: check it",
+    errno.EROFS: _WRITABLE,
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EISDIR: _IN_THE_WAY,
+    errno.EMFILE: "Let a process open more files (ulimit -n 4096)",
+    errno.ENFILE: "Let the system open more files",
+    errno.ESTALE: "Mount that file system anew",
+}
 MENDABLE = (BuildError, CacheError, OSError)  # by users: told with a message, and no traceback
 
 
@@ -26,8 +41,9 @@ def message(error: Exception) -> str:
     if isinstance(error, OSError):
         if not space.is_full(error):
             where = f"{error.filename}: " if error.filename else ""
-            fact = f"{where}{error.strerror or error}."
-            return f"{fact} Mend that and run {COMMAND} again: what is already built is kept."
+            mend = _MENDS.get(error.errno or 0, "Mend that")
+            again = f"run {COMMAND} again: what is already built is kept."
+            return f"{where}{error.strerror or error}. {mend}, and {again}"
         error = space.no_room(Path(error.filename or "."))
     if isinstance(error, NoRoom):
         return f"{error} Make room and run {COMMAND} again: what is already built is kept."

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache.errors import CacheError
+from cache.records.memos import Memos
 from cache.store import Store
 from tasks.cli.failures import MENDABLE, as_invalid_dodo_file, message
 from tasks.cli.options import DEFAULT, Options
@@ -125,7 +126,7 @@ class Session:
         with as_invalid_dodo_file(), ExitStack() as if_it_fails:
             lock = Lock.load(config.path.with_suffix(".lock"), strict=options.locked)
             store = Store.at(config.cache.dir, read_only=options.read_only)
-            remote = _open_remote(config, read_only=options.read_only)
+            remote = _open_remote(config, store.memos, read_only=options.read_only)
             if remote:
                 from cache.remote.sharing import Sharing
 
@@ -223,15 +224,26 @@ def _check_any_is_planned(
         raise BuildError("\n".join(messages(wanted)))
 
 
-def _open_remote(config: Config, *, read_only: bool) -> Remote | None:
+def _open_remote(config: Config, memos: Memos, *, read_only: bool) -> Remote | None:
     """Open the remote store, if there is one to be used."""
     if not config.cache.remote or config.cache.mode == "off":
         return None
     from cache.remote.remote import Remote
+    from cache.remote.transport import risks
 
-    return Remote(
+    def warn(text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr)
+
+    secret = os.environ.get("MLX_MAKE_SIGNING_KEY", "").encode() or None
+    remote = Remote(
         config.cache.remote,
-        warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+        warn=warn,
         read_only=read_only or config.cache.mode == "read-only",
-        secret=os.environ.get("MLX_MAKE_SIGNING_KEY", "").encode() or None,
+        secret=secret,
     )
+    for risk in risks(config.cache.remote, signed=secret is not None):
+        question = [remote.name, risk]
+        if not memos.get("warned", question, bool):
+            warn(f"remote {remote.name}: {risk}")
+            memos.put("warned", question, True)  # once is enough
+    return remote

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import IO
 
 from cache.files import atomic, own, trash
+from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
-from tasks.core.workspace import BUILD, STATE, TRASH
+from tasks.core.workspace import STATE, TRASH, Workspace
+from tasks.execution import place
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without
 
@@ -38,10 +40,23 @@ def alone(models: Path) -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         trash.remove_behind(*(state / TRASH).glob(f"{atomic.TEMPORARY}*"))
-        for left in state.with_name(BUILD).glob(f"{atomic.TEMPORARY}*"):
-            if (state / "manifests" / left.name.removeprefix(atomic.TEMPORARY)).exists():
-                trash.discard(left, state / TRASH)
+        workspace = Workspace(state.parent)
+        for manifests in (state / "manifests").glob("*"):
+            _clear(workspace, manifests.name)
         yield
+
+
+def _clear(workspace: Workspace, target: str) -> None:
+    """Remove what a killed build had begun to pack; what it had moved away is moved back."""
+    try:
+        folder = place.folder_of(workspace, target)
+    except BuildError:  # which is told of when the target is planned
+        return
+    new, aside = place.beside(folder), place.aside(folder)
+    if aside.is_dir() and not folder.exists():
+        aside.rename(folder)
+    for left in (new, aside):
+        trash.discard(left, workspace.trash)
 
 
 def _make(state: Path) -> None:

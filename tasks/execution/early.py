@@ -48,7 +48,7 @@ class PackInProgress:
             with_blake3: whether the BLAKE3 of the files is wanted.
         """
         self.target = plan.target.name
-        self._new = fill.beside(place.folder_of(builder.workspace, self.target))
+        self._new = place.beside(place.folder_of(builder.workspace, self.target))
         self._blobs = builder.store.blobs
         self._tensors: dict[str, Tensor] = {}
         self._changed = threading.Condition()

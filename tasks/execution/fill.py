@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from cache.blobs import Blobs
 from cache.digest import canonical, digest, digest_file
 from cache.errors import BlobLost
-from cache.files import atomic, link, space
+from cache.files import link, space
 from cache.records.manifests import Tensor
 from tasks.execution.draft import Drafts, WeightFileDraft
 from tasks.execution.resources import cores
@@ -165,11 +165,6 @@ def blake3_of(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> s
 
     table = {name: known.get(name) or of(folder / name) for name in names}
     return str(blake3(canonical(table)).hexdigest())
-
-
-def beside(folder: Path) -> Path:
-    """Return where the new folder is written that will take the place of build/TARGET."""
-    return folder.with_name(f"{atomic.TEMPORARY}{folder.name}")
 
 
 def make_empty(new: Path, need: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cache.errors import BlobLost
-from cache.files import atomic, space, trash
+from cache.files import space, trash
 from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor
 from tasks.core.errors import BuildError
@@ -187,7 +187,7 @@ class Packing:
     ) -> Manifest:
         """Write the folder anew; ``known`` is what it held the last time, if that is on record."""
         builder = self.builder
-        new = fill.beside(self.folder)
+        new = place.beside(self.folder)
         filling = Filling(
             self.plan, wanted, new, builder.store.blobs, builder.drafts,
             self.acceptance.with_blake3, known,
@@ -263,7 +263,7 @@ def _exchange(new: Path, old: Path) -> None:
         new.rename(old)
         return
     if not _exchange_in_one(os.fsencode(new), os.fsencode(old)):
-        aside = old.with_name(f"{atomic.TEMPORARY}{old.name}~")  # no target's name has a '~'
+        aside = place.aside(old)
         shutil.rmtree(aside, ignore_errors=True)
         old.rename(aside)
         new.rename(old)

@@ -45,6 +45,16 @@ def folder_of(workspace: Workspace, target: str) -> Path:
     return Path(os.path.realpath(folder))
 
 
+def beside(folder: Path) -> Path:
+    """Return where the new folder is written that will take the place of build/TARGET."""
+    return folder.with_name(f"{atomic.TEMPORARY}{folder.name}")
+
+
+def aside(folder: Path) -> Path:
+    """Return where the old folder waits while the new one takes its place."""
+    return folder.with_name(f"{atomic.TEMPORARY}{folder.name}~")  # no target's name has a '~'
+
+
 class Contents(Struct, frozen=True):
     """What lies in a target's folder.
 

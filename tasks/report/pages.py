@@ -135,7 +135,7 @@ def parameters(plan: Plan, packed: Manifest) -> list[tuple[str, str]]:
             settings[f"rule {number}"] = f"{rule.match}: {'skip' if rule.skip else rest}"
     settings["max_shard_size"] = f"{target.max_shard_bytes:,} bytes"
     settings |= {
-        {"mlx": "MLX", "device": "device", "machine": "machine"}[key]: value
+        {"mlx": "MLX", "sanitize": "mlx-lm's sanitize"}.get(key, key): value
         for key, value in (lockfile.computer(plan) or {}).items()
     }
     return list(settings.items())

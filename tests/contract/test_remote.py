@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache.digest import canonical
-from cache.errors import BadRemote, Mismatch, NotFetched, Refused
+from cache.errors import BadRemote, Mismatch, NotFetched, Refused, printable
 from cache.remote import transport
 from cache.remote.remote import Remote, blake3_of
 from cache.remote.signing import check_signature, sign
@@ -814,6 +814,34 @@ def test_addresses_that_can_never_work(url: str, words: str):
     with pytest.raises(BadRemote, match=words) as raised:
         Remote(url, warn=print)
     assert servers.PASSWORD not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint", "signed", "words"),
+    [
+        ("http://host/x", "", True, ["https://"]),
+        ("http://host/x", "", False, ["https://", "MLX_MAKE_SIGNING_KEY"]),
+        ("https://host/x", "", False, ["MLX_MAKE_SIGNING_KEY"]),
+        ("s3://bucket/x", "http://host", True, ["https://"]),
+        ("s3://bucket/x", "", False, ["MLX_MAKE_SIGNING_KEY"]),
+        ("https://host/x", "", True, []),
+        ("s3://bucket/x", "http://127.0.0.1:9000", False, []),
+        ("http://localhost:80/x", "", False, []),
+        ("file:///a/folder", "", False, []),
+    ],
+)
+def test_risks(url: str, endpoint: str, signed: bool, words: list[str]):
+    found = transport.risks(url, signed=signed, environ={"AWS_ENDPOINT_URL": endpoint})
+    assert len(found) == len(words)
+    assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+@given(st.text())
+def test_what_comes_from_elsewhere_is_shown_on_one_line(text: str):
+    shown = printable(text)
+    assert shown.isprintable()
+    assert len(shown) <= 10 * 501
+    assert shown == text or not text.isprintable() or len(text) > 500
 
 
 @given(st.text(max_size=30), st.text(max_size=30))

@@ -110,6 +110,29 @@ def test_weights_that_were_fetched_before_they_are_packed(
     assert (two.folder / "models.lock").read_bytes() == before
 
 
+def test_notes_that_forge_lines(honest: Machine, two: Machine, tmp_path: Path) -> None:
+    """They are shown on one line, as they are."""
+    manifest = Manifest.at(honest.manifest("quantize", "layers.0"))
+    forged = "nothing\nwarning: all is well\x1b[2J" + "!" * 10_000
+    lie(tmp_path / "store", replace(manifest, notes=(forged,)), manifest.tensors)
+    said = two.doit("pack:model").stdout
+    assert "nothing\\nwarning: all is well\\x1b[2J!!!" in said
+    assert "\x1b" not in said
+    assert "!" * 1000 not in said
+    assert two.built() == honest.built()
+
+
+def test_a_store_on_another_machine_is_warned_of_once(two: Machine) -> None:
+    """One without a key, and without encryption; nobody is there, which is not waited for."""
+    remote = {REMOTE: "http://store.invalid/x"}
+    said = "\n".join(warnings(two.doit("pack:model", **remote)))
+    assert "Use https://" in said
+    assert "Set MLX_MAKE_SIGNING_KEY" in said
+    said = "\n".join(warnings(two.doit("pack:other", **remote)))
+    assert "https://" not in said
+    assert "Set MLX_MAKE_SIGNING_KEY" not in said
+
+
 def test_weights_that_cannot_be_made_here(honest: Machine, tmp_path: Path) -> None:
     """Without the checkpoint: an error, and nothing is built or locked."""
     shutil.copytree(honest.folder.parent / "store", tmp_path / "store")

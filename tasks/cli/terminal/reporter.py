@@ -17,6 +17,7 @@ from typing import Any
 from doit.exceptions import UnmetDependency
 from doit.reporter import ConsoleReporter
 
+from cache.errors import printable
 from tasks.cli import table
 from tasks.cli.refused_tasks import refused_of
 from tasks.cli.session import Session
@@ -125,7 +126,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             work.state, work.ended = "done", time.monotonic()
             work.size, work.bits_per_weight = task.values["size"], task.values["bits_per_weight"]
             for note in task.values["notes"]:
-                self.write(f"note: {target}: {note}\n")
+                self.write(f"note: {target}: {printable(note)}\n")
             if not self._live:
                 self.write(f"{_built(work)}\n")
         elif stage == work.last and not self._live:
