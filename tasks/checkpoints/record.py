@@ -218,7 +218,7 @@ def _fetched(store: Store, name: str, nbytes: int) -> bytes | None:
                 f"the record {name} is of schema {content['schema']}, this version reads "
                 f"{SCHEMA}: update mlx-make."
             )
-        if bad := [file for file in content["small"] if file == ".." or Path(file).name != file]:
+        if bad := [file for file in content["small"] if not _is_below(file)]:
             raise CheckpointError(
                 f"the record {name} names {bad[0]!r}, which is no file of a checkpoint's "
                 "folder. Take models.lock from version control again, and ask who wrote it."
@@ -231,6 +231,12 @@ def _fetched(store: Store, name: str, nbytes: int) -> bytes | None:
         return None
     _keep(store, name, record, small)
     return record
+
+
+def _is_below(name: str) -> bool:
+    """Tell whether a small file's name leads nowhere but below its folder."""
+    parts = name.split("/")
+    return not {"", ".", ".."} & {*parts} and Path(*parts).as_posix() == name
 
 
 @cache

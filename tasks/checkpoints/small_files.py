@@ -72,19 +72,23 @@ def check_regular(path: Path) -> None:
         )
 
 
-def check_own(path: Path) -> None:
+def check_own(path: Path, folder: Path | None = None) -> None:
     """Refuse a small file that is a link out of its folder: it would be copied into builds.
 
     Links within the folder are fine, and those to the blobs of a hub's cache: a snapshot's own, or
     those that a download into a folder of one's choice is made of.
 
+    Args:
+        path: the file.
+        folder: the checkpoint's, if not the one that the file lies in.
+
     Raises:
         CheckpointError: it is such a link, or no regular file.
     """
     check_regular(path)
-    if not path.is_symlink():
+    if folder is None and not path.is_symlink():
         return
-    folder, real = path.parent.resolve(), path.resolve()
+    folder, real = (folder or path.parent).resolve(), path.resolve()
     blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
     if real.parent.name == "blobs" and real.parent.parent.name.startswith("models--"):
         blobs.append(real.parent)

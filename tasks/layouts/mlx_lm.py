@@ -37,6 +37,7 @@ TOKENIZER = (
     "*.tiktoken", "tiktoken.model", "sentencepiece*.model", "spiece.model",
     "*.py",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates/*.jinja"  # of models with several
 ENOUGH = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken",
     "tiktoken.model", "sentencepiece*.model", "spiece.model", "tokenizer_config.json",
@@ -99,7 +100,10 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
     )
     for path in own:
         check_own(path)
-    return [*own, *card.source_files(folder)]
+    templates = sorted(p for p in folder.glob(TEMPLATES) if not p.name.startswith("._"))
+    for path in templates:
+        check_own(path, folder)
+    return [*own, *templates, *card.source_files(folder)]
 
 
 def tokenizer_model(folder: Path) -> Path:
@@ -150,7 +154,7 @@ def files(
     front_matter, _ = card.front_matter(checkpoint.folder, memos)
     return {
         **small,
-        **{path.name: read_bytes(path) for path in copied},
+        **{path.relative_to(checkpoint.folder).as_posix(): read_bytes(path) for path in copied},
         "model.safetensors.index.json": json.dumps(index, indent=4).encode(),
         card.CARD: f"---\n{front_matter}---\n{CARD}".encode(),
     }

@@ -94,5 +94,6 @@ def _small_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     names = {*checkpoint.files, checkpoint.config_file}
     for layout in LAYOUTS.values():
         with suppress(CheckpointError):  # it cannot be built in that layout
-            names |= {path.name for path in layout.sources(checkpoint)}
+            paths = layout.sources(checkpoint)
+            names |= {path.relative_to(checkpoint.folder).as_posix() for path in paths}
     return {name: read_bytes(checkpoint.folder / name) for name in sorted(names)}

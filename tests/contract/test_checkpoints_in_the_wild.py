@@ -12,11 +12,11 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 from mlx_lm.convert import convert
-from mlx_lm.utils import load_model
+from mlx_lm.utils import load_model, load_tokenizer
 
 from cache.store import Store
 from support import checkpoints, inside, projects
-from tasks.checkpoints import loaders, sources
+from tasks.checkpoints import loaders, record, sources
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import CheckpointError
 from tasks.layouts import mlx_lm
@@ -276,10 +276,17 @@ def a_device(folder: Path) -> None:
     (folder / "chat_template.jinja").symlink_to("/dev/zero")
 
 
+def a_folder_of_templates(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere" / "tool_use.jinja").write_text("private")
+    (folder / "additional_chat_templates").symlink_to("../elsewhere")
+
+
 OUTSIDE = {
     a_link: r"added_tokens\.json is a link to .*id_ed25519, outside of the checkpoint's folder",
     a_link_to_nowhere: r"added_tokens\.json cannot be read: No such file",
     a_configuration: r"config\.json is a link to .*elsewhere\.json, outside",
+    a_folder_of_templates: r"tool_use\.jinja is a link to .*elsewhere.*, outside",
     a_pipe: r"merges\.txt is no file but a pipe",
     a_device: r"chat_template\.jinja is no file but a device",
 }
@@ -367,3 +374,32 @@ def test_nvfp4_of_small_weights(tmp_path: Path) -> None:
     assert f"note: small: {name}.weight is zero in nvfp4: all of its scales are" in said
     built = mx.load(str(tmp_path / "build" / "small" / "model.safetensors"))
     assert not mx.any(built[f"{name}.scales"]).item()
+
+
+def test_additional_chat_templates(plain: Path, tmp_path: Path) -> None:
+    """As the peer, which has transformers load and save them; also where the record is all."""
+    project = projects.Project(tmp_path, "huggingface")
+    shutil.copytree(plain, project.checkpoint)
+    templates = project.checkpoint / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+    (templates / "._tool_use.jinja").write_bytes(b"\x00\x05\x16\x07")
+    project.configure(quantize={"bits": 4})
+    inside.doit(tmp_path)
+    built = tmp_path / "build" / "model" / "additional_chat_templates"
+    assert [path.name for path in built.iterdir()] == ["tool_use.jinja"]
+    tokenizer = load_tokenizer(tmp_path / "build" / "model")
+    assert tokenizer.chat_template["tool_use"] == "{{ tools }}"
+    locked = json.loads((tmp_path / "models.lock").read_bytes())
+    (source,) = locked["sources"].values()
+    assert "additional_chat_templates/tool_use.jinja" in source["files"]
+    shutil.rmtree(tmp_path / "build")
+    shutil.rmtree(project.checkpoint)
+    inside.doit(tmp_path)
+    assert (built / "tool_use.jinja").read_text() == "{{ tools }}"
+
+
+@pytest.mark.parametrize("name", ["..", "a/../../b", "/etc/passwd", "a//b", "", "a/.", "./a"])
+def test_names_that_lead_out_of_a_record(name: str) -> None:
+    assert not record._is_below(name)
+    assert record._is_below(f"additional_chat_templates/{name.replace('/', '').strip('.')}a")
