@@ -86,7 +86,7 @@ def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
     Raises:
         ArchitectureError: it does not know the architecture or refuses the checkpoint.
     """
-    answer, values = _answer(checkpoint, memos, library)
+    answer, values, left_out = _fitting_answer(checkpoint, memos, library)
     parameters = {}
     for name, dtype, shape, cast, inputs, steps in answer.parameters:
         tensors = [checkpoint.tensors[i] for i in inputs]
@@ -115,19 +115,77 @@ def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
     notes = (
         *checkpoint.notes,
         *_written_out(checkpoint.config, rope(checkpoint.config)),
+        *_predictors_note(left_out, library),
         *_dropped(answer.dropped, library),
     )
-    return Model(parameters, modules, config, answer.recipes, notes, library, values)
+    return Model(parameters, modules, config, answer.recipes, notes, library, values, left_out)
 
 
-def _answer(checkpoint: Checkpoint, memos: Memos, library: str) -> tuple[Answer, dict[str, str]]:
-    """Return what a library says of a checkpoint, and the values that it had to be given."""
+def _fitting_answer(
+    checkpoint: Checkpoint, memos: Memos, library: str
+) -> tuple[Answer, dict[str, str], tuple[str, ...]]:
+    """Return what a library says, the values that it took, and the tensors that are left out.
+
+    These are the layers of multi-token prediction, where its class fails on them.
+    """
+    predictors = _predictors(checkpoint)
+    for left_out in dict.fromkeys(((), predictors)):
+        if found := _answer(checkpoint, memos, library, left_out, ask=False):
+            return *found, left_out
+    for left_out in dict.fromkeys(((), predictors)):
+        try:
+            if found := _answer(checkpoint, memos, library, left_out, ask=True):
+                return *found, left_out
+        except ArchitectureError:
+            if left_out == predictors:
+                raise
+    raise AssertionError("an answer, or an error")
+
+
+def _predictors(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the tensors of layers that predict further tokens, which config.json tells of."""
+    config = checkpoint.config
+    config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    layers = config.get("num_hidden_layers")
+    more = config.get("num_nextn_predict_layers") or config.get("num_mtp_modules")
+    if not (isinstance(layers, int) and isinstance(more, int)):
+        return ()
+    return tuple(
+        name
+        for name in checkpoint.tensors
+        if (match := re.match(r"(?:\w+\.)*?layers\.(\d{1,9})\.", name))
+        and layers <= int(match[1]) < layers + more
+    )
+
+
+def _predictors_note(left_out: Sequence[str], library: str) -> tuple[str, ...]:
+    if not left_out:
+        return ()
+    return (
+        f"{plural(len(left_out), 'tensor')} of multi-token prediction left out: "
+        f"{LIBRARIES[library].PACKAGE}.convert fails on them, since its class of this model has no "
+        f"place for them ({listed(left_out)})",
+    )
+
+
+def _answer(
+    checkpoint: Checkpoint, memos: Memos, library: str, left_out: Sequence[str], *, ask: bool
+) -> tuple[Answer, dict[str, str]] | None:
+    """Return what a library says of a checkpoint, and the values that it had to be given.
+
+    None if that is not remembered, and it is not to be asked.
+
+    Raises:
+        ArchitectureError: see ``model``.
+    """
     values: dict[str, str] = {}
     while True:
-        question = _question(checkpoint, library, values)
+        question = _question(checkpoint, library, values, left_out)
         answer: Answer | LookedAt | None = memos.get("architectures", question, Answer)
         answer = answer or memos.get("architectures", question, LookedAt)
         if answer is None:
+            if not ask:
+                return None
             asked = _ask(question, library, checkpoint.folder)
             memos.put("architectures", question, asked)
             if "looked_at" in asked:
@@ -172,7 +230,7 @@ def identity(checkpoint: Checkpoint, model: Model) -> str:
 
     The values that it was decided by are part of it.
     """
-    return digest_record(_question(checkpoint, model.library, model.values))
+    return digest_record(_question(checkpoint, model.library, model.values, model.left_out))
 
 
 def compute(
@@ -202,11 +260,13 @@ def compute(
         },
         "outputs": {name: str(path) for name, path in outputs.items()},
     }
-    question = _question(checkpoint, model.library, model.values)
+    question = _question(checkpoint, model.library, model.values, model.left_out)
     _ask({**question, "compute": work}, model.library, checkpoint.folder)
 
 
-def _question(checkpoint: Checkpoint, library: str, values: Mapping[str, str]) -> dict[str, Any]:
+def _question(
+    checkpoint: Checkpoint, library: str, values: Mapping[str, str], left_out: Sequence[str]
+) -> dict[str, Any]:
     extra = rope(checkpoint.config)
     files = dict(checkpoint.files)
     if extra or "config.json" not in files:
@@ -215,9 +275,14 @@ def _question(checkpoint: Checkpoint, library: str, values: Mapping[str, str]) -
         "schema": SCHEMA,
         "versions": versions(library),
         "files": files,
-        "tensors": checkpoint.table,
+        "tensors": _without(checkpoint.table, left_out) if left_out else checkpoint.table,
         **({"values": values} if values else {}),
     }
+
+
+def _without(table: list[Any], names: Sequence[str]) -> list[Any]:
+    without = frozenset(names)
+    return [row for row in table if row[0] not in without]
 
 
 def _written_out(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, ...]:

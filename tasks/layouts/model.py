@@ -66,6 +66,7 @@ class Model(Struct, frozen=True):
         library: whose classes make it, and compute what is no plain tensor of the checkpoint;
             empty if there can be no such parameter.
         values: of tensors that the library decided by, by name, in base64.
+        left_out: tensors of the checkpoint that the library is not told of.
     """
 
     parameters: dict[str, Parameter]
@@ -75,6 +76,7 @@ class Model(Struct, frozen=True):
     notes: tuple[str, ...] = field(default=())
     library: str = ""
     values: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 def layer_names(names: list[str]) -> dict[str, str]:

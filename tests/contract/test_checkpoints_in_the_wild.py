@@ -403,3 +403,28 @@ def test_additional_chat_templates(plain: Path, tmp_path: Path) -> None:
 def test_names_that_lead_out_of_a_record(name: str) -> None:
     assert not record._is_below(name)
     assert record._is_below(f"additional_chat_templates/{name.replace('/', '').strip('.')}a")
+
+
+def test_layers_of_multi_token_prediction(tmp_path: Path) -> None:
+    """DeepSeek's class drops layer 61, whatever the depth: the peer fails on any other."""
+    project = projects.Project(tmp_path, "huggingface")
+    folder = checkpoints.make("deepseek-v3", project.checkpoint, files=1)
+    path = folder / "model.safetensors"
+    tensors = {n.replace("layers.61.", "layers.3."): a for n, a in mx.load(str(path)).items()}
+    extra = [name for name in tensors if "layers.3." in name]
+    assert extra
+    mx.save_safetensors(str(path), tensors, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"Received {len(extra)} parameters not in model"):
+        load_model(folder, lazy=True)
+    shutil.copytree(folder, tmp_path / "without")
+    fewer = {name: array for name, array in tensors.items() if name not in extra}
+    whole = tmp_path / "without" / "model.safetensors"
+    mx.save_safetensors(str(whole), fewer, metadata={"format": "pt"})
+    load_model(tmp_path / "without", lazy=True)
+    settings = {"quantize": {"bits": 4, "group_size": 32}}
+    project.configure("with", **settings)
+    project.configure("without", source="without", **settings)
+    said = inside.doit(tmp_path).stdout
+    assert f"note: with: {len(extra)} tensors of multi-token prediction left out: " in said
+    assert project.built("with") == project.built("without")
+    assert inside.doit(tmp_path).entries == []
