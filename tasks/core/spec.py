@@ -116,7 +116,9 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(min_length=1),
         key(
             "The modules that the rule is for: a shell pattern (`*`, `?`, `[…]`) over the whole "
-            "path of a module, such as `model.layers.0.mlp.down_proj`.",
+            "path of a module, such as `model.layers.0.mlp.down_proj`. One that matches none is "
+            "matched with the checkpoint's names, such as `*.experts.*` of what MLX has in one as "
+            "`switch_mlp`.",
             default="none, it must be given",
             change=_QUANTIZED,
             example="*.mlp.down_proj",
