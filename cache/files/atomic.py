@@ -1,4 +1,4 @@
-"""files: whole files or nothing: written beside their place, then renamed into it."""
+"""atomic: whole files or nothing: written beside their place, then renamed into it."""
 
 from __future__ import annotations
 

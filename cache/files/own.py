@@ -32,13 +32,3 @@ def open_own(path: str | Path, flags: int) -> int:
         if error.errno == errno.ELOOP and os.path.islink(path):
             raise Linked(path) from error
         raise
-
-
-def refuse_link(path: Path) -> None:
-    """Refuse a path that is a link.
-
-    Raises:
-        Linked: it is one.
-    """
-    if path.is_symlink():
-        raise Linked(path)

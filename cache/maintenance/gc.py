@@ -70,13 +70,13 @@ def plan(survey: Survey, wanted: Wanted, max_bytes: int | None, now: float) -> C
     seen = set(garbage)
     for group in (*_blobs(survey, stays), *_records(survey, wanted)):
         # What lies in two files is in both groups, and goes with the first.
-        some = [file for file in group if file not in seen]
-        seen.update(some)
+        new = [file for file in group if file not in seen]
+        seen.update(new)
         if max_bytes is not None and left > max_bytes:
-            evicted += some
-            left -= sum(file.size for file in some)
+            evicted += new
+            left -= sum(file.size for file in new)
         else:
-            spare += some
+            spare += new
     return Collection(garbage, evicted, spare, left)
 
 

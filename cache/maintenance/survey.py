@@ -75,25 +75,25 @@ class Survey:
     @cached_property
     def parts(self) -> dict[str, list[Part]]:
         """Where each reference that can be read says that its bytes lie."""
-        found = {}
+        parts = {}
         for digest, file in self.of("reference").items():
             try:
-                found[digest] = self.blobs.reference(file.path)
+                parts[digest] = self.blobs.reference(file.path)
             except (FileNotFoundError, Damaged):
                 continue
-        return found
+        return parts
 
     @cached_property
     def owned(self) -> dict[str, int]:
         """The bytes of each blob that the cache itself has, in a file or in a container."""
-        found = {digest: file.size for digest, file in self.of("blob").items()}
+        sizes = {digest: file.size for digest, file in self.of("blob").items()}
         containers = self.of("container").keys()
         for digest, parts in self.parts.items():
             # A whole container begins where no tensor does, at its header; the blobs in it count.
-            whole = [part.offset for part in parts] == [0]
-            if self.pinned(digest) & containers and not whole:
-                found.setdefault(digest, sum(part.length for part in parts))
-        return found
+            is_whole = [part.offset for part in parts] == [0]
+            if self.pinned(digest) & containers and not is_whole:
+                sizes.setdefault(digest, sum(part.length for part in parts))
+        return sizes
 
     @cached_property
     def _pinned(self) -> dict[str, set[str]]:
@@ -107,8 +107,8 @@ class Survey:
 
     def reach(self, digests: Iterable[str]) -> set[str]:
         """Return ``digests`` and what they are a reference to."""
-        found = set(digests)
-        return found.union(*(self.pinned(digest) for digest in found))
+        reached = set(digests)
+        return reached.union(*(self.pinned(digest) for digest in reached))
 
     def manifests(self) -> Iterator[Manifest]:
         """Yield what the action entries say, those that can be read."""
@@ -129,7 +129,7 @@ def inventory(root: Path, others: Iterable[RecordKind] = ()) -> Survey:
     """
     folder.check(root)
     by_folder = {kind.folder: kind for kind in others}
-    found = []
+    files = []
     for path, status in (each for name in (*_FOLDERS, *by_folder) for each in _walk(root / name)):
         kind, key = _kind(str(path.relative_to(root)), by_folder)
         if kind:
@@ -137,23 +137,23 @@ def inventory(root: Path, others: Iterable[RecordKind] = ()) -> Survey:
             size = sum(each.st_size for _, each in inside) or status.st_size
             if kind == "container":
                 size = min(size, 512 * status.st_blocks)
-            found.append(File(path, kind, key, size, status.st_mtime))
+            files.append(File(path, kind, key, size, status.st_mtime))
     kinds = {kind.name: kind for kind in by_folder.values()}
-    return Survey(Blobs(root / "blobs"), [*_whole_records(root, found, kinds)], kinds)
+    return Survey(Blobs(root / "blobs"), [*_whole_records(root, files, kinds)], kinds)
 
 
 def _whole_records(
-    root: Path, found: Iterable[File], others: Mapping[str, RecordKind]
+    root: Path, files: Iterable[File], others: Mapping[str, RecordKind]
 ) -> Iterator[File]:
-    """Yield the files, but those of one record of another kind as its folder."""
+    """Yield the files; those of one record of another kind as one, its folder."""
     records: dict[tuple[str, str], list[File]] = {}
-    for file in found:
+    for file in files:
         if file.kind in others:
             records.setdefault((file.kind, file.key), []).append(file)
         else:
             yield file
-    for (kind, key), files in records.items():
-        size, used = sum(file.size for file in files), max(file.used for file in files)
+    for (kind, key), parts in records.items():
+        size, used = sum(file.size for file in parts), max(file.used for file in parts)
         yield File(root / others[kind].folder / key, kind, key, size, used)
 
 

@@ -83,21 +83,21 @@ def made_of(wrong: Iterable[str], manifests: Iterable[Manifest]) -> set[str]:
         wrong: digests of the blobs.
         manifests: what was made.
     """
-    found: set[str] = set()
+    keys: set[str] = set()
     spoilt = set(wrong)
     rest = list(manifests)
     while now := [m for m in rest if spoilt & {read[-1] for read in m.action.inputs.values()}]:
         for manifest in now:
-            found.add(manifest.action.key)
+            keys.add(manifest.action.key)
             read = {read[-1] for read in manifest.action.inputs.values()}
             spoilt |= {tensor.digest for tensor in manifest.tensors.values()} - read
-        rest = [manifest for manifest in rest if manifest.action.key not in found]
-    return found
+        rest = [manifest for manifest in rest if manifest.action.key not in keys]
+    return keys
 
 
 def _blob(_blobs: Blobs, file: File) -> str:
-    found = digest_file(file.path)
-    return "" if found == file.key else f"its bytes are {found}"
+    digest = digest_file(file.path)
+    return "" if digest == file.key else f"its bytes are {digest}"
 
 
 def _reference(blobs: Blobs, file: File) -> str:
@@ -108,11 +108,11 @@ def _reference(blobs: Blobs, file: File) -> str:
     if any(part.stamp and Stamp.of(part.path) != part.stamp for part in parts):
         return ""  # it holds no longer, and is looked into before it is used
     try:
-        found = digest_parts(blobs.chunks(parts))
+        digest = digest_parts(blobs.chunks(parts))
     except FileChanged:
         return "" if all(part.stamp for part in parts) else "a blob that it is part of is too short"
     where = ", ".join(sorted({part.path for part in parts}))
-    return "" if found == file.key else f"{where} holds other bytes there, with an unchanged time"
+    return "" if digest == file.key else f"{where} holds other bytes there, with an unchanged time"
 
 
 def _action(_blobs: Blobs, file: File) -> str:

@@ -230,16 +230,6 @@ def _modes() -> str:
     return "\n".join([*lines, "", "The default of each mode is in bold; it is MLX's own."])
 
 
-def _default(key: Key) -> str | None:
-    """Return the default as TOML spells it, None if it is no single value."""
-    value = re.fullmatch(r"`([^`]*)`", key.default)
-    return value[1] if value else None
-
-
-def _toml(value: str) -> Any:
-    return tomllib.loads(f"value = {value}")["value"]
-
-
 INTRODUCTION = """\
 <!-- Written by `python -m tasks.config.schema` from the structs in tasks/core/spec.py and
 tasks/config/tables.py: change those. -->

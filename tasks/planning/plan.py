@@ -221,17 +221,17 @@ def _nodes(
     planned = {name: {node.layer: node.spec for node in some} for name, some in before.items()}
     nodes = {Need(name, node.layer): node for name, some in before.items() for node in some}
     previous = next(reversed(list(before)), "")
-    found: dict[str, list[Node]] = {}
+    by_stage: dict[str, list[Node]] = {}
     for stage in stages:
         specs = shared.specs(stage, structs.replace(model, planned=planned, previous=previous))
-        found[stage.name] = [
+        by_stage[stage.name] = [
             Node(spec, target, tuple(nodes[need] for need in spec.planned.needs))
             for spec in specs.values()
         ]
         planned[stage.name] = specs
-        nodes |= {Need(stage.name, node.layer): node for node in found[stage.name]}
+        nodes |= {Need(stage.name, node.layer): node for node in by_stage[stage.name]}
         previous = stage.name
-    return found
+    return by_stage
 
 
 def _by_layer(names: dict[str, str]) -> dict[str, list[str]]:
@@ -249,10 +249,10 @@ def _ordered(model: Model, scheme: quantize_scheme.Scheme) -> list[tuple[str, ..
     covered: set[str] = set()
     for module in model.modules:
         setting = scheme.settings.get(module.path)
-        held = quantize_scheme.names(module, None)
-        if held:
-            by_first[held[0]] = quantize_scheme.names(module, setting)
-            covered.update(held)
+        names = quantize_scheme.names(module, None)
+        if names:
+            by_first[names[0]] = quantize_scheme.names(module, setting)
+            covered.update(names)
     return [
         by_first.get(name, () if name in covered else (name,)) for name in model.parameters
     ]  # fmt: skip
@@ -262,5 +262,7 @@ def _weights(model: Model, module: Module, scheme: quantize_scheme.Scheme) -> in
     if module.path not in scheme.settings:
         return module.weights
     prefix = f"{module.path}." if module.path else ""
-    held = [model.parameters[prefix + name] for name in ("weight", "bias") if name in module.names]
-    return sum(parameter.size for parameter in held)
+    counted = [
+        model.parameters[prefix + name] for name in ("weight", "bias") if name in module.names
+    ]
+    return sum(parameter.size for parameter in counted)
