@@ -148,6 +148,12 @@ class TargetAcceptance:
         """Return the digest of what ``action`` packs, if models.lock knows it."""
         return self.acceptor.lock.output(self.plan, action)
 
+    @property
+    def locked_output(self) -> str | None:
+        """The digest of the files' names and digests that models.lock has, if any."""
+        locked = self.acceptor.lock.targets.get(self.plan.target.name)
+        return locked.output if locked else None
+
     def check(self, action: Action) -> None:
         """Refuse what is not to be packed.
 

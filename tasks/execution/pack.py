@@ -8,10 +8,12 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+from cache.digest import digest_file
 from cache.errors import BlobLost
 from cache.files import space, trash
 from cache.records.actions import Hit
@@ -41,6 +43,10 @@ class Acceptance(Protocol):
 
     def output(self, action: Action) -> str | None:
         """Return the digest of what ``action`` packs, if it is known."""
+
+    @property
+    def locked_output(self) -> str | None:
+        """The digest of the files' names and digests that models.lock has, if any."""
 
     def check(self, action: Action) -> None:
         """Refuse what must not be written.
@@ -83,6 +89,22 @@ class Packing:
     def folder(self) -> Path:
         """build/TARGET, links followed."""
         return place.folder_of(self.builder.workspace, self.plan.target.name)
+
+    def _locked_build(self, new: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Return what lies in the folder, if it is what models.lock has: its records were removed.
+
+        Args:
+            new: the files of the build to come, in the order in which a build has them.
+        """
+        weights = sorted(path.name for path in self.folder.glob(self._loaded))
+        small = [name for name in new if not fnmatchcase(name, self._loaded)]
+        found = {
+            name: Tensor("uint8", (path.stat().st_size,), digest_file(path))
+            for name in (*weights, *small)
+            if (path := self.folder / name).is_file()
+        }
+        output = Manifest(Action("pack", bundle.VERSION, {}, {}), found).result
+        return found if output == self.acceptance.locked_output else None
 
     @property
     def _pending_path(self) -> Path:
@@ -220,7 +242,9 @@ class Packing:
         target = self.plan.target.name
         last = Manifest.at(self.builder.packed_path(target))
         pending = Manifest.at(self._pending_path)
-        builds = [each.tensors for each in (last, pending) if each]
+        builds: list[Mapping[str, Tensor]] = [each.tensors for each in (last, pending) if each]
+        if not builds and (locked := self._locked_build(new)):
+            builds.append(locked)
         there = Contents.of(self.folder, [*builds, new], self.stamps if last else None)
         if not builds and there.changed and not self.builder.packed_path(target).exists():
             raise place.not_ours(self.builder.workspace.built(target), there.changed)

@@ -176,7 +176,10 @@ def quantize_and_pack(project: Project) -> None:
     for node in plan.last:
         found.builder.run(plan, node, "test")
     # Neither lock nor remote has a say.
-    nobody = SimpleNamespace(with_blake3=False, check=lambda _: None, accept=lambda *_: None)
+    nobody = SimpleNamespace(
+        with_blake3=False, locked_output=None, check=lambda _: None, accept=lambda *_: None,
+        contradicted=lambda _: False, output=lambda _: None,
+    )  # fmt: skip
     Packing(found.builder, plan, nobody, None).run("test")
 
 

@@ -186,9 +186,25 @@ def test_the_records_may_be_removed(built: Project) -> None:
     assert built.built() == before
 
 
+@pytest.mark.parametrize("shards", [None, "100kB"])
+def test_the_records_were_removed_and_a_setting_changed(project: Project, shards: str) -> None:
+    """models.lock knows what was built."""
+    project.configure(max_shard_size=shards)
+    doit(project.folder)
+    (folder(project) / "notes.txt").write_text("mine")
+    shutil.rmtree(project.state)
+    project.configure(quantize={"bits": 8}, max_shard_size=None)
+    doit(project.folder)
+    assert (folder(project) / "notes.txt").read_text() == "mine"
+    (folder(project) / "notes.txt").unlink()
+    assert project.built() == project.anew()
+    assert not folder(project).with_name("model~aside").exists()
+
+
 def test_the_records_were_removed_and_something_else_lies_there(built: Project) -> None:
     shutil.rmtree(built.state)
     built.configure(quantize={"bits": 8})
+    (folder(built) / "config.json").write_text("{}")
     before = contents(folder(built))
     done = doit(built.folder, expect=1)
     assert "was not built here, as far as is on record" in done.stderr + done.stdout
@@ -235,6 +251,8 @@ def test_files_that_cannot_be_laid_over(built: Project) -> None:
 
 def test_a_damaged_record(built: Project) -> None:
     """Something was built here; whether it is what lies there nobody knows: it is set aside."""
+    (folder(built) / "README.md").unlink()
+    (folder(built) / "README.md").write_text("mine")  # else models.lock would know it
     before = contents(folder(built))
     (built.state / "manifests" / "model" / "pack.json").write_bytes(b"{")
     built.configure(quantize={"bits": 8})
