@@ -142,11 +142,13 @@ def boxes(plans: Iterable[Plan], steps: Mapping[str, Step]) -> list[Box]:
         source = drawn.setdefault((folder,), Box("checkpoint", (target.source_name,)))
         for stage, nodes in plan.stages.items():
             for node in nodes:
-                head = " · ".join(filter(None, [stage, node.stage.describe(node.params)]))
-                owners = [other.target for other in same[node]]
-                box = drawn.setdefault((head, *owners), Box(head, _shared(owners)))
-                shared = [steps[other.name] for other in same[node]]
-                box.layers[node.layer] = state_words(min(shared, key=_rank))
+                alike = same[node]
+                if (box := holds.get(alike[0])) is None:
+                    head = " · ".join(filter(None, [stage, node.stage.describe(node.params)]))
+                    owners = [other.target for other in alike]
+                    box = drawn.setdefault((head, *owners), Box(head, _shared(owners)))
+                    shared = [steps[other.name] for other in alike]
+                    box.layers[node.layer] = state_words(min(shared, key=_rank))
                 box.needs |= dict.fromkeys([holds[need] for need in node.needs] or [source])
                 holds[node] = box
         task = f"pack:{target.name}"
