@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +29,10 @@ from tasks.layouts.model import Model, Module, Parameter
 
 SCHEMA = 3  # of the probe's answers; raised when they change
 SCALES = re.compile(r"(weight_scale(_inv|_2)?|scale_inv|\.scales|\.qzeros)$")  # of packed weights
+# Where a question has no more, it is asked in this process; else within limits in one of its own.
+SMALL_TENSORS, SMALL_TEXT, SMALL_NUMBER, SMALL_COUNT = 50_000, 4 << 20, 1 << 31, 4096
+COUNTS = re.compile("layer|depth|block|expert|head")  # keys of what a class makes so many of
+ASK_SECONDS, ASK_BYTES = 600, 16 << 30
 MAX_VALUES_BYTES = 64 << 20  # of tensors whose values a library looks at
 
 
@@ -341,7 +345,7 @@ def _ask(question: dict[str, Any], library: str, folder: Path) -> dict[str, Any]
     for light in (True, False):
         asked = {**question, "light": light}
         # Starting a process costs more than the answer, most of all where MLX brings up a GPU.
-        if light and "compute" not in question:
+        if light and "compute" not in question and _is_small(question):
             from tasks.layouts import probe  # once for a checkpoint
 
             answer = json.loads(json.dumps(probe.answer(asked, LIBRARIES[library])))
@@ -361,17 +365,48 @@ def _ask(question: dict[str, Any], library: str, folder: Path) -> dict[str, Any]
     )
 
 
+def _is_small(question: Mapping[str, Any]) -> bool:
+    """Tell whether no model of such a size can take this process's time and memory."""
+    config = json.loads(question["files"]["config.json"])
+    return (
+        len(question["tensors"]) <= SMALL_TENSORS
+        and sum(map(len, question["files"].values())) <= SMALL_TEXT
+        and all(n <= (SMALL_COUNT if COUNTS.search(k) else SMALL_NUMBER) for k, n in _whole(config))
+    )
+
+
+def _whole(config: Any) -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers in JSON, each with the key that it is under."""
+    left = [("", config)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, int):
+            yield key, value
+        elif isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += ((key, each) for each in value)
+
+
 def _ask_process(question: dict[str, Any], library: str, folder: Path) -> Any:
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        # -P: the current folder may have a tasks/ of its own.
-        [sys.executable, "-P", "-m", "tasks.layouts.probe", library],
-        input=json.dumps(question),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    limits = {} if "compute" in question else {"limit_bytes": ASK_BYTES}
+    try:
+        done = subprocess.run(
+            # -P: the current folder may have a tasks/ of its own.
+            [sys.executable, "-P", "-m", "tasks.layouts.probe", library],
+            input=json.dumps({**question, **limits}),
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            timeout=ASK_SECONDS if limits else None,
+        )
+    except subprocess.TimeoutExpired:
+        raise ArchitectureError(
+            f"{folder}: {library} did not say within {ASK_SECONDS} s what it makes of it. "
+            "config.json asks for a model of a size that it was hardly meant to. Fetch it again."
+        ) from None
     try:
         return json.loads(done.stdout)
     except ValueError:

@@ -23,6 +23,7 @@ import importlib.util
 import io
 import json
 import re
+import resource
 import sys
 import tempfile
 import types
@@ -44,7 +45,12 @@ class StubUsed(Exception):
 
 def main() -> None:
     """Answer one question."""
-    answered = answer(json.load(sys.stdin), LIBRARIES[sys.argv[1]])
+    question = json.load(sys.stdin)
+    if limit := question.get("limit_bytes"):
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    answered = answer(question, LIBRARIES[sys.argv[1]])
     json.dump(answered, sys.stdout)
 
 
