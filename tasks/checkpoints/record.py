@@ -27,6 +27,7 @@ from cache.files import atomic
 from cache.records.kinds import RecordKind
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
+from tasks.checkpoints.small_files import TEMPLATES_FOLDER
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
 
@@ -234,9 +235,9 @@ def _fetched(store: Store, name: str, nbytes: int) -> bytes | None:
 
 
 def _is_below(name: str) -> bool:
-    """Tell whether a small file's name leads nowhere but below its folder."""
-    parts = name.split("/")
-    return not {"", ".", ".."} & {*parts} and Path(*parts).as_posix() == name
+    """Tell whether a small file's name leads into its folder, or to one of the chat templates."""
+    name = name.removeprefix(f"{TEMPLATES_FOLDER}/")
+    return name not in ("", ".", "..") and Path(name).name == name
 
 
 @cache

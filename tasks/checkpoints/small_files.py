@@ -12,6 +12,7 @@ from typing import Any
 from tasks.core.errors import CheckpointError
 
 MAX_SMALL_BYTES = 512 << 20  # of a file read whole: the largest tokenizers have a tenth of it
+TEMPLATES_FOLDER = "additional_chat_templates"  # the one folder whose files are small files, too
 LFS = b"version https://git-lfs"
 LFS_BYTES = 1024  # a pointer has fewer
 

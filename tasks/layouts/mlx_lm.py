@@ -16,7 +16,7 @@ from cache.digest import digest
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.checkpoints.small_files import check_own, read_bytes
+from tasks.checkpoints.small_files import TEMPLATES_FOLDER, check_own, read_bytes
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
 from tasks.layouts import architecture, card, llama_tokenizer
@@ -37,7 +37,7 @@ TOKENIZER = (
     "*.tiktoken", "tiktoken.model", "sentencepiece*.model", "spiece.model",
     "*.py",
 )  # fmt: skip
-TEMPLATES = "additional_chat_templates/*.jinja"  # of models with several
+TEMPLATES = f"{TEMPLATES_FOLDER}/*.jinja"  # of models with several
 ENOUGH = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken",
     "tiktoken.model", "sentencepiece*.model", "spiece.model", "tokenizer_config.json",

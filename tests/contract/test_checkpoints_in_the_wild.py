@@ -399,10 +399,11 @@ def test_additional_chat_templates(plain: Path, tmp_path: Path) -> None:
     assert (built / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
-@pytest.mark.parametrize("name", ["..", "a/../../b", "/etc/passwd", "a//b", "", "a/.", "./a"])
+@pytest.mark.parametrize("name", ["..", "../b", "/etc", "a/b", "/", "", "."])
 def test_names_that_lead_out_of_a_record(name: str) -> None:
     assert not record._is_below(name)
-    assert record._is_below(f"additional_chat_templates/{name.replace('/', '').strip('.')}a")
+    assert not record._is_below(f"additional_chat_templates/{name}")
+    assert record._is_below("additional_chat_templates/a.jinja")
 
 
 def test_layers_of_multi_token_prediction(tmp_path: Path) -> None:
