@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from tasks.report import INDEX, page_name, timeline, trace_name
 from tasks.report.figures import Reader
 from tasks.stages.reasons import Reason
 
-VERSION = 1
+VERSION = 2
 
 
 def report(session: Session) -> Iterator[dict[str, Any]]:
@@ -70,7 +72,8 @@ def _target_task(
         with using, builder.logged(f"report:{name}", why) as record:
             seen = _seen(session, reader, plan, family)
             packed = Manifest.from_bytes(manifest.read_bytes())
-            texts = pages.target(reader, plan, packed, session.lock, family)
+            sums = _sha256(session.workspace.built(name), packed)
+            texts = pages.target(reader, plan, packed, session.lock, family, sums)
             atomic.write(folder / written[0], texts.page.encode())
             if texts.trace is None:
                 (folder / written[1]).unlink(missing_ok=True)
@@ -97,6 +100,15 @@ def _target_task(
         "io": {"capture": False},
         "meta": {"plan": plan, "beside": first, "check": check},
     }
+
+
+def _sha256(folder: Path, packed: Manifest) -> dict[str, str]:
+    """Return the SHA-256 of a built model's files, as they lie there."""
+    sums = {}
+    for name in packed.tensors:
+        with suppress(FileNotFoundError), (folder / name).open("rb") as file:
+            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def _overview_task(session: Session, reader: Reader) -> dict[str, Any]:

@@ -46,7 +46,17 @@ ENOUGH = (
 
 
 def model(checkpoint: Checkpoint, memos: Memos) -> Model:
-    """Return the model by Hugging Face's names, as mlx-lm's classes take it."""
+    """Return the model by Hugging Face's names, as mlx-lm's classes take it.
+
+    Raises:
+        CheckpointError: mlx-lm has no class for it, or would take one of the checkpoint's own.
+    """
+    if code := checkpoint.config.get("model_file"):
+        raise CheckpointError(
+            f"{checkpoint.folder / checkpoint.config_file} has model_file = {code!r}: code of the "
+            "checkpoint's own, which is never run here. Take the original checkpoint, whose "
+            "architecture the installed mlx-lm has, or remove the key if it has this one."
+        )
     if checkpoint.names == "meta":
         checkpoint = to_huggingface(checkpoint, _token_ids(checkpoint, memos))
     model = architecture.model(checkpoint, memos, MLX_LM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
@@ -43,7 +43,12 @@ class Report:
 
 
 def target(
-    reader: Reader, plan: Plan, packed: Manifest, lock: Lock, family: Sequence[Plan]
+    reader: Reader,
+    plan: Plan,
+    packed: Manifest,
+    lock: Lock,
+    family: Sequence[Plan],
+    sha256: Mapping[str, str],
 ) -> Report:
     """Return a target's report.
 
@@ -53,6 +58,7 @@ def target(
         packed: its manifest.
         lock: models.lock.
         family: all targets of the same source.
+        sha256: of its files, by name.
 
     Raises:
         BuildError: its errors are not of what is packed.
@@ -67,9 +73,7 @@ def target(
     scale = charts.Scale.of(built.errors.values())
     build = timeline.read(reader.builder.log.path, plan)
     variants = [one for p in family if (one := reader.read(p))]
-    measured = [piece for piece in pieces if piece.error]
-    # An error that is no number is the worst of all.
-    measured.sort(key=lambda piece: (not isnan(_relative(piece)), -_relative(piece)))
+    measured = _worst_first(pieces)
     stages = {stage: len(nodes) for stage, nodes in plan.stages.items()} | {"pack": 1}
     rows = charts.rows(build, stages) if build else []
     page = _environment().get_template("target.html").render(
@@ -95,10 +99,9 @@ def target(
         parameters=parameters(plan, packed),
         source=lock.sources.get(plan.target.source_name),
         packed=packed,
-        notes=packed.notes,
+        sha256=sha256,
     )  # fmt: skip
-    trace = json.dumps(timeline.trace(build), separators=(",", ":")) if build else None
-    return Report(page, trace)
+    return Report(page, json.dumps(timeline.trace(build), separators=(",", ":")) if build else None)
 
 
 def overview(reader: Reader, plans: Iterable[Plan]) -> str:
@@ -139,6 +142,12 @@ def parameters(plan: Plan, packed: Manifest) -> list[tuple[str, str]]:
         for key, value in (lockfile.computer(plan) or {}).items()
     }
     return list(settings.items())
+
+
+def _worst_first(pieces: Iterable[Piece]) -> list[Piece]:
+    """Return those that were measured; an error that is no number is the worst of all."""
+    measured = [piece for piece in pieces if piece.error]
+    return sorted(measured, key=lambda piece: (not isnan(_relative(piece)), -_relative(piece)))
 
 
 def _relative(piece: Piece) -> float:

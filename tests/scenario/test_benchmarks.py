@@ -60,3 +60,23 @@ def test_no_comparison_in_memory() -> None:
         assert done.returncode == 1
         assert "is in memory (tmpfs)" in done.stderr
         assert not any(Path(folder).iterdir())
+
+
+def test_the_pictures_are_current() -> None:
+    """Of the text, which is what a run shows, but for figures; and of the record."""
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    try:
+        import picture
+    finally:
+        sys.path.pop(0)
+    text = picture.TEXT.read_text("utf-8")
+    assert picture.drawn(text) == picture.PICTURE.read_text("utf-8")
+    assert picture.figure(picture.RECORD.read_text("utf-8")) == picture.FIGURE.read_text("utf-8")
+    assert "https://" not in re.sub("<!--.*?-->", "", picture.drawn(text), flags=re.DOTALL)
+    assert shape(picture.record()) == shape(text)
+
+
+def shape(text: str) -> list[str]:
+    """A text's lines without figures, units of time and memory, and the spaces around them."""
+    figures = re.compile(r"(?<![\w-])[\d.,:]+( [kMG]?B| s|(?= ))?")
+    return [" ".join(figures.sub("N", line).split()) for line in text.splitlines()]

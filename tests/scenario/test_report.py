@@ -1,5 +1,6 @@
 """Quantization errors against figures computed directly, and the pages that tell them."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -57,6 +58,8 @@ def test_errors_are_those_that_numpy_finds(tmp_path: Path) -> None:
     for target, quantize in zip(targets, SETTINGS, strict=True):
         built = _built(project, target)
         page = _page(project, target)
+        for path in (project.folder / "build" / target).iterdir():
+            assert hashlib.sha256(path.read_bytes()).hexdigest() in page.text
         found = _measured(project, target)
         assert {f"{name}.weight" for name in page.errors} == found.keys()
         config = json.loads((project.folder / "build" / target / "config.json").read_bytes())

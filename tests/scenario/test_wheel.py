@@ -84,7 +84,7 @@ def test_site_packages_get_one_name(wheel: Path, installed: Environment) -> None
     version = wheel.name.split("-")[1]
     assert {name.split("/")[0] for name in names} == {"mlx_make", f"mlx_make-{version}.dist-info"}
     assert {name.split("/")[2] for name in names if name.startswith("mlx_make/src/")} == {
-        "cache", "dodo.py", "pyproject.toml", "tasks",
+        "cache", "docs", "dodo.py", "pyproject.toml", "tasks",
     }  # fmt: skip
     assert not [name for name in names if "__pycache__" in name]
     for module in ("dodo", "tasks", "cache"):
@@ -159,6 +159,9 @@ def test_version_and_help(installed: Environment, tmp_path: Path) -> None:
     for command in project["tool"]["doit"]["plugins"]["command"]:
         assert f"\n  mlx-make {command} " in told
     assert "doit" not in told.replace("pydoit", "")
+    docs = Path(told.rpartition("documentation: ")[2].strip())
+    assert docs.is_relative_to(installed.packages)
+    assert {"README.md", "models.schema.json", "security.md"} <= {p.name for p in docs.iterdir()}
     assert "mlx-make run [TASK/TARGET...]" in installed.mlx_make(tmp_path, "help", "run")
     assert not [*tmp_path.iterdir()]
 

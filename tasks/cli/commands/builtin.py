@@ -12,7 +12,7 @@ from doit.exceptions import InvalidCommand
 
 from tasks.cli.command import Command, StateCommand
 from tasks.cli.doit_adapter import CleanCommand, ForgetCommand, InfoCommand
-from tasks.core.program import COMMAND
+from tasks.core.program import COMMAND, ROOT
 
 USAGE = f"""\
 mlx-make: Make for MLX model artifacts (https://pydoit.org with tasks for models.toml)
@@ -93,6 +93,7 @@ class Help(Command, DoitHelp):  # type: ignore[misc]
         for name, command in sorted(cmds.items()):
             print(f"  {COMMAND} {name:<15} {command.doc_purpose}")
         print(f"\n  {COMMAND} help COMMAND    show a command's options")
+        print(f"\ndocumentation: {ROOT / 'docs'}")
 
 
 class Info(Command, InfoCommand):

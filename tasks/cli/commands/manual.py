@@ -38,7 +38,7 @@ def page() -> str:
         parts += _section(name, command, doits.get(name))
         for subname, subcommand in getattr(module, "SUBCOMMANDS", {}).items():
             options = [_option(CmdOption(option)) for option in subcommand.options]
-            parts += [f"### `doit {name} {subname}`", _sentence(subcommand.purpose), *options]
+            parts += [f"### `mlx-make {name} {subname}`", _sentence(subcommand.purpose), *options]
     parts += [REST, "\n".join(f"- `doit {n}`: {rest[n].doc_purpose}" for n in sorted(rest))]
     return "\n\n".join(parts) + "\n"
 
@@ -49,8 +49,8 @@ def _says(command: Any) -> tuple[Any, ...]:
 
 
 def _section(name: str, command: Any, doits: Any | None) -> Iterator[str]:
-    yield f"## `doit {name}`"
-    usage = f"doit {name} {command.doc_usage or ''}".strip()
+    yield f"## `mlx-make {name}`"
+    usage = f"mlx-make {name} {command.doc_usage or ''}".strip()
     yield f"```text\n{usage}\n```"
     yield _sentence(command.doc_purpose)
     if command.doc_description:
@@ -60,7 +60,7 @@ def _section(name: str, command: Any, doits: Any | None) -> Iterator[str]:
     if ours:
         yield "\n".join(_option(option) for option in ours)
     if known:
-        yield f"All options of doit's own `{name}` hold: `doit help {name}` shows them."
+        yield f"All options of doit's own `{name}` hold: `mlx-make help {name}` shows them."
 
 
 def _option(option: CmdOption) -> str:
@@ -80,19 +80,19 @@ INTRODUCTION = """\
 
 # Command line
 
-It is [doit](https://pydoit.org)'s own, with the commands and options below on top. Installed, read
-`mlx-make` for `doit`. `doit help COMMAND` shows all that a command takes.
+It is [doit](https://pydoit.org)'s own, with the commands and options below on top. In a checkout,
+type `doit` for `mlx-make`. `mlx-make help COMMAND` shows all that a command takes.
 
 | | |
 |---|---|
-| `doit` | builds every target: it is `doit run` |
-| `doit llama-7b` | builds one; so do its folder, `doit build/llama-7b`, the beginning of its name \
-where no other target's name begins so, and its task, `doit pack:llama-7b` |
-| `doit quantize:llama-7b` | one [stage](README.md#stages) of one target, and what it needs |
-| `doit quantize:llama-7b:layers.0` | the same for one layer |
-| `doit quantize` | one stage of every target |
-| `doit models=PATH` | takes another `models.toml`, before or after a command |
-| `doit -n 2` | runs two tasks at once; without `-n`, one a core, or four where a GPU computes |
+| `mlx-make` | builds every target: it is `mlx-make run` |
+| `mlx-make llama-7b` | builds one; so do its folder, `mlx-make build/llama-7b`, the beginning of \
+its name where no other target's name begins so, and its task, `mlx-make pack:llama-7b` |
+| `mlx-make quantize:llama-7b` | one [stage](README.md#stages) of one target, and what it needs |
+| `mlx-make quantize:llama-7b:layers.0` | the same for one layer |
+| `mlx-make quantize` | one stage of every target |
+| `mlx-make models=PATH` | takes another `models.toml`, before or after a command |
+| `mlx-make -n 2` | runs two tasks at once; without `-n`, one a core, or four where a GPU computes |
 
 All state and output lie beside `models.toml`.
 
@@ -102,14 +102,14 @@ only others are asked for, it does not matter.
 
 Exit status 0: all is well; 1: a task failed, or a target cannot be planned; 2: a task could not be
 tried; 3: `models.toml` or the command line is wrong, or nothing that is asked for can be planned,
-and nothing was done; 130: interrupted; 141: whoever read the output is gone (`doit | head`), or
+and nothing was done; 130: interrupted; 141: whoever read the output is gone (`mlx-make | head`), or
 cannot take it (a full disk), which ends a build as an interrupt does."""
 REST = """\
 ## doit's own
 
 These are [doit's](https://pydoit.org/cmd-other.html); `mlx-make` leaves out those for a dodo.py of
-one's own (`dumpdb`, `strace`, `tabcompletion`). `doit clean --orphans` removes what was built of
-targets that `models.toml` does not have any more; with `-n` it only says so."""
+one's own (`dumpdb`, `strace`, `tabcompletion`). `mlx-make clean --orphans` removes what was built
+of targets that `models.toml` does not have any more; with `-n` it only says so."""
 
 if __name__ == "__main__":
     main()
