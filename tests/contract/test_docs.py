@@ -144,3 +144,14 @@ def test_getting_started(tmp_path: Path) -> None:
     assert "Paris" in said
     (answer,) = (text for _, text in blocks(page, "text"))
     assert answer in said
+
+
+def test_paths_in_contributing() -> None:
+    """What CONTRIBUTING.md sends people to is there, and each room of tasks/ is in its picture."""
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:tasks|cache|tests|benchmarks|docs|\.ci)/[\w./-]+)`", text)
+    assert len(paths) > 8
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+    (picture,) = (block for language, block in blocks(REPOSITORY / "CONTRIBUTING.md", "mermaid"))
+    rooms = {path.parent.name for path in (REPOSITORY / "tasks").glob("*/__init__.py")}
+    assert [room for room in rooms if room not in picture] == []
