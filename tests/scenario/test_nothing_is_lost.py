@@ -159,6 +159,8 @@ def test_an_added_file_whose_name_a_build_takes(built: Project) -> None:
     aside = built.folder / "build" / "model~aside"
     assert (aside / "model.safetensors.index.json" / "mine").read_text() == "mine"
     assert "model.safetensors.index.json/mine was added" in done.stdout
+    assert "build/model~aside/model.safetensors.index.json/mine" in done.stdout
+    assert "model~aside/model~aside" not in done.stdout
     assert (folder(built) / "model-00001-of-00004.txt").read_text() == "not this"
 
 
