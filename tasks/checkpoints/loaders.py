@@ -10,6 +10,7 @@ from tasks.checkpoints import llama, transformers
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import ReadableSource
 from tasks.core.errors import CheckpointError
+from tasks.core.text import some
 
 
 class Loader(Protocol):
@@ -58,7 +59,7 @@ def read(source: ReadableSource, loader: str | None, memos: Memos) -> Checkpoint
             names = source.names("*")
             raise CheckpointError(
                 f"source {source.location} "
-                + ("is empty" if not names else f"holds no checkpoint (it has {_some(names)})")
+                + ("is empty" if not names else f"holds no checkpoint (it has {some(names, 5)})")
                 + f": expected {', or '.join(module.HOLDS for module in LOADERS.values())}."
             )
         if len(fit) > 1:
@@ -68,7 +69,3 @@ def read(source: ReadableSource, loader: str | None, memos: Memos) -> Checkpoint
             )
         loader = fit[0]
     return LOADERS[loader].read(source, memos)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -57,7 +57,7 @@ def _target_task(
     name = plan.target.name
     folder = session.workspace.reports
     builder = session.builder
-    manifest = builder.packed_path(name)
+    manifest = builder.workspace.packed(name)
     written = [page_name(name), trace_name(name)]
     check = UpToDateCheck(
         digest_record([VERSION, _asked(plan.target)]),

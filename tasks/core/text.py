@@ -32,6 +32,12 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
 
 
+def some(facts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Return the first ``most`` facts, and how many more there are."""
+    more = f" and {len(facts) - most} more" if len(facts) > most else ""
+    return separator.join(facts[:most]) + more
+
+
 def percent(part: float) -> str:
     """Return a fraction in percent, with three digits."""
     if isnan(part) or part == inf:

@@ -151,10 +151,6 @@ class Builder:
         """Return where a node's manifest lies. A string: doit wants thousands of them."""
         return self.workspace.manifest(node.target, node.stage.name, node.layer)
 
-    def packed_path(self, target: str) -> Path:
-        """Return where the manifest of a target's packing lies."""
-        return self.workspace.packed(target)
-
     def context(self, plan: Plan, node: Node, inputs: Inputs) -> NodeContext:
         """Return what the node's stage may do."""
         return NodeContext(self, plan, node, inputs)

@@ -63,7 +63,7 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
         pool.shutdown(wait=False, cancel_futures=True)
     packed = 0
     for plan in plans:
-        manifest = Manifest.at(builder.packed_path(plan.target.name))
+        manifest = Manifest.at(builder.workspace.packed(plan.target.name))
         packed += manifest is not None and sharing.push_now(manifest, None)
     present = [node for (node, _), pushed in zip(built, done, strict=True) if pushed]
     return Exchanged(len(present) + packed, _missing(plans, present) + len(plans) - packed)

@@ -113,7 +113,7 @@ class Packing:
 
     def _stamps(self, known: Mapping[str, Tensor]) -> Stamps:
         """Return the stamps of the last build's files, of those that are among ``known``."""
-        last = Manifest.at(self.builder.packed_path(self.plan.target.name))
+        last = Manifest.at(self.builder.workspace.packed(self.plan.target.name))
         files = last.tensors if last else {}
         return {name: s for name, s in self.stamps.items() if files.get(name) == known.get(name)}
 
@@ -132,7 +132,7 @@ class Packing:
             NoRoom: the disk cannot take the new folder.
         """
         builder, plan = self.builder, self.plan
-        path = builder.packed_path(plan.target.name)
+        path = builder.workspace.packed(plan.target.name)
         try:
             with builder.logged(f"pack:{plan.target.name}", why) as record:
                 inputs, wanted, notes = self._wanted()
@@ -240,13 +240,13 @@ class Packing:
             BuildError: it was never built here.
         """
         target = self.plan.target.name
-        last = Manifest.at(self.builder.packed_path(target))
+        last = Manifest.at(self.builder.workspace.packed(target))
         pending = Manifest.at(self._pending_path)
         builds: list[Mapping[str, Tensor]] = [each.tensors for each in (last, pending) if each]
         if not builds and (locked := self._locked_build(new)):
             builds.append(locked)
         there = Contents.of(self.folder, [*builds, new], self.stamps if last else None)
-        if not builds and there.changed and not self.builder.packed_path(target).exists():
+        if not builds and there.changed and not self.builder.workspace.packed(target).exists():
             raise place.not_ours(self.builder.workspace.built(target), there.changed)
         return there
 

@@ -30,6 +30,7 @@ from tasks.checkpoints.loaders import weight_patterns
 from tasks.core.errors import BuildError, CheckpointError, ConfigError
 from tasks.core.program import COMMAND
 from tasks.core.spec import Target
+from tasks.core.text import some
 from tasks.layouts.card import is_document
 from tasks.planning import bundle, source_record
 from tasks.planning.plan import Plan
@@ -38,28 +39,6 @@ from tasks.stages.stage import COMPUTER
 
 VERSION = 1
 SHOWN = 10  # names in a message
-
-
-@dataclass(frozen=True)
-class Built:
-    """A target as models.lock has it.
-
-    Attributes:
-        source: its source's record.
-        settings: digest of all that models.toml and the plan say of it.
-        computer: what computed it, if anything was: MLX's version, device, machine.
-        action: key of the action that packed it.
-        output: digest of the packed files' names and digests.
-        blake3: the same, by BLAKE3: the one that nobody can make other files for. None if no remote
-            store was set when it was locked.
-    """
-
-    source: str
-    settings: str
-    computer: dict[str, str] | None
-    action: str
-    output: str
-    blake3: str | None = None
 
 
 _BLAKE3 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -84,8 +63,18 @@ class _Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return LockedSource(files, self.record, self.nbytes, self.revision)
 
 
-class _Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``Built`` as the file has it."""
+class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A target as models.lock has it.
+
+    Attributes:
+        source: its source's record.
+        settings: digest of all that models.toml and the plan say of it.
+        computer: what computed it, if anything was: MLX's version, device, machine.
+        action: key of the action that packed it.
+        output: digest of the packed files' names and digests.
+        blake3: the same, by BLAKE3: the one that nobody can make other files for. None if no remote
+            store was set when it was locked.
+    """
 
     source: _BLAKE3
     settings: _DIGEST
@@ -98,7 +87,7 @@ class _Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _LockFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
     sources: dict[str, _Source]
-    targets: dict[str, _Target]
+    targets: dict[str, Built]
 
 
 @dataclass
@@ -136,8 +125,7 @@ class Lock:
                 )
             lock = msgspec.json.decode(data, type=_LockFile)
             locked = {name: source.locked() for name, source in lock.sources.items()}
-            targets = {name: Built(**msgspec.structs.asdict(t)) for name, t in lock.targets.items()}
-            return cls(path, locked, targets, strict)
+            return cls(path, locked, lock.targets, strict)
         except FileNotFoundError as error:
             if not strict:
                 return cls(path, {}, {}, strict)
@@ -218,7 +206,7 @@ class Lock:
         if odd:
             raise BuildError(
                 f"{self.path.name} is not of this models.toml and its sources: "
-                f"{_some(odd, '; ')}. If that is wanted, run {COMMAND} "
+                f"{some(odd, SHOWN, '; ')}. If that is wanted, run {COMMAND} "
                 "without --locked, and commit the file."
             )
 
@@ -308,7 +296,7 @@ class Lock:
             return []
         return [
             f"source {plan.target.source_name} is not what {self.path.name} had: "
-            f"{_some(odd, '; ')}. It is locked as it is now"
+            f"{some(odd, SHOWN, '; ')}. It is locked as it is now"
         ]
 
     def accept(self, plan: Plan, now: LockedSource, source_names: Mapping[str, str]) -> None:
@@ -451,7 +439,9 @@ class Lock:
         """Return a digest of what is locked of a target, or None if it is not."""
         source = self.sources.get(plan.target.source_name)
         built = self.targets.get(plan.target.name)
-        return digest_record([asdict(source), asdict(built)]) if source and built else None
+        if not source or not built:
+            return None
+        return digest_record([asdict(source), msgspec.structs.asdict(built)])
 
     def _save(self, source_names: Mapping[str, str]) -> None:
         """Write the file, without what models.toml does not have any more."""
@@ -459,7 +449,9 @@ class Lock:
         record = {
             "version": VERSION,
             "sources": {n: asdict(s) for n, s in self.sources.items() if n in kept},
-            "targets": {n: asdict(b) for n, b in self.targets.items() if n in source_names},
+            "targets": {
+                n: msgspec.structs.asdict(b) for n, b in self.targets.items() if n in source_names
+            },
         }
         data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
         if not self.path.exists() or self.path.read_bytes() != data:
@@ -468,14 +460,13 @@ class Lock:
     def _another(self, plan: Plan, fact: str) -> BuildError:
         return BuildError(
             f"{plan.target.name} {fact}. If that is wanted, run {COMMAND} without --locked, and "
-            "commit "
-            "the file."
+            "commit the file."
         )
 
     def _drift(self, target: Target, odd: list[str]) -> BuildError:
         return BuildError(
             f"{target.name}: source {target.source_name} is not what {self.path.name} has: "
-            f"{_some(odd, '; ')}. If the new one is wanted, accept it: {COMMAND} lock, then "
+            f"{some(odd, SHOWN, '; ')}. If the new one is wanted, accept it: {COMMAND} lock, then "
             f"{COMMAND}."
         )
 
@@ -515,13 +506,8 @@ def _differences(old: Manifest | None, new: Action) -> str:
     ]
     if not odd:
         return "the tensors are the same, the other files are not"
-    return f"{len(odd)} of {len(after)} tensors: {_some(odd, ', ')}"
+    return f"{len(odd)} of {len(after)} tensors: {some(odd, SHOWN)}"
 
 
 def _told(computer: dict[str, str] | None) -> str:
     return ", ".join(f"{key} {value}" for key, value in (computer or {}).items()) or "nothing"
-
-
-def _some(facts: list[str], separator: str) -> str:
-    more = f" and {len(facts) - SHOWN} more" if len(facts) > SHOWN else ""
-    return separator.join(facts[:SHOWN]) + more

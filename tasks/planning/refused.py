@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tasks.core.spec import Target
+from tasks.core.text import some
 
 SHOWN = 10  # targets in one message
 
@@ -33,5 +34,4 @@ def messages(refused: Iterable[Refused]) -> list[str]:
 
 def _head(targets: dict[str, Target]) -> str:
     first, *_ = targets.values()
-    more = f" and {len(targets) - SHOWN} more" if len(targets) > SHOWN else ""
-    return f"{first.where}: {', '.join([*targets][:SHOWN])}{more}"
+    return f"{first.where}: {some([*targets], SHOWN)}"

@@ -180,7 +180,7 @@ class Reader:
 
     def stamps(self, plan: Plan) -> list[Stamp | None]:
         """Return the stamps of the manifests that a target's figures come of."""
-        paths = [str(self.builder.packed_path(plan.target.name))]
+        paths = [str(self.builder.workspace.packed(plan.target.name))]
         paths += [self.builder.manifest_path(node) for node in plan.measuring]
         return [_stamp(path) for path in paths]
 
@@ -205,7 +205,7 @@ def _stamp(path: str) -> Stamp | None:
 
 
 def _read(builder: Builder, plan: Plan) -> Figures | None:
-    packed = Manifest.at(builder.packed_path(plan.target.name))
+    packed = Manifest.at(builder.workspace.packed(plan.target.name))
     if packed is None:
         return None
     sizes = {name: tensor.nbytes for name, tensor in packed.tensors.items()}
