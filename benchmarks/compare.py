@@ -639,10 +639,13 @@ def reached(goals: Sequence[tuple[Goal, float]]) -> Iterator[str]:
     yield "| what | reached | goal | |"
     yield "|---|---|---|---|"
     for goal, figure in goals:
-        decimals = 2 if figure < 10 else 0
-        most = "–" if goal.most is None else f"≤ {goal.most:.{decimals}f}{goal.unit}"
+        most = "–" if goal.most is None else f"≤ {_rounded(goal.most)}{goal.unit}"
         verdict = "" if goal.most is None else "met" if figure <= goal.most else "**missed**"
-        yield f"| {goal.what} | {figure:.{decimals}f}{goal.unit} | {most} | {verdict} |"
+        yield f"| {goal.what} | {_rounded(figure)}{goal.unit} | {most} | {verdict} |"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:

@@ -62,13 +62,20 @@ def test_no_comparison_in_memory() -> None:
         assert not any(Path(folder).iterdir())
 
 
-def test_the_pictures_are_current() -> None:
+def test_a_goal_is_exact_beside_any_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import compare
+
+    goal = compare.Goal("wall", compare.ratio("seconds"), 1.5)
+    rows = [*compare.reached([(goal, 0.253), (goal, 12.3)])]
+    assert rows[2:] == ["| wall | 0.25× | ≤ 1.50× | met |", "| wall | 12× | ≤ 1.50× | **missed** |"]
+
+
+def test_the_pictures_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the text, which is what a run shows, but for figures; and of the record."""
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    try:
-        import picture
-    finally:
-        sys.path.pop(0)
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import picture
+
     text = picture.TEXT.read_text("utf-8")
     assert picture.drawn(text) == picture.PICTURE.read_text("utf-8")
     assert picture.figure(picture.RECORD.read_text("utf-8")) == picture.FIGURE.read_text("utf-8")
