@@ -17,6 +17,7 @@ from tasks.cli.options import DEFAULT, Options
 from tasks.cli.process import piped
 from tasks.cli.state_lock import alone
 from tasks.core.program import COMMAND
+from tasks.core.task_names import target_of
 
 if TYPE_CHECKING:  # imported when the tasks are loaded
     from tasks.cli.session import Session
@@ -98,7 +99,7 @@ class Command(DoitCommand):  # type: ignore[misc]
 
         depth = max(name.count(":"), 1)  # a layer's tasks only for a layer's name
         session = self.loader and self.loader.session
-        if session and (refused := session.refused.get(name.split(":")[1] if ":" in name else "")):
+        if session and (refused := session.refused.get(target_of(name))):
             from tasks.planning.refused import messages
 
             return messages([refused])[0]  # it has no layers

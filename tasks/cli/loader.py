@@ -15,6 +15,7 @@ from tasks.cli.doit_adapter import command_line_variables, models_file, read_plu
 from tasks.cli.options import DEFAULT
 from tasks.cli.target_names import task_named
 from tasks.core.program import IS_CHECKOUT, ROOT
+from tasks.core.task_names import PACK, REPORT, task_name
 from tasks.core.workspace import STATE
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
         with as_invalid_dodo_file():
             self._config = reader.load(models_file())
         return {
-            "default_tasks": ["pack"],
+            "default_tasks": [PACK],
             "dep_file": str(self._config.path.parent / STATE / "doit.json"),
             "backend": "mlx-make",
             "check_file_uptodate": Checker,
@@ -95,8 +96,8 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
             self.session = Session.open(
                 self._config, options, makers, cmd.dep_manager.backend.saved
             )
-            if "report" in pos_args:  # its task shows what can be planned
-                pos_args += [f"report:{target}" for target in self.session.refused]
+            if REPORT in pos_args:  # its task shows what can be planned
+                pos_args += [task_name(REPORT, target) for target in self.session.refused]
             graph = TaskGraph(self.session, cmd.dep_manager)
             self.namespace = graph.stage_creators() | {
                 name: MethodType(creator, graph) if creator.__code__.co_argcount else creator

@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 
 from msgspec import Struct, structs
 
+from tasks.core.task_names import PACK, REPORT, group_of, task_name
+
 
 class Options(Struct, frozen=True):
     """What the command line says that the tasks must know.
@@ -38,13 +40,13 @@ class Options(Struct, frozen=True):
     def requests(self, task: str) -> bool:
         """Tell whether a run names a task: by itself, by its group, or by a pattern."""
         names = self.requested_tasks or ()
-        return any(name == task.partition(":")[0] or fnmatchcase(task, name) for name in names)
+        return any(name == group_of(task) or fnmatchcase(task, name) for name in names)
 
     def packs(self, target: str) -> bool:
         """Tell whether a run is to pack a target."""
         # A report shows what is packed.
         return not self.requested_tasks or any(
-            map(self.requests, (f"pack:{target}", f"report:{target}"))
+            self.requests(task_name(group, target)) for group in (PACK, REPORT)
         )
 
 

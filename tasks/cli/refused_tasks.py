@@ -11,21 +11,22 @@ from typing import Any
 from tasks.cli.failures import values_or_failure
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
+from tasks.core.task_names import task_name
 from tasks.planning.refused import Refused, messages
 
 
-def refused_tasks(session: Session, stage: str) -> Iterator[dict[str, Any]]:
-    """Yield a stage's task of each of these targets, with its whole name as basename."""
+def refused_tasks(session: Session, group: str) -> Iterator[dict[str, Any]]:
+    """Yield a group's task of each of these targets, with its whole name as basename."""
     for target in session.refused:
-        yield {"basename": f"{stage}:{target}", **fails(session, stage, target)}
+        yield {"basename": task_name(group, target), **fails(session, group, target)}
 
 
-def fails(session: Session, stage: str, target: str) -> dict[str, Any]:
-    """Return a stage's task of such a target, but for its name."""
+def fails(session: Session, group: str, target: str) -> dict[str, Any]:
+    """Return a group's task of such a target, but for its name."""
     refused = session.refused[target]
 
     def fail() -> dict[str, Any]:
-        with session.builder.logged(f"{stage}:{target}", "it cannot be planned"):
+        with session.builder.logged(task_name(group, target), "it cannot be planned"):
             raise BuildError(refused.reason)
 
     return {

@@ -19,6 +19,7 @@ from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck
 from tasks.core import text
 from tasks.core.spec import Target
+from tasks.core.task_names import PACK, REPORT, task_name
 from tasks.core.workspace import REPORTS
 from tasks.execution import place
 from tasks.planning.plan import Plan
@@ -38,10 +39,12 @@ def report(session: Session) -> Iterator[dict[str, Any]]:
     for family in families.values():
         # What the pages of these show is made before any page compares its family's targets with
         # it; what is not asked for is shown as it is.
-        first = [plan for plan in family if session.options.requests(f"report:{plan.target.name}")]
+        first = [
+            plan for plan in family if session.options.requests(task_name(REPORT, plan.target.name))
+        ]
         for plan in family:
             yield _target_task(session, reader, plan, family, first)
-    yield from refused_tasks(session, "report")
+    yield from refused_tasks(session, REPORT)
     yield _overview_task(session, reader)
 
 
@@ -55,6 +58,7 @@ def _target_task(
     session: Session, reader: Reader, plan: Plan, family: list[Plan], first: list[Plan]
 ) -> dict[str, Any]:
     name = plan.target.name
+    task = task_name(REPORT, name)
     folder = session.workspace.reports
     builder = session.builder
     manifest = builder.workspace.packed(name)
@@ -69,7 +73,7 @@ def _target_task(
         from tasks.report import pages  # only where one is written
 
         using = builder.store.lock.using()
-        with using, builder.logged(f"report:{name}", why) as record:
+        with using, builder.logged(task, why) as record:
             seen = _seen(session, reader, plan, family)
             packed = Manifest.from_bytes(manifest.read_bytes())
             sums = _sha256(session.workspace.built(name), packed)
@@ -89,7 +93,7 @@ def _target_task(
         }
 
     return {
-        "basename": f"report:{name}",
+        "basename": task,
         "actions": [check.action(build)],
         "doc": "Write the target's report.",
         "file_dep": [*(builder.manifest_path(node) for node in plan.measuring), str(manifest)],
@@ -124,7 +128,7 @@ def _overview_task(session: Session, reader: Reader) -> dict[str, Any]:
         from tasks.report import pages
 
         using = session.builder.store.lock.using()
-        with using, session.builder.logged("report", why) as record:
+        with using, session.builder.logged(REPORT, why) as record:
             atomic.write(path, pages.overview(reader, session.plans.values()).encode())
             record["outcome"] = "computed"
         return {
@@ -134,7 +138,7 @@ def _overview_task(session: Session, reader: Reader) -> dict[str, Any]:
         }
 
     return {
-        "basename": "report",
+        "basename": REPORT,
         "actions": [check.action(build)],
         "file_dep": [str(folder / page_name(name)) for name in session.plans],
         "targets": [str(path)],
@@ -153,8 +157,8 @@ def _changed_page(folder: Path, values: Mapping[str, Any], seen: Any = None) -> 
 
 
 def _compared(plan: Plan) -> list[str]:
-    name = plan.target.name
-    return [f"pack:{name}", *(f"{stage}:{name}" for stage, nodes in plan.measures.items() if nodes)]
+    measured = [stage for stage, nodes in plan.measures.items() if nodes]
+    return [task_name(group, plan.target.name) for group in (PACK, *measured)]
 
 
 def _seen(session: Session, reader: Reader, plan: Plan, family: list[Plan]) -> str:

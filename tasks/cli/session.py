@@ -22,6 +22,7 @@ from tasks.cli.untouched import Untouched
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError
 from tasks.core.spec import Target
+from tasks.core.task_names import task_name
 from tasks.core.text import plural
 from tasks.core.workspace import Workspace
 from tasks.execution import place
@@ -211,8 +212,8 @@ def _check_any_is_planned(
     """
 
     def asked(target: str) -> bool:
-        groups = (*registry.names(), "pack", "report", "lock")
-        return not options.requested_tasks or any(options.requests(f"{g}:{target}") for g in groups)
+        tasks = [task_name(group, target) for group in registry.groups()]
+        return not options.requested_tasks or any(map(options.requests, tasks))
 
     if options.locked:
         wanted = [*refused.values()]

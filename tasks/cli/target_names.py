@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import PurePath
 
+from tasks.core.task_names import PACK, task_name
 from tasks.core.workspace import BUILD
 
 
@@ -23,6 +24,6 @@ def task_named(name: str, targets: Collection[str], groups: Collection[str]) -> 
     if name in groups or ":" in name or name.startswith("-"):
         return name
     if name in targets or (path.parent.name == BUILD and path.name in targets):
-        return f"pack:{path.name}"
+        return task_name(PACK, path.name)
     begun = [target for target in targets if target.startswith(name)]
-    return f"pack:{begun[0]}" if len(begun) == 1 else name
+    return task_name(PACK, begun[0]) if len(begun) == 1 else name

@@ -17,6 +17,7 @@ from tasks.cli.refused_tasks import fails, refused_tasks
 from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck, is_unchanged, manifest_state
 from tasks.core.errors import BuildError
+from tasks.core.task_names import LOCK, PACK, task_name
 from tasks.execution import place
 from tasks.layouts.registry import LAYOUTS, weight_suffixes
 from tasks.planning import bundle
@@ -79,8 +80,8 @@ class TaskGraph:
             for node in plan.nodes(stage):
                 yield self._layer_task(plan, node)
         yield from refused_tasks(self.session, stage)
-        groups = [f"{stage}:{plan.target.name}" for plan in plans if plan.nodes(stage)]
-        groups += [f"{stage}:{target}" for target in self.session.refused]
+        groups = [task_name(stage, plan.target.name) for plan in plans if plan.nodes(stage)]
+        groups += [task_name(stage, target) for target in self.session.refused]
         # The reporter finds the session here: doit hands it tasks, and nothing else.
         meta = {"session": self.session}
         yield {"basename": stage, "actions": None, "task_dep": groups, "meta": meta}
@@ -94,8 +95,8 @@ class TaskGraph:
             yield task
         for target in self.session.refused:
             clean = [(self._clean_pack, [target])]
-            task = fails(self.session, "pack", target)
-            yield {"basename": "pack", "name": target, "clean": clean, **task}
+            task = fails(self.session, PACK, target)
+            yield {"basename": PACK, "name": target, "clean": clean, **task}
 
     def accept(self) -> Iterator[dict[str, Any]]:
         """Yield the tasks that lock the sources as they are now."""
@@ -109,9 +110,9 @@ class TaskGraph:
             def act(accept: Any = accept) -> Any:
                 return values_or_failure(accept)
 
-            yield {"basename": "lock", "name": target, "actions": [act], "io": {"capture": False}}
+            yield {"basename": LOCK, "name": target, "actions": [act], "io": {"capture": False}}
         for target in session.refused:
-            yield {"basename": "lock", "name": target, **fails(session, "lock", target)}
+            yield {"basename": LOCK, "name": target, **fails(session, LOCK, target)}
 
     def _is_up_to_date(self, node: Node) -> bool:
         file_dep = {self._manifest(need) for need in node.needs}
@@ -119,9 +120,9 @@ class TaskGraph:
 
     def _is_packed(self, target: str, task: Mapping[str, Any]) -> bool:
         (check,) = task["uptodate"]
-        return is_up_to_date(self.database, f"pack:{target}", {*task["file_dep"]}, check) and all(
-            map(os.path.exists, task["targets"])
-        )
+        return is_up_to_date(
+            self.database, task_name(PACK, target), {*task["file_dep"]}, check
+        ) and all(map(os.path.exists, task["targets"]))
 
     def _layer_check(self, node: Node) -> UpToDateCheck:
         path = self._manifest(node)
@@ -143,7 +144,7 @@ class TaskGraph:
     def _layer_task(self, plan: Plan, node: Node) -> dict[str, Any]:
         check = self._layer_check(node)
         return {
-            "basename": f"{node.stage.name}:{node.target}",
+            "basename": task_name(node.stage.name, node.target),
             "name": node.layer,
             "actions": [check.action(lambda why: self._run_layer(plan, node, why))],
             "file_dep": [self._manifest(need) for need in node.needs],
@@ -181,7 +182,7 @@ class TaskGraph:
             lambda values: reasons.of_packing(values.get("parts"), parts),
         )
         return {
-            "basename": "pack",
+            "basename": PACK,
             "name": target,
             "actions": [check.action(lambda why: {"parts": parts, **self._run_pack(plan, why)})],
             "file_dep": [
@@ -236,7 +237,7 @@ class TaskGraph:
 
     def _last_stamps(self, target: str) -> dict[str, list[int]]:
         """Return the stamps of a target's files when they were last built, if they are known."""
-        values = self.database.get_values(f"pack:{target}") if self.database else {}
+        values = self.database.get_values(task_name(PACK, target)) if self.database else {}
         return values.get("outputs") or {}
 
     def _manifest(self, node: Node) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated
 import msgspec
 
 from cache.files import atomic, own
+from tasks.core.task_names import group_of, target_of
 
 MAX_BYTES = 16 << 20
 OUTCOMES = ("computed", "reused", "fetched", "failed")  # reused: from the action cache
@@ -49,6 +50,16 @@ class Entry:
     bytes_read: _Bytes
     bytes_written: _Bytes
     thread: str
+
+    @property
+    def group(self) -> str:
+        """The group of the task."""
+        return group_of(self.task)
+
+    @property
+    def target(self) -> str:
+        """The target of the task; "" of one that is of all."""
+        return target_of(self.task)
 
 
 _LINE = msgspec.json.Decoder(Entry)

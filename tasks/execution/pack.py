@@ -19,6 +19,7 @@ from cache.files import space, trash
 from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor
 from tasks.core.errors import BuildError
+from tasks.core.task_names import PACK, task_name
 from tasks.execution import fill, place
 from tasks.execution.builder import Builder
 from tasks.execution.early import PackInProgress
@@ -103,7 +104,7 @@ class Packing:
             for name in (*weights, *small)
             if (path := self.folder / name).is_file()
         }
-        output = Manifest(Action("pack", bundle.VERSION, {}, {}), found).result
+        output = Manifest(Action(PACK, bundle.VERSION, {}, {}), found).result
         return found if output == self.acceptance.locked_output else None
 
     @property
@@ -134,7 +135,7 @@ class Packing:
         builder, plan = self.builder, self.plan
         path = builder.workspace.packed(plan.target.name)
         try:
-            with builder.logged(f"pack:{plan.target.name}", why) as record:
+            with builder.logged(task_name(PACK, plan.target.name), why) as record:
                 inputs, wanted, notes = self._wanted()
                 if self.acceptance.contradicted(wanted.action):
                     self._make_again()

@@ -16,6 +16,7 @@ from cache.records.manifests import Action, Tensor, TensorSpec
 from cache.records.memos import Memos
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
+from tasks.core.task_names import PACK
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.node import Inputs, Node, total
 from tasks.planning.plan import Plan
@@ -104,7 +105,7 @@ class Bundle(Struct, frozen=True):
             "files": {name: digest(data) for name, data in small.items()},
         }
         inputs = {name: tensors[name].record for name in plan.names}
-        return cls(Action("pack", VERSION, params, inputs), weights, small)
+        return cls(Action(PACK, VERSION, params, inputs), weights, small)
 
     @property
     def weights_nbytes(self) -> int:

@@ -19,6 +19,7 @@ from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor, TensorSpec
 from cache.store import Store
 from tasks.core.errors import BuildError
+from tasks.core.task_names import PACK, REPORT, task_name
 from tasks.core.workspace import Workspace
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning import bundle, sizes
@@ -192,14 +193,14 @@ class Forecast:
 
     def add_pack(self, plan: Plan) -> None:
         """Work out a target's packing, and all that it depends on."""
-        task = f"pack:{plan.target.name}"
+        task = task_name(PACK, plan.target.name)
         if task in self.steps:
             return
         last = plan.last
         for node in last:
             self.add(plan, node)
         saved = self._saved(task)
-        step = Step(task, plan.target.name, "pack", "", UP_TO_DATE)
+        step = Step(task, plan.target.name, PACK, "", UP_TO_DATE)
         changed = self._changed(saved, last)
         others = saved.changed - {*map(self._path, last)}
         if saved.ignored or self._ignored(node.name for node in last):
@@ -222,22 +223,23 @@ class Forecast:
         """
         target = plan.target.name
         reads = [task for each in (plan, *beside) for task in self._measured(each)]
-        self._add_page(f"report:{target}", target, reads, sure=(f"pack:{target}",))
+        page, packing = task_name(REPORT, target), task_name(PACK, target)
+        self._add_page(page, target, reads, sure=(packing,))
 
     def add_overview(self, plans: Iterable[Plan]) -> None:
         """Work out the writing of the overview, given that of each target's report."""
-        self._add_page("report", "", [f"report:{plan.target.name}" for plan in plans])
+        self._add_page(REPORT, "", [task_name(REPORT, plan.target.name) for plan in plans])
 
     def _measured(self, plan: Plan) -> list[str]:
         self.add_pack(plan)
         for node in plan.measuring:
             self.add(plan, node)
-        return [f"pack:{plan.target.name}", *(node.name for node in plan.measuring)]
+        return [task_name(PACK, plan.target.name), *(node.name for node in plan.measuring)]
 
     def _add_page(self, task: str, target: str, reads: list[str], sure: Iterable[str] = ()) -> None:
         """Add a page; what is among ``sure`` changes it, and what else it reads may."""
         saved = self._saved(task)
-        step = Step(task, target, "report", "", UP_TO_DATE)
+        step = Step(task, target, REPORT, "", UP_TO_DATE)
         busy = [self.steps[read] for read in reads if self.steps[read].state not in SETTLED]
         if saved.ignored or self._ignored(reads):
             step = replace(step, state=IGNORED)

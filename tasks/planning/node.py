@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cache.records.manifests import Action, Manifest, Tensor, TensorSpec
+from tasks.core.task_names import task_name
 from tasks.stages.stage import ActionSpec, Key, LeafStage, Origin, Output, Stage
 
 
@@ -52,7 +53,7 @@ class Node:
     @property
     def name(self) -> str:
         """The task's name."""
-        return f"{self.spec.stage.name}:{self.target}:{self.spec.layer}"
+        return task_name(self.spec.stage.name, self.target, self.spec.layer)
 
     @property
     def is_leaf(self) -> bool:

@@ -8,8 +8,10 @@ from math import inf, isfinite, nan
 from typing import NamedTuple
 
 from tasks.core import text as words
+from tasks.core.task_names import PACK
 from tasks.execution import log
 from tasks.execution.log import Entry
+from tasks.planning.plan import Plan
 from tasks.report import timeline
 from tasks.report.figures import KINDS, Error, Figures, Piece, together
 from tasks.report.timeline import Timeline
@@ -370,7 +372,7 @@ def _span(build: Timeline, entry: Entry, critical: bool, start: float, seconds: 
     stop = timeline.end(entry) - start
     begin = max(0.0, entry.start - start)
     x, width = WIDTH * begin / seconds, WIDTH * (stop - begin) / seconds
-    stage = timeline.stage_of(entry.task) if build.builds(entry) else "others"
+    stage = entry.group if build.builds(entry) else "others"
     title = f"{entry.task}: {entry.outcome}, {words.seconds(entry.seconds)}. {entry.why}"
     return Span(stage, entry.outcome in ("reused", "fetched"), critical, x, width, title, 1)
 
@@ -385,16 +387,12 @@ class Row(NamedTuple):
     written: int
 
 
-def rows(build: Timeline, tasks: dict[str, int]) -> list[Row]:
-    """Return the outcomes of each stage's tasks in a build.
-
-    Args:
-        build: the build.
-        tasks: how many a stage has.
-    """
+def rows(build: Timeline, plan: Plan) -> list[Row]:
+    """Return the outcomes of each stage's tasks in a build of a target."""
     rows = []
+    tasks = {stage: len(nodes) for stage, nodes in plan.stages.items()} | {PACK: 1}
     for stage, total in tasks.items():
-        entries = [entry for entry in build.mine if timeline.stage_of(entry.task) == stage]
+        entries = [entry for entry in build.mine if entry.group == stage]
         counts = {o: sum(e.outcome == o for e in entries) for o in log.OUTCOMES}
         counts["up to date"] = total - len({entry.task for entry in entries})
         read, written = sum(e.bytes_read for e in entries), sum(e.bytes_written for e in entries)

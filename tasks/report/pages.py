@@ -14,6 +14,7 @@ from cache.records.manifests import Manifest
 from tasks.core import text as words
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
+from tasks.core.task_names import REPORT, task_name
 from tasks.planning import lockfile
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan
@@ -67,15 +68,15 @@ def target(
     if built is None or built.errors is None:
         raise BuildError(
             f"{plan.target.name}: what was measured is not what was packed. Run {COMMAND} forget "
-            f"{Measure.name}:{plan.target.name}, then {COMMAND} report:{plan.target.name}."
+            f"{task_name(Measure.name, plan.target.name)}, then {COMMAND} "
+            f"{task_name(REPORT, plan.target.name)}."
         )
     pieces = figures.pieces(plan, packed, built.errors)
     scale = charts.Scale.of(built.errors.values())
     build = timeline.read(reader.builder.log.path, plan)
     variants = [one for p in family if (one := reader.read(p))]
     measured = _worst_first(pieces)
-    stages = {stage: len(nodes) for stage, nodes in plan.stages.items()} | {"pack": 1}
-    rows = charts.rows(build, stages) if build else []
+    rows = charts.rows(build, plan) if build else []
     page = _environment().get_template("target.html").render(
         target=plan.target,
         built=built,

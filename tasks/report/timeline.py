@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.core.task_names import PACK, task_name
 from tasks.execution.log import MAX_BYTES, Entry, parse
 from tasks.planning.plan import Plan
 from tasks.stages import registry
@@ -36,7 +37,7 @@ class Timeline:
 
     def builds(self, entry: Entry) -> bool:
         """Tell whether a line is of a task that builds the target."""
-        return target_of(entry.task) == self.target and stage_of(entry.task) in registry.building()
+        return entry.target == self.target and entry.group in registry.building()
 
     @property
     def start(self) -> float:
@@ -60,16 +61,6 @@ def end(entry: Entry) -> float:
     return entry.start + entry.seconds
 
 
-def stage_of(task: str) -> str:
-    """Return the stage that a task's name begins with."""
-    return task.partition(":")[0]
-
-
-def target_of(task: str) -> str:
-    """Return the target in a task's name."""
-    return task.split(":")[1] if ":" in task else ""
-
-
 def last_run(log: Path, target: str) -> str | None:
     """Return the id of the run in which a target was last packed, if the log has it."""
     last = _last_pack(_read(log), target)
@@ -89,10 +80,10 @@ def read(log: Path, plan: Plan) -> Timeline | None:
     first = parse(data.partition(b"\n")[0])
     # A trimmed log begins in the middle of a run, and is still long.
     cut = first is not None and first.run == packed.run and len(data) > MAX_BYTES // 4
-    needs = {f"pack:{target}": [node.name for node in plan.last]}
+    needs = {task_name(PACK, target): [node.name for node in plan.last]}
     for stage in plan.stages.values():
         needs |= {node.name: [need.name for need in node.needs] for node in stage}
-    mine = {entry.task: entry for entry in entries if target_of(entry.task) == target}
+    mine = {entry.task: entry for entry in entries if entry.target == target}
     return Timeline(target, entries, critical_path(mine, needs, packed.task), cut)
 
 
@@ -140,7 +131,7 @@ def trace(timeline: Timeline) -> dict[str, Any]:
             "pid": 1,
             "tid": threads[entry.thread],
             "name": entry.task,
-            "cat": f"{stage_of(entry.task)},{entry.outcome}",
+            "cat": f"{entry.group},{entry.outcome}",
             "ts": round(1e6 * (entry.start - zero)),  # microseconds
             "dur": round(1e6 * entry.seconds),
             "args": {
@@ -178,14 +169,14 @@ def _read(log: Path) -> bytes:
 
 def _last_pack(data: bytes, target: str) -> tuple[int, Entry] | None:
     """Return the last line in which a target was packed, and where it ends."""
-    quoted = json.dumps(f"pack:{target}", ensure_ascii=False).encode()
+    quoted = json.dumps(task_name(PACK, target), ensure_ascii=False).encode()
     at = data.rfind(quoted)
     while at >= 0:
         start = data.rfind(b"\n", 0, at) + 1
         stop = data.find(b"\n", at)
         stop = len(data) if stop < 0 else stop
         entry = parse(data[start:stop])
-        if entry and entry.task == f"pack:{target}" and entry.outcome != "failed":
+        if entry and entry.task == task_name(PACK, target) and entry.outcome != "failed":
             return stop, entry
         at = data.rfind(quoted, 0, start)
     return None

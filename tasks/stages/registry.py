@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tasks.core.task_names import GROUPS, PACK
 from tasks.stages.cast import Cast
 from tasks.stages.extract import Extract
 from tasks.stages.measure import Measure
@@ -27,9 +28,14 @@ def names() -> tuple[str, ...]:
     return tuple(stage.name for stage in stages())
 
 
+def groups() -> tuple[str, ...]:
+    """Return the groups of all tasks of targets: of the stages, and the others."""
+    return (*names(), *GROUPS)
+
+
 def building() -> tuple[str, ...]:
     """Return the names of the stages that lead to a built model, packing last."""
-    return (*(stage.name for stage in PIPELINE), "pack")
+    return (*(stage.name for stage in PIPELINE), PACK)
 
 
 def leaves() -> frozenset[str]:

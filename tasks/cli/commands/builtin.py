@@ -13,6 +13,7 @@ from doit.exceptions import InvalidCommand
 from tasks.cli.command import Command, StateCommand
 from tasks.cli.doit_adapter import CleanCommand, ForgetCommand, InfoCommand
 from tasks.core.program import COMMAND, ROOT
+from tasks.core.task_names import PACK, task_name
 
 USAGE = f"""\
 mlx-make: Make for MLX model artifacts (https://pydoit.org with tasks for models.toml)
@@ -71,7 +72,7 @@ class Clean(StateCommand, CleanCommand):
             print(f"{'would remove' if dryrun else 'removing'} {workspace.built(target)}")
             if dryrun:
                 continue
-            stamps = self.dep_manager.get_values(f"pack:{target}").get("outputs") or {}
+            stamps = self.dep_manager.get_values(task_name(PACK, target)).get("outputs") or {}
             for note in place.clean(workspace, target, stamps):
                 print(note)
 

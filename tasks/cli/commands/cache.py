@@ -30,6 +30,7 @@ from tasks.config import reader
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.program import COMMAND
+from tasks.core.task_names import PACK
 from tasks.core.text import plural, size, size_bytes
 from tasks.core.workspace import Workspace
 from tasks.execution import exchange
@@ -139,7 +140,7 @@ def _forget(
     ours = list(built)
     keys = verify.made_of(spoilt, [*survey.manifests(), *(r.manifest for r in ours)])
     # A packed file that the cache has as a whole is build/'s own.
-    packed = [record.manifest for record in ours if record.manifest.action.stage == "pack"]
+    packed = [record.manifest for record in ours if record.manifest.action.stage == PACK]
     keys |= {
         manifest.action.key
         for manifest in packed
@@ -151,7 +152,7 @@ def _forget(
     forgotten = [record for record in ours if record.manifest.action.key in keys]
     workspace = Workspace(config.path.parent)
     for record in forgotten:
-        if record.manifest.action.stage == "pack":  # what lies in build/ stays known as ours
+        if record.manifest.action.stage == PACK:  # what lies in build/ stays known as ours
             record.path.replace(workspace.may_be_packed(record.target))
         else:
             trash.remove(record.path)

@@ -12,6 +12,7 @@ from tasks.cli.doit_adapter import models_file
 from tasks.config import reader
 from tasks.core.errors import ConfigError
 from tasks.core.program import COMMAND
+from tasks.core.task_names import task_name
 from tasks.stages import registry
 
 WORDS = "words"  # what the scripts ask for
@@ -83,5 +84,5 @@ def _names() -> Iterator[str]:
     except ConfigError:
         return
     yield from targets
-    for group in (*registry.names(), "pack", "report", "lock"):
-        yield from (f"{group}:{target}" for target in targets)
+    for group in registry.groups():
+        yield from (task_name(group, target) for target in targets)

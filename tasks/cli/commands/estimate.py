@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
+from tasks.core.task_names import PACK
 from tasks.execution.log import Entry
 from tasks.planning.forecast import SETTLED, Step
 
@@ -22,7 +23,7 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry], count: int) -> float |
     for entry in log:
         moved = entry.bytes_read + entry.bytes_written
         if entry.outcome != "failed":
-            kind = (entry.task.partition(":")[0], moved > 0)
+            kind = (entry.group, moved > 0)
             seconds[kind] += entry.seconds
             amounts[kind] += moved or 1
     layers = last = 0.0
@@ -34,7 +35,7 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry], count: int) -> float |
         if not amounts[kind]:
             return None
         took = seconds[kind] / amounts[kind] * (moved or 1)
-        if step.stage == "pack":
+        if step.stage == PACK:
             last += took
         else:
             layers += took

@@ -20,6 +20,7 @@ from tasks.cli.options import Options
 from tasks.cli.refused_tasks import messages_of
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
+from tasks.core.task_names import REPORT, task_name
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step, TaskState
 from tasks.planning.refused import Refused, messages
 
@@ -111,7 +112,7 @@ def _add(forecasted: Forecast, tasks: Mapping[str, Any], name: str) -> None:
         forecasted.add_pack(meta["plan"])
     else:
         for plan in meta["plans"]:
-            _add(forecasted, tasks, f"report:{plan.target.name}")
+            _add(forecasted, tasks, task_name(REPORT, plan.target.name))
         forecasted.add_overview(meta["plans"])
 
 

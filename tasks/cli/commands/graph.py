@@ -23,6 +23,7 @@ from tasks.cli.commands.forecasting import (
     warn_of_refused,
 )
 from tasks.core.program import COMMAND
+from tasks.core.task_names import PACK, task_name
 from tasks.core.workspace import BUILD
 from tasks.planning.forecast import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.planning.node import Node
@@ -77,7 +78,7 @@ Without TARGET: all. Layers that a stage treats alike are one box. The states ar
                 raise InvalidCommand(f"there is no target {name!r}. {mend}")
         chosen = [plans[name] for name in pos_args or plans]
         tasks = {task.name: task for task in self.task_list}
-        packed = [f"pack:{plan.target.name}" for plan in chosen]
+        packed = [task_name(PACK, plan.target.name) for plan in chosen]
         forecasted = forecast(self.session, tasks, packed, self.dep_manager, quick=True)
         warn_of_refused(forecasted, [] if pos_args else refused.values())
         text = FORMS[form](boxes(chosen, forecasted.steps))
@@ -151,8 +152,8 @@ def boxes(plans: Iterable[Plan], steps: Mapping[str, Step]) -> list[Box]:
                     box.layers[node.layer] = state_words(min(shared, key=_rank))
                 box.needs |= dict.fromkeys([holds[need] for need in node.needs] or [source])
                 holds[node] = box
-        task = f"pack:{target.name}"
-        packed = Box(f"pack · {target.layout}", layers={"": state_words(steps[task])})
+        task = task_name(PACK, target.name)
+        packed = Box(f"{PACK} · {target.layout}", layers={"": state_words(steps[task])})
         packed.needs = dict.fromkeys(holds[node] for node in plan.last)
         drawn[task,] = packed
         drawn[task, BUILD] = Box(f"{BUILD}/{target.name}", needs={packed: None})

@@ -20,11 +20,12 @@ from tasks.cli.doit_adapter import ListCommand
 from tasks.cli.orphans import orphans
 from tasks.cli.refused_tasks import refused_of
 from tasks.core.program import COMMAND
+from tasks.core.task_names import PACK, REPORT, group_of, target_of, task_name
 from tasks.planning.forecast import IGNORED, SETTLED, UP_TO_DATE, Step
 from tasks.stages import registry
 
 # What a plain doit leaves out, by what the names of tasks begin with.
-NOT_IN_A_PLAIN_RUN = (*(f"{stage.name}:" for stage in registry.MEASURES), "report:")
+NOT_IN_A_PLAIN_RUN = (*(f"{stage.name}:" for stage in registry.MEASURES), f"{REPORT}:")
 CANNOT_BE_PLANNED = "cannot be planned"
 STATUS_LETTERS = {UP_TO_DATE: "U", IGNORED: "I"}  # of doit list -s, where all else is R
 
@@ -64,7 +65,7 @@ could be fetched is to run, too."""
         yield from (tasks[name] for name in names)
         # Stages, of all targets; it may be that none has errors.
         groups = {stage.name for stage in registry.stages()}
-        groups |= {line.partition(":")[0] for line in self._lines}
+        groups |= {group_of(line) for line in self._lines}
         for task in self.task_list:
             listed = include_subtasks or not (
                 task.subtask_of or (task.name in groups and not task.actions)
@@ -75,7 +76,7 @@ could be fetched is to run, too."""
     def status_of(self, name: str) -> tuple[str, str] | None:
         """Return what a task, or those that a line stands for, would do."""
         known = self._steps
-        if ":" in name and name.split(":")[1] in self.session.refused:
+        if target_of(name) in self.session.refused:
             return "E", CANNOT_BE_PLANNED
         names = self._lines.get(name, [name])
         if not known.keys() >= {*names}:
@@ -91,13 +92,13 @@ could be fetched is to run, too."""
         lines = {}
         for target, plan in self.session.plans.items():
             for stage, nodes in plan.stages.items():
-                lines[f"{stage}:{target}"] = [node.name for node in nodes]
-            lines[f"pack:{target}"] = [f"pack:{target}"]
+                lines[task_name(stage, target)] = [node.name for node in nodes]
+            lines[task_name(PACK, target)] = [task_name(PACK, target)]
             for stage, nodes in plan.measures.items():
                 if nodes:
-                    lines[f"{stage}:{target}"] = [node.name for node in nodes]
-            lines[f"report:{target}"] = [f"report:{target}"]
-        return lines | {f"pack:{target}": [] for target in self.session.refused}
+                    lines[task_name(stage, target)] = [node.name for node in nodes]
+            lines[task_name(REPORT, target)] = [task_name(REPORT, target)]
+        return lines | {task_name(PACK, target): [] for target in self.session.refused}
 
     @cached_property
     def _steps(self) -> dict[str, Step]:

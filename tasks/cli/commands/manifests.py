@@ -11,6 +11,7 @@ from cache.maintenance.survey import Survey, inventory
 from cache.records.manifests import Manifest
 from tasks.checkpoints import record as source_records
 from tasks.config.reader import Config
+from tasks.core.task_names import PACK, task_name
 from tasks.core.workspace import STATE
 from tasks.planning.lockfile import Lock
 from tasks.stages import registry
@@ -37,11 +38,11 @@ def read(config: Config) -> list[Record]:
     """Return the records of all targets, stage by stage."""
     folder = config.path.parent / STATE / "manifests"
     records = []
-    for stage in (*registry.names(), "pack"):
+    for stage in (*registry.names(), PACK):
         for target in config.targets:
-            pattern = "pack.json" if stage == "pack" else f"{stage}/*.json"
+            pattern = "pack.json" if stage == PACK else f"{stage}/*.json"
             for path in sorted((folder / target).glob(pattern)):
-                task = f"pack:{target}" if stage == "pack" else f"{stage}:{target}:{path.stem}"
+                task = task_name(stage, target, "" if stage == PACK else path.stem)
                 if manifest := Manifest.at(path):  # else made again when doit looks
                     records.append(Record(target, task, path, manifest))
     return records

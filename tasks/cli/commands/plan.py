@@ -10,6 +10,7 @@ from itertools import groupby
 from tasks.cli.commands.estimate import estimate
 from tasks.cli.commands.forecasting import UNCERTAIN, ForecastCommand, indented
 from tasks.core.program import COMMAND
+from tasks.core.task_names import PACK
 from tasks.core.text import duration, plural, size
 from tasks.execution.resources import threads
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Step
@@ -133,7 +134,7 @@ def _totals(steps: Iterable[Step]) -> tuple[Traffic, int, int]:
     """Return what steps move, and how much the cache and build/ grow by meanwhile."""
     steps = list(steps)
     moved = sum((step.moved for step in steps), Traffic())
-    packed = sum(step.moved.written for step in steps if step.stage == "pack")
+    packed = sum(step.moved.written for step in steps if step.stage == PACK)
     return moved, moved.written + moved.fetched - packed, packed
 
 

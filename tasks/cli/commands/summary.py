@@ -77,9 +77,9 @@ def markdown(
         return NOTHING
     targets, stages = defaultdict(list), defaultdict(list)
     for entry in entries:
-        stages[_stage(entry)].append(entry)
+        stages[entry.group].append(entry)
         if ":" in entry.task:  # report's overview is of all targets
-            targets[entry.task.split(":")[1]].append(entry)
+            targets[entry.target].append(entry)
     by_target = [
         [target, size(built_bytes[target]) if target in built_bytes else "", *_counts(of_target)]
         for target, of_target in sorted(targets.items())
@@ -92,7 +92,7 @@ def markdown(
             size(sum(entry.bytes_read for entry in stages[stage])),
             size(sum(entry.bytes_written for entry in stages[stage])),
         ]
-        for stage in dict.fromkeys([*registry.building(), *registry.names(), "report"])
+        for stage in dict.fromkeys([*registry.building(), *registry.groups()])
         if stage in stages
     ]
     failed = [f"- failed: `{entry.task}`" for entry in entries if entry.outcome == "failed"]
@@ -117,13 +117,11 @@ def saved(entries: Iterable[Entry], history: Iterable[Entry]) -> str:
     computed = defaultdict(list)
     for entry in history:
         if entry.outcome == "computed":
-            computed[_stage(entry)].append(entry.seconds)
+            computed[entry.group].append(entry.seconds)
     spared = [entry for entry in entries if entry.outcome in ("reused", "fetched")]
-    unknown = Counter(_stage(entry) for entry in spared if not computed[_stage(entry)])
+    unknown = Counter(entry.group for entry in spared if not computed[entry.group])
     seconds = sum(
-        median(computed[_stage(entry)]) - entry.seconds
-        for entry in spared
-        if computed[_stage(entry)]
+        median(computed[entry.group]) - entry.seconds for entry in spared if computed[entry.group]
     )
     if not spared:
         return "Time saved: none, all was computed."
@@ -135,10 +133,6 @@ def saved(entries: Iterable[Entry], history: Iterable[Entry]) -> str:
         counts = ", ".join(f"{count} × {stage}" for stage, count in sorted(unknown.items()))
         line += f"; not counted, since the log has not seen them computed: {counts}"
     return f"{line}."
-
-
-def _stage(entry: Entry) -> str:
-    return entry.task.partition(":")[0]
 
 
 def _counts(entries: Iterable[Entry]) -> list[str]:

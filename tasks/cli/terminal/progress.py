@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tasks.core.task_names import PACK, task_name
 from tasks.execution import log
 from tasks.execution.log import Entry
 from tasks.planning.node import Node, total
@@ -168,8 +169,8 @@ def works(
             asked = {n.name: _weight(n) for n in nodes if n.name in run}
             weights |= asked
             last = stage if asked else last
-        if f"pack:{target}" in run:
-            weights[f"pack:{target}"] = sum(map(_weight, plan.last))
+        if (packing := task_name(PACK, target)) in run:
+            weights[packing] = sum(map(_weight, plan.last))
         if weights:
             parts[target] = Work(target, weights, last)
     return parts

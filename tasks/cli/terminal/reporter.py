@@ -24,6 +24,7 @@ from tasks.cli.session import Session
 from tasks.cli.terminal import progress
 from tasks.cli.terminal.live import Line, Live
 from tasks.cli.terminal.progress import OUTCOMES, Work
+from tasks.core.task_names import PACK, group_of, target_of
 from tasks.core.text import clock, duration, plural, size
 from tasks.core.workspace import BUILD
 from tasks.execution.log import Entry
@@ -81,7 +82,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         """Say, or show, what begins."""
         if not task.actions or refused_of(task):
             return
-        stage, target = _parts(task.name)
+        stage, target = group_of(task.name), target_of(task.name)
         if self._session and target in self._session.plans:
             counted = self._begin(task.name)
             if counted and self._live:
@@ -90,7 +91,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def _begin(self, name: str) -> bool:
         """Take note of a task that begins; tell whether it is one that is counted."""
-        stage, target = _parts(name)
+        stage, target = group_of(name), target_of(name)
         with self._lock:
             if not self._begun:
                 self._begun = True
@@ -118,11 +119,11 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self._finish(task.name)
         if summary := task.values.get("summary"):
             self.write(f"{summary}\n")
-        stage, target = _parts(task.name)
+        stage, target = group_of(task.name), target_of(task.name)
         work = self._works.get(target)
         if not work:
             return
-        if stage == "pack":
+        if stage == PACK:
             work.state, work.ended = "done", time.monotonic()
             work.size, work.bits_per_weight = task.values["size"], task.values["bits_per_weight"]
             for note in task.values["notes"]:
@@ -134,7 +135,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def skip_uptodate(self, task: Any) -> None:
         """Count a task, and targets that are up to date."""
-        self._fresh += task.name.startswith("pack:")
+        self._fresh += group_of(task.name) == PACK
         self._finish(task.name)
 
     def add_failure(self, task: Any, fail: Any) -> None:
@@ -142,7 +143,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         if isinstance(fail, UnmetDependency):
             return
         self.failures.append({"task": task, "exception": fail})
-        stage, target = _parts(task.name)
+        stage, target = group_of(task.name), target_of(task.name)
         if work := self._works.get(target):
             work.state = "failed"
             if not self._live:
@@ -177,16 +178,16 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
                 self._finished.append(name)
 
     def _count(self, name: str) -> None:
-        stage, target = _parts(name)
+        stage, target = group_of(name), target_of(name)
         work = self._works.get(target)
         if work and name in work.weights:
             work.finish(name)
-            if stage == "pack" and work.began is None:
+            if stage == PACK and work.began is None:
                 work.state = "up to date"
 
     def _log(self, entry: Entry) -> None:
         self._outcomes[entry.task] = entry.outcome
-        if work := self._works.get(_parts(entry.task)[1]):
+        if work := self._works.get(entry.target):
             work.log(entry)
 
     def _say_how_far(self, work: Work) -> None:
@@ -270,12 +271,6 @@ def _summary(built: Iterable[Work]) -> list[list[str]]:
 
 def _is_terminal(stream: Any) -> bool:
     return bool(stream.isatty()) and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-
-
-def _parts(name: str) -> tuple[str, str]:
-    """Return the stage and target of a task's name; of any other task, its name and nothing."""
-    stage, _, rest = name.partition(":")
-    return stage, rest.partition(":")[0]
 
 
 def _row(work: Work, now: float) -> list[str]:
