@@ -59,9 +59,9 @@ class Part(NamedTuple):
         """Make sure, after reading, that what was read is what was found.
 
         Raises:
-            FileChanged: the file has another stamp.
+            FileChanged: the file was written to.
         """
-        if self.stamp is not None and Stamp.of(descriptor) != self.stamp:
+        if self.stamp and Stamp.of(descriptor).is_changed(self.stamp):
             raise FileChanged(self.path)
 
 

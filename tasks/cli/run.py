@@ -14,6 +14,7 @@ from tasks.cli.options import Options
 from tasks.cli.process import interruptible
 from tasks.cli.state_lock import alone
 from tasks.core.program import COMMAND
+from tasks.execution.resources import raise_file_limit
 from tasks.tensors import cuda
 
 LOCKED = {
@@ -52,6 +53,7 @@ class Run(Command, DoitRun):  # type: ignore[misc]
             skip_up_to_date=not args and not params["always"],
             locked=params["locked"],
         )
+        raise_file_limit()
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         kept = f"layers that are done are kept; run {COMMAND} again to go on"
         with interruptible(kept), alone(models_file()), our_control():

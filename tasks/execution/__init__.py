@@ -1,9 +1,9 @@
 """execution: carries plans out.
 
-``builder`` runs a node within ``resources``, and writes a line to the ``log``. ``draft``, ``fill``
-and ``pack`` write the built model's folder, ``early`` does so in the background while layers are
-made, and ``place`` takes care of what people put there. ``accept`` compares sources with
-models.lock, ``exchange`` moves results to and from a remote store.
+``builder`` runs a node within ``resources``, which ``cgroup`` limits, and writes a line to the
+``log``. ``draft``, ``fill`` and ``pack`` write the built model's folder, ``early`` does so in the
+background while layers are made, and ``place`` takes care of what people put there. ``accept``
+compares sources with models.lock, ``exchange`` moves results to and from a remote store.
 
 May import ``cache``, planning and all rooms below it.
 """

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from cache.blobs import Blobs, Part, Writer
 from cache.digest import digest_parts
-from cache.errors import BlobLost
+from cache.errors import BlobLost, FileChanged
 from cache.files import atomic
 from cache.records.actions import Corrupt, Hit, Miss
 from cache.records.manifests import Action, Manifest, ManifestError, Tensor, TensorSpec
@@ -365,6 +365,8 @@ class Builder:
                 return manifest
             except BlobLost as lost:  # noticed as it was read: it is made again, and this as well
                 self.store.blobs.drop_if_wrong(lost.digest)
+            except FileChanged:  # by its time: if only that has moved, it is found to be the same
+                pass
         raise BuildError(
             f"{node.name}: what it reads has other bytes each time. The disk may be failing; or "
             f"something writes to {plan.checkpoint.folder}."

@@ -128,14 +128,14 @@ class BackgroundPacker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._begun: PackInProgress | None = None
-        self._over = False
+        self._over = cores() <= BUSY_CORES
 
     def add_layer(
         self, builder: Builder, plan: Plan, manifest: Manifest, *, with_blake3: bool
     ) -> None:
         """Take note of what the last stage made of a layer of a target that will be packed."""
         with self._lock:
-            if self._begun is None and not self._over and cores() > BUSY_CORES:
+            if self._begun is None and not self._over:
                 self._begun = PackInProgress(builder, plan, with_blake3=with_blake3)
             if self._begun and self._begun.target == plan.target.name:
                 self._begun.add(manifest.tensors)

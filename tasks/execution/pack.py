@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cache.digest import digest_file
-from cache.errors import BlobLost
+from cache.errors import BlobLost, FileChanged
 from cache.files import space, trash
 from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor
@@ -262,9 +262,9 @@ class Packing:
         fill.make_empty(filling.folder, filling.need)
         try:
             return self._fill(inputs, filling)
-        # Lost, or corrupt and perhaps not the only one, or another thread found it so and dropped
+        # Lost, corrupt and perhaps not the only one, of another time, or another thread dropped
         # it; it is made again.
-        except (BlobLost, FileNotFoundError):
+        except (BlobLost, FileChanged, FileNotFoundError):
             self.builder.drafts.end(self.plan.target.name)  # as little to be trusted as the blobs
             for _, tensor in inputs.values():
                 blobs.drop_if_wrong(tensor.digest)

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
+from tasks.execution import cgroup
 from tasks.tensors import mx
 
 GPU_THREADS = 4
+_ALWAYS_OPEN = 24  # files: the terminal, locks, a connection or two
+_OPEN_PER_THREAD = 6  # what it reads and writes, a lock, and as many for packing beside it
+
+
+def raise_file_limit() -> None:
+    """Let this process open as many files as threads on all cores want, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ALWAYS_OPEN + _OPEN_PER_THREAD * _own_cores()
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many cores this process may use: as many as its threads may open files for."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _own_cores()
+    return max(1, min(_own_cores(), (limit - _ALWAYS_OPEN) // _OPEN_PER_THREAD))
+
+
+def _own_cores() -> int:
+    """Return how many cores a process has, or how many's time."""
+    affinity = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(count, cgroup.limits().cores or count))
 
 
 def threads(devices: Iterable[str | None]) -> int:
@@ -66,7 +87,5 @@ class MemoryBudget:
 
 def machine_memory() -> int:
     """Return the bytes of memory that this process may use."""
-    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # a container's limit; "max" if there is none
-        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return limit
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(physical, cgroup.limits().memory or physical)

@@ -58,10 +58,11 @@ def answer(question: dict[str, Any], library: Library) -> dict[str, Any]:
     """Answer a question; all that is replaced meanwhile is put back. Not safe beside threads."""
     import mlx.core as mx
 
-    functions = {name: getattr(mx, name) for name in ("load", "stack", "concatenate")}
-    random = {name: getattr(mx.random, name) for name in ("uniform", "normal")}
+    patched = (mx, "load stack concatenate"), (mx.random, "uniform normal"), (resource, "setrlimit")
+    functions = [(m, name, getattr(m, name)) for m, names in patched for name in names.split()]
     printed = io.StringIO()  # standard output is the answer's
     modules = {n: sys.modules.pop(n) for n in list(sys.modules) if _is_replaced(n, library)}
+    resource.setrlimit = lambda *_: None  # mlx-lm sets how many files are open, as it is imported
     try:
         if question["light"]:
             _leave_out_heavy_modules(library)
@@ -75,10 +76,8 @@ def answer(question: dict[str, Any], library: Library) -> dict[str, Any]:
     except Exception as error:  # whatever the library raises is its verdict on the checkpoint
         return {"error": str(error), "kind": type(error).__name__}
     finally:
-        for name, original in functions.items():
-            setattr(mx, name, original)
-        for name, original in random.items():
-            setattr(mx.random, name, original)
+        for module, name, original in functions:
+            setattr(module, name, original)
         for name in list(sys.modules):
             if _is_replaced(name, library):
                 del sys.modules[name]

@@ -214,7 +214,7 @@ def _with_torch(context: Context, file: str) -> dict[str, str]:
         import torch
 
         loaded = load_with_torch(path)
-        if Stamp.of(path) != stamp:
+        if Stamp.of(path).is_changed(stamp):
             raise FileChanged(str(path))
         digest_of = {}
         for stored in context.checkpoint.stored.values():
