@@ -15,6 +15,7 @@ from cache.records.memos import Memos
 from tasks.checkpoints import loaders
 from tasks.checkpoints.headers import headers
 from tasks.checkpoints.small_files import is_pointer
+from tasks.checkpoints.source import HashedFile, Opening
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import SourceSpec
@@ -25,7 +26,7 @@ def spec(text: str, base: Path) -> SourceSpec:
     return SourceSpec("folder", str((base / Path(text).expanduser()).absolute()))
 
 
-def open_source(spec: SourceSpec) -> FolderSource:
+def open_source(spec: SourceSpec, opening: Opening) -> FolderSource:
     """Return a folder as a source; it need not exist.
 
     Of a model's folder in the hub's cache, it is the snapshot of ``main``, or the only one.
@@ -85,6 +86,11 @@ class FolderSource(Struct, frozen=True, dict=True):
         for pattern in loaders.weight_patterns():
             found = (self.path(name) for name in self.names(pattern))
             yield from (path for path in found if path.is_file())
+
+    @property
+    def hashes(self) -> Mapping[str, HashedFile]:
+        """None."""
+        return {}
 
     def path(self, name: str) -> Path:
         """Return a weight file."""

@@ -8,16 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints import safetensors_file, torch_file
 from tasks.checkpoints.small_files import check_regular
-from tasks.checkpoints.stored import Stored
+from tasks.checkpoints.stored import Stored, WeightFile
 from tasks.core.errors import CheckpointError
 
 HEADERS_VERSION = 2  # raised when what is read of a header changes
+KIND = "headers"  # of memos
 _Answer = list[tuple[str, str, tuple[int, ...], int]]  # name, dtype, shape, offset
 
 
@@ -30,7 +31,7 @@ class FileFormat(Protocol):
 
     SUFFIXES: tuple[str, ...]
 
-    def read(self, path: Path) -> list[Stored]:
+    def read(self, path: WeightFile) -> list[Stored]:
         """Return a file's tensors, in its own order, without their data.
 
         Raises:
@@ -54,19 +55,32 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
             stamp = Stamp.of(path)
         except OSError as error:  # a link to nowhere, as a moved download cache leaves
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-        question = [HEADERS_VERSION, str(path.absolute()), *stamp]
-        answer = memos.get("headers", question, _Answer)
-        if answer is None:
-            formats = (f for f in FILE_FORMATS if path.suffix in f.SUFFIXES)
-            file_format = next(formats, torch_file)  # which finds out itself what it is
-            try:
-                answer = [(s.name, s.dtype, s.shape, s.offset) for s in file_format.read(path)]
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error}") from error
-            memos.put("headers", question, answer)
-        tensors = [
-            Stored(sys.intern(name), sys.intern(dtype), shape, path.name, offset)
-            for name, dtype, shape, offset in answer
-        ]
-        tables[path.name] = (stamp, tensors)
+        tables[path.name] = (stamp, header(path, [str(path.absolute()), *stamp], memos))
     return tables
+
+
+def header(path: WeightFile, identity: list[Any], memos: Memos) -> list[Stored]:
+    """Read a weight file's header, or recall it.
+
+    Args:
+        path: the file.
+        identity: JSON that is another wherever the header may be.
+        memos: where headers are remembered.
+
+    Raises:
+        CheckpointError: it is damaged, or of a kind that must not be read.
+    """
+    question = [HEADERS_VERSION, *identity]
+    answer = memos.get(KIND, question, _Answer)
+    if answer is None:
+        formats = (f for f in FILE_FORMATS if path.suffix in f.SUFFIXES)
+        file_format = next(formats, torch_file)  # which finds out itself what it is
+        try:
+            answer = [(s.name, s.dtype, s.shape, s.offset) for s in file_format.read(path)]
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        memos.put(KIND, question, answer)
+    return [
+        Stored(sys.intern(name), sys.intern(dtype), shape, path.name, offset)
+        for name, dtype, shape, offset in answer
+    ]

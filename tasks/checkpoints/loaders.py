@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Protocol
 
 from cache.records.memos import Memos
@@ -35,6 +36,8 @@ class Loader(Protocol):
         """
 
 
+ON_A_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)  # ORG/NAME
+
 LOADERS: dict[str, Loader] = {"llama": llama, "transformers": transformers}
 
 
@@ -43,8 +46,16 @@ def weight_patterns() -> tuple[str, ...]:
     return tuple(pattern for loader in LOADERS.values() for pattern in loader.WEIGHTS)
 
 
-def read(source: ReadableSource, loader: str | None, memos: Memos) -> Checkpoint:
+def read(
+    source: ReadableSource, loader: str | None, memos: Memos, *, named: str = ""
+) -> Checkpoint:
     """Read a checkpoint, by the loader named or by the one that knows it.
+
+    Args:
+        source: where it is.
+        loader: its name; None, the one that knows the checkpoint.
+        memos: where headers are remembered.
+        named: what models.toml calls the source.
 
     Raises:
         CheckpointError: it is missing, incomplete or damaged, or no loader knows it.
@@ -52,7 +63,8 @@ def read(source: ReadableSource, loader: str | None, memos: Memos) -> Checkpoint
     folder = source.small_files
     if not os.path.isdir(folder):  # Path.is_dir raises for a name too long
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
-        raise CheckpointError(f"source {folder} {what}. Name the checkpoint's folder.")
+        hub = f", or the hub's: hf:{named}" if ON_A_HUB.fullmatch(named) else ""
+        raise CheckpointError(f"source {folder} {what}. Name the checkpoint's folder{hub}.")
     if not loader:
         fit = [name for name, module in LOADERS.items() if module.fits(source)]
         if not fit:

@@ -28,6 +28,7 @@ from cache.records.kinds import RecordKind
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
 from tasks.checkpoints.small_files import TEMPLATES_FOLDER
+from tasks.checkpoints.source import HashedFile
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
 
@@ -55,6 +56,11 @@ class RecordSource(Struct, frozen=True):
     def revision(self) -> None:
         """None: it is no download."""
         return
+
+    @property
+    def hashes(self) -> Mapping[str, HashedFile]:
+        """None."""
+        return {}
 
     def path(self, name: str) -> None:
         """Return None: no weight file is here."""

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from tasks.checkpoints.small_files import damaged
-from tasks.checkpoints.stored import Stored, checked_shape
+from tasks.checkpoints.stored import Stored, WeightFile, checked_shape
 from tasks.core.errors import CheckpointError
 
 SUFFIXES: tuple[str, ...] = (".safetensors",)
@@ -23,7 +22,7 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 
-def read(path: Path) -> list[Stored]:
+def read(path: WeightFile) -> list[Stored]:
     """Read a safetensors file's header (https://github.com/huggingface/safetensors).
 
     Raises:

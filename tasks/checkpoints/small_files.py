@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tasks.checkpoints.stored import WeightFile
 from tasks.core.errors import CheckpointError
 
 MAX_SMALL_BYTES = 512 << 20  # of a file read whole: the largest tokenizers have a tenth of it
@@ -181,9 +182,9 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(LFS)) == LFS
 
 
-def damaged(path: Path, fact: str) -> CheckpointError:
+def damaged(path: WeightFile, fact: str) -> CheckpointError:
     """Return the error of a weight file that is not what it should be, and why that may be."""
-    if is_pointer(path):
+    if isinstance(path, Path) and is_pointer(path):
         return CheckpointError(
             f"{path} is a Git LFS pointer, not the file itself. Run git lfs pull in its folder."
         )

@@ -6,9 +6,39 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from msgspec import Struct
+
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.stored import Stored
+
+
+class Opening(Struct, frozen=True):
+    """How a source is opened that another commit may be made of.
+
+    Attributes:
+        memos: where what was fetched is remembered, also in a run that writes nothing else.
+        project: the folder whose choice of a commit is remembered.
+        locked: the commit that models.lock has.
+        newest: whether to ask for the newest one, whatever is locked or remembered.
+    """
+
+    memos: Memos
+    project: str
+    locked: str | None = None
+    newest: bool = False
+
+
+class HashedFile(Protocol):
+    """What a source knows of a file without reading it."""
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+
+    @property
+    def digest(self) -> str:
+        """``sha256:…`` of its bytes, or ``git:…``, the id of its blob in git; "", not known."""
 
 
 class Source(Protocol):
@@ -40,6 +70,10 @@ class Source(Protocol):
     @property
     def revision(self) -> str | None:
         """The commit of a hub that it was downloaded at, if it says so."""
+
+    @property
+    def hashes(self) -> Mapping[str, HashedFile]:
+        """What is known of the files, by name; nothing of a folder's, which may change."""
 
     def path(self, name: str) -> Path | None:
         """Return a weight file, or None if it is no file of this machine: then ``read`` it."""

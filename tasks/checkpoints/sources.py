@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from tasks.checkpoints import folder
-from tasks.checkpoints.source import ReadableSource
+from tasks.checkpoints import folder, hub
+from tasks.checkpoints.source import Opening, ReadableSource
 from tasks.core.spec import SourceSpec
 
 
@@ -14,14 +14,18 @@ class SourceType(Protocol):
     """What a source's module has."""
 
     def spec(self, text: str, base: Path) -> SourceSpec:
-        """Return what models.toml means by ``text``; ``base`` is the folder that it lies in."""
+        """Return what models.toml means by ``text``; ``base`` is the folder that it lies in.
 
-    def open_source(self, spec: SourceSpec) -> ReadableSource:
+        Raises:
+            Mistakes: it means nothing.
+        """
+
+    def open_source(self, spec: SourceSpec, opening: Opening) -> ReadableSource:
         """Return the source, whether or not it is there."""
 
 
 # By what stands before a colon in models.toml; a folder's path is anything else.
-SOURCES: dict[str, SourceType] = {"folder": folder}
+SOURCES: dict[str, SourceType] = {"folder": folder, "hf": hub}
 
 
 def kind(text: str) -> str:
@@ -36,11 +40,14 @@ def spec(text: str, base: Path) -> SourceSpec:
     Args:
         text: a folder's path, or what another type of source has behind its name and a colon.
         base: the folder that models.toml lies in.
+
+    Raises:
+        Mistakes: it is no such thing.
     """
     name = kind(text)
     return SOURCES[name].spec(text if name == "folder" else text.removeprefix(f"{name}:"), base)
 
 
-def open_source(spec: SourceSpec) -> ReadableSource:
+def open_source(spec: SourceSpec, opening: Opening) -> ReadableSource:
     """Return the source that a target names."""
-    return SOURCES[spec.kind].open_source(spec)
+    return SOURCES[spec.kind].open_source(spec, opening)

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
-from typing import Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, Protocol
 
 from cache.records.manifests import DTYPE_BYTES
 
 MAX_AXIS = 2**31 - 1  # MLX counts along an axis in 32 bits, and wraps around in silence
 TORCH = -1  # offset of a tensor that does not lie in its file as plain bytes: torch must read it
+
+
+class _Stat(Protocol):
+    @property
+    def st_size(self) -> int: ...
+
+
+class WeightFile(Protocol):
+    """What a format needs of the path of a weight file: ``ranges.RangedFile`` has it, too."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the checkpoint."""
+
+    @property
+    def suffix(self) -> str:
+        """What its name ends with."""
+
+    def stat(self) -> _Stat:
+        """Return its size, at least."""
+
+    def open(self, mode: Literal["rb"]) -> IO[bytes]:
+        """Open it to read."""
 
 
 class Stored(NamedTuple):

@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 
 from cache.records.manifests import DTYPE_BYTES
 from tasks.checkpoints.small_files import damaged
-from tasks.checkpoints.stored import TORCH, Stored, checked_shape
+from tasks.checkpoints.stored import TORCH, Stored, WeightFile, checked_shape
 from tasks.core.errors import CheckpointError
 
 SUFFIXES: tuple[str, ...] = (".pth", ".bin")
@@ -22,6 +22,8 @@ MAX_DEPTH = 100  # of values within values; a state dict has six
 MAX_VALUES = 20_000_000  # written out, with what is repeated
 LEGACY_PICKLES = 5  # of a file older than torch 1.6, one after the other
 ZIP = b"PK\x03\x04"  # what a zip archive, and each of its members, begins with
+ALIGNMENT = 64  # of storages in an archive by torch
+DESCRIBED = 8  # flag of a member whose sizes stand behind its bytes
 
 
 TORCH_DTYPES = {
@@ -32,7 +34,7 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-def read(path: Path) -> list[Stored]:
+def read(path: WeightFile) -> list[Stored]:
     """Read where the tensors of a ``torch.save`` file lie.
 
     The usual file, a zip archive of uncompressed storages, is read here without torch, whose
@@ -48,7 +50,7 @@ def read(path: Path) -> list[Stored]:
         _check_legacy(path)
         return _read_with_torch(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return _read_zip(path, archive)
     except (CheckpointError, OSError):
         raise
@@ -70,7 +72,7 @@ class _Tensor(NamedTuple):
     plain: bool  # row-major, nothing between
 
 
-def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
+def _read_zip(path: WeightFile, archive: zipfile.ZipFile) -> list[Stored]:
     members = _members(path, archive)
     if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
         raise _NotPlain
@@ -78,6 +80,7 @@ def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
     check_pickle(path, data)
     data.seek(0)
     state = _Unpickler(data).load()
+    ends = _ends(archive)
     if not isinstance(state, dict) or not all(isinstance(t, _Tensor) for t in state.values()):
         raise _NotPlain
     starts: dict[str, int] = {}
@@ -86,7 +89,7 @@ def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
         for name, tensor in state.items():
             info = members[f"data/{tensor.key}"]
             if tensor.key not in starts:
-                starts[tensor.key] = _storage_start(path, file, info)
+                starts[tensor.key] = _storage_start(path, file, info, ends[info.header_offset])
             start = tensor.offset * DTYPE_BYTES[tensor.dtype]
             plain = tensor.plain and info.compress_type == zipfile.ZIP_STORED
             offset = starts[tensor.key] + start if plain else TORCH
@@ -95,11 +98,13 @@ def _read_zip(path: Path, archive: zipfile.ZipFile) -> list[Stored]:
                 raise damaged(path, f"{name} reaches past the end of its storage")
             tensors.append(stored)
     if any(stored.offset == TORCH for stored in tensors):
+        if not isinstance(path, Path):
+            raise _NotPlain
         _torch(path)  # wanted as they are extracted: an error before any work
     return tensors
 
 
-def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+def _members(path: WeightFile, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Return an archive's members by name, without the folder that torch puts them in."""
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
@@ -115,8 +120,20 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
     return members
 
 
-def _storage_start(path: Path, file: IO[bytes], info: zipfile.ZipInfo) -> int:
-    """Return where the bytes of a member of the archive begin."""
+def _ends(archive: zipfile.ZipFile) -> dict[int, int]:
+    """Return where each member ends, with all that belongs to it, by where it begins."""
+    begins = sorted(info.header_offset for info in archive.infolist())
+    return dict(zip(begins, [*begins[1:], archive.start_dir], strict=True))
+
+
+def _storage_start(path: WeightFile, file: IO[bytes], info: zipfile.ZipInfo, end: int) -> int:
+    """Return where the bytes of a member of the archive begin, which ends at ``end``."""
+    if not isinstance(path, Path):  # a look at each local header would be a request
+        described = 0 if not info.flag_bits & DESCRIBED else 24 if info.compress_size >> 32 else 16
+        start = end - info.compress_size - described
+        gap = start - (info.header_offset + 30 + len(info.filename.encode()))
+        if gap == 0 or (start % ALIGNMENT == 0 and 0 < gap < 2 * ALIGNMENT):
+            return start  # it fills what is between its name and the next member, but for padding
     file.seek(info.header_offset)
     local = file.read(30)  # the local header has its own lengths of name and extra
     lengths = int.from_bytes(local[26:28], "little"), int.from_bytes(local[28:30], "little")
@@ -126,7 +143,7 @@ def _storage_start(path: Path, file: IO[bytes], info: zipfile.ZipInfo) -> int:
     return start
 
 
-def check_pickle(path: Path, data: IO[bytes]) -> None:
+def check_pickle(path: WeightFile, data: IO[bytes]) -> None:
     """Refuse a pickle of values that take more memory, time or stack than a checkpoint's do.
 
     A few hundred bytes can stand for 2**100 values, each within another, or ask for a memo of
@@ -171,7 +188,7 @@ def check_pickle(path: Path, data: IO[bytes]) -> None:
         stack += [None if kind is pickletools.markobject else (depth, values) for kind in made]
 
 
-def _check_legacy(path: Path) -> None:
+def _check_legacy(path: WeightFile) -> None:
     """Check the pickles that a file older than torch 1.6 begins with."""
     with path.open("rb") as file:
         for _ in range(LEGACY_PICKLES):
@@ -223,7 +240,13 @@ def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
     return tensor
 
 
-def _read_with_torch(path: Path) -> list[Stored]:
+def _read_with_torch(path: WeightFile) -> list[Stored]:
+    if not isinstance(path, Path):
+        raise CheckpointError(
+            f"{path} is not the usual file of torch.save (a zip archive of plain tensors): only "
+            "torch can read it, and that as a file of this machine. Take the model's safetensors, "
+            "or download it into a folder and name that."
+        )
     tensors = []
     for name, tensor in load_with_torch(path).items():
         dtype = str(tensor.dtype).removeprefix("torch.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +156,8 @@ def _changed_page(folder: Path, values: Mapping[str, Any], seen: Any = None) -> 
 
 
 def _compared(plan: Plan) -> list[str]:
-    groups = dict.fromkeys([PACK, *(node.stage.group for node in plan.measuring)])
-    return [task_name(group, plan.target.name) for group in groups]
+    measured = [stage for stage, nodes in plan.measures.items() if nodes]
+    return [task_name(group, plan.target.name) for group in (PACK, *measured)]
 
 
 def _seen(session: Session, reader: Reader, plan: Plan, family: list[Plan]) -> str:
@@ -166,7 +165,7 @@ def _seen(session: Session, reader: Reader, plan: Plan, family: list[Plan]) -> s
     stamps = [reader.stamps(other) for other in family if other is not plan]
     source = session.lock.sources.get(plan.target.source_name)
     run = timeline.last_run(session.builder.log.path, plan.target.name)
-    return digest_record([stamps, asdict(source) if source else None, run])
+    return digest_record([stamps, source.json if source else None, run])
 
 
 def _remove(paths: list[Any]) -> None:

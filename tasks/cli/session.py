@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from cache.errors import CacheError
 from cache.records.memos import Memos
 from cache.store import Store
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.source import ReadableSource
 from tasks.cli.failures import MENDABLE, as_invalid_dodo_file, message
 from tasks.cli.options import DEFAULT, Options
 from tasks.cli.untouched import Untouched
@@ -137,7 +139,7 @@ class Session:
                 folder = Path(target.source.location)
                 if makers and folder in makers:
                     makers[folder](folder)
-            planner = Planner(store.memos, lambda target: lock.recall(store, target))
+            planner = _planner(store, lock, options)
             workspace = Workspace(config.path.parent)
             untouched = None
             if options.skip_up_to_date and not options.locked:
@@ -179,6 +181,20 @@ class Session:
         """Let go of the remote store: what is queued for it is dropped."""
         if self.remote:
             self.remote.close()
+
+
+def _planner(store: Store, lock: Lock, options: Options) -> Planner:
+    """Return what plans targets of their sources as they are locked, unless asked to lock anew."""
+    fetched = Memos(store.memos.root)  # kept also in a run that writes nothing else
+
+    def open_source(target: Target) -> ReadableSource:
+        newest = not options.read_only and options.requests(f"lock:{target.name}")
+        return lock.open_source(target, fetched, newest=newest)
+
+    def recall(target: Target, source: ReadableSource) -> Checkpoint | None:
+        return lock.recall(store, target, source)
+
+    return Planner(store.memos, open_source, recall)
 
 
 def _plan(

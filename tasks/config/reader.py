@@ -179,7 +179,8 @@ class _Reader:
         if at[2:3] == ("matrix",) and settings.quantize:
             self.check_matrix(settings.quantize, at)
         source = sources.spec(keys["source"], self.folder)
-        self.check_outside_build(Path(source.location), (*at, "source"))
+        if source.kind == "folder":
+            self.check_outside_build(Path(source.location), (*at, "source"))
         loader = f" ({settings.loader})" if settings.loader else ""
         return Target(
             **{

@@ -74,6 +74,8 @@ def decode(kind: type, value: Any) -> Any:
     if kind is SourceName:
         if not isinstance(value, str) or sources.kind(value) == "folder":
             _folder(value)  # refuses what no folder can be called
+        else:
+            sources.spec(value, Path())
         return SourceName(value)
     raise NotImplementedError(kind)
 

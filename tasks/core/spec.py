@@ -225,7 +225,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         key(
             "The checkpoint: Meta's folder (`consolidated.*.pth`, `params.json`, "
             "`tokenizer.model`) or Hugging Face's (`*.safetensors` or `pytorch_model*.bin`, "
-            "`config.json`).",
+            "`config.json`); or such a folder on the hub, `hf:ORG/NAME`, with `@` a branch, tag or "
+            "commit and `/` a subfolder behind it: `hf:ORG/NAME@main/original`.",
             default="none, it must be given",
             change="extract, the other stages for layers whose tensors are others, and pack",
             example="checkpoints/llama-7b",
@@ -309,7 +310,7 @@ class SourceSpec(Struct, frozen=True):
     location: str
 
     def __str__(self) -> str:
-        return self.location
+        return self.location if self.kind == "folder" else f"{self.kind}:{self.location}"
 
 
 class Target(Settings, frozen=True, kw_only=True):

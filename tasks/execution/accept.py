@@ -94,17 +94,24 @@ class Acceptor:
         now = self.snapshot(plan)
         return now, self.lock.check_files(plan, now.files)
 
-    def accept(self, plan: Plan) -> None:
+    def accept(self, plan: Plan) -> str:
         """Lock a target's source as it is now.
+
+        Returns:
+            A line for people, of a source on the hub: what changed.
 
         Raises:
             BuildError: nothing is to be written.
         """
         if self.lock.strict:
             raise BuildError("--locked never writes models.lock. Run doit lock without it.")
-        if not plan.checkpoint.source.available:
-            return  # not here: there is nothing new to accept
-        self.lock.accept(plan, self.snapshot(plan), self.source_names)
+        source = plan.checkpoint.source
+        if not source.available:
+            return ""  # not here: there is nothing new to accept
+        if source.identity is None:
+            self.lock.accept(plan, self.snapshot(plan), self.source_names)
+            return ""
+        return self.lock.move(plan, source_record.pinned(plan.checkpoint), self.source_names)
 
     def wants_blake3(self, plan: Plan) -> bool:
         """Tell whether a target's output has its BLAKE3 in the lock, or gets it."""

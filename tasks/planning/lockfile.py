@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +23,12 @@ import msgspec
 from cache.digest import digest_record
 from cache.files import atomic
 from cache.records.manifests import Action, Manifest, Tensor
+from cache.records.memos import Memos
 from cache.store import Store
 from tasks.checkpoints import record, sources
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.loaders import weight_patterns
+from tasks.checkpoints.source import Opening, ReadableSource
 from tasks.core.errors import BuildError, CheckpointError, ConfigError
 from tasks.core.program import COMMAND
 from tasks.core.spec import Target
@@ -42,6 +44,7 @@ SHOWN = 10  # names in a message
 
 
 _BLAKE3 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_RECORD = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
 _DIGEST = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 _COUNT = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -54,13 +57,15 @@ class _Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``LockedSource`` as the file has it."""
 
     files: dict[str, tuple[_COUNT, _DIGEST]]
-    record: _BLAKE3
+    record: _RECORD
     nbytes: _COUNT
     revision: str | None = None
+    hashes: dict[str, tuple[_COUNT, str]] | None = None
 
     def locked(self) -> LockedSource:
         files: dict[str, list[Any]] = {name: list(of) for name, of in self.files.items()}
-        return LockedSource(files, self.record, self.nbytes, self.revision)
+        hashes: dict[str, list[Any]] = {n: list(of) for n, of in (self.hashes or {}).items()}
+        return LockedSource(files, self.record, self.nbytes, self.revision, hashes or None)
 
 
 class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -145,17 +150,35 @@ class Lock:
                 "it: the next build writes it anew."
             ) from error
 
-    def recall(self, store: Store, target: Target) -> Checkpoint | None:
+    def open_source(self, target: Target, memos: Memos, *, newest: bool = False) -> ReadableSource:
+        """Open a target's source as it is locked, if it is.
+
+        Args:
+            target: the target.
+            memos: where what was fetched is remembered.
+            newest: whether to take it as it is now.
+        """
+        source = self.sources.get(target.source_name)
+        locked = source.revision if source else None
+        opening = Opening(memos, str(self.path.parent.absolute()), locked, newest)
+        return sources.open_source(target.source, opening)
+
+    def recall(self, store: Store, target: Target, here: ReadableSource) -> Checkpoint | None:
         """Return a target's checkpoint by its record, where its weights are not here.
 
         Raises:
             CheckpointError: the record is nowhere, or what is here is another checkpoint's.
         """
         source = self.sources.get(target.source_name)
-        here = sources.open_source(target.source)
-        if source is None or here.available:
+        if source is None or not source.record or here.available:
             return None
-        if odd := source_record.mismatched_files(here.small_files, source):
+        refusal = None
+        odd = []
+        try:
+            odd = source_record.mismatched_files(here.small_files, source)
+        except CheckpointError as error:  # of a hub: there is no folder to compare
+            refusal = error
+        if odd:
             raise CheckpointError(
                 f"source {target.source} has no weights, and {', '.join(odd[:SHOWN])} there "
                 f"{'is' if len(odd) == 1 else 'are'} not what {self.path.name} has. Get the whole "
@@ -163,13 +186,18 @@ class Lock:
             )
         found = record.recall(store, source.record, source.nbytes)
         if found is None:
+            record_is = (
+                f"what {self.path.name} says of it (record {source.record[:16]}…) is neither in "
+                "the cache nor whole in a remote"
+            )
+            if refusal:
+                raise CheckpointError(f"{refusal} And {record_is}.") from refusal
             fact = "has no weights" if here.small_files.exists() else "does not exist"
             if any(here.names(pattern) for pattern in weight_patterns()):
                 fact = "has Git LFS pointers for weights (git lfs pull gets them)"
             raise CheckpointError(
-                f"source {target.source} {fact}, and what {self.path.name} says of it (record "
-                f"{source.record[:16]}…) is neither in the cache nor whole in a remote. Get the "
-                "checkpoint, or name the remote that it was built with: [cache] remote."
+                f"source {target.source} {fact}, and {record_is}. Get the checkpoint, or name the "
+                "remote that it was built with: [cache] remote."
             )
         return found
 
@@ -184,11 +212,11 @@ class Lock:
         now = {plan.target.name: plan for plan in plans}
         names = {plan.target.source_name for plan in now.values()}
         odd = [
-            f"{file} of source {target.source_name} is another"
-            for target in {p.target.source_name: p.target for p in now.values()}.values()
-            if target.source_name in self.sources
+            f"{file} of source {source_name} is another"
+            for source_name, plan in {p.target.source_name: p for p in now.values()}.items()
+            if source_name in self.sources
             for file in source_record.mismatched_files(
-                sources.open_source(target.source).small_files, self.sources[target.source_name]
+                plan.checkpoint.folder, self.sources[source_name]
             )
         ]
         odd += [f"source {name} is not in it" for name in sorted(names - self.sources.keys())]
@@ -217,7 +245,7 @@ class Lock:
             BuildError: it is another.
         """
         source = self.sources.get(plan.target.source_name)
-        if source is None or plan.checkpoint.source.identity == source.record:
+        if source is None or plan.checkpoint.source.identity == source.record or not source.record:
             return
         sizes = {name: stamp.size for name, stamp in plan.checkpoint.stamps.items()}
         odd = [
@@ -256,7 +284,7 @@ class Lock:
                 and ``strict``.
         """
         locked = self.sources.get(plan.target.source_name)
-        return self._compare(plan, now, locked.files) if locked else []
+        return self._compare(plan, now, locked.files) if locked and locked.record else []
 
     def check_known(self, plan: Plan, digests: Mapping[str, str]) -> None:
         """Refuse what ``check_files`` will, as far as that is known without reading weights.
@@ -269,7 +297,7 @@ class Lock:
             BuildError: the source is not as it is locked.
         """
         locked = self.sources.get(plan.target.source_name)
-        if locked and plan.checkpoint.source.identity != locked.record:
+        if locked and locked.record and plan.checkpoint.source.identity != locked.record:
             now = source_record.file_digests(plan.checkpoint, digests)
             unknown = plan.checkpoint.stamps.keys() - now.keys()
             as_locked = {name: locked.files[name] for name in unknown & locked.files.keys()}
@@ -310,6 +338,27 @@ class Lock:
         with self._writing:
             self.sources[plan.target.source_name] = now
             self._save(source_names)
+
+    def move(self, plan: Plan, now: LockedSource, source_names: Mapping[str, str]) -> str:
+        """Lock a target's source at another commit, unless it is locked at that one.
+
+        Args:
+            plan: the target.
+            now: its source, see ``source_record.pinned``.
+            source_names: of all targets of models.toml, by target.
+
+        Returns:
+            What changed, for people.
+        """
+        name = plan.target.source_name
+        old = self.sources.get(name)
+        if old and old.revision == now.revision:
+            return f"{name} is locked at its newest commit, {now.revision}"
+        self.accept(plan, now, source_names)
+        if old is None:
+            return f"{name} is locked at commit {now.revision}"
+        changed = some(source_record.moved(old, now), SHOWN) or "no file that is used is another"
+        return f"{name} moved from commit {old.revision} to {now.revision}: {changed}"
 
     def check_target(
         self,
@@ -441,14 +490,14 @@ class Lock:
         built = self.targets.get(plan.target.name)
         if not source or not built:
             return None
-        return digest_record([asdict(source), msgspec.structs.asdict(built)])
+        return digest_record([source.json, msgspec.structs.asdict(built)])
 
     def _save(self, source_names: Mapping[str, str]) -> None:
         """Write the file, without what models.toml does not have any more."""
         kept = set(source_names.values())
         record = {
             "version": VERSION,
-            "sources": {n: asdict(s) for n, s in self.sources.items() if n in kept},
+            "sources": {n: s.json for n, s in self.sources.items() if n in kept},
             "targets": {
                 n: msgspec.structs.asdict(b) for n, b in self.targets.items() if n in source_names
             },

@@ -10,8 +10,9 @@ from typing import Any
 from msgspec import Struct, field, structs
 
 from cache.records.memos import Memos
-from tasks.checkpoints import loaders, sources
+from tasks.checkpoints import loaders
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.source import ReadableSource
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.spec import SourceSpec, Target
 from tasks.layouts import architecture
@@ -140,14 +141,22 @@ class Plan(Struct, frozen=True, dict=True):
 class Planner:
     """Plans targets; what several have in common is read once."""
 
-    def __init__(self, memos: Memos, recall: Callable[[Target], Checkpoint | None]) -> None:
+    def __init__(
+        self,
+        memos: Memos,
+        open_source: Callable[[Target], ReadableSource],
+        recall: Callable[[Target, ReadableSource], Checkpoint | None],
+    ) -> None:
         """Make a planner.
 
         Args:
             memos: what is remembered of checkpoints and models.
-            recall: returns a checkpoint that is not here itself, or None if it is to be read.
+            open_source: opens a target's source.
+            recall: returns a checkpoint that is not here itself, or None if its source is to be
+                read.
         """
         self.memos = memos
+        self._open_source = open_source
         self._recall = recall
         self._checkpoints: dict[tuple[SourceSpec, str | None], Checkpoint] = {}
         self._shared: dict[tuple[SourceSpec, str | None, str, str], SharedPlan | BuildError] = {}
@@ -200,8 +209,9 @@ class Planner:
     def _read(self, target: Target, backend: str) -> SharedPlan:
         source = (target.source, target.loader)
         if source not in self._checkpoints:
-            self._checkpoints[source] = self._recall(target) or loaders.read(
-                sources.open_source(target.source), target.loader, self.memos
+            opened = self._open_source(target)
+            self._checkpoints[source] = self._recall(target, opened) or loaders.read(
+                opened, target.loader, self.memos, named=target.source_name
             )
         checkpoint = self._checkpoints[source]
         layout = LAYOUTS[target.layout]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,25 @@ class LockedSource:
     Attributes:
         files: size in bytes and digest of each file that is used. Of a weight file it is that of
             the table of its tensors, with their digests.
-        record: BLAKE3 of the record.
+        record: BLAKE3 of the record; "" of a commit on the hub that nothing was built of yet.
         nbytes: of the record.
-        revision: the commit on the hub that the folder was downloaded at, if it says so.
+        revision: the commit on the hub that it is of, if that is known.
+        hashes: of a source on the hub: size and ``sha256:…``, or ``git:…``, of each of the files.
     """
 
     files: dict[str, list[Any]]
     record: str
     nbytes: int
     revision: str | None = None
+    hashes: dict[str, list[Any]] | None = None
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """What models.lock has: of a folder, no hashes."""
+        record = asdict(self)
+        if self.hashes is None:
+            del record["hashes"]
+        return record
 
 
 def take(store: Store, checkpoint: Checkpoint, digests: Mapping[str, str]) -> LockedSource:
@@ -51,7 +61,30 @@ def take(store: Store, checkpoint: Checkpoint, digests: Mapping[str, str]) -> Lo
     small = _small_files(checkpoint)
     name, nbytes = record.keep(store, checkpoint, digests, small)
     files = _files(checkpoint, digests, small)
-    return LockedSource(dict(sorted(files.items())), name, nbytes, checkpoint.source.revision)
+    files = dict(sorted(files.items()))
+    revision, hashes = checkpoint.source.revision, _hashes(checkpoint, files)
+    return LockedSource(files, name, nbytes, revision, hashes or None)
+
+
+def pinned(checkpoint: Checkpoint) -> LockedSource:
+    """Return a checkpoint that its source pins, without reading its weights."""
+    files = [*_small_files(checkpoint), *checkpoint.stamps]
+    return LockedSource({}, "", 0, checkpoint.source.revision, _hashes(checkpoint, files))
+
+
+def moved(old: LockedSource | None, new: LockedSource) -> list[str]:
+    """Say which files are others at another commit."""
+    before, after = (old and old.hashes) or {}, new.hashes or {}
+    return [
+        f"{name} is {'new' if name not in before else 'gone' if name not in after else 'another'}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _hashes(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, list[Any]]:
+    known = checkpoint.source.hashes
+    return {n: [known[n].size, known[n].digest] for n in sorted(names) if n in known}
 
 
 def file_digests(checkpoint: Checkpoint, digests: Mapping[str, str]) -> dict[str, list[Any]]:

@@ -1,6 +1,6 @@
 """measure: how far each quantized weight is from the weight before.
 
-In records, and so in keys, the stage is called ``error``.
+The stage itself is called ``error``, as its tasks and its records are.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class Measure(Stage[MeasureParams]):
     weight before, and ``error_norm``, that of the difference.
     """
 
-    name = "error"  # in records, which keep it
-    group = "measure"
+    name = "error"
     version = 1
     keep = Keep.ALWAYS
     params = MeasureParams

@@ -18,6 +18,7 @@ from cache.store import Store
 from support import checkpoints, inside, projects
 from tasks.checkpoints import loaders, record, sources
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.source import Opening
 from tasks.core.errors import CheckpointError
 from tasks.layouts import mlx_lm
 
@@ -25,8 +26,10 @@ INDEX = "model.safetensors.index.json"
 
 
 def read(folder: Path, cache: Path) -> Checkpoint:
-    source = sources.open_source(sources.spec(str(folder), folder))
-    return loaders.read(source, None, Store.at(cache).memos)
+    memos = Store.at(cache).memos
+    opening = Opening(memos, str(folder))
+    source = sources.open_source(sources.spec(str(folder), folder), opening)
+    return loaders.read(source, None, memos)
 
 
 def edit_map(folder: Path, change: Callable[[dict], dict]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from math import prod
@@ -11,11 +12,14 @@ import pytest
 
 from cache.records.memos import Memos
 from cache.store import Store
-from support import projects, tar_source
+from support import hub_server, projects, tar_source
+from support.hub_repositories import Repository
+from support.hub_server import Hub
 from tasks.checkpoints import headers, loaders, record, sources
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.folder import FolderSource
 from tasks.checkpoints.loaders import LOADERS
+from tasks.checkpoints.source import Opening
 from tasks.checkpoints.sources import SOURCES
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Quantize, SourceSpec, Target
@@ -44,23 +48,39 @@ def read(folder: Path, memos: Memos) -> Checkpoint:
 
 
 @pytest.fixture
-def spelled(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A hub without models, which the client of this process talks to."""
+    with hub_server.serve(tmp_path / "uploaded") as hub, hub.inside(tmp_path / "home"):
+        yield hub
+
+
+@pytest.fixture
+def spelled(
+    kept: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
     """How models.toml, in `tmp_path`, spells the checkpoint as each type of source."""
     monkeypatch.setitem(SOURCES, "tar", tar_source)
     with tarfile.open(tmp_path / "checkpoint.tar", "w") as archive:
         for path in kept.iterdir():
             archive.add(path, path.name)
-    return {"folder": str(kept), "tar": "tar:checkpoint.tar"}
+    hub.repositories["org/model"] = Repository("org/model")
+    hub.repositories["org/model"].add_folder(kept)
+    return {"folder": str(kept), "tar": "tar:checkpoint.tar", "hf": "hf:org/model"}
+
+
+@pytest.fixture
+def opening(tmp_path: Path, memos: Memos) -> Opening:
+    return Opening(memos, str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", [*SOURCES, "tar"])
 def test_a_source_gives_the_files_bytes(
-    kind: str, kept: Path, spelled: dict[str, str], tmp_path: Path
+    kind: str, kept: Path, spelled: dict[str, str], tmp_path: Path, opening: Opening
 ) -> None:
     spec = sources.spec(spelled[kind], tmp_path)
     assert (spec.kind, sources.kind(spelled[kind])) == (kind, kind)
-    assert Path(spec.location).is_absolute()
-    source = sources.open_source(spec)
+    assert kind == "hf" or Path(spec.location).is_absolute()
+    source = sources.open_source(spec, opening)
     assert source.available
     assert source.names("*") == sorted(path.name for path in kept.iterdir())
     for path in kept.iterdir():
@@ -79,12 +99,12 @@ def test_a_source_gives_the_files_bytes(
 
 @pytest.mark.parametrize("kind", [*SOURCES, "tar"])
 def test_a_source_that_is_not_there(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, hub: Hub, opening: Opening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It can be named, opened and asked whether it is there; models.lock may know it still."""
     monkeypatch.setitem(SOURCES, "tar", tar_source)
-    text = "nowhere" if kind == "folder" else f"{kind}:nowhere"
-    assert not sources.open_source(sources.spec(text, tmp_path)).available
+    text = "nowhere/it" if kind == "folder" else f"{kind}:nowhere/it"
+    assert not sources.open_source(sources.spec(text, tmp_path), opening).available
 
 
 def test_what_is_no_type_of_source_is_a_folder(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.safetensors_file import SAFETENSORS_DTYPES
+from tasks.checkpoints.source import HashedFile, Opening
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import SourceSpec
@@ -23,7 +24,7 @@ def spec(text: str, base: Path) -> SourceSpec:
     return SourceSpec("tar", str(base / text))
 
 
-def open_source(spec: SourceSpec) -> "TarSource":
+def open_source(spec: SourceSpec, opening: Opening) -> "TarSource":
     return TarSource(Path(spec.location))
 
 
@@ -50,6 +51,10 @@ class TarSource:
     @property
     def revision(self) -> None:
         return
+
+    @property
+    def hashes(self) -> Mapping[str, HashedFile]:
+        return {}
 
     @cached_property
     def members(self) -> dict[str, tuple[int, int]]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from doit.exceptions import InvalidCommand
 
+from cache.records.memos import Memos
 from tasks.checkpoints import loaders, sources
-from tasks.checkpoints.source import ReadableSource
+from tasks.checkpoints.source import Opening, ReadableSource
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import models_file
 from tasks.config.keys import toml
@@ -87,7 +88,8 @@ SOURCE is a checkpoint's folder. Without it: all that lie in the current folder,
 def _open(source: str, folder: Path) -> ReadableSource:
     """Open what a SOURCE on the command line, relative to the current folder, names."""
     base = Path.cwd() if sources.kind(source) == "folder" else folder
-    return sources.open_source(sources.spec(source, base))
+    memos = Memos(folder, read_only=True)
+    return sources.open_source(sources.spec(source, base), Opening(memos, str(folder)))
 
 
 def _search(root: Path) -> Iterator[str]:

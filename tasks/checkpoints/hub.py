@@ -1,0 +1,258 @@
+"""hub: a checkpoint in a repository of a model hub, by its name: ``hf:ORG/NAME``.
+
+It is read at one commit, of which what the hub and the files' headers say is remembered. Weights
+are read by ranges, but for files that the hub's client has on this machine; these are read where
+they lie. The small files lie in the client's own cache.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from msgspec import Struct, to_builtins
+
+from cache.files.stamp import Stamp
+from cache.records.memos import Memos
+from tasks.checkpoints import headers, hub_client
+from tasks.checkpoints.folder import FolderSource
+from tasks.checkpoints.hub_client import HubFile, HubUnreachable, Ranges, Snapshot
+from tasks.checkpoints.ranges import RangedFile
+from tasks.checkpoints.small_files import MAX_SMALL_BYTES, TEMPLATES_FOLDER
+from tasks.checkpoints.source import Opening
+from tasks.checkpoints.stored import Stored
+from tasks.core.errors import CheckpointError
+from tasks.core.spec import Mistake, Mistakes, SourceSpec
+
+# What a build may read beside the weights. A hub's repository has many other files.
+SMALL = (
+    "*.json", "*.jsonl", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "README.md",
+    "[Ll][Ii][Cc][Ee][NnSs]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", f"{TEMPLATES_FOLDER}/*.jinja",
+)  # fmt: skip
+KIND = "hub"  # of memos
+VERSION = 1  # raised when what is remembered changes
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_TEXT = re.compile(
+    rf"(?P<repository>{_NAME}/{_NAME})"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/@]+))?"
+    r"(?:/(?P<subfolder>[^/].*?)/?)?",
+    re.ASCII,
+)
+
+
+class Place(NamedTuple):
+    """Where a checkpoint lies on a hub.
+
+    Attributes:
+        repository: ``ORG/NAME``.
+        revision: a branch, a tag or a commit; None, the default branch.
+        subfolder: the folder in the repository; "", none.
+    """
+
+    repository: str
+    revision: str | None
+    subfolder: str
+
+
+def spec(text: str, base: Path) -> SourceSpec:
+    """Return what models.toml means by ``ORG/NAME[@REVISION][/SUBFOLDER]``.
+
+    Raises:
+        Mistakes: it means nothing.
+    """
+    _place(text)
+    return SourceSpec("hf", text)
+
+
+def _place(text: str) -> Place:
+    match = _TEXT.fullmatch(text)
+    subfolder = PurePosixPath(match["subfolder"] or "") if match else PurePosixPath()
+    if not match or {"..", "."} & {*subfolder.parts}:
+        fact = f"is 'hf:{text}', which is no name on the hub"
+        raise Mistakes(Mistake(fact, "write hf:ORG/NAME, hf:ORG/NAME@REVISION or …/SUBFOLDER"))
+    revision = match["revision"] and unquote(match["revision"])  # as the hub's pages spell them
+    return Place(match["repository"], revision, "/".join(subfolder.parts))
+
+
+def open_source(spec: SourceSpec, opening: Opening) -> HubSource:
+    """Return a repository as a source; it need not exist, and is not asked for yet."""
+    return HubSource(_place(spec.location), opening)
+
+
+class HubSource(Struct, frozen=True, dict=True):
+    """A repository, or a folder in it, at one commit."""
+
+    place: Place
+    opening: Opening
+
+    @property
+    def location(self) -> str:
+        """Its name, at whatever commit."""
+        return f"hf:{self.place.repository}/{self.place.subfolder}".rstrip("/")
+
+    @property
+    def identity(self) -> str:
+        """Its commit: that one's files never change."""
+        return self.revision
+
+    @cached_property
+    def available(self) -> bool:
+        """Whether it is known what it holds: weights are fetched when they are wanted."""
+        try:
+            return bool(self._files)
+        except CheckpointError:
+            if self.opening.newest:
+                raise
+            return False
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """None."""
+        return {}
+
+    @property
+    def revision(self) -> str:
+        """The commit."""
+        return self._snapshot.commit
+
+    @property
+    def hashes(self) -> Mapping[str, HubFile]:
+        """What the hub says of each file."""
+        return self._files
+
+    @cached_property
+    def small_files(self) -> Path:
+        """The folder in the client's cache, with all small files in it.
+
+        Raises:
+            CheckpointError: one is not to be had.
+        """
+        folder = Path(self._snapshot.folder)
+        missing = [
+            self._path(name)
+            for name, file in self._files.items()
+            if any(fnmatchcase(name, pattern) for pattern in SMALL)
+            and file.size <= MAX_SMALL_BYTES
+            and not (folder / self._path(name)).is_file()
+        ]
+        if missing:
+            hub_client.download(self.place.repository, self.revision, missing)
+        return folder / self.place.subfolder
+
+    def path(self, name: str) -> Path | None:
+        """Return a weight file that the client has on this machine, or None."""
+        return self._here.get(name)
+
+    def read(self, name: str, start: int, nbytes: int) -> Iterator[bytes]:
+        """Yield bytes of a file, from ``start`` on.
+
+        Raises:
+            CheckpointError: it cannot be read, or ends before that.
+        """
+        if path := self.path(name):
+            return FolderSource(path.parent).read(name, start, nbytes)
+        return self._ranges.read(self._path(name), start, nbytes)
+
+    def names(self, pattern: str) -> list[str]:
+        """Return the names of its files that match a shell pattern, sorted."""
+        return sorted(n for n in self._files if "/" not in n and fnmatchcase(n, pattern))
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is such a file."""
+        return name in self._files
+
+    def headers(self, names: Iterable[str], memos: Memos) -> dict[str, tuple[Stamp, list[Stored]]]:
+        """Return each weight file's stamp and tensors, in the order in which it has them.
+
+        What had to be fetched is remembered also where nothing else is.
+
+        Raises:
+            CheckpointError: a file is damaged, or of a kind that must not be read.
+        """
+        names = list(names)
+        tables = hub_client.each_at_once(self._header, names)
+        return {
+            name: (_stamp(self._files[name]), table)
+            for name, table in zip(names, tables, strict=True)
+        }
+
+    def _header(self, name: str) -> list[Stored]:
+        file = self._files[name]
+        location = f"{self.location}/{name}"
+        ranged = RangedFile(location, file.size, lambda *of: self.read(name, *of))
+        identity = [file.digest or [location, self.revision], file.size]
+        return [
+            stored._replace(file=name)
+            for stored in headers.header(ranged, [KIND, *identity], self.opening.memos)
+        ]
+
+    def _path(self, name: str) -> str:
+        """Return a file's path in the repository."""
+        return f"{self.place.subfolder}/{name}".lstrip("/")
+
+    @cached_property
+    def _ranges(self) -> Ranges:
+        return Ranges(self.place.repository, self.revision, self._snapshot.files)
+
+    @cached_property
+    def _here(self) -> dict[str, Path]:
+        """The files that the client has on this machine, by name."""
+        folder = Path(self._snapshot.folder, self.place.subfolder)
+        found = {name: folder / name for name in self._files}
+        return {
+            name: path
+            for name, path in found.items()
+            if path.is_file() and path.stat().st_size == self._files[name].size
+        }
+
+    @cached_property
+    def _files(self) -> dict[str, HubFile]:
+        """The files of the folder, by their paths in it."""
+        begin = self._path("")
+        return {
+            path.removeprefix(begin): file
+            for path, file in self._snapshot.files.items()
+            if path.startswith(begin)
+        }
+
+    @cached_property
+    def _snapshot(self) -> Snapshot:
+        """What the repository holds at the commit that it is taken at.
+
+        Which one, models.lock says, or models.toml; else what was the newest when it was asked for
+        first here, so that nothing moves by itself before models.lock has it.
+
+        Raises:
+            CheckpointError: it is not to be had.
+        """
+        place, opening = self.place, self.opening
+        asked = [KIND, VERSION, "commit", opening.project, place.repository, place.revision]
+        commit = place.revision
+        if not commit or not hub_client.COMMIT.fullmatch(commit):
+            known = opening.locked or opening.memos.get(KIND, asked, str)
+            commit = None if opening.newest else known
+        listed = [KIND, VERSION, "files", hub_client.environment(), place.repository]
+        if commit and (found := opening.memos.get(KIND, [*listed, commit], Snapshot)):
+            return found
+        try:
+            found = hub_client.snapshot(place.repository, commit or place.revision)
+        except HubUnreachable:
+            kept = hub_client.kept_snapshot(place.repository, commit or place.revision)
+            if kept is None or opening.newest:
+                raise
+            return kept  # not remembered: it may be a part
+        opening.memos.put(KIND, [*listed, found.commit], to_builtins(found))
+        if not place.revision or not hub_client.COMMIT.fullmatch(place.revision):
+            opening.memos.put(KIND, asked, found.commit)
+        return found
+
+
+def _stamp(file: HubFile) -> Stamp:
+    """Return a stamp that is another wherever the hub says that the content is."""
+    _, _, name = file.digest.partition(":")
+    return Stamp(file.size, int(name[:15] or "0", 16), int(name[15:30] or "0", 16))

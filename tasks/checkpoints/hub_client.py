@@ -1,0 +1,491 @@
+"""hub_client: all talk with a model hub, by huggingface_hub's own client.
+
+Where the hub is, who asks, through which proxy, whether at all, and where files are kept on this
+machine, is the client's business: HF_ENDPOINT, HF_TOKEN and the stored token, HF_HUB_OFFLINE,
+HF_HOME. It is imported once there is something to ask.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from msgspec import Struct, field
+
+from tasks.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import httpx2
+
+CONNECTIONS = 8  # requests at once, as the client's own snapshot_download has
+READ_BYTES = 1 << 20  # of a range, at once
+TRIES = 6  # without a byte of progress between
+FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.5, 30.0
+MOST_PATIENCE_SECONDS = 600.0  # of what Retry-After asks for
+REDIRECTS = 5
+TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+EXPIRED = frozenset({400, 401, 403, 404, 410})  # of a signed address: the hub gives another
+# What the client takes the place of its cache from.
+ENVIRONMENT = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "HOME")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+_T = TypeVar("_T")
+
+
+class HubFile(Struct, frozen=True, array_like=True):
+    """A file as the hub says that it is.
+
+    Attributes:
+        size: in bytes.
+        digest: ``sha256:…`` of its bytes, or ``git:…``, the id of its blob in git.
+    """
+
+    size: int
+    digest: str
+
+
+class Snapshot(Struct, frozen=True):
+    """A repository at a commit.
+
+    Attributes:
+        commit: the commit.
+        folder: where the client keeps its files on this machine; it need not be there.
+        files: all files, by path.
+    """
+
+    commit: str
+    folder: str
+    files: dict[str, HubFile]
+
+
+class HubUnreachable(CheckpointError):
+    """The hub does not answer, or is not to be asked."""
+
+
+def environment() -> list[str | None]:
+    """Return what the place of the client's cache depends on."""
+    return [os.environ.get(name) for name in ENVIRONMENT]
+
+
+def snapshot(repository: str, revision: str | None) -> Snapshot:
+    """Ask the hub what a repository holds.
+
+    Args:
+        repository: ``ORG/NAME``.
+        revision: a branch, a tag or a commit; None, the default branch.
+
+    Raises:
+        CheckpointError: there is no such repository or revision, or it is not for this user.
+        HubUnreachable: the hub does not answer, or is not to be asked.
+    """
+    from huggingface_hub import HfApi, constants
+
+    with _errors(repository, revision):
+        api = HfApi(library_name="mlx-make", library_version=version("mlx-make"))
+        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        info = _patiently(
+            lambda: api.model_info(
+                repository, revision=revision, files_metadata=True, timeout=seconds
+            )
+        )
+    if not info.sha or not COMMIT.fullmatch(info.sha):
+        raise CheckpointError(f"{_page(repository)} names no commit: {info.sha!r}.")
+    files = {
+        sibling.rfilename: HubFile(
+            sibling.size or 0,
+            f"sha256:{sibling.lfs.sha256}" if sibling.lfs else f"git:{sibling.blob_id}",
+        )
+        for sibling in info.siblings or ()
+    }
+    return Snapshot(info.sha, _folder(repository, info.sha), files)
+
+
+def kept_snapshot(repository: str, revision: str | None) -> Snapshot | None:
+    """Return what the client's cache on this machine holds of a repository, without asking.
+
+    It may be a part, where no more was downloaded.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionResolutionError
+
+    try:
+        found = HfApi().resolve_revision(repository, revision=revision, local_files_only=True)
+    except RevisionResolutionError:
+        return None
+    folder = Path(_folder(repository, found.resolved))
+    files = {
+        path.relative_to(folder).as_posix(): _kept(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    return Snapshot(found.resolved, str(folder), files) if files else None
+
+
+def _kept(path: Path) -> HubFile:
+    """Return a file of the client's cache, whose blobs have the names of their digests."""
+    blob = Path(os.readlink(path)).name if path.is_symlink() else ""
+    kinds = {64: "sha256", 40: "git"}
+    kind = kinds.get(len(blob)) if re.fullmatch(r"[0-9a-f]+", blob) else None
+    return HubFile(path.stat().st_size, f"{kind}:{blob}" if kind else "")
+
+
+def _folder(repository: str, commit: str) -> str:
+    """Return where the client keeps a commit's files."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = repo_folder_name(repo_id=repository, repo_type="model")
+    return str(Path(constants.HF_HUB_CACHE).expanduser().absolute() / name / "snapshots" / commit)
+
+
+def download(repository: str, commit: str, names: Iterable[str]) -> None:
+    """Have the client fetch files into its cache, several at once.
+
+    Raises:
+        CheckpointError: one is not to be had.
+        HubUnreachable: the hub does not answer, or is not to be asked.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars("huggingface_hub.http_get")  # doit's own display is on that line
+
+    def fetch(name: str) -> None:
+        with _errors(repository, commit, name):
+            _patiently(
+                lambda: hf_hub_download(
+                    repository,
+                    name,
+                    revision=commit,
+                    library_name="mlx-make",
+                    library_version=version("mlx-make"),
+                )
+            )
+
+    each_at_once(fetch, names)
+
+
+def each_at_once(do: Callable[[str], _T], names: Iterable[str]) -> list[_T]:
+    """Return what ``do`` returns of each name, of several at once; the first error ends it."""
+    pool = ThreadPoolExecutor(CONNECTIONS)
+    try:
+        return list(pool.map(do, names))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Ranges(Struct, frozen=True):
+    """The bytes of a repository's files at a commit. Safe in threads.
+
+    Attributes:
+        repository: ``ORG/NAME``.
+        commit: the commit.
+        files: what the hub says of them.
+    """
+
+    repository: str
+    commit: str
+    files: Mapping[str, HubFile]
+    _addresses: dict[str, str] = field(default_factory=dict)  # signed ones, while they hold
+
+    def read(self, name: str, start: int, nbytes: int) -> Iterator[bytes]:
+        """Yield bytes of a file. A connection that is cut or stalls goes on where it ended.
+
+        Raises:
+            CheckpointError: there are no such bytes, or what comes is other than promised.
+            HubUnreachable: the hub does not answer, or is not to be asked.
+        """
+        size = self.files[name].size
+        if start + nbytes > size:
+            raise CheckpointError(
+                f"{name} of {self.repository} has {size:,} bytes at {self.commit}, and no byte "
+                f"{start + nbytes:,}: its header is of another file."
+            )
+        at, end, patience = start, start + nbytes, _Patience()
+        with _errors(self.repository, self.commit, name):
+            while at < end:
+                with patience, self._opened(name, at, end) as response:
+                    for data in response.iter_raw(READ_BYTES):
+                        if len(data) > end - at:
+                            raise self._other(name, f"more than the {end - at:,} bytes asked for")
+                        at += len(data)
+                        patience.restore()
+                        yield data
+                    if at < end:
+                        raise _Cut(f"the answer ended {end - at:,} bytes early")
+
+    @contextmanager
+    def _opened(self, name: str, start: int, end: int) -> Iterator[httpx2.Response]:
+        """Request a range, from where the hub said last that the file lies.
+
+        Raises:
+            CheckpointError: the answer is none to what was asked.
+            httpx2.HTTPError: there is none.
+        """
+        from huggingface_hub import hf_hub_url
+
+        place = hf_hub_url(self.repository, name, revision=self.commit)
+        signed = self._addresses.get(name)
+        address = signed or place
+        for _ in range(REDIRECTS):
+            with _stream(address, place, start, end) as response:
+                if address == signed and response.status_code in EXPIRED:
+                    self._addresses.pop(name, None)
+                    raise _Cut(f"its address expired (status {response.status_code})")
+                if not response.has_redirect_location:
+                    if _origin(address) != _origin(place):
+                        self._addresses[name] = address
+                    self._check(name, response, start, end)
+                    yield response
+                    return
+                self._check_etag(name, response)
+                address = urljoin(address, response.headers["location"])
+        raise CheckpointError(f"{name} of {self.repository} is redirected over {REDIRECTS} times.")
+
+    def _check(self, name: str, response: httpx2.Response, start: int, end: int) -> None:
+        """Refuse an answer to a range that is none."""
+        from huggingface_hub.utils import hf_raise_for_status
+
+        hf_raise_for_status(response)
+        size = self.files[name].size
+        given = f"{start}-{end - 1}/{size}"
+        if response.status_code == 206:
+            given = response.headers.get("content-range", "").removeprefix("bytes ")
+        elif (start, end) != (0, size):
+            raise self._other(name, "the whole file, where a range was asked for")
+        match = re.fullmatch(r"(\d+)-(\d+)/(\d+|\*)", given)
+        if not match or int(match[1]) != start or int(match[2]) >= end:
+            raise self._other(name, f"range {given!r}, where {start}-{end - 1} was asked for")
+        if match[3] not in ("*", str(size)):
+            raise self._other(name, f"a file of {int(match[3]):,} bytes, which has {size:,}")
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise self._other(name, f"bytes encoded as {response.headers['content-encoding']}")
+        length = response.headers.get("content-length", "")
+        if length.isdigit() and int(length) > end - start:
+            raise self._other(name, f"{int(length):,} bytes, where {end - start:,} were asked for")
+
+    def _check_etag(self, name: str, response: httpx2.Response) -> None:
+        """Refuse a redirect to other bytes than the hub said are the file's."""
+        etag = response.headers.get("x-linked-etag", "").removeprefix("W/").strip('"')
+        known = self.files[name].digest.removeprefix("sha256:")
+        if etag and len(etag) == len(known) == 64 and etag != known:
+            raise self._other(name, f"a file of sha256 {etag}, which has {known}")
+
+    def _other(self, name: str, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{name} of {self.repository} at {self.commit}: the server gives {what}. If there is a "
+            "proxy or a mirror between, it is at fault; try again without it (HF_ENDPOINT)."
+        )
+
+
+@contextmanager
+def _stream(address: str, place: str, start: int, end: int) -> Iterator[httpx2.Response]:
+    """Request a range of what is at an address; who asks is for the hub alone to know."""
+    import httpx2
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    headers = build_hf_headers(
+        token=None if _origin(address) == _origin(place) else False,
+        library_name="mlx-make",
+        library_version=version("mlx-make"),
+    )
+    headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream(
+        "GET",
+        address,
+        headers=headers,
+        follow_redirects=False,
+        timeout=httpx2.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT),
+    ) as response:
+        yield response
+
+
+def _origin(address: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(address)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+class _Cut(Exception):
+    """An answer that ended before all of it was there."""
+
+
+class _Patience:
+    """Swallows failures that pass, and waits after each; not too often without any progress."""
+
+    def __init__(self) -> None:
+        self._tries = 0
+
+    def restore(self) -> None:
+        """Take note of progress."""
+        self._tries = 0
+
+    def __enter__(self) -> _Patience:
+        return self
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> bool:
+        asked = _passing(error)
+        if asked is None:
+            return False
+        self._tries += 1
+        if self._tries >= TRIES or asked > MOST_PATIENCE_SECONDS:
+            return False
+        wait = min(FIRST_WAIT_SECONDS * 2 ** (self._tries - 1), MOST_WAIT_SECONDS)
+        time.sleep(max(asked, wait * random.uniform(0.75, 1.25)))
+        return True
+
+
+def _patiently(ask: Callable[[], _T]) -> _T:
+    """Return what ``ask`` returns, after failures that pass."""
+    patience = _Patience()
+    while True:
+        with patience:
+            return ask()
+
+
+def _passing(error: BaseException | None) -> float | None:
+    """Return the seconds that a failure that passes asks to wait; None of any other."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return _retry_after(error.response) if status in TRANSIENT else None
+    return 0.0 if isinstance(error, (_Cut, httpx2.TransportError)) else None
+
+
+def _retry_after(response: httpx2.Response) -> float:
+    """Return the seconds after which a server wants to be asked again."""
+    from email.utils import parsedate_to_datetime
+
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    text = response.headers.get("retry-after", "").strip()
+    if text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        limit = parse_ratelimit_headers(response.headers)
+        return float(limit.reset_in_seconds) if limit and not limit.remaining else 0.0
+
+
+@contextmanager
+def _errors(repository: str, revision: str | None, name: str = "") -> Iterator[None]:
+    """Say what is wrong, and what to do about it, where the client says how it came about."""
+    import httpx2
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except errors.OfflineModeIsEnabled as error:
+        raise _offline(repository, revision, name) from error
+    except errors.LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
+            raise _offline(repository, revision, name) from error
+        raise _unreachable(error.__cause__ or error) from error
+    except errors.HfHubHTTPError as error:
+        _raise_of_status(error, repository, revision, name)
+    except (httpx2.TransportError, _Cut) as error:
+        raise _unreachable(error) from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"hf:{repository}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{name or 'what the hub says'} of {repository} cannot be kept: {error}. Make room "
+            "there, or have HF_HOME name another place."
+        ) from error
+
+
+def _raise_of_status(error: Any, repository: str, revision: str | None, name: str) -> NoReturn:
+    """Raise what an answer means for who asked.
+
+    Raises:
+        CheckpointError: always.
+    """
+    from huggingface_hub import errors, get_token
+
+    status, page = error.response.status_code, _page(repository)
+    has_token = get_token() is not None
+    grant = (
+        "the token that is used (HF_TOKEN, or hf auth login's) must be of that account"
+        if has_token
+        else "have HF_TOKEN hold a token of that account, or log in: hf auth login"
+    )
+    if isinstance(error, errors.GatedRepoError):
+        text = f"{repository} is gated. Ask for access at {page}, and {grant}."
+    elif isinstance(error, errors.RevisionNotFoundError):
+        text = (
+            f"{repository} has no branch, tag or commit {revision or 'main'}, or not any more. "
+            f"{page}/commits/main lists what it has."
+        )
+    elif isinstance(error, errors.EntryNotFoundError):
+        text = f"{repository} has no file {name} at {revision}. {page} lists what it has."
+    elif isinstance(error, errors.DisabledRepoError):
+        text = f"{repository} is disabled by the hub, see {page}. Take another source."
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        text = (
+            f"there is no model {repository} at {_endpoint()}, or it is private. Check the name; "
+            f"of a private one, {grant}."
+        )
+    elif status in (401, 403):
+        text = (
+            f"{_endpoint()} refuses access to {repository} (status {status}). See {page}; {grant}, "
+            "valid, and allowed to read it."
+        )
+    elif status in TRANSIENT:
+        waits = _retry_after(error.response)
+        when = f" It asks to be left alone for {waits:,.0f} s." if waits else ""
+        raise HubUnreachable(
+            f"{_host(error.response)} answers with status {status}, again and again.{when} "
+            "Try again later: what was fetched is kept."
+        ) from error
+    else:
+        reason = (error.server_message or "no reason given").partition("\n")[0][:200]
+        text = (
+            f"{_host(error.response)} answers with status {status} to a request for "
+            f"{name or 'what it holds'} of {repository}: {reason}"
+        )
+    raise CheckpointError(text) from error
+
+
+def _host(response: httpx2.Response) -> str:
+    """Return who answered, without what an address says besides: it may be signed."""
+    return f"{response.request.url.scheme}://{response.request.url.netloc.decode()}"
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def _page(repository: str) -> str:
+    return f"{_endpoint()}/{repository}"
+
+
+def _offline(repository: str, revision: str | None, name: str) -> HubUnreachable:
+    at = f" at {revision}" if revision else ""
+    return HubUnreachable(
+        f"{name or 'what it holds'} of {repository}{at} is not on this machine, and HF_HUB_OFFLINE "
+        "says that nothing is to be fetched. Unset it."
+    )
+
+
+def _unreachable(error: BaseException) -> HubUnreachable:
+    cause = str(error) or type(error).__name__
+    return HubUnreachable(
+        f"{_endpoint()} cannot be reached: {cause}. Check the network, HF_ENDPOINT and the proxy, "
+        "and try again: what was fetched is kept."
+    )
