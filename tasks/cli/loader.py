@@ -87,7 +87,10 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
             options = DEFAULT
             if isinstance(cmd, Command):
                 if cmd.names_tasks:
-                    groups = {*registry.names(), *(name.removeprefix("task_") for name in creators)}
+                    groups = {
+                        *registry.groups(),
+                        *(name.removeprefix("task_") for name in creators),
+                    }
                     # In place: doit reads this very list from then on.
                     targets = self._config.targets
                     pos_args[:] = [task_named(name, targets, groups) for name in pos_args]

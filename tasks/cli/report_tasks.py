@@ -156,8 +156,8 @@ def _changed_page(folder: Path, values: Mapping[str, Any], seen: Any = None) -> 
 
 
 def _compared(plan: Plan) -> list[str]:
-    measured = [stage for stage, nodes in plan.measures.items() if nodes]
-    return [task_name(group, plan.target.name) for group in (PACK, *measured)]
+    groups = dict.fromkeys([PACK, *(node.stage.group for node in plan.measuring)])
+    return [task_name(group, plan.target.name) for group in groups]
 
 
 def _seen(session: Session, reader: Reader, plan: Plan, family: list[Plan]) -> str:

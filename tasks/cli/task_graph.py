@@ -64,27 +64,27 @@ class TaskGraph:
         stages = list(registry.PIPELINE)
         if not self.session.options.builds_all:  # of a plain doit's tasks, a fifth would be unused
             stages += registry.MEASURES
-        return {f"task_{stage.name}": self._stage_creator(stage) for stage in stages}
+        return {f"task_{stage.group}": self._stage_creator(stage) for stage in stages}
 
     def _stage_creator(self, stage: Stage[Any]) -> Callable[[], Iterator[dict[str, Any]]]:
         def create() -> Iterator[dict[str, Any]]:
-            yield from self.stage(stage.name)
+            yield from self.stage(stage)
 
         create.__doc__ = stage.__doc__
         return create
 
-    def stage(self, stage: str) -> Iterator[dict[str, Any]]:
+    def stage(self, stage: Stage[Any]) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""
         plans = [p for target, p in self.session.plans.items() if target not in self.skipped]
         for plan in plans:
-            for node in plan.nodes(stage):
+            for node in plan.nodes(stage.name):
                 yield self._layer_task(plan, node)
-        yield from refused_tasks(self.session, stage)
-        groups = [task_name(stage, plan.target.name) for plan in plans if plan.nodes(stage)]
-        groups += [task_name(stage, target) for target in self.session.refused]
+        yield from refused_tasks(self.session, stage.group)
+        targets = [plan.target.name for plan in plans if plan.nodes(stage.name)]
+        groups = [task_name(stage.group, target) for target in (*targets, *self.session.refused)]
         # The reporter finds the session here: doit hands it tasks, and nothing else.
         meta = {"session": self.session}
-        yield {"basename": stage, "actions": None, "task_dep": groups, "meta": meta}
+        yield {"basename": stage.group, "actions": None, "task_dep": groups, "meta": meta}
 
     def pack(self) -> Iterator[dict[str, Any]]:
         """Yield the tasks that write the built models' folders."""
@@ -145,7 +145,7 @@ class TaskGraph:
     def _layer_task(self, plan: Plan, node: Node) -> dict[str, Any]:
         check = self._layer_check(node)
         return {
-            "basename": task_name(node.stage.name, node.target),
+            "basename": task_name(node.stage.group, node.target),
             "name": node.layer,
             "actions": [check.action(lambda why: self._run_layer(plan, node, why))],
             "file_dep": [self._manifest(need) for need in node.needs],

@@ -68,8 +68,8 @@ class Step:
     Attributes:
         task: its name.
         target: its target.
-        stage: its stage.
-        layer: its layer; of pack and report, none.
+        stage: its stage, as in its name; of others, their group.
+        layer: its layer; of others, none.
         state: ``up to date``, ``run``, ``reuse`` (from the action cache), ``fetch``, ``ignored``.
         why: reasons, none if it is up to date or ignored.
         certain: whether no result that is not known yet could change it.
@@ -545,7 +545,7 @@ class Forecast:
         moved: Traffic = NOTHING,
     ) -> None:
         self.steps[node.name] = Step(
-            node.name, node.target, node.stage.name, node.layer, state, tuple(why), certain, moved
+            node.name, node.target, node.stage.group, node.layer, state, tuple(why), certain, moved
         )
 
 

@@ -53,7 +53,7 @@ class Node:
     @property
     def name(self) -> str:
         """The task's name."""
-        return task_name(self.spec.stage.name, self.target, self.spec.layer)
+        return task_name(self.spec.stage.group, self.target, self.spec.layer)
 
     @property
     def is_leaf(self) -> bool:

@@ -68,7 +68,7 @@ def target(
     if built is None or built.errors is None:
         raise BuildError(
             f"{plan.target.name}: what was measured is not what was packed. Run {COMMAND} forget "
-            f"{task_name(Measure.name, plan.target.name)}, then {COMMAND} "
+            f"{task_name(Measure.group, plan.target.name)}, then {COMMAND} "
             f"{task_name(REPORT, plan.target.name)}."
         )
     pieces = figures.pieces(plan, packed, built.errors)

@@ -1,6 +1,6 @@
 """measure: how far each quantized weight is from the weight before.
 
-The stage itself is called ``error``, as its tasks and its records are.
+In records, and so in keys, the stage is called ``error``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Measure(Stage[MeasureParams]):
     weight before, and ``error_norm``, that of the difference.
     """
 
-    name = "error"
+    name = "error"  # in records, which keep it
+    group = "measure"
     version = 1
     keep = Keep.ALWAYS
     params = MeasureParams

@@ -24,23 +24,23 @@ def stages() -> tuple[Stage[Any], ...]:
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all stages, in order."""
+    """Return the names of all stages, as records have them, in order."""
     return tuple(stage.name for stage in stages())
 
 
 def groups() -> tuple[str, ...]:
     """Return the groups of all tasks of targets: of the stages, and the others."""
-    return (*names(), *GROUPS)
+    return (*(stage.group for stage in stages()), *GROUPS)
 
 
 def building() -> tuple[str, ...]:
-    """Return the names of the stages that lead to a built model, packing last."""
-    return (*(stage.name for stage in PIPELINE), PACK)
+    """Return the groups of the tasks that lead to a built model, packing last."""
+    return (*(stage.group for stage in PIPELINE), PACK)
 
 
 def leaves() -> frozenset[str]:
-    """Return the names of the stages that read the checkpoint."""
-    return frozenset(stage.name for stage in PIPELINE if isinstance(stage, LeafStage))
+    """Return the groups of the tasks that read the checkpoint."""
+    return frozenset(stage.group for stage in PIPELINE if isinstance(stage, LeafStage))
 
 
 def configurable() -> tuple[str, ...]:

@@ -258,7 +258,7 @@ class Stage(ABC, Generic[P]):
     """A stage.
 
     Attributes:
-        name: its name: of its tasks, its manifests, its tensors' keys.
+        name: its name: in its manifests and its tensors' keys.
         version: raised when it makes other bytes of the same inputs.
         keep: whether the cache keeps what it makes.
         params: the type of its parameters.
@@ -268,6 +268,11 @@ class Stage(ABC, Generic[P]):
     version: int
     keep: Keep
     params: type[P]
+
+    @property
+    def group(self) -> str:
+        """The group that its tasks are named by: its name, unless people know it by another."""
+        return self.name
 
     @abstractmethod
     def plan(self, target: TargetModel) -> Mapping[str, Planned[P]]:

@@ -72,7 +72,7 @@ def actions(folder: Path, kind: str) -> dict[str, list[str]]:
     """Build a project, and return the digests of each action and its result."""
     project = _project(folder, kind)
     project.doit()
-    measured = [f"error:{name}" for name, keys in TARGETS[kind].items() if "quantize" in keys]
+    measured = [f"measure:{name}" for name, keys in TARGETS[kind].items() if "quantize" in keys]
     project.doit(*measured)
     found = {}
     for path in sorted((project.state / "manifests").rglob("*.json")):

@@ -39,7 +39,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     project.models.clear()
     project.configure("model", source="checkpoint", device="cpu", **MODELS[kind])
     with toy_stage.registered():
-        inside.doit(folder, "pack", "error")
+        inside.doit(folder, "pack", "measure")
         yield inside.session(folder)
 
 

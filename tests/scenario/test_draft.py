@@ -172,13 +172,13 @@ def test_what_lies_beside_a_wanted_layer_stays(tmp_path: Path) -> None:
 def test_a_built_file_that_is_altered(tmp_path: Path) -> None:
     """It is the cache's own. What is measured of it is not taken from there, either."""
     project = create(tmp_path, "huggingface", **FOUR_BIT)
-    project.doit("error")
+    project.doit("measure")
     errors = {path.name: path.read_bytes() for path in error_manifests(project)}
     shutil.rmtree(project.state)
     project.doit()
     stored = project.stored("quantize", "layers.3", "model.layers.3.mlp.up_proj.weight")
     stored.flip(500)
-    project.doit("error")
+    project.doit("measure")
     assert {path.name: path.read_bytes() for path in error_manifests(project)} == errors
     project.doit()
     assert project.built() == project.anew()

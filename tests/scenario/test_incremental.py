@@ -752,7 +752,7 @@ def test_list_and_info(tmp_path: Path) -> None:
     project = built(tmp_path, "huggingface", **FOUR_BIT)
     before = contents(project.folder)
     listed = [line.split()[0] for line in project.doit("list").stdout.splitlines()]
-    by_target = [f"{stage}:model" for stage in [*STAGES, "pack", "error", "report"]]
+    by_target = [f"{stage}:model" for stage in [*STAGES, "pack", "measure", "report"]]
     assert listed == [*by_target, "report", "lock", "lint", "test", "bench"]
     listed = {line.split()[0] for line in project.doit("list", "--all").stdout.splitlines()}
     assert project.tasks() <= listed

@@ -18,13 +18,13 @@ def said(done: projects.front_door.Finished) -> dict[str, str]:
 def test_states(tmp_path: Path) -> None:
     project = projects.create(tmp_path / "project", KIND, **projects.FOUR_BIT)
     project.configure("other", dtype="float16", quantize={"bits": 8})
-    last = {"pack": "to run", "error": "10 of 10 layers to run", "report": "to run"}
+    last = {"pack": "to run", "measure": "10 of 10 layers to run", "report": "to run"}
     all_run = dict.fromkeys(STAGES, "11 of 11 layers to run") | last
     # Another target's tasks will have made all but what is quantized: not of norm.
     shared = dict.fromkeys(STAGES, "11 of 11 layers to reuse")
     shared |= {"quantize": "10 of 11 layers to run, 1 to reuse"} | last
     up_to_date = dict.fromkeys([*STAGES, "pack"], "up to date")
-    built = up_to_date | {name: last[name] for name in ("error", "report")}
+    built = up_to_date | {name: last[name] for name in ("measure", "report")}
 
     def expect(model: dict[str, str], other: dict[str, str]) -> None:
         done = project.doit("list")
@@ -100,7 +100,7 @@ def test_options_of_doit(tmp_path: Path) -> None:
     ]
     everything = said(project.doit("list", "--all"))
     assert list(everything)[:2] == ["extract:model", "extract:model:embed_tokens"]
-    assert {*project.tasks(), *lines, *STAGES, "pack", "error", "lock:model"} == {*everything}
+    assert {*project.tasks(), *lines, *STAGES, "pack", "measure", "lock:model"} == {*everything}
     assert everything["cast:model:layers.0"] == "up to date"
     assert everything["quantize:model:layers.0"] == "to run"
     assert everything["quantize"] == "Quantize each layer."

@@ -544,7 +544,7 @@ def test_reports(keep: list[str], tmp_path: Path) -> None:
         reports = {task for task in did if steps[task]["stage"] == "report"}
         assert reports == todo
 
-    compare_reports("error:model", todo=set())
+    compare_reports("measure:model", todo=set())
     compare_reports("report:model", todo={"report:model"})
     compare_reports("report:model", todo=set())
     compare_reports("report", todo={"report:model", "report:other", "report"})

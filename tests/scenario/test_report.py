@@ -82,8 +82,8 @@ def test_errors_are_those_that_numpy_finds(tmp_path: Path) -> None:
 def test_a_shard_size_measures_nothing_anew(tmp_path: Path) -> None:
     project = create(tmp_path, "huggingface", **FOUR_BIT)
     first = project.doit("report")
-    errors = {f"error:model:{layer}" for layer in LAYERS["huggingface"] if layer != "norm"}
-    assert {task for task in first.computed if task.startswith("error:")} == errors
+    errors = {f"measure:model:{layer}" for layer in LAYERS["huggingface"] if layer != "norm"}
+    assert {task for task in first.computed if task.startswith("measure:")} == errors
     again = project.doit("report")
     assert again.entries == []
     project.configure(max_shard_size="100kB")
@@ -93,7 +93,7 @@ def test_a_shard_size_measures_nothing_anew(tmp_path: Path) -> None:
     project.configure(quantize={"bits": 8})
     assert errors <= project.doit("report").computed
     project.configure("other", **FOUR_BIT)
-    assert {f"error:other:{task.split(':')[2]}" for task in errors} <= outcomes(
+    assert {f"measure:other:{task.split(':')[2]}" for task in errors} <= outcomes(
         project.doit("report")
     )["reused"]
 

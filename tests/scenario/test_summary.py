@@ -94,7 +94,7 @@ def test_summary(tmp_path: Path) -> None:
     reported = project.doit("report")
     said = tables(project.doit("summary").stdout)
     assert counts(said["report"]) == {"computed": 2}
-    of_stages = [counts(said[stage])["computed"] for stage in ("error", "report")]
+    of_stages = [counts(said[stage])["computed"] for stage in ("measure", "report")]
     assert sum(of_stages) == len(reported.computed)
 
 

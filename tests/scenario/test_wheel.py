@@ -133,7 +133,7 @@ def test_builds_in_a_folder_of_ones_own(installed: Environment, tmp_path: Path) 
     assert listed == {
         "report",
         "lock",
-        *(f"{s}:model" for s in [*projects.STAGES, "pack", "error", "report"]),
+        *(f"{s}:model" for s in [*projects.STAGES, "pack", "measure", "report"]),
     }
 
     installed.mlx_make(project.folder, "report:model")

@@ -62,7 +62,7 @@ def _kinds(survey: Survey) -> Iterator[str]:
 def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Iterator[str]:
     """Say what each target needs, a blob under the stage that made it."""
     own = survey.owned
-    rows: list[tuple[str, ...]] = [("target", *registry.names(), "all")]
+    rows: list[tuple[str, ...]] = [("target", *(stage.group for stage in registry.stages()), "all")]
     needed: set[str] = set()
     shared_bytes = 0
     for target in config.targets:

@@ -25,7 +25,7 @@ from tasks.planning.forecast import IGNORED, SETTLED, UP_TO_DATE, Step
 from tasks.stages import registry
 
 # What a plain doit leaves out, by what the names of tasks begin with.
-NOT_IN_A_PLAIN_RUN = (*(f"{stage.name}:" for stage in registry.MEASURES), f"{REPORT}:")
+NOT_IN_A_PLAIN_RUN = (*(f"{stage.group}:" for stage in registry.MEASURES), f"{REPORT}:")
 CANNOT_BE_PLANNED = "cannot be planned"
 STATUS_LETTERS = {UP_TO_DATE: "U", IGNORED: "I"}  # of doit list -s, where all else is R
 
@@ -64,7 +64,7 @@ could be fetched is to run, too."""
             names |= dict.fromkeys([line, *layers] if include_subtasks else [line])
         yield from (tasks[name] for name in names)
         # Stages, of all targets; it may be that none has errors.
-        groups = {stage.name for stage in registry.stages()}
+        groups = {stage.group for stage in registry.stages()}
         groups |= {group_of(line) for line in self._lines}
         for task in self.task_list:
             listed = include_subtasks or not (
@@ -91,12 +91,13 @@ could be fetched is to run, too."""
         """The tasks that each line of a target and stage stands for."""
         lines = {}
         for target, plan in self.session.plans.items():
-            for stage, nodes in plan.stages.items():
-                lines[task_name(stage, target)] = [node.name for node in nodes]
+            for stage in registry.PIPELINE:
+                names = [node.name for node in plan.nodes(stage.name)]
+                lines[task_name(stage.group, target)] = names
             lines[task_name(PACK, target)] = [task_name(PACK, target)]
-            for stage, nodes in plan.measures.items():
-                if nodes:
-                    lines[task_name(stage, target)] = [node.name for node in nodes]
+            for stage in registry.MEASURES:
+                if names := [node.name for node in plan.nodes(stage.name)]:
+                    lines[task_name(stage.group, target)] = names
             lines[task_name(REPORT, target)] = [task_name(REPORT, target)]
         return lines | {task_name(PACK, target): [] for target in self.session.refused}
 

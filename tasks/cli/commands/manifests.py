@@ -38,11 +38,11 @@ def read(config: Config) -> list[Record]:
     """Return the records of all targets, stage by stage."""
     folder = config.path.parent / STATE / "manifests"
     records = []
-    for stage in (*registry.names(), PACK):
+    patterns = {stage.group: f"{stage.name}/*.json" for stage in registry.stages()}
+    for group, pattern in {**patterns, PACK: "pack.json"}.items():
         for target in config.targets:
-            pattern = "pack.json" if stage == PACK else f"{stage}/*.json"
             for path in sorted((folder / target).glob(pattern)):
-                task = task_name(stage, target, "" if stage == PACK else path.stem)
+                task = task_name(group, target, "" if group == PACK else path.stem)
                 if manifest := Manifest.at(path):  # else made again when doit looks
                     records.append(Record(target, task, path, manifest))
     return records

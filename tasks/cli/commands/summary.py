@@ -92,7 +92,7 @@ def markdown(
             size(sum(entry.bytes_read for entry in stages[stage])),
             size(sum(entry.bytes_written for entry in stages[stage])),
         ]
-        for stage in dict.fromkeys([*registry.building(), *registry.groups()])
+        for stage in dict.fromkeys([*registry.building(), *registry.groups(), *stages])
         if stage in stages
     ]
     failed = [f"- failed: `{entry.task}`" for entry in entries if entry.outcome == "failed"]

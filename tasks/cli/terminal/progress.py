@@ -159,16 +159,16 @@ def works(
         if name not in run:
             run.add(name)
             ahead.extend(tasks[name].task_dep)
-    measures = tuple(f"{stage.name}:" for stage in registry.MEASURES)
+    measures = tuple(f"{stage.group}:" for stage in registry.MEASURES)
     measured = any(name.startswith(measures) for name in run)
     parts = {}
     for target, plan in plans.items():
         weights: dict[str, int] = {}
         last = ""
-        for stage, nodes in {**plan.stages, **(plan.measures if measured else {})}.items():
-            asked = {n.name: _weight(n) for n in nodes if n.name in run}
+        for stage in registry.stages() if measured else registry.PIPELINE:
+            asked = {n.name: _weight(n) for n in plan.nodes(stage.name) if n.name in run}
             weights |= asked
-            last = stage if asked else last
+            last = stage.group if asked else last
         if (packing := task_name(PACK, target)) in run:
             weights[packing] = sum(map(_weight, plan.last))
         if weights:
