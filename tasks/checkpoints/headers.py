@@ -55,32 +55,46 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
             stamp = Stamp.of(path)
         except OSError as error:  # a link to nowhere, as a moved download cache leaves
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-        tables[path.name] = (stamp, header(path, [str(path.absolute()), *stamp], memos))
+        identity = [str(path.absolute()), *stamp]
+        known = recall(path.name, identity, memos)
+        tables[path.name] = stamp, read(path, identity, memos) if known is None else known
     return tables
 
 
-def header(path: WeightFile, identity: list[Any], memos: Memos) -> list[Stored]:
-    """Read a weight file's header, or recall it.
+def recall(name: str, identity: list[Any], memos: Memos) -> list[Stored] | None:
+    """Return the tensors of a weight file whose header was read before, or None.
+
+    Args:
+        name: the file's.
+        identity: JSON that is another wherever the header may be.
+        memos: where headers are remembered.
+    """
+    answer = memos.get(KIND, [HEADERS_VERSION, *identity], _Answer)
+    if answer is None:
+        return None
+    return [
+        Stored(sys.intern(tensor), sys.intern(dtype), shape, name, offset)
+        for tensor, dtype, shape, offset in answer
+    ]
+
+
+def read(path: WeightFile, identity: list[Any], memos: Memos) -> list[Stored]:
+    """Read a weight file's header, and remember it.
 
     Args:
         path: the file.
-        identity: JSON that is another wherever the header may be.
+        identity: as for ``recall``.
         memos: where headers are remembered.
 
     Raises:
         CheckpointError: it is damaged, or of a kind that must not be read.
     """
-    question = [HEADERS_VERSION, *identity]
-    answer = memos.get(KIND, question, _Answer)
-    if answer is None:
-        formats = (f for f in FILE_FORMATS if path.suffix in f.SUFFIXES)
-        file_format = next(formats, torch_file)  # which finds out itself what it is
-        try:
-            answer = [(s.name, s.dtype, s.shape, s.offset) for s in file_format.read(path)]
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        memos.put(KIND, question, answer)
-    return [
-        Stored(sys.intern(name), sys.intern(dtype), shape, path.name, offset)
-        for name, dtype, shape, offset in answer
-    ]
+    formats = (f for f in FILE_FORMATS if path.suffix in f.SUFFIXES)
+    file_format = next(formats, torch_file)  # which finds out itself what it is
+    try:
+        tensors = file_format.read(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    answer = [(s.name, s.dtype, s.shape, s.offset) for s in tensors]
+    memos.put(KIND, [HEADERS_VERSION, *identity], answer)
+    return tensors

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from msgspec import Struct, to_builtins
@@ -110,10 +110,11 @@ class HubSource(Struct, frozen=True, dict=True):
                 raise
             return False
 
-    @property
+    @cached_property
     def digests(self) -> Mapping[str, str]:
-        """None."""
-        return {}
+        """Those of the record that models.lock has of this very commit."""
+        opening = self.opening
+        return opening.digests() if opening.digests and opening.locked == self.revision else {}
 
     @property
     def revision(self) -> str:
@@ -174,22 +175,24 @@ class HubSource(Struct, frozen=True, dict=True):
         Raises:
             CheckpointError: a file is damaged, or of a kind that must not be read.
         """
-        names = list(names)
-        tables = hub_client.each_at_once(self._header, names)
-        return {
-            name: (_stamp(self._files[name]), table)
-            for name, table in zip(names, tables, strict=True)
-        }
+        kept, names = self.opening.memos, list(names)
+        known = {name: headers.recall(name, self._identity(name), kept) for name in names}
 
-    def _header(self, name: str) -> list[Stored]:
+        def read(name: str) -> list[Stored]:
+            location, size = f"{self.location}/{name}", self._files[name].size
+            ranged = RangedFile(location, size, lambda *of: self.read(name, *of))
+            return headers.read(ranged, self._identity(name), kept)
+
+        unknown = [name for name in names if known[name] is None]
+        if len(unknown) > 1:
+            self._ranges.locate(self._path(n) for n in unknown if not self.path(n))
+        tables = known | dict(zip(unknown, hub_client.each_at_once(read, unknown), strict=True))
+        return {name: (_stamp(self._files[name]), tables[name] or []) for name in names}
+
+    def _identity(self, name: str) -> list[Any]:
+        """Return JSON that is another wherever a file's content may be."""
         file = self._files[name]
-        location = f"{self.location}/{name}"
-        ranged = RangedFile(location, file.size, lambda *of: self.read(name, *of))
-        identity = [file.digest or [location, self.revision], file.size]
-        return [
-            stored._replace(file=name)
-            for stored in headers.header(ranged, [KIND, *identity], self.opening.memos)
-        ]
+        return [KIND, file.digest or [self.location, self.revision, name], file.size]
 
     def _path(self, name: str) -> str:
         """Return a file's path in the repository."""

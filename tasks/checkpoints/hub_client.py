@@ -12,13 +12,12 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from urllib.parse import urljoin, urlsplit
 
+import msgspec
 from msgspec import Struct, field
 
 from tasks.core.errors import CheckpointError
@@ -29,9 +28,11 @@ if TYPE_CHECKING:
 CONNECTIONS = 8  # requests at once, as the client's own snapshot_download has
 READ_BYTES = 1 << 20  # of a range, at once
 TRIES = 6  # without a byte of progress between
+FIRST_TRIES = 3  # of what is asked before all else: what is kept on this machine may do
 FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.5, 30.0
 MOST_PATIENCE_SECONDS = 600.0  # of what Retry-After asks for
 REDIRECTS = 5
+LOCATED = 100  # files in a request, the most that git-lfs itself asks for
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 EXPIRED = frozenset({400, 401, 403, 404, 410})  # of a signed address: the hub gives another
 # What the client takes the place of its cache from.
@@ -87,15 +88,15 @@ def snapshot(repository: str, revision: str | None) -> Snapshot:
         CheckpointError: there is no such repository or revision, or it is not for this user.
         HubUnreachable: the hub does not answer, or is not to be asked.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
     with _errors(repository, revision):
-        api = HfApi(library_name="mlx-make", library_version=version("mlx-make"))
-        seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        api = HfApi(**_us())
         info = _patiently(
             lambda: api.model_info(
-                repository, revision=revision, files_metadata=True, timeout=seconds
-            )
+                repository, revision=revision, files_metadata=True, timeout=_stalled()
+            ),
+            FIRST_TRIES,
         )
     if not info.sha or not COMMIT.fullmatch(info.sha):
         raise CheckpointError(f"{_page(repository)} names no commit: {info.sha!r}.")
@@ -161,21 +162,15 @@ def download(repository: str, commit: str, names: Iterable[str]) -> None:
 
     def fetch(name: str) -> None:
         with _errors(repository, commit, name):
-            _patiently(
-                lambda: hf_hub_download(
-                    repository,
-                    name,
-                    revision=commit,
-                    library_name="mlx-make",
-                    library_version=version("mlx-make"),
-                )
-            )
+            _patiently(lambda: hf_hub_download(repository, name, revision=commit, **_us()))
 
     each_at_once(fetch, names)
 
 
 def each_at_once(do: Callable[[str], _T], names: Iterable[str]) -> list[_T]:
     """Return what ``do`` returns of each name, of several at once; the first error ends it."""
+    from concurrent.futures import ThreadPoolExecutor
+
     pool = ThreadPoolExecutor(CONNECTIONS)
     try:
         return list(pool.map(do, names))
@@ -223,6 +218,36 @@ class Ranges(Struct, frozen=True):
                     if at < end:
                         raise _Cut(f"the answer ended {end - at:,} bytes early")
 
+    def locate(self, names: Iterable[str]) -> None:
+        """Have the hub say where large files lie, many in one request, as git-lfs has it.
+
+        Files that it says nothing of are asked for one by one, as they are read.
+        """
+        import httpx2
+        from huggingface_hub.utils import get_session
+
+        known = [(self.files[name], name) for name in names if name not in self._addresses]
+        large = {file.digest[7:]: (file, n) for file, n in known if file.digest[:7] == "sha256:"}
+        url = f"{_page(self.repository)}.git/info/lfs/objects/batch"
+        for first in range(0, len(large), LOCATED):
+            some = list(large.items())[first : first + LOCATED]
+            asked = {
+                "operation": "download",
+                "transfers": ["basic"],
+                "hash_algo": "sha256",
+                "objects": [{"oid": oid, "size": file.size} for oid, (file, _) in some],
+            }
+            try:
+                response = get_session().post(
+                    url, json=asked, headers=_headers(), timeout=_stalled()
+                )
+                told = msgspec.json.decode(response.content, type=_Located)
+            except (httpx2.TransportError, msgspec.DecodeError):
+                return
+            for each in told.objects:
+                if each.oid in large and (place := each.actions.get("download")) and place.is_plain:
+                    self._addresses[large[each.oid][1]] = place.href
+
     @contextmanager
     def _opened(self, name: str, start: int, end: int) -> Iterator[httpx2.Response]:
         """Request a range, from where the hub said last that the file lies.
@@ -234,15 +259,18 @@ class Ranges(Struct, frozen=True):
         from huggingface_hub import hf_hub_url
 
         place = hf_hub_url(self.repository, name, revision=self.commit)
-        signed = self._addresses.get(name)
-        address = signed or place
+        address = self._addresses.get(name, place)
         for _ in range(REDIRECTS):
             with _stream(address, place, start, end) as response:
-                if address == signed and response.status_code in EXPIRED:
-                    self._addresses.pop(name, None)
-                    raise _Cut(f"its address expired (status {response.status_code})")
                 if not response.has_redirect_location:
-                    if _origin(address) != _origin(place):
+                    elsewhere = _origin(address) != _origin(place)
+                    if elsewhere and response.status_code in EXPIRED:
+                        self._addresses.pop(name, None)
+                        raise _Cut(
+                            f"{_host(response)} refuses the address that the hub gave (status "
+                            f"{response.status_code})"
+                        )
+                    if elsewhere:
                         self._addresses[name] = address
                     self._check(name, response, start, end)
                     yield response
@@ -287,27 +315,59 @@ class Ranges(Struct, frozen=True):
         )
 
 
+class _Action(Struct, frozen=True):
+    href: str
+    header: dict[str, str] = {}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the address is all that is needed."""
+        return not self.header and self.href.startswith(("https://", "http://"))
+
+
+class _Object(Struct, frozen=True):
+    oid: str
+    actions: dict[str, _Action] = {}
+
+
+class _Located(Struct, frozen=True):
+    """What a hub answers of where large files lie (git-lfs, docs/api/batch.md)."""
+
+    objects: list[_Object]
+
+
 @contextmanager
 def _stream(address: str, place: str, start: int, end: int) -> Iterator[httpx2.Response]:
     """Request a range of what is at an address; who asks is for the hub alone to know."""
-    import httpx2
-    from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, get_session
+    from huggingface_hub.utils import get_session
 
-    headers = build_hf_headers(
-        token=None if _origin(address) == _origin(place) else False,
-        library_name="mlx-make",
-        library_version=version("mlx-make"),
-    )
+    headers = _headers(None if _origin(address) == _origin(place) else False)
     headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     with get_session().stream(
-        "GET",
-        address,
-        headers=headers,
-        follow_redirects=False,
-        timeout=httpx2.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT),
+        "GET", address, headers=headers, follow_redirects=False, timeout=_stalled()
     ) as response:
         yield response
+
+
+def _headers(token: Literal[False] | None = None) -> dict[str, str]:
+    """Return what the hub is told of who asks; ``False``: not the token, to any other host."""
+    from huggingface_hub.utils import build_hf_headers
+
+    return build_hf_headers(token=token, **_us())
+
+
+def _stalled() -> float:
+    """Return the seconds after which a silent connection is given up."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_DOWNLOAD_TIMEOUT
+
+
+def _us() -> dict[str, Any]:
+    """Return what the hub is told of who asks."""
+    from importlib.metadata import version
+
+    return {"library_name": "mlx-make", "library_version": version("mlx-make")}
 
 
 def _origin(address: str) -> tuple[str, str | None, int | None]:
@@ -322,7 +382,8 @@ class _Cut(Exception):
 class _Patience:
     """Swallows failures that pass, and waits after each; not too often without any progress."""
 
-    def __init__(self) -> None:
+    def __init__(self, tries: int = TRIES) -> None:
+        self._most = tries
         self._tries = 0
 
     def restore(self) -> None:
@@ -337,16 +398,16 @@ class _Patience:
         if asked is None:
             return False
         self._tries += 1
-        if self._tries >= TRIES or asked > MOST_PATIENCE_SECONDS:
+        if self._tries >= self._most or asked > MOST_PATIENCE_SECONDS:
             return False
         wait = min(FIRST_WAIT_SECONDS * 2 ** (self._tries - 1), MOST_WAIT_SECONDS)
         time.sleep(max(asked, wait * random.uniform(0.75, 1.25)))
         return True
 
 
-def _patiently(ask: Callable[[], _T]) -> _T:
+def _patiently(ask: Callable[[], _T], tries: int = TRIES) -> _T:
     """Return what ``ask`` returns, after failures that pass."""
-    patience = _Patience()
+    patience = _Patience(tries)
     while True:
         with patience:
             return ask()
@@ -397,7 +458,12 @@ def _errors(repository: str, revision: str | None, name: str = "") -> Iterator[N
         raise _unreachable(error.__cause__ or error) from error
     except errors.HfHubHTTPError as error:
         _raise_of_status(error, repository, revision, name)
-    except (httpx2.TransportError, _Cut) as error:
+    except _Cut as error:
+        raise HubUnreachable(
+            f"{name} of {repository} cannot be read: {error}, again and again. Try again later: "
+            "what was fetched is kept."
+        ) from error
+    except httpx2.TransportError as error:
         raise _unreachable(error) from error
     except errors.HFValidationError as error:
         raise CheckpointError(f"hf:{repository}: {error}") from error

@@ -41,6 +41,11 @@ ON_A_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)  # ORG/NAME
 LOADERS: dict[str, Loader] = {"llama": llama, "transformers": transformers}
 
 
+def hint(named: str) -> str:
+    """Return what a name that is no folder may be meant to be: a model on the hub; or nothing."""
+    return f", or the hub's: hf:{named}" if ON_A_HUB.fullmatch(named) else ""
+
+
 def weight_patterns() -> tuple[str, ...]:
     """Return the shell patterns of all weight files, whatever the loader."""
     return tuple(pattern for loader in LOADERS.values() for pattern in loader.WEIGHTS)
@@ -63,8 +68,7 @@ def read(
     folder = source.small_files
     if not os.path.isdir(folder):  # Path.is_dir raises for a name too long
         what = "is not a folder" if os.path.exists(folder) else "does not exist"
-        hub = f", or the hub's: hf:{named}" if ON_A_HUB.fullmatch(named) else ""
-        raise CheckpointError(f"source {folder} {what}. Name the checkpoint's folder{hub}.")
+        raise CheckpointError(f"source {folder} {what}. Name the checkpoint's folder{hint(named)}.")
     if not loader:
         fit = [name for name, module in LOADERS.items() if module.fits(source)]
         if not fit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -20,12 +20,14 @@ class Opening(Struct, frozen=True):
         memos: where what was fetched is remembered, also in a run that writes nothing else.
         project: the folder whose choice of a commit is remembered.
         locked: the commit that models.lock has.
+        digests: returns the digests of that commit's tensors, by key, as far as they are known.
         newest: whether to ask for the newest one, whatever is locked or remembered.
     """
 
     memos: Memos
     project: str
     locked: str | None = None
+    digests: Callable[[], Mapping[str, str]] | None = None
     newest: bool = False
 
 

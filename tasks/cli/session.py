@@ -185,11 +185,10 @@ class Session:
 
 def _planner(store: Store, lock: Lock, options: Options) -> Planner:
     """Return what plans targets of their sources as they are locked, unless asked to lock anew."""
-    fetched = Memos(store.memos.root)  # kept also in a run that writes nothing else
 
     def open_source(target: Target) -> ReadableSource:
         newest = not options.read_only and options.requests(f"lock:{target.name}")
-        return lock.open_source(target, fetched, newest=newest)
+        return lock.open_source(store, target, newest=newest)
 
     def recall(target: Target, source: ReadableSource) -> Checkpoint | None:
         return lock.recall(store, target, source)

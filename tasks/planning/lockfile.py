@@ -150,17 +150,27 @@ class Lock:
                 "it: the next build writes it anew."
             ) from error
 
-    def open_source(self, target: Target, memos: Memos, *, newest: bool = False) -> ReadableSource:
+    def open_source(self, store: Store, target: Target, *, newest: bool = False) -> ReadableSource:
         """Open a target's source as it is locked, if it is.
 
         Args:
+            store: where what was fetched is remembered, also in a run that writes nothing else.
             target: the target.
-            memos: where what was fetched is remembered.
             newest: whether to take it as it is now.
         """
         source = self.sources.get(target.source_name)
-        locked = source.revision if source else None
-        opening = Opening(memos, str(self.path.parent.absolute()), locked, newest)
+
+        def digests() -> Mapping[str, str]:
+            found = source and source.record and record.recall(store, source.record, source.nbytes)
+            return found.source.digests if found else {}
+
+        opening = Opening(
+            Memos(store.memos.root),
+            str(self.path.parent.absolute()),
+            source.revision if source else None,
+            digests,
+            newest,
+        )
         return sources.open_source(target.source, opening)
 
     def recall(self, store: Store, target: Target, here: ReadableSource) -> Checkpoint | None:

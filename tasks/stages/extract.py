@@ -132,8 +132,12 @@ class Extract(LeafStage[ExtractParams]):
 
     def _remembered(self, spec: ActionSpec[ExtractParams], context: Context) -> list[str] | None:
         """Return the digests of a layer's tensors, if files of these stamps were digested."""
+        wanted = spec.params.tensors
         digests = context.memos.get(KIND, [self.version, spec.fingerprint], list[str])
-        return digests if digests and len(digests) == len(spec.params.tensors) else None
+        if digests and len(digests) == len(wanted):
+            return digests
+        known = context.checkpoint.source.digests  # of a commit that models.lock pins
+        return [known[key] for key in wanted] if wanted.keys() <= known.keys() else None
 
     def watched(self, spec: ActionSpec[ExtractParams]) -> Any:
         """Return folder, and stamps of files; of a checkpoint that is not here, its record."""

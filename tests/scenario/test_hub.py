@@ -1,5 +1,6 @@
 """A checkpoint on the hub by its name: what is asked, what is read, what is locked, what fails."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -7,10 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from support import hub_server, projects
-from support.hub_repositories import Repository
-from support.hub_server import Hub
+from cache.records.memos import Memos
+from support import front_door, hub_server, inside, projects
+from support.front_door import REPOSITORY
+from support.hub_repositories import OnDisk, Repository
+from support.hub_server import Hub, busy
 from support.projects import FOUR_BIT, Project
+from tasks.checkpoints import loaders, sources
+from tasks.checkpoints.source import Opening
+from tasks.core.text import size
 
 
 @pytest.fixture
@@ -39,6 +45,9 @@ def test_it_is_built_as_from_a_folder(kind: str, hub: Hub, tmp_path: Path) -> No
     weights = {path.name: path.stat().st_size for path in projects.weight_files(project.checkpoint)}
     told = project.doit("plan", expect=1)
     assert len(hub.asked("GET", storage=True)) <= 3 * len(weights) + 2
+    plan = json.loads(project.doit("plan", "--json", expect=1).stdout)
+    assert 0.9 * sum(weights.values()) < plan["bytes_downloaded"] < sum(weights.values())
+    assert f"downloads {size(plan['bytes_downloaded'])} of that" in told.stdout
     del hub.requests[:]
     assert project.doit("plan", expect=1).stdout == told.stdout
     assert hub.requests == []
@@ -55,9 +64,9 @@ def test_it_is_built_as_from_a_folder(kind: str, hub: Hub, tmp_path: Path) -> No
     locked = source_in_lock(project)
     assert locked["revision"] == repository.head
     assert locked["hashes"].keys() >= {*weights, "tokenizer.model"}
-    for name, (size, digest) in locked["hashes"].items():
+    for name, (nbytes, digest) in locked["hashes"].items():
         file = repository.files[name]
-        assert size == file.content.size
+        assert nbytes == file.content.size
         assert digest == f"{'sha256' if file.large else 'git'}:{file.etag}"
 
     del hub.requests[:]
@@ -98,3 +107,96 @@ def test_a_name_that_is_no_folder(hub: Hub, tmp_path: Path) -> None:
     for wrong in ("hf:model", "hf:org/model@", "hf:org/../model", "hf:a/b/../c"):
         project.configure(source=wrong)
         assert "which is no name on the hub" in project.doit(expect=3).stderr
+
+
+def test_with_nothing_to_do_no_client_is_imported(hub: Hub, tmp_path: Path) -> None:
+    project, _ = published(hub, tmp_path / "project")
+    project.doit()
+    del hub.requests[:]
+    record = tmp_path / "record.json"
+    environ = {**hub.environ(tmp_path / "home"), **projects.hooked({"record": str(record)})}
+    assert front_door.doit(project.folder, env=environ).computed == set()
+    modules = {name.partition(".")[0] for name in json.loads(record.read_bytes())["modules"]}
+    assert not modules & {"huggingface_hub", "httpx2", "hf_xet", "requests", "ssl", "mlx_lm"}
+    assert hub.requests == []
+
+
+def test_locked_without_a_network(hub: Hub, tmp_path: Path) -> None:
+    """Where every action is on record, though nothing else is here."""
+    project, _ = published(hub, tmp_path / "project")
+    project.doit()
+    built = project.built()
+    hub.fault = lambda request: busy(3600)
+    del hub.requests[:]
+    elsewhere = Project(tmp_path / "elsewhere", project.kind, project.models, cache=project.store)
+    elsewhere.folder.mkdir()
+    elsewhere.configure()
+    shutil.copy(project.folder / "models.lock", elsewhere.folder)
+    shutil.rmtree(project.store / "memos" / "hub")
+    shutil.rmtree(project.store / "memos" / "extracts")
+    shutil.rmtree(tmp_path / "home")
+    elsewhere.doit("--locked")
+    assert elsewhere.built() == built
+    assert not hub.asked(storage=True)
+
+    hub.fault = lambda request: None
+    third = Project(tmp_path / "third", project.kind, project.models, cache=project.store)
+    third.folder.mkdir()
+    third.configure()
+    shutil.copy(project.folder / "models.lock", third.folder)
+    third.doit()
+    weights = {file.content.sha256 for file in hub.repositories["org/model"].files.values()}
+    headers = [r for r in hub.asked(storage=True) if r.path[6:] in weights]
+    assert sum(request.sent for request in headers) < 300_000
+    assert third.built() == built
+
+
+def test_init(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, repository = published(hub, tmp_path / "project")
+    repository.add({"sub/README.md": b"nothing"})
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "models.toml"
+    for wrong, told in (
+        ("hf:model", "hf:model is 'hf:model', which is no name on the hub: write hf:ORG/NAME"),
+        ("hf:org/other", "there is no model org/other"),
+        ("hf:org/model/sub", "hf:org/model/sub is no folder with a checkpoint: expected"),
+        ("org/model", "is no folder with a checkpoint, or the hub's: hf:org/model: expected"),
+    ):
+        assert told in inside.doit(tmp_path, "init", wrong, expect=3).stderr
+        assert not here.exists()
+    inside.doit(tmp_path, "init", "hf:org/model")
+    assert '[models.model]\nsource = "hf:org/model"\nquantize' in here.read_text()
+    assert not hub.asked(storage=True, path="model-")
+    inside.doit(tmp_path, "plan", expect=1)
+    del project
+
+
+def test_a_plan_of_191_files(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import giant
+
+    giant.write_checkpoint(tmp_path / "checkpoint")
+    small = ("README.md", "LICENSE", "generation_config.json", "special_tokens_map.json")
+    files = dict.fromkeys(small, b"{}") | {
+        path.name: Sparse(path) if path.suffix == ".safetensors" else path.read_bytes()
+        for path in (tmp_path / "checkpoint").iterdir()
+    }
+    assert len(files) == 191 + len(small) + 5
+    files["tokenizer.json"] += b" " * 9_000_000  # as large as the real one
+    hub.repository("org/giant").add(files)
+    spec = sources.spec("hf:org/giant", tmp_path)
+    for requests, nbytes in ((230, 16_000_000), (0, 0)):
+        opening = Opening(Memos(tmp_path / "memos"), str(tmp_path))
+        checkpoint = loaders.read(sources.open_source(spec, opening), None, opening.memos)
+        assert len(checkpoint.stored) == 9 * 126 + 3
+        assert len(hub.requests) <= requests
+        assert sum(request.sent for request in hub.requests) <= nbytes
+        del hub.requests[:]
+
+
+class Sparse(OnDisk):
+    """A file of many zeros, which are not read for its digest."""
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.path.name.encode()).hexdigest()

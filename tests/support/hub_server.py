@@ -692,11 +692,19 @@ class _HubHandler(_Handler):
 
     def _batch(self, name: str) -> None:
         asked = self._asked()
-        self._repository(name, write=True)
+        uploads = asked["operation"] == "upload"
+        repository = self._repository(name, write=uploads)
+        if not uploads:
+            self._admit(repository)
         said = []
         for file in asked["objects"]:
             entry = {"oid": file["oid"], "size": file["size"]}
-            if self.hub.stored(file["oid"]) is None:
+            there = self.hub.stored(file["oid"]) is not None
+            if not uploads and there:
+                entry["actions"] = {"download": {"href": self.hub.signed(f"/file/{file['oid']}")}}
+            elif not uploads:
+                entry["error"] = {"code": 404, "message": "Object does not exist"}
+            elif not there:
                 href = self.hub.signed(f"/upload/{file['oid']}")
                 entry["actions"] = {"upload": {"href": href, "header": {}}}
             said.append(entry)
@@ -736,13 +744,17 @@ class _HubHandler(_Handler):
         elif key != "header":
             raise Refused(400, f"{key} is none of a commit's lines")
 
-    def _found(self, name: str, revision: str, path: str) -> tuple[Commit, File]:
-        repository, commit = self._at(name, revision)
+    def _admit(self, repository: Repository) -> None:
+        """Let nobody have files of a gated repository who is not admitted."""
         account = self._account()
         if repository.gated and not (account and account.name in repository.admitted):
-            page = f"{self.hub.url}/{name}"
+            name, page = repository.name, f"{self.hub.url}/{repository.name}"
             said = f"Access to model {name} is restricted. Visit {page} to ask for access."
             raise Refused(403 if account else 401, said, "GatedRepo")
+
+    def _found(self, name: str, revision: str, path: str) -> tuple[Commit, File]:
+        repository, commit = self._at(name, revision)
+        self._admit(repository)
         file = commit.files.get(path)
         if file is None:
             raise Refused(404, "Entry not found", "EntryNotFound", commit.oid)

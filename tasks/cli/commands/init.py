@@ -17,7 +17,9 @@ from tasks.checkpoints.source import Opening, ReadableSource
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import models_file
 from tasks.config.keys import toml
+from tasks.core.errors import CheckpointError
 from tasks.core.program import COMMAND
+from tasks.core.spec import Mistakes
 from tasks.core.text import plural
 from tasks.core.workspace import BUILD
 
@@ -51,8 +53,9 @@ class Init(Command):
     doc_purpose = "write a models.toml for the checkpoints here"
     doc_usage = "[SOURCE ...]"
     doc_description = f"""\
-SOURCE is a checkpoint's folder. Without it: all that lie in the current folder, or up to
-{MAX_DEPTH} folders deep in it. A models.toml that is there is never changed."""
+SOURCE is a checkpoint's folder, or one on the hub, hf:ORG/NAME. Without it: all that lie in
+the current folder, or up to {MAX_DEPTH} folders deep in it. A models.toml that is there is never
+changed."""
 
     def execute(self, _params: Any, args: list[str]) -> int:
         """Write the file.
@@ -61,13 +64,21 @@ SOURCE is a checkpoint's folder. Without it: all that lie in the current folder,
             InvalidCommand: there is one already, or nothing to build.
         """
         models = models_file().absolute()
-        found = {source: _open(source, models.parent) for source in args or _search(Path())}
-        if unfit := [source for source, opened in found.items() if not _is_checkpoint(opened)]:
+        try:
+            found = {source: _open(source, models.parent) for source in args or _search(Path())}
+            unfit = [source for source, opened in found.items() if not _is_checkpoint(opened)]
+        except CheckpointError as error:  # of a hub
+            raise InvalidCommand(str(error)) from error
+        if unfit:
             kinds = ", or ".join(loader.HOLDS for loader in loaders.LOADERS.values())
-            raise InvalidCommand(f"{unfit[0]} is no folder with a checkpoint: expected {kinds}.")
+            hub = loaders.hint(unfit[0])
+            raise InvalidCommand(
+                f"{unfit[0]} is no folder with a checkpoint{hub}: expected {kinds}."
+            )
         if not found:
             raise InvalidCommand(
-                f"there is no checkpoint in {Path.cwd()}. Name its folder: {COMMAND} init FOLDER"
+                f"there is no checkpoint in {Path.cwd()}. Name its folder, or one on the hub: "
+                f"{COMMAND} init FOLDER, {COMMAND} init hf:ORG/NAME"
             )
         tables = _tables(found, models.parent)
         try:
@@ -86,10 +97,18 @@ SOURCE is a checkpoint's folder. Without it: all that lie in the current folder,
 
 
 def _open(source: str, folder: Path) -> ReadableSource:
-    """Open what a SOURCE on the command line, relative to the current folder, names."""
+    """Open what a SOURCE on the command line, relative to the current folder, names.
+
+    Raises:
+        InvalidCommand: it names nothing.
+    """
     base = Path.cwd() if sources.kind(source) == "folder" else folder
     memos = Memos(folder, read_only=True)
-    return sources.open_source(sources.spec(source, base), Opening(memos, str(folder)))
+    try:
+        return sources.open_source(sources.spec(source, base), Opening(memos, str(folder)))
+    except Mistakes as error:
+        (mistake,) = error.mistakes
+        raise InvalidCommand(f"{source} {mistake.fact}: {mistake.mend}") from error
 
 
 def _search(root: Path) -> Iterator[str]:

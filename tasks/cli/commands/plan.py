@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
@@ -14,6 +14,7 @@ from tasks.core.task_names import PACK
 from tasks.core.text import duration, plural, size
 from tasks.execution.resources import threads
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Step
+from tasks.planning.plan import Plan
 from tasks.planning.sizes import Traffic
 from tasks.stages import registry
 
@@ -50,11 +51,12 @@ it or a target cannot be planned."""
         session = self.session
         devices = {plan.target.device for plan in session.plans.values()}
         seconds = estimate(steps, session.builder.log.entries(), threads(devices))
+        downloads = _downloads(session.plans, steps)
         if as_json:
-            self.outstream.write(_as_json(steps, seconds, refused))
+            self.outstream.write(_as_json(steps, seconds, refused, downloads))
         else:
             self.outstream.writelines(f"ERROR: {message}\n" for message in refused)
-            lines = _lines(steps, seconds, locked=bool(session.lock.sources))
+            lines = _lines(steps, seconds, downloads, locked=bool(session.lock.sources))
             self.outstream.writelines(f"{line}\n" for line in lines)
         if refused:
             return REFUSED
@@ -77,7 +79,22 @@ class _Group:
         return cls(step.stage, state, tuple(facts))
 
 
-def _lines(steps: list[Step], seconds: float | None, *, locked: bool) -> Iterator[str]:
+def _downloads(plans: Mapping[str, Plan], steps: Iterable[Step]) -> int:
+    """Return the bytes that steps read of checkpoints elsewhere."""
+    return sum(
+        stored.nbytes
+        for step in steps
+        if step.stage in registry.leaves() and step.moved.read
+        for checkpoint in [plans[step.target].checkpoint]
+        for key in plans[step.target].shared.stored_layers[step.layer]
+        for stored in [checkpoint.stored[key]]
+        if checkpoint.source.path(stored.file) is None
+    )
+
+
+def _lines(
+    steps: list[Step], seconds: float | None, downloads: int, *, locked: bool
+) -> Iterator[str]:
     """Yield the plan's lines: by target and stage, layers of one state and reason together."""
     todo = [step for step in steps if step.state not in SETTLED]
     busy = list(dict.fromkeys(step.target for step in steps if step.state != UP_TO_DATE))
@@ -95,6 +112,8 @@ def _lines(steps: list[Step], seconds: float | None, *, locked: bool) -> Iterato
     yield f"{len(todo)} of {plural(len(steps), 'task')}"
     fetched = f", fetches {size(moved.fetched)}" if moved.fetched else ""
     yield f"reads {size(moved.read)}, writes {size(moved.written)}{fetched}"
+    if downloads:
+        yield f"downloads {size(downloads)} of that"
     yield from indented(
         f"takes up to {size(cached + packed)} more of the disk while it runs: "
         f"cache {size(cached)}, build {size(packed)}",
@@ -144,14 +163,19 @@ def _seconds(seconds: float | None) -> str:
     return f"{duration(seconds)}, by earlier runs"
 
 
-def _as_json(steps: list[Step], seconds: float | None, refused: list[str]) -> str:
+def _as_json(steps: list[Step], seconds: float | None, refused: list[str], downloads: int) -> str:
     moved, cached, packed = _totals(steps)
     tasks = []
     for step in steps:
         record = asdict(step)
         moved_by_it = record.pop("moved")
         tasks.append({**record, **_bytes(moved_by_it)})
-    summary = {"seconds": seconds, **_bytes(asdict(moved)), "disk_bytes": cached + packed}
+    summary = {
+        "seconds": seconds,
+        **_bytes(asdict(moved)),
+        "bytes_downloaded": downloads,
+        "disk_bytes": cached + packed,
+    }
     return json.dumps({"refused": refused, "tasks": tasks, **summary}, indent=1) + "\n"
 
 

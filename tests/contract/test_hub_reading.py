@@ -1,0 +1,272 @@
+"""Reading from the hub: right, or an error that says what to do; the token goes nowhere else."""
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants, snapshot_download
+
+from cache.records.memos import Memos
+from support import hub_server
+from support.hub_repositories import Repository
+from support.hub_server import (
+    TOKEN,
+    Account,
+    Cut,
+    Expired,
+    Fault,
+    Hub,
+    Longer,
+    Request,
+    Shorter,
+    Stall,
+    Unranged,
+    busy,
+)
+from support.servers import Answer
+from tasks.checkpoints import hub as hub_source
+from tasks.checkpoints import hub_client
+from tasks.checkpoints.hub import HubSource
+from tasks.checkpoints.hub_client import HubUnreachable
+from tasks.checkpoints.source import Opening
+from tasks.core.errors import CheckpointError
+
+WEIGHTS = random.Random(7).randbytes(700_001)
+UNDER_WAY = 2**17
+RANGES = ((0, 10), (10, 200_000), (650_001, 50_000), (200_010, 449_991), (0, 700_001))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setattr(hub_client, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    with hub_server.serve(tmp_path / "uploaded") as hub, hub.inside(tmp_path / "home"):
+        yield hub
+
+
+@pytest.fixture
+def repository(hub: Hub) -> Repository:
+    repository = hub.repository("org/model")
+    repository.add({"model.safetensors": WEIGHTS, "config.json": b"{}", "sub/a.pth": WEIGHTS[:99]})
+    return repository
+
+
+@pytest.fixture
+def open_source(tmp_path: Path) -> Callable[[str], HubSource]:
+    def open_source(text: str = "org/model", **keys: object) -> HubSource:
+        opening = Opening(Memos(tmp_path / "memos"), str(tmp_path), **keys)
+        return hub_source.open_source(hub_source.spec(text, tmp_path), opening)
+
+    return open_source
+
+
+def read(source: HubSource) -> None:
+    for start, nbytes in RANGES:
+        data = b"".join(source.read("model.safetensors", start, nbytes))
+        assert data == WEIGHTS[start:][:nbytes]
+
+
+def once(fault: Fault, place: int, hub: Hub) -> None:
+    """Have a fault happen to the request of that number from now on."""
+    first = len(hub.requests)
+    hub.fault = lambda request: fault if request.count == first + place else None
+
+
+PASSING = (
+    Cut(0), Cut(1), Cut(9), Cut(40_000), Stall(0, 1), Stall(7, 1), Stall(30_000, 1),
+    busy(0), busy(0, 503), busy(0, 500), Answer(502, b"<html>", {}), Expired(), Shorter(1),
+    Shorter(9),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PASSING, ids=repr)
+def test_what_passes(fault: Fault, hub: Hub, repository: Repository, open_source) -> None:
+    """It goes on at the byte where it ended, and what was there is not asked for again."""
+    places = range(6)
+    for place in places:
+        source = open_source()
+        assert source.revision == repository.head
+        once(fault, place, hub)
+        read(source)
+        assert hub.requests[-1].count >= place
+    sent = sum(request.sent for request in hub.asked(storage=True))
+    # What was under way as the connection ended comes twice.
+    assert sent <= len(places) * (sum(nbytes for _, nbytes in RANGES) + UNDER_WAY)
+
+
+@pytest.mark.parametrize("fault", [Longer(1), Longer(100_000), Unranged()], ids=repr)
+def test_what_is_no_answer(fault: Fault, hub: Hub, repository: Repository, open_source) -> None:
+    for place in range(1, 5):
+        source = open_source()
+        assert source.available
+        once(fault, place, hub)
+        with pytest.raises(CheckpointError, match="the server gives"):
+            read(source)
+
+
+def test_a_server_that_is_never_well_again(hub: Hub, repository: Repository, open_source) -> None:
+    source = open_source()
+    assert source.available
+    hub.fault = lambda request: busy(0, 503)
+    with pytest.raises(HubUnreachable, match="status 503, again and again"):
+        read(source)
+    assert len(hub.requests) < 20
+    hub.fault = lambda request: busy(3600) if request.storage else None
+    with pytest.raises(HubUnreachable, match=r"left alone for 3,600 s\. Try again later"):
+        read(source)
+    hub.fault = lambda request: Cut(3) if request.storage else None
+    with pytest.raises(HubUnreachable, match=r"again and again|cannot be reached"):
+        b"".join(source.read("model.safetensors", 0, 100_000))
+    with pytest.raises(CheckpointError, match="no byte 700,002"):
+        list(source.read("model.safetensors", 1, 700_001))
+
+
+def test_a_server_is_waited_for(
+    hub: Hub, repository: Repository, open_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    limit = {"RateLimit": '"api";r=0;t=55', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+    for wanted, fault in ((7, busy(7)), (55, Answer(429, b"", limit))):
+        source = open_source()
+        assert source.available
+        once(fault, 0, hub)
+        read(source)
+        assert waits.pop() == wanted
+
+
+def test_addresses_expire_and_are_used_until_then(
+    hub: Hub, repository: Repository, open_source
+) -> None:
+    source = open_source()
+    read(source)
+    assert len(hub.asked("GET", "/resolve/")) == 1
+    hub.fault = lambda request: Expired() if request.storage and request.count % 3 == 0 else None
+    read(source)
+    assert 1 < len(hub.asked("GET", "/resolve/")) <= 1 + len(RANGES)
+
+
+def test_the_token_goes_to_the_hub_alone(
+    hub: Hub,
+    repository: Repository,
+    open_source,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    faults: list[Fault] = [busy(0), Cut(5), Expired(), busy(0, 503)]
+
+    def fault(request: Request) -> Fault:
+        return faults.pop() if faults and request.count > 5 else None
+
+    hub.fault = fault
+    source = open_source()
+    assert (source.small_files / "config.json").read_bytes() == b"{}"
+    read(source)
+    assert not faults
+    asked = hub.asked(path="org/model")
+    assert asked
+    assert all(request.headers["authorization"] == f"Bearer {TOKEN}" for request in asked)
+    assert hub.asked(storage=True)
+    for request in hub.asked(storage=True):
+        assert TOKEN not in str(request)
+    assert TOKEN not in caplog.text
+    assert TOKEN not in "".join(capfd.readouterr())
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+def refusal(source: HubSource) -> str:
+    assert not source.available
+    with pytest.raises(CheckpointError) as refused:
+        read(source)
+    return str(refused.value)
+
+
+def test_what_is_not_to_be_had(hub: Hub, repository: Repository, open_source) -> None:
+    assert "there is no model org/other at" in refusal(open_source("org/other"))
+    told = refusal(open_source("org/model@v9"))
+    assert "has no branch, tag or commit v9" in told
+    assert f"{hub.url}/org/model/commits/main lists" in told
+    assert "has no branch, tag or commit" in refusal(open_source(f"org/model@{'ab' * 20}"))
+    assert not open_source("org/model/nowhere").available
+
+
+def test_what_is_private(
+    hub: Hub, repository: Repository, open_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.private = True
+    hub.accounts[TOKEN] = Account("another")
+    told = refusal(open_source())
+    assert "there is no model org/model" in told
+    assert "or it is private" in told
+    assert "the token that is used (HF_TOKEN, or hf auth login's) must be of that account" in told
+    hub.accounts.clear()
+    assert "refuses access to org/model (status 401)" in refusal(open_source())
+    monkeypatch.delenv("HF_TOKEN")
+    told = refusal(open_source())
+    assert "or it is private" in told or "refuses access" in told
+    assert "have HF_TOKEN hold a token of that account, or log in: hf auth login" in told
+
+
+def test_what_is_gated(
+    hub: Hub, repository: Repository, open_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.gated = True
+    source = open_source()
+    for gated in (lambda: read(source), lambda: source.small_files):
+        with pytest.raises(CheckpointError, match="org/model is gated") as refused:
+            gated()
+        assert f"Ask for access at {hub.url}/org/model, and the token" in str(refused.value)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(CheckpointError, match="have HF_TOKEN hold a token of that account"):
+        read(open_source())
+    repository.admitted.add("somebody")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    read(source)
+
+
+def test_a_file_that_is_gone_or_another(hub: Hub, repository: Repository, open_source) -> None:
+    source = open_source()
+    assert source.available
+    commit = repository.commits[repository.head]
+    kept = dict(commit.files)
+    del commit.files["model.safetensors"]
+    with pytest.raises(CheckpointError, match=r"has no file model\.safetensors at"):
+        read(source)
+    commit.files["model.safetensors"] = kept["sub/a.pth"]
+    with pytest.raises(CheckpointError, match="a file of sha256"):
+        read(source)
+
+
+def test_what_the_client_has_is_read_where_it_lies(
+    hub: Hub, repository: Repository, open_source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(snapshot_download("org/model"))
+    del hub.requests[:]
+    source = open_source()
+    assert source.path("model.safetensors") == folder / "model.safetensors"
+    read(source)
+    assert source.small_files == folder
+    assert [request.path for request in hub.requests] == ["/api/models/org/model"]
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    del hub.requests[:]
+    source = open_source(locked="ab" * 20)
+    assert "HF_HUB_OFFLINE" in refusal(source)
+    for path in (tmp_path / "memos").rglob("*.json"):
+        path.unlink()
+    source = open_source()
+    assert source.revision == repository.head
+    assert source.names("*") == [".gitattributes", "config.json", "model.safetensors"]
+    assert source.hashes["model.safetensors"].digest[7:] == commit_file(repository).content.sha256
+    read(source)
+    assert open_source("org/model/sub").names("*") == ["a.pth"]
+    assert hub.requests == []
+
+
+def commit_file(repository: Repository):
+    return repository.files["model.safetensors"]
