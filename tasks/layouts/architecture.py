@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 import subprocess
@@ -147,19 +148,25 @@ def _fitting_answer(
 
 
 def _predictors(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the tensors of layers that predict further tokens, which config.json tells of."""
+    """Return the tensors that predict further tokens: by name, or in layers beyond the last.
+
+    The latter only where config.json speaks of them: it may be wrong about the number of layers.
+    """
     config = checkpoint.config
     config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     layers = config.get("num_hidden_layers")
-    more = config.get("num_nextn_predict_layers") or config.get("num_mtp_modules")
-    if not (isinstance(layers, int) and isinstance(more, int)):
-        return ()
-    return tuple(
-        name
-        for name in checkpoint.tensors
-        if (match := re.match(r"(?:\w+\.)*?layers\.(\d{1,9})\.", name))
-        and layers <= int(match[1]) < layers + more
-    )
+    speaks = any(value for key, value in config.items() if re.search("mtp|nextn", key))
+    beyond = layers if speaks and isinstance(layers, int) else math.inf
+
+    def predicts(name: str) -> bool:
+        if re.search(r"(^|\.)(mtp|nextn)(_\w+)?\.", name):
+            return True
+        match = re.match(r"((?:\w+\.)*?)layers\.(\d{1,9})\.", name)
+        return (
+            match is not None and not re.search("vis|audio", match[1]) and int(match[2]) >= beyond
+        )
+
+    return tuple(name for name in checkpoint.tensors if predicts(name))
 
 
 def _predictors_note(left_out: Sequence[str], library: str) -> tuple[str, ...]:
@@ -185,13 +192,15 @@ def _answer(
     values: dict[str, str] = {}
     while True:
         question = _question(checkpoint, library, values, left_out)
-        answer: Answer | LookedAt | None = memos.get("architectures", question, Answer)
-        answer = answer or memos.get("architectures", question, LookedAt)
+        # A checkpoint without these tensors is another: of that, nothing was found to fail.
+        known = {**question, "left_out": list(left_out)} if left_out else question
+        answer: Answer | LookedAt | None = memos.get("architectures", known, Answer)
+        answer = answer or memos.get("architectures", known, LookedAt)
         if answer is None:
             if not ask:
                 return None
             asked = _ask(question, library, checkpoint.folder)
-            memos.put("architectures", question, asked)
+            memos.put("architectures", known, asked)
             if "looked_at" in asked:
                 answer = msgspec.convert(asked, LookedAt)
             else:

@@ -1,5 +1,7 @@
 """Folders as people have them, read as mlx_lm.convert reads them, or better."""
 
+import contextlib
+import importlib
 import json
 import os
 import re
@@ -432,3 +434,66 @@ def test_layers_of_multi_token_prediction(tmp_path: Path) -> None:
     assert f"note: with: {len(extra)} tensors of multi-token prediction left out: " in said
     assert project.built("with") == project.built("without")
     assert inside.doit(tmp_path).entries == []
+
+
+SMALL = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    "rotary_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16, "v_head_dim": 16, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "num_shared_experts": 1, "n_shared_experts": 1, "shared_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "first_k_dense_replace": 1, "norm_topk_prob": True, "norm_head": False, "norm_softmax": False,
+    "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True, "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
+    "rope_scaling": None, "attention_bias": False, "partial_rotary_factor": 0.5,
+    "rope_parameters": {
+        "rope_theta": 1e4, "rope_type": "default", "type": "default", "factor": 1.0,
+        "partial_rotary_factor": 0.5, "llama_4_scaling_beta": 0.1, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 512,
+    },
+}  # fmt: skip
+# A class, where its checkpoints have these layers, how config.json says so, and whether mlx-lm
+# takes them.
+PREDICTORS = {
+    "bailing": ("bailing_moe", "model.layers.2", {"num_nextn_predict_layers": 1}, False),
+    "minimax": ("minimax", "model.layers.2", {"use_mtp": True, "num_mtp_modules": 1}, False),
+    "mistral": ("mistral4", "mtp.layers.0", {}, False),
+    "qwen": ("qwen3_5", "mtp.layers.0", {}, True),
+    "glm": ("glm4_moe", "model.layers.2", {"num_nextn_predict_layers": 1}, True),
+    "unsaid": ("qwen3", "model.layers.2", {}, None),  # a config.json of too few layers, perhaps
+}
+
+
+def test_layers_of_multi_token_prediction_of_other_classes(tmp_path: Path) -> None:
+    project = projects.Project(tmp_path, "huggingface")
+    settings = {"quantize": {"bits": 4, "group_size": 32}}
+    for name, (kind, prefix, said, taken) in PREDICTORS.items():
+        module = importlib.import_module(f"mlx_lm.models.{kind}")
+        config = {**SMALL, "model_type": kind}
+        model = module.Model(module.ModelArgs.from_dict(config))
+        tensors = {n: a.astype(mx.bfloat16) for n, a in tree_flatten(model.parameters())}
+        layer = {n.split("layers.1.")[1]: a for n, a in tensors.items() if "layers.1." in n}
+        layer["eh_proj.weight"] = mx.ones((64, 128), mx.bfloat16)
+        extra = {f"{prefix}.{n}": array for n, array in layer.items()}
+        for folder, held in ((f"{name}-without", tensors), (name, tensors | extra)):
+            (tmp_path / folder).mkdir()
+            path = tmp_path / folder / "model.safetensors"
+            mx.save_safetensors(str(path), held, metadata={"format": "pt"})
+            (tmp_path / folder / "config.json").write_text(json.dumps(config | said))
+            checkpoints.write_tokenizer(tmp_path / folder)
+            project.configure(folder, source=folder, **settings)
+        with contextlib.nullcontext() if taken else pytest.raises(ValueError, match="not in model"):
+            load_model(tmp_path / name, lazy=True)
+    done = inside.doit(tmp_path, expect=1)
+    for name, (*_, taken) in PREDICTORS.items():
+        noted = re.search(
+            rf"^note: {name}: \d+ tensors of multi-token prediction", done.stdout, re.M
+        )
+        assert bool(noted) == (taken is False), name
+        if taken is not None:
+            assert project.built(name) == project.built(f"{name}-without"), name
+    assert not (tmp_path / "build" / "unsaid").exists()
+    assert "Received 12 parameters not in model" in done.stdout
