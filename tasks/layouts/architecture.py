@@ -47,6 +47,7 @@ class Answer(msgspec.Struct, frozen=True):
         config: config.json.
         keep_vision_config: whether the model has a vision tower.
         dropped: the checkpoint's tensors that belong to no part of the model.
+        factors: those of bytes that are multiplied as they are, as if they were whole numbers.
     """
 
     parameters: list[tuple[str, str, tuple[int, ...], bool, list[str], list[Any]]]
@@ -55,6 +56,7 @@ class Answer(msgspec.Struct, frozen=True):
     config: dict[str, Any]
     keep_vision_config: bool
     dropped: list[str]
+    factors: list[str] = []
 
 
 class LookedAt(msgspec.Struct, frozen=True):
@@ -113,7 +115,7 @@ def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
         Module(path, _names(*names), None if after is None else _names(*after), verdict, count)
         for path, names, after, verdict, count in answer.modules
     )
-    _refuse_integers(checkpoint.folder, modules, parameters)
+    _refuse_integers(checkpoint.folder, modules, parameters, answer.factors)
     config = {key: value for key, value in answer.config.items() if key != "_name_or_path"}
     if not answer.keep_vision_config:
         config.pop("vision_config", None)
@@ -312,13 +314,22 @@ def _written_out(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tupl
 
 
 def _refuse_integers(
-    folder: Path, modules: Iterable[Module], parameters: Mapping[str, Parameter]
+    folder: Path,
+    modules: Iterable[Module],
+    parameters: Mapping[str, Parameter],
+    factors: Sequence[str],
 ) -> None:
-    """Refuse weights whose bytes would be taken for integers: FP8 that no scales go with.
+    """Refuse weights whose bytes would be taken for integers: FP8 that is not decoded.
 
     Raises:
         CheckpointError: there are such.
     """
+    if factors:
+        raise CheckpointError(
+            f"{folder}: {plural(len(factors), 'tensor')} of 8-bit floats ({listed(factors)}) would "
+            "be bytes taken for numbers, as mlx_lm.convert takes them: this class of mlx-lm "
+            "multiplies them without decoding them. Get the checkpoint in bfloat16."
+        )
     weights = [f"{m.path}.weight" for m in modules if m.quantized_names is not None]
     packed = [name for name in weights if parameters[name].dtype in ("uint8", "int8")]
     if packed:

@@ -35,6 +35,10 @@ from tasks.layouts.libraries import LIBRARIES, Library
 from tasks.layouts.model import layer_names
 
 LABELS = 500  # arrays at once: MLX's functions take 1024 names, and two sorts are compared
+_SAME_NUMBERS = (
+    "AsType", "Broadcast", "Concatenate", "Contiguous", "Copy", "ExpandDims", "Flatten", "Pad",
+    "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unflatten",
+)  # fmt: skip  # operations of MLX by which an array is the same numbers, elsewhere
 # By the ``id`` of a joined array: what was done, the axis, the arrays joined, and the result.
 Joins = dict[int, tuple[str, int, list[Any], Any]]
 
@@ -111,7 +115,7 @@ def _answer(question: dict[str, Any], library: Library, mx: Any) -> dict[str, An
         return {"looked_at": sorted(needed)}
     if compute:
         return _write(dict(_flat(model.parameters())), compute["outputs"])
-    parameters = _parameters(model, library, _Tensors(given, kept, joins), mx)
+    parameters, factors = _parameters(model, library, _Tensors(given, kept, joins), mx)
     leaves = _leaves(model)
     used = {name for parameter in parameters for name in parameter[4]} | values.keys()
     return {
@@ -121,6 +125,7 @@ def _answer(question: dict[str, Any], library: Library, mx: Any) -> dict[str, An
         "config": library.encode_config(config),
         "keep_vision_config": library.keeps_vision_config(model),
         "dropped": sorted(set(tensors) - used),
+        "factors": factors,
     }
 
 
@@ -151,8 +156,13 @@ class _Tensors(NamedTuple):
     joins: Joins
 
 
-def _parameters(model: Any, library: Library, tensors: _Tensors, mx: Any) -> list[list[Any]]:
-    """Return each parameter: name, dtype, shape, whether it is cast, its tensors, the steps."""
+def _parameters(
+    model: Any, library: Library, tensors: _Tensors, mx: Any
+) -> tuple[list[list[Any]], list[str]]:
+    """Return each parameter: name, dtype, shape, whether it is cast, its tensors, the steps.
+
+    And the tensors of bytes that are multiplied as they are, as if they were whole numbers.
+    """
     changed = _changed(mx, tensors.given, tensors.kept)
     names = {id(a): name for name, a in tensors.given.items() if name not in changed}
     parameters: list[list[Any]] = []
@@ -172,11 +182,11 @@ def _parameters(model: Any, library: Library, tensors: _Tensors, mx: Any) -> lis
         floating = bool(mx.issubdtype(array.dtype, mx.floating))
         cast = floating and library.casts(model, name)
         parameters.append([name, dtype, list(array.shape), cast, inputs, steps])
-    reach = _inputs_reached(mx, tensors.kept, computed) if computed else {}
+    reach, factors = _inputs_reached(mx, tensors.kept, computed) if computed else ({}, [])
     for parameter in parameters:
         if (name := parameter[0]) in computed:
             parameter[4], parameter[5] = reach[name], [["sanitize", name]]
-    return parameters
+    return parameters, factors
 
 
 def _leaves(model: Any) -> list[tuple[str, Any]]:
@@ -370,14 +380,19 @@ def _changed(mx: Any, given: dict[str, Any], kept: dict[str, Any]) -> set[str]:
 
 def _inputs_reached(
     mx: Any, given: dict[str, Any], computed: dict[str, Any]
-) -> dict[str, list[str]]:
-    """Return, for each computed array, the checkpoint's tensors it is made of."""
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Return, for each computed array, the checkpoint's tensors it is made of.
+
+    And those of bytes that are factors of a product.
+    """
     place = {name: i for i, name in enumerate(given)}
     layer_of = layer_names([*given, *computed])
     layers: dict[str, list[str]] = {}
     for name in computed:
         layers.setdefault(layer_of[name], []).append(name)
     made_of: dict[str, set[str]] = {name: set() for name in computed}
+    octets = {name for name, array in given.items() if array.dtype == mx.uint8}
+    factors: set[str] = set()
     for layer, names in layers.items():
         # Most layers are made of themselves: label those first, and others only as needed.
         own = [name for name in given if layer_of[name] == layer]
@@ -389,6 +404,8 @@ def _inputs_reached(
                 inputs = {label: given[name] for label, name in name_of.items()}
                 arrays = {label: computed[name] for label, name in left.items()}
                 graph = _Graph(_graph(mx, arrays | inputs))
+                likely_factors = (label for label, name in name_of.items() if name in octets)
+                factors |= {name_of[label] for label in likely_factors if graph.is_factor(label)}
                 for label, array in arrays.items():
                     if label in graph.labels:
                         reached, whole = graph.reach(label, inputs)
@@ -402,7 +419,9 @@ def _inputs_reached(
                         del left[label]
                 if not left:
                     break
-    return {name: sorted(reached, key=place.__getitem__) for name, reached in made_of.items()}
+    return {n: sorted(names, key=place.__getitem__) for n, names in made_of.items()}, sorted(
+        factors
+    )
 
 
 def _batches(names: Iterable[str]) -> Iterator[list[str]]:
@@ -418,6 +437,11 @@ class _Graph:
         self.sources: dict[str, list[str]] = {}
         for source, target in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', text, re.M):
             self.sources.setdefault(target, []).append(source)
+        self.targets: dict[str, list[str]] = {}
+        for target, sources in self.sources.items():
+            for source in sources:
+                self.targets.setdefault(source, []).append(target)
+        self.operations = dict(re.findall(r'(\d+) \[label ="(\w+)"', text))
         self.labels = {*self.sources, *(s for sources in self.sources.values() for s in sources)}
         self.hollow = set(re.findall(r'(\d+) \[label ="StopGradient"', text))
 
@@ -431,6 +455,18 @@ class _Graph:
                 seen.update(new)
                 stack += new
         return {node for node in seen if node in inputs}, not seen & self.hollow
+
+    def is_factor(self, label: str) -> bool:
+        """Tell whether an array is multiplied once it was cast, and nothing else done to it."""
+        stack = list(self.targets.get(label, ()))
+        while stack:
+            node = stack.pop()
+            operation = self.operations.get(node)
+            if operation == "Multiply":
+                return True
+            if operation in (None, *_SAME_NUMBERS):
+                stack += self.targets.get(node, ())
+        return False
 
 
 def _graph(mx: Any, labels: dict[str, Any]) -> str:

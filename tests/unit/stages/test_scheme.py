@@ -1,5 +1,6 @@
 """What is quantized, by rules and by what the checkpoint is, and what is said of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -92,6 +93,45 @@ def test_fp8_without_scales(tmp_path: Path) -> None:
     peer, _ = load_model(folder, lazy=True)
     assert peer.model.layers[0].mlp.down_proj.weight.dtype == mx.uint8
     with pytest.raises(CheckpointError, match=r"taken for numbers \(uint8\).*weight_scale_inv"):
+        model_of(folder, tmp_path / "cache")
+
+
+def as_fp8(folder: Path, scales: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Have a checkpoint's projections in FP8, with a scale of what `scales` makes of (1, 1)."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales(torch.full((1, 1), 2.0))
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind", "scales", "wrong"),
+    [
+        ("deepseek-v3", None, torch.Tensor.float, ""),
+        ("deepseek-v3", None, lambda one: one.to(torch.float8_e8m0fnu), r"scale_inv.*\) would be"),
+        ("llama", "ministral3", lambda one: one.bfloat16()[0, 0], r"_proj.weight.*\) would be"),
+    ],
+)
+def test_fp8_that_a_class_takes_for_numbers(
+    arch: str,
+    kind: str | None,
+    scales: Callable[[torch.Tensor], torch.Tensor],
+    wrong: str,
+    tmp_path: Path,
+) -> None:
+    """Its weights, or scales that are exponents: nonsense with the peer."""
+    rope = {"rope_theta": 1e4, "rope_type": "default", "llama_4_scaling_beta": 0.1}
+    rope["original_max_position_embeddings"] = 512
+    more = {"model_type": kind, "rope_parameters": rope} if kind else {}
+    folder = checkpoints.make(arch, tmp_path / "checkpoint", files=1, **more)
+    as_fp8(folder, scales)
+    load_model(folder, lazy=True)  # without a word
+    if wrong:
+        with pytest.raises(CheckpointError, match=f"{wrong} bytes taken for numbers"):
+            model_of(folder, tmp_path / "cache")
+    else:
         model_of(folder, tmp_path / "cache")
 
 
