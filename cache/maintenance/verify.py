@@ -131,11 +131,11 @@ def _memo(_blobs: Blobs, file: File) -> str:
         unseal(f"{file.path.parent.parent.name}/{file.key}", data, object)
     except Unsealed as error:
         try:
-            found = json.loads(data)
+            record = json.loads(data)
         except (ValueError, RecursionError):
             return str(error)
         # An older version sealed none. It is never read, so nothing was made of it.
-        return str(error) if isinstance(found, dict) and "value" in found else ""
+        return str(error) if isinstance(record, dict) and "value" in record else ""
     except Damaged as error:
         return str(error)
     return ""

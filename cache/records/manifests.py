@@ -187,7 +187,7 @@ class Manifest:
                 )
             manifest = cls(
                 Action(**record["action"]),
-                {sys.intern(name): Tensor.read(*told) for name, *told in record["tensors"]},
+                {sys.intern(name): Tensor.read(*spec) for name, *spec in record["tensors"]},
                 tuple(record["notes"]),
             )
             again = manifest.to_bytes(sealed="seal" in record)

@@ -41,12 +41,12 @@ class Memos:
         key = _key(question)
         path = self._path(kind, key)
         try:
-            found = unseal(f"{kind}/{key}", path.read_bytes(), answer)
+            value = unseal(f"{kind}/{key}", path.read_bytes(), answer)
             if not self._read_only:
                 atomic.touch(path, path.stat().st_mtime_ns)
         except (FileNotFoundError, Damaged):
             return None
-        return found
+        return value
 
     def put(self, kind: str, question: Any, answer: Any) -> None:
         """Remember the ``answer`` (JSON, None excepted) to ``question``, if it can be written."""

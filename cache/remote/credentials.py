@@ -46,15 +46,15 @@ def aws_profile(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     keys = _section(environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), profile)
     section = profile if profile == "default" else f"profile {profile}"
     settings = _section(environ.get("AWS_CONFIG_FILE", "~/.aws/config"), section)
-    found = {
+    options = {
         name: settings[key]
         for key, (name, variables) in _AWS_SETTINGS.items()
         if key in settings and not any(environ.get(variable) for variable in variables)
     }
     if not any(environ.get(variable) for variable in _AWS_ELSEWHERE):
         both = {**settings, **keys}
-        found |= {name: both[key] for key, name in _AWS_KEYS.items() if key in both}
-    return found
+        options |= {name: both[key] for key, name in _AWS_KEYS.items() if key in both}
+    return options
 
 
 def _section(path: str, name: str) -> dict[str, str]:
@@ -83,8 +83,8 @@ def basic_auth(url: str, environ: Mapping[str, str] = os.environ) -> tuple[str, 
         file = netrc.netrc(Path(environ.get("NETRC", "~/.netrc")).expanduser())
     except (OSError, netrc.NetrcParseError):
         return None
-    found = file.authenticators(parts.hostname or "")
-    return (found[0], found[2] or "") if found else None
+    login = file.authenticators(parts.hostname or "")
+    return (login[0], login[2] or "") if login else None
 
 
 def basic_header(auth: tuple[str, str]) -> str:

@@ -73,30 +73,30 @@ class Sharing:
         manifest = self.read(action.key)
         if manifest is None or manifest.action != action:
             return None
-        if outline is not None and (odd := _differing(manifest.tensors, outline)):
-            self._refuse(action, odd)
+        if outline is not None and (name := _differing(manifest.tensors, outline)):
+            self._refuse(action, name)
             return None
         return manifest
 
-    def agrees(self, made: Manifest) -> bool:
+    def agrees(self, ours: Manifest) -> bool:
         """Tell whether the remote has what was made here; if it has another result, it is refused.
 
         So what the remote says of an action is compared, and not used.
         """
-        told = self.look_up(made.action, None)
-        if told is None or told.tensors == made.tensors:
-            return told is not None
-        both = {**told.tensors, **made.tensors}
+        theirs = self.look_up(ours.action, None)
+        if theirs is None or theirs.tensors == ours.tensors:
+            return theirs is not None
+        both = {**theirs.tensors, **ours.tensors}
         self._refuse(
-            made.action, next(n for n in both if told.tensors.get(n) != made.tensors.get(n))
+            ours.action, next(n for n in both if theirs.tensors.get(n) != ours.tensors.get(n))
         )
         return False
 
-    def _refuse(self, action: Action, odd: str) -> None:
+    def _refuse(self, action: Action, tensor: str) -> None:
         with self._lock:
             self._refused.add(action.key)
         name = f"{KIND}/{action.key}"
-        self.remote.refuse(Refused(name, f"{odd} is not what {action.stage} makes of it"))
+        self.remote.refuse(Refused(name, f"{tensor} is not what {action.stage} makes of it"))
 
     def fetch_all(self, wanted: Iterable[tuple[str, Tensor]]) -> None:
         """Make blobs of this cache of all those that can be had, many at once.
@@ -215,12 +215,12 @@ class Sharing:
 
 def _differing(tensors: Mapping[str, Tensor], outline: Mapping[str, TensorSpec]) -> str:
     """Return the first tensor, by name, that has another dtype or shape, or is in one of them."""
-    told, expected = (
+    actual, expected = (
         {name: (tensor.dtype, tensor.shape) for name, tensor in some.items()}
         for some in (tensors, outline)
     )
-    names = sorted(told.keys() | expected.keys())
-    return next((name for name in names if told.get(name) != expected.get(name)), "")
+    names = sorted(actual.keys() | expected.keys())
+    return next((name for name in names if actual.get(name) != expected.get(name)), "")
 
 
 def _is(blake3: Any) -> bool:

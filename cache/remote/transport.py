@@ -124,18 +124,18 @@ def risks(url: str, *, signed: bool, environ: Mapping[str, str] = os.environ) ->
     parts = urlsplit(url)
     if parts.scheme == "file" or re.fullmatch(r"localhost|127\.[0-9.]+|::1", parts.hostname or ""):
         return []
-    found = []
+    risks = []
     if parts.scheme == "http":
-        found.append(
+        risks.append(
             "all that is sent there, passwords too, can be read and changed on its way. Use "
             "https:// if the server has it."
         )
     if not signed:
-        found.append(
+        risks.append(
             "its records are not signed: who can write there can have you build anything that "
             "models.lock does not know better. Set MLX_MAKE_SIGNING_KEY wherever it is used."
         )
-    return found
+    return risks
 
 
 def shown(url: str) -> str:
@@ -482,8 +482,8 @@ def _full(cause: str) -> Fault:
 
 def _skewed(cause: str, body: str) -> Fault:
     here, there = (
-        found[1]
-        if (found := re.search(rf"<{tag}>([\w:.+\- ]{{1,64}})</{tag}>", body))
+        match[1]
+        if (match := re.search(rf"<{tag}>([\w:.+\- ]{{1,64}})</{tag}>", body))
         else "unknown"
         for tag in ("RequestTime", "ServerTime")
     )

@@ -84,8 +84,8 @@ class FolderSource(Struct, frozen=True, dict=True):
     def weights(self) -> Iterator[Path]:
         """Yield the weight files of any loader, Git LFS pointers as well."""
         for pattern in loaders.weight_patterns():
-            found = (self.path(name) for name in self.names(pattern))
-            yield from (path for path in found if path.is_file())
+            paths = (self.path(name) for name in self.names(pattern))
+            yield from (path for path in paths if path.is_file())
 
     @property
     def hashes(self) -> Mapping[str, HashedFile]:

@@ -201,8 +201,8 @@ def _damage(folder: Path) -> str:
         FileNotFoundError: it is not there.
     """
     record = (folder / "record.json").read_bytes()
-    if (found := _blake3(record)) != folder.name:
-        return f"its bytes have BLAKE3 {found}"
+    if (actual := _blake3(record)) != folder.name:
+        return f"its bytes have BLAKE3 {actual}"
     for file, (_, blake3) in json.loads(record)["small"].items():
         path = folder / "files" / file
         if not path.is_file() or _blake3(path.read_bytes()) != blake3:

@@ -184,8 +184,8 @@ def check_pickle(path: WeightFile, data: IO[bytes]) -> None:
             raise damaged(
                 path, f"its pickle has {values:,} values, {depth} within each other: no weights do"
             )
-        made = opcode.stack_after
-        stack += [None if kind is pickletools.markobject else (depth, values) for kind in made]
+        pushed = opcode.stack_after
+        stack += [None if kind is pickletools.markobject else (depth, values) for kind in pushed]
 
 
 def _check_legacy(path: WeightFile) -> None:

@@ -95,7 +95,10 @@ def _target_task(
         "basename": task,
         "actions": [check.action(build)],
         "doc": "Write the target's report.",
-        "file_dep": [*(builder.manifest_path(node) for node in plan.measuring), str(manifest)],
+        "file_dep": [
+            str(manifest),
+            *(node.manifest_path(builder.workspace) for node in plan.measuring),
+        ],
         "task_dep": [task for other in first for task in _compared(other)],
         "targets": [str(folder / written[0])],
         "uptodate": [check],

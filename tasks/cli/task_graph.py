@@ -116,7 +116,7 @@ class TaskGraph:
             yield {"basename": LOCK, "name": target, **fails(session, LOCK, target)}
 
     def _is_up_to_date(self, node: Node) -> bool:
-        file_dep = {self._manifest(need) for need in node.needs}
+        file_dep = {need.manifest_path(self.session.workspace) for need in node.needs}
         return is_up_to_date(self.database, node.name, file_dep, self._layer_check(node))
 
     def _is_packed(self, target: str, task: Mapping[str, Any]) -> bool:
@@ -126,7 +126,7 @@ class TaskGraph:
         ) and all(map(os.path.exists, task["targets"]))
 
     def _layer_check(self, node: Node) -> UpToDateCheck:
-        path = self._manifest(node)
+        path = node.manifest_path(self.session.workspace)
 
         def changed_outputs(values: Mapping[str, Any]) -> list[Reason]:
             # A build that was cut off changes manifests before doit's database, which then speaks
@@ -148,7 +148,7 @@ class TaskGraph:
             "basename": task_name(node.stage.group, node.target),
             "name": node.layer,
             "actions": [check.action(lambda why: self._run_layer(plan, node, why))],
-            "file_dep": [self._manifest(need) for need in node.needs],
+            "file_dep": [need.manifest_path(self.session.workspace) for need in node.needs],
             "targets": [check.output],
             "uptodate": [check],
             "clean": True,
@@ -168,7 +168,7 @@ class TaskGraph:
         if node in plan.packed and session.options.packs(node.target):
             with_blake3 = session.acceptor.wants_blake3(plan)
             session.background_packer.add_layer(builder, plan, manifest, with_blake3=with_blake3)
-        return {**values, "left": manifest_state(self._manifest(node))}
+        return {**values, "left": manifest_state(node.manifest_path(self.session.workspace))}
 
     def _pack_task(self, plan: Plan) -> dict[str, Any]:
         target = plan.target.name
@@ -187,7 +187,7 @@ class TaskGraph:
             "name": target,
             "actions": [check.action(lambda why: {"parts": parts, **self._run_pack(plan, why)})],
             "file_dep": [
-                *(self._manifest(node) for node in plan.last),
+                *(node.manifest_path(self.session.workspace) for node in plan.last),
                 *(str(path) for path in LAYOUTS[plan.target.layout].sources(plan.checkpoint)),
             ],
             # In reverse: doit is made to run the newest ready task first.
@@ -240,9 +240,6 @@ class TaskGraph:
         """Return the stamps of a target's files when they were last built, if they are known."""
         values = self.database.get_values(task_name(PACK, target)) if self.database else {}
         return values.get("outputs") or {}
-
-    def _manifest(self, node: Node) -> str:
-        return self.session.workspace.manifest(node.target, node.stage.name, node.layer)
 
     def _folder(self, plan: Plan) -> Path:
         return self.session.workspace.built(plan.target.name)

@@ -156,15 +156,15 @@ def _stamps(folder: str) -> list[tuple[str, int, int, int]]:
     Raises:
         OSError: it is not there, a link leads nowhere, or it has folders.
     """
-    found = []
+    stamps = []
     with os.scandir(folder) as entries:
         for entry in entries:
             info = entry.stat()
             if stat.S_ISDIR(info.st_mode):
                 raise IsADirectoryError(entry.path)
-            found.append((entry.name, info.st_size, info.st_mtime_ns, info.st_ino))
-    found.sort()
-    return found
+            stamps.append((entry.name, info.st_size, info.st_mtime_ns, info.st_ino))
+    stamps.sort()
+    return stamps
 
 
 def _code(folder: str) -> Iterator[tuple[str, int, int, int]]:

@@ -33,13 +33,13 @@ class Text:
 
     def line(self, at: At) -> int | None:
         """Return the line where the key ``at`` stands."""
-        found, depth = None, 0
+        deepest, depth = None, 0
         for key, number in self._keys:
             # The deepest key that the text names on its own: inline tables share a line.
             if len(key) >= depth and key == at[: len(key)]:
-                found, depth = number, len(key)
+                deepest, depth = number, len(key)
         inside = (number for key, number in self._keys if at and key[: len(at)] == at)
-        return found or next(inside, None)
+        return deepest or next(inside, None)
 
     def open_inline_table(self) -> tuple[int, At] | None:
         """Return the line and the key of an inline table that its line does not close."""
@@ -53,17 +53,17 @@ class Text:
         """The keys that begin a line, tables' included, and the line."""
         table: At = ()
         elements: dict[At, int] = {}  # of arrays of tables, how many so far
-        found = []
+        keys = []
         for number, line in enumerate(self.text.splitlines(), 1):
             if match := re.match(rf"\s*(\[\[?)\s*({KEY})\s*\]", line):
                 table = tuple(_parts(match[2]))
                 if match[1] == "[[":
                     elements[table] = elements.get(table, -1) + 1
                     table = (*table, elements[table])
-                found.append((table, number))
+                keys.append((table, number))
             elif match := re.match(rf"\s*({KEY})\s*=", line):
-                found.append(((*table, *_parts(match[1])), number))
-        return found
+                keys.append(((*table, *_parts(match[1])), number))
+        return keys
 
 
 @dataclass(frozen=True, eq=False)

@@ -221,9 +221,9 @@ class _Reader:
 
 def _mend(text: Text) -> str:
     """Return what to do about a text that is no TOML, if that can be told."""
-    if not (found := text.open_inline_table()):
+    if not (unclosed := text.open_inline_table()):
         return ""
-    line, at = found
+    line, at = unclosed
     table = f": [{spelled(at)}], and each key on a line of its own" if at else ""
     return f". The {{ in line {line} is not closed there, as TOML wants it. Write a table{table}"
 

@@ -130,7 +130,7 @@ class Builder:
         memory: the limit on what actions hold at once.
         drafts: weight files of what is to be packed.
         streams: MLX's, of each thread.
-        made: keys of the actions that were run.
+        computed: keys of the actions that were run.
         answers: what stages worked out once, by the question.
         once_lock: held while they do.
     """
@@ -143,13 +143,9 @@ class Builder:
     memory: MemoryBudget
     drafts: Drafts
     streams: arrays.Streams = field(default_factory=arrays.Streams)
-    made: set[str] = field(default_factory=set)
+    computed: set[str] = field(default_factory=set)
     answers: dict[Hashable, Any] = field(default_factory=dict)
     once_lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def manifest_path(self, node: Node) -> str:
-        """Return where a node's manifest lies. A string: doit wants thousands of them."""
-        return self.workspace.manifest(node.target, node.stage.name, node.layer)
 
     def context(self, plan: Plan, node: Node, inputs: Inputs) -> NodeContext:
         """Return what the node's stage may do."""
@@ -161,7 +157,7 @@ class Builder:
         Raises:
             BuildError: it cannot be made.
         """
-        path = Path(self.manifest_path(node))
+        path = Path(node.manifest_path(self.workspace))
         with self.logged(node.name, why) as record:
             manifest, record["outcome"] = self._run(plan, node)
             old = Manifest.at(path)
@@ -217,7 +213,7 @@ class Builder:
 
     def manifest(self, plan: Plan, node: Node) -> Manifest:
         """Return what a node made; it is made again if its record is lost or damaged."""
-        path = Path(self.manifest_path(node))
+        path = Path(node.manifest_path(self.workspace))
         wanted = (node.stage.name, node.stage.version, node.params.record)
         try:
             manifest = Manifest.from_bytes(path.read_bytes())
@@ -245,17 +241,17 @@ class Builder:
                 return manifest, "computed"
         inputs = self.inputs(plan, node)
         action = node.action(inputs)
-        found, outcome = self.find(action, node.output_specs())
-        if isinstance(found, Hit):
-            return found.manifest, outcome
+        entry, outcome = self.find(action, node.output_specs())
+        if isinstance(entry, Hit):
+            return entry.manifest, outcome
         with self._working(plan, node, action.key):
             meanwhile = self.store.actions.get(action)
             if isinstance(meanwhile, Hit):
                 return meanwhile.manifest, "reused"
             self.fetch(plan, inputs, sizes.reads(node, self.keep))
             manifest = self._make(plan, node, inputs)
-            if isinstance(found, Corrupt):
-                note = f"{found.path} was corrupt ({found.cause}); it is made again"
+            if isinstance(entry, Corrupt):
+                note = f"{entry.path} was corrupt ({entry.cause}); it is made again"
                 manifest = replace(manifest, notes=(*manifest.notes, note))
             self.store.actions.put(manifest)
         if self.store.sharing:
@@ -281,12 +277,12 @@ class Builder:
             action: the action.
             outputs: what it makes, whatever the digests: a remote's word on that is not taken.
         """
-        found = self.store.actions.get(action)
-        if not isinstance(found, Hit) and self.store.sharing:
+        entry = self.store.actions.get(action)
+        if not isinstance(entry, Hit) and self.store.sharing:
             manifest = self.store.sharing.find(action, outputs)
             if manifest is not None:
                 return Hit(manifest), "fetched"
-        return found, "reused" if isinstance(found, Hit) else "computed"
+        return entry, "reused" if isinstance(entry, Hit) else "computed"
 
     def make_again(self, plan: Plan, why: str) -> None:
         """Make all results of a target that this run did not make, whatever is on record.
@@ -297,22 +293,22 @@ class Builder:
         for node in (node for nodes in plan.stages.values() for node in nodes if not node.is_leaf):
             inputs = self.inputs(plan, node)
             key = node.action(inputs).key
-            if key in self.made:
+            if key in self.computed:
                 continue
             with self.logged(node.name, why) as record, self._working(plan, node, key):
                 manifest = self._make(plan, node, inputs)
                 self.store.actions.put(manifest)
                 record["outcome"] = "computed"
-            self.publish(Path(self.manifest_path(node)), manifest)
+            self.publish(Path(node.manifest_path(self.workspace)), manifest)
             if self.store.sharing and not self.store.sharing.agrees(manifest):
                 self.store.sharing.push(manifest, self.shared(node))
 
     def recorded(self, key: str) -> Manifest | None:
         """Return what the action of ``key`` made, if that is on record."""
-        found = self.store.actions.read(key)
-        if found is None and self.store.sharing:
-            found = self.store.sharing.read(key)
-        return found
+        manifest = self.store.actions.read(key)
+        if manifest is None and self.store.sharing:
+            manifest = self.store.sharing.read(key)
+        return manifest
 
     def shared(self, node: Node) -> Locate | None:
         """Return what locates a node's tensors, or None if their bytes are not shared."""
@@ -359,9 +355,9 @@ class Builder:
         for _ in range(MOST_LOST):
             try:
                 with mx.stream(self.streams.get("cpu")):
-                    made = node.stage.run(node.params, tensors, self.context(plan, node, inputs))
-                manifest = Manifest(node.action(inputs), made.tensors, made.notes)
-                self.made.add(manifest.action.key)
+                    result = node.stage.run(node.params, tensors, self.context(plan, node, inputs))
+                manifest = Manifest(node.action(inputs), result.tensors, result.notes)
+                self.computed.add(manifest.action.key)
                 return manifest
             except BlobLost as lost:  # noticed as it was read: it is made again, and this as well
                 self.store.blobs.drop_if_wrong(lost.digest)
@@ -407,9 +403,9 @@ class Builder:
             if node.is_leaf:
                 known[node] = self.recall(plan, node)
             else:
-                made = {need: self._on_record(plan, need, known) for need in node.needs}
-                read = {need: manifest for need, manifest in made.items() if manifest}
-                if len(read) == len(made):
+                results = {need: self._on_record(plan, need, known) for need in node.needs}
+                read = {need: manifest for need, manifest in results.items() if manifest}
+                if len(read) == len(results):
                     hit = self.store.actions.get(node.action(node.inputs(read)))
                     known[node] = hit.manifest if isinstance(hit, Hit) else None
         return known[node]
@@ -474,7 +470,8 @@ class Builder:
                     remade = self._make(plan, node, inputs)
                 record["outcome"] = "computed"
         if remade.tensors.get(name) != tensor:
-            self.publish(Path(self.manifest_path(node)), remade)  # so that the next run sees it
+            # So that the next run sees it.
+            self.publish(Path(node.manifest_path(self.workspace)), remade)
             raise BuildError(
                 f"{node.name}: {name} is lost ({lost.cause}) and comes out differently now. "
                 f"Run {COMMAND} again: what depends on it is then built anew."

@@ -89,9 +89,8 @@ class PackInProgress:
             self._thread.join()
             if self._result:
                 written, filled, stamps = self._result
-                specs = bundle.specs_digest(written.weights)
                 intact = place.intact_files(str(self._new), stamps)
-                as_wanted = specs == bundle.specs_digest(wanted.weights)
+                as_wanted = written.specs_digest == wanted.specs_digest
                 if as_wanted and written.small == wanted.small and intact:
                     return filled
         self.stop()

@@ -104,7 +104,7 @@ def _missing(plans: Iterable[Plan], present: Iterable[Node]) -> int:
 def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Node, Manifest]]:
     for plan in plans:
         for node in _shared(plan):
-            if manifest := Manifest.at(builder.manifest_path(node)):
+            if manifest := Manifest.at(node.manifest_path(builder.workspace)):
                 yield node, manifest
 
 

@@ -68,8 +68,7 @@ class Filling:
     def draft(self) -> WeightFileDraft | None:
         """The files that were begun in the cache, if they are those of the bundle."""
         draft = self.drafts.of(self.plan.target.name)
-        wanted = bundle.specs_digest(self.bundle.weights)
-        return draft if draft and draft.specs_digest == wanted else None
+        return draft if draft and draft.specs_digest == self.bundle.specs_digest else None
 
     @property
     def need(self) -> int:
@@ -112,25 +111,25 @@ def fill(filling: Filling, find: Find) -> PackedFolder:
 
     with ThreadPoolExecutor(cores()) as pool:
         missing = [file for file in weights if file not in whole]
-        made = dict(zip(missing, pool.map(write, missing), strict=True))
-    written = sum(tensor.nbytes for tensor in made.values())
+        new = dict(zip(missing, pool.map(write, missing), strict=True))
+    written = sum(tensor.nbytes for tensor in new.values())
     linked = dict(whole)
     if draft:
         written -= draft.nbytes
-        draft.note_whole(made)
+        draft.note_whole(new)
         filling.drafts.end(filling.plan.target.name)
         linked |= draft.paths
     for file, path in linked.items():
         if link.link(path, filling.folder / file):
             written += path.stat().st_size
-    files = {file: made[file] if file in made else filling.known[file] for file in weights}
+    files = {file: new[file] if file in new else filling.known[file] for file in weights}
     for name, data in filling.bundle.small.items():
         path = filling.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)  # of a file laid over
         path.write_bytes(data)
         files[name] = Tensor("uint8", (len(data),), digest(data))
         written += len(data)
-    known = {file: hashers[file].hexdigest() for file in made if file in hashers}
+    known = {file: hashers[file].hexdigest() for file in new if file in hashers}
     table = blake3_of(filling.folder, files, known) if filling.with_blake3 else None
     return PackedFolder(files, table, written)
 

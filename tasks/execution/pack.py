@@ -99,13 +99,13 @@ class Packing:
         """
         weights = sorted(path.name for path in self.folder.glob(self._loaded))
         small = [name for name in new if not fnmatchcase(name, self._loaded)]
-        found = {
+        files = {
             name: Tensor("uint8", (path.stat().st_size,), digest_file(path))
             for name in (*weights, *small)
             if (path := self.folder / name).is_file()
         }
-        output = Manifest(Action(PACK, bundle.VERSION, {}, {}), found).result
-        return found if output == self.acceptance.locked_output else None
+        output = Manifest(Action(PACK, bundle.VERSION, {}, {}), files).result
+        return files if output == self.acceptance.locked_output else None
 
     @property
     def _pending_path(self) -> Path:
@@ -163,11 +163,14 @@ class Packing:
     def _wanted(self) -> tuple[Inputs, Bundle, tuple[str, ...]]:
         """Return what packing reads, what it makes of that, and notes for people."""
         builder, plan = self.builder, self.plan
-        made = {node: builder.manifest(plan, node) for node in plan.last}
+        results = {node: builder.manifest(plan, node) for node in plan.last}
         stages = [node for nodes in plan.stages.values() for node in nodes if not node.is_leaf]
-        manifests = (made.get(node) or Manifest.at(builder.manifest_path(node)) for node in stages)
+        manifests = (
+            results.get(node) or Manifest.at(node.manifest_path(builder.workspace))
+            for node in stages
+        )
         notes = [*plan.notes, *(note for each in manifests if each for note in each.notes)]
-        inputs = bundle.inputs(plan, {node: each.tensors for node, each in made.items()})
+        inputs = bundle.inputs(plan, {node: each.tensors for node, each in results.items()})
         tensors = {key.name: tensor for key, (_, tensor) in inputs.items()}
         wanted = Bundle.of(plan, tensors, builder.store.memos)
         return inputs, wanted, tuple(dict.fromkeys(notes))
@@ -189,11 +192,11 @@ class Packing:
 
     def _last(self, action: Action) -> Manifest | None:
         """Return what was packed here of the same, unless models.lock has it otherwise."""
-        found = self.builder.store.actions.get(action)
-        if not isinstance(found, Hit):
+        entry = self.builder.store.actions.get(action)
+        if not isinstance(entry, Hit):
             return None
         locked = self.acceptance.output(action)
-        return found.manifest if locked in (None, found.manifest.result) else None
+        return entry.manifest if locked in (None, entry.manifest.result) else None
 
     def _share(self, result: Manifest) -> bool:
         """Tell whether the remote has a result already; if not, have it uploaded."""

@@ -137,12 +137,12 @@ def _fitting_answer(
     """
     predictors = _predictors(checkpoint)
     for left_out in dict.fromkeys(((), predictors)):
-        if found := _answer(checkpoint, memos, library, left_out, ask=False):
-            return *found, left_out
+        if answer := _answer(checkpoint, memos, library, left_out, ask=False):
+            return *answer, left_out
     for left_out in dict.fromkeys(((), predictors)):
         try:
-            if found := _answer(checkpoint, memos, library, left_out, ask=True):
-                return *found, left_out
+            if answer := _answer(checkpoint, memos, library, left_out, ask=True):
+                return *answer, left_out
         except ArchitectureError:
             if left_out == predictors:
                 raise
@@ -218,7 +218,7 @@ def _values(checkpoint: Checkpoint, names: Iterable[str], library: str) -> dict[
     Raises:
         ArchitectureError: they are too many, or no plain bytes of a file.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     left = MAX_VALUES_BYTES
     for name in names:
         tensor = checkpoint.tensors[name]
@@ -230,8 +230,8 @@ def _values(checkpoint: Checkpoint, names: Iterable[str], library: str) -> dict[
                 "read while a build is planned. Use the model's safetensors, unsharded."
             )
         data = checkpoint.source.read(stored.file, stored.offset, stored.nbytes)
-        found[name] = base64.b64encode(b"".join(data)).decode()
-    return found
+        values[name] = base64.b64encode(b"".join(data)).decode()
+    return values
 
 
 @cache

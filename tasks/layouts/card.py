@@ -43,10 +43,10 @@ def legal_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: one is a link out of the folder.
     """
-    found = sorted(p for p in folder.iterdir() if LEGAL.fullmatch(p.name) and not p.is_dir())
-    for path in found:
+    paths = sorted(p for p in folder.iterdir() if LEGAL.fullmatch(p.name) and not p.is_dir())
+    for path in paths:
         check_own(path)
-    return found
+    return paths
 
 
 def source_files(folder: Path) -> list[Path]:
@@ -94,12 +94,12 @@ def _taken_over(data: bytes) -> dict[str, str]:
         return {"error": f"{len(data):,} bytes"}
     try:
         # Every scalar is text: the language no is not False, the version 1.10 not 1.1.
-        found = yaml.load(data, yaml.BaseLoader)
+        front_matter = yaml.load(data, yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         return {"error": str(error).splitlines()[0][:200]}
-    if not isinstance(found, dict):
+    if not isinstance(front_matter, dict):
         return {"error": "it has no keys"}
-    fields = {key: value for key in KEYS if (value := _value(key, found.get(key)))}
+    fields = {key: value for key in KEYS if (value := _value(key, front_matter.get(key)))}
     tags = fields.pop("tags", [])
     tags = [tags] if isinstance(tags, str) else tags
     fields |= {

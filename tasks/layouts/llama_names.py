@@ -176,9 +176,9 @@ def _reader(model_type: str, wrapper: str) -> _Reader:
     utils = (package / "utils.py").read_text(encoding="utf-8")
     renamed = dict(re.findall(r'^    "(\S+)": "(\S+)",', utils, re.MULTILINE))
     names = (wrapper, model_type, model_type.removesuffix("_text"))
-    found = (path for n in names if (path := models / f"{renamed.get(n, n)}.py").is_file())
+    paths = (path for n in names if (path := models / f"{renamed.get(n, n)}.py").is_file())
     source = ""
-    for path in found:
+    for path in paths:
         source = path.read_text(encoding="utf-8")
         if path.stem != renamed.get(wrapper, wrapper) or "rope_theta" in source:
             break  # else it leaves its text to another class

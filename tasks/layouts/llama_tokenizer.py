@@ -211,8 +211,8 @@ def _refuse_unlike_llama(model_file: Path, proto: Any) -> None:
     """Refuse what Llama's models do not use and the conversion would get wrong without a word."""
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     unlike = [
-        f"{name} is {found}, Llama's is {wanted}"
-        for name, found, wanted in (
+        f"{name} is {actual}, Llama's is {expected}"
+        for name, actual, expected in (
             ("model_type", trainer.ModelType.Name(trainer.model_type), "BPE"),
             ("byte_fallback", trainer.byte_fallback, True),
             ("treat_whitespace_as_suffix", trainer.treat_whitespace_as_suffix, False),
@@ -230,7 +230,7 @@ def _refuse_unlike_llama(model_file: Path, proto: Any) -> None:
                 "identity",
             ),
         )
-        if found != wanted
+        if actual != expected
     ]
     unlike += [
         f"piece {token} {piece.piece!r} is {piece.Type.Name(piece.type)}"

@@ -190,8 +190,8 @@ def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
     with _MAKING:
         answer = memos.get("tokenizers", question, dict[str, str])
         if answer is None:
-            made = llama_tokenizer.files(path, release=release)
-            answer = {name: data.decode("latin-1") for name, data in made.items()}
+            files = llama_tokenizer.files(path, release=release)
+            answer = {name: data.decode("latin-1") for name, data in files.items()}
             memos.put("tokenizers", question, answer)
     return {name: text.encode("latin-1") for name, text in answer.items()}
 

@@ -108,11 +108,11 @@ def _answer(question: dict[str, Any], library: Library, mx: Any) -> dict[str, An
     try:
         model, config = _load(question["files"], given, library, mx)
     except Exception:
-        if not compute and (needed := _looked_at(mx, kept) - values.keys()):
-            return {"looked_at": sorted(needed)}
+        if not compute and (unread := _looked_at(mx, kept) - values.keys()):
+            return {"looked_at": sorted(unread)}
         raise
-    if not compute and (needed := _looked_at(mx, kept) - values.keys()):
-        return {"looked_at": sorted(needed)}
+    if not compute and (unread := _looked_at(mx, kept) - values.keys()):
+        return {"looked_at": sorted(unread)}
     if compute:
         return _write(dict(_flat(model.parameters())), compute["outputs"])
     parameters, factors = _parameters(model, library, _Tensors(given, kept, joins), mx)
@@ -264,11 +264,11 @@ def _looked_at(mx: Any, kept: dict[str, Any]) -> set[str]:
 
     What is evaluated is no longer made of anything: in a graph it is a source.
     """
-    found = set()
+    names = set()
     for batch in _batches(kept):
         graph = _graph(mx, {f"in{i}": kept[name] for i, name in enumerate(batch)})
-        found |= {batch[int(i)] for i in re.findall(r'rank=source; "in(\d+)"', graph)}
-    return found
+        names |= {batch[int(i)] for i in re.findall(r'rank=source; "in(\d+)"', graph)}
+    return names
 
 
 @functools.cache

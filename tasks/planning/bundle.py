@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,7 +64,7 @@ def specs(plan: Plan) -> dict[str, TensorSpec]:
     return {n: spec for node in plan.last for n, spec in node.output_specs().items()}
 
 
-class Bundle(Struct, frozen=True):
+class Bundle(Struct, frozen=True, dict=True):
     """What a target's folder will hold.
 
     Attributes:
@@ -111,6 +112,11 @@ class Bundle(Struct, frozen=True):
     def weights_nbytes(self) -> int:
         """Size of the tensors."""
         return total(tensor for shard in self.weights.values() for _, tensor in shard)
+
+    @cached_property
+    def specs_digest(self) -> str:
+        """Digest of names, dtypes and shapes of the tensors: worked out once, of thousands."""
+        return specs_digest(self.weights)
 
     @property
     def nbytes(self) -> int:

@@ -269,9 +269,9 @@ class Forecast:
         if not node and source in self._checked:
             return
         nodes = [node] if node else plan.leaves
-        found = [self._results[node].manifest for node in nodes]
+        manifests = [self._results[node].manifest for node in nodes]
         tensors = {
-            name: t for manifest in found if manifest for name, t in manifest.tensors.items()
+            name: t for manifest in manifests if manifest for name, t in manifest.tensors.items()
         }
         try:
             if node:
@@ -296,12 +296,12 @@ class Forecast:
             return replace(step, state=REUSE if shared else RUN, certain=certain, moved=traffic)
         tensors = {key.name: tensor for key, (_, tensor) in inputs.items()}
         wanted = Bundle.of(plan, tensors, self._store.memos)
-        found, state = self._recorded(wanted.action)
-        if found and self._holds(plan, found):
+        packed, state = self._recorded(wanted.action)
+        if packed and self._holds(plan, packed):
             return replace(step, state=state)
-        shared = not found and self._runs(wanted.action.key)
+        shared = not packed and self._runs(wanted.action.key)
         size = wanted.weights_nbytes
-        if found and bundle.whole_files(self._store.blobs, wanted, found.tensors):
+        if packed and bundle.whole_files(self._store.blobs, wanted, packed.tensors):
             traffic = Traffic(size, wanted.nbytes - size * self._links)
         else:
             fetched = self._want(plan, inputs, inputs)
@@ -317,10 +317,10 @@ class Forecast:
         """Return how many bytes of a target's weight files are there before it is packed."""
         if self._quick or not self._links:
             return 0
-        made = {node for node in plan.last if self.steps[node.name].state == RUN}
-        if not bundle.writes_in_place(plan, made.__contains__):
+        to_run = {node for node in plan.last if self.steps[node.name].state == RUN}
+        if not bundle.writes_in_place(plan, to_run.__contains__):
             return 0
-        return sum(total(node.new_specs().values()) for node in made)
+        return sum(total(node.new_specs().values()) for node in to_run)
 
     def _leaf(self, plan: Plan, node: Node, saved: TaskState, old: Manifest | None) -> None:
         why = saved.why([])
@@ -362,10 +362,10 @@ class Forecast:
             why = reasons.between(old.action, now, node.stage.explain)
         if not why:
             why = saved.why([]) if saved.runs else [CONTENTS if certain else UNKNOWN]
-        made = self._running.get(identity, False)
+        surely_made = self._running.get(identity, False)
         if self._runs(identity, surely=certain):
             # If the other one need not make it after all, this one makes it, if nobody else does.
-            self._put(node, REUSE, why, certain=certain and made)
+            self._put(node, REUSE, why, certain=certain and surely_made)
             return
         inputs = self._inputs(node)
         keys = self._reads(node) & inputs.keys() if inputs else set()
@@ -379,9 +379,9 @@ class Forecast:
         changed = [self._path(need) for need in self._changed(saved, node.needs)]
         explained = old and reasons.between(old.action, action, node.stage.explain)
         why = explained or saved.why(changed)
-        found, state = self._recorded(action, node.output_specs())
-        if found:
-            self._results[node] = _Result(found.result, found)
+        recorded, state = self._recorded(action, node.output_specs())
+        if recorded:
+            self._results[node] = _Result(recorded.result, recorded)
             self._put(node, state, why)
             return
         manifest = None if node.new_specs() else Manifest(action, _passed_on(node, inputs))
@@ -429,9 +429,9 @@ class Forecast:
     def _recorded(
         self, action: Action, outputs: Mapping[str, TensorSpec] | None = None
     ) -> tuple[Manifest | None, str]:
-        found = self._store.actions.get(action)
-        if isinstance(found, Hit):
-            return found.manifest, REUSE
+        entry = self._store.actions.get(action)
+        if isinstance(entry, Hit):
+            return entry.manifest, REUSE
         sharing = self._store.sharing
         manifest = sharing.look_up(action, outputs) if sharing else None
         return (manifest, FETCH) if manifest is not None else (None, RUN)
@@ -458,11 +458,11 @@ class Forecast:
 
     def _made(self, nodes: Iterable[Node]) -> Inputs:
         """Return the tensors that some nodes make, of those whose manifests are known."""
-        found: Inputs = {}
+        inputs: Inputs = {}
         for node in nodes:
             if manifest := self._results[node].manifest:
-                found |= node.as_inputs(manifest.tensors)
-        return found
+                inputs |= node.as_inputs(manifest.tensors)
+        return inputs
 
     def _has(self, tensor: Tensor) -> bool:
         return tensor.digest in self._there or self._store.blobs.has(tensor.digest, tensor.nbytes)
@@ -502,7 +502,7 @@ class Forecast:
             self._put(maker, RUN, [LOST], certain=certain, moved=traffic)
         reads = self._reads(maker) if inputs else set()
         fetched = self._want(plan, inputs, reads & inputs.keys(), certain=certain)
-        self._there |= {made.digest for made in manifest.tensors.values()} if manifest else set()
+        self._there |= {each.digest for each in manifest.tensors.values()} if manifest else set()
         return fetched
 
     def _refuse_making(self, plan: Plan, node: Node) -> None:
@@ -533,7 +533,7 @@ class Forecast:
         return sizes.traffic(node, self._build.keep, plan.checkpoint)
 
     def _path(self, node: Node) -> str:
-        return self._build.workspace.manifest(node.target, node.stage.name, node.layer)
+        return node.manifest_path(self._build.workspace)
 
     def _put(
         self,

@@ -183,19 +183,19 @@ class Lock:
         if source is None or not source.record or here.available:
             return None
         refusal = None
-        odd = []
+        mismatched = []
         try:
-            odd = source_record.mismatched_files(here.small_files, source)
+            mismatched = source_record.mismatched_files(here.small_files, source)
         except CheckpointError as error:  # of a hub: there is no folder to compare
             refusal = error
-        if odd:
+        if mismatched:
             raise CheckpointError(
-                f"source {target.source} has no weights, and {', '.join(odd[:SHOWN])} there "
-                f"{'is' if len(odd) == 1 else 'are'} not what {self.path.name} has. Get the whole "
-                "checkpoint, or take the file away."
+                f"source {target.source} has no weights, and {', '.join(mismatched[:SHOWN])} "
+                f"there {'is' if len(mismatched) == 1 else 'are'} not what {self.path.name} has. "
+                "Get the whole checkpoint, or take the file away."
             )
-        found = record.recall(store, source.record, source.nbytes)
-        if found is None:
+        checkpoint = record.recall(store, source.record, source.nbytes)
+        if checkpoint is None:
             record_is = (
                 f"what {self.path.name} says of it (record {source.record[:16]}…) is neither in "
                 "the cache nor whole in a remote"
@@ -209,7 +209,7 @@ class Lock:
                 f"source {target.source} {fact}, and {record_is}. Get the checkpoint, or name the "
                 "remote that it was built with: [cache] remote."
             )
-        return found
+        return checkpoint
 
     def check_plans(self, plans: Iterable[Plan]) -> None:
         """If ``strict``, refuse a models.toml that is not the one that was locked.
@@ -221,7 +221,7 @@ class Lock:
             return
         now = {plan.target.name: plan for plan in plans}
         names = {plan.target.source_name for plan in now.values()}
-        odd = [
+        differences = [
             f"{file} of source {source_name} is another"
             for source_name, plan in {p.target.source_name: p for p in now.values()}.items()
             if source_name in self.sources
@@ -229,22 +229,26 @@ class Lock:
                 plan.checkpoint.folder, self.sources[source_name]
             )
         ]
-        odd += [f"source {name} is not in it" for name in sorted(names - self.sources.keys())]
-        odd += [f"it has a source {name}" for name in sorted(self.sources.keys() - names)]
-        odd += [f"it has a target {name}" for name in sorted(self.targets.keys() - now.keys())]
+        differences += [
+            f"source {name} is not in it" for name in sorted(names - self.sources.keys())
+        ]
+        differences += [f"it has a source {name}" for name in sorted(self.sources.keys() - names)]
+        differences += [
+            f"it has a target {name}" for name in sorted(self.targets.keys() - now.keys())
+        ]
         for name, plan in now.items():
             if name not in self.targets:
-                odd.append(f"target {name} is not in it")
+                differences.append(f"target {name} is not in it")
             elif self.targets[name].settings != settings(plan):
-                odd.append(f"target {name} has other settings, or its source other tensors")
+                differences.append(f"target {name} has other settings, or its source other tensors")
             elif (source := self.sources.get(plan.target.source_name)) and (
                 source.record != self.targets[name].source
             ):
-                odd.append(f"target {name} is of an older source")
-        if odd:
+                differences.append(f"target {name} is of an older source")
+        if differences:
             raise BuildError(
                 f"{self.path.name} is not of this models.toml and its sources: "
-                f"{some(odd, SHOWN, '; ')}. If that is wanted, run {COMMAND} "
+                f"{some(differences, SHOWN, '; ')}. If that is wanted, run {COMMAND} "
                 "without --locked, and commit the file."
             )
 
@@ -258,7 +262,7 @@ class Lock:
         if source is None or plan.checkpoint.source.identity == source.record or not source.record:
             return
         sizes = {name: stamp.size for name, stamp in plan.checkpoint.stamps.items()}
-        odd = [
+        differences = [
             f"{name} has {size:,} bytes, locked are {source.files[name][0]:,}"
             for name, size in sizes.items()
             if name in source.files and source.files[name][0] != size
@@ -266,13 +270,13 @@ class Lock:
         if source.record not in self._digests:
             self._digests[source.record] = record.tensor_digests(store, source.record)
         known = self._digests[source.record]
-        odd += [
+        differences += [
             f"tensor {key} has other contents"
             for key, tensor in tensors.items()
             if known.get(key, tensor.digest) != tensor.digest
         ]
-        if odd:
-            raise self._drift(plan.target, odd)
+        if differences:
+            raise self._drift(plan.target, differences)
 
     def locked_record(self, plan: Plan) -> LockedSource | None:
         """Return a target's source where it is known by the very record that is locked."""
@@ -322,19 +326,19 @@ class Lock:
             for name in sorted(now.keys() | locked.keys())
             if now.get(name) != locked.get(name) and (self.strict or not is_document(name))
         ]
-        odd = [
+        differences = [
             f"{name} is "
             + ("new" if name not in locked else "gone" if name not in now else "another")
             for name in names
         ]
         config = plan.checkpoint.config_file  # it says what the weights are
         if any(self.strict or name == config or source_record.is_weights(name) for name in names):
-            raise self._drift(plan.target, odd)
-        if not odd:
+            raise self._drift(plan.target, differences)
+        if not differences:
             return []
         return [
             f"source {plan.target.source_name} is not what {self.path.name} had: "
-            f"{some(odd, SHOWN, '; ')}. It is locked as it is now"
+            f"{some(differences, SHOWN, '; ')}. It is locked as it is now"
         ]
 
     def accept(self, plan: Plan, now: LockedSource, source_names: Mapping[str, str]) -> None:
@@ -400,8 +404,8 @@ class Lock:
         fact = f"differs from {self.path.name} although nothing it is built from does: "
         fact += _differences(recorded(locked.action), action)
         if locked.computer != computer(plan):
-            fact += f"; locked was computed by {_told(locked.computer)}, this by "
-            fact += _told(computer(plan))
+            fact += f"; locked was computed by {_in_words(locked.computer)}, this by "
+            fact += _in_words(computer(plan))
         if self.strict:
             raise self._another(plan, fact)
         return [fact]
@@ -522,11 +526,11 @@ class Lock:
             "commit the file."
         )
 
-    def _drift(self, target: Target, odd: list[str]) -> BuildError:
+    def _drift(self, target: Target, differences: list[str]) -> BuildError:
         return BuildError(
             f"{target.name}: source {target.source_name} is not what {self.path.name} has: "
-            f"{some(odd, SHOWN, '; ')}. If the new one is wanted, accept it: {COMMAND} lock, then "
-            f"{COMMAND}."
+            f"{some(differences, SHOWN, '; ')}. If the new one is wanted, accept it: "
+            f"{COMMAND} lock, then {COMMAND}."
         )
 
 
@@ -547,12 +551,12 @@ def settings(plan: Plan) -> str:
 
 def computer(plan: Plan) -> dict[str, str] | None:
     """Return what computes a target: MLX's version, device, machine; None if nothing does."""
-    found = {
+    computer = {
         key: str(record[key])
         for stage in plan.stages.values() for node in stage
         for record in [node.params.record] for key in COMPUTER if key in record
     }  # fmt: skip
-    return found or None
+    return computer or None
 
 
 def _differences(old: Manifest | None, new: Action) -> str:
@@ -560,13 +564,13 @@ def _differences(old: Manifest | None, new: Action) -> str:
     if old is None:
         return "what was packed then is not on record here"
     before, after = old.action.inputs, new.inputs
-    odd = [
+    changed = [
         name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)
     ]
-    if not odd:
+    if not changed:
         return "the tensors are the same, the other files are not"
-    return f"{len(odd)} of {len(after)} tensors: {some(odd, SHOWN)}"
+    return f"{len(changed)} of {len(after)} tensors: {some(changed, SHOWN)}"
 
 
-def _told(computer: dict[str, str] | None) -> str:
+def _in_words(computer: dict[str, str] | None) -> str:
     return ", ".join(f"{key} {value}" for key, value in (computer or {}).items()) or "nothing"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from cache.records.manifests import Action, Manifest, Tensor, TensorSpec
 from tasks.core.task_names import task_name
+from tasks.core.workspace import Workspace
 from tasks.stages.stage import ActionSpec, Key, LeafStage, Origin, Output, Stage
 
 
@@ -54,6 +55,10 @@ class Node:
     def name(self) -> str:
         """The task's name."""
         return task_name(self.spec.stage.group, self.target, self.spec.layer)
+
+    def manifest_path(self, workspace: Workspace) -> str:
+        """Return where its manifest lies. A string: doit wants thousands of them."""
+        return workspace.manifest(self.target, self.spec.stage.name, self.spec.layer)
 
     @property
     def is_leaf(self) -> bool:

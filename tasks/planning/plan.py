@@ -63,7 +63,9 @@ class SharedPlan(Struct, frozen=True, dict=True):
     @cached_property
     def large(self) -> frozenset[str]:
         """At most two layers of many more weights than the others: embeddings and head, or none."""
-        weights = {layer: sum(p.size for p in made) for layer, made in self.layers.items()}
+        weights = {
+            layer: sum(p.size for p in parameters) for layer, parameters in self.layers.items()
+        }
         third = sorted(weights.values())[-3:][0]
         return frozenset(n for n, count in weights.items() if count > LARGE_LAYER_RATIO * third)
 

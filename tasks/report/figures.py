@@ -181,7 +181,7 @@ class Reader:
     def stamps(self, plan: Plan) -> list[Stamp | None]:
         """Return the stamps of the manifests that a target's figures come of."""
         paths = [str(self.builder.workspace.packed(plan.target.name))]
-        paths += [self.builder.manifest_path(node) for node in plan.measuring]
+        paths += [node.manifest_path(self.builder.workspace) for node in plan.measuring]
         return [_stamp(path) for path in paths]
 
     def read(self, plan: Plan) -> Figures | None:
@@ -247,7 +247,7 @@ def pieces(plan: Plan, packed: Manifest, errors: dict[str, Error]) -> list[Piece
 def _errors(builder: Builder, plan: Plan, packed: Manifest) -> dict[str, Error] | None:
     errors: dict[str, Error] = {}
     for node in plan.nodes(measure.Measure.name):
-        manifest = Manifest.at(Path(builder.manifest_path(node)))
+        manifest = Manifest.at(Path(node.manifest_path(builder.workspace)))
         if manifest is None or manifest.action.params != node.params.record:
             return None
         for name, record in manifest.action.inputs.items():

@@ -139,13 +139,13 @@ def _ruled(model: Model, rules: Sequence[Rule]) -> dict[str, Rule]:
                         "quantized as a whole."
                     )
                 matches[rule].append(module.path)
-    found: dict[str, Rule] = {}
+    rule_of: dict[str, Rule] = {}
     for rule in dict.fromkeys(rules):
-        new = {path: rule for path in matches[rule] if path not in found}
+        new = {path: rule for path in matches[rule] if path not in rule_of}
         if not new:
             raise ConfigError(_unmatched(model, rule))
-        found |= new
-    return found
+        rule_of |= new
+    return rule_of
 
 
 def _checkpoint_paths(model: Model, module: Module) -> list[str]:

@@ -63,15 +63,15 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     """Say what each target needs, a blob under the stage that made it."""
     own = survey.owned
     rows: list[tuple[str, ...]] = [("target", *(stage.group for stage in registry.stages()), "all")]
-    needed: set[str] = set()
+    in_use: set[str] = set()
     shared_bytes = 0
     for target in config.targets:
         makers = _makers(survey, (r.manifest for r in records if r.target == target))
         rows.append(_row(target, makers, own))
-        shared_bytes += sum(own[digest] for digest in own if digest in makers and digest in needed)
-        needed |= makers.keys()
+        shared_bytes += sum(own[digest] for digest in own if digest in makers and digest in in_use)
+        in_use |= makers.keys()
     all_makers = _makers(survey, [*(r.manifest for r in records), *survey.manifests()])
-    spare = {digest: stage for digest, stage in all_makers.items() if digest not in needed}
+    spare = {digest: stage for digest, stage in all_makers.items() if digest not in in_use}
     spare |= dict.fromkeys(own.keys() - all_makers.keys(), "")
     rows.append(_row("(no current target)", spare, own))
     rows.append(_row("(all)", all_makers | spare, own))
@@ -79,7 +79,7 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     if shared_bytes:
         yield f"What several targets share, {size(shared_bytes)}, is counted once in (all)."
     # What lies in one container with something that is needed stays with it.
-    if count := sum(not survey.pinned(digest) & needed for digest in spare.keys() & own.keys()):
+    if count := sum(not survey.pinned(digest) & in_use for digest in spare.keys() & own.keys()):
         removes = f"{COMMAND} cache gc removes such with a size cap"
         yield f"No current target needs {count} blobs; {removes}."
 

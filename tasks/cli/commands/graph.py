@@ -109,7 +109,7 @@ class Box:
     needs: dict[Box, None] = field(default_factory=dict)
 
     @property
-    def look(self) -> str:
+    def style(self) -> str:
         """One of ``COLOURS``."""
         if not self.layers:
             return "file"
@@ -171,8 +171,8 @@ def _same(plans: Iterable[Plan]) -> dict[Node, list[Node]]:
     for plan in plans:
         for node in (node for nodes in plan.stages.values() for node in nodes):
             needs = [identities[need] for need in node.needs]
-            told = [node.stage.name, node.layer, node.spec.digest, needs]
-            identities[node] = digest_record(told)
+            parts = [node.stage.name, node.layer, node.spec.digest, needs]
+            identities[node] = digest_record(parts)
             owners.setdefault(identities[node], []).append(node)
     return {node: owners[identity] for node, identity in identities.items()}
 
@@ -212,11 +212,11 @@ def mermaid(boxes: Iterable[Box]) -> str:
     lines = ["flowchart LR"]
     for name, box, needs in _named(boxes):
         text = "<br/>".join(re.sub(r"[^\w ./:·–…,()-]", _entity, line) for line in box.lines)
-        shape = f'[("{text}")]' if box.look == "file" else f'["{text}"]'
-        lines.append(f"  {name}{shape}:::{box.look}")
+        shape = f'[("{text}")]' if box.style == "file" else f'["{text}"]'
+        lines.append(f"  {name}{shape}:::{box.style}")
         lines += [f"  {need} --> {name}" for need in needs]
-    for look, (fill, line) in COLOURS.items():
-        lines.append(f"  classDef {look} fill:{fill},stroke:{line},color:#000")
+    for style, (fill, line) in COLOURS.items():
+        lines.append(f"  classDef {style} fill:{fill},stroke:{line},color:#000")
     return "\n".join(lines) + "\n"
 
 
@@ -236,8 +236,8 @@ def dot(boxes: Iterable[Box]) -> str:
         # Graphviz reads entities and backslashes.
         said = [html.escape(line, quote=False).replace("\\", "\\\\") for line in box.lines]
         text = "\\n".join(said).replace('"', '\\"')
-        fill, line = COLOURS[box.look]
-        shape = ", shape=cylinder, style=filled" if box.look == "file" else ""
+        fill, line = COLOURS[box.style]
+        shape = ", shape=cylinder, style=filled" if box.style == "file" else ""
         lines.append(f'  {name} [label="{text}", fillcolor="{fill}", color="{line}"{shape}]')
         lines += [f"  {need} -> {name}" for need in needs]
     return "\n".join([*lines, "}"]) + "\n"

@@ -65,8 +65,10 @@ changed."""
         """
         models = models_file().absolute()
         try:
-            found = {source: _open(source, models.parent) for source in args or _search(Path())}
-            unfit = [source for source, opened in found.items() if not _is_checkpoint(opened)]
+            checkpoints = {
+                source: _open(source, models.parent) for source in args or _search(Path())
+            }
+            unfit = [source for source, opened in checkpoints.items() if not _is_checkpoint(opened)]
         except CheckpointError as error:  # of a hub
             raise InvalidCommand(str(error)) from error
         if unfit:
@@ -75,12 +77,12 @@ changed."""
             raise InvalidCommand(
                 f"{unfit[0]} is no folder with a checkpoint{hub}: expected {kinds}."
             )
-        if not found:
+        if not checkpoints:
             raise InvalidCommand(
                 f"there is no checkpoint in {Path.cwd()}. Name its folder, or one on the hub: "
                 f"{COMMAND} init FOLDER, {COMMAND} init hf:ORG/NAME"
             )
-        tables = _tables(found, models.parent)
+        tables = _tables(checkpoints, models.parent)
         try:
             with models.open("x", encoding="utf-8") as file:
                 file.write("\n".join([HEAD, *tables.values()]))
@@ -131,10 +133,10 @@ def _is_checkpoint(source: ReadableSource) -> bool:
     )
 
 
-def _tables(found: Mapping[str, ReadableSource], folder: Path) -> dict[str, str]:
+def _tables(checkpoints: Mapping[str, ReadableSource], folder: Path) -> dict[str, str]:
     """Return the table of each model, by the model's name."""
     tables: dict[str, str] = {}
-    for source, opened in found.items():
+    for source, opened in checkpoints.items():
         name = _name(Path(opened.location).name, tables)
         key = name if re.fullmatch(r"[\w-]+", name, re.ASCII) else toml(name)
         tables[name] = (
