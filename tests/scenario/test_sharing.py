@@ -51,6 +51,7 @@ from tasks.checkpoints import record as records
 from tasks.cli.task_graph import TaskGraph
 from tasks.core.errors import CheckpointError
 from tasks.execution import exchange
+from tasks.stages import registry
 
 
 def alone(one: Machine) -> dict[str, str]:
@@ -681,8 +682,7 @@ def environment(told: dict[str, str]) -> Iterator[None]:
 
 def _errors(graph: TaskGraph) -> list[str]:
     """Run all tasks as doit would, up to the first error."""
-    stages = [task for stage in ("extract", "unshard", "cast", "quantize")
-              for task in graph.stage(stage)]  # fmt: skip
+    stages = [task for stage in registry.PIPELINE for task in graph.stage(stage)]
     for task in [*stages, *graph.pack()]:
         for act in task["actions"] or ():
             result = act(changed=[])
