@@ -13,11 +13,10 @@ import mlx.core as mx
 import pytest
 import torch
 from mlx.utils import tree_flatten
-from mlx_lm.convert import convert
 from mlx_lm.utils import load_model, load_tokenizer
 
 from cache.store import Store
-from support import checkpoints, inside, projects
+from support import checkpoints, inside, peer, projects
 from tasks.checkpoints import loaders, record, sources
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import Opening
@@ -356,9 +355,8 @@ def test_what_a_cast_to_float16_loses(tmp_path: Path) -> None:
         f"half: {small}: {size:,} of {size:,} values are too small for float16, and zero in it; "
         'dtype = "bfloat16" holds them',
     ]
-    peer = tmp_path / "peer"
-    convert(str(folder), str(peer), dtype="float16")
-    theirs = mx.load(str(peer / "model.safetensors"))
+    reference = peer.convert(folder, tmp_path / "peer", dtype="float16")
+    theirs = mx.load(str(reference / "model.safetensors"))
     ours = mx.load(str(tmp_path / "build" / "half" / "model.safetensors"))
     for name in (large, small, tiny):
         assert mx.array_equal(ours[name], theirs[name], equal_nan=True)

@@ -41,6 +41,8 @@ TARGETS = {
 def _project(folder: Path, kind: str) -> projects.Project:
     if kind in projects.SOURCES:
         project = projects.create(folder, kind)
+        if kind == "huggingface":
+            checkpoints.make("llama", project.checkpoint, num_hidden_layers=8)
     else:
         checkpoints.make(kind, folder / "checkpoint")
         project = projects.Project(folder, kind)

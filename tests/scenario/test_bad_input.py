@@ -764,11 +764,11 @@ DAMAGES = {
     ".bin cut": Damage("bin", cut(BIN, 0.9), (f"{BIN} is damaged or incomplete: ", "Fetch it")),
     ".safetensors cut in its header": Damage(
         "llama", cut(ST(1), 700),
-        (f"{ST(1)} is damaged or incomplete: its header should have 2,", "the file has 700."),
+        (f"{ST(1)} is damaged or incomplete: its header should have 1,", "the file has 700."),
     ),
     ".safetensors cut in its data": Damage(
-        "llama", cut(ST(2), 600_000),
-        (f"{ST(2)} is damaged or incomplete: its tensors end at byte 643,522, ", "at 600,000"),
+        "llama", cut(ST(2), 400_000),
+        (f"{ST(2)} is damaged or incomplete: its tensors end at byte 428,235, ", "at 400,000"),
     ),
     ".safetensors of noise": Damage(
         "llama", written(ST(3), random.Random(0).randbytes(999)),

@@ -13,12 +13,7 @@ from support.projects import Project, Stored
 def flip(path: Path, offset: int) -> None:
     """Change one bit in place, and leave the file's size, time and inode as they were."""
     stat = path.stat()
-    path.chmod(0o644)
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))
+    projects.toggle(path, offset)
     path.chmod(stat.st_mode)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 

@@ -84,21 +84,22 @@ def test_what_cannot_be_read_is_told(project: Project) -> None:
     assert card(project.folder / "build" / "model")[0]["tags"] == ["mlx"]
 
 
-def test_layout_mlx_examples(tmp_path: Path) -> None:
-    project = projects.create(tmp_path / "project", "meta", layout="mlx-examples")
+def built_of_metas(folder: Path, layout: str) -> Path:
+    """The build of a checkpoint of Meta's, with a card and a licence."""
+    project = projects.create(folder, "meta", layout=layout)
     write(project, "llama2")
     (project.checkpoint / "LICENSE").write_text(LICENSE)
     project.doit()
-    built = project.folder / "build" / "model"
+    return project.folder / "build" / "model"
+
+
+def test_layout_mlx_examples(tmp_path: Path) -> None:
+    built = built_of_metas(tmp_path / "project", "mlx-examples")
     assert (built / "LICENSE").read_text() == LICENSE
     assert not (built / "README.md").exists()
 
 
 def test_metas_checkpoint(tmp_path: Path) -> None:
-    project = projects.create(tmp_path / "project", "meta", layout="mlx-lm")
-    write(project, "llama2")
-    (project.checkpoint / "LICENSE").write_text(LICENSE)
-    project.doit()
-    built = project.folder / "build" / "model"
+    built = built_of_metas(tmp_path / "project", "mlx-lm")
     assert card(built)[0]["license"] == "llama2"
     assert (built / "LICENSE").read_text() == LICENSE

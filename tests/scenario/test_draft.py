@@ -220,6 +220,7 @@ def test_targets_that_share_layers(tmp_path: Path) -> None:
 def test_a_build_that_was_killed(last: str, tmp_path: Path) -> None:
     """What it wrote stays; of few layers it is copied into the next one's file, most are packed."""
     project = create(tmp_path, "huggingface", **FOUR_BIT)
+    checkpoints.make("llama", project.checkpoint, num_hidden_layers=8)
     mark = tmp_path / "mark"
     held = [os.sep.join(["", "quantize", f"{last}.json"]), str(mark), str(tmp_path / "never")]
     process = start(project, "-n", "1", hook={"hold": held})

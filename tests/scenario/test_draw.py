@@ -17,15 +17,15 @@ from support import projects
 from tasks.cli.commands import graph
 from tasks.cli.commands.graph import Box
 
-LAYERS = "embed_tokens, layers.0–7, norm, lm_head"
-STORED = "embed_tokens, layers.0–7, lm_head, norm"  # as the files have them
-QUANTIZED = "embed_tokens, layers.0–7, lm_head"
+LAYERS = "embed_tokens, layers.0–3, norm, lm_head"
+STORED = "embed_tokens, layers.0–3, lm_head, norm"  # as the files have them
+QUANTIZED = "embed_tokens, layers.0–3, lm_head"
 SVG = "{http://www.w3.org/2000/svg}"
 SHARED = "shared by model, other"
 
 
 class Read(NamedTuple):
-    """A drawing: the boxes' lines with their looks, and from which to which box edges go."""
+    """A drawing: the boxes' lines with their styles, and from which to which box edges go."""
 
     boxes: dict[str, str]
     edges: set[tuple[str, str]]
@@ -39,12 +39,12 @@ def read_mermaid(text: str) -> Read:
         name = (element.get("id") or "").removeprefix("my-svg-")
         if "node" in classes:
             (label,) = (e for e in element.iter() if e.get("class") == "nodeLabel")
-            (look,) = {*classes} & {*graph.COLOURS}
+            (style,) = {*classes} & {*graph.COLOURS}
             for line_break in label.iter("{http://www.w3.org/1999/xhtml}br"):
                 line_break.text = "\n"
             text = "".join(label.itertext())
             ids[name.split("-")[1]] = text
-            boxes[text] = look
+            boxes[text] = style
         elif name.startswith("L_"):
             edges.add(tuple(name.split("_")[1:3]))
     return Read(boxes, {(ids[start], ids[end]) for start, end in edges})
@@ -55,7 +55,7 @@ def read_dot(text: str) -> Read:
 
 
 def read_svg(text: str) -> Read:
-    looks = {colours: look for look, colours in graph.COLOURS.items()}
+    styles = {colours: style for style, colours in graph.COLOURS.items()}
     boxes, ids, edges = {}, {}, set()
     for group in ElementTree.fromstring(text).iter(f"{SVG}g"):
         title = group.findtext(f"{SVG}title")
@@ -65,7 +65,7 @@ def read_svg(text: str) -> Read:
             label = "\n".join(element.text or "" for element in group.iter(f"{SVG}text"))
             shape = next(group.iter(f"{SVG}path"))
             ids[title] = label
-            boxes[label] = looks[shape.get("fill"), shape.get("stroke")]
+            boxes[label] = styles[shape.get("fill"), shape.get("stroke")]
     return Read(boxes, {(ids[start], ids[end]) for start, end in edges})
 
 
@@ -87,10 +87,10 @@ def test_graph(tmp_path: Path) -> None:
     ]  # fmt: skip
 
     found = read_mermaid(project.doit("graph").stdout)
-    extract, unshard, cast = (lines(*s, SHARED, "11 of 11 to run") for s in shared)
+    extract, unshard, cast = (lines(*s, SHARED, "7 of 7 to run") for s in shared)
     norm = lines("quantize · as it is", "norm", SHARED, "to run")
-    four = lines("quantize · 4 bit", QUANTIZED, "10 of 10 to run")
-    eight = lines("quantize · 8 bit group 32", QUANTIZED, "10 of 10 to run")
+    four = lines("quantize · 4 bit", QUANTIZED, "6 of 6 to run")
+    eight = lines("quantize · 8 bit group 32", QUANTIZED, "6 of 6 to run")
     pack = lines("pack · mlx-lm", "to run")
     files = {source: "file", "build/model": "file", "build/other": "file"}
     assert found.boxes == files | dict.fromkeys(
@@ -106,12 +106,12 @@ def test_graph(tmp_path: Path) -> None:
     project.manifest("quantize", "layers.3").unlink()
     text = project.doit("graph").stdout
     found = read_mermaid(text)
-    four = lines("quantize · 4 bit", QUANTIZED, "1 of 10 to reuse")
+    four = lines("quantize · 4 bit", QUANTIZED, "1 of 6 to reuse")
     done = [lines(*s, SHARED) for s in shared]
     done.append(lines("quantize · as it is", "norm", SHARED))
     done.append("pack · mlx-lm")  # of the same as before
-    looks = {**dict.fromkeys(done, "done"), four: "part", eight: "todo", pack: "todo"}
-    assert found.boxes == files | looks
+    styles = {**dict.fromkeys(done, "done"), four: "part", eight: "todo", pack: "todo"}
+    assert found.boxes == files | styles
 
     assert read_dot(project.doit("graph", "--format", "dot").stdout) == found
     project.doit("graph", "--format", "svg", "-o", str(tmp_path / "graph.svg"))

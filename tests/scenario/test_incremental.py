@@ -244,7 +244,7 @@ def test_one_tensor(project: Project) -> None:
     looked = {*STORED["meta"]}
     if project.kind == "huggingface":
         looked = stored_layers(project.checkpoint, path.name)
-        assert "layers.7" not in looked
+        assert "layers.3" not in looked
     chain = {f"{stage}:model:layers.1" for stage in ("extract", *ALL_BUT_EXTRACT)} | {"pack:model"}
     others = {f"extract:model:{layer}" for layer in looked if layer != "layers.1"}
     project.accept()
@@ -397,7 +397,7 @@ def test_a_damaged_shard_of_many_is_made_again(source: str, tmp_path: Path) -> N
     project = built(tmp_path, source, **FOUR_BIT, max_shard_size="200kB")
     before = project.built()
     second = next((project.folder / "build" / "model").glob("model-00002-of-*"))
-    for what, damage in (("deleted", second.unlink), ("altered", lambda: flip(second, 5000))):
+    for what, damage in (("deleted", second.unlink), ("altered", lambda: flip(second, 1000))):
         damage()
         assert outcomes(project.doit()) == {"reused": {"pack:model"}}, what
         assert project.built() == before, what
@@ -611,7 +611,7 @@ def test_large_layers_are_made_first(
     project = create(tmp_path, source, quantize={"bits": 4})
     checkpoints.make("llama", project.checkpoint, vocab_size=vocabulary)
     made = [entry["task"].split(":") for entry in project.doit("-n", "0").entries]
-    layers = [f"layers.{i}" for i in range(8)]
+    layers = [f"layers.{i}" for i in range(4)]
     rest = ["norm"] if "lm_head" in first else ["norm", "lm_head"]
     assert [task[2] for task in made if task[0] == "quantize"] == first + layers + rest
 
@@ -758,7 +758,7 @@ def test_list_and_info(tmp_path: Path) -> None:
     assert project.tasks() <= listed
     info = project.doit("info", "pack:model").stdout
     assert "up-to-date" in info
-    assert "quantize:model:layers.7" in info
+    assert "quantize:model:layers.3" in info
     assert "is not" not in project.doit("info", "cast:model:layers.0").stdout
     assert contents(project.folder) == before
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ import pytest
 
 from cache.errors import NoRoom
 from cache.files import atomic
+from support import checkpoints
 from support.front_door import REPOSITORY, doit, log
 from support.projects import FOUR_BIT, SOURCES, Project, contents, create, outcomes
 from support.running import DEADLINE_SECONDS, start, temporary, wait_for
@@ -161,19 +163,40 @@ def test_what_a_kill_leaves_behind_is_cleared(tmp_path: Path) -> None:
 # Two at once.
 
 
-def test_a_second_doit_waits_for_the_first(tmp_path: Path) -> None:
-    project = create(tmp_path, "huggingface", **FOUR_BIT)
-    mark, go = tmp_path / "mark", tmp_path / "go"
-    hook = {"hold": [f"{os.sep}actions{os.sep}", str(mark), str(go)]}
-    first = start(project, hook=hook)
-    wait_for(mark.exists, first)
-    second = start(project)
-    said = second.stderr.readline()
-    assert "waiting" in said
-    assert str(first.pid) in said
+@dataclass
+class Two:
+    """Two builds of one project: the first is held, the second waits for it."""
+
+    project: Project
+    first: subprocess.Popen
+    second: subprocess.Popen
+
+    @classmethod
+    def of(cls, project: Project) -> "Two":
+        mark, go = project.folder / "mark", project.folder / "go"
+        hook = {"hold": [f"{os.sep}actions{os.sep}", str(mark), str(go)]}
+        first = start(project, hook=hook)
+        wait_for(mark.exists, first)
+        second = start(project)
+        said = second.stderr.readline()
+        assert "waiting" in said
+        assert str(first.pid) in said
+        return cls(project, first, second)
+
+    def let_go(self) -> None:
+        (self.project.folder / "go").touch()
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Two:
+    return Two.of(create(tmp_path, "huggingface", **FOUR_BIT))
+
+
+def test_a_second_doit_waits_for_the_first(two: Two) -> None:
+    project, first, second = two.project, two.first, two.second
     time.sleep(0.2)
     assert second.poll() is None
-    go.touch()
+    two.let_go()
     assert first.communicate(timeout=DEADLINE_SECONDS)[1] == ""
     output, _ = second.communicate(timeout=DEADLINE_SECONDS)
     assert (first.returncode, second.returncode) == (0, 0)
@@ -182,17 +205,12 @@ def test_a_second_doit_waits_for_the_first(tmp_path: Path) -> None:
     assert project.doit().entries == []
 
 
-def test_one_that_waits_can_be_stopped(tmp_path: Path) -> None:
-    project = create(tmp_path, "huggingface", **FOUR_BIT)
-    mark, go = tmp_path / "mark", tmp_path / "go"
-    first = start(project, hook={"hold": [f"{os.sep}actions{os.sep}", str(mark), str(go)]})
-    wait_for(mark.exists, first)
-    second = start(project)
-    assert "waiting" in second.stderr.readline()
+def test_one_that_waits_can_be_stopped(two: Two) -> None:
+    project, first, second = two.project, two.first, two.second
     second.send_signal(signal.SIGINT)
     assert "Traceback" not in second.communicate(timeout=DEADLINE_SECONDS)[1]
     assert second.returncode == 130
-    go.touch()
+    two.let_go()
     first.communicate(timeout=DEADLINE_SECONDS)
     assert first.returncode == 0
     assert project.built() == project.anew()
@@ -222,13 +240,8 @@ def test_a_background_job(tmp_path: Path) -> None:
     assert project.built() == project.anew()
 
 
-def test_one_that_is_killed_holds_nobody_up(tmp_path: Path) -> None:
-    project = create(tmp_path, "huggingface", **FOUR_BIT)
-    mark, go = tmp_path / "mark", tmp_path / "go"
-    first = start(project, hook={"hold": [f"{os.sep}actions{os.sep}", str(mark), str(go)]})
-    wait_for(mark.exists, first)
-    second = start(project)
-    assert "waiting" in second.stderr.readline()
+def test_one_that_is_killed_holds_nobody_up(two: Two) -> None:
+    project, first, second = two.project, two.first, two.second
     first.kill()
     first.communicate(timeout=DEADLINE_SECONDS)
     second.communicate(timeout=DEADLINE_SECONDS)
@@ -331,6 +344,7 @@ def test_a_small_disk(spare_kib: int, tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir()
     project = create(tmp_path / "project", "huggingface", **FOUR_BIT)
+    checkpoints.make("llama", project.checkpoint, num_hidden_layers=8)
     project.doit()
     before = project.built()
     project.configure(**CHANGED)

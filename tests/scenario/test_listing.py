@@ -18,11 +18,11 @@ def said(done: projects.front_door.Finished) -> dict[str, str]:
 def test_states(tmp_path: Path) -> None:
     project = projects.create(tmp_path / "project", KIND, **projects.FOUR_BIT)
     project.configure("other", dtype="float16", quantize={"bits": 8})
-    last = {"pack": "to run", "measure": "10 of 10 layers to run", "report": "to run"}
-    all_run = dict.fromkeys(STAGES, "11 of 11 layers to run") | last
+    last = {"pack": "to run", "measure": "6 of 6 layers to run", "report": "to run"}
+    all_run = dict.fromkeys(STAGES, "7 of 7 layers to run") | last
     # Another target's tasks will have made all but what is quantized: not of norm.
-    shared = dict.fromkeys(STAGES, "11 of 11 layers to reuse")
-    shared |= {"quantize": "10 of 11 layers to run, 1 to reuse"} | last
+    shared = dict.fromkeys(STAGES, "7 of 7 layers to reuse")
+    shared |= {"quantize": "6 of 7 layers to run, 1 to reuse"} | last
     up_to_date = dict.fromkeys([*STAGES, "pack"], "up to date")
     built = up_to_date | {name: last[name] for name in ("measure", "report")}
 
@@ -40,9 +40,9 @@ def test_states(tmp_path: Path) -> None:
     project.doit("quantize:model:layers.3")
     # What the other layers will be made of, nobody knows: the results may be on record.
     may = last | {"pack": "to run?"}
-    reuse = dict.fromkeys(STAGES, "11 of 11 layers to reuse?")
-    reuse |= {"quantize": "10 of 11 layers to run?, 1 to reuse?"}
-    expect(dict.fromkeys(STAGES, "10 of 11 layers to run?") | may, reuse | may)
+    reuse = dict.fromkeys(STAGES, "7 of 7 layers to reuse?")
+    reuse |= {"quantize": "6 of 7 layers to run?, 1 to reuse?"}
+    expect(dict.fromkeys(STAGES, "6 of 7 layers to run?") | may, reuse | may)
     project.doit("pack:model")
     expect(built, shared)
     project.doit()
@@ -50,7 +50,7 @@ def test_states(tmp_path: Path) -> None:
     all_done = dict.fromkeys(last | up_to_date, "up to date")
     expect(up_to_date | all_done, built)
     project.configure(quantize={"bits": 6})
-    expect(built | last | {"quantize": "10 of 11 layers to run"}, built)
+    expect(built | last | {"quantize": "6 of 7 layers to run"}, built)
     project.configure(**projects.FOUR_BIT)
     expect(up_to_date | all_done, built)
     project.doit("ignore", "pack:other")
@@ -69,7 +69,7 @@ def test_changed_checkpoint(tmp_path: Path) -> None:
     assert " to run?" in found["extract:model"]
     project.doit("lock")
     found = said(project.doit("list"))
-    assert found["cast:model"] == "1 of 11 layers to run"
+    assert found["cast:model"] == "1 of 7 layers to run"
 
 
 def test_options_of_doit(tmp_path: Path) -> None:

@@ -13,9 +13,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,10 +21,9 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 import torch
-from mlx_lm.convert import convert
 from transformers import LlamaForCausalLM
 
-from support import meta, mlx_examples
+from support import meta, mlx_examples, peer
 from support.checkpoints import write_tokenizer
 from support.differences import json_differences, raw_bytes, read_json, weight_differences
 from support.front_door import doit
@@ -267,22 +264,23 @@ def save_again(twin: Path, folder: Path) -> None:
     shutil.copy(twin / "tokenizer.model", folder)
 
 
-def examples_weights(case: Case) -> dict[str, mx.array]:
+@functools.cache
+def examples_weights(release: str, setting_name: str) -> dict[str, mx.array]:
     """What convert.py should write: tensors cast, and quantized if they are matrices."""
-    setting = SETTINGS[case.setting]
-    made = {}
-    for name, array in meta.wholes(case.release).items():
+    setting = SETTINGS[setting_name]
+    weights = {}
+    for name, array in meta.wholes(release).items():
         array = array.astype(getattr(mx, setting.dtype or "float16"))
         if setting.quantize and array.ndim == 2:
             parts = mx.quantize(array, **setting.quantize)
             path = name.removesuffix("weight")
-            made |= {
+            weights |= {
                 path + kind: part
                 for kind, part in zip(("weight", "scales", "biases"), parts, strict=True)
             }
         else:
-            made[name] = array
-    return made
+            weights[name] = array
+    return weights
 
 
 def meta_logits(release: meta.Release, weights: Mapping[str, mx.array]) -> np.ndarray:
@@ -357,12 +355,14 @@ def differ(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max())
 
 
+@functools.cache
 def mlx_lm_logits(build: Path) -> np.ndarray:
     """What a built folder says to TOKENS, loaded as a user loads it: (length, vocabulary)."""
     model, _ = mlx_lm.utils.load(str(build))
     return np.array(model(mx.array([TOKENS]))[0].astype(mx.float32))
 
 
+@functools.cache
 def mlx_examples_logits(build: Path) -> np.ndarray:
     model = mlx_examples.load(build)
     return np.array(model(mx.array([TOKENS]))[0].astype(mx.float32))
@@ -447,9 +447,8 @@ def references(builds: Builds) -> Path:
     folder.mkdir()
     for case in of("mlx-lm"):
         if case.setting != "small-shards" and not (folder / case.reference).exists():
-            with redirect_stdout(StringIO()):
-                told = SETTINGS[case.setting].convert
-                convert(str(builds.twin(case.release)), str(folder / case.reference), **told)
+            settings = SETTINGS[case.setting].convert
+            peer.convert(builds.twin(case.release), folder / case.reference, **settings)
     return folder
 
 
@@ -514,7 +513,9 @@ def test_mlx_lm_build_in_several_files(builds: Builds) -> None:
 
 @each(of("mlx-examples"))
 def test_mlx_examples_weights_are_the_oracles(builds: Builds, case: Case) -> None:
-    assert same(mlx_examples.load_weights(builds[case]), examples_weights(case))
+    assert same(
+        mlx_examples.load_weights(builds[case]), examples_weights(case.release, case.setting)
+    )
 
 
 @each(of("mlx-examples"))
@@ -581,7 +582,7 @@ def test_mlx_examples_build_loads(builds: Builds, case: Case) -> None:
 
 @each(of("mlx-examples", "plain", "float32", "float16", "float32-4bit"))
 def test_numpy_reads_mlx_examples_weights_as_well(builds: Builds, case: Case) -> None:
-    expected = examples_weights(case)
+    expected = examples_weights(case.release, case.setting)
     with np.load(builds[case] / "weights.npz") as archive:
         found = {name: mx.array(array) for name, array in archive.items()}
     assert same(found, expected)

@@ -7,15 +7,12 @@ needs the index, and minutes.
 
 import json
 import shutil
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import mlx_lm
 import pytest
-from mlx_lm.convert import convert
 
-from support import real_model
+from support import peer, real_model
 from support.differences import json_differences, read_json, weight_differences
 from support.front_door import doit
 
@@ -64,8 +61,7 @@ def test_it_knows_the_capital_of_france(folder: Path) -> None:
 
 def test_it_is_what_mlx_lm_makes(folder: Path) -> None:
     build, reference = folder / "build" / "smollm2", folder / "reference"
-    with redirect_stdout(StringIO()):
-        convert(str(folder / "smollm2"), str(reference), dtype="float32", quantize=True, q_bits=8)
+    peer.convert(folder / "smollm2", reference, dtype="float32", quantize=True, q_bits=8)
     found = list(weight_differences(build, reference))
     for name in "config.json", "model.safetensors.index.json":
         found += json_differences(f"{name}: ", read_json(build / name), read_json(reference / name))

@@ -227,13 +227,13 @@ def test_a_browser_shows_all_of_it(pages: Path, tmp_path: Path, scheme: str) -> 
         assert (red < 60) == (scheme == "dark")
         assert found["title"]
         if name not in ("plain.html", "index.html"):
-            assert found["cells"] == 8 * 7
+            assert found["cells"] == 4 * 7
             assert found["colors"] == 9
 
 
 def test_a_page_is_whole_without_a_browser(pages: Path) -> None:
     page = Page((pages / "mixed.html").read_text(encoding="utf-8"))
-    assert page.heat_cells == 8 * 7
+    assert page.heat_cells == 4 * 7
     text = page.text
     for section in ("Quantization error", "Size", "Variants", "Last build", "Provenance"):
         assert section in text

@@ -114,7 +114,7 @@ def test_on_a_terminal(tmp_path: Path, colour: bool) -> None:
     terminal = Terminal(project, columns=80, hook=held(tmp_path), **env)
     heading = r"  target  stage     layers +rate  left  computed"
     terminal.wait_for(heading)
-    terminal.wait_for(r"^. (model|other)   (extract|unshard) +\d+/11 ")
+    terminal.wait_for(r"^. (model|other)   (extract|unshard) +\d+/7 ")
     assert terminal.screen.cursor.hidden
     release(tmp_path)
     *table, first, second = terminal.finish()  # the last line does not fit

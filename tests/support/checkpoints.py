@@ -436,7 +436,7 @@ _LLAMA = {
     "model_type": "llama",
     "hidden_size": 128,
     "intermediate_size": 192,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": VOCABULARY,

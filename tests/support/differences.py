@@ -9,9 +9,10 @@ from safetensors import safe_open
 
 
 def weight_differences(build: Path, reference: Path) -> Iterator[str]:
-    """In the files that both have: metadata; names, dtypes, shapes and bytes of the tensors."""
+    """In the reference's files: metadata; names, dtypes, shapes and bytes of the tensors."""
     for path in sorted(reference.glob("*.safetensors")):
         if not (build / path.name).exists():
+            yield f"{path.name}: missing"
             continue
         with safe_open(build / path.name, framework="numpy") as opened:
             if opened.metadata() != {"format": "mlx"}:

@@ -158,6 +158,11 @@ RELEASES["llama-3.2-alias"] = RELEASES["llama-3.2"].but(head="alias")
 
 def wholes(name: str) -> dict[str, mx.array]:
     """A release's tensors before they are split, in Meta's order; the same ones each time."""
+    return dict(_wholes(name))
+
+
+@functools.cache
+def _wholes(name: str) -> dict[str, mx.array]:
     release = RELEASES[name]
     dim = release.params["dim"]
     head_dim = dim // release.heads
@@ -181,13 +186,14 @@ def wholes(name: str) -> dict[str, mx.array]:
             "ffn_norm": (dim,),
         }
         shapes |= {f"layers.{layer}.{module}.weight": shape for module, shape in block.items()}
-    made = {}
+    tensors = {}
     for tensor, shape in shapes.items():
         array = random_array(tensor, shape, dtype="float32")
         if tensor.endswith(("wq.weight", "wk.weight")):
             array = array * 2  # attention that looks somewhere: positions must matter
-        made[tensor] = array.astype(getattr(mx, release.dtype))
-    return made
+        tensors[tensor] = array.astype(getattr(mx, release.dtype))
+    mx.eval(tensors)
+    return tensors
 
 
 def make(

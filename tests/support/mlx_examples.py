@@ -33,15 +33,17 @@ class Arguments:
 
 
 class Attention(nn.Module):
-    def __init__(self, told: Arguments):
+    def __init__(self, config: Arguments):
         super().__init__()
-        self.head_dim = told.head_dim
-        rows, kv_rows = told.n_heads * told.head_dim, told.n_kv_heads * told.head_dim
-        self.wq = nn.Linear(told.dim, rows, bias=False)
-        self.wk = nn.Linear(told.dim, kv_rows, bias=False)
-        self.wv = nn.Linear(told.dim, kv_rows, bias=False)
-        self.wo = nn.Linear(rows, told.dim, bias=False)
-        self.rope = nn.RoPE(told.head_dim, traditional=told.rope_traditional, base=told.rope_theta)
+        self.head_dim = config.head_dim
+        rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, rows, bias=False)
+        self.wk = nn.Linear(config.dim, kv_rows, bias=False)
+        self.wv = nn.Linear(config.dim, kv_rows, bias=False)
+        self.wo = nn.Linear(rows, config.dim, bias=False)
+        self.rope = nn.RoPE(
+            config.head_dim, traditional=config.rope_traditional, base=config.rope_theta
+        )
 
     def __call__(self, x: mx.array) -> mx.array:
         q, k, v = (self._heads(project(x)) for project in (self.wq, self.wk, self.wv))
@@ -56,23 +58,23 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, told: Arguments):
+    def __init__(self, config: Arguments):
         super().__init__()
-        self.w1 = nn.Linear(told.dim, told.hidden_dim, bias=False)
-        self.w2 = nn.Linear(told.hidden_dim, told.dim, bias=False)
-        self.w3 = nn.Linear(told.dim, told.hidden_dim, bias=False)
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.w2(nn.silu(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
-    def __init__(self, told: Arguments):
+    def __init__(self, config: Arguments):
         super().__init__()
-        self.attention = Attention(told)
-        self.feed_forward = FeedForward(told)
-        self.attention_norm = nn.RMSNorm(told.dim, eps=told.norm_eps)
-        self.ffn_norm = nn.RMSNorm(told.dim, eps=told.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.attention(self.attention_norm(x))
@@ -80,12 +82,12 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self, told: Arguments):
+    def __init__(self, config: Arguments):
         super().__init__()
-        self.tok_embeddings = nn.Embedding(told.vocab_size, told.dim)
-        self.layers = [Block(told) for _ in range(told.n_layers)]
-        self.norm = nn.RMSNorm(told.dim, eps=told.norm_eps)
-        self.output = nn.Linear(told.dim, told.vocab_size, bias=False)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = [Block(config) for _ in range(config.n_layers)]
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def __call__(self, tokens: mx.array) -> mx.array:
         x = self.tok_embeddings(tokens)

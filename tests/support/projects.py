@@ -26,7 +26,7 @@ STAGES = ("extract", "unshard", "cast", "quantize")
 # The layers of each kind of checkpoint, and of the models built of it.
 STORED = {
     "meta": ("tok_embeddings", *(f"layers.{i}" for i in range(4)), "norm", "output"),
-    "huggingface": ("embed_tokens", *(f"layers.{i}" for i in range(8)), "norm", "lm_head"),
+    "huggingface": ("embed_tokens", *(f"layers.{i}" for i in range(4)), "norm", "lm_head"),
 }
 LAYERS = {
     "meta": ("embed_tokens", *(f"layers.{i}" for i in range(4)), "norm", "lm_head"),
@@ -235,13 +235,18 @@ def touch(*paths: Path) -> None:
 
 def flip(path: Path, offset: int = 0) -> None:
     """Change one bit of a file in place, and its time; a built one is read-only."""
+    toggle(path, offset)
+    touch(path)
+
+
+def toggle(path: Path, offset: int) -> None:
+    """Change one bit of a file, and make it writable."""
     path.chmod(0o644)
     with path.open("r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ 1]))
-    touch(path)
 
 
 def alter(checkpoint: Path, name: str) -> tuple[Path, bytes]:
@@ -336,5 +341,5 @@ def _anew(model: str, kind: str, checkpoint: _Checkpoint) -> dict[str, str]:
     project = Project(Path(tempfile.mkdtemp(dir=_workshop())), kind)
     project.configure(**json.loads(model) | {"source": str(checkpoint.folder)})
     _seed(project)
-    front_door.doit(project.folder)
+    project.doit()
     return project.built()
