@@ -236,7 +236,8 @@ tasks/config/tables.py: change those. -->
 
 # models.toml
 
-The models to build. `doit` reads it from the current folder, or from where `doit models=PATH` says.
+The models to build. `mlx-make` reads it from the current folder, or from where
+`models=PATH` on the command line says.
 An unknown key, a value that is none of the valid ones, or two that do not go together: each is an
 error before any work, with the line, the nearest valid word and the mend; all of them at once.
 

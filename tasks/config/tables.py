@@ -56,10 +56,10 @@ class Cache(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_bytes: Annotated[
         Size | None,
         key(
-            "What `doit cache gc` shrinks the cache to.",
+            "What `mlx-make cache gc` shrinks the cache to.",
             default="no bound",
-            change="nothing; what `doit cache gc` removed is made again, or fetched, when it is "
-            "wanted",
+            change="nothing; what `mlx-make cache gc` removed is made again, or fetched, when it "
+            "is wanted",
             example="100GB",
         ),
     ] = field(name="max_size", default=None)

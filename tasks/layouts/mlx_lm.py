@@ -13,13 +13,14 @@ from typing import Any
 from msgspec import structs
 
 from cache.digest import digest
+from cache.errors import printable
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.small_files import TEMPLATES_FOLDER, check_own, read_bytes
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
-from tasks.layouts import architecture, card, llama_tokenizer
+from tasks.layouts import architecture, card, llama_tokenizer, slow_tokenizer
 from tasks.layouts.libraries import MLX_LM
 from tasks.layouts.llama_names import to_huggingface
 from tasks.layouts.model import Model
@@ -61,6 +62,9 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
         checkpoint = to_huggingface(checkpoint, _token_ids(checkpoint, memos))
     model = architecture.model(checkpoint, memos, MLX_LM)
     _, notes = card.front_matter(checkpoint.folder, memos)
+    if checkpoint.names != "meta":
+        _, cause = _fast_tokenizer(checkpoint, memos)
+        notes = (*notes, *([_slow_note(cause)] if cause else []))
     return structs.replace(model, notes=(*model.notes, *notes))
 
 
@@ -160,7 +164,9 @@ def files(
         small = _made_tokenizer(checkpoint, memos)
         copied = card.legal_files(checkpoint.folder)
     else:
-        small, copied = {}, sources(checkpoint)
+        copied = sources(checkpoint)
+        made, _ = _fast_tokenizer(checkpoint, memos)
+        small = {slow_tokenizer.FAST: made.encode()} if made else {}
     front_matter, _ = card.front_matter(checkpoint.folder, memos)
     return {
         **small,
@@ -194,6 +200,31 @@ def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
             answer = {name: data.decode("latin-1") for name, data in files.items()}
             memos.put("tokenizers", question, answer)
     return {name: text.encode("latin-1") for name, text in answer.items()}
+
+
+def _fast_tokenizer(checkpoint: Checkpoint, memos: Memos) -> tuple[str, str]:
+    """Return tokenizer.json if it is to be made, or why it cannot be, once for the same files."""
+    paths = [path for path in sources(checkpoint) if path.parent == checkpoint.folder]
+    if not slow_tokenizer.is_wanted([path.name for path in paths]):
+        return "", ""
+    files = {path.name: read_bytes(path) for path in paths if path.suffix != ".py"}
+    files["config.json"] = json.dumps(checkpoint.config).encode()
+    versions = [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
+    digests = {name: digest(data) for name, data in files.items()}
+    question = [slow_tokenizer.VERSION, digests, versions]
+    with _MAKING:
+        answer = memos.get("fast_tokenizers", question, tuple[str, str])
+        if answer is None:
+            answer = slow_tokenizer.make(files)
+            memos.put("fast_tokenizers", question, answer)
+    return answer
+
+
+def _slow_note(cause: str) -> str:
+    return (
+        f"no {slow_tokenizer.FAST}, which clients in Swift need: transformers "
+        f"{version('transformers')} makes none of the tokenizer's files ({printable(cause)})"
+    )
 
 
 def shard_names(count: int) -> list[str]:
