@@ -137,7 +137,7 @@ class HubSource(Struct, frozen=True, dict=True):
         missing = [
             self._path(name)
             for name, file in self._files.items()
-            if any(fnmatchcase(name, pattern) for pattern in SMALL)
+            if any(_matches(name, pattern) for pattern in SMALL)
             and file.size <= MAX_SMALL_BYTES
             and not (folder / self._path(name)).is_file()
         ]
@@ -161,7 +161,7 @@ class HubSource(Struct, frozen=True, dict=True):
 
     def names(self, pattern: str) -> list[str]:
         """Return the names of its files that match a shell pattern, sorted."""
-        return sorted(n for n in self._files if "/" not in n and fnmatchcase(n, pattern))
+        return sorted(name for name in self._files if _matches(name, pattern))
 
     def has(self, name: str) -> bool:
         """Tell whether there is such a file."""
@@ -253,6 +253,11 @@ class HubSource(Struct, frozen=True, dict=True):
         if not place.revision or not hub_client.COMMIT.fullmatch(place.revision):
             opening.memos.put(KIND, asked, found.commit)
         return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Tell whether a path is of a pattern, of whose folders none is a star."""
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 
 def _stamp(file: HubFile) -> Stamp:

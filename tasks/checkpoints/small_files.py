@@ -14,6 +14,9 @@ from tasks.core.errors import CheckpointError
 
 MAX_SMALL_BYTES = 512 << 20  # of a file read whole: the largest tokenizers have a tenth of it
 TEMPLATES_FOLDER = "additional_chat_templates"  # the one folder whose files are small files, too
+SHARED_BLOBS = (
+    ".huggingface-shared-blobs"  # in the folder of blobs that a hub's cache has in common
+)
 LFS = b"version https://git-lfs"
 LFS_BYTES = 1024  # a pointer has fewer
 
@@ -94,6 +97,8 @@ def check_own(path: Path, folder: Path | None = None) -> None:
     blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
     if real.parent.name == "blobs" and real.parent.parent.name.startswith("models--"):
         blobs.append(real.parent)
+    if (real.parent.parent / SHARED_BLOBS).is_file():
+        blobs.append(real.parent.parent)
     if not any(real.is_relative_to(place.resolve()) for place in (folder, *blobs)):
         raise CheckpointError(
             f"{path} is a link to {real}, outside of the checkpoint's folder, and would be copied "

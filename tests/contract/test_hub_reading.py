@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from tasks.checkpoints import hub as hub_source
 from tasks.checkpoints import hub_client
 from tasks.checkpoints.hub import HubSource
 from tasks.checkpoints.hub_client import HubUnreachable
+from tasks.checkpoints.small_files import read_bytes
 from tasks.checkpoints.source import Opening
 from tasks.core.errors import CheckpointError
 
@@ -266,6 +268,64 @@ def test_what_the_client_has_is_read_where_it_lies(
     read(source)
     assert open_source("org/model/sub").names("*") == ["a.pth"]
     assert hub.requests == []
+
+
+def test_of_many_files_those_that_a_build_reads_are_downloaded(
+    hub: Hub, repository: Repository, open_source
+) -> None:
+    wanted = {
+        "config.json", "LICENSE", "NOTICE.txt", "README.md", "tokenizer.model", "vocab.txt",
+        "additional_chat_templates/tool.jinja",
+    }  # fmt: skip
+    others = {
+        "onnx/config.json", "image.png", "model.gguf", "a.md", "additional_chat_templates/a.png",
+        "runs/additional_chat_templates/b.jinja",
+    }  # fmt: skip
+    repository.add(dict.fromkeys(wanted | others, b"{}"))
+    folder = open_source().small_files
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == wanted
+    repository.add({f"sub/{name}": b"{}" for name in wanted | others})
+    source = open_source("org/model@main/sub", newest=True)
+    folder = source.small_files
+    assert folder.name == "sub"
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == wanted
+    assert b"".join(source.read("a.pth", 3, 7)) == WEIGHTS[3:10]
+
+
+def test_several_read_at_once(hub: Hub, repository: Repository, open_source) -> None:
+    """With one client, whose connections are kept; what goes wrong with one is not the others'."""
+    source = open_source()
+    assert source.available
+    wrong: list[Fault] = [Cut(1), Cut(99), Shorter(7), busy(0), busy(0, 503), Expired()]
+    hub.fault = lambda request: wrong.pop() if wrong and request.count % 7 == 0 else None
+    parts = [(start, min(20_000, len(WEIGHTS) - start)) for start in range(0, len(WEIGHTS), 20_000)]
+
+    def read(part: tuple[int, int]) -> bytes:
+        return b"".join(source.read("model.safetensors", *part))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert b"".join(pool.map(read, parts)) == WEIGHTS
+    assert not wrong
+
+
+def test_small_files_in_the_blobs_that_models_share(tmp_path: Path) -> None:
+    """As the client's cache has them where a file came by Xet."""
+    cache = tmp_path / "hub"
+    blob = cache / "blobs" / "ab" / ("ab" * 32)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(b"{}")
+    link = cache / "models--org--model" / "blobs" / "e7a9"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    config = cache / "models--org--model" / "snapshots" / ("cd" * 20) / "config.json"
+    config.parent.mkdir(parents=True)
+    config.symlink_to(link)
+    with pytest.raises(CheckpointError, match="outside of the checkpoint's folder"):
+        read_bytes(config)
+    (cache / "blobs" / ".huggingface-shared-blobs").write_text("1")
+    assert read_bytes(config) == b"{}"
 
 
 def commit_file(repository: Repository):

@@ -76,6 +76,25 @@ def test_it_is_built_as_from_a_folder(kind: str, hub: Hub, tmp_path: Path) -> No
     assert hub.requests == []
 
 
+def test_a_folder_of_a_repository_at_a_tag(hub: Hub, tmp_path: Path) -> None:
+    """As Meta's own files lie in `original/` beside those of Hugging Face."""
+    project = projects.create(tmp_path / "project", "meta", **FOUR_BIT)
+    expected = project.anew()
+    repository = hub.repository("org/model")
+    found = sorted(project.checkpoint.iterdir())
+    repository.add({f"original/{path.name}": path.read_bytes() for path in found})
+    repository.add({"config.json": b"{}", "model.safetensors": b"nothing"})
+    repository.refs["v1"] = repository.head
+    repository.tags.add("v1")
+    repository.add({"original/params.json": b"{}"})
+    project.configure(source="hf:org/model@v1/original")
+    project.doit()
+    assert project.built() == expected
+    assert {path.rpartition("/")[2] for path in source_in_lock(project)["hashes"]} == {
+        "consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model",
+    }  # fmt: skip
+
+
 def test_a_commit_stays_until_it_is_told_to_move(hub: Hub, tmp_path: Path) -> None:
     project, repository = published(hub, tmp_path / "project")
     project.doit("plan", expect=1)
