@@ -24,6 +24,8 @@ from tasks.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     import httpx2
+    from huggingface_hub import RepoFile
+    from huggingface_hub.hf_api import RepoSibling
 
 CONNECTIONS = 8  # requests at once, as the client's own snapshot_download has
 READ_BYTES = 1 << 20  # of a range, at once
@@ -88,7 +90,7 @@ def snapshot(repository: str, revision: str | None) -> Snapshot:
         CheckpointError: there is no such repository or revision, or it is not for this user.
         HubUnreachable: the hub does not answer, or is not to be asked.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, RepoFile
 
     with _errors(repository, revision):
         api = HfApi(**_us())
@@ -98,16 +100,30 @@ def snapshot(repository: str, revision: str | None) -> Snapshot:
             ),
             FIRST_TRIES,
         )
-    if not info.sha or not COMMIT.fullmatch(info.sha):
-        raise CheckpointError(f"{_page(repository)} names no commit: {info.sha!r}.")
-    files = {
-        sibling.rfilename: HubFile(
-            sibling.size or 0,
-            f"sha256:{sibling.lfs.sha256}" if sibling.lfs else f"git:{sibling.blob_id}",
+        if not info.sha or not COMMIT.fullmatch(info.sha):
+            raise CheckpointError(f"{_page(repository)} names no commit: {info.sha!r}.")
+        files = {sibling.rfilename: _told(sibling) for sibling in info.siblings or ()}
+        if None in files.values():  # a mirror may leave out what was asked for
+            tree = _patiently(
+                lambda: [*api.list_repo_tree(repository, recursive=True, revision=info.sha)]
+            )
+            files = {file.path: _told(file) for file in tree if isinstance(file, RepoFile)}
+    known = {name: file for name, file in files.items() if file is not None}
+    if len(known) < len(files):
+        name = next(name for name, file in files.items() if file is None)
+        raise CheckpointError(
+            f"{_page(repository)} does not say how large {name} is. If there is a mirror between, "
+            "it is at fault; try again without it (HF_ENDPOINT)."
         )
-        for sibling in info.siblings or ()
-    }
-    return Snapshot(info.sha, _folder(repository, info.sha), files)
+    return Snapshot(info.sha, _folder(repository, info.sha), known)
+
+
+def _told(file: RepoSibling | RepoFile) -> HubFile | None:
+    """Return what the hub says of a file, if it says all."""
+    if file.size is None or not file.blob_id:
+        return None
+    digest = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
+    return HubFile(file.size, digest)
 
 
 def kept_snapshot(repository: str, revision: str | None) -> Snapshot | None:

@@ -1,5 +1,6 @@
 """Reading from the hub: right, or an error that says what to do; the token goes nowhere else."""
 
+import hashlib
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import pytest
 from huggingface_hub import constants, snapshot_download
 
 from cache.records.memos import Memos
-from support import hub_server
+from support import checkpoints, hub_server, servers
 from support.hub_repositories import Repository
 from support.hub_server import (
     TOKEN,
@@ -28,9 +29,10 @@ from support.hub_server import (
 )
 from support.servers import Answer
 from tasks.checkpoints import hub as hub_source
-from tasks.checkpoints import hub_client
+from tasks.checkpoints import hub_client, loaders
+from tasks.checkpoints.folder import FolderSource
 from tasks.checkpoints.hub import HubSource
-from tasks.checkpoints.hub_client import HubUnreachable
+from tasks.checkpoints.hub_client import HubFile, HubUnreachable
 from tasks.checkpoints.small_files import read_bytes
 from tasks.checkpoints.source import Opening
 from tasks.core.errors import CheckpointError
@@ -292,6 +294,27 @@ def test_of_many_files_those_that_a_build_reads_are_downloaded(
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert found == wanted
     assert b"".join(source.read("a.pth", 3, 7)) == WEIGHTS[3:10]
+
+
+def test_through_a_mirror(tmp_path: Path, open_source) -> None:
+    """Client and mirror are others' work; this one leaves out much that the hub itself says."""
+    folder = checkpoints.make("llama", tmp_path / "checkpoint", files=2)
+    with hub_server.serve(tmp_path / "uploaded") as hub:
+        commit = hub.repository("org/model").add_folder(folder)
+        with (
+            servers.olah(hub.url, hub.storage_url, tmp_path) as mirror,
+            hub.inside(tmp_path / "home", mirror=mirror),
+        ):
+            source = open_source()
+            found = loaders.read(source, None, source.opening.memos)
+            assert source.revision == commit
+            own = FolderSource(folder)
+            assert found.stored == loaders.read(own, None, source.opening.memos).stored
+            for name in found.stamps:
+                data = (folder / name).read_bytes()
+                assert b"".join(source.read(name, 0, len(data))) == data
+                digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+                assert source.hashes[name] == HubFile(len(data), digest)
 
 
 def test_several_read_at_once(hub: Hub, repository: Repository, open_source) -> None:

@@ -196,21 +196,27 @@ class Hub:
         return found | ({} if token is None else {"HF_TOKEN": token})
 
     @contextmanager
-    def inside(self, home: Path, token: str | None = TOKEN) -> Iterator[None]:
-        """Have the client in this process, which has read its variables, talk to this hub."""
+    def inside(
+        self, home: Path, token: str | None = TOKEN, mirror: str | None = None
+    ) -> Iterator[None]:
+        """Have the client in this process, which has read its variables, talk to this hub.
+
+        Or to a mirror of it, by its URL.
+        """
         from huggingface_hub import constants, hf_api
         from huggingface_hub.utils import close_session
 
-        cache = home / "hub"
-        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
-        values = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+        cache, url = home / "hub", mirror or self.url
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        values = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
         values |= {"HF_HOME": str(home), "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": True}
         values |= {"HF_TOKEN_PATH": str(home / "token"), "HF_XET_CACHE": str(home / "xet")}
         with ExitStack() as stack:
             for name, value in values.items():
                 stack.enter_context(mock.patch.object(constants, name, value))
-            stack.enter_context(mock.patch.object(hf_api.api, "endpoint", self.url))
-            stack.enter_context(mock.patch.dict(os.environ, self.environ(home, token)))
+            stack.enter_context(mock.patch.object(hf_api.api, "endpoint", url))
+            environ = self.environ(home, token) | {"HF_ENDPOINT": url}
+            stack.enter_context(mock.patch.dict(os.environ, environ))
             if token is None:
                 os.environ.pop("HF_TOKEN", None)
             stack.callback(close_session)
@@ -519,7 +525,7 @@ class _HubHandler(_Handler):
         ("GET", rf"/api/models/{_REPO}/revision/{_REV}", "_info"),
         ("GET", rf"/api/models/{_REPO}/refs", "_refs"),
         ("GET", rf"/api/models/{_REPO}/commits/{_REV}", "_commits"),
-        ("GET", rf"/api/models/{_REPO}/tree/{_REV}(?:/(?P<folder>.+))?", "_tree"),
+        ("GET", rf"/api/models/{_REPO}/tree/{_REV}(?:/(?P<folder>.*))?", "_tree"),
         ("POST", rf"/api/models/{_REPO}/paths-info/{_REV}", "_paths"),
         ("POST", rf"/api/models/{_REPO}/preupload/{_REV}", "_preupload"),
         ("POST", rf"/api/models/{_REPO}/commit/{_REV}", "_commit"),

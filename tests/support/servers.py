@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 USER, PASSWORD = "somebody", "pass-word-of-somebody"
 ACCESS_KEY, SECRET_KEY = "access-key-of-tests", "secret-key-of-tests"
@@ -129,6 +130,24 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextmanager
+def olah(hub: str, storage: str, folder: Path) -> Iterator[str]:
+    """Run a mirror of a model hub, and of the host of its large files; yield its URL.
+
+    https://github.com/vtuber-plan/olah, which nobody here wrote.
+    """
+    port = free_port()
+    own, of_hub, of_storage = f"127.0.0.1:{port}", urlsplit(hub).netloc, urlsplit(storage).netloc
+    command = [
+        str(Path(sys.executable).with_name("olah-cli")), "--host", "127.0.0.1", "--port", str(port),
+        "--hf-scheme", "http", "--hf-netloc", of_hub, "--hf-lfs-netloc", of_storage,
+        "--mirror-netloc", own, "--mirror-lfs-netloc", own,
+        "--repos-path", str(folder / "repos"), "--log-path", str(folder / "logs"),
+    ]  # fmt: skip
+    with _running(command, port):
+        yield f"http://{own}"
 
 
 @contextmanager
