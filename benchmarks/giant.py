@@ -9,7 +9,8 @@ with the time and the memory of all its descendants (measure.py):
 
 - plan: `doit list` beside an empty cache: reads the headers, asks mlx-lm, makes the tasks.
 - list: `doit list` again.
-- nothing to do: `doit` where all is up to date.
+- nothing to do: `doit` where all is up to date, the first time, which looks at everything, and
+  then; and what `list`, `plan`, `graph` and `cache stats` say then.
 - one changed: `doit list` after one target's bits changed, which plans that target anew.
 
 The state "built" is simulated: doit runs the real graph, but each layer's digests are made up of
@@ -172,7 +173,10 @@ def rows(scratch: Path, targets: int, repeats: int) -> Iterator[list[str]]:
     built = measure(simulated)
     tasks = sum(1 for _ in (work / ".mlx-make" / "manifests").rglob("*.json"))
     yield row(f"a build of {tasks:,} tasks, simulated", built, tasks)
+    yield row("the first `doit` with nothing to do", measure([*doit, f"models={models}"]), tasks)
     yield row("nothing to do: `doit`", median([*doit, f"models={models}"]), tasks)
+    for command in ("list", "plan", "graph", "cache stats"):
+        yield row(f"`doit {command}`", median([*doit, *command.split(), f"models={models}"]))
     models.write_text(models_toml(scratch / "checkpoint", targets, bits=8))
     yield row("one target's bits changed: `doit list`", median(listed))
     state = subprocess.run(

@@ -24,6 +24,7 @@ from doit.cmd_list import List as DoitList
 from doit.control import TaskControl, TaskDispatcher
 from doit.exceptions import InvalidCommand, UnmetDependency
 from doit.runner import MThreadRunner, Runner
+from doit.task import Task
 
 
 def models_file() -> Path:
@@ -200,6 +201,11 @@ class ListCommand(DoitList):  # type: ignore[misc]
         if list_deps:
             self.outstream.writelines(f" -  {path}\n" for path in sorted(task.file_dep))
             self.outstream.write("\n")
+
+
+def group_task(name: str) -> Task:
+    """Return a task that does nothing, to be listed."""
+    return Task(name, None)
 
 
 class CleanCommand(DoitClean):  # type: ignore[misc]

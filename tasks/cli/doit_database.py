@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cache.files.stamp import Stamp
 from cache.records.manifests import Manifest, ManifestError
 from cache.records.sealed import Damaged, Unsealed, seal, unseal
 from tasks.cli import failures
+from tasks.core.task_names import group_of
 
 KEY = "doit.json"  # that its lines are sealed under
 _Tasks = dict[str, dict[str, Any]]
@@ -59,6 +61,19 @@ def _content_digest(path: Path) -> str:
         except ManifestError:
             pass  # a checkpoint's own JSON file
     return digest_file(path)
+
+
+Left = tuple[int, int, int, str]  # a manifest as its task left it: its stamp, and its digest
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    left: Left | None = None  # see up_to_date.manifest_state
+
+
+class _Values(msgspec.Struct, frozen=True):
+    """Of what is known of a task, what it left."""
+
+    values: _Kept = msgspec.field(name="_values_:", default=_Kept())
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -174,10 +189,33 @@ class Database:
         self._parts = {}
         self._changed = {""}
 
-    def saved(self, target: str) -> str | None:
-        """Return a digest of what is saved of a target's tasks, or None if that is nothing."""
+    def saved(self, target: str, without: Collection[str] = ()) -> str | None:
+        """Return a digest of what is saved of a target's tasks.
+
+        Args:
+            target: the target.
+            without: groups of tasks.
+
+        Returns:
+            None if nothing is saved, or anything of these groups, or what nobody wrote.
+        """
         data = self._saved.bytes_of(target)
-        return digest(data) if data else None
+        if not data or not without:
+            return digest(data) if data else None
+        try:
+            tasks = unseal(_key(target), data.removesuffix(b"\n"), dict[str, msgspec.Raw])
+        except Damaged:
+            return None
+        return None if {*without} & {*map(group_of, tasks)} else digest(data)
+
+    def left(self, target: str) -> dict[str, Left]:
+        """Return what a target's tasks left in their manifests, by task, as far as it is known."""
+        data = self._saved.bytes_of(target)
+        try:
+            tasks = unseal(_key(target), data.removesuffix(b"\n"), dict[str, _Values])
+        except Damaged:
+            return {}
+        return {name: task.values.left for name, task in tasks.items() if task.values.left}
 
     def dump(self) -> None:
         """Write the file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -96,9 +97,8 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
                     pos_args[:] = [task_named(name, targets, groups) for name in pos_args]
                 options = cmd.options.requesting(pos_args)
             makers = {EXAMPLE: _make_example} if IS_CHECKOUT else {}
-            self.session = Session.open(
-                self._config, options, makers, cmd.dep_manager.backend.saved
-            )
+            saved = partial(cmd.dep_manager.backend.saved, without=options.looked_at)
+            self.session = Session.open(self._config, options, makers, saved)
             if REPORT in pos_args:  # its task shows what can be planned
                 pos_args += [task_name(REPORT, target) for target in self.session.refused]
             graph = TaskGraph(self.session, cmd.dep_manager)

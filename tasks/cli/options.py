@@ -16,13 +16,19 @@ class Options(Struct, frozen=True):
     Attributes:
         requested_tasks: the tasks that a run names: none, if it is to build every target. None:
             the command is not a run, nor does it tell of one.
-        skip_up_to_date: whether targets that are up to date need no tasks for their layers.
+        skip_untouched: whether targets that nothing happened to since they were found up to date
+            need no tasks.
+        skip_up_to_date: whether those that a look finds up to date need none for their layers.
+        looked_at: groups of tasks whose states are wanted: a target that has any of them on record
+            is not untouched.
         locked: whether any difference from models.lock is an error.
         read_only: whether nothing may be written.
     """
 
     requested_tasks: tuple[str, ...] | None = None
+    skip_untouched: bool = False
     skip_up_to_date: bool = False
+    looked_at: frozenset[str] = frozenset()
     locked: bool = False
     read_only: bool = False
 

@@ -33,7 +33,7 @@ def report(session: Session) -> Iterator[dict[str, Any]]:
     """Yield the tasks."""
     reader = Reader(session.builder)
     families: dict[str, list[Plan]] = {}
-    for plan in session.plans.values():
+    for plan in session.all_plans.values():
         families.setdefault(plan.target.source_name, []).append(plan)
     for family in families.values():
         # What the pages of these show is made before any page compares its family's targets with
@@ -41,7 +41,7 @@ def report(session: Session) -> Iterator[dict[str, Any]]:
         first = [
             plan for plan in family if session.options.requests(task_name(REPORT, plan.target.name))
         ]
-        for plan in family:
+        for plan in (each for each in family if each.target.name in session.plans):
             yield _target_task(session, reader, plan, family, first)
     yield from refused_tasks(session, REPORT)
     yield _overview_task(session, reader)

@@ -54,7 +54,8 @@ class Session:
         refused: the targets that cannot be planned, by name. Each fails alone.
         lock: models.lock.
         remote: the remote store, if one is used.
-        untouched: the targets that need no look, in a run that may skip them; they have no plan.
+        planner: plans targets.
+        untouched: the targets that need no look, where they may be skipped; ``plans`` lacks them.
     """
 
     workspace: Workspace
@@ -64,6 +65,7 @@ class Session:
     plans: dict[str, Plan]
     refused: dict[str, Refused]
     lock: Lock
+    planner: Planner
     remote: Remote | None = None
     untouched: Untouched | None = None
 
@@ -97,12 +99,22 @@ class Session:
         return BackgroundPacker()
 
     @cached_property
+    def all_plans(self) -> dict[str, Plan]:
+        """The plans by target, in the order of models.toml, also of those that are untouched."""
+        untouched = self.untouched.targets if self.untouched else {}
+        return {
+            name: self.plans[name] if name in self.plans else self.planner.plan(target)
+            for name, target in self.config.targets.items()
+            if name in self.plans or name in untouched
+        }
+
+    @cached_property
     def acceptor(self) -> Acceptor:
         """Holds the targets' sources against models.lock."""
         from tasks.execution.accept import Acceptor
 
         # What untouched targets read is a part of what is locked.
-        plans = [*self.plans.values(), *(self.untouched.plans() if self.untouched else ())]
+        plans = [*self.all_plans.values()]
         source_names = {name: target.source_name for name, target in self.config.targets.items()}
         return Acceptor(self.lock, self.builder, plans, source_names)
 
@@ -142,14 +154,16 @@ class Session:
             planner = _planner(store, lock, options)
             workspace = Workspace(config.path.parent)
             untouched = None
-            if options.skip_up_to_date and not options.locked:
+            if options.skip_untouched and not options.locked:
                 untouched = Untouched(workspace, lock, planner, saved)
             plans, refused = _plan(planner, workspace, lock, config.targets.values(), untouched)
             if not (untouched and untouched.targets):
                 _check_any_is_planned(options, plans, refused)
             lock.check_plans(plans.values())
             if_it_fails.pop_all()
-        return cls(workspace, config, options, store, plans, refused, lock, remote, untouched)
+        return cls(
+            workspace, config, options, store, plans, refused, lock, planner, remote, untouched
+        )
 
     def abandon(self) -> None:
         """Have all that goes on behind the tasks stop before long; wait for nothing."""

@@ -29,7 +29,7 @@ from tasks.core.spec import Target
 from tasks.core.workspace import Workspace
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.lockfile import Lock
-from tasks.planning.plan import Plan, Planner, SharedPlan
+from tasks.planning.plan import Planner, SharedPlan
 from tasks.stages import registry
 
 FILE = "up-to-date.json"
@@ -81,10 +81,6 @@ class Untouched:
         self._noted[target.name] = now
         self.targets[target.name] = target
         return True
-
-    def plans(self) -> list[Plan]:
-        """Return the plans of these targets, which a build of others may want."""
-        return [self.planner.plan(target) for target in self.targets.values()]
 
     def note(self, target: str) -> None:
         """Take note that a look, after ``holds``, found a target up to date."""

@@ -16,10 +16,11 @@ from tasks.checkpoints.source import ReadableSource
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.spec import SourceSpec, Target
 from tasks.layouts import architecture
-from tasks.layouts.model import Model, Module, Parameter, layer_names
+from tasks.layouts.model import Model, Parameter, layer_names
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.node import Node
 from tasks.stages import quantize_scheme, registry
+from tasks.stages.quantize_scheme import Schemes, Setting
 from tasks.stages.stage import ActionSpec, Computer, Need, Planned, Stage, TargetModel
 from tasks.tensors import device
 
@@ -45,6 +46,7 @@ class SharedPlan(Struct, frozen=True, dict=True):
     layers: dict[str, list[Parameter]]
     _planned: dict[tuple[str, Hashable], dict[str, ActionSpec[Any]]] = field(default_factory=dict)
     _specs: dict[Hashable, ActionSpec[Any]] = field(default_factory=dict)
+    _names: dict[Hashable, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: Model, backend: str) -> SharedPlan:
@@ -69,6 +71,43 @@ class SharedPlan(Struct, frozen=True, dict=True):
         third = sorted(weights.values())[-3:][0]
         return frozenset(n for n, count in weights.items() if count > LARGE_LAYER_RATIO * third)
 
+    @cached_property
+    def schemes(self) -> Schemes:
+        """Decides how targets are quantized."""
+        return Schemes(self.model)
+
+    def names(self, settings: Mapping[str, Setting]) -> list[str]:
+        """Return a built model's tensors in order: one list for all targets with the same.
+
+        Args:
+            settings: how modules are quantized, by path.
+        """
+        key = (tuple(settings), tuple(setting.mode == "affine" for setting in settings.values()))
+        if key not in self._names:
+            self._names[key] = _ordered(self.model, settings)
+        return self._names[key]
+
+    def weights(self, quantized: Iterable[str]) -> int:
+        """Return how many weights the model has, as mlx-lm counts them.
+
+        Args:
+            quantized: paths of the modules that are quantized.
+        """
+        count, fewer = self._weights
+        return count - sum(fewer[path] for path in fewer.keys() & {*quantized})
+
+    @cached_property
+    def _weights(self) -> tuple[int, dict[str, int]]:
+        """The weights of the modules, and how many fewer one counts for once it is quantized."""
+        fewer = {}
+        for module in (each for each in self.model.modules if each.quantized_names is not None):
+            prefix = f"{module.path}." if module.path else ""
+            counted = [prefix + name for name in ("weight", "bias") if name in module.names]
+            size = sum(self.model.parameters[name].size for name in counted)
+            fewer[module.path] = module.weights - size
+        count = sum(module.weights for module in self.model.modules)
+        return count, {path: number for path, number in fewer.items() if number}
+
     def specs(self, stage: Stage[Any], target: TargetModel) -> dict[str, ActionSpec[Any]]:
         """Return what a stage is asked to do, by layer: one object for all targets alike."""
         key = (stage.name, stage.plan_key(target))
@@ -89,7 +128,7 @@ class Plan(Struct, frozen=True, dict=True):
         target: what was asked for.
         shared: what it has in common with other targets.
         model: the target as its stages plan it.
-        stages: the nodes of each stage that leads to the built model, in the order of layers.
+        specs: what each stage that leads to the built model is asked to do, by layer, in order.
         names: the built model's tensors, in the order in which they are written.
         config: config.json.
         weights: how many the model has, as mlx-lm counts them.
@@ -99,7 +138,7 @@ class Plan(Struct, frozen=True, dict=True):
     target: Target
     shared: SharedPlan
     model: TargetModel
-    stages: dict[str, list[Node]]
+    specs: dict[str, dict[str, ActionSpec[Any]]]
     names: list[str]
     config: dict[str, Any]
     weights: int
@@ -109,6 +148,21 @@ class Plan(Struct, frozen=True, dict=True):
     def checkpoint(self) -> Checkpoint:
         """What it is made from."""
         return self.shared.checkpoint
+
+    @cached_property
+    def stages(self) -> dict[str, list[Node]]:
+        """The nodes of each stage that leads to the built model, in the order of layers."""
+        return _nodes(self.target.name, self.specs, {})
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks build it."""
+        return sum(map(len, self.specs.values())) + 1
+
+    @cached_property
+    def measure_specs(self) -> dict[str, dict[str, ActionSpec[Any]]]:
+        """What each stage is asked that tells something of the built model, by layer."""
+        return _specs(self.shared, self.model, registry.MEASURES, self.specs)
 
     @property
     def leaves(self) -> list[Node]:
@@ -127,8 +181,8 @@ class Plan(Struct, frozen=True, dict=True):
 
     @cached_property
     def measures(self) -> dict[str, list[Node]]:
-        """The nodes of each stage that tells something of the built model."""
-        return _nodes(self.target.name, self.shared, self.model, registry.MEASURES, self.stages)
+        """The nodes of each of these stages."""
+        return _nodes(self.target.name, self.measure_specs, self.stages)
 
     @property
     def measuring(self) -> list[Node]:
@@ -175,7 +229,7 @@ class Planner:
         layout.check(target, model)
         if target.files and not target.files.is_dir():
             raise ConfigError(f"files is {target.files}, which is no folder. Make it, or name one.")
-        scheme = quantize_scheme.plan(model, target.quantize or None)
+        scheme = shared.schemes.plan(target.quantize or None)
         config = layout.config(target, model, scheme.config)
         dtype = target.dtype or layout.default_dtype(checkpoint, model)
         settings = {quantize_scheme.weight_name(path): s for path, s in scheme.settings.items()}
@@ -183,12 +237,11 @@ class Planner:
             checkpoint, model, shared.stored_layers, shared.layers, dtype, settings,
             shared.computer, {}, "",
         )  # fmt: skip
-        stages = _nodes(target.name, shared, asked, registry.PIPELINE, {})
-        names = [name for names in _ordered(model, scheme) for name in names]
-        weights = sum(_weights(model, module, scheme) for module in model.modules)
-        wide = quantize_scheme.float32_scales(model, scheme.settings, dtype)
+        specs = _specs(shared, asked, registry.PIPELINE, {})
+        names, weights = shared.names(scheme.settings), shared.weights(scheme.settings)
+        wide = shared.schemes.float32_scales(scheme.settings, dtype)
         notes = (*model.notes, *scheme.notes, *wide)
-        return Plan(target, shared, asked, stages, names, config, weights, notes)
+        return Plan(target, shared, asked, specs, names, config, weights, notes)
 
     def share(self, target: Target) -> SharedPlan:
         """Return what a target has in common with others, worked out once.
@@ -222,28 +275,35 @@ class Planner:
         return SharedPlan.of(checkpoint, model, backend)
 
 
-def _nodes(
-    target: str,
+def _specs(
     shared: SharedPlan,
     model: TargetModel,
     stages: Iterable[Stage[Any]],
+    before: Mapping[str, dict[str, ActionSpec[Any]]],
+) -> dict[str, dict[str, ActionSpec[Any]]]:
+    """Return what ``stages`` are asked to do, given the same of the stages ``before``."""
+    planned = {**before}
+    for stage in stages:
+        previous = next(reversed(planned), "")
+        asked = structs.replace(model, planned={**planned}, previous=previous)
+        planned[stage.name] = shared.specs(stage, asked)
+    return {name: specs for name, specs in planned.items() if name not in before}
+
+
+def _nodes(
+    target: str,
+    by_stage: Mapping[str, Mapping[str, ActionSpec[Any]]],
     before: Mapping[str, list[Node]],
 ) -> dict[str, list[Node]]:
-    """Return the nodes of ``stages``, given those of the stages ``before``."""
-    planned = {name: {node.layer: node.spec for node in some} for name, some in before.items()}
-    nodes = {Need(name, node.layer): node for name, some in before.items() for node in some}
-    previous = next(reversed(list(before)), "")
-    by_stage: dict[str, list[Node]] = {}
-    for stage in stages:
-        specs = shared.specs(stage, structs.replace(model, planned=planned, previous=previous))
-        by_stage[stage.name] = [
-            Node(spec, target, tuple(nodes[need] for need in spec.planned.needs))
-            for spec in specs.values()
-        ]
-        planned[stage.name] = specs
-        nodes |= {Need(stage.name, node.layer): node for node in by_stage[stage.name]}
-        previous = stage.name
-    return by_stage
+    """Return the nodes of some stages, given those of the stages ``before``."""
+    made = {Need(name, node.layer): node for name, nodes in before.items() for node in nodes}
+    for stage, specs in by_stage.items():
+        for layer, spec in specs.items():
+            needs = tuple(made[need] for need in spec.planned.needs)
+            made[Need(stage, layer)] = Node(spec, target, needs)
+    return {
+        stage: [made[Need(stage, layer)] for layer in specs] for stage, specs in by_stage.items()
+    }
 
 
 def _by_layer(names: dict[str, str]) -> dict[str, list[str]]:
@@ -255,26 +315,14 @@ def _by_layer(names: dict[str, str]) -> dict[str, list[str]]:
     return layers
 
 
-def _ordered(model: Model, scheme: quantize_scheme.Scheme) -> list[tuple[str, ...]]:
-    """Return the built model's tensor names, in runs, in the order of its parameters."""
+def _ordered(model: Model, settings: Mapping[str, Setting]) -> list[str]:
+    """Return the built model's tensors, in the order of its parameters."""
     by_first: dict[str, tuple[str, ...]] = {}
     covered: set[str] = set()
     for module in model.modules:
-        setting = scheme.settings.get(module.path)
         names = quantize_scheme.names(module, None)
         if names:
-            by_first[names[0]] = quantize_scheme.names(module, setting)
+            by_first[names[0]] = quantize_scheme.names(module, settings.get(module.path))
             covered.update(names)
-    return [
-        by_first.get(name, () if name in covered else (name,)) for name in model.parameters
-    ]  # fmt: skip
-
-
-def _weights(model: Model, module: Module, scheme: quantize_scheme.Scheme) -> int:
-    if module.path not in scheme.settings:
-        return module.weights
-    prefix = f"{module.path}." if module.path else ""
-    counted = [
-        model.parameters[prefix + name] for name in ("weight", "bias") if name in module.names
-    ]
-    return sum(parameter.size for parameter in counted)
+    runs = (by_first.get(n, () if n in covered else (n,)) for n in model.parameters)
+    return [name for run in runs for name in run]

@@ -82,8 +82,8 @@ class Measure(Stage[MeasureParams]):
         return planned
 
     def plan_key(self, target: TargetModel) -> Hashable:
-        """Return the settings."""
-        return tuple(target.settings.items())
+        """Return a digest of the settings."""
+        return quantize.settings_digest(target.settings)
 
     def outputs(self, params: MeasureParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
         """Return the two vectors."""

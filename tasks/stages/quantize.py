@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from math import prod
 from typing import Any
 
-from cache.digest import CHUNK_BYTES, digest_parts
+from cache.digest import CHUNK_BYTES, digest, digest_parts
 from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.spec import MODES
@@ -58,6 +58,11 @@ def memory(backend: str) -> int:
     return max(IN_FLIGHT_BLOCKS[device] * BLOCK_BYTES[device], IN_FLIGHT_BYTES)
 
 
+def settings_digest(settings: Mapping[str, Setting]) -> str:
+    """Return a digest of how weights are quantized, of which a large model has thousands."""
+    return digest(QuantizeParams({**settings}).encoded)
+
+
 class Quantize(Stage[QuantizeParams]):
     """Quantize each layer."""
 
@@ -78,8 +83,8 @@ class Quantize(Stage[QuantizeParams]):
         return planned
 
     def plan_key(self, target: TargetModel) -> Hashable:
-        """Return the settings."""
-        return tuple(target.settings.items())
+        """Return a digest of the settings."""
+        return settings_digest(target.settings)
 
     def outputs(
         self, params: QuantizeParams, inputs: Mapping[Key, TensorSpec]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from tasks.core.errors import ConfigError
 from tasks.core.spec import MODES, Quantize, Rule
@@ -41,53 +41,159 @@ class Scheme(Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
 
-def plan(model: Model, quantize: Quantize | None) -> Scheme:
-    """Decide how each module is quantized, as ``mlx_lm.utils.quantize_model`` does.
+class _Outcome(NamedTuple):
+    """What is done with a module.
 
-    On top of mlx-lm's verdict (the model's own or the recipe's) the first rule that matches a
-    module's path wins. A rule that matches none may have the checkpoint's own names instead.
-
-    Raises:
-        ConfigError: the recipe does not fit the model, or a rule matches nothing.
+    Attributes:
+        setting: how it is quantized, if it is.
+        config: what config.json says of it beside what holds for all, if anything.
+        misfit: the width and the group size that it is no multiple of, where that is why not.
     """
-    given = model.config.get("quantization")
-    if quantize is None:
-        return Scheme({}, None)
-    default = _complete(quantize.mode, quantize.group_size, quantize.bits)
-    # A checkpoint that is quantized already keeps its settings; the new ones stand per module.
-    config: dict[str, Any] = dict(given) if given else default._asdict()
-    settings: dict[str, Setting] = {}
-    narrow: dict[tuple[int, int], list[str]] = {}
-    ruled = _ruled(model, quantize.rules)
-    skipped = 0
-    for module, verdict in _verdicts(model, quantize):
-        rule = ruled.get(module.path)
-        if rule and rule.skip:
-            skipped += 1
-            continue
-        if rule:
-            verdict = _apply(rule, verdict, default)
-        setting = default
-        if isinstance(verdict, dict):
-            setting = _complete(
-                verdict.get("mode", "affine"), verdict.get("group_size"), verdict.get("bits")
-            )
-        width = model.parameters[weight_name(module.path)].shape[-1]
-        # mlx-lm asks this of the target's own group size first, unless a rule brings another.
-        group_sizes = {setting.group_size} if rule else {default.group_size, setting.group_size}
-        if misfits := [size for size in group_sizes if width % size]:
-            narrow.setdefault((width, misfits[0]), []).append(module.path)
-            continue
-        if not verdict:
-            continue
-        if isinstance(verdict, dict):
-            config[module.path] = verdict
-        elif given:
-            config[module.path] = default._asdict()
-        _check_known(module)
-        settings[module.path] = setting
-    notes = [*_already(model, given, default), *_notes(settings, narrow, skipped)]
-    return Scheme(settings, config, tuple(notes))
+
+    setting: Setting | None = None
+    config: dict[str, Any] | None = None
+    misfit: tuple[int, int] | None = None
+
+
+class _WithoutRules(NamedTuple):
+    """What a model's modules are to be, but for rules.
+
+    Attributes:
+        verdicts: the modules that can be quantized, by path, with the recipe's word on each or the
+            model's own.
+        outcomes: what is done with each.
+    """
+
+    verdicts: dict[str, tuple[Module, bool | dict[str, Any]]]
+    outcomes: dict[str, _Outcome]
+
+    @classmethod
+    def of(cls, model: Model, quantize: Quantize) -> _WithoutRules:
+        """Work it out.
+
+        Raises:
+            ConfigError: the recipe does not fit the model.
+        """
+        verdicts = {module.path: (module, word) for module, word in _verdicts(model, quantize)}
+        outcomes = {path: _decide(model, *of, quantize) for path, of in verdicts.items()}
+        return cls(verdicts, outcomes)
+
+
+class Schemes:
+    """Decides how a model is quantized, for many targets: what is not of a rule is decided once."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._without_rules: dict[Quantize, _WithoutRules] = {}
+
+    def plan(self, quantize: Quantize | None) -> Scheme:
+        """Decide how each module is quantized, as ``mlx_lm.utils.quantize_model`` does.
+
+        On top of mlx-lm's verdict (the model's own or the recipe's) the first rule that matches a
+        module's path wins. A rule that matches none may have the checkpoint's own names instead.
+
+        Raises:
+            ConfigError: the recipe does not fit the model, or a rule matches nothing.
+        """
+        if quantize is None:
+            return Scheme({}, None)
+        given = self._model.config.get("quantization")
+        default = _default(quantize)
+        outcomes, skipped = self._outcomes(quantize)
+        settings = {path: o.setting for path, o in outcomes.items() if o.setting}
+        narrow: dict[tuple[int, int], list[str]] = {}
+        for misfit, path in [(o.misfit, path) for path, o in outcomes.items() if o.misfit]:
+            narrow.setdefault(misfit, []).append(path)
+        # A checkpoint that is quantized already keeps its settings; the new ones stand per module.
+        config: dict[str, Any] = dict(given) if given else default._asdict()
+        config |= {path: o.config for path, o in outcomes.items() if o.config is not None}
+        notes = [*_already(self._model, given, default), *_notes(settings, narrow, skipped)]
+        return Scheme(settings, config, tuple(notes))
+
+    def float32_scales(self, settings: Mapping[str, Setting], dtype: str | None) -> list[str]:
+        """Return the note on scales that are as large as float32 has them.
+
+        Args:
+            settings: how modules are quantized, by path.
+            dtype: what the target casts to, if anything.
+        """
+        large = [
+            path
+            for path, castable in self._float32.items()
+            if path in settings and settings[path].mode == "affine" and not (dtype and castable)
+        ]
+        if dtype == "float32" or not large:
+            return []
+        return [
+            f"scales and biases of {plural(len(large), 'module')} are float32, as the checkpoint's "
+            f'weights are ({listed(large)}): dtype = "bfloat16" has them half as large'
+        ]
+
+    @cached_property
+    def _float32(self) -> dict[str, bool]:
+        """The modules whose weights are float32, by path, and whether that may be changed."""
+        weights = {
+            module.path: self._model.parameters[weight_name(module.path)]
+            for module in self._model.modules
+            if module.quantized_names is not None
+        }
+        return {p: weight.castable for p, weight in weights.items() if weight.dtype == "float32"}
+
+    def _outcomes(self, quantize: Quantize) -> tuple[dict[str, _Outcome], int]:
+        """Return what is done with each module, and how many are skipped.
+
+        Raises:
+            ConfigError: the recipe does not fit the model, or a rule matches nothing.
+        """
+        ruled = _ruled(self._model, quantize.rules)
+        quantize = structs.replace(quantize, rules=())
+        if quantize not in self._without_rules:
+            self._without_rules[quantize] = _WithoutRules.of(self._model, quantize)
+        verdicts, outcomes = self._without_rules[quantize]
+        changed = {
+            path: _decide(self._model, *verdicts[path], quantize, rule)
+            for path, rule in ruled.items()
+            if not rule.skip
+        }
+        outcomes = outcomes | changed
+        for path in ruled.keys() - changed.keys():
+            del outcomes[path]
+        for module in self._model.modules:
+            if not module.quantized_names and module.path in outcomes:
+                _check_known(module, outcomes[module.path])
+        return outcomes, sum(rule.skip for rule in ruled.values())
+
+
+def _default(quantize: Quantize) -> Setting:
+    return _complete(quantize.mode, quantize.group_size, quantize.bits)
+
+
+def _decide(
+    model: Model,
+    module: Module,
+    verdict: bool | dict[str, Any],
+    quantize: Quantize,
+    rule: Rule | None = None,
+) -> _Outcome:
+    """Return what is done with a module, given the model's or the recipe's word on it."""
+    default = _default(quantize)
+    if rule:
+        verdict = _apply(rule, verdict, default)
+    setting = default
+    if isinstance(verdict, dict):
+        setting = _complete(
+            verdict.get("mode", "affine"), verdict.get("group_size"), verdict.get("bits")
+        )
+    width = model.parameters[weight_name(module.path)].shape[-1]
+    # mlx-lm asks this of the target's own group size first, unless a rule brings another.
+    group_sizes = {setting.group_size} if rule else {default.group_size, setting.group_size}
+    if misfits := [size for size in group_sizes if width % size]:
+        return _Outcome(misfit=(width, misfits[0]))
+    if not verdict:
+        return _Outcome()
+    if isinstance(verdict, dict):
+        return _Outcome(setting, verdict)
+    return _Outcome(setting, default._asdict() if model.config.get("quantization") else None)
 
 
 def _verdicts(model: Model, quantize: Quantize) -> Iterator[tuple[Module, bool | dict[str, Any]]]:
@@ -112,8 +218,8 @@ def _verdicts(model: Model, quantize: Quantize) -> Iterator[tuple[Module, bool |
             yield module, {"group_size": size, "bits": bits, "mode": "affine"}
 
 
-def _check_known(module: Module) -> None:
-    if not module.quantized_names:
+def _check_known(module: Module, outcome: _Outcome) -> None:
+    if outcome.setting:
         raise ConfigError(
             f"{module.path} is quantized by mlx-lm in a way of its own, which mlx-make does "
             f'not know. Skip it: rules = [{{ match = "{module.path}", skip = true }}]'
@@ -127,11 +233,12 @@ def _ruled(model: Model, rules: Sequence[Rule]) -> dict[str, Rule]:
         ConfigError: a rule matches none, or a part of one alone.
     """
     can = [module for module in model.modules if module.quantized_names is not None]
-    matches = {rule: [m.path for m in can if fnmatchcase(m.path, rule.match)] for rule in rules}
+    paths = [module.path for module in can]
+    matches = {rule: fnmatch.filter(paths, rule.match) for rule in rules}
     for rule in (rule for rule, paths in matches.items() if not paths):
         for module in can:
             theirs = _checkpoint_paths(model, module)
-            if named := [path for path in theirs if fnmatchcase(path, rule.match)]:
+            if named := [path for path in theirs if fnmatch.fnmatchcase(path, rule.match)]:
                 if len(named) < len(theirs):
                     raise ConfigError(
                         f"rule {rule.match!r} matches {named[0]} of the checkpoint, which the "
@@ -209,30 +316,6 @@ def _notes(
     return tuple(notes)
 
 
-def float32_scales(model: Model, settings: Mapping[str, Setting], dtype: str | None) -> list[str]:
-    """Return the note on scales that are as large as float32 has them, by path of the module.
-
-    Args:
-        model: the model.
-        settings: how modules are quantized.
-        dtype: what the target casts to, if anything.
-    """
-    large = [
-        path
-        for path, setting in settings.items()
-        if setting.mode == "affine"
-        and (weight := model.parameters[weight_name(path)]).dtype == "float32"
-        and not (dtype and weight.castable)
-    ]
-    large = large if dtype != "float32" else []
-    if not large:
-        return []
-    return [
-        f"scales and biases of {plural(len(large), 'module')} are float32, as the checkpoint's "
-        f'weights are ({listed(large)}): dtype = "bfloat16" has them half as large'
-    ]
-
-
 def names(module: Module, setting: Setting | None) -> tuple[str, ...]:
     """Return a module's parameters in the order of the built model, quantized or not."""
     held = module.names if setting is None else module.quantized_names or ()
@@ -252,6 +335,7 @@ def parts(weight: str, setting: Setting) -> list[str]:
     return [prefix + part for part in PARTS[: 3 if setting.mode == "affine" else 2]]
 
 
+@cache  # all targets of a model ask for the same
 def weight_name(path: str) -> str:
     """Return the name of the weight of the module at ``path``."""
     return f"{path}.weight" if path else "weight"

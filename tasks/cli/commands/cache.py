@@ -95,7 +95,7 @@ class Cache(Command):
 
 def stats(config: Config, _options: Mapping[str, Any]) -> int:
     """Print what the cache holds."""
-    for line in cache_stats.text(config, manifests.survey(config), manifests.read(config)):
+    for line in cache_stats.text(config, manifests.survey(config)):
         print(line)
     return 0
 
@@ -119,7 +119,7 @@ def verify_all(config: Config, _options: Mapping[str, Any]) -> int:
             # Looked at again: it may be another file by now.
             checked = [(file, verify.check(survey, file)) for file, _ in suspects]
             wrong = [verify.Wrong(file, cause) for file, cause in checked if cause]
-            built = manifests.read(config)
+            built = [*manifests.read(config)]
             for file, _ in wrong:
                 verify.set_aside(config.cache.dir, file)
             forgotten = _forget(config, survey, built, wrong)
@@ -140,7 +140,7 @@ def _forget(
     ours = list(built)
     keys = verify.made_of(spoilt, [*survey.manifests(), *(r.manifest for r in ours)])
     # A packed file that the cache has as a whole is build/'s own.
-    packed = [record.manifest for record in ours if record.manifest.action.stage == PACK]
+    packed = [record.manifest for record in ours if record.stage == PACK]
     keys |= {
         manifest.action.key
         for manifest in packed
@@ -152,10 +152,11 @@ def _forget(
     forgotten = [record for record in ours if record.manifest.action.key in keys]
     workspace = Workspace(config.path.parent)
     for record in forgotten:
-        if record.manifest.action.stage == PACK:  # what lies in build/ stays known as ours
-            record.path.replace(workspace.may_be_packed(record.target))
+        path = record.path(workspace)
+        if record.stage == PACK:  # what lies in build/ stays known as ours
+            path.replace(workspace.may_be_packed(record.target))
         else:
-            trash.remove(record.path)
+            trash.remove(path)
     return [record.task for record in forgotten]
 
 

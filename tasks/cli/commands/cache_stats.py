@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from heapq import nlargest
+from itertools import chain, groupby
 
 from cache.maintenance.survey import Survey
 from cache.records.manifests import Manifest
-from tasks.cli.commands.manifests import Record, described, owners
+from tasks.cli.commands.manifests import Record, described, owners, read
 from tasks.cli.table import aligned, cut
 from tasks.config.reader import Config
 from tasks.core.program import COMMAND
+from tasks.core.task_names import PACK
 from tasks.core.text import plural, size
 from tasks.core.workspace import STATE
 from tasks.execution.log import OUTCOMES, Log
@@ -30,8 +33,9 @@ KIND_NAMES = {
 }
 
 
-def text(config: Config, survey: Survey, records: Sequence[Record]) -> Iterator[str]:
+def text(config: Config, survey: Survey) -> Iterator[str]:
     """Yield the lines of ``doit cache stats``."""
+    records = [*read(config, registry.names())]
     bound = f" of {size(config.cache.max_bytes)}" if config.cache.max_bytes is not None else ""
     yield f"{config.cache.dir}: {size(survey.size)}{bound}"
     yield ""
@@ -39,7 +43,7 @@ def text(config: Config, survey: Survey, records: Sequence[Record]) -> Iterator[
     yield ""
     yield from _targets(config, survey, records)
     yield ""
-    yield from _largest(survey, records)
+    yield from _largest(config, survey, records)
     yield from _hits(Log(config.path.parent / STATE / "log.jsonl"))
 
 
@@ -65,12 +69,17 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     rows: list[tuple[str, ...]] = [("target", *(stage.group for stage in registry.stages()), "all")]
     in_use: set[str] = set()
     shared_bytes = 0
+    makers_of = _Makers(survey)
+    by_target = {t: [*of] for t, of in groupby(records, key=lambda record: record.target)}
     for target in config.targets:
-        makers = _makers(survey, (r.manifest for r in records if r.target == target))
+        makers = makers_of([record.manifest for record in by_target.get(target, ())])
         rows.append(_row(target, makers, own))
-        shared_bytes += sum(own[digest] for digest in own if digest in makers and digest in in_use)
+        shared_bytes += sum(own[digest] for digest in own.keys() & makers.keys() & in_use)
         in_use |= makers.keys()
-    all_makers = _makers(survey, [*(r.manifest for r in records), *survey.manifests()])
+    everyone = {id(record.manifest): record.manifest for record in records}.values()
+    # What was made before is read only where there is something of it.
+    older = () if own.keys() <= in_use else survey.manifests()
+    all_makers = makers_of(chain(everyone, older))
     spare = {digest: stage for digest, stage in all_makers.items() if digest not in in_use}
     spare |= dict.fromkeys(own.keys() - all_makers.keys(), "")
     rows.append(_row("(no current target)", spare, own))
@@ -84,28 +93,46 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
         yield f"No current target needs {count} blobs; {removes}."
 
 
-def _makers(survey: Survey, manifests: Iterable[Manifest]) -> dict[str, str]:
-    """Return by digest the first stage that names a blob: later ones only pass it on."""
-    makers: dict[str, str] = {}
-    layers = [manifest for manifest in manifests if manifest.action.stage in registry.names()]
-    for manifest in sorted(layers, key=lambda m: registry.names().index(m.action.stage)):
-        for digest in survey.reach(tensor.digest for tensor in manifest.tensors.values()):
-            makers.setdefault(digest, manifest.action.stage)
-    return makers
+class _Makers:
+    """Tells which stage made blobs. What a manifest says is worked out once."""
+
+    def __init__(self, survey: Survey) -> None:
+        self._survey = survey
+        self._reached: dict[int, tuple[Manifest, dict[str, str]]] = {}  # by id of the manifest
+
+    def __call__(self, manifests: Iterable[Manifest]) -> dict[str, str]:
+        """Return by digest the first stage that names a blob: later ones only pass it on."""
+        names = registry.names()
+        layers = [manifest for manifest in manifests if manifest.action.stage in names]
+        makers: dict[str, str] = {}
+        for manifest in sorted(layers, key=lambda m: -names.index(m.action.stage)):
+            makers |= self._reach(manifest)
+        return makers
+
+    def _reach(self, manifest: Manifest) -> dict[str, str]:
+        if id(manifest) not in self._reached:
+            reached = self._survey.reach(tensor.digest for tensor in manifest.tensors.values())
+            self._reached[id(manifest)] = manifest, dict.fromkeys(reached, manifest.action.stage)
+        return self._reached[id(manifest)][1]
 
 
 def _row(name: str, makers: dict[str, str], own: dict[str, int]) -> tuple[str, ...]:
+    by_stage = dict.fromkeys(registry.names(), 0)
     held = makers.keys() & own.keys()
-    by_stage = [sum(own[d] for d in held if makers[d] == stage) for stage in registry.names()]
-    return name, *map(size, by_stage), size(sum(own[digest] for digest in held))
+    for digest in held:
+        if makers[digest] in by_stage:
+            by_stage[makers[digest]] += own[digest]
+    return name, *map(size, by_stage.values()), size(sum(own[digest] for digest in held))
 
 
-def _largest(survey: Survey, records: Sequence[Record]) -> Iterator[str]:
-    named = owners(records)
-    largest = sorted(survey.owned.items(), key=lambda blob: -blob[1])[:LARGEST]
+def _largest(config: Config, survey: Survey, records: Iterable[Record]) -> Iterator[str]:
+    largest = dict(nlargest(LARGEST, survey.owned.items(), key=lambda blob: blob[1]))
+    named = owners(records, largest)
+    if unnamed := largest.keys() - named.keys():
+        named |= owners(read(config, [PACK]), unnamed)
     if largest:
         yield "largest blobs"
-        for digest, nbytes in largest:
+        for digest, nbytes in largest.items():
             yield cut(f"{size(nbytes):>9}  {described(named.get(digest, ()))}", WIDTH)
         yield ""
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from doit.cmd_base import DoitCmdBase
 from doit.exceptions import InvalidCommand
+from msgspec import structs
 
 from cache.errors import CacheError
 from tasks.cli import failures
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import Control
-from tasks.cli.options import Options
 from tasks.cli.refused_tasks import messages_of
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
@@ -34,7 +34,7 @@ class ForecastCommand(Command, DoitCmdBase):  # type: ignore[misc]
 
     def execute(self, params: Any, args: list[str]) -> int:
         """Load the tasks, and say what is asked."""
-        self.options = Options(requested_tasks=tuple(args), read_only=True)
+        self.options = structs.replace(self.options, requested_tasks=tuple(args), read_only=True)
         return int(super().execute(params, args))
 
     def forecast(self) -> tuple[Forecast, list[Step]]:
@@ -45,7 +45,8 @@ class ForecastCommand(Command, DoitCmdBase):  # type: ignore[misc]
         leaves = [leaf for name in control.selected_tasks for leaf in _leaves(tasks, name)]
         requested = [name for name in leaves if "check" in (tasks[name].meta or {})]
         refused = messages_of(tasks, leaves)
-        if not requested and not refused:
+        untouched = self.session.untouched and self.session.untouched.targets
+        if not requested and not refused and not untouched:
             raise InvalidCommand(f"{' '.join(self.sel_tasks)}: that builds no model")
         forecasted = forecast(self.session, tasks, requested, self.dep_manager)
         forecasted.refused |= zip(refused, refused, strict=True)

@@ -14,7 +14,6 @@ from doit.cmd_base import DoitCmdBase
 from doit.cmd_run import opt_outfile
 from doit.exceptions import InvalidCommand
 
-from cache.digest import digest_record
 from tasks.cli.command import Command
 from tasks.cli.commands.forecasting import (
     forecast,
@@ -22,13 +21,14 @@ from tasks.cli.commands.forecasting import (
     state_words,
     warn_of_refused,
 )
+from tasks.cli.options import Options
 from tasks.core.program import COMMAND
 from tasks.core.task_names import PACK, task_name
 from tasks.core.workspace import BUILD
 from tasks.planning.forecast import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
-from tasks.planning.node import Node
 from tasks.planning.plan import Plan
 from tasks.planning.refused import messages
+from tasks.stages.stage import ActionSpec, Need
 
 RUNS_IN_A_BOX = 6  # at most, of layers
 TARGETS_IN_A_BOX = 3  # at most, that are named
@@ -67,8 +67,13 @@ Without TARGET: all. Layers that a stage treats alike are one box. The states ar
         opt_outfile,
     )
 
+    def execute(self, params: Any, args: list[str]) -> int:
+        """Draw the targets."""
+        self.options = Options(skip_untouched=True)
+        return int(super().execute(params, args))
+
     def _execute(self, form: str, outfile: Any, pos_args: list[str]) -> int:
-        plans, refused = self.session.plans, self.session.refused
+        plans, refused = self.session.all_plans, self.session.refused
         for name in pos_args:
             if name in refused:
                 raise InvalidCommand(messages([refused[name]])[0])
@@ -78,7 +83,8 @@ Without TARGET: all. Layers that a stage treats alike are one box. The states ar
                 raise InvalidCommand(f"there is no target {name!r}. {mend}")
         chosen = [plans[name] for name in pos_args or plans]
         tasks = {task.name: task for task in self.task_list}
-        packed = [task_name(PACK, plan.target.name) for plan in chosen]
+        looked_at = self.session.plans.keys() & {plan.target.name for plan in chosen}
+        packed = [task_name(PACK, name) for name in plans if name in looked_at]
         forecasted = forecast(self.session, tasks, packed, self.dep_manager, quick=True)
         warn_of_refused(forecasted, [] if pos_args else refused.values())
         text = FORMS[form](boxes(chosen, forecasted.steps))
@@ -124,37 +130,63 @@ class Box:
         return [line for line in lines if line not in ("", UP_TO_DATE)]
 
 
+@dataclass(eq=False, frozen=True, slots=True)
+class _Work:
+    """One stage of one layer, of all targets that do the same to the same.
+
+    Attributes:
+        spec: what is asked for.
+        needs: what it reads.
+        targets: whose it is, by name.
+    """
+
+    spec: ActionSpec[Any]
+    needs: tuple[_Work, ...]
+    targets: list[str] = field(default_factory=list)
+
+    def state(self, steps: Mapping[str, Step]) -> str:
+        """Return in words what it would do: it is up to date if one of its targets has it.
+
+        Args:
+            steps: what tasks would do; none of a task that is up to date, perhaps.
+        """
+        best: Step | None = None
+        for target in self.targets:
+            step = steps.get(task_name(self.spec.stage.group, target, self.spec.layer))
+            if step is None or step.state == UP_TO_DATE:
+                return UP_TO_DATE
+            best = min(best or step, step, key=_rank)
+        return state_words(best) if best else UP_TO_DATE
+
+
 def boxes(plans: Iterable[Plan], steps: Mapping[str, Step]) -> list[Box]:
     """Return the boxes of some targets, each after those that it is made of.
 
-    What targets share is up to date if one of them has it.
-
     Args:
         plans: the targets.
-        steps: what each of their tasks would do.
+        steps: what each of their tasks would do; none of those that are up to date, perhaps.
     """
     plans = list(plans)
-    same = _same(plans)
     drawn: dict[tuple[str, ...], Box] = {}
-    holds: dict[Node, Box] = {}
-    for plan in plans:
+    holds: dict[_Work, Box] = {}
+    for plan, works in zip(plans, _works(plans), strict=True):
         target = plan.target
         folder = str(plan.checkpoint.folder)
         source = drawn.setdefault((folder,), Box("checkpoint", (target.source_name,)))
-        for stage, nodes in plan.stages.items():
-            for node in nodes:
-                alike = same[node]
-                if (box := holds.get(alike[0])) is None:
-                    head = " · ".join(filter(None, [stage, node.stage.describe(node.params)]))
-                    owners = [other.target for other in alike]
-                    box = drawn.setdefault((head, *owners), Box(head, _shared(owners)))
-                    shared = [steps[other.name] for other in alike]
-                    box.layers[node.layer] = state_words(min(shared, key=_rank))
-                box.needs |= dict.fromkeys([holds[need] for need in node.needs] or [source])
-                holds[node] = box
+        for work in (work for stage in works for work in stage):
+            if work not in holds:
+                stage, layer = work.spec.stage, work.spec.layer
+                head = " · ".join(filter(None, [stage.name, stage.describe(work.spec.params)]))
+                box = drawn.setdefault((head, *work.targets), Box(head, _shared(work.targets)))
+                box.layers[layer] = work.state(steps)
+                box.needs |= dict.fromkeys(holds[need] for need in work.needs)
+                holds[work] = box
+            if not work.needs:
+                holds[work].needs[source] = None
         task = task_name(PACK, target.name)
-        packed = Box(f"{PACK} · {target.layout}", layers={"": state_words(steps[task])})
-        packed.needs = dict.fromkeys(holds[node] for node in plan.last)
+        packed_state = state_words(steps[task]) if task in steps else UP_TO_DATE
+        packed = Box(f"{PACK} · {target.layout}", layers={"": packed_state})
+        packed.needs = dict.fromkeys(holds[work] for work in works[-1])
         drawn[task,] = packed
         drawn[task, BUILD] = Box(f"{BUILD}/{target.name}", needs={packed: None})
     return list(drawn.values())
@@ -164,17 +196,26 @@ def _rank(step: Step) -> int:
     return (UP_TO_DATE, RUN, REUSE, FETCH, IGNORED).index(step.state)
 
 
-def _same(plans: Iterable[Plan]) -> dict[Node, list[Node]]:
-    """Return for each node all that do the same to the same, itself too."""
-    identities: dict[Node, str] = {}
-    owners: dict[str, list[Node]] = {}
+def _works(plans: Iterable[Plan]) -> list[list[list[_Work]]]:
+    """Return what is to be done by target, stage and layer; what several do alike is one."""
+    known: dict[tuple[Any, ...], _Work] = {}
+    works = []
     for plan in plans:
-        for node in (node for nodes in plan.stages.values() for node in nodes):
-            needs = [identities[need] for need in node.needs]
-            parts = [node.stage.name, node.layer, node.spec.digest, needs]
-            identities[node] = digest_record(parts)
-            owners.setdefault(identities[node], []).append(node)
-    return {node: owners[identity] for node, identity in identities.items()}
+        layers: dict[Need, _Work] = {}
+        for stage, specs in plan.specs.items():
+            for layer, spec in specs.items():
+                needs = tuple(layers[need] for need in spec.planned.needs)
+                key = (stage, layer, spec.digest, needs)
+                if (work := known.get(key)) is None:
+                    work = known[key] = _Work(spec, needs)
+                work.targets.append(plan.target.name)
+                layers[Need(stage, layer)] = work
+        works.append(_by_stage(plan, layers))
+    return works
+
+
+def _by_stage(plan: Plan, layers: Mapping[Need, _Work]) -> list[list[_Work]]:
+    return [[layers[Need(stage, layer)] for layer in of] for stage, of in plan.specs.items()]
 
 
 def _shared(targets: list[str]) -> tuple[str, ...]:

@@ -16,16 +16,17 @@ from tasks.cli.commands.forecasting import (
     state_words,
     warn_of_refused,
 )
-from tasks.cli.doit_adapter import ListCommand
+from tasks.cli.doit_adapter import ListCommand, group_task
+from tasks.cli.options import Options
 from tasks.cli.orphans import orphans
 from tasks.cli.refused_tasks import refused_of
 from tasks.core.program import COMMAND
 from tasks.core.task_names import PACK, REPORT, group_of, target_of, task_name
-from tasks.planning.forecast import IGNORED, SETTLED, UP_TO_DATE, Step
+from tasks.planning.forecast import IGNORED, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.stages import registry
 
-# What a plain doit leaves out, by what the names of tasks begin with.
-NOT_IN_A_PLAIN_RUN = (*(f"{stage.group}:" for stage in registry.MEASURES), f"{REPORT}:")
+# The groups of tasks that a plain doit leaves out.
+NOT_IN_A_PLAIN_RUN = frozenset((*(stage.group for stage in registry.MEASURES), REPORT))
 CANNOT_BE_PLANNED = "cannot be planned"
 STATUS_LETTERS = {UP_TO_DATE: "U", IGNORED: "I"}  # of doit list -s, where all else is R
 
@@ -46,6 +47,8 @@ could be fetched is to run, too."""
 
     def execute(self, params: Any, args: list[str]) -> int:
         """List the tasks."""
+        alone = not args and not any(map(params.get, ("subtasks", "list_deps", "status")))
+        self.options = Options(skip_untouched=alone, looked_at=NOT_IN_A_PLAIN_RUN)
         gc.disable()  # as in run: thousands of tasks are made, and none goes
         status = int(super().execute(params, args))
         for target in [] if args else orphans(self.session):
@@ -62,7 +65,7 @@ could be fetched is to run, too."""
         names: dict[str, None] = {}
         for line, layers in self._lines.items():
             names |= dict.fromkeys([line, *layers] if include_subtasks else [line])
-        yield from (tasks[name] for name in names)
+        yield from (tasks.get(name) or group_task(name) for name in names)
         # Stages, of all targets; it may be that none has errors.
         groups = {stage.group for stage in registry.stages()}
         groups |= {group_of(line) for line in self._lines}
@@ -75,9 +78,12 @@ could be fetched is to run, too."""
 
     def status_of(self, name: str) -> tuple[str, str] | None:
         """Return what a task, or those that a line stands for, would do."""
-        known = self._steps
-        if target_of(name) in self.session.refused:
+        target = target_of(name)
+        if target in self.session.refused:
             return "E", CANNOT_BE_PLANNED
+        if name in self._lines and target not in self.session.plans:
+            return self._untouched(group_of(name), target)
+        known = self._steps
         names = self._lines.get(name, [name])
         if not known.keys() >= {*names}:
             return None
@@ -86,19 +92,33 @@ could be fetched is to run, too."""
         letter = "R" if busy else STATUS_LETTERS[min(step.state for step in steps)]
         return letter, state_counts(map(state_words, steps))
 
+    def _untouched(self, group: str, target: str) -> tuple[str, str]:
+        """Return what tasks would do of a target that is untouched, and was never measured."""
+        if group not in NOT_IN_A_PLAIN_RUN:
+            return STATUS_LETTERS[UP_TO_DATE], UP_TO_DATE
+        specs = self.session.all_plans[target].measure_specs
+        layers = {stage.group: [*specs[stage.name]] for stage in registry.MEASURES}.get(group, [""])
+        words = [state_words(Step(group, target, group, layer, RUN)) for layer in layers]
+        return "R", state_counts(words)
+
     @cached_property
     def _lines(self) -> dict[str, list[str]]:
-        """The tasks that each line of a target and stage stands for."""
-        lines = {}
-        for target, plan in self.session.plans.items():
+        """The tasks that each line of a target and stage stands for; none, if it is untouched."""
+        lines: dict[str, list[str]] = {}
+        for target, plan in self.session.all_plans.items():
+            looked_at = target in self.session.plans
+            layers: dict[str, list[str]] = {}
             for stage in registry.PIPELINE:
-                names = [node.name for node in plan.nodes(stage.name)]
-                lines[task_name(stage.group, target)] = names
-            lines[task_name(PACK, target)] = [task_name(PACK, target)]
+                layers[stage.group] = [*plan.specs[stage.name]]
+            layers[PACK] = [""]
             for stage in registry.MEASURES:
-                if names := [node.name for node in plan.nodes(stage.name)]:
-                    lines[task_name(stage.group, target)] = names
-            lines[task_name(REPORT, target)] = [task_name(REPORT, target)]
+                layers[stage.group] = [*plan.measure_specs[stage.name]]
+            layers[REPORT] = [""]
+            lines |= {
+                task_name(group, target): [task_name(group, target, n) for n in of if looked_at]
+                for group, of in layers.items()
+                if of
+            }
         return lines | {task_name(PACK, target): [] for target in self.session.refused}
 
     @cached_property
@@ -106,8 +126,8 @@ could be fetched is to run, too."""
         """What each of these tasks would do; of those that build, in a plain doit."""
         tasks = {task.name: task for task in self.task_list}
         names = [name for names in self._lines.values() for name in names]
-        reports = [name for name in names if name.startswith(NOT_IN_A_PLAIN_RUN)]
-        building = [name for name in names if not name.startswith(NOT_IN_A_PLAIN_RUN)]
+        reports = [name for name in names if group_of(name) in NOT_IN_A_PLAIN_RUN]
+        building = [name for name in names if group_of(name) not in NOT_IN_A_PLAIN_RUN]
         forecasted = forecast(self.session, tasks, building, self.dep_manager, quick=True)
         warn_of_refused(forecasted, self.session.refused.values())
         built = {**forecasted.steps}

@@ -2,50 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
+from cache.digest import digest
+from cache.files.stamp import Stamp
 from cache.maintenance.gc import Wanted
 from cache.maintenance.survey import Survey, inventory
-from cache.records.manifests import Manifest
+from cache.records.manifests import Manifest, ManifestError
 from tasks.checkpoints import record as source_records
+from tasks.cli.doit_database import Database, Left
 from tasks.config.reader import Config
 from tasks.core.task_names import PACK, task_name
-from tasks.core.workspace import STATE
+from tasks.core.workspace import Workspace
 from tasks.planning.lockfile import Lock
 from tasks.stages import registry
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One task's manifest.
 
     Attributes:
         target: the target's name.
-        task: the task's name.
-        path: where the manifest lies.
-        manifest: what it says.
+        stage: the stage's, or pack.
+        layer: the layer's; of packing, none.
+        manifest: what it says; one for all tasks that left the same.
     """
 
     target: str
-    task: str
-    path: Path
+    stage: str
+    layer: str
     manifest: Manifest
 
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return task_name(_group(self.stage), self.target, self.layer)
 
-def read(config: Config) -> list[Record]:
-    """Return the records of all targets, stage by stage."""
-    folder = config.path.parent / STATE / "manifests"
-    records = []
-    patterns = {stage.group: f"{stage.name}/*.json" for stage in registry.stages()}
-    for group, pattern in {**patterns, PACK: "pack.json"}.items():
-        for target in config.targets:
-            for path in sorted((folder / target).glob(pattern)):
-                task = task_name(group, target, "" if group == PACK else path.stem)
-                if manifest := Manifest.at(path):  # else made again when doit looks
-                    records.append(Record(target, task, path, manifest))
-    return records
+    def path(self, workspace: Workspace) -> Path:
+        """Return where the manifest lies."""
+        if self.stage == PACK:
+            return workspace.packed(self.target)
+        return Path(workspace.manifest(self.target, self.stage, self.layer))
+
+
+def read(config: Config, stages: Sequence[str] = ()) -> Iterator[Record]:
+    """Yield the records of all targets, each target's in the order of its stages.
+
+    Args:
+        config: what models.toml says.
+        stages: those to read; by default all, and packing.
+    """
+    stages = stages or (*registry.names(), PACK)
+    workspace = Workspace(config.path.parent)
+    database = Database(str(workspace.state / "doit.json"), None)
+    reader = _Reader()
+    for target in config.targets:
+        left = database.left(target)
+        for stage in stages:
+            group = _group(stage)
+            for layer, path, now in _files(workspace, target, stage):
+                manifest = reader.at(path, now, left.get(task_name(group, target, layer)))
+                if manifest:  # else doit makes it again
+                    yield Record(target, stage, layer, manifest)
+
+
+def _group(stage: str) -> str:
+    """Return the group of a stage's tasks, or of packing."""
+    groups = {each.name: each.group for each in registry.stages()}
+    return groups.get(stage, stage)
+
+
+def _files(workspace: Workspace, target: str, stage: str) -> Iterator[tuple[str, str, Stamp]]:
+    """Yield the layers of a stage that have a manifest, where it lies, and its stamp."""
+    if stage == PACK:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path = workspace.packed(target)
+            yield "", str(path), Stamp.of(path)
+        return
+    found = []
+    folder = os.path.dirname(workspace.manifest(target, stage, ""))
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(".json"):
+                layer = sys.intern(entry.name.removesuffix(".json"))
+                found.append((layer, entry.path, Stamp.of_stat(entry.stat())))
+    yield from sorted(found)
+
+
+class _Reader:
+    """Reads manifests; of those that many targets have in common, only the first."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Manifest] = {}
+
+    def at(self, path: str, stamp: Stamp, left: Left | None) -> Manifest | None:
+        """Return the manifest in a file, or None if there is none that can be read.
+
+        Args:
+            path: the file's.
+            stamp: the file's.
+            left: what the task left there, by doit's database: the same stamp saves to read it.
+        """
+        if left and left[:3] == stamp and (manifest := self._known.get(left[3])):
+            return manifest
+        try:
+            data = Path(path).read_bytes()
+        except FileNotFoundError:
+            return None
+        key = digest(data)
+        if key not in self._known:
+            try:
+                self._known[key] = Manifest.from_bytes(data)
+            except ManifestError:
+                return None
+        return self._known[key]
 
 
 def survey(config: Config) -> Survey:
@@ -61,23 +136,32 @@ def wanted(config: Config, records: Iterable[Record]) -> Wanted:
     """
     locked = Lock.load(config.path.with_suffix(".lock"), strict=False).sources
     sources = {target.source_name for target in config.targets.values()}
-    records = list(records)
+    manifests = {id(record.manifest): record.manifest for record in records}.values()
     return Wanted(
-        frozenset(
-            tensor.digest for record in records for tensor in record.manifest.tensors.values()
-        ),
-        frozenset(record.manifest.action.key for record in records),
-        frozenset(s.record for name, s in locked.items() if name in sources and s.record),
+        frozenset(tensor.digest for m in manifests for tensor in m.tensors.values()),
+        frozenset(manifest.action.key for manifest in manifests),
+        frozenset(source.record for name, source in locked.items() if name in sources),
         memos=True,
     )
 
 
-def owners(records: Iterable[Record]) -> dict[str, list[tuple[Record, str]]]:
-    """Return by digest the records that name a blob, in the order of stages, and the tensor."""
+def owners(
+    records: Iterable[Record], digests: Container[str] | None = None
+) -> dict[str, list[tuple[Record, str]]]:
+    """Return by digest the records that name a blob, in the order of stages, and the tensor.
+
+    Args:
+        records: what was built.
+        digests: of the blobs; of all by default.
+    """
     by_digest: dict[str, list[tuple[Record, str]]] = {}
     for record in records:
         for name, tensor in record.manifest.tensors.items():
-            by_digest.setdefault(tensor.digest, []).append((record, name))
+            if digests is None or tensor.digest in digests:
+                by_digest.setdefault(tensor.digest, []).append((record, name))
+    order = (*registry.names(), PACK)
+    for holders in by_digest.values():
+        holders.sort(key=lambda holder: order.index(holder[0].stage))
     return by_digest
 
 

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby
+from typing import Any
 
 from tasks.cli.commands.estimate import estimate
 from tasks.cli.commands.forecasting import UNCERTAIN, ForecastCommand, indented
+from tasks.cli.options import Options
 from tasks.core.program import COMMAND
 from tasks.core.task_names import PACK
 from tasks.core.text import duration, plural, size
@@ -45,6 +47,12 @@ Exit status 0: there is nothing to do, 1: there is, 3: an error, also if models.
 it or a target cannot be planned."""
     cmd_options = (JSON,)
 
+    def execute(self, params: Any, args: list[str]) -> int:
+        """Load the tasks, and say what is asked."""
+        # What nothing happened to is told in one line, but as JSON task by task.
+        self.options = Options(skip_untouched=not args and not params["as_json"])
+        return super().execute(params, args)
+
     def _execute(self, as_json: bool) -> int:
         forecasted, _ = self.forecast()
         steps, refused = list(forecasted.steps.values()), list(forecasted.refused.values())
@@ -56,11 +64,44 @@ it or a target cannot be planned."""
             self.outstream.write(_as_json(steps, seconds, refused, downloads))
         else:
             self.outstream.writelines(f"ERROR: {message}\n" for message in refused)
-            lines = _lines(steps, seconds, downloads, locked=bool(session.lock.sources))
+            lines = self._lines(steps, seconds, downloads)
             self.outstream.writelines(f"{line}\n" for line in lines)
         if refused:
             return REFUSED
         return SOMETHING_TO_DO if any(step.state not in SETTLED for step in steps) else 0
+
+    def _lines(self, steps: list[Step], seconds: float | None, downloads: int) -> Iterator[str]:
+        """Yield the plan's lines: by target and stage, layers of one state and reason together."""
+        session = self.session
+        todo = [step for step in steps if step.state not in SETTLED]
+        busy = dict.fromkeys(step.target for step in steps if step.state != UP_TO_DATE)
+        for target in busy:
+            yield from _of_target(target, [step for step in steps if step.target == target])
+        untouched = session.untouched.targets.keys() if session.untouched else ()
+        looked_at = {step.target for step in steps} - busy.keys()
+        idle = [t for t in (*session.config.targets, "") if t in untouched or t in looked_at]
+        if idle:
+            yield from indented(f"up to date: {', '.join(t or OVERVIEW for t in idle)}", 0)
+        if not todo:
+            return
+        if not all(step.certain for step in todo):
+            yield from indented(UNCERTAIN, 0)
+        leaf = any(step.stage in registry.leaves() and not step.certain for step in todo)
+        if session.lock.sources and leaf:
+            yield from indented(MAY_BE_REFUSED, 0)
+        moved, cached, packed = _totals(todo)
+        tasks = len(steps) + sum(session.all_plans[target].tasks for target in untouched)
+        yield f"{len(todo)} of {plural(tasks, 'task')}"
+        fetched = f", fetches {size(moved.fetched)}" if moved.fetched else ""
+        yield f"reads {size(moved.read)}, writes {size(moved.written)}{fetched}"
+        if downloads:
+            yield f"downloads {size(downloads)} of that"
+        yield from indented(
+            f"takes up to {size(cached + packed)} more of the disk while it runs: "
+            f"cache {size(cached)}, build {size(packed)}",
+            0,
+        )
+        yield f"time {_seconds(seconds)}"
 
 
 @dataclass(frozen=True)
@@ -90,36 +131,6 @@ def _downloads(plans: Mapping[str, Plan], steps: Iterable[Step]) -> int:
         for stored in [checkpoint.stored[key]]
         if checkpoint.source.path(stored.file) is None
     )
-
-
-def _lines(
-    steps: list[Step], seconds: float | None, downloads: int, *, locked: bool
-) -> Iterator[str]:
-    """Yield the plan's lines: by target and stage, layers of one state and reason together."""
-    todo = [step for step in steps if step.state not in SETTLED]
-    busy = list(dict.fromkeys(step.target for step in steps if step.state != UP_TO_DATE))
-    for target in busy:
-        yield from _of_target(target, [step for step in steps if step.target == target])
-    if idle := [t for t in dict.fromkeys(step.target for step in steps) if t not in busy]:
-        yield from indented(f"up to date: {', '.join(target or OVERVIEW for target in idle)}", 0)
-    if not todo:
-        return
-    if not all(step.certain for step in todo):
-        yield from indented(UNCERTAIN, 0)
-    if locked and any(step.stage in registry.leaves() and not step.certain for step in todo):
-        yield from indented(MAY_BE_REFUSED, 0)
-    moved, cached, packed = _totals(todo)
-    yield f"{len(todo)} of {plural(len(steps), 'task')}"
-    fetched = f", fetches {size(moved.fetched)}" if moved.fetched else ""
-    yield f"reads {size(moved.read)}, writes {size(moved.written)}{fetched}"
-    if downloads:
-        yield f"downloads {size(downloads)} of that"
-    yield from indented(
-        f"takes up to {size(cached + packed)} more of the disk while it runs: "
-        f"cache {size(cached)}, build {size(packed)}",
-        0,
-    )
-    yield f"time {_seconds(seconds)}"
 
 
 def _of_target(target: str, steps: list[Step]) -> Iterator[str]:

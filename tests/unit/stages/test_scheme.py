@@ -18,7 +18,7 @@ from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import Quantize, Rule
 from tasks.layouts import architecture
 from tasks.layouts.model import Model
-from tasks.stages import quantize_scheme
+from tasks.stages.quantize_scheme import Schemes
 
 
 def model_of(folder: Path, cache: Path) -> Model:
@@ -35,7 +35,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def test_rules_may_have_the_checkpoint_s_names(experts: Model) -> None:
     """MLX has all experts in one, as switch_mlp: its names are matched before the checkpoint's."""
     schemes = [
-        quantize_scheme.plan(experts, Quantize(rules=(Rule(match, bits=8),)))
+        Schemes(experts).plan(Quantize(rules=(Rule(match, bits=8),)))
         for match in ("*.switch_mlp.*", "*.experts.*", "model.layers.?.mlp.experts.*.*_proj")
     ]
     assert {s.bits for path, s in schemes[0].settings.items() if "switch_mlp" in path} == {8}
@@ -43,17 +43,17 @@ def test_rules_may_have_the_checkpoint_s_names(experts: Model) -> None:
     assert schemes[1:] == schemes[:1] * 2
     part = Quantize(rules=(Rule("*.experts.2.up_proj", bits=8),))
     with pytest.raises(ConfigError, match=r"in one with others, as \S+switch_mlp\.up_proj\. Match"):
-        quantize_scheme.plan(experts, part)
+        Schemes(experts).plan(part)
 
 
 def test_a_rule_that_is_nearly_right(experts: Model) -> None:
     wrong = Quantize(rules=(Rule("model.layers.*.mlp.switch_mpl.up_proj", bits=8),))
     with pytest.raises(ConfigError, match=r"near is 'model\.layers\.\*\.mlp\.switch_mlp\.up_proj'"):
-        quantize_scheme.plan(experts, wrong)
+        Schemes(experts).plan(wrong)
 
 
 def test_rules_that_skip_everything(experts: Model) -> None:
-    scheme = quantize_scheme.plan(experts, Quantize(rules=(Rule("*", skip=True),)))
+    scheme = Schemes(experts).plan(Quantize(rules=(Rule("*", skip=True),)))
     (note,) = scheme.notes
     assert note.startswith("nothing is quantized: rules skip ")
 
@@ -63,10 +63,10 @@ def test_a_checkpoint_that_is_quantized_already(tmp_path: Path) -> None:
     source, built = checkpoints.make("llama", tmp_path / "checkpoint"), tmp_path / "built"
     mlx_lm.convert(str(source), str(built), quantize=True, q_bits=4, q_group_size=32)
     model = model_of(built, tmp_path / "cache")
-    first, _ = quantize_scheme.plan(model, Quantize(bits=8)).notes
+    first, _ = Schemes(model).plan(Quantize(bits=8)).notes
     assert first.startswith("the checkpoint is quantized already, to 4 bits in groups of 32, and ")
     assert "stay so: to 8 bits in groups of 64 is only for those that are not" in first
-    same = quantize_scheme.plan(model, Quantize(bits=4, group_size=32))
+    same = Schemes(model).plan(Quantize(bits=4, group_size=32))
     assert same.notes == ("nothing is quantized: the checkpoint has no module that can be",)
 
 
@@ -74,11 +74,11 @@ def test_scales_that_are_float32(tmp_path: Path) -> None:
     """As the peer, which casts to what config.json says, if it says anything."""
     folder = checkpoints.make("starcoder2", tmp_path / "checkpoint")
     model = model_of(folder, tmp_path / "cache")
-    settings = quantize_scheme.plan(model, Quantize(bits=4)).settings
-    (note,) = quantize_scheme.float32_scales(model, settings, None)
+    settings = Schemes(model).plan(Quantize(bits=4)).settings
+    (note,) = Schemes(model).float32_scales(settings, None)
     assert "are float32, as the checkpoint's weights are (" in note
     for dtype in ("float16", "bfloat16", "float32"):  # the last was asked for
-        assert quantize_scheme.float32_scales(model, settings, dtype) == []
+        assert Schemes(model).float32_scales(settings, dtype) == []
 
 
 def test_fp8_without_scales(tmp_path: Path) -> None:
