@@ -88,6 +88,8 @@ class DepthFirst(TaskDispatcher):  # type: ignore[misc]
 class Control(TaskControl):  # type: ignore[misc]
     """doit's control, with our dispatcher. A pattern that matches nothing is a mistake."""
 
+    selected_tasks: list[str]
+
     def process(self, task_selection: list[str] | None) -> None:
         """Select tasks.
 
@@ -98,6 +100,13 @@ class Control(TaskControl):  # type: ignore[misc]
             if "*" in name and not self._get_wild_tasks(name):
                 raise InvalidCommand(not_found=name)
         super().process(task_selection)
+        # The dispatcher takes a group's tasks from the end, and those that are selected in order.
+        groups = {name: self.tasks[name].task_dep for name in self.selected_tasks}
+        self.selected_tasks = [
+            each
+            for name, parts in groups.items()
+            for each in (*(parts if self.tasks[name].has_subtask else ()), name)
+        ]
 
     def task_dispatcher(self) -> DepthFirst:
         """Return what hands tasks to the runner."""

@@ -112,9 +112,9 @@ def test_on_a_terminal(tmp_path: Path, colour: bool) -> None:
     project = two_targets(tmp_path)
     env = {} if colour else {"NO_COLOR": "1"}
     terminal = Terminal(project, columns=80, hook=held(tmp_path), **env)
-    heading = r"  target  stage     layers +rate  left  computed"
-    terminal.wait_for(heading)
-    terminal.wait_for(r"^. (model|other)   (extract|unshard) +\d+/7 ")
+    terminal.wait_for(r"  target  stage     layers +rate  left  computed")
+    terminal.wait_for(r"^  all              +0/14 ")
+    terminal.wait_for(r"^. model   (extract|unshard) +\d+/7 ")
     assert terminal.screen.cursor.hidden
     release(tmp_path)
     *table, first, second = terminal.finish()  # the last line does not fit
@@ -152,8 +152,9 @@ def test_more_targets_than_rows(tmp_path: Path) -> None:
     for bits in (2, 3, 5, 6):
         project.configure(f"bits-{bits}", quantize={"bits": bits})
     terminal = Terminal(project, columns=40, rows=7, hook=held(tmp_path))
-    terminal.wait_for("^  and 2 more$")
+    terminal.wait_for("^  and 3 more$")
     assert len(terminal.lines()) == 6
+    assert terminal.lines()[-1].startswith("  all ")
     assert re.match(r"^  target +stage +layers", terminal.lines()[0])
     assert re.search(r" extract|unshard|cast ", terminal.lines()[1])  # what is at work comes first
     release(tmp_path)
@@ -191,7 +192,8 @@ def test_an_interrupt_leaves_the_terminal_as_it_was(tmp_path: Path, number: int)
     for _ in range(2):  # as people do
         terminal.process.send_signal(number)
     assert terminal.finish() == [
-        "interrupted: layers that are done are kept; run doit again to go on"
+        "0 of 14 layers of 2 targets done",
+        "interrupted: layers that are done are kept; run doit again to go on",
     ]
     assert terminal.process.returncode == 130
 
@@ -217,6 +219,10 @@ def test_in_a_pipe(tmp_path: Path) -> None:
         assert re.fullmatch(pattern, built)
         assert lines.index(f"{target}: extract") < lines.index(f"{target}: pack")
         assert lines.index(f"{target}: pack") < lines.index(built)
+    assert [line.split(":")[0] for line in lines if "bits per" in line] == [
+        "build/model",
+        "build/other",
+    ]
     where = re.escape(str(tmp_path))
     assert re.fullmatch(rf"2 targets built {TOOK}, peak memory {SIZE}, in {where}", lines[-1])
     modules = json.loads(record.read_text())["modules"]

@@ -98,7 +98,7 @@ class Work:
 
     def __post_init__(self) -> None:
         self.all_layers = sum(name.startswith(f"{self.last}:") for name in self.weights)
-        self._total = sum(self.weights.values())
+        self.weight = sum(self.weights.values())
 
     def begin(self, stage: str, now: float) -> None:
         """A task of it begins."""
@@ -133,13 +133,27 @@ class Work:
 
     def left(self, now: float) -> float | None:
         """Return the seconds left, or None."""
-        return self.pace.left(now, self._total) if self._at_work(now) else None
+        return self.pace.left(now, self.weight) if self._at_work(now) else None
 
     def _at_work(self, now: float) -> bool:
         if self.began is None or self.ended is not None:
             return False
         self.pace.see(now, self.done, self.moved)
         return True
+
+
+class Overall:
+    """All targets' parts of a run together."""
+
+    def __init__(self) -> None:
+        self._pace = Pace()
+
+    def see(self, works: Iterable[Work], now: float) -> tuple[float | None, float | None]:
+        """Return bytes read and written a second, and the seconds left; None: nobody can tell."""
+        works = list(works)
+        moved = sum(work.moved for work in works)
+        self._pace.see(now, sum(work.done for work in works), moved)
+        return self._pace.rate(now), self._pace.left(now, sum(work.weight for work in works))
 
 
 def works(

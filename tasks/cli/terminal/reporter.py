@@ -23,7 +23,7 @@ from tasks.cli.refused_tasks import refused_of
 from tasks.cli.session import Session
 from tasks.cli.terminal import progress
 from tasks.cli.terminal.live import Line, Live
-from tasks.cli.terminal.progress import OUTCOMES, Work
+from tasks.cli.terminal.progress import OUTCOMES, Overall, Work
 from tasks.core.task_names import PACK, group_of, target_of
 from tasks.core.text import clock, duration, plural, size
 from tasks.core.workspace import BUILD
@@ -54,6 +54,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self._plan: tuple[Mapping[str, Any], Iterable[str]] = ({}, ())
         self._begun = False
         self._works: dict[str, Work] = {}
+        self._overall = Overall()
         self._outcomes: dict[str, str] = {}  # of all tasks that were looked into
         self._finished: list[str] = []  # before the first task began
 
@@ -153,8 +154,12 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         """Sum up, and say what failed, whole and last."""
         if self._live:
             self._live.stop()
-        if sys.exc_info()[0] is None:  # not interrupted
+        if sys.exc_info()[0] is None:
             self._sum_up()
+        elif shown := self._shown:
+            done, every = _layers(shown)
+            where = plural(len(shown), "target")
+            self.write(f"{done} of {plural(every, 'layer')} of {where} done\n")
         for failure in self.failures:
             if refused_of(failure["task"]):
                 continue
@@ -162,6 +167,11 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             self.write(f"ERROR: {failure['task'].name}: {message}\n")
         for message in (*messages(self._refused), *self.runtime_errors):
             self.write(f"ERROR: {message}\n")
+
+    @property
+    def _shown(self) -> list[Work]:
+        """The targets of which something is to be done."""
+        return [work for work in self._works.values() if work.state != "up to date"]
 
     @property
     def _refused(self) -> list[Refused]:
@@ -230,19 +240,22 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         return f"{', '.join(filter(None, what))} in {took}, peak memory {peak}{where}\n"
 
     def _lines(self, columns: int, height: int) -> list[Line]:
-        """Return what is shown now: a heading, and a line for each target that fits."""
+        """Return what is shown now: a heading, each target that fits, and all of them together."""
         now = time.monotonic()
-        shown = [work for work in self._works.values() if work.state != "up to date"]
-        room = max(height - 3, 1)
-        if len(shown) > room:  # those at work first
+        overall = self._overall.see(self._works.values(), now)
+        shown = self._shown
+        room = max(height - 4, 1)
+        more = len(shown) - room
+        together = [_together(shown, *overall)] if len(shown) > 1 else []
+        if more > 0:  # those at work first
             shown.sort(key=lambda work: work.state in ("done", "waiting"))
         rows = [["  target", f"{'stage':8}", "layers", "rate", "left", *OUTCOMES]]
-        rows += [_row(work, now) for work in shown[:room]]
+        rows += [*(_row(work, now) for work in shown[:room]), *together]
         lines = table.aligned(_narrowed(_with_something(rows), columns - 1), columns - 1)
-        styles = ["dim", *(STYLES.get(work.state, "") for work in shown)]
+        styles = ["dim", *(STYLES.get(work.state, "") for work in shown[:room]), "bold"]
         shown_lines = list(zip(lines, styles, strict=False))
-        if more := len(shown) - room:
-            shown_lines += [(f"  and {more} more"[: columns - 1], "dim")] if more > 0 else []
+        if more > 0:
+            shown_lines.insert(room + 1, (f"  and {more} more"[: columns - 1], "dim"))
         return shown_lines
 
 
@@ -287,6 +300,23 @@ def _row(work: Work, now: float) -> list[str]:
     ]
 
 
+def _together(works: Sequence[Work], rate: float | None, left: float | None) -> list[str]:
+    counts = Counter(outcome for work in works for outcome in work.outcomes.values())
+    return [
+        "  all",
+        "",
+        "/".join(map(str, _layers(works))),
+        f"{_per_second(rate):>9}",
+        _clock(left),
+        *(str(counts[outcome]) for outcome in OUTCOMES),
+    ]
+
+
+def _layers(works: Iterable[Work]) -> tuple[int, int]:
+    """Return how many layers have gone through the last stage, and how many there are."""
+    return sum(work.layers for work in works), sum(work.all_layers for work in works)
+
+
 def _with_something(rows: list[list[str]]) -> list[list[str]]:
     """Leave out the columns of outcomes that no task had."""
     kept = [
@@ -316,12 +346,18 @@ def _counts(counts: Counter[str]) -> str:
 
 
 def _rate(work: Work, now: float) -> str:
-    rate = work.rate(now)
-    return "" if rate is None else f"{size(rate)}/s"
+    return _per_second(work.rate(now))
 
 
 def _left(work: Work, now: float) -> str:
-    left = work.left(now)
+    return _clock(work.left(now))
+
+
+def _per_second(rate: float | None) -> str:
+    return "" if rate is None else f"{size(rate)}/s"
+
+
+def _clock(left: float | None) -> str:
     return "" if left is None else clock(left)
 
 
