@@ -16,7 +16,7 @@ from tasks.cli.doit_adapter import command_line_variables, models_file, read_plu
 from tasks.cli.options import DEFAULT
 from tasks.cli.target_names import task_named
 from tasks.core.program import IS_CHECKOUT, ROOT
-from tasks.core.task_names import PACK, REPORT, task_name
+from tasks.core.task_names import PACK, REPORT, group_of, task_name
 from tasks.core.workspace import STATE
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
             self.session = Session.open(self._config, options, makers, saved)
             if REPORT in pos_args:  # its task shows what can be planned
                 pos_args += [task_name(REPORT, target) for target in self.session.refused]
-            graph = TaskGraph(self.session, cmd.dep_manager)
+            running = {stage.group for stage in registry.EVALUATION}
+            evaluates = any(group_of(name) in running for name in pos_args)
+            graph = TaskGraph(self.session, cmd.dep_manager, evaluates)
             self.namespace = graph.stage_creators() | {
                 name: MethodType(creator, graph) if creator.__code__.co_argcount else creator
                 for name, creator in creators.items()

@@ -23,7 +23,7 @@ from tasks.cli.options import DEFAULT, Options
 from tasks.cli.untouched import Untouched
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError
-from tasks.core.spec import Target
+from tasks.core.spec import Quality, Target
 from tasks.core.task_names import task_name
 from tasks.core.text import plural
 from tasks.core.workspace import Workspace
@@ -151,7 +151,7 @@ class Session:
                 folder = Path(target.source.location)
                 if makers and folder in makers:
                     makers[folder](folder)
-            planner = _planner(store, lock, options)
+            planner = _planner(store, lock, options, config.quality)
             workspace = Workspace(config.path.parent)
             untouched = None
             if options.skip_untouched and not options.locked:
@@ -197,7 +197,7 @@ class Session:
             self.remote.close()
 
 
-def _planner(store: Store, lock: Lock, options: Options) -> Planner:
+def _planner(store: Store, lock: Lock, options: Options, quality: Quality) -> Planner:
     """Return what plans targets of their sources as they are locked, unless asked to lock anew."""
 
     def open_source(target: Target) -> ReadableSource:
@@ -207,7 +207,7 @@ def _planner(store: Store, lock: Lock, options: Options) -> Planner:
     def recall(target: Target, source: ReadableSource) -> Checkpoint | None:
         return lock.recall(store, target, source)
 
-    return Planner(store.memos, open_source, recall)
+    return Planner(store.memos, open_source, recall, quality)
 
 
 def _plan(

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cache.digest import digest_record
+from cache.errors import printable
 from tasks.cli.doit_adapter import is_up_to_date
-from tasks.cli.failures import values_or_failure
+from tasks.cli.failures import as_invalid_dodo_file, values_or_failure
 from tasks.cli.refused_tasks import fails, refused_tasks
 from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck, is_unchanged, manifest_state
@@ -27,6 +28,8 @@ from tasks.stages import reasons, registry
 from tasks.stages.reasons import Reason
 from tasks.stages.stage import LeafStage, Stage
 
+EVALUATE = registry.EVALUATION[-1]  # what people ask for, and what it needs
+
 
 @dataclass(frozen=True)
 class TaskGraph:
@@ -35,10 +38,12 @@ class TaskGraph:
     Attributes:
         session: the targets, and what the tasks need.
         database: doit's dependency manager.
+        evaluates: whether a model is to be run, for which the tasks are many.
     """
 
     session: Session
     database: Any
+    evaluates: bool = False
 
     @cached_property
     def skipped(self) -> frozenset[str]:
@@ -64,11 +69,26 @@ class TaskGraph:
         stages = list(registry.PIPELINE)
         if not self.session.options.builds_all:  # of a plain doit's tasks, a fifth would be unused
             stages += registry.MEASURES
-        return {f"task_{stage.group}": self._stage_creator(stage) for stage in stages}
+        if self.evaluates:
+            stages += registry.EVALUATION
+        creators = {f"task_{stage.group}": self._stage_creator(stage) for stage in stages}
+        if not self.evaluates:
+            creators |= {f"task_{EVALUATE.group}": self._named(EVALUATE)}
+        return creators
+
+    def _named(self, stage: Stage[Any]) -> Callable[[], Iterator[dict[str, Any]]]:
+        """Return what yields a stage's group alone, so that it is listed."""
+
+        def create() -> Iterator[dict[str, Any]]:
+            yield {"basename": stage.group, "actions": None}
+
+        create.__doc__ = stage.__doc__
+        return create
 
     def _stage_creator(self, stage: Stage[Any]) -> Callable[[], Iterator[dict[str, Any]]]:
         def create() -> Iterator[dict[str, Any]]:
-            yield from self.stage(stage)
+            with as_invalid_dodo_file():
+                yield from self.stage(stage)
 
         create.__doc__ = stage.__doc__
         return create
@@ -168,6 +188,10 @@ class TaskGraph:
         if node in plan.packed and session.options.packs(node.target):
             with_blake3 = session.acceptor.wants_blake3(plan)
             session.background_packer.add_layer(builder, plan, manifest, with_blake3=with_blake3)
+        if summary := node.stage.summary(builder.contents(plan, node, manifest)):
+            lines = [f"{node.target}: {summary}"]
+            lines += [f"note: {node.target}: {printable(note)}" for note in manifest.notes]
+            values["summary"] = "\n".join(lines)
         return {**values, "left": manifest_state(node.manifest_path(self.session.workspace))}
 
     def _pack_task(self, plan: Plan) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from tasks.config import tables, values
 from tasks.core import spec
 
 Kind = Literal[
-    "folder", "text", "size", "URL", "switch",
-    "word", "words", "number", "numbers", "table", "tables", "named",
+    "folder", "file", "text", "size", "URL", "switch",
+    "word", "words", "number", "numbers", "count", "table", "tables", "named",
 ]  # fmt: skip
 _KINDS: dict[Any, Kind] = {
     Path: "folder",
     spec.SourceName: "folder",
+    spec.TextFile: "file",
     spec.Size: "size",
     tables.RemoteURL: "URL",
     str: "text",
@@ -86,6 +87,8 @@ def _key(field: FieldInfo) -> Key:
 def _kind(declared: Any) -> tuple[Kind, tuple[str, ...] | type[Struct]]:
     """Return what a type says that a value is, with its valid words or its table's struct."""
     if get_origin(declared) is Annotated:
+        if least(declared) is not None:
+            return "count", ()
         return _kind(get_args(declared)[0])
     origin, args = get_origin(declared), get_args(declared)
     if origin is Literal:
@@ -102,6 +105,12 @@ def _kind(declared: Any) -> tuple[Kind, tuple[str, ...] | type[Struct]]:
     if issubclass(declared, Struct):
         return "table", declared
     return _KINDS[declared], ()
+
+
+def least(declared: Any) -> int | None:
+    """Return the least that a number may be, where its type says one."""
+    limits = [meta.ge for meta in get_args(declared)[1:] if isinstance(meta, Meta)]
+    return next((int(limit) for limit in limits if limit is not None), None)
 
 
 def toml(value: Any) -> str:

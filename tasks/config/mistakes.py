@@ -7,12 +7,12 @@ from typing import Any
 from msgspec import Struct, ValidationError, convert
 
 from tasks.config import values
-from tasks.config.keys import Key, keys_of, toml
+from tasks.config.keys import Key, keys_of, least, toml
 from tasks.config.lines import Text, spelled
 from tasks.config.tables import Build, Cache, Document, Model
 from tasks.config.values import nearest, show
 from tasks.core.errors import ConfigError
-from tasks.core.spec import At, Mistake, Mistakes, Quantize, Rule, Settings
+from tasks.core.spec import At, Mistake, Mistakes, Quality, Quantize, Rule, Settings
 
 SHOWN = 20  # of one file
 # Where a key belongs that stands in another table.
@@ -22,6 +22,7 @@ HOMES: dict[type[Struct], str] = {
     Settings: "[models.NAME]",
     Cache: "[cache]",
     Build: "[build]",
+    Quality: "[quality]",
 }
 NEAR = 0.75  # how alike words must be before any other guess is better
 
@@ -198,6 +199,7 @@ def _expected(key: Key) -> str:
     return {
         "size": f"bytes or a size such as {example}",
         "number": "a whole number",
+        "count": f"a whole number, at least {least(key.type)}",
         "switch": "true or false",
         "table": f"a table such as {example}" if key.example else "a table",
         "tables": f"a list such as {example}",

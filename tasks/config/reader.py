@@ -21,7 +21,7 @@ from tasks.config.mistakes import MistakeList, is_split_name
 from tasks.config.tables import Build, Cache, Document, variable
 from tasks.core.errors import ConfigError
 from tasks.core.program import COMMAND
-from tasks.core.spec import At, Quantize, Settings, Size, SourceName, Target
+from tasks.core.spec import At, Quality, Quantize, Settings, Size, SourceName, Target, TextFile
 from tasks.core.workspace import BUILD
 from tasks.layouts.registry import LAYOUTS
 
@@ -39,12 +39,14 @@ class Config:
         targets: by name, in the file's order.
         cache: the table [cache]; its folder is absolute.
         build: the table [build].
+        quality: the table [quality]; its text is absolute.
     """
 
     path: Path
     targets: dict[str, Target]
     cache: Cache
     build: Build
+    quality: Quality
 
 
 def load(path: Path) -> Config:
@@ -103,6 +105,7 @@ class _Reader:
             {name: self.target(name, keys, at) for name, keys, at in targets if "source" in keys},
             cache,
             document.build,
+            self.quality(document.quality),
         )
         if self.mistakes:
             raise self.mistakes.error()
@@ -194,6 +197,11 @@ class _Reader:
             source=source,
             where=Place(self.text, at),
         )
+
+    def quality(self, table: Quality) -> Quality:
+        """Return the table [quality] with its text's path relative to this file."""
+        text = table.evaluate_text
+        return replace(table, evaluate_text=text and TextFile((self.folder / text).absolute()))
 
     def check_matrix(self, quantize: Quantize, at: At) -> None:
         """Note what is wrong with the bits of a matrix's variant."""

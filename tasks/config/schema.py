@@ -11,11 +11,21 @@ from typing import Any
 
 import msgspec
 
-from tasks.config.keys import Key, keys_of, toml
+from tasks.config.keys import Key, keys_of, least, toml
 from tasks.config.reader import MAX_NAME_BYTES
 from tasks.config.tables import Build, Cache, Document, Matrix, Model, RemoteURL, variable
 from tasks.config.values import REMOTE, REMOTES, words
-from tasks.core.spec import MODES, Quantize, Rule, Settings, Size, SourceName, Word
+from tasks.core.spec import (
+    MODES,
+    Quality,
+    Quantize,
+    Rule,
+    Settings,
+    Size,
+    SourceName,
+    TextFile,
+    Word,
+)
 from tasks.core.text import NUMBER, UNITS
 from tasks.layouts.registry import LAYOUTS
 from tasks.tensors import modes
@@ -54,7 +64,7 @@ def schema() -> Schema:
     """
     whole = _without_null(msgspec.json.schema(Document, schema_hook=_custom))
     tables: dict[str, Schema] = whole["$defs"]
-    for table in (Cache, Build, Settings, Model, Matrix, Quantize, Rule):
+    for table in (Cache, Build, Quality, Settings, Model, Matrix, Quantize, Rule):
         for key in keys_of(table).values():
             if key.change:
                 _describe_default(tables[table.__name__]["properties"][key.name], key)
@@ -88,7 +98,7 @@ def _custom(kind: type) -> Schema:
         return {"type": ["integer", "string"], **number, "pattern": SIZE}
     if kind is RemoteURL:
         return {"type": "string", "pattern": f"^({REMOTE})$"}
-    if kind in (Path, SourceName):
+    if kind in (Path, SourceName, TextFile):
         return {"type": "string", "pattern": r"^[^\x00]+$"}
     raise NotImplementedError(kind)
 
@@ -165,6 +175,7 @@ def page() -> str:
             *_section("Exceptions", RULES, Rule),
             *_section("`[cache]`", CACHE, Cache, "cache"),
             *_section("`[build]`", "How the work is done.", Build, "build"),
+            *_section("`[quality]`", QUALITY, Quality),
             "## Sizes",
             "A whole number is bytes, in quotes or not. A string may also have a point, and a unit "
             f"after it: {units}.",
@@ -197,12 +208,14 @@ def _kind(key: Key) -> str:
     valid = ", ".join(f'`"{word}"`' for word in key.valid)
     return {
         "folder": "a folder, relative to `models.toml`; `~` is your home",
+        "file": "a file, relative to `models.toml`; `~` is your home",
         "text": "a string",
         "word": valid,
         "words": f"a list of {valid}",
         "size": "a [size](#sizes)",
         "URL": "a [URL](#remotes)",
         "number": "a whole number that the [mode](#modes) takes",
+        "count": f"a whole number, at least {least(key.type)}",
         "switch": "`true` or `false`",
         "numbers": "a list of whole numbers that the [mode](#modes) takes",
         "table": "`false`, or a table of [these keys](#quantization)"
@@ -243,7 +256,7 @@ error before any work, with the line, the nearest valid word and the mend; all o
 
 ```toml
 [cache]
-remote = "s3://bucket/prefix"        # optional, as all of [cache] and [build] is
+remote = "s3://bucket/prefix"        # optional, as all of [cache], [build] and [quality] is
 
 [defaults]                           # optional: keys for all models
 dtype = "bfloat16"
@@ -291,6 +304,10 @@ they are not. What a rule does not say is the target's. One that matches no modu
 CACHE = """\
 Where results are kept, here and on a store shared with other machines. See
 [caching.md](caching.md) for what a result depends on."""
+
+QUALITY = """\
+On what text `mlx-make evaluate:TARGET` runs a model, and how much of it. See
+[quality.md](quality.md)."""
 
 REMOTE_URLS = """\
 `https` and `http` are servers that take plain GET, PUT and HEAD, as WebDAV servers do. No user,

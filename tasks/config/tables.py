@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
-from tasks.core.spec import Settings, Size, StageName, key
+from tasks.core.spec import Quality, Settings, Size, StageName, key
 from tasks.core.workspace import CACHE_DIR
 
 
@@ -120,6 +120,7 @@ class Document(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     cache: Cache = field(default_factory=Cache)
     build: Build = field(default_factory=Build)
+    quality: Quality = field(default_factory=Quality)
     defaults: Annotated[Settings, Meta(description="Keys for all models.")] = field(
         default_factory=Settings
     )

@@ -22,6 +22,7 @@ from tasks.core.spec import (
     Size,
     SourceName,
     StageName,
+    TextFile,
     Word,
 )
 from tasks.core.text import SIZE, UNITS, size_bytes
@@ -71,6 +72,8 @@ def decode(kind: type, value: Any) -> Any:
         return _remote(value)
     if kind is Path:
         return _folder(value)
+    if kind is TextFile:
+        return TextFile(_folder(value, "file"))
     if kind is SourceName:
         if not isinstance(value, str) or sources.kind(value) == "folder":
             _folder(value)  # refuses what no folder can be called
@@ -80,16 +83,16 @@ def decode(kind: type, value: Any) -> Any:
     raise NotImplementedError(kind)
 
 
-def _folder(value: Any) -> Path:
+def _folder(value: Any, what: str = "folder") -> Path:
     if not isinstance(value, str):
         raise ValueError
     if not value or "\0" in value:
-        raise Mistakes(Mistake(f"is {value!r}, which no folder can be called", "name a folder"))
+        raise Mistakes(Mistake(f"is {value!r}, which no {what} can be called", f"name a {what}"))
     try:
         return Path(value).expanduser()
     except RuntimeError:
         fact = f"is {value!r}, but there is no such user"
-        raise Mistakes(Mistake(fact, "write the folder out")) from None
+        raise Mistakes(Mistake(fact, f"write the {what} out")) from None
 
 
 def _size(value: Any) -> Size:

@@ -58,6 +58,12 @@ class SourceName(str):
     __slots__ = ()
 
 
+class TextFile(str):
+    """The path of a file of text."""
+
+    __slots__ = ()
+
+
 class Size(int):
     """A number of bytes; models.toml may give it a unit."""
 
@@ -105,6 +111,7 @@ def key(meaning: str, *, change: str, example: Any, default: str = "") -> Meta:
     return Meta(description=meaning, examples=[example], extra=extra)
 
 
+_RUN = "tokens, teacher, forward and evaluate"
 _QUANTIZED = "quantize, for the layers that it concerns, and pack"
 
 
@@ -296,6 +303,44 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             example="extra",
         ),
     ] = None
+
+
+class Quality(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """On what text models are run, and how much of it."""
+
+    evaluate_text: Annotated[
+        TextFile | None,
+        key(
+            "The text that models are evaluated on, a file: plain text, or `.jsonl` with a "
+            '`{"text": "…"}` or a `{"messages": […]}` a line.',
+            default="a part of Python's own help, which every machine has",
+            change=_RUN,
+            example="held-out.txt",
+        ),
+    ] = None
+    samples: Annotated[
+        int,
+        Meta(ge=1),
+        key("How many sequences of it.", change=_RUN, example=128),
+    ] = 32
+    sequence_length: Annotated[
+        int,
+        Meta(ge=2),
+        key("Tokens of each sequence.", change=_RUN, example=2048),
+    ] = 512
+    seed: Annotated[
+        int, Meta(ge=0), key("Which sequences of the text are taken.", change=_RUN, example=7)
+    ] = 0
+    top_logits: Annotated[
+        int,
+        Meta(ge=1),
+        key(
+            "How many of the most likely next tokens of the unquantized model are kept to compare "
+            "with; all others count as one.",
+            change="the last segment of teacher, and evaluate",
+            example=4096,
+        ),
+    ] = 1024
 
 
 class SourceSpec(Struct, frozen=True):

@@ -36,7 +36,7 @@ from tasks.planning import sizes
 from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan
 from tasks.stages import reasons
-from tasks.stages.stage import Key, LeafStage, Stage
+from tasks.stages.stage import Key, LeafStage, Stage, TargetModel
 from tasks.tensors import arrays, mx, rows
 from tasks.tensors.rows import Rows
 
@@ -64,6 +64,7 @@ class NodeContext:
         self.target: Target = plan.target
         self.checkpoint: Checkpoint = plan.checkpoint
         self.model: Model = plan.shared.model
+        self.planned: TargetModel = plan.model
         self.blobs: Blobs = builder.store.blobs
         self.memos: Memos = builder.store.memos
         self.streams: arrays.Streams = builder.streams
@@ -410,6 +411,10 @@ class Builder:
                     known[node] = hit.manifest if isinstance(hit, Hit) else None
         return known[node]
 
+    def contents(self, plan: Plan, node: Node, manifest: Manifest) -> Mapping[str, bytes]:
+        """Return the bytes of what a node made, by name, each read as it is asked for."""
+        return _Contents(self, plan, node.as_inputs(manifest.tensors))
+
     def rows(self, plan: Plan, inputs: Inputs, key: Key) -> Rows:
         """Return a tensor to read: from the store, or made again from what it was made of.
 
@@ -476,6 +481,26 @@ class Builder:
                 f"{node.name}: {name} is lost ({lost.cause}) and comes out differently now. "
                 f"Run {COMMAND} again: what depends on it is then built anew."
             )
+
+
+class _Contents(Mapping[str, bytes]):
+    """The bytes of tensors, fetched or made again if they are not here."""
+
+    def __init__(self, builder: Builder, plan: Plan, tensors: Inputs) -> None:
+        self._builder = builder
+        self._plan = plan
+        self._tensors = tensors
+        self._keys = {key.name: key for key in tensors}
+
+    def __getitem__(self, name: str) -> bytes:
+        parts = self._builder.locate(self._plan, self._tensors, self._keys[name])
+        return b"".join(map(bytes, self._builder.store.blobs.chunks(parts)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def _leaf(node: Node) -> LeafStage[Any]:

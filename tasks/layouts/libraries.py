@@ -27,7 +27,8 @@ class Library(Protocol):
     def load(self, folder: Path) -> tuple[Any, dict[str, Any]]:
         """Return the model that a folder holds, and its configuration.
 
-        ``mx.load`` gives the weights: the folder's own weight file is empty.
+        Nothing is evaluated. ``probe`` has ``mx.load`` give the weights: its folder's own weight
+        file is empty.
         """
 
     def casts(self, model: Any, name: str) -> bool:

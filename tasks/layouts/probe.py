@@ -182,7 +182,7 @@ def _parameters(
         floating = bool(mx.issubdtype(array.dtype, mx.floating))
         cast = floating and library.casts(model, name)
         parameters.append([name, dtype, list(array.shape), cast, inputs, steps])
-    reach, factors = _inputs_reached(mx, tensors.kept, computed) if computed else ({}, [])
+    reach, factors = inputs_reached(mx, tensors.kept, computed) if computed else ({}, [])
     for parameter in parameters:
         if (name := parameter[0]) in computed:
             parameter[4], parameter[5] = reach[name], [["sanitize", name]]
@@ -378,7 +378,7 @@ def _changed(mx: Any, given: dict[str, Any], kept: dict[str, Any]) -> set[str]:
     return changed
 
 
-def _inputs_reached(
+def inputs_reached(
     mx: Any, given: dict[str, Any], computed: dict[str, Any]
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Return, for each computed array, the checkpoint's tensors it is made of.

@@ -14,7 +14,7 @@ from tasks.checkpoints import loaders
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import ReadableSource
 from tasks.core.errors import BuildError, ConfigError
-from tasks.core.spec import SourceSpec, Target
+from tasks.core.spec import Quality, SourceSpec, Target
 from tasks.layouts import architecture
 from tasks.layouts.model import Model, Parameter, layer_names
 from tasks.layouts.registry import LAYOUTS
@@ -184,6 +184,16 @@ class Plan(Struct, frozen=True, dict=True):
         """The nodes of each of these stages."""
         return _nodes(self.target.name, self.measure_specs, self.stages)
 
+    @cached_property
+    def evaluation(self) -> dict[str, list[Node]]:
+        """The nodes of each stage that runs the built model: to plan them may take seconds.
+
+        Raises:
+            BuildError: the text that it is run on cannot be read.
+        """
+        specs = _specs(self.shared, self.model, registry.EVALUATION, self.specs)
+        return _nodes(self.target.name, specs, self.stages)
+
     @property
     def measuring(self) -> list[Node]:
         """The nodes of all of these stages."""
@@ -191,7 +201,9 @@ class Plan(Struct, frozen=True, dict=True):
 
     def nodes(self, stage: str) -> list[Node]:
         """Return the nodes of a stage."""
-        return self.stages[stage] if stage in self.stages else self.measures[stage]
+        if stage in self.stages:
+            return self.stages[stage]
+        return self.measures[stage] if stage in self.measures else self.evaluation[stage]
 
 
 class Planner:
@@ -202,6 +214,7 @@ class Planner:
         memos: Memos,
         open_source: Callable[[Target], ReadableSource],
         recall: Callable[[Target, ReadableSource], Checkpoint | None],
+        quality: Quality,
     ) -> None:
         """Make a planner.
 
@@ -210,9 +223,11 @@ class Planner:
             open_source: opens a target's source.
             recall: returns a checkpoint that is not here itself, or None if its source is to be
                 read.
+            quality: on what text models are run.
         """
         self.memos = memos
         self._open_source = open_source
+        self.quality = quality
         self._recall = recall
         self._checkpoints: dict[tuple[SourceSpec, str | None], Checkpoint] = {}
         self._shared: dict[tuple[SourceSpec, str | None, str, str], SharedPlan | BuildError] = {}
@@ -235,7 +250,7 @@ class Planner:
         settings = {quantize_scheme.weight_name(path): s for path, s in scheme.settings.items()}
         asked = TargetModel(
             checkpoint, model, shared.stored_layers, shared.layers, dtype, settings,
-            shared.computer, {}, "",
+            shared.computer, target.layout, config, self.quality, self.memos,
         )  # fmt: skip
         specs = _specs(shared, asked, registry.PIPELINE, {})
         names, weights = shared.names(scheme.settings), shared.weights(scheme.settings)

@@ -14,7 +14,6 @@ from cache.files.stamp import Stamp
 from cache.records.manifests import Manifest, Tensor
 from tasks.core.errors import BuildError
 from tasks.execution.builder import Builder
-from tasks.planning.node import Node
 from tasks.planning.plan import Plan
 from tasks.stages import measure, quantize_scheme
 from tasks.stages.quantize_scheme import Setting
@@ -255,19 +254,9 @@ def _errors(builder: Builder, plan: Plan, packed: Manifest) -> dict[str, Error] 
             if part != name and packed.action.inputs.get(part) != record:
                 return None  # packed since, or not yet
         try:
-            norms = measure.figures(manifest, _bytes(builder, plan, node, manifest))
+            norms = measure.figures(manifest, builder.contents(plan, node, manifest))
         except (BuildError, CacheError, OSError):
             return None
         for name, setting in node.params.compared.items():
             errors[name] = Error(setting, *norms[name])
     return errors
-
-
-def _bytes(builder: Builder, plan: Plan, node: Node, manifest: Manifest) -> dict[str, bytes]:
-    """Return the bytes of what a node made, by name; fetched or made again if they are not here."""
-    outputs = node.as_inputs(manifest.tensors)
-    chunks = builder.store.blobs.chunks
-    return {
-        key.name: b"".join(map(bytes, chunks(builder.locate(plan, outputs, key))))
-        for key in outputs
-    }

@@ -93,7 +93,7 @@ class Quantize(Stage[QuantizeParams]):
         outputs = {}
         for key, spec in inputs.items():
             if setting := params.settings.get(key.name):
-                for name, part in _part_specs(key.name, spec, setting).items():
+                for name, part in part_specs(key.name, spec, setting).items():
                     outputs[name] = Output(part, Origin.STORED, (key,))
             else:
                 outputs[key.name] = Output(spec, Origin.PASSED_ON, (key,))
@@ -130,17 +130,22 @@ class Quantize(Stage[QuantizeParams]):
 
     def describe(self, params: QuantizeParams) -> str:
         """Return the settings: bits, or the mode where that says them."""
-        words = []
-        for group_size, bits, mode in sorted({*params.settings.values()}):
-            short = f"{bits} bit" if mode == "affine" else mode
-            is_default = group_size == MODES[mode][0][0]
-            words.append(short if is_default else f"{short} group {group_size}")
-        return ", ".join(words) or "as it is"
+        return words(params.settings)
 
     def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
         """Compare settings by name, and what computes."""
         changed = setting_changes(old.get("settings") or {}, new.get("settings") or {})
         return changed + changed_values(old, new, but=("settings",))
+
+
+def words(settings: Mapping[str, Setting]) -> str:
+    """Return settings in a few words: bits, or the mode where that says them."""
+    found = []
+    for group_size, bits, mode in sorted({*settings.values()}):
+        short = f"{bits} bit" if mode == "affine" else mode
+        is_default = group_size == MODES[mode][0][0]
+        found.append(short if is_default else f"{short} group {group_size}")
+    return ", ".join(found) or "as it is"
 
 
 def setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
@@ -153,7 +158,7 @@ def setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reas
     return reasons + come_and_gone(old, new, "now quantized", "not quantized any more")
 
 
-def _part_specs(name: str, spec: TensorSpec, setting: Setting) -> dict[str, TensorSpec]:
+def part_specs(name: str, spec: TensorSpec, setting: Setting) -> dict[str, TensorSpec]:
     """Return the parts that a weight is quantized to, by name."""
     *lead, columns = spec.shape
     scales = (*lead, columns // setting.group_size)

@@ -7,20 +7,24 @@ from typing import Any
 from tasks.core.task_names import GROUPS, PACK
 from tasks.stages.cast import Cast
 from tasks.stages.extract import Extract
+from tasks.stages.forward import Evaluate, Forward, Teacher
 from tasks.stages.measure import Measure
 from tasks.stages.quantize import Quantize
 from tasks.stages.stage import Keep, LeafStage, Stage
+from tasks.stages.tokens import Tokens
 from tasks.stages.unshard import Unshard
 
 # From the checkpoint to what is packed: each reads the one before.
 PIPELINE: tuple[Stage[Any], ...] = (Extract(), Unshard(), Cast(), Quantize())
 # What is told of a built model, and is no part of it.
 MEASURES: tuple[Stage[Any], ...] = (Measure(),)
+# What it takes to run a model, which is planned only where somebody asks for it.
+EVALUATION: tuple[Stage[Any], ...] = (Tokens(), Teacher(), Forward(), Evaluate())
 
 
 def stages() -> tuple[Stage[Any], ...]:
     """Return all stages."""
-    return (*PIPELINE, *MEASURES)
+    return (*PIPELINE, *MEASURES, *EVALUATION)
 
 
 def names() -> tuple[str, ...]:

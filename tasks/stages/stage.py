@@ -15,14 +15,14 @@ from functools import cached_property
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from cache.blobs import Blobs, Part, Writer
 from cache.digest import digest_record
 from cache.records.manifests import Tensor, TensorSpec
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.core.spec import Target
+from tasks.core.spec import Quality, Target
 from tasks.layouts.model import Model, Parameter
 from tasks.stages.reasons import Reason, changed_values
 from tasks.tensors.arrays import Streams
@@ -174,6 +174,10 @@ class TargetModel(Struct, frozen=True):
         dtype: what floating-point parameters are cast to, or None.
         settings: how each weight is quantized, by its name; others are not.
         computer: what computes.
+        layout: its layout's name.
+        config: config.json of the built model.
+        quality: on what text models are run, and how much of it.
+        memos: where answers are kept that are worth remembering.
         planned: what the stages before planned, by stage and layer.
         previous: the name of the stage before, "" for the first.
     """
@@ -185,8 +189,12 @@ class TargetModel(Struct, frozen=True):
     dtype: str | None
     settings: Mapping[str, Any]
     computer: Computer
-    planned: Mapping[str, Mapping[str, ActionSpec[Any]]]
-    previous: str
+    layout: str
+    config: Mapping[str, Any]
+    quality: Quality
+    memos: Memos
+    planned: Mapping[str, Mapping[str, ActionSpec[Any]]] = field(default_factory=dict)
+    previous: str = ""
 
     def same_layer(self, layer: str) -> tuple[Need, ...]:
         """Return what a stage needs that reads the stage before, layer by layer."""
@@ -215,6 +223,7 @@ class Context(Protocol):
     target: Target
     checkpoint: Checkpoint
     model: Model
+    planned: TargetModel
     blobs: Blobs
     memos: Memos
     streams: Streams
@@ -309,6 +318,14 @@ class Stage(ABC, Generic[P]):
     def view_memory(self, params: P, checkpoint: Checkpoint) -> int:
         """Return the bytes that reading a view holds at once, besides blocks of rows."""
         return 0
+
+    def summary(self, read: Mapping[str, bytes]) -> str:
+        """Return what to tell people of what was made, in a line; by default nothing.
+
+        Args:
+            read: the bytes of its outputs, read as they are asked for.
+        """
+        return ""
 
     def describe(self, params: P) -> str:
         """Return in a few words what is done, for ``doit graph``."""

@@ -23,6 +23,7 @@ VALIDATOR = Draft202012Validator(schema.schema())
 TABLES = {
     "[cache]": documents.CACHE,
     "[build]": documents.BUILD,
+    "[quality]": documents.QUALITY,
     "[defaults]": documents.MODEL,
     "[defaults.quantize]": documents.QUANTIZE,
     "[[defaults.quantize.rules]]": documents.RULE,

@@ -6,7 +6,7 @@ from support import projects
 from support.projects import LAYERS, STAGES
 
 KIND = "huggingface"
-OTHERS = ["report", "lock", "lint", "test", "bench"]
+OTHERS = ["report", "lock", "lint", "test", "bench", "evaluate"]
 
 
 def said(done: projects.front_door.Finished) -> dict[str, str]:

@@ -20,6 +20,7 @@ Table = dict[str, Any]
 # The keys of each table.
 CACHE = keys_of(Cache)
 BUILD = keys_of(Build)
+QUALITY = keys_of(spec.Quality)
 MODEL = keys_of(spec.Settings)
 QUANTIZE = keys_of(spec.Quantize)
 RULE = keys_of(spec.Rule)
@@ -35,6 +36,9 @@ mode = "read-only"
 max_size = "20GB"
 [build]
 memory = "4GiB"
+[quality]
+evaluate_text = "held-out.txt"
+samples = 8
 [defaults]
 dtype = "float16"
 [models.a]
@@ -111,6 +115,8 @@ def _right(key: Key) -> st.SearchStrategy[Any]:
         return st.just(False) | _quantize()
     values = {
         "folder": ["b", "~", "/", "../c d", "β"],
+        "file": ["b.txt", "../c d.jsonl"],
+        "count": [2, 1000],
         "size": [1, 10**9, "5GiB", "1 MB", "7", "0.5kB"],
         "URL": ["s3://b/c", "gs://b", "az://c/ß/", "https://h:8443/a%20b", "http://[::1]/a@b",
                 "file:///a"],
@@ -143,6 +149,7 @@ def right(draw: st.DrawFn) -> Table:
             optional={
                 "cache": _some(CACHE),
                 "build": _some(BUILD),
+                "quality": _some(QUALITY),
                 "defaults": _some(MODEL),
             },
         )
@@ -167,6 +174,8 @@ WRONG: dict[str, list[Any]] = {
              "1,5GiB", "1" * 19],
     "URL": [5, [], "", "bucket/a", "ftp://host", "S3://b", "s3://", "https:///a", "https://u:p@h",
             "https://h:port", "s3://k@b", "az://c/a?sig=s", "gs://b/#", "file://a/b", "s3://b/a c"],
+    "file": [5, True, [], {}, "", "a\0"],
+    "count": [-1, 5.5, "4", True, []],
     "number": [0, 7, 5.5, "4", True, []],
     "numbers": [4, [0], [4, 7], [5.5], ["4"], [True], {}],
     "text": [5, "", [], True],
@@ -186,7 +195,7 @@ NO_NAMES = ("a/b", "/", "..", "a b", "a:b", "a=b", "a.", "\x7f", "a\0b", "a" * 2
 
 def _tables(document: Table) -> Iterator[tuple[Table, Mapping[str, Key]]]:
     """Every table in it that has keys of ours, and which."""
-    for name, known in (("cache", CACHE), ("build", BUILD)):
+    for name, known in (("cache", CACHE), ("build", BUILD), ("quality", QUALITY)):
         if name in document:
             yield document[name], known
     models = list(document["models"].values())
@@ -217,9 +226,9 @@ def wrong(draw: st.DrawFn) -> Table:
         names = draw(st.sampled_from([document["models"], model.setdefault("variants", {})]))
         names[draw(st.sampled_from(NO_NAMES))] = {"source": "b"}
     elif kind == "table":
-        document[draw(st.sampled_from(["cache", "build", "defaults", "models", "model"]))] = draw(
-            st.sampled_from([5, "a", [], True])
-        )
+        document[
+            draw(st.sampled_from(["cache", "build", "quality", "defaults", "models", "model"]))
+        ] = draw(st.sampled_from([5, "a", [], True]))
     else:
         for table in (document.get("defaults", {}), *document["models"].values()):
             table.pop("source", None)
@@ -233,6 +242,7 @@ WORDS = (
     *("models", "cache", "build", "defaults", "variants", "a", "b", "A", "", "a/b", ".."),
     *CACHE,
     *BUILD,
+    *QUALITY,
     *MODEL,
     *QUANTIZE,
     *RULE,

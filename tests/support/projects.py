@@ -46,6 +46,7 @@ class Project:
         cache: `[cache] dir`, if given.
         keep: `[cache] keep`, if given.
         memory: `[build] memory`, if given.
+        quality: `[quality]`, if given.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Project:
     cache: Path | None = None
     keep: list[str] | None = None
     memory: str | None = None
+    quality: dict | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -74,7 +76,8 @@ class Project:
         self.models[target] = {key: value for key, value in table.items() if value is not None}
         cache = {"dir": None if self.cache is None else str(self.cache), "keep": self.keep}
         lines = []
-        for name, said in (("cache", cache), ("build", {"memory": self.memory})):
+        tables = {"cache": cache, "build": {"memory": self.memory}, "quality": self.quality or {}}
+        for name, said in tables.items():
             settings = [f"{k} = {_toml(v)}" for k, v in said.items() if v is not None]
             lines += [f"[{name}]", *settings] if settings else []
         for name, model in self.models.items():
@@ -133,6 +136,11 @@ class Project:
         wanted = self.manifest(stage, layer, target).read_bytes()
         entries = (self.store / "actions").rglob("*.json")
         return [entry for entry in entries if entry.read_bytes() == wanted]
+
+    def actions_of(self, stage: str) -> list[Path]:
+        """The action cache's entries of a stage."""
+        entries = (self.store / "actions").rglob("*.json")
+        return [e for e in entries if json.loads(e.read_bytes())["action"]["stage"] == stage]
 
     def tasks(
         self, stages: Iterable[str] = STAGES, *, target: str = "model", pack: bool = True

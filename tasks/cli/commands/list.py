@@ -67,7 +67,7 @@ could be fetched is to run, too."""
             names |= dict.fromkeys([line, *layers] if include_subtasks else [line])
         yield from (tasks.get(name) or group_task(name) for name in names)
         # Stages, of all targets; it may be that none has errors.
-        groups = {stage.group for stage in registry.stages()}
+        groups = {stage.group for stage in (*registry.PIPELINE, *registry.MEASURES)}
         groups |= {group_of(line) for line in self._lines}
         for task in self.task_list:
             listed = include_subtasks or not (

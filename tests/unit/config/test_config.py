@@ -19,7 +19,7 @@ from tasks.config import reader
 from tasks.config.reader import Config
 from tasks.config.tables import Build, Cache
 from tasks.core.errors import ConfigError
-from tasks.core.spec import Quantize, Rule, SourceSpec, Target
+from tasks.core.spec import Quality, Quantize, Rule, SourceSpec, Target
 from tasks.tensors import modes
 
 # On a busy machine any example may seem slow.
@@ -82,6 +82,9 @@ def test_what_is_not_said(folder: Path) -> None:
         targets={"a": model},
         cache=cache,
         build=Build(memory_bytes=None),
+        quality=Quality(
+            evaluate_text=None, samples=32, sequence_length=512, seed=0, top_logits=1024
+        ),
     )
     assert target(folder, 'layout = "mlx-examples"').max_shard_bytes == 15 << 30
 

@@ -46,7 +46,7 @@ def test_what_computed_tensors_are_made_of(given: dict[str, mx.array]) -> None:
         "half": given["d"][:2],
     }
     computed["twice"] = computed["sum"].reshape(4, 6)
-    assert probe._inputs_reached(mx, kept, computed)[0] == {
+    assert probe.inputs_reached(mx, kept, computed)[0] == {
         "sum": ["a", "c"],
         "itself": ["b"],
         "both": ["b", "d"],
@@ -78,7 +78,7 @@ def test_what_many_computed_tensors_are_made_of(many: dict[str, mx.array]) -> No
     computed = {name: mx.stack([many[i] for i in ids]) * 2 for name, ids in made_of.items()}
     computed["renamed.weight"] = many["layers.48.2"].reshape(2, 2)
     made_of["renamed.weight"] = ["layers.48.2"]
-    assert probe._inputs_reached(mx, many, computed) == (made_of, [])
+    assert probe.inputs_reached(mx, many, computed) == (made_of, [])
 
 
 class Fused(nn.Linear):

@@ -1,0 +1,123 @@
+"""text: the text that models are run on: read from files, or what every Python brings along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cache.digest import digest_record
+from tasks.core.errors import BuildError
+
+Messages = list[dict[str, Any]]
+Document = str | Messages  # a chat is rendered by the model's own template
+
+
+def read(name: str | None) -> list[Document]:
+    """Return the documents of a text.
+
+    Args:
+        name: of a file of text, one document; or of ``.jsonl``, one a line, each with ``text`` or
+            with ``messages``. None: every second topic of Python's own help.
+
+    Raises:
+        BuildError: it cannot be read, or holds no document.
+    """
+    if name is None:
+        return _python_topics()
+    path = Path(name)
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BuildError(
+            f"{path} cannot be read: {error}. evaluate_text of [quality] names it: mend it, or "
+            "name another."
+        ) from error
+    lines = enumerate(content.splitlines(), 1)
+    found: list[Document] = [content]
+    if path.suffix == ".jsonl":
+        found = [_document(path, number, line) for number, line in lines if line.strip()]
+    if not any(found):
+        raise BuildError(f"{path} is empty: put text into it, or name another.")
+    return found
+
+
+def digest(documents: Sequence[Document]) -> str:
+    """Return a digest of a text."""
+    return digest_record(list(documents))
+
+
+def _document(path: Path, number: int, line: str) -> Document:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise BuildError(f"{path}, line {number}: no JSON: {error}.") from error
+    if isinstance(record, dict):
+        if isinstance(text := record.get("text"), str):
+            return text
+        if isinstance(messages := record.get("messages"), list):
+            return messages
+    raise BuildError(
+        f'{path}, line {number}: neither {{"text": "…"}} nor {{"messages": [{{"role": "user", '
+        '"content": "…"}]}.'
+    )
+
+
+def _python_topics() -> list[Document]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise BuildError(
+            "This Python comes without pydoc_data, which is the text to evaluate on by default. "
+            "Name one: [quality] evaluate_text."
+        ) from error
+    return [topics[name] for name in sorted(topics)[1::2]]
+
+
+def windows(
+    documents: Sequence[Document], tokenizer: Any, *, samples: int, length: int, seed: int
+) -> list[list[int]]:
+    """Return ``samples`` runs of ``length`` tokens of a text.
+
+    Its documents' tokens stand one after another and are cut into runs, of which the seed picks.
+    Where the tokenizer begins a text with a token of its own, each run begins with that.
+
+    Args:
+        documents: the text.
+        tokenizer: transformers'.
+        samples: how many.
+        length: tokens of each.
+        seed: which are picked.
+
+    Raises:
+        BuildError: the text has fewer.
+    """
+    tokens = list(_tokens(documents, tokenizer))
+    whole = tokenizer.encode("a")
+    first = whole[:1] if whole[0] == tokenizer.bos_token_id else []
+    step = length - len(first)
+    count = len(tokens) // step
+    if count < samples:
+        raise BuildError(
+            f"the text has {len(tokens):,} tokens, {count} runs of {length}; samples of [quality] "
+            f"asks for {samples}. Lower it or sequence_length, or name a longer text."
+        )
+    # Not Python's or NumPy's generator, whose numbers another version may change.
+    order = sorted(range(count), key=lambda index: digest_record([seed, index]))
+    return [first + tokens[index * step :][:step] for index in sorted(order[:samples])]
+
+
+def _tokens(documents: Sequence[Document], tokenizer: Any) -> Iterator[int]:
+    encode: Callable[..., list[int]] = tokenizer.encode
+    for document in documents:
+        if isinstance(document, str):
+            yield from encode(document, add_special_tokens=False, verbose=False)
+        elif not tokenizer.chat_template:
+            raise BuildError(
+                "the text holds chats (messages), but the model's tokenizer has no chat template. "
+                'Give it as {"text": "…"}.'
+            )
+        else:
+            text = tokenizer.apply_chat_template(document, tokenize=False)
+            yield from encode(text, add_special_tokens=False, verbose=False)

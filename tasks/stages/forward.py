@@ -1,0 +1,413 @@
+"""forward: a model run segment by segment: the teacher, and what it was quantized to.
+
+Each segment is a node. It reads the tensors that it needs and the state that the one before left,
+for all sequences, and leaves the next state: weights are in memory of one segment at a time, and of
+states one sequence's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from msgspec import structs
+
+from cache.digest import digest_record
+from cache.records.manifests import Tensor, TensorSpec
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.errors import BuildError
+from tasks.layouts.architecture import versions
+from tasks.quality import divergence, segments
+from tasks.quality.divergence import Compared, Quality, Said
+from tasks.quality.segments import Run, Segment, Skeleton, Split
+from tasks.stages import quantize
+from tasks.stages.cast import dtype_after
+from tasks.stages.quantize_scheme import Setting, parts
+from tasks.stages.reasons import Reason, changed_values
+from tasks.stages.stage import (
+    Context,
+    Inputs,
+    Keep,
+    Key,
+    Need,
+    Origin,
+    Output,
+    Params,
+    Planned,
+    Result,
+    Stage,
+    TargetModel,
+)  # fmt: skip
+from tasks.stages.tokens import EVALUATION, TOKENS, Tokens
+from tasks.tensors import arrays, mx, rows
+from tasks.tensors.device import device_of
+from tasks.tensors.rows import IN_FLIGHT_BYTES
+
+STATE = "state"
+SAID = Said._fields  # what the last segment of a teacher makes
+COMPARED = Compared._fields  # what it makes of a quantized model, beside the teacher's loss
+QUANTIZED = quantize.Quantize.name
+HELD = 8  # states, or logits, of one sequence that a segment holds at once
+
+
+class ForwardParams(Params, frozen=True):
+    """What is run.
+
+    Attributes:
+        segment: its name.
+        number: its place in the model.
+        whole: why the model runs as one segment; empty if it does not.
+        config: digest of config.json, but for what it says of quantizing.
+        settings: how each weight that it reads is quantized, by name.
+        dtype: of what it leads to, for one sequence.
+        shape: of the same.
+        nbytes: of the tensors that it reads.
+        kept: how many of the teacher's most likely tokens are kept; 0 before the last segment.
+        versions: of MLX and of the library.
+        device: what computes: ``cpu``, ``metal``, ``cuda``.
+        machine: the processor.
+    """
+
+    segment: str
+    number: int
+    whole: str
+    config: str
+    settings: dict[str, Setting]
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    kept: int
+    versions: dict[str, str]
+    device: str
+    machine: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Dtype and shape of what it leads to, for one sequence."""
+        return TensorSpec(self.dtype, self.shape)
+
+
+class _Runs(Stage[ForwardParams]):
+    """What the stages have in common that run a model."""
+
+    version = 1
+    keep = Keep.ALWAYS
+    params = ForwardParams
+
+    def settings(self, target: TargetModel) -> Mapping[str, Setting]:
+        """Return how the weights of the model that is run are quantized."""
+        return target.settings
+
+    def plan_key(self, target: TargetModel) -> Hashable:
+        """Return what is run, and on what."""
+        return target.dtype, tuple(target.settings.items()), target.quality
+
+    def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+        """Return the state: (samples, tokens, width)."""
+        return _stored({STATE: _every(params.spec, inputs)}, inputs)
+
+    def run(self, params: ForwardParams, inputs: Inputs, context: Context) -> Result:
+        """Run a segment on one sequence after another."""
+        work = _Work(self, params, inputs, context)
+        outputs = self.outputs(params, _specs(inputs))
+        return Result(work.write(outputs, lambda index: [work.run(index)]))
+
+    def memory(self, params: ForwardParams, checkpoint: Checkpoint) -> int:
+        """Return the size of the segment's weights, and of a few states."""
+        return params.nbytes + HELD * params.spec.nbytes + IN_FLIGHT_BYTES
+
+    def describe(self, params: ForwardParams) -> str:
+        """Return how what is run is quantized."""
+        return quantize.words(params.settings)
+
+    def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+        """Compare settings by name, and all else one by one."""
+        changed = quantize.setting_changes(old.get("settings") or {}, new.get("settings") or {})
+        return changed + changed_values(old, new, but=("settings",))
+
+
+class Teacher(_Runs):
+    """Run each model as it is before it is quantized, and keep what it says."""
+
+    name = "teacher"
+
+    def settings(self, target: TargetModel) -> Mapping[str, Setting]:
+        """Return none."""
+        return {}
+
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
+        """Plan all segments; none where the model cannot be run."""
+        return _plan(target, self.settings(target), _maker(target), before=self.name)
+
+    def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+        """Return the state; of the last segment, what the teacher says: see ``Said``."""
+        if not params.kept:
+            return super().outputs(params, inputs)
+        number = _every(TensorSpec("float32", params.shape[:2]), inputs)
+        several = (*number.shape, params.kept)
+        best = {"ids": TensorSpec("uint32", several), "logits": TensorSpec(params.dtype, several)}
+        return _stored({**best, "rest": number, "loss": number}, inputs)
+
+    def run(self, params: ForwardParams, inputs: Inputs, context: Context) -> Result:
+        """Run a segment on one sequence after another."""
+        if not params.kept:
+            return super().run(params, inputs, context)
+        work = _Work(self, params, inputs, context)
+
+        def say(index: int) -> Said:
+            return divergence.say(work.run(index)[0], work.following(index), params.kept)
+
+        return Result(work.write(self.outputs(params, _specs(inputs)), say), _notes(params))
+
+
+class Forward(_Runs):
+    """Run each quantized model on the text, up to its last block."""
+
+    name = "forward"
+
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
+        """Plan all segments but the last; none where nothing is quantized."""
+        if not target.settings:
+            return {}
+        planned = _plan(target, target.settings, QUANTIZED, before=self.name)
+        return {name: each for name, each in planned.items() if not each.params.kept}
+
+
+class Evaluate(_Runs):
+    """Compare what each model says with what it said before it was quantized."""
+
+    name = "evaluate"
+
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
+        """Plan the last segment; where nothing is quantized, on what the teacher's blocks left."""
+        before = Forward.name if target.settings else Teacher.name
+        planned = {}
+        for name, each in _plan(target, target.settings, QUANTIZED, before=before).items():
+            if each.params.kept:
+                needs = (*each.needs, Need(Teacher.name, name))
+                planned[name] = Planned(each.params, needs, (each.reads or frozenset()).union(SAID))
+        return planned
+
+    def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+        """Return a number a token: see ``Compared``; and the teacher's loss."""
+        number = _every(TensorSpec("float32", params.shape[:2]), inputs)
+        agrees = TensorSpec("uint8", number.shape)
+        specs = {"loss": number, "divergence": number, "agrees": agrees}
+        passed = Output(number, Origin.PASSED_ON, (_TEACHER_LOSS,))
+        return {**_stored(specs, inputs), "teacher_loss": passed}
+
+    def run(self, params: ForwardParams, inputs: Inputs, context: Context) -> Result:
+        """Run the last segment on one sequence after another."""
+        work = _Work(self, params, inputs, context)
+        outputs = self.outputs(params, _specs(inputs))
+
+        def compare(index: int) -> Compared:
+            said = Said(*(work.read(Key(Teacher.name, name), index) for name in SAID))
+            return divergence.compare(work.run(index)[0], work.following(index), said)
+
+        made = work.write({name: outputs[name] for name in COMPARED}, compare)
+        return Result({**made, "teacher_loss": context.pass_on(_TEACHER_LOSS)}, _notes(params))
+
+    def summary(self, read: Mapping[str, bytes]) -> str:
+        """Return how good the model is."""
+        return str(figures(read))
+
+
+def figures(read: Mapping[str, bytes]) -> Quality:
+    """Return how good a model is, given the bytes of what ``Evaluate`` made."""
+    return Quality.of(read["loss"], read["teacher_loss"], read["divergence"], read["agrees"])
+
+
+_TEACHER_LOSS = Key(Teacher.name, "loss")
+
+
+class _Work:
+    """A segment at work, on one sequence after another."""
+
+    def __init__(
+        self, stage: _Runs, params: ForwardParams, inputs: Inputs, context: Context
+    ) -> None:
+        self._context = context
+        self._device = device_of(params.device)
+        self._params = params
+        weights = {key.name: key for key in inputs if key.stage not in _NO_WEIGHTS}
+        self._rows = {k: context.rows(k) for k in inputs if k.stage in _NO_WEIGHTS}
+        self._state = next((key for key in inputs if key.name == STATE), None)
+        context.prefetch(inputs)
+        skeleton = _skeleton(context.planned, stage.settings(context.planned))
+        with self._stream:
+            if params.whole:
+                every = [weights[name] for name in skeleton.tensors]
+                self._model = skeleton.load(lambda file, start: self._fill(file, start, every))
+                mx.eval(self._model.parameters())
+                return
+            self._model = skeleton.load()
+        loaded = [(name, self._weight(key)) for name, key in weights.items()]
+        self._model.load_weights(loaded, strict=False)
+        split = segments.split(context.planned.memos, skeleton, params.shape[1])
+        self._run = Run(self._model, split.segments)
+
+    @property
+    def _stream(self) -> Any:
+        return mx.stream(self._context.streams.get(self._device))
+
+    def write(
+        self, outputs: Mapping[str, Output], make: Callable[[int], Iterable[mx.array]]
+    ) -> dict[str, Tensor]:
+        """Write what ``make`` returns for each sequence, an array an output."""
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(self._context.writer(name, output.spec.nbytes))
+                for name, output in outputs.items()
+            ]
+            for index in range(self._rows[_TOKENS].shape[0]):
+                with self._stream:
+                    for writer, array in zip(writers, make(index), strict=True):
+                        writer.write(arrays.view(array))
+        return {
+            name: Tensor(*output.spec, writer.digest)
+            for (name, output), writer in zip(outputs.items(), writers, strict=True)
+        }
+
+    def run(self, index: int) -> mx.array:
+        """Return the state, or the logits, that the segment leads to: (1, tokens, …)."""
+        tokens = self.read(_TOKENS, index)[None, :-1]
+        try:
+            if self._params.whole:
+                result: mx.array = self._model(tokens)
+            else:
+                state = None if self._state is None else self.read(self._state, index)[None]
+                result = self._run.segment(self._params.number, tokens, state)
+            mx.eval(result)
+        except (RuntimeError, ValueError) as error:  # what MLX and models raise
+            raise BuildError(
+                f"MLX cannot run {self._params.segment} of the model on {self._params.device}: "
+                f"{error} Not all kernels that a GPU has are there for a CPU, nor for each dtype: "
+                'dtype = "float32" may do, or device = "gpu".'
+            ) from error
+        return result
+
+    def following(self, index: int) -> mx.array:
+        """Return the tokens that are to be predicted: (tokens,)."""
+        return self.read(_TOKENS, index)[1:]
+
+    def read(self, key: Key, index: int) -> mx.array:
+        """Return what an input holds of one sequence."""
+        source = self._rows[key]
+        count = rows.count(source) // source.shape[0]
+        with mx.stream(self._context.streams.get("cpu")):
+            array = source.read(index * count, (index + 1) * count).reshape(source.shape[1:])
+            return self._shared(array)
+
+    def _weight(self, key: Key) -> mx.array:
+        source = self._context.rows(key)
+        return self._shared(source.read(0, rows.count(source)).reshape(source.shape))
+
+    def _shared(self, array: mx.array) -> mx.array:
+        if self._device == "gpu":
+            arrays.share(array)
+        mx.eval(array)
+        return array
+
+    def _fill(self, path: Path, start: int, weights: Iterable[Key]) -> None:
+        with path.open("r+b") as file, mx.stream(self._context.streams.get("cpu")):
+            file.seek(start)
+            for key in weights:
+                for block in rows.blocks(self._context.rows(key)):
+                    file.write(arrays.view(block))
+
+
+_TOKENS = Key(Tokens.name, TOKENS)
+_NO_WEIGHTS = (Tokens.name, Teacher.name, Forward.name)
+
+
+def _plan(
+    target: TargetModel, settings: Mapping[str, Setting], maker: str, *, before: str
+) -> dict[str, Planned[ForwardParams]]:
+    """Return the segments of a model by name, in order; none where it cannot be run.
+
+    Args:
+        target: the target.
+        settings: how the model's weights are quantized.
+        maker: the stage that makes its tensors.
+        before: the stage whose states they begin with.
+    """
+    if not target.model.library:
+        return {}
+    skeleton = _skeleton(target, settings)
+    # Of the last token there is none to predict.
+    split = segments.split(target.memos, skeleton, target.quality.sequence_length - 1)
+    weight_of = {part: name for name, s in settings.items() for part in parts(name, s)}
+    layer_of = {p.name: layer for layer, held in target.layers.items() for p in held}
+    planned = {}
+    for segment in split.segments:
+        weights = dict.fromkeys(weight_of.get(name, name) for name in segment.reads)
+        params = _params(target, skeleton, split, segment)
+        quantized = {name: settings[name] for name in weights if name in settings}
+        params = structs.replace(params, settings=quantized)
+        needs = [Need(maker, layer) for layer in dict.fromkeys(layer_of[n] for n in weights)]
+        needs.append(Need(Tokens.name, EVALUATION))
+        if segment.number:
+            needs.append(Need(before, split.segments[segment.number - 1].name))
+        reads = frozenset((*segment.reads, TOKENS, STATE))
+        planned[segment.name] = Planned(params, tuple(needs), reads)
+    return planned
+
+
+def _params(
+    target: TargetModel, skeleton: Skeleton, split: Split, segment: Segment
+) -> ForwardParams:
+    config = {k: v for k, v in target.model.config.items() if not k.startswith("quantization")}
+    kept = target.quality.top_logits if segment is split.segments[-1] else 0
+    return ForwardParams(
+        segment=segment.name,
+        number=segment.number,
+        whole=split.whole,
+        config=digest_record(config),
+        settings={},
+        dtype=segment.dtype,
+        shape=segment.shape,
+        nbytes=sum(skeleton.tensors[name].nbytes for name in segment.reads),
+        kept=min(kept, segment.shape[-1]),
+        versions=versions(target.model.library),
+        device=target.computer.device,
+        machine=target.computer.machine,
+    )
+
+
+def _skeleton(target: TargetModel, settings: Mapping[str, Setting]) -> Skeleton:
+    """Return the model as it is quantized by the target's settings, or by none."""
+    tensors: dict[str, TensorSpec] = {}
+    for parameter in (each for held in target.layers.values() for each in held):
+        spec = TensorSpec(dtype_after(parameter, target.dtype), parameter.shape)
+        if setting := settings.get(parameter.name):
+            tensors |= quantize.part_specs(parameter.name, spec, setting)
+        else:
+            tensors[parameter.name] = spec
+    config = target.config if settings else target.model.config
+    return Skeleton(target.model.library, config, tensors)
+
+
+def _maker(target: TargetModel) -> str:
+    """Return the stage that makes what quantize reads."""
+    first = next(iter(target.planned[QUANTIZED].values()))
+    return first.planned.needs[0].stage
+
+
+def _specs(inputs: Inputs) -> dict[Key, TensorSpec]:
+    return {key: tensor.spec for key, tensor in inputs.items()}
+
+
+def _every(spec: TensorSpec, inputs: Mapping[Key, TensorSpec]) -> TensorSpec:
+    """Return what there is of one sequence, for all of them."""
+    return TensorSpec(spec.dtype, (inputs[_TOKENS].shape[0], *spec.shape[1:]))
+
+
+def _stored(specs: Mapping[str, TensorSpec], inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+    return {name: Output(spec, Origin.STORED, tuple(inputs)) for name, spec in specs.items()}
+
+
+def _notes(params: ForwardParams) -> tuple[str, ...]:
+    return (f"the model runs whole, not block by block: {params.whole}",) if params.whole else ()

@@ -1,0 +1,141 @@
+"""tokens: the text that models are evaluated on, as the model's own tokenizer has it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from array import array
+from collections.abc import Hashable, Mapping
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cache.digest import digest, digest_record
+from cache.records.manifests import Tensor, TensorSpec
+from tasks.layouts.mlx_lm import TOKENIZER
+from tasks.layouts.registry import LAYOUTS
+from tasks.quality import text
+from tasks.stages.reasons import Reason, changed_values
+from tasks.stages.stage import (
+    Context,
+    Inputs,
+    Keep,
+    Key,
+    Origin,
+    Output,
+    Params,
+    Planned,
+    Result,
+    Stage,
+    TargetModel,
+)  # fmt: skip
+
+EVALUATION = "evaluation"  # the name of the node: of what the text is for
+TOKENS = "tokens"
+_IMPORTING = threading.Lock()  # transformers cannot be imported by two threads at once
+
+
+class TokensParams(Params, frozen=True):
+    """What is cut into tokens.
+
+    Attributes:
+        text: digest of the text.
+        samples: how many runs of tokens.
+        sequence_length: tokens of each.
+        seed: which runs of the text.
+        tokenizer: digest of the tokenizer's files.
+        transformers: its version.
+    """
+
+    text: str
+    samples: int
+    sequence_length: int
+    seed: int
+    tokenizer: str
+    transformers: str
+
+
+class Tokens(Stage[TokensParams]):
+    """Cut the text to evaluate on into tokens."""
+
+    name = "tokens"
+    version = 1
+    keep = Keep.ALWAYS
+    params = TokensParams
+
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[TokensParams]]:
+        """Plan one node, where the model can be run at all.
+
+        Raises:
+            BuildError: the text cannot be read.
+        """
+        if not target.model.library:
+            return {}
+        quality = target.quality
+        params = TokensParams(
+            text.digest(text.read(quality.evaluate_text)),
+            quality.samples,
+            quality.sequence_length,
+            quality.seed,
+            digest_record({name: digest(data) for name, data in _files(target).items()}),
+            version("transformers"),
+        )
+        return {EVALUATION: Planned(params)}
+
+    def plan_key(self, target: TargetModel) -> Hashable:
+        """Return what [quality] says."""
+        return target.quality
+
+    def outputs(self, params: TokensParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+        """Return the tokens: (samples, sequence_length)."""
+        shape = (params.samples, params.sequence_length)
+        return {TOKENS: Output(TensorSpec("int32", shape), Origin.STORED)}
+
+    def run(self, params: TokensParams, inputs: Inputs, context: Context) -> Result:
+        """Read the text, and cut it."""
+        documents = text.read(context.planned.quality.evaluate_text)
+        ids = text.windows(
+            documents,
+            _tokenizer(_files(context.planned)),
+            samples=params.samples,
+            length=params.sequence_length,
+            seed=params.seed,
+        )
+        data = memoryview(array("i", [token for run in ids for token in run])).cast("B")
+        with context.writer(TOKENS, data.nbytes) as writer:
+            writer.write(data)
+        return Result({TOKENS: Tensor("int32", (len(ids), len(ids[0])), writer.digest)})
+
+    def describe(self, params: TokensParams) -> str:
+        """Return how many."""
+        return f"{params.samples} × {params.sequence_length}"
+
+    def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+        """Compare one by one."""
+        return changed_values(old, new)
+
+
+def _files(target: TargetModel) -> dict[str, bytes]:
+    """Return the files of the built model that its tokenizer is made of, by name."""
+    files = LAYOUTS[target.layout].files(target.checkpoint, target.memos, [], 0)
+    found = {
+        name: data
+        for name, data in sorted(files.items())
+        if any(fnmatchcase(name, pattern) for pattern in TOKENIZER) and not name.endswith(".py")
+    }
+    # By which transformers tells what kind of tokenizer it is, where its own files do not say.
+    kind = {"model_type": target.model.config.get("model_type")}
+    return {**found, "config.json": json.dumps(kind).encode()}
+
+
+def _tokenizer(files: Mapping[str, bytes]) -> Any:
+    with _IMPORTING:
+        from transformers import AutoTokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return AutoTokenizer.from_pretrained(folder)
