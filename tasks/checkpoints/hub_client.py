@@ -279,14 +279,9 @@ class Ranges(Struct, frozen=True):
         for _ in range(REDIRECTS):
             with _stream(address, place, start, end) as response:
                 if not response.has_redirect_location:
-                    elsewhere = _origin(address) != _origin(place)
-                    if elsewhere and response.status_code in EXPIRED:
+                    if _is_expired(response):
                         self._addresses.pop(name, None)
-                        raise _Cut(
-                            f"{_host(response)} refuses the address that the hub gave (status "
-                            f"{response.status_code})"
-                        )
-                    if elsewhere:
+                    elif _origin(address) != _origin(place):
                         self._addresses[name] = address
                     self._check(name, response, start, end)
                     yield response
@@ -435,9 +430,17 @@ def _passing(error: BaseException | None) -> float | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return _retry_after(error.response) if status in TRANSIENT else None
+        if _is_expired(error.response):
+            return 0.0
+        transient = error.response.status_code in TRANSIENT
+        return _retry_after(error.response) if transient else None
     return 0.0 if isinstance(error, (_Cut, httpx2.TransportError)) else None
+
+
+def _is_expired(response: httpx2.Response) -> bool:
+    """Tell whether a host that the hub sent us to refuses the address that it gave."""
+    elsewhere = _origin(str(response.request.url)) != _origin(_endpoint())
+    return elsewhere and response.status_code in EXPIRED
 
 
 def _retry_after(response: httpx2.Response) -> float:
@@ -505,6 +508,12 @@ def _raise_of_status(error: Any, repository: str, revision: str | None, name: st
         if has_token
         else "have HF_TOKEN hold a token of that account, or log in: hf auth login"
     )
+    if _is_expired(error.response):
+        raise HubUnreachable(
+            f"{_host(error.response)} refuses the addresses that {_endpoint()} gives for "
+            f"{name or 'what it holds'} of {repository} (status {status}), again and again. Try "
+            "again later: what was fetched is kept."
+        ) from error
     if isinstance(error, errors.GatedRepoError):
         text = f"{repository} is gated. Ask for access at {page}, and {grant}."
     elif isinstance(error, errors.RevisionNotFoundError):

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import random
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -315,6 +316,75 @@ def test_through_a_mirror(tmp_path: Path, open_source) -> None:
                 assert b"".join(source.read(name, 0, len(data))) == data
                 digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
                 assert source.hashes[name] == HubFile(len(data), digest)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["as torch writes it", "of another writer"])
+def test_archives_of_torch_are_read_by_ranges(
+    plain: bool, hub: Hub, open_source, tmp_path: Path
+) -> None:
+    """Their directory, their pickle and no storage, wherever torch padded what."""
+    folder = checkpoints.make("llama", tmp_path / "checkpoint", form="bin", files=2)
+    if not plain:
+        for path in folder.glob("*.bin"):
+            pad_members(path)
+    hub.repository("org/model").add_folder(folder)
+    source = open_source()
+    own = loaders.read(FolderSource(folder), None, source.opening.memos)
+    assert source.small_files.is_dir()
+    del hub.requests[:]
+    found = loaders.read(source, None, source.opening.memos)
+    assert found.stored == own.stored
+    assert [found.tensors, found.notes] == [own.tensors, own.notes]
+    if plain:
+        assert len(hub.asked(storage=True)) <= 2 * len(found.stamps)
+    for key, stored in list(found.stored.items())[::5]:
+        data = b"".join(source.read(stored.file, stored.offset, stored.nbytes))
+        part = own.part(key)
+        assert part is not None
+        assert data == (folder / stored.file).read_bytes()[part.offset :][: part.length]
+
+
+def pad_members(path: Path) -> None:
+    """Write an archive anew, with bytes of nobody between its members."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        for name, data in members:
+            archive.writestr(zipfile.ZipInfo(name), data)
+            file.seek(7, 1)
+            archive.start_dir += 7
+
+
+def test_what_only_torch_can_read_is_refused(hub: Hub, open_source, tmp_path: Path) -> None:
+    import torch
+
+    folder = checkpoints.make("llama", tmp_path / "checkpoint")
+    for path in folder.glob("model*"):
+        path.unlink()
+    state = {"model.norm.weight": torch.ones(8, 4).T}
+    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    hub.repository("org/old").add_folder(folder)
+    torch.save(state, folder / "pytorch_model.bin")
+    hub.repository("org/views").add_folder(folder)
+    for name in ("org/old", "org/views"):
+        source = open_source(name)
+        with pytest.raises(CheckpointError, match="download it into a folder and name that"):
+            loaders.read(source, None, source.opening.memos)
+
+
+SMALL = {"config.json": b"{}", "README.md": b"x" * 5000, "tokenizer.model": b"y" * 90_000}
+
+
+@pytest.mark.parametrize("fault", [busy(0, 503), busy(0), Cut(3), Expired()], ids=repr)
+def test_small_files_come_in_spite_of_what_passes(
+    fault: Fault, hub: Hub, open_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for place in range(0, 10, 2):
+        hub.repository(f"org/model-{place}").add(SMALL)
+        once(fault, place, hub)
+        folder = open_source(f"org/model-{place}").small_files
+        assert {name: (folder / name).read_bytes() for name in SMALL} == SMALL
 
 
 def test_several_read_at_once(hub: Hub, repository: Repository, open_source) -> None:

@@ -158,6 +158,14 @@ def test_locked_without_a_network(hub: Hub, tmp_path: Path) -> None:
     assert elsewhere.built() == built
     assert not hub.asked(storage=True)
 
+    nothing = Project(tmp_path / "nothing", project.kind, project.models)
+    nothing.folder.mkdir()
+    nothing.configure()
+    shutil.copy(project.folder / "models.lock", nothing.folder)
+    told = nothing.doit(expect=3).stderr
+    assert "answers with status 429, again and again. It asks to be left alone for 3,600 s" in told
+    assert "And what models.lock says of it (record " in told
+
     hub.fault = lambda request: None
     third = Project(tmp_path / "third", project.kind, project.models, cache=project.store)
     third.folder.mkdir()
