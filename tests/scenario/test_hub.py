@@ -12,9 +12,20 @@ from cache.records.memos import Memos
 from support import front_door, hub_server, inside, projects
 from support.front_door import REPOSITORY
 from support.hub_repositories import OnDisk, Repository
-from support.hub_server import Hub, busy
+from support.hub_server import (
+    Cut,
+    Expired,
+    Fault,
+    Hub,
+    Longer,
+    Request,
+    Shorter,
+    Stall,
+    busy,
+)
 from support.projects import FOUR_BIT, Project
-from tasks.checkpoints import loaders, sources
+from support.servers import Answer
+from tasks.checkpoints import hub_client, loaders, sources
 from tasks.checkpoints.source import Opening
 from tasks.core.text import size
 
@@ -74,6 +85,59 @@ def test_it_is_built_as_from_a_folder(kind: str, hub: Hub, tmp_path: Path) -> No
     assert project.doit().computed == set()
     project.doit("plan")
     assert hub.requests == []
+
+
+def test_a_build_in_spite_of_all_that_passes(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_client, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    project, _ = published(hub, tmp_path / "project")
+    weights = {path.name: path.stat().st_size for path in projects.weight_files(project.checkpoint)}
+    plain = projects.create(tmp_path / "plain", "huggingface", **FOUR_BIT).anew()
+    faults = [
+        Cut(0), Cut(5000), busy(0), busy(0, 500), Expired(), Shorter(3), busy(0, 503), Cut(1),
+        Stall(100, 1), Cut(30_000), Expired(), Answer(502, b"<html>", {}),
+    ]  # fmt: skip
+    project.doit("plan", expect=1)
+    first = len(hub.requests)
+
+    def fault(request: Request) -> Fault:
+        return faults.pop() if faults and (request.count - first) % 3 == 1 else None
+
+    hub.fault = fault
+    project.doit()
+    assert not faults
+    assert project.built() == plain
+    fetched = sum(request.sent for request in hub.asked(storage=True))
+    assert fetched <= sum(weights.values()) + 12 * 2**17
+
+
+def test_what_was_fetched_is_not_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    """After a build that an answer which is none has ended; wherever that came."""
+    project, _ = published(hub, tmp_path / "project")
+    plain = projects.create(tmp_path / "plain", "huggingface", **FOUR_BIT).anew()
+    project.doit("plan", expect=1)
+    wrong = 0
+    for place in (4, 9, 14):
+        first = len(hub.requests)
+        hub.fault = lambda request, at=first + place: Longer(1) if request.count == at else None
+        done = project.doit(expect=None)
+        if done.returncode:
+            wrong += 1
+            assert "org/model at" in done.stdout + done.stderr
+            assert "the server gives" in done.stdout + done.stderr
+            assert not (project.folder / "build/model").exists()
+    assert wrong
+    hub.fault = lambda request: None
+    project.doit()
+    assert project.built() == plain
+    extracted = [
+        entry["task"]
+        for entry in front_door.log(project.folder)
+        if entry["task"].startswith("extract:") and entry["outcome"] == "computed"
+    ]
+    assert sorted(extracted) == sorted(project.tasks(["extract"], pack=False))
 
 
 def test_a_folder_of_a_repository_at_a_tag(hub: Hub, tmp_path: Path) -> None:
