@@ -24,7 +24,7 @@ from tasks.cli.untouched import Untouched
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError
 from tasks.core.spec import Quality, Target
-from tasks.core.task_names import task_name
+from tasks.core.task_names import LOCK, task_name
 from tasks.core.text import plural
 from tasks.core.workspace import Workspace
 from tasks.execution import place
@@ -201,7 +201,7 @@ def _planner(store: Store, lock: Lock, options: Options, quality: Quality) -> Pl
     """Return what plans targets of their sources as they are locked, unless asked to lock anew."""
 
     def open_source(target: Target) -> ReadableSource:
-        newest = not options.read_only and options.requests(f"lock:{target.name}")
+        newest = not options.read_only and options.requests(task_name(LOCK, target.name))
         return lock.open_source(store, target, newest=newest)
 
     def recall(target: Target, source: ReadableSource) -> Checkpoint | None:
