@@ -26,7 +26,7 @@ from tasks.report import INDEX, page_name, timeline, trace_name
 from tasks.report.figures import Reader
 from tasks.stages.reasons import Reason
 
-VERSION = 2
+VERSION = 3
 
 
 def report(session: Session) -> Iterator[dict[str, Any]]:
@@ -166,6 +166,7 @@ def _compared(plan: Plan) -> list[str]:
 def _seen(session: Session, reader: Reader, plan: Plan, family: list[Plan]) -> str:
     """Return a digest of what a page shows besides the manifests that it depends on."""
     stamps = [reader.stamps(other) for other in family if other is not plan]
+    stamps.append(reader.stamps(plan)[-1:])  # of its evaluation, which no report waits for
     source = session.lock.sources.get(plan.target.source_name)
     run = timeline.last_run(session.builder.log.path, plan.target.name)
     return digest_record([stamps, source.json if source else None, run])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf, isfinite, nan
 from typing import NamedTuple
 
@@ -206,11 +206,12 @@ def bars(pieces: Sequence[Piece], height: float) -> list[Bar]:
 
 
 class Point(NamedTuple):
-    """A target in the plot of size against error, in parts of its width and height.
+    """A target in a plot, in parts of its width and height.
 
     Attributes:
         number: its row in the table.
         figures: the target's.
+        text: what is plotted of it, in words.
         x: from the left.
         y: from the top.
         left: whether its label goes to the left of it.
@@ -220,6 +221,7 @@ class Point(NamedTuple):
 
     number: int
     figures: Figures
+    text: str
     x: float
     y: float
     left: bool
@@ -241,43 +243,88 @@ class Box(NamedTuple):
         return across and self.top < other.bottom and other.top < self.bottom
 
 
-class Plot(NamedTuple):
-    """Size against error. Ticks are texts by their place."""
+class Axis(NamedTuple):
+    """What is plotted against size.
 
+    Attributes:
+        title: what it is.
+        short: the same in a word or two.
+        value: of a target; None where it is not known.
+        tick: a value in words, next to the axis.
+        text: a value in words, of a target.
+    """
+
+    title: str
+    short: str
+    value: Callable[[Figures], float | None]
+    tick: Callable[[float], str]
+    text: Callable[[float], str]
+
+
+AXES = (
+    Axis(
+        "relative error of the quantized weights",
+        "error",
+        lambda one: one.relative,
+        lambda value: f"{100 * value:g} %",
+        words.percent,
+    ),
+    Axis(
+        "mean KL divergence from the model before quantizing, nats",
+        "divergence",
+        lambda one: one.quality.mean if one.quality else None,
+        lambda value: f"{value:g}",
+        lambda value: f"{value:.3g} nats",
+    ),
+)
+
+
+class Plot(NamedTuple):
+    """Size against something. Ticks are texts by their place."""
+
+    axis: Axis
     points: list[Point]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
 
 
-def plot(figures: Sequence[Figures]) -> Plot | None:
-    """Return the plot of the targets whose error is known; None if that leaves none to compare."""
+def plots(figures: Sequence[Figures]) -> list[Plot]:
+    """Return the plots of targets, but those that would have none to compare."""
+    return [plot for axis in AXES if (plot := _plot(figures, axis))]
+
+
+def _plot(figures: Sequence[Figures], axis: Axis) -> Plot | None:
     measured = [
-        (number, one, one.relative)
+        (number, one, value)
         for number, one in enumerate(figures, 1)
-        if one.relative is not None and isfinite(one.relative)
+        if (value := axis.value(one)) is not None and isfinite(value)
     ]
     if len(measured) < 2:
         return None
     x_step, x_most = _ticks(max(one.nbytes for _, one, _ in measured))
     y_step, y_most = _ticks(max(part for *_, part in measured) or 1.0)
     places = [
-        (number, one, one.nbytes / x_most, 1 - part / y_most) for number, one, part in measured
+        (number, one, axis.text(part), one.nbytes / x_most, 1 - part / y_most)
+        for number, one, part in measured
     ]
     taken = [_box(x, y, -6, 6, 0) for *_, x, y in places]
     return Plot(
+        axis,
         [_labelled(taken, *place) for place in places],
         [
             (x_step * i / x_most, words.size(x_step * i) if i else "0")
             for i in range(round(x_most / x_step) + 1)
         ],
         [
-            (1 - y_step * i / y_most, f"{100 * y_step * i:g} %")
+            (1 - y_step * i / y_most, axis.tick(y_step * i))
             for i in range(round(y_most / y_step) + 1)
         ],
     )
 
 
-def _labelled(taken: list[Box], number: int, figures: Figures, x: float, y: float) -> Point:
+def _labelled(
+    taken: list[Box], number: int, figures: Figures, text: str, x: float, y: float
+) -> Point:
     """Return a point with the first place for its label that is free, which is taken then."""
     for named in (True, False):
         length = 18 + LETTER * len(f"{number} {figures.name}" if named else str(number))
@@ -288,8 +335,8 @@ def _labelled(taken: list[Box], number: int, figures: Figures, x: float, y: floa
                 inside = box.left >= 0 and box.right <= PLOT_WIDTH
                 if inside and not any(map(box.meets, taken)):
                     taken.append(box)
-                    return Point(number, figures, x, y, left, drop, named)
-    return Point(number, figures, x, y, False, 0, False)
+                    return Point(number, figures, text, x, y, left, drop, named)
+    return Point(number, figures, text, x, y, False, 0, False)
 
 
 def _box(x: float, y: float, start: float, stop: float, drop: int) -> Box:

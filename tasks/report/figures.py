@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import hypot, inf, isfinite, log10, nan
 from pathlib import Path
 
+from cache.blobs import Blobs
 from cache.errors import CacheError
 from cache.files.stamp import Stamp
 from cache.records.manifests import Manifest, Tensor
 from tasks.core.errors import BuildError
+from tasks.core.workspace import Workspace
 from tasks.execution.builder import Builder
 from tasks.planning.plan import Plan
-from tasks.stages import measure, quantize_scheme
+from tasks.quality.divergence import Quality
+from tasks.quality.segments import LOGITS
+from tasks.stages import forward, measure, quantize_scheme
+from tasks.stages.forward import NO_WEIGHTS, STATE, Evaluate, Forward, Teacher
 from tasks.stages.quantize_scheme import Setting
 
 # What a module is for, told from its path: the first that matches. Names of mlx-lm's models, and
@@ -113,6 +118,7 @@ class Figures:
         weight_bytes: size of the weight files.
         weights: how many the model has.
         errors: by parameter, or None if they were not measured.
+        quality: how good it is, or None if it was not evaluated.
     """
 
     name: str
@@ -122,6 +128,7 @@ class Figures:
     weight_bytes: int
     weights: int
     errors: dict[str, Error] | None
+    quality: Quality | None = None
 
     @property
     def bits(self) -> float:
@@ -181,6 +188,7 @@ class Reader:
         """Return the stamps of the manifests that a target's figures come of."""
         paths = [str(self.builder.workspace.packed(plan.target.name))]
         paths += [node.manifest_path(self.builder.workspace) for node in plan.measuring]
+        paths.append(_evaluation(self.builder.workspace, plan.target.name))
         return [_stamp(path) for path in paths]
 
     def read(self, plan: Plan) -> Figures | None:
@@ -216,7 +224,55 @@ def _read(builder: Builder, plan: Plan) -> Figures | None:
         sum(sizes[name] for name in packed.action.params["weights"]),
         plan.weights,
         _errors(builder, plan, packed),
+        evaluated(builder.store.blobs, builder.workspace, plan.target.name, packed),
     )
+
+
+def evaluated(blobs: Blobs, workspace: Workspace, target: str, packed: Manifest) -> Quality | None:
+    """Return how good a target is, or None if what is packed was not evaluated.
+
+    Nothing is planned for it: each manifest tells the weights that it read, and which state.
+    """
+    last = Manifest.at(_evaluation(workspace, target))
+    if last is None or not _is_of(packed, last, _states(workspace, target)):
+        return None
+    try:
+        read = {
+            name: b"".join(map(bytes, blobs.chunks(blobs.locate(tensor.digest, tensor.nbytes))))
+            for name, tensor in last.tensors.items()
+        }
+    except (CacheError, OSError):
+        return None
+    return forward.figures(read)
+
+
+def _states(workspace: Workspace, target: str) -> dict[tuple[str, str], Manifest]:
+    """Return what left each state of a target's models, by stage and digest."""
+    found = {}
+    for stage in (Teacher.name, Forward.name):
+        for path in Path(workspace.manifest(target, stage, LOGITS)).parent.glob("*.json"):
+            if (manifest := Manifest.at(path)) and STATE in manifest.tensors:
+                found[stage, manifest.tensors[STATE].digest] = manifest
+    return found
+
+
+def _is_of(packed: Manifest, last: Manifest, states: Mapping[tuple[str, str], Manifest]) -> bool:
+    """Tell whether a model's last segment, and all before, read the weights that were packed."""
+    ahead: list[Manifest | None] = [last]
+    while ahead:
+        if (manifest := ahead.pop()) is None:
+            return False
+        for key, record in manifest.action.inputs.items():
+            stage, _, name = key.partition(":")
+            if name == STATE:
+                ahead.append(states.get((stage, record[-1])))
+            elif stage not in NO_WEIGHTS and packed.action.inputs.get(name) != record:
+                return False  # packed since, or not yet
+    return True
+
+
+def _evaluation(workspace: Workspace, target: str) -> str:
+    return workspace.manifest(target, Evaluate.name, LOGITS)
 
 
 def pieces(plan: Plan, packed: Manifest, errors: dict[str, Error]) -> list[Piece]:

@@ -91,7 +91,7 @@ def target(
         bars=charts.bars(pieces, LAYERS_HEIGHT),
         layers_height=LAYERS_HEIGHT,
         variants=variants,
-        plot=charts.plot(variants),
+        plots=charts.plots(variants),
         timeline=build,
         lanes=charts.lanes(build) if build else None,
         rows=rows,
@@ -112,7 +112,7 @@ def overview(reader: Reader, plans: Iterable[Plan]) -> str:
         if figures_of_target := reader.read(plan):
             families.setdefault(plan.target.source_name, []).append(figures_of_target)
     return _environment().get_template("overview.html").render(
-        families=[(source, family, charts.plot(family)) for source, family in families.items()]
+        families=[(source, family, charts.plots(family)) for source, family in families.items()]
     )  # fmt: skip
 
 

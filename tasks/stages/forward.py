@@ -232,8 +232,8 @@ class _Work:
         self._context = context
         self._device = device_of(params.device)
         self._params = params
-        weights = {key.name: key for key in inputs if key.stage not in _NO_WEIGHTS}
-        self._rows = {k: context.rows(k) for k in inputs if k.stage in _NO_WEIGHTS}
+        weights = {key.name: key for key in inputs if key.stage not in NO_WEIGHTS}
+        self._rows = {k: context.rows(k) for k in inputs if k.stage in NO_WEIGHTS}
         self._state = next((key for key in inputs if key.name == STATE), None)
         context.prefetch(inputs)
         skeleton = _skeleton(context.planned, stage.settings(context.planned))
@@ -320,7 +320,7 @@ class _Work:
 
 
 _TOKENS = Key(Tokens.name, TOKENS)
-_NO_WEIGHTS = (Tokens.name, Teacher.name, Forward.name)
+NO_WEIGHTS = (Tokens.name, Teacher.name, Forward.name)
 
 
 def _plan(

@@ -197,3 +197,32 @@ def test_a_plain_build_runs_no_model(project: Project) -> None:
     assert "evaluate:model:logits" in project.doit("plan", "evaluate:model", expect=None).stdout + (
         project.doit("list", "--all", "evaluate:model").stdout
     )
+
+
+def test_reports_and_summaries_show_it(project: Project) -> None:
+    """Of what is packed, as long as it is what was evaluated."""
+    project.configure(
+        "coarse", source="checkpoint", device="cpu", dtype="float32",
+        quantize={"bits": 2, "group_size": 32},
+    )  # fmt: skip
+    project.doit("report:model")
+    page = project.folder / "reports" / "model.html"
+    assert "KL" not in page.read_text(encoding="utf-8")
+    done = project.doit("pack", "evaluate")
+    said = {name: numbers(done, name) for name in ("model", "coarse")}
+    summary = project.doit("summary").stdout
+    project.doit("report")
+    overview = (project.folder / "reports" / "index.html").read_text(encoding="utf-8")
+    shown = page.read_text(encoding="utf-8")
+    for name, figures in said.items():
+        assert f"{figures['token']:.2f} %" in shown
+        row = next(line for line in summary.splitlines() if line.startswith(f"| {name} "))
+        assert f"{figures['perplexity']:.4g}" in row
+        assert f"{figures['token']:.2f} %" in row
+    assert "mean KL divergence from the model before quantizing" in shown
+    assert "mean KL divergence from the model before quantizing" in overview
+    project.configure(quantize={"bits": 8, "group_size": 32})
+    project.doit("model", "report:model")
+    stale = page.read_text(encoding="utf-8")
+    assert f"{said['model']['token']:.2f} %" not in stale
+    assert f"{said['coarse']['token']:.2f} %" in stale

@@ -8,14 +8,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cache.errors import CacheError
 from cache.records.manifests import Manifest
+from cache.store import Store
 from tasks.cli import table
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import models_file
+from tasks.config import reader
+from tasks.core.errors import BuildError
 from tasks.core.text import size
-from tasks.core.workspace import STATE
+from tasks.core.workspace import STATE, Workspace
 from tasks.execution.log import OUTCOMES, Entry, Log
+from tasks.quality.divergence import Quality
 from tasks.stages import registry
+from tasks.stages.forward import Evaluate
 
 NOTHING = "### mlx-make\n\nNo task ran.\n"
 
@@ -45,7 +51,7 @@ class Summary(Command):
             entries = [entry for entry in history if entry.run == history[-1].run]
         else:
             entries = [entry for entry in history if entry.start >= since]
-        print(markdown(entries, history, sizes(state / "manifests")), end="")
+        print(markdown(entries, history, sizes(state / "manifests"), evaluations()), end="")
         return 0
 
 
@@ -63,8 +69,30 @@ def sizes(manifests: Path) -> dict[str, int]:
     return by_target
 
 
+def evaluations() -> dict[str, Quality]:
+    """Return how good each built model is that was evaluated, by target."""
+    workspace = Workspace(models_file().absolute().parent)
+    if not any(workspace.state.glob(f"manifests/*/{Evaluate.name}")):
+        return {}
+    from tasks.report.figures import evaluated  # only where there is something to tell
+
+    try:
+        blobs = Store.at(reader.load(models_file()).cache.dir, read_only=True).blobs
+    except (BuildError, CacheError):  # a summary is told whatever models.toml says now
+        return {}
+    found = {}
+    for path in workspace.all_packed():
+        name = path.parent.name
+        if (packed := Manifest.at(path)) and (quality := evaluated(blobs, workspace, name, packed)):
+            found[name] = quality
+    return found
+
+
 def markdown(
-    entries: Sequence[Entry], history: Iterable[Entry], built_bytes: Mapping[str, int]
+    entries: Sequence[Entry],
+    history: Iterable[Entry],
+    built_bytes: Mapping[str, int],
+    qualities: Mapping[str, Quality],
 ) -> str:
     """Return the summary.
 
@@ -72,6 +100,7 @@ def markdown(
         entries: what it is of.
         history: all that the log knows, to tell how long what was not computed would have taken.
         built_bytes: the size of each built model, by target.
+        qualities: how good those are that were evaluated, by target.
     """
     if not entries:
         return NOTHING
@@ -80,8 +109,14 @@ def markdown(
         stages[entry.group].append(entry)
         if ":" in entry.task:  # report's overview is of all targets
             targets[entry.target].append(entry)
+    measured = ("perplexity", "KL", "same top") if targets.keys() & qualities.keys() else ()
     by_target = [
-        [target, size(built_bytes[target]) if target in built_bytes else "", *_counts(of_target)]
+        [
+            target,
+            size(built_bytes[target]) if target in built_bytes else "",
+            *(_words(qualities.get(target)) if measured else ()),
+            *_counts(of_target),
+        ]
         for target, of_target in sorted(targets.items())
     ]
     by_stage = [
@@ -98,7 +133,7 @@ def markdown(
     failed = [f"- failed: `{entry.task}`" for entry in entries if entry.outcome == "failed"]
     parts = [
         "### mlx-make",
-        table.markdown([["target", "size", *OUTCOMES], *by_target]),
+        table.markdown([["target", "size", *measured, *OUTCOMES], *by_target]),
         table.markdown([["stage", *OUTCOMES, "work", "read", "written"], *by_stage]),
         *(["\n".join(failed)] if failed else []),
         saved(entries, history),
@@ -133,6 +168,13 @@ def saved(entries: Iterable[Entry], history: Iterable[Entry]) -> str:
         counts = ", ".join(f"{count} × {stage}" for stage, count in sorted(unknown.items()))
         line += f"; not counted, since the log has not seen them computed: {counts}"
     return f"{line}."
+
+
+def _words(quality: Quality | None) -> list[str]:
+    if quality is None:
+        return ["", "", ""]
+    agreement = f"{100 * quality.agreement:.2f} %"
+    return [f"{quality.perplexity:.4g}", f"{quality.mean:.3g}", agreement]
 
 
 def _counts(entries: Iterable[Entry]) -> list[str]:
