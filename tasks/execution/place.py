@@ -262,7 +262,7 @@ def _set_aside(contents: Contents, name: str) -> str:
         number += 1
     if not os.path.lexists(target):
         _copy(source, target)
-    return f"it is kept as {target.relative_to(aside.parent.parent)}"
+    return f"it is kept as {target}"
 
 
 def _same(one: Path, other: Path) -> bool:

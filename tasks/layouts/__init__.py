@@ -3,8 +3,9 @@
 One module a layout says all that is peculiar to it (``mlx_lm``, ``mlx_examples``) and stands in
 ``registry``, where everybody else finds it: a new layout is one module and one line there. Beside
 them: ``model`` (a model by a layout's names), ``architecture`` (what the classes of one of the
-``libraries`` make of a checkpoint, found out by ``probe``), ``llama_names`` and ``llama_tokenizer``
-(from Meta's to Hugging Face's), ``weight_file`` and one module a format of weight files.
+``libraries`` make of a checkpoint, found out by ``probe``, or why they refuse it, ``verdict``),
+``llama_names`` and ``llama_tokenizer`` (from Meta's to Hugging Face's), ``slow_tokenizer``
+(tokenizer.json of older files), ``weight_file`` and one module a format of weight files.
 
 May import ``cache``, ``tasks.core``, ``tasks.tensors`` and ``tasks.checkpoints``.
 """

@@ -24,6 +24,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.stored import TORCH
 from tasks.core.errors import ArchitectureError, BuildError, CheckpointError
 from tasks.core.text import listed, plural
+from tasks.layouts import verdict
 from tasks.layouts.libraries import LIBRARIES, MLX_LM
 from tasks.layouts.llama_names import rope
 from tasks.layouts.model import Model, Module, Parameter
@@ -379,10 +380,10 @@ def _ask(question: dict[str, Any], library: str, folder: Path) -> dict[str, Any]
         if answer["kind"] in ("ValueError", "SystemExit"):
             break
     name = LIBRARIES[library].DISTRIBUTION
-    raise ArchitectureError(
-        f"{folder}: {library} {versions(library)[name]} says: {answer['error']} "
-        f"If the checkpoint is whole, a newer one may know it: pip install -U {name}"
-    )
+    config = json.loads(question["files"]["config.json"])
+    release = f"{library} {versions(library)[name]}"
+    said = verdict.told(config, answer["kind"], answer["error"], release, name)
+    raise ArchitectureError(f"{folder}: {said}")
 
 
 def _is_small(question: Mapping[str, Any]) -> bool:

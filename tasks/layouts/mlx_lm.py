@@ -221,9 +221,10 @@ def _fast_tokenizer(checkpoint: Checkpoint, memos: Memos) -> tuple[str, str]:
 
 
 def _slow_note(cause: str) -> str:
+    said = printable(" ".join(cause.split()))
     return (
         f"no {slow_tokenizer.FAST}, which clients in Swift need: transformers "
-        f"{version('transformers')} makes none of the tokenizer's files ({printable(cause)})"
+        f"{version('transformers')} makes none of the tokenizer's files ({said})"
     )
 
 

@@ -34,7 +34,7 @@ SETTINGS = """\
 # layout = "mlx-examples"  # for mlx-examples' llama. Default: "mlx-lm"
 """
 QUANTIZE = """\
-quantize = { bits = 4 }  # 2, 3, 4, 5, 6 or 8; without this line nothing is quantized
+quantize = { bits = 4 }  # or 3, 6, 8, …; without this line nothing is quantized
 """
 QUANTIZED = """\
 # It is quantized already, and so is built as it is.

@@ -1,0 +1,53 @@
+"""verdict: what a library says of a checkpoint that it refuses, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tasks.core.text import some
+
+SHOWN = 3  # names of a list
+
+
+def told(config: Mapping[str, Any], kind: str, text: str, library: str, distribution: str) -> str:
+    """Return a library's error with what config.json says about its cause, and the mend.
+
+    Args:
+        config: the checkpoint's.
+        kind: the error's class.
+        text: its message.
+        library: the library's name and version.
+        distribution: what is installed by pip.
+    """
+    quantized = config.get("quantization_config") or {}
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    first = f"config.json has quant_method = {method!r}. " if method else ""
+    what = _shortened(text) if kind in ("ValueError", "SystemExit") else f"{kind}: {text}"
+    newer = f"A newer one may know it: pip install -U {distribution}"
+    if "not supported" in text and config.get("auto_map"):
+        return (
+            f"{first}{library} has no class for model_type = {config.get('model_type')!r}, and the "
+            f"code that the checkpoint brings for it (auto_map) is never run here. {newer}"
+        )
+    if "not supported" in text:
+        mend = newer
+    elif "not in model" in text and not method:
+        mend = f"If the checkpoint is whole, {newer[0].lower()}{newer[1:]}"
+    elif kind == "SystemExit":
+        mend = ""
+    elif method:
+        mend = "If that is no format that mlx-lm reads, get the checkpoint in bfloat16."
+    else:
+        mend = "Its config.json and its weights do not go together: fetch both again."
+    stop = "" if what.endswith(".") else "."
+    return f"{first}{library} says: {what}{stop} {mend}".rstrip()
+
+
+def _shortened(text: str) -> str:
+    """Return a message with the first few names of its list, which may have thousands."""
+    head, *names = re.split(r",?\s*\n", text.strip())
+    if not names:
+        return text
+    return f"{head.rstrip()} {some([name.rstrip('.') for name in names], SHOWN)}."

@@ -1,0 +1,55 @@
+"""What is told of a checkpoint that mlx-lm refuses."""
+
+import pytest
+
+from tasks.layouts import verdict
+
+NEWER = "newer one may know it: pip install -U mlx-lm"
+MANY = (
+    "Received 36000 parameters not in model: \n" + ",\n".join(f"a.{i}" for i in range(36000)) + "."
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "text", "said"),
+    [
+        (
+            {},
+            "ValueError",
+            MANY,
+            "mlx-lm 1 says: Received 36000 parameters not in model: a.0, a.1, a.2 and 35997 more. "
+            f"If the checkpoint is whole, a {NEWER}",
+        ),
+        (
+            {"quantization_config": {"quant_method": "hqq"}},
+            "ValueError",
+            MANY,
+            "config.json has quant_method = 'hqq'. mlx-lm 1 says: Received 36000 parameters not in "
+            "model: a.0, a.1, a.2 and 35997 more. If that is no format that mlx-lm reads, get the "
+            "checkpoint in bfloat16.",
+        ),
+        (
+            {},
+            "ValueError",
+            "Model type x not supported.",
+            f"mlx-lm 1 says: Model type x not supported. A {NEWER}",
+        ),
+        (
+            {"model_type": "x", "auto_map": {"AutoModel": "x.Y"}},
+            "ValueError",
+            "Model type x not supported.",
+            "mlx-lm 1 has no class for model_type = 'x', and the code that the checkpoint brings "
+            f"for it (auto_map) is never run here. A {NEWER}",
+        ),
+        (
+            {},
+            "KeyError",
+            "'head_dim'",
+            "mlx-lm 1 says: KeyError: 'head_dim'. Its config.json and its weights do not go "
+            "together: fetch both again.",
+        ),
+        ({}, "SystemExit", "pip install a", "mlx-lm 1 says: pip install a."),
+    ],
+)
+def test_what_is_told(config: dict, kind: str, text: str, said: str) -> None:
+    assert verdict.told(config, kind, text, "mlx-lm 1", "mlx-lm") == said
