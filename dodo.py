@@ -36,6 +36,14 @@ def task_report(graph: TaskGraph) -> Tasks:
         yield from report_tasks.report(graph.session)
 
 
+def task_publish(graph: TaskGraph) -> Tasks:
+    """Upload what differs from the hub, where models.toml says publish = …; never by itself."""
+    if not graph.session.options.builds_all:
+        from tasks.cli import publish_tasks  # which nothing else imports
+
+        yield from publish_tasks.tasks(graph.session, graph.database)
+
+
 def task_lock(graph: TaskGraph) -> Tasks:
     """Accept the checkpoints as they are now into models.lock."""
     yield from graph.accept()

@@ -65,11 +65,16 @@ def spec(text: str, base: Path) -> SourceSpec:
     Raises:
         Mistakes: it means nothing.
     """
-    _place(text)
+    place_of(text)
     return SourceSpec("hf", text)
 
 
-def _place(text: str) -> Place:
+def place_of(text: str) -> Place:
+    """Return the place that a name, without ``hf:``, means.
+
+    Raises:
+        Mistakes: it means nothing.
+    """
     match = _TEXT.fullmatch(text)
     subfolder = PurePosixPath(match["subfolder"] or "") if match else PurePosixPath()
     if not match or {"..", "."} & {*subfolder.parts}:
@@ -81,7 +86,7 @@ def _place(text: str) -> Place:
 
 def open_source(spec: SourceSpec, opening: Opening) -> HubSource:
     """Return a repository as a source; it need not exist, and is not asked for yet."""
-    return HubSource(_place(spec.location), opening)
+    return HubSource(place_of(spec.location), opening)
 
 
 class HubSource(Struct, frozen=True, dict=True):

@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from cache.errors import Mismatch, NotFetched
 from cache.files import atomic
@@ -41,6 +41,7 @@ class RecordSource(Struct, frozen=True):
     small_files: Path
     identity: str
     digests: Mapping[str, str]
+    revision: str | None = None  # as models.lock has it
 
     @property
     def location(self) -> str:
@@ -51,11 +52,6 @@ class RecordSource(Struct, frozen=True):
     def available(self) -> bool:
         """False: there are no weights."""
         return False
-
-    @property
-    def revision(self) -> None:
-        """None: it is no download."""
-        return
 
     @property
     def hashes(self) -> Mapping[str, HashedFile]:
@@ -110,13 +106,16 @@ def share(store: Store, record: str) -> None:
         remote.later(partial(remote.push, name, len(blob), [blob]))
 
 
-def recall(store: Store, record: str, nbytes: int) -> Checkpoint | None:
+def recall(
+    store: Store, record: str, nbytes: int, revision: str | None = None
+) -> Checkpoint | None:
     """Return a checkpoint by its record, or None if the record is nowhere.
 
     Args:
         store: where it may be kept, or fetched to from a remote.
         record: its BLAKE3.
         nbytes: its size.
+        revision: the commit that the checkpoint was downloaded at, if that is locked.
     """
     data = _kept(store, record)
     if data is None:
@@ -125,7 +124,8 @@ def recall(store: Store, record: str, nbytes: int) -> Checkpoint | None:
         data = _fetched(store, record, nbytes)
     if data is None:
         return None
-    return _decode(data, record, _folder(store, record) / "files")
+    source = RecordSource(_folder(store, record) / "files", record, {}, revision)
+    return _decode(data, source)
 
 
 def tensor_digests(store: Store, record: str) -> dict[str, str]:
@@ -156,7 +156,7 @@ def _encode(
     return json.dumps(record, separators=(",", ":")).encode()
 
 
-def _decode(data: bytes, name: str, folder: Path) -> Checkpoint:
+def _decode(data: bytes, source: RecordSource) -> Checkpoint:
     record = json.loads(data)
     stored = {
         key: Stored(n, dtype, tuple(shape), file, offset)
@@ -167,7 +167,7 @@ def _decode(data: bytes, name: str, folder: Path) -> Checkpoint:
         for key, (dtype, shape, inputs, steps) in record["wholes"].items()
     }
     return Checkpoint(
-        RecordSource(folder, name, record["digests"]),
+        structs.replace(source, digests=record["digests"]),
         record["names"],
         record["config"],
         record["files"],

@@ -16,7 +16,7 @@ from tasks.cli.doit_adapter import command_line_variables, models_file, read_plu
 from tasks.cli.options import DEFAULT
 from tasks.cli.target_names import task_named
 from tasks.core.program import IS_CHECKOUT, ROOT
-from tasks.core.task_names import PACK, REPORT, group_of, task_name
+from tasks.core.task_names import PACK, PUBLISH, REPORT, group_of, task_name
 from tasks.core.workspace import STATE
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
             makers = {EXAMPLE: _make_example} if IS_CHECKOUT else {}
             saved = partial(cmd.dep_manager.backend.saved, without=options.looked_at)
             self.session = Session.open(self._config, options, makers, saved)
-            if REPORT in pos_args:  # its task shows what can be planned
-                pos_args += [task_name(REPORT, target) for target in self.session.refused]
+            for group in {REPORT, PUBLISH}.intersection(pos_args):  # of what can be planned
+                pos_args += [task_name(group, target) for target in self.session.refused]
             running = {stage.group for stage in registry.EVALUATION}
             evaluates = any(group_of(name) in running for name in pos_args)
             graph = TaskGraph(self.session, cmd.dep_manager, evaluates)

@@ -29,6 +29,7 @@ from tasks.core.text import plural
 from tasks.core.workspace import Workspace
 from tasks.execution import place
 from tasks.execution.log import Log
+from tasks.planning import model_card
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan, Planner
 from tasks.planning.refused import Refused, messages
@@ -224,6 +225,7 @@ def _plan(
             if untouched and untouched.holds(target):
                 continue
             plan = planner.plan(target)
+            model_card.check(plan, planner.memos)
             place.check_is_ours(workspace, target.name, locked=target.name in lock.targets)
             plans[target.name] = plan
         except MENDABLE as error:

@@ -28,6 +28,7 @@ from tasks.core.program import ROOT
 from tasks.core.spec import Target
 from tasks.core.workspace import Workspace
 from tasks.layouts.registry import LAYOUTS
+from tasks.planning import model_card
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Planner, SharedPlan
 from tasks.stages import registry
@@ -97,7 +98,7 @@ class Untouched:
 
     def _digest(self, target: Target) -> str | None:
         """Return the digest of all that a look depends on; None if that is not to be told."""
-        if target.files:  # it reads them all
+        if target.files or target.card:  # it reads them all
             return None
         shared = self.planner.share(target)
         saved = self.saved(target.name)
@@ -131,7 +132,7 @@ class Untouched:
         """A digest of this program, which is another in a checkout every minute."""
         stages = [(stage.name, stage.version) for stage in registry.stages()]
         code = [[*_code(str(ROOT / room))] for room in ("cache", "tasks")]
-        return digest(_encoder.encode([sys.version, stages, code]))
+        return digest(_encoder.encode([sys.version, stages, code, model_card.program()]))
 
 
 def _of_shared(target: Target, shared: SharedPlan) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
@@ -13,22 +12,29 @@ from msgspec.structs import FieldInfo, fields
 
 from tasks.config import tables, values
 from tasks.core import spec
+from tasks.core.text import toml
 
 Kind = Literal[
-    "folder", "file", "text", "size", "URL", "switch",
+    "folder", "file", "text", "texts", "size", "URL", "repository", "switch",
     "word", "words", "number", "numbers", "count", "table", "tables", "named",
 ]  # fmt: skip
 _KINDS: dict[Any, Kind] = {
     Path: "folder",
     spec.SourceName: "folder",
     spec.TextFile: "file",
+    spec.RepositoryName: "repository",
     spec.Size: "size",
     tables.RemoteURL: "URL",
     str: "text",
     int: "number",
     bool: "switch",
 }
-_LISTS: dict[Kind, Kind] = {"word": "words", "number": "numbers", "table": "tables"}
+_LISTS: dict[Kind, Kind] = {
+    "text": "texts",
+    "word": "words",
+    "number": "numbers",
+    "table": "tables",
+}
 
 
 class Key(Struct, frozen=True):
@@ -111,15 +117,3 @@ def least(declared: Any) -> int | None:
     """Return the least that a number may be, where its type says one."""
     limits = [meta.ge for meta in get_args(declared)[1:] if isinstance(meta, Meta)]
     return next((int(limit) for limit in limits if limit is not None), None)
-
-
-def toml(value: Any) -> str:
-    """Return a value as TOML spells it, in one line."""
-    if isinstance(value, Mapping):
-        inner = ", ".join(f"{name} = {toml(item)}" for name, item in value.items())
-        return f"{{ {inner} }}" if inner else "{}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(toml, value))}]"
-    if isinstance(value, (str, Path)):
-        return json.dumps(str(value), ensure_ascii=False)
-    return str(value).lower()

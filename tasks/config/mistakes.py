@@ -7,12 +7,13 @@ from typing import Any
 from msgspec import Struct, ValidationError, convert
 
 from tasks.config import values
-from tasks.config.keys import Key, keys_of, least, toml
+from tasks.config.keys import Key, keys_of, least
 from tasks.config.lines import Text, spelled
 from tasks.config.tables import Build, Cache, Document, Model
 from tasks.config.values import nearest, show
 from tasks.core.errors import ConfigError
 from tasks.core.spec import At, Mistake, Mistakes, Quality, Quantize, Rule, Settings
+from tasks.core.text import toml
 
 SHOWN = 20  # of one file
 # Where a key belongs that stands in another table.

@@ -21,7 +21,17 @@ from tasks.config.mistakes import MistakeList, is_split_name
 from tasks.config.tables import Build, Cache, Document, variable
 from tasks.core.errors import ConfigError
 from tasks.core.program import COMMAND
-from tasks.core.spec import At, Quality, Quantize, Settings, Size, SourceName, Target, TextFile
+from tasks.core.spec import (
+    At,
+    Quality,
+    Quantize,
+    RepositoryName,
+    Settings,
+    Size,
+    SourceName,
+    Target,
+    TextFile,
+)
 from tasks.core.workspace import BUILD
 from tasks.layouts.registry import LAYOUTS
 
@@ -81,6 +91,7 @@ class _Reader:
         self.text = text
         self.folder = text.path.parent
         self.mistakes = MistakeList(text)
+        self.published: dict[str, str] = {}  # targets, by repository
 
     def config(self, record: Table) -> Config:
         """Return what the file says.
@@ -181,6 +192,7 @@ class _Reader:
         settings = convert(keys, Settings, dec_hook=values.decode)
         if at[2:3] == ("matrix",) and settings.quantize:
             self.check_matrix(settings.quantize, at)
+        self.check_repository(name, settings.publish, at)
         source = sources.spec(keys["source"], self.folder)
         if source.kind == "folder":
             self.check_outside_build(Path(source.location), (*at, "source"))
@@ -192,6 +204,7 @@ class _Reader:
                 "max_shard_bytes": settings.max_shard_bytes
                 or Size(LAYOUTS[settings.layout].default_shard_bytes),
                 "files": settings.files and self.folder / settings.files,
+                "card": settings.card_name and self.folder / settings.card_name,
             },
             name=name,
             source=source,
@@ -202,6 +215,19 @@ class _Reader:
         """Return the table [quality] with its text's path relative to this file."""
         text = table.evaluate_text
         return replace(table, evaluate_text=text and TextFile((self.folder / text).absolute()))
+
+    def check_repository(self, target: str, publish: RepositoryName | None, at: At) -> None:
+        """Note a repository that no hub takes, or that another target is published to."""
+        if publish is None:
+            return
+        name = publish.of(target)
+        if not values.is_repository(name):
+            fact = f"makes {name!r} of the target's name, which no repository can be called"
+            self.mistakes.note(fact, (*at, "publish"), "rename the target, or write ORG/NAME")
+        elif first := self.published.get(name.casefold()):
+            fact = f"is {name!r}, which {first} is published to as well"
+            self.mistakes.note(fact, (*at, "publish"), 'write "ORG/{target}"')
+        self.published.setdefault(name.casefold(), target)
 
     def check_matrix(self, quantize: Quantize, at: At) -> None:
         """Note what is wrong with the bits of a matrix's variant."""

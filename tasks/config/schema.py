@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from tasks.config.keys import Key, keys_of, least, toml
+from tasks.config.keys import Key, keys_of, least
 from tasks.config.reader import MAX_NAME_BYTES
 from tasks.config.tables import Build, Cache, Document, Matrix, Model, RemoteURL, variable
 from tasks.config.values import REMOTE, REMOTES, words
@@ -19,6 +19,7 @@ from tasks.core.spec import (
     MODES,
     Quality,
     Quantize,
+    RepositoryName,
     Rule,
     Settings,
     Size,
@@ -26,7 +27,7 @@ from tasks.core.spec import (
     TextFile,
     Word,
 )
-from tasks.core.text import NUMBER, UNITS
+from tasks.core.text import NUMBER, UNITS, toml
 from tasks.layouts.registry import LAYOUTS
 from tasks.tensors import modes
 
@@ -98,6 +99,8 @@ def _custom(kind: type) -> Schema:
         return {"type": ["integer", "string"], **number, "pattern": SIZE}
     if kind is RemoteURL:
         return {"type": "string", "pattern": f"^({REMOTE})$"}
+    if kind is RepositoryName:
+        return {"type": "string", "pattern": r"^[A-Za-z0-9._-]+/([A-Za-z0-9._-]|\{target\})+$"}
     if kind in (Path, SourceName, TextFile):
         return {"type": "string", "pattern": r"^[^\x00]+$"}
     raise NotImplementedError(kind)
@@ -210,6 +213,8 @@ def _kind(key: Key) -> str:
         "folder": "a folder, relative to `models.toml`; `~` is your home",
         "file": "a file, relative to `models.toml`; `~` is your home",
         "text": "a string",
+        "texts": "a list of strings",
+        "repository": "a string, `ORG/NAME`",
         "word": valid,
         "words": f"a list of {valid}",
         "size": "a [size](#sizes)",

@@ -18,6 +18,7 @@ from tasks.core.spec import (
     Mistake,
     Mistakes,
     Quantize,
+    RepositoryName,
     Rule,
     Size,
     SourceName,
@@ -42,6 +43,9 @@ REMOTES = {
 # Credentials and tokens (``user:password@``, ``?sig=``) have no place in it.
 _HOST = r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 _PATH = r"/[^\x00-\x20\x7f?#]*"
+# Of the hub's own names, without the digits that only it can tell to be taken.
+_WORD = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+REPOSITORY = rf"(?=.{{3,96}}$){_WORD}/(?!.*\.(?:git|ipynb)$){_WORD}"
 REMOTE = rf"(?:(?:s3|gs|az)://[A-Za-z0-9_.-]+|https?://{_HOST})(?:{_PATH})?|file://{_PATH}"
 
 
@@ -74,6 +78,8 @@ def decode(kind: type, value: Any) -> Any:
         return _folder(value)
     if kind is TextFile:
         return TextFile(_folder(value, "file"))
+    if kind is RepositoryName:
+        return _repository(value)
     if kind is SourceName:
         if not isinstance(value, str) or sources.kind(value) == "folder":
             _folder(value)  # refuses what no folder can be called
@@ -93,6 +99,21 @@ def _folder(value: Any, what: str = "folder") -> Path:
     except RuntimeError:
         fact = f"is {value!r}, but there is no such user"
         raise Mistakes(Mistake(fact, f"write the {what} out")) from None
+
+
+def _repository(value: Any) -> RepositoryName:
+    if not isinstance(value, str):
+        raise ValueError
+    name = RepositoryName(value)
+    if not is_repository(name.of("target")):
+        mend = 'write "ORG/NAME", or "ORG/{target}"'
+        raise Mistakes(Mistake(f"is {value!r}, which no repository can be called", mend))
+    return name
+
+
+def is_repository(name: str) -> bool:
+    """Tell whether the hub would take a repository of that name, with its owner's."""
+    return re.fullmatch(REPOSITORY, name, re.ASCII) is not None
 
 
 def _size(value: Any) -> Size:

@@ -64,6 +64,16 @@ class TextFile(str):
     __slots__ = ()
 
 
+class RepositoryName(str):
+    """A repository on a model hub, ORG/NAME; ``{target}`` in it is the target's name."""
+
+    __slots__ = ()
+
+    def of(self, target: str) -> str:
+        """Return the repository of a target."""
+        return self.replace("{target}", target)
+
+
 class Size(int):
     """A number of bytes; models.toml may give it a unit."""
 
@@ -303,6 +313,61 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             example="extra",
         ),
     ] = None
+    card_name: Annotated[
+        TextFile | None,
+        key(
+            "The Jinja template of the built model's README.md.",
+            default="mlx-make's own",
+            change="pack alone, which computes nothing",
+            example="card.md.j2",
+        ),
+    ] = field(name="card", default=None)
+    tags: Annotated[
+        tuple[str, ...],
+        key(
+            "Words for the front matter of the built model's README.md, beside those of the "
+            "checkpoint's own.",
+            change="pack alone, which computes nothing",
+            example=["chat", "legal"],
+        ),
+    ] = ()
+    publish: Annotated[
+        RepositoryName | None,
+        key(
+            "The repository on the hub that `doit publish` uploads the model to, `ORG/NAME`; "
+            "`{target}` in it is the target's name.",
+            default="none",
+            change="pack, since README.md names it, and publish",
+            example="my-org/{target}",
+        ),
+    ] = None
+    create: Annotated[
+        bool,
+        key(
+            "Whether `publish` makes the repository where there is none.",
+            change="publish",
+            example=False,
+        ),
+    ] = True
+    private: Annotated[
+        bool,
+        key(
+            "Whether the repository that `publish` makes is private; one that all can see is then "
+            "an error.",
+            change="publish",
+            example=True,
+        ),
+    ] = False
+    collection: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        key(
+            "The title of a collection on the hub, of the same owner, that `publish` puts the "
+            "repository into; it is made where there is none.",
+            default="none",
+            change="publish",
+            example="Our models",
+        ),
+    ] = None
 
 
 class Quality(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -366,6 +431,7 @@ class Target(Settings, frozen=True, kw_only=True):
         source: where the checkpoint is to be had.
         source_name: what models.toml calls it, with the loader if it names one.
         max_shard_bytes: largest size of a weight file's tensors together, in bytes.
+        card: the template of README.md, if it is the project's own.
         where: what in the file asks for it, for messages.
     """
 
@@ -373,4 +439,10 @@ class Target(Settings, frozen=True, kw_only=True):
     source: SourceSpec = field(name="source_spec")  # no key: "source" is what the file says
     source_name: SourceName
     max_shard_bytes: Size
+    card: Path | None = field(name="card_path", default=None)
     where: object
+
+    @property
+    def repository(self) -> str | None:
+        """The repository that it is published to, if it is to be."""
+        return self.publish and self.publish.of(self.name)

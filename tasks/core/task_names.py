@@ -7,9 +7,10 @@ from __future__ import annotations
 
 PACK = "pack"  # writes build/TARGET; a packing's manifest says so too
 REPORT = "report"
+PUBLISH = "publish"
 LOCK = "lock"
 # A new group is a name here, and what yields its tasks in dodo.py.
-GROUPS = (PACK, REPORT, LOCK)
+GROUPS = (PACK, REPORT, PUBLISH, LOCK)
 
 
 def task_name(group: str, target: str, layer: str = "") -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf, isnan
+from pathlib import Path
+from typing import Any
 
 UNITS = {
     "": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9,
@@ -36,6 +39,18 @@ def some(facts: Sequence[str], most: int, separator: str = ", ") -> str:
     """Return the first ``most`` facts, and how many more there are."""
     more = f" and {len(facts) - most} more" if len(facts) > most else ""
     return separator.join(facts[:most]) + more
+
+
+def toml(value: Any) -> str:
+    """Return a value as TOML spells it, in one line."""
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{name} = {toml(item)}" for name, item in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, (str, Path)):
+        return json.dumps(str(value), ensure_ascii=False)
+    return str(value).lower()
 
 
 def percent(part: float) -> str:

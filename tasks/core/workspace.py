@@ -58,6 +58,10 @@ class Workspace:
         """Return where the manifest of a target's packing lies."""
         return self.state / "manifests" / target / "pack.json"
 
+    def published(self, target: str) -> Path:
+        """Return where it lies what was last published of a target."""
+        return self.state / "published" / f"{target}.json"
+
     def may_be_packed(self, target: str) -> Path:
         """Return where that of one lies that may be what is in the target's folder, or not.
 

@@ -63,8 +63,14 @@ class PackInProgress:
                 need -= sum(total(node.new_specs().values()) for node in plan.last)
             fill.make_empty(self._new, need)  # no layer is to fail for this
             filling = Filling(plan, expected, self._new, self._blobs, builder.drafts, with_blake3)
-            filled = fill.fill(filling, self._find)
-            self._result = expected, filled, place.stamps(str(self._new), list(filled.files))
+            written: list[Bundle] = []
+
+            def small() -> dict[str, bytes]:
+                written.append(Bundle.of(plan, self._tensors, builder.store.memos))
+                return written[0].small
+
+            filled = fill.fill(filling, self._find, small)
+            self._result = written[0], filled, place.stamps(str(self._new), list(filled.files))
 
         def run() -> None:
             try:

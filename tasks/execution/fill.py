@@ -7,7 +7,7 @@ the cache, and then linked; where it has no draft, in the folder itself.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,12 +84,13 @@ class Filling:
         return bool(bundle.whole_files(self.blobs, self.bundle, self.known))
 
 
-def fill(filling: Filling, find: Find) -> PackedFolder:
+def fill(filling: Filling, find: Find, small: Callable[[], Mapping[str, bytes]]) -> PackedFolder:
     """Write the files.
 
     Args:
         filling: what to write.
         find: waits for a tensor if it must, and returns its digest and where its bytes lie.
+        small: returns the other files once the weights are written, whose digests one may tell.
 
     Raises:
         BlobLost: a tensor's bytes are not those of its digest.
@@ -123,7 +124,7 @@ def fill(filling: Filling, find: Find) -> PackedFolder:
         if link.link(path, filling.folder / file):
             written += path.stat().st_size
     files = {file: new[file] if file in new else filling.known[file] for file in weights}
-    for name, data in filling.bundle.small.items():
+    for name, data in small().items():
         path = filling.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)  # of a file laid over
         path.write_bytes(data)

@@ -150,6 +150,7 @@ class Packing:
                     self.acceptance.accept(result, self._blake3(known))
                     self.notes.extend(place.set_aside_loaded(there, self._loaded))
                 else:
+                    known = known or bundle.same_weights(Manifest.at(path), wanted.action)
                     result = self._write(inputs, wanted, known, notes)
                     builder.store.actions.put(result)
                     shared = self._share(result)
@@ -282,7 +283,7 @@ class Packing:
                 key.name: (tensor.digest, self.builder.locate(self.plan, inputs, key))
                 for key, (_, tensor) in inputs.items()
             }
-        return fill.fill(filling, places.__getitem__)
+        return fill.fill(filling, places.__getitem__, lambda: filling.bundle.small)
 
 
 def _exchange(new: Path, old: Path) -> None:

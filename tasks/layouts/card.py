@@ -1,4 +1,7 @@
-"""card: what a checkpoint's README.md and license files say, for the model that is built of it."""
+"""card: what a checkpoint's README.md and license files say, for the model that is built of it.
+
+The built model's own README.md is made of that in ``planning/model_card.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from tasks.checkpoints.small_files import check_own, read_bytes
 
 CARD = "README.md"
 LEGAL = re.compile(r"(licen[sc]e|notice)([-_.].*)?", re.IGNORECASE)
-VERSION = 1  # raised when other keys are taken over
+VERSION = 2  # raised when other keys are taken over
 # What holds for a model in another format, too; https://huggingface.co/docs/hub/model-cards.
 KEYS = ("license", "license_name", "license_link", "language", "base_model", "tags")
 WORDS = ("language", "base_model", "tags")  # lists, or one word
@@ -22,14 +25,9 @@ FRONT_MATTER = re.compile(
     rb"\A(?:\xef\xbb\xbf)?\s*---\r?\n(.*?)\r?\n---\s*?(?:\r?\n|\Z)", re.DOTALL
 )
 
-# Where the checkpoint has no card.
-DEFAULT = """\
-language: en
-library_name: mlx
-pipeline_tag: text-generation
-tags:
-- mlx
-"""
+Fields = dict[str, str | list[str]]  # of a card's front matter
+OWN: Fields = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags": ["mlx"]}
+DEFAULT: Fields = {"language": "en", **OWN}  # where the checkpoint has no card
 
 
 def is_document(name: str) -> bool:
@@ -62,8 +60,8 @@ def source_files(folder: Path) -> list[Path]:
     return [*legal_files(folder), path]
 
 
-def front_matter(folder: Path, memos: Memos) -> tuple[str, tuple[str, ...]]:
-    """Return the YAML that a built model's card begins with, and notes for people.
+def front_matter(folder: Path, memos: Memos) -> tuple[Fields, tuple[str, ...]]:
+    """Return the fields that a built model's card begins with, and notes for people.
 
     Args:
         folder: of the checkpoint, whose license, languages, tags and base model are taken over.
@@ -74,7 +72,7 @@ def front_matter(folder: Path, memos: Memos) -> tuple[str, tuple[str, ...]]:
     if match is None:
         return DEFAULT, ()
     question = [VERSION, digest(match[1])]
-    answer = memos.get("cards", question, dict[str, str])
+    answer = memos.get("cards", question, Fields)
     if answer is None:
         answer = _taken_over(match[1])
         memos.put("cards", question, answer)
@@ -83,11 +81,19 @@ def front_matter(folder: Path, memos: Memos) -> tuple[str, tuple[str, ...]]:
             f"{CARD} of the checkpoint begins with what is no YAML ({fault}): the built model's "
             f"{CARD} says nothing of its license",
         )
-    return answer["yaml"], ()
+    return answer, ()
 
 
-def _taken_over(data: bytes) -> dict[str, str]:
-    """Return a card's ``yaml`` made of the checkpoint's, or under ``error`` why there is none."""
+def to_yaml(fields: Fields) -> str:
+    """Return a card's fields as they stand between its first lines."""
+    import yaml  # 0.06 s
+
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=math.inf)
+    return str(text)
+
+
+def _taken_over(data: bytes) -> Fields:
+    """Return a card's fields made of the checkpoint's, or under ``error`` why there are none."""
     import yaml  # 0.06 s
 
     if len(data) > MAX_FRONT_MATTER_BYTES:
@@ -102,12 +108,7 @@ def _taken_over(data: bytes) -> dict[str, str]:
     fields = {key: value for key in KEYS if (value := _value(key, front_matter.get(key)))}
     tags = fields.pop("tags", [])
     tags = [tags] if isinstance(tags, str) else tags
-    fields |= {
-        "library_name": "mlx",
-        "pipeline_tag": "text-generation",
-        "tags": [*tags, *(["mlx"] if "mlx" not in tags else [])],
-    }
-    return {"yaml": yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=math.inf)}
+    return {**fields, **OWN, "tags": [*tags, *(["mlx"] if "mlx" not in tags else [])]}
 
 
 def _value(key: str, value: Any) -> str | list[str]:

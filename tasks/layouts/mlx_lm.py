@@ -29,6 +29,12 @@ from tasks.layouts.safetensors_format import SAFETENSORS
 weight_format = SAFETENSORS
 default_shard_bytes = 5 << 30  # the peer's own limit
 loaded = "model*.safetensors"
+loading = """\
+from mlx_lm import load, generate
+
+model, tokenizer = load("{model}")
+print(generate(model, tokenizer, prompt="hello"))
+"""
 _MAKING = threading.Lock()  # transformers cannot be imported by two threads at once
 # What a tokenizer may be made of, by transformers' own file names, and code that goes with it.
 TOKENIZER = (
@@ -167,12 +173,10 @@ def files(
         copied = sources(checkpoint)
         made, _ = _fast_tokenizer(checkpoint, memos)
         small = {slow_tokenizer.FAST: made.encode()} if made else {}
-    front_matter, _ = card.front_matter(checkpoint.folder, memos)
     return {
         **small,
         **{path.relative_to(checkpoint.folder).as_posix(): read_bytes(path) for path in copied},
         "model.safetensors.index.json": json.dumps(index, indent=4).encode(),
-        card.CARD: f"---\n{front_matter}---\n{CARD}".encode(),
     }
 
 
@@ -233,15 +237,3 @@ def shard_names(count: int) -> list[str]:
     if count == 1:
         return ["model.safetensors"]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-
-
-CARD = """
-This model was built in MLX format by mlx-make.
-
-```python
-from mlx_lm import load, generate
-
-model, tokenizer = load("path/to/this/folder")
-print(generate(model, tokenizer, prompt="hello"))
-```
-"""

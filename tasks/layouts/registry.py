@@ -21,11 +21,13 @@ class Layout(Protocol):
         weight_format: what its weight files are written as.
         default_shard_bytes: largest size of a weight file, where models.toml does not say it.
         loaded: a shell pattern: what lies in the folder by such a name, clients load.
+        loading: the Python code that loads ``{model}``, for its card; "", it has no card.
     """
 
     weight_format: WeightFormat
     default_shard_bytes: int
     loaded: str
+    loading: str
 
     def model(self, checkpoint: Checkpoint, memos: Memos) -> Model:
         """Return the model by the layout's names.

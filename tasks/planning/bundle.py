@@ -13,12 +13,13 @@ from msgspec import Struct
 
 from cache.blobs import Blobs
 from cache.digest import digest, digest_list, digest_record
-from cache.records.manifests import Action, Tensor, TensorSpec
+from cache.records.manifests import Action, Manifest, Tensor, TensorSpec
 from cache.records.memos import Memos
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.task_names import PACK
 from tasks.layouts.registry import LAYOUTS
+from tasks.planning import model_card
 from tasks.planning.node import Inputs, Node, total
 from tasks.planning.plan import Plan
 
@@ -98,6 +99,7 @@ class Bundle(Struct, frozen=True, dict=True):
         weights = split(plan, tensors)
         sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in weights.values()]
         small = layout.files(plan.checkpoint, memos, sizes, plan.weights)
+        small |= model_card.render(plan, tensors, memos)
         small["config.json"] = json.dumps(plan.config, indent=4).encode()
         small |= overlay(plan)
         params = {
@@ -159,6 +161,7 @@ def params(plan: Plan) -> dict[str, Any]:
         "config.json": digest(json.dumps(plan.config).encode()),
         "names of tensors": digest_record(plan.names),
         "notes": digest_record(plan.notes),
+        "card": model_card.params(plan),
         **({"files": _digests(overlay(plan))} if plan.target.files else {}),
     }
 
@@ -184,6 +187,17 @@ def whole_files(blobs: Blobs, bundle: Bundle, known: Mapping[str, Tensor]) -> di
         and (path := blobs.whole_container(tensor.digest, tensor.nbytes))
     }
     return paths if len(paths) == len(bundle.weights) else {}
+
+
+def same_weights(packed: Manifest | None, action: Action) -> dict[str, Tensor]:
+    """Return an earlier packing's files if its weight files are those of ``action``, else none.
+
+    Of another card, or another tokenizer, only the small files are others.
+    """
+    if packed is None or packed.action.inputs != action.inputs:
+        return {}
+    same = all(packed.action.params[key] == action.params[key] for key in ("format", "weights"))
+    return packed.tensors if same else {}
 
 
 def specs_digest(weights: Weights[T]) -> str:

@@ -301,7 +301,9 @@ class Forecast:
             return replace(step, state=state)
         shared = not packed and self._runs(wanted.action.key)
         size = wanted.weights_nbytes
-        if packed and bundle.whole_files(self._store.blobs, wanted, packed.tensors):
+        before = Manifest.at(self._build.workspace.packed(plan.target.name))
+        known = packed.tensors if packed else bundle.same_weights(before, wanted.action)
+        if bundle.whole_files(self._store.blobs, wanted, known):
             traffic = Traffic(size, wanted.nbytes - size * self._links)
         else:
             fetched = self._want(plan, inputs, inputs)

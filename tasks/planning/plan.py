@@ -21,7 +21,15 @@ from tasks.layouts.registry import LAYOUTS
 from tasks.planning.node import Node
 from tasks.stages import quantize_scheme, registry
 from tasks.stages.quantize_scheme import Schemes, Setting
-from tasks.stages.stage import ActionSpec, Computer, Need, Planned, Stage, TargetModel
+from tasks.stages.stage import (
+    COMPUTER,
+    ActionSpec,
+    Computer,
+    Need,
+    Planned,
+    Stage,
+    TargetModel,
+)
 from tasks.tensors import device
 
 # A layer is large if it has so many times the weights of the third largest.
@@ -173,6 +181,16 @@ class Plan(Struct, frozen=True, dict=True):
     def last(self) -> list[Node]:
         """The nodes that make what is packed."""
         return self.stages[registry.PIPELINE[-1].name]
+
+    @cached_property
+    def computer(self) -> dict[str, str] | None:
+        """What computes it: MLX's version, device, machine; None if nothing does."""
+        found = {
+            key: str(record[key])
+            for stage in self.stages.values() for node in stage
+            for record in [node.params.record] for key in COMPUTER if key in record
+        }  # fmt: skip
+        return found or None
 
     @cached_property
     def packed(self) -> frozenset[Node]:

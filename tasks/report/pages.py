@@ -15,7 +15,6 @@ from tasks.core import text as words
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.task_names import REPORT, task_name
-from tasks.planning import lockfile
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan
 from tasks.report import INDEX, charts, figures, page_name, timeline, trace_name
@@ -140,7 +139,7 @@ def parameters(plan: Plan, packed: Manifest) -> list[tuple[str, str]]:
     settings["max_shard_size"] = f"{target.max_shard_bytes:,} bytes"
     settings |= {
         {"mlx": "MLX", "sanitize": "mlx-lm's sanitize"}.get(key, key): value
-        for key, value in (lockfile.computer(plan) or {}).items()
+        for key, value in (plan.computer or {}).items()
     }
     return list(settings.items())
 

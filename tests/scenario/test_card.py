@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -62,6 +66,82 @@ def test_card_and_license(project: Project) -> None:
     project.doit("--locked")
     assert project.built() == project.anew()
     assert project.doit().entries == []
+
+
+def test_what_is_told_of_the_build(project: Project) -> None:
+    """Figures, versions, the tensors' digest, and lines that make the very same again."""
+    hub = project.folder / "models--some--Model-1.1" / "snapshots" / ("a" * 40)
+    hub.parent.mkdir(parents=True)
+    project.checkpoint.rename(hub)
+    quantize = {"bits": 4, "rules": [{"match": "lm_head", "bits": 8}]}
+    keys = {"source": str(hub.parent.parent), "quantize": quantize, "dtype": "float16"}
+    project.configure(**keys, tags=["legal"], publish="org/{target}")
+    built = project.folder / "build" / "model"
+    project.doit()
+    data, text = card(built)
+    assert data["base_model"] == "some/Model-1.1"
+    assert data["base_model_relation"] == "quantized"
+    assert data["tags"] == ["chat", "mlx", "legal"]
+    assert 'load("org/model")' in text
+    assert "4 bits, affine, groups of 64" in text
+    assert "| quantized | 8 bits, affine, groups of 64: 1 module |" in text
+    versions = [f"{name} {version(name)}" for name in ("mlx", "mlx-lm", "mlx-make")]
+    assert ", ".join(versions) in text
+    assert str(project.folder) not in text
+    lines = text.partition("```toml\n")[2].partition("```")[0]
+    said = tomllib.loads(lines)["models"]["model"]
+    assert said.pop("source") == f"hf:some/Model-1.1@{'a' * 40}"
+    again = Project(project.folder / "again", "huggingface", {"model": said}, project.cache)
+    again.folder.mkdir()
+    again.configure(source=str(hub))
+    again.doit()
+    for name in ("model.safetensors", "config.json"):
+        assert again.built()[name] == project.built()[name]
+    digest = text.partition("(XXH3): `")[2][:32]
+    assert digest in (again.folder / "build/model/README.md").read_text()
+
+    weights = built / "model.safetensors"
+    for tags in (["other"], ["legal"]):
+        file = weights.stat().st_ino
+        project.configure(tags=tags)
+        said = project.doit("plan", expect=1).stdout
+        assert "card changed" in said
+        (entry,) = project.doit().entries
+        assert entry["bytes_written"] < 50_000, "the weight files were copied"
+        assert weights.stat().st_ino == file
+        assert card(built)[0]["tags"] == ["chat", "mlx", *tags]
+
+    # Without the checkpoint it is built from the record, and is the same.
+    shutil.rmtree(built)
+    shutil.rmtree(hub.parent.parent)
+    project.doit("--locked")
+    assert card(built) == (data, text)
+
+
+def test_a_card_of_one_s_own(project: Project) -> None:
+    template = project.folder / "own.md.j2"
+    template.write_text("---\n{{ front_matter }}---\n{{ name }}: {{ size }}, {{ digest }}\n")
+    project.configure(card="own.md.j2")
+    project.doit()
+    built = project.folder / "build" / "model"
+    data, text = card(built)
+    assert data["license"] == "apache-2.0"
+    assert re.match(r"model: \d+ kB, [0-9a-f]{32}$", text)
+    assert project.doit().entries == []
+    template.write_text("mine\n")
+    assert project.doit().computed == {"pack:model"}
+    assert (built / "README.md").read_text() == "mine\n"
+    for wrong, fact in (
+        ("\n{{ nmae }}", "'nmae' is undefined"),
+        ("\n{% if", "line 2"),
+        ("{{ name.__class__ }}", "__class__"),
+        (None, "cannot be read"),
+    ):
+        project.configure(card="none" if wrong is None else "own.md.j2")
+        template.write_text(wrong or "")
+        done = project.doit(expect=3)
+        assert fact in done.stderr
+        assert done.entries == []
 
 
 def test_a_lock_of_an_older_version(project: Project) -> None:

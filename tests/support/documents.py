@@ -115,8 +115,11 @@ def _right(key: Key) -> st.SearchStrategy[Any]:
         return st.just(False) | _quantize()
     values = {
         "folder": ["b", "~", "/", "../c d", "β"],
-        "file": ["b.txt", "../c d.jsonl"],
+        "file": ["b.txt", "~/c d", "/β"],
         "count": [2, 1000],
+        "text": ["a b", "ß"],
+        "texts": [[], ["a", "b c"]],
+        "switch": [True, False],
         "size": [1, 10**9, "5GiB", "1 MB", "7", "0.5kB"],
         "URL": ["s3://b/c", "gs://b", "az://c/ß/", "https://h:8443/a%20b", "http://[::1]/a@b",
                 "file:///a"],
@@ -124,13 +127,18 @@ def _right(key: Key) -> st.SearchStrategy[Any]:
     return st.sampled_from(values[key.kind])
 
 
+def _optional(table: Mapping[str, Key]) -> dict[str, st.SearchStrategy[Any]]:
+    # Whether a repository is right depends on the targets' names, and on those of others.
+    return {key.name: _right(key) for key in table.values() if key.kind != "repository"}
+
+
 def _some(table: Mapping[str, Key]) -> st.SearchStrategy[Table]:
-    return st.fixed_dictionaries({}, optional={key.name: _right(key) for key in table.values()})
+    return st.fixed_dictionaries({}, optional=_optional(table))
 
 
 def _models(source: bool) -> st.SearchStrategy[Table]:
     fixed = {"source": _right(MODEL["source"])} if source else {}
-    optional = {key.name: _right(key) for key in MODEL.values() if key.name not in fixed}
+    optional = {name: some for name, some in _optional(MODEL).items() if name not in fixed}
     # No model or variant makes the target of another.
     names = st.sampled_from(["8bit", "ß", "", ".5", "c-", "d_", "e+"])
     variants = st.dictionaries(names, _some(MODEL), max_size=3)
@@ -168,13 +176,15 @@ def right(draw: st.DrawFn) -> Table:
 
 WRONG: dict[str, list[Any]] = {
     "folder": [5, True, [], {}, "", "a\0"],
+    "file": [5, True, [], {}, "", "a\0"],
+    "repository": [5, True, [], "", "a", "/a", "a/", "a/b/c", "a/b c", "{target}", "a/{name}"],
+    "texts": ["a", [5], [[]], {}, True],
     "word": [5, True, "no-such-word", "", []],
     "words": ["cast", ["no-such-word"], [5], [[]], {}, True],
     "size": [0, -1, 1.5, 10**18, True, [], "", "GiB", "0", "0.0GiB", "-1GiB", "5 gib", "1e3", ".5B",
              "1,5GiB", "1" * 19],
     "URL": [5, [], "", "bucket/a", "ftp://host", "S3://b", "s3://", "https:///a", "https://u:p@h",
             "https://h:port", "s3://k@b", "az://c/a?sig=s", "gs://b/#", "file://a/b", "s3://b/a c"],
-    "file": [5, True, [], {}, "", "a\0"],
     "count": [-1, 5.5, "4", True, []],
     "number": [0, 7, 5.5, "4", True, []],
     "numbers": [4, [0], [4, 7], [5.5], ["4"], [True], {}],

@@ -422,6 +422,9 @@ class _Handler(BaseHTTPRequestHandler):
             nbytes -= self.wrong.nbytes
         if isinstance(self.wrong, Longer):
             more = bytes(self.wrong.nbytes)
+        if isinstance(self.wrong, Cut) and not nbytes:
+            self._reset()  # of a body without bytes, the head is what can be cut off
+            return
         self.request_.status = status
         self.send_response(status)
         self.send_header("Content-Length", str(nbytes + len(more)))

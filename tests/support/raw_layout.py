@@ -21,6 +21,7 @@ def _arrange(shard: Shard, _crcs: Iterable[int]) -> Iterator[bytes | str]:
 weight_format = WeightFormat("raw", ".raw", _arrange)
 default_shard_bytes = 100_000
 loaded = "*.raw"
+loading = ""
 
 
 def model(checkpoint: Checkpoint, memos: Memos) -> Model:

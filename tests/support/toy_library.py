@@ -16,6 +16,7 @@ from support.raw_layout import (  # noqa: F401 (the rest of the layout)
     default_shard_bytes,
     files,
     loaded,
+    loading,
     shard_names,
     sources,
     weight_format,

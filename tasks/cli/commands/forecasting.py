@@ -20,7 +20,7 @@ from tasks.cli.doit_adapter import Control
 from tasks.cli.refused_tasks import messages_of
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
-from tasks.core.task_names import REPORT, task_name
+from tasks.core.task_names import PACK, PUBLISH, REPORT, group_of, target_of, task_name
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step, TaskState
 from tasks.planning.refused import Refused, messages
 
@@ -37,14 +37,25 @@ class ForecastCommand(Command, DoitCmdBase):  # type: ignore[misc]
         self.options = structs.replace(self.options, requested_tasks=tuple(args), read_only=True)
         return int(super().execute(params, args))
 
-    def forecast(self) -> tuple[Forecast, list[Step]]:
-        """Return what a run of the requested tasks does, and what these alone do."""
+    def requested(self) -> tuple[Mapping[str, Any], list[str]]:
+        """Return doit's tasks by name, and the names of those asked for, without groups."""
         control = Control(self.task_list)
         control.process(self.sel_tasks)
-        tasks = control.tasks
-        leaves = [leaf for name in control.selected_tasks for leaf in _leaves(tasks, name)]
-        requested = [name for name in leaves if "check" in (tasks[name].meta or {})]
-        refused = messages_of(tasks, leaves)
+        tasks: Mapping[str, Any] = control.tasks
+        return tasks, [leaf for name in control.selected_tasks for leaf in _leaves(tasks, name)]
+
+    def forecast(self) -> tuple[Forecast, list[Step]]:
+        """Return what a run of the requested tasks does, and what these alone do."""
+        tasks, found = self.requested()
+        # Of what is published, a forecast tells that it is packed; the rest is for the hub to say.
+        found = [
+            task_name(PACK, target)
+            if group_of(name) == PUBLISH and (target := target_of(name))
+            else name
+            for name in found
+        ]
+        requested = [name for name in found if "check" in (tasks[name].meta or {})]
+        refused = messages_of(tasks, found)
         untouched = self.session.untouched and self.session.untouched.targets
         if not requested and not refused and not untouched:
             raise InvalidCommand(f"{' '.join(self.sel_tasks)}: that builds no model")

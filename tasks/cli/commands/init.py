@@ -16,11 +16,10 @@ from tasks.checkpoints import loaders, sources
 from tasks.checkpoints.source import Opening, ReadableSource
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import models_file
-from tasks.config.keys import toml
 from tasks.core.errors import CheckpointError
 from tasks.core.program import COMMAND
 from tasks.core.spec import Mistakes
-from tasks.core.text import plural
+from tasks.core.text import plural, toml
 from tasks.core.workspace import BUILD
 
 MAX_DEPTH = 3  # of folders below the current one that are looked into

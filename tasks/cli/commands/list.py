@@ -21,7 +21,7 @@ from tasks.cli.options import Options
 from tasks.cli.orphans import orphans
 from tasks.cli.refused_tasks import refused_of
 from tasks.core.program import COMMAND
-from tasks.core.task_names import PACK, REPORT, group_of, target_of, task_name
+from tasks.core.task_names import PACK, PUBLISH, REPORT, group_of, target_of, task_name
 from tasks.planning.forecast import IGNORED, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.stages import registry
 
@@ -68,7 +68,7 @@ could be fetched is to run, too."""
         yield from (tasks.get(name) or group_task(name) for name in names)
         # Stages, of all targets; it may be that none has errors.
         groups = {stage.group for stage in (*registry.PIPELINE, *registry.MEASURES)}
-        groups |= {group_of(line) for line in self._lines}
+        groups |= {PUBLISH, *(group_of(line) for line in self._lines)}
         for task in self.task_list:
             listed = include_subtasks or not (
                 task.subtask_of or (task.name in groups and not task.actions)

@@ -10,12 +10,14 @@ from typing import Any
 
 from tasks.cli.commands.estimate import estimate
 from tasks.cli.commands.forecasting import UNCERTAIN, ForecastCommand, indented
+from tasks.cli.failures import message
 from tasks.cli.options import Options
+from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
-from tasks.core.task_names import PACK
+from tasks.core.task_names import PACK, PUBLISH, group_of, target_of, task_name
 from tasks.core.text import duration, plural, size
 from tasks.execution.resources import threads
-from tasks.planning.forecast import SETTLED, UP_TO_DATE, Step
+from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step
 from tasks.planning.plan import Plan
 from tasks.planning.sizes import Traffic
 from tasks.stages import registry
@@ -55,20 +57,47 @@ it or a target cannot be planned."""
 
     def _execute(self, as_json: bool) -> int:
         forecasted, _ = self.forecast()
+        publishing = self._publishing(forecasted)
         steps, refused = list(forecasted.steps.values()), list(forecasted.refused.values())
         session = self.session
         devices = {plan.target.device for plan in session.plans.values()}
         seconds = estimate(steps, session.builder.log.entries(), threads(devices))
         downloads = _downloads(session.plans, steps)
         if as_json:
-            self.outstream.write(_as_json(steps, seconds, refused, downloads))
+            self.outstream.write(_as_json(steps, seconds, refused, downloads, publishing))
         else:
             self.outstream.writelines(f"ERROR: {message}\n" for message in refused)
             lines = self._lines(steps, seconds, downloads)
             self.outstream.writelines(f"{line}\n" for line in lines)
+            for said in publishing.values():
+                self.outstream.writelines(f"{line}\n" for line in said.lines())
         if refused:
             return REFUSED
-        return SOMETHING_TO_DO if any(step.state not in SETTLED for step in steps) else 0
+        busy = any(step.state not in SETTLED for step in steps)
+        busy |= any(said.is_something for said in publishing.values())
+        return SOMETHING_TO_DO if busy else 0
+
+    def _publishing(self, forecasted: Forecast) -> dict[str, _Publishing]:
+        """Return what the requested tasks that publish would do, by target; the hub is asked."""
+        found = {}
+        tasks, requested = self.requested()
+        for name in dict.fromkeys(requested):
+            target = target_of(name)
+            if group_of(name) != PUBLISH or target not in self.session.plans:
+                continue
+            meta = tasks[name].meta
+            if forecasted.steps[task_name(PACK, target)].state not in SETTLED:
+                found[target] = _Publishing(True, ["what differs once it is packed"])
+                continue
+            try:
+                difference, said = meta["publisher"].forecast(meta["plan"])
+            except BuildError as error:
+                forecasted.refused[name] = f"{name}: {message(error)}"
+            else:
+                uploads = {**difference.uploads}
+                removes = [*difference.removes]
+                found[target] = _Publishing(difference.is_something, said, uploads, removes)
+        return found
 
     def _lines(self, steps: list[Step], seconds: float | None, downloads: int) -> Iterator[str]:
         """Yield the plan's lines: by target and stage, layers of one state and reason together."""
@@ -102,6 +131,30 @@ it or a target cannot be planned."""
             0,
         )
         yield f"time {_seconds(seconds)}"
+
+
+@dataclass(frozen=True)
+class _Publishing:
+    """What publishing a target would do.
+
+    Attributes:
+        is_something: whether it would change the repository, as far as can be told.
+        said: that in words.
+        uploads: the files that would go up, with their sizes; None, that is not known yet.
+        removes: the files that would be removed there.
+    """
+
+    is_something: bool
+    said: list[str]
+    uploads: dict[str, int] | None = None
+    removes: list[str] | None = None
+
+    def lines(self) -> Iterator[str]:
+        """Yield it as ``doit plan`` shows it."""
+        first, *notes = self.said
+        yield from indented(f"{PUBLISH}: {first}", 0)
+        for note in notes:
+            yield from indented(f"note: {note}", 0)
 
 
 @dataclass(frozen=True)
@@ -174,7 +227,13 @@ def _seconds(seconds: float | None) -> str:
     return f"{duration(seconds)}, by earlier runs"
 
 
-def _as_json(steps: list[Step], seconds: float | None, refused: list[str], downloads: int) -> str:
+def _as_json(
+    steps: list[Step],
+    seconds: float | None,
+    refused: list[str],
+    downloads: int,
+    publishing: dict[str, _Publishing],
+) -> str:
     moved, cached, packed = _totals(steps)
     tasks = []
     for step in steps:
@@ -187,7 +246,14 @@ def _as_json(steps: list[Step], seconds: float | None, refused: list[str], downl
         "bytes_downloaded": downloads,
         "disk_bytes": cached + packed,
     }
-    return json.dumps({"refused": refused, "tasks": tasks, **summary}, indent=1) + "\n"
+    publish = {target: asdict(each) for target, each in publishing.items()}
+    said = {
+        "refused": refused,
+        "tasks": tasks,
+        **summary,
+        **({"publish": publish} if publish else {}),
+    }
+    return json.dumps(said, indent=1) + "\n"
 
 
 def _bytes(moved: dict[str, int]) -> dict[str, int]:

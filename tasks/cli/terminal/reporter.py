@@ -121,14 +121,14 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         if summary := task.values.get("summary"):
             self.write(f"{summary}\n")
         stage, target = group_of(task.name), target_of(task.name)
+        for note in task.values.get("notes", ()):
+            self.write(f"note: {target}: {printable(note)}\n")
         work = self._works.get(target)
         if not work:
             return
         if stage == PACK:
             work.state, work.ended = "done", time.monotonic()
             work.size, work.bits_per_weight = task.values["size"], task.values["bits_per_weight"]
-            for note in task.values["notes"]:
-                self.write(f"note: {target}: {printable(note)}\n")
             if not self._live:
                 self.write(f"{_built(work)}\n")
         elif stage == work.last and not self._live:

@@ -41,7 +41,7 @@ def made(folder: Path, memos: Memos, text: str) -> tuple[ModelCardData, tuple[st
     (folder / "README.md").write_text(text, encoding="utf-8")
     found = card.front_matter(folder, memos)
     assert card.front_matter(folder, memos) == found  # by the memo
-    return ModelCard(f"---\n{found[0]}---\n").data, found[1]
+    return ModelCard(f"---\n{card.to_yaml(found[0])}---\n").data, found[1]
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n"])

@@ -1,0 +1,343 @@
+"""publish: a built model goes to its repository on a model hub: what differs there, in one commit.
+
+Nothing that somebody else put there is overwritten or removed: a file there is ours if it is as the
+last publishing from here left it, or if the last commit there is of an mlx-make's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+
+from cache.files.stamp import Stamp
+from cache.records.memos import Memos
+from tasks.core.errors import BuildError, ConfigError
+from tasks.core.text import some
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+TOKEN = "HF_TOKEN"  # the variable that brings one; the client knows others, and a stored one
+HUBS_OWN = frozenset({".gitattributes"})  # what the hub puts into each repository
+SHOWN = 5  # names in a message
+
+
+class Repository(Struct, frozen=True):
+    """A repository as it is.
+
+    Attributes:
+        commit: the newest; None, there is no repository.
+        private: whether only some can see it.
+        files: ``sha256:…`` of each large file, ``git:…`` of each other one, by path.
+        sizes: in bytes.
+    """
+
+    commit: str | None = None
+    private: bool = False
+    files: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+class Published(Struct, frozen=True):
+    """What was published the last time.
+
+    Attributes:
+        repository: where.
+        files: their digests, as ``Repository.files``, by path.
+    """
+
+    repository: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+class Difference(Struct, frozen=True):
+    """How a built model differs from its repository.
+
+    Attributes:
+        there: the repository as it is.
+        files: of the build.
+        uploads: the files that go up, with their sizes.
+        removes: files there of an earlier build.
+        others: files there that somebody else put there, which stay.
+        added: files in the built folder that are not of the build, which stay here.
+    """
+
+    there: Repository
+    files: Sequence[str]
+    uploads: Mapping[str, int]
+    removes: Sequence[str]
+    others: Sequence[str]
+    added: Sequence[str]
+
+    @property
+    def is_something(self) -> bool:
+        """Whether there is something to commit."""
+        return bool(self.uploads or self.removes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that go up at most: the hub may have parts of them already."""
+        return sum(self.uploads.values())
+
+
+class Publication(Struct, frozen=True):
+    """A built model, and where it goes.
+
+    Attributes:
+        target: its name.
+        repository: ``ORG/NAME``.
+        private: whether a repository that is made is private, and one that is there must be.
+        create: whether one is made where there is none.
+        collection: the title of the collection that it is put into, if any.
+        folder: build/TARGET.
+        loaded: the layout's pattern of what clients load.
+        memos: where digests of files are remembered.
+    """
+
+    target: str
+    repository: str
+    private: bool
+    create: bool
+    collection: str | None
+    folder: Path
+    loaded: str
+    memos: Memos
+
+    @property
+    def title(self) -> str:
+        """That of its commits, by which they are known again."""
+        return f"{self.target}, built by mlx-make"
+
+    def compare(self, files: Sequence[str], added: Sequence[str], last: Published) -> Difference:
+        """Compare the built model with the repository, which is only read.
+
+        Args:
+            files: of the build, by paths in the folder.
+            added: other files in the folder.
+            last: what was published before.
+
+        Raises:
+            BuildError: something there is somebody else's, or the hub gives no answer.
+        """
+        there = self._read()
+        uploads = {
+            name: (self.folder / name).stat().st_size
+            for name in files
+            if there.files.get(name) != self._digest(name, there)
+        }
+        gone = [name for name in there.files if name not in files and name not in HUBS_OWN]
+        ours = last.files if last.repository == self.repository else {}
+        touched = [name for name in uploads if name in there.files]
+        touched += [name for name in gone if fnmatchcase(name, self.loaded)]
+        foreign = [name for name in touched if ours.get(name) != there.files[name]]
+        if foreign and self._is_last_committer():
+            foreign = []
+        if foreign:
+            raise BuildError(
+                f"{self.repository} has {some(foreign, SHOWN)} of somebody else's, or changed "
+                f"since it was published (commit {there.commit}). Nothing of that is overwritten. "
+                "Look at it; remove it there, or take it over (files = …), or publish to another "
+                "repository."
+            )
+        removes = [name for name in gone if name in touched or ours.get(name) == there.files[name]]
+        others = [name for name in gone if name not in removes]
+        return Difference(there, files, uploads, removes, others, added)
+
+    def upload(self, difference: Difference) -> Repository:
+        """Commit what differs; return the repository as it is then.
+
+        Raises:
+            BuildError: it was changed meanwhile, or the hub refuses.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        from huggingface_hub.utils.logging import set_verbosity
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        there = difference.there
+        if there.commit and not difference.is_something:
+            return there
+        disable_progress_bars()  # doit's own display is on those lines
+        set_verbosity(logging.ERROR)  # else it tells of each try, with addresses that are secrets
+        with _errors(self.repository):
+            api = _api()
+            if there.commit is None:
+                api.create_repo(self.repository, private=self.private)
+                there = self._read()
+                if set(there.files) - HUBS_OWN:
+                    raise BuildError(f"{self.repository} was made by somebody else meanwhile.")
+            operations: list[Any] = [
+                CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(self.folder / name))
+                for name in difference.uploads
+            ]
+            operations += [CommitOperationDelete(name) for name in difference.removes]
+            api.create_commit(
+                self.repository,
+                operations,
+                commit_message=self.title,
+                parent_commit=there.commit,
+            )
+            return self._read()
+
+    def collect(self) -> None:
+        """Put the repository into its collection, if it has one.
+
+        Raises:
+            BuildError: the hub refuses.
+        """
+        if self.collection is None:
+            return
+        owner = self.repository.partition("/")[0]
+        with _errors(self.repository):
+            api = _api()
+            made = api.create_collection(
+                self.collection, namespace=owner, private=self.private, exists_ok=True
+            )
+            api.add_collection_item(made.slug, self.repository, "model", exists_ok=True)
+
+    def _read(self) -> Repository:
+        """Return the repository as it is.
+
+        Raises:
+            BuildError: it is not as models.toml wants it, or the hub gives no answer.
+        """
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        try:
+            with _errors(self.repository, but=RepositoryNotFoundError):
+                info = _api().model_info(self.repository, files_metadata=True)
+        except RepositoryNotFoundError as error:
+            if self.create:
+                return Repository()
+            raise BuildError(
+                f"there is no repository {self.repository}, or the token is not one that may see "
+                f"it, and models.toml says create = false. Make it, or look at {TOKEN}."
+            ) from error
+        if self.private and not info.private:
+            raise BuildError(
+                f"{self.repository} can be seen by all, and models.toml says private = true. Make "
+                "it private on the hub, or publish to another repository."
+            )
+        files = {
+            file.rfilename: f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
+            for file in info.siblings or ()
+        }
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        return Repository(info.sha, bool(info.private), files, sizes)
+
+    def _is_last_committer(self) -> bool:
+        """Tell whether the last commit there is of an mlx-make, if not of this one."""
+        with _errors(self.repository):
+            return _api().list_repo_commits(self.repository)[0].title == self.title
+
+    def _digest(self, name: str, there: Repository) -> str:
+        """Return a built file's digest as the repository has its own, if it may be equal."""
+        path, known = self.folder / name, there.files.get(name, "")
+        size = path.stat().st_size
+        if not known or size != there.sizes[name]:
+            return "another"
+        kind = known.partition(":")[0]
+        question = [kind, str(path), *Stamp.of(path)]
+        found = self.memos.get("hub digests", question, str)
+        if found is None:
+            with path.open("rb") as file:
+                if kind == "sha256":
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                else:
+                    found = hashlib.sha1(b"blob %d\0" % size + file.read()).hexdigest()
+            self.memos.put("hub digests", question, found)
+        return f"{kind}:{found}"
+
+
+def check_token() -> None:
+    """Refuse to go on without a token.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise ConfigError(
+            f"there is no token for the hub, without which nothing is published. Have {TOKEN} hold "
+            "one that may write, or log in: hf auth login."
+        )
+
+
+def _api() -> HfApi:
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="mlx-make", library_version=version("mlx-make"))
+
+
+@contextmanager
+def _errors(repository: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Say what is wrong, and what to do about it, where the hub's client says how it came about.
+
+    Args:
+        repository: which is asked about.
+        but: an error of the client's that is passed on.
+
+    Raises:
+        BuildError: something is wrong.
+    """
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    try:
+        yield
+    except but:
+        raise
+    except errors.OfflineModeIsEnabled as error:
+        raise BuildError(
+            "HF_HUB_OFFLINE says that the hub is not to be asked. Unset it to publish."
+        ) from error
+    except (
+        errors.HfHubHTTPError,
+        httpx2.TransportError,
+        RuntimeError,  # of an upload, whose cause is one of those
+        ValueError,  # of a name or a card that the hub does not take
+    ) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, errors.HfHubHTTPError):
+            said = _of_status(cause, repository)
+        elif isinstance(cause, httpx2.TransportError):
+            said = (
+                f"{hub} cannot be reached: {str(cause) or type(cause).__name__}. Check the "
+                "network, HF_ENDPOINT and the proxy, and publish again: what is there is not sent "
+                "twice."
+            )
+        else:
+            said = f"{repository} is not published: {error}"
+        raise BuildError(said) from error
+
+
+def _of_status(error: HfHubHTTPError, repository: str) -> str:
+    """Return what an answer means for who publishes."""
+    from huggingface_hub import constants
+
+    status, hub = error.response.status_code, constants.ENDPOINT
+    said = (error.server_message or "no reason given").partition("\n")[0][:200]
+    if status in (401, 403, 404):
+        return (
+            f"{hub} refuses {repository} (status {status}: {said}). The token, of {TOKEN} or hf "
+            f"auth login, must be valid and may write to {repository.partition('/')[0]}: see "
+            f"{hub}/settings/tokens."
+        )
+    if status in (409, 412):
+        return (
+            f"{repository} was changed by somebody else while it was compared ({said}). Nothing "
+            "was overwritten: publish again."
+        )
+    if status == 429 or status >= 500:
+        return f"{hub} answers with status {status} ({said}). Publish again later."
+    return f"{hub} answers with status {status} for {repository}: {said}"
