@@ -16,7 +16,7 @@ from tasks.cli.doit_adapter import command_line_variables, models_file, read_plu
 from tasks.cli.options import DEFAULT
 from tasks.cli.target_names import task_named
 from tasks.core.program import IS_CHECKOUT, ROOT
-from tasks.core.task_names import PACK, PUBLISH, REPORT, group_of, task_name
+from tasks.core.task_names import PACK, PUBLISH, REPORT, VERIFY, group_of, task_name
 from tasks.core.workspace import STATE
 
 if TYPE_CHECKING:
@@ -108,6 +108,15 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
                 name: MethodType(creator, graph) if creator.__code__.co_argcount else creator
                 for name, creator in creators.items()
             }
+            if any(group_of(name) == VERIFY for name in pos_args):
+                from tasks.cli import verify_tasks  # which nothing else imports
+
+                session = self.session
+                # Not in dodo.py: doit would make a task of this name, which is a command's.
+                self.namespace = {
+                    **self.namespace,
+                    "task_verifying": lambda: verify_tasks.tasks(session),
+                }
         return super().load_tasks(cmd, pos_args)
 
     @property

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from msgspec import Struct, structs
 
-from tasks.core.task_names import PACK, PUBLISH, REPORT, group_of, task_name
+from tasks.core.task_names import PACK, PUBLISH, REPORT, VERIFY, group_of, task_name
 
 
 class Options(Struct, frozen=True):
@@ -52,7 +52,7 @@ class Options(Struct, frozen=True):
         """Tell whether a run is to pack a target."""
         # A report shows what is packed, and that is published.
         return not self.requested_tasks or any(
-            self.requests(task_name(group, target)) for group in (PACK, REPORT, PUBLISH)
+            self.requests(task_name(group, target)) for group in (PACK, REPORT, PUBLISH, VERIFY)
         )
 
 

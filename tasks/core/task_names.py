@@ -8,9 +8,10 @@ from __future__ import annotations
 PACK = "pack"  # writes build/TARGET; a packing's manifest says so too
 REPORT = "report"
 PUBLISH = "publish"
+VERIFY = "verify"
 LOCK = "lock"
 # A new group is a name here, and what yields its tasks in dodo.py.
-GROUPS = (PACK, REPORT, PUBLISH, LOCK)
+GROUPS = (PACK, REPORT, PUBLISH, VERIFY, LOCK)
 
 
 def task_name(group: str, target: str, layer: str = "") -> str:

@@ -100,9 +100,15 @@ def test_options_of_doit(tmp_path: Path) -> None:
     ]
     everything = said(project.doit("list", "--all"))
     assert list(everything)[:2] == ["extract:model", "extract:model:embed_tokens"]
-    assert {*project.tasks(), *lines, *STAGES, "pack", "measure", "publish", "lock:model"} == {
-        *everything
-    }
+    assert {
+        *project.tasks(),
+        *lines,
+        *STAGES,
+        "pack",
+        "measure",
+        "publish",
+        "lock:model",
+    } == {*everything}
     assert everything["cast:model:layers.0"] == "up to date"
     assert everything["quantize:model:layers.0"] == "to run"
     assert everything["quantize"] == "Quantize each layer."

@@ -20,7 +20,7 @@ from tasks.cli.doit_adapter import Control
 from tasks.cli.refused_tasks import messages_of
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
-from tasks.core.task_names import PACK, PUBLISH, REPORT, group_of, target_of, task_name
+from tasks.core.task_names import PACK, PUBLISH, REPORT, VERIFY, group_of, target_of, task_name
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step, TaskState
 from tasks.planning.refused import Refused, messages
 
@@ -47,10 +47,10 @@ class ForecastCommand(Command, DoitCmdBase):  # type: ignore[misc]
     def forecast(self) -> tuple[Forecast, list[Step]]:
         """Return what a run of the requested tasks does, and what these alone do."""
         tasks, found = self.requested()
-        # Of what is published, a forecast tells that it is packed; the rest is for the hub to say.
+        # Of what is published, or verified, a forecast tells that it is packed.
         found = [
             task_name(PACK, target)
-            if group_of(name) == PUBLISH and (target := target_of(name))
+            if group_of(name) in (PUBLISH, VERIFY) and (target := target_of(name))
             else name
             for name in found
         ]

@@ -21,7 +21,14 @@ from tasks.cli.options import Options
 from tasks.cli.orphans import orphans
 from tasks.cli.refused_tasks import refused_of
 from tasks.core.program import COMMAND
-from tasks.core.task_names import PACK, PUBLISH, REPORT, group_of, target_of, task_name
+from tasks.core.task_names import (
+    PACK,
+    PUBLISH,
+    REPORT,
+    group_of,
+    target_of,
+    task_name,
+)
 from tasks.planning.forecast import IGNORED, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.stages import registry
 

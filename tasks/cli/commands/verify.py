@@ -1,0 +1,157 @@
+"""verify: ``doit verify``: whether a built model is what its source makes, to the byte."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from doit.exceptions import InvalidCommand
+from msgspec import to_builtins
+
+from cache.records.memos import Memos
+from tasks.checkpoints import sources
+from tasks.cli.command import Command
+from tasks.cli.doit_adapter import models_file
+from tasks.cli.failures import as_invalid_dodo_file
+from tasks.config import reader
+from tasks.core.errors import BuildError
+from tasks.core.program import COMMAND
+from tasks.core.spec import Mistakes, SourceSpec
+from tasks.core.workspace import Workspace
+from tasks.layouts import card
+
+JSON = {
+    "name": "as_json",
+    "short": "",
+    "long": "json",
+    "type": bool,
+    "default": False,
+    "help": "print JSON, for scripts",
+}
+ALL = {
+    "name": "whole",
+    "short": "",
+    "long": "all",
+    "type": bool,
+    "default": False,
+    "help": "make all layers anew, and not just three",
+}
+SOURCE = {
+    "name": "source",
+    "short": "",
+    "long": "source",
+    "type": str,
+    "default": "",
+    "help": "the checkpoint that it was made from, a folder or hf:ORG/NAME[@REVISION]; "
+    "without it, what models.toml or the model's card says",
+}
+# Of mlx-make's own cards, in the lines of models.toml.
+PINNED = re.compile(r'^source = "(hf:[^"]+)"$', re.MULTILINE)
+
+
+class Verify(Command):
+    """``doit verify``."""
+
+    name = "verify"
+    doc_purpose = "make layers of a built model anew, and compare them to the byte"
+    doc_usage = "TARGET | FOLDER | hf:ORG/NAME"
+    doc_description = """\
+The model may be anybody's: its config.json says how it is quantized, its card what it was made
+from. Each tensor is equal, equal but for rounding (another kind of device computed it, or another
+MLX: each weight is then as near to the original as the one that is made here), or different.
+Exit status 0: all is equal, but for rounding at most, 1: something is different, 3: it cannot be
+told."""
+    cmd_options = (ALL, SOURCE, JSON)
+    names_tasks = False
+
+    def execute(self, opt_values: Mapping[str, Any], pos_args: list[str]) -> int:
+        """Verify a model, and say what it is found to be."""
+        if len(pos_args) != 1:
+            raise InvalidCommand(f"name one model: {COMMAND} verify {self.doc_usage}")
+        with as_invalid_dodo_file(), tempfile.TemporaryDirectory(prefix="mlx-make-") as name:
+            return self._verify(pos_args[0], opt_values, Path(name))
+
+    def _verify(self, text: str, options: Mapping[str, Any], folder: Path) -> int:
+        from tasks.cli import verify_tasks
+        from tasks.execution import verify
+
+        model, source, said = _places(text, options["source"])
+        claim = verify.Claim.open(model, text, folder)
+        if source is None:
+            said = _source_of(text, claim.checkpoint.folder, Memos(folder / "memos"))
+            source = _spec(said)
+        whole = options["whole"]
+        verification = verify.Verification.of(claim, source, said, folder, whole=whole)
+        verdicts = []
+        for _, group in groupby(verification.verdicts(), lambda verdict: verdict.layer):
+            found = list(group)
+            verdicts += found
+            if not options["as_json"]:
+                self.outstream.writelines(f"{line}\n" for line in verify_tasks.lines(found))
+                self.outstream.flush()
+        worst = verify.worst(verdicts)
+        if options["as_json"]:
+            layers = {"made": len(verification.layers), "all": verification.all_layers}
+            record = {"model": text, "source": said, "verdict": worst, "layers": layers}
+            record["tensors"] = to_builtins(verdicts)
+            self.outstream.write(json.dumps(record, indent=1) + "\n")
+        else:
+            line = verify_tasks.summary(text, verification, said, verdicts)
+            self.outstream.write(f"{line}\n")
+        return int(worst == verify.DIFFERENT)
+
+
+def _spec(text: str) -> SourceSpec:
+    """Return what a name on the command line means, relative to the current folder.
+
+    Raises:
+        BuildError: it means nothing.
+    """
+    try:
+        return sources.spec(text, Path.cwd())
+    except Mistakes as error:
+        raise BuildError(f"{text}: {error}") from error
+
+
+def _places(text: str, source: str) -> tuple[SourceSpec, SourceSpec | None, str]:
+    """Return where a model is, and what it is made from, as far as the command line says it.
+
+    Args:
+        text: the model: a target of models.toml, a folder, or the hub's.
+        source: what it is made from; "", that is not said.
+    """
+    given = _spec(source) if source else None
+    path = models_file()
+    if sources.kind(text) == "folder" and not Path(text).is_dir() and path.exists():
+        config = reader.load(path)
+        if text in config.targets:
+            target = config.targets[text]
+            built = Workspace(config.path.parent).built(text)
+            spec = SourceSpec("folder", str(built))
+            return spec, given or target.source, source or target.source_name
+    return _spec(text), given, source
+
+
+def _source_of(text: str, folder: Path, memos: Memos) -> str:
+    """Return what a model's card says that it was made from.
+
+    Raises:
+        BuildError: it says nothing.
+    """
+    path = folder / card.CARD
+    if path.is_file() and (match := PINNED.search(path.read_text(encoding="utf-8"))):
+        return match[1]
+    fields, _ = card.front_matter(folder, memos)
+    base = fields.get("base_model", "")
+    base = base[0] if isinstance(base, list) and len(base) == 1 else base
+    if isinstance(base, str) and base:
+        return f"hf:{base}"
+    raise BuildError(
+        f"the card of {text} does not say what it was made from (base_model). Name it: "
+        f"{COMMAND} verify --source FOLDER {text}, or hf:ORG/NAME."
+    )

@@ -1,0 +1,144 @@
+"""doit verify: whether a model is what its source makes: ours, mlx_lm.convert's, an altered one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from support import hub_server, inside, projects
+from support.projects import Project
+from tasks.checkpoints import safetensors_file
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    keys = {"dtype": "float16", "quantize": {"recipe": "mixed_3_6", "bits": 4}}
+    project = projects.create(tmp_path_factory.mktemp("verify") / "p", "huggingface", **keys)
+    project.configure("plain")
+    project.configure("fp4", quantize={"mode": "mxfp4"})
+    project.doit()
+    return project
+
+
+@pytest.fixture(scope="module")
+def converted(project: Project) -> Path:
+    """What mlx_lm.convert makes itself."""
+    from mlx_lm import convert
+
+    folder = project.folder / "converted"
+    convert(str(project.checkpoint), str(folder), quantize=True, q_bits=4, dtype="bfloat16")
+    return folder
+
+
+def verify(project: Project, *args: str, expect: int = 0) -> dict:
+    status, out, err = inside.run(project.folder, "verify", "--json", *args)
+    assert status == expect, out + err
+    return json.loads(out)
+
+
+def flip(folder: Path, name: str, *, at: int, bit: int = 1) -> None:
+    """Flip a bit of a tensor, whatever else is there."""
+    for path in folder.glob("*.safetensors"):
+        for stored in safetensors_file.read(path):
+            if stored.name == name:
+                path.chmod(0o644)
+                with path.open("r+b") as file:
+                    file.seek(stored.offset + at)
+                    byte = file.read(1)[0]
+                    file.seek(stored.offset + at)
+                    file.write(bytes([byte ^ bit]))
+                return
+    raise KeyError(name)
+
+
+@pytest.mark.parametrize("target", ["model", "plain", "fp4"])
+def test_what_was_built_here(project: Project, target: str) -> None:
+    found = verify(project, "--all", target)
+    assert found["verdict"] == "equal"
+    assert found["layers"]["made"] == found["layers"]["all"] == len(projects.LAYERS["huggingface"])
+    assert {each["verdict"] for each in found["tensors"]} == {"equal"}
+    some = verify(project, target)
+    assert some["layers"]["made"] == 3
+
+
+def test_what_mlx_lm_converts(project: Project, converted: Path, tmp_path: Path) -> None:
+    found = verify(project, "--all", "--source", str(project.checkpoint), str(converted))
+    assert found["verdict"] == "equal"
+    names = {each["tensor"] for each in found["tensors"]}
+    stored = [
+        s.name for path in converted.glob("*.safetensors") for s in safetensors_file.read(path)
+    ]
+    assert names == {*stored}
+
+    # Any one bit of one weight is found, and its tensor named.
+    weight = "model.layers.1.mlp.down_proj.weight"
+    for at, bit in ((5, 1), (77, 16), (400, 128)):
+        altered = tmp_path / f"altered-{at}"
+        shutil.copytree(converted, altered)
+        flip(altered, weight, at=at, bit=bit)
+        found = verify(
+            project, "--all", "--source", str(project.checkpoint), str(altered), expect=1
+        )
+        odd = [each for each in found["tensors"] if each["verdict"] != "equal"]
+        assert [each["tensor"] for each in odd] == [weight]
+        assert "1 of " in odd[0]["detail"]
+        assert odd[0]["verdict"] == "different"
+
+    norm = "model.norm.weight"
+    flip(altered, norm, at=3, bit=8)
+    status, out, err = inside.run(
+        project.folder, "verify", "--all", "--source", str(project.checkpoint), str(altered)
+    )
+    assert status == 1, err
+    assert f"{norm}: different: 1 of " in out
+    assert f"{altered}: different, by " in out
+
+
+def test_another_checkpoint_and_other_tensors(project: Project, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(project.checkpoint, checkpoint)
+    projects.alter(checkpoint, "model.layers.1.self_attn.q_proj.weight")
+    built = str(project.folder / "build" / "plain")
+    found = verify(project, "--all", "--source", str(checkpoint), built, expect=1)
+    odd = {each["tensor"] for each in found["tensors"] if each["verdict"] == "different"}
+    assert odd == {"model.layers.1.self_attn.q_proj.weight"}
+
+
+def test_as_a_task(project: Project, tmp_path: Path) -> None:
+    said = project.doit("verify:plain").stdout
+    assert "build/plain: equal, by 3 of " in said
+    copy = tmp_path / "copy"
+    shutil.copytree(project.folder, copy)
+    altered = Project(copy, "huggingface", project.models)
+    projects.alter(altered.checkpoint, "model.layers.1.self_attn.q_proj.weight")
+    status, _, err = inside.run(copy, "verify", "--all", "plain")
+    assert status == 1, err
+
+
+def test_from_the_hub(project: Project, converted: Path, tmp_path: Path) -> None:
+    """A stranger's model, by what its card says; and what is published here."""
+    with hub_server.serve(tmp_path / "storage") as hub, hub.inside(tmp_path / "home"):
+        source = hub.repository("some/Model")
+        source.add_folder(project.checkpoint)
+        theirs = hub.repository("org/Model-4bit")
+        theirs.add_folder(converted)
+        theirs.add({"README.md": b"---\nbase_model: some/Model\n---\n"})
+        found = verify(project, "hf:org/Model-4bit")
+        assert (found["verdict"], found["source"]) == ("equal", "hf:some/Model")
+
+        ours = Project(project.folder / "ours", "huggingface")
+        ours.folder.mkdir()
+        ours.configure(source="hf:some/Model", publish="org/ours", quantize={"bits": 8})
+        ours.doit("publish")
+        source.add({"config.json": b"{}"})  # the card has the commit
+        commit = found["source"] + "@" + [*source.commits][1]
+        found = verify(ours, "--all", "hf:org/ours")
+        assert (found["verdict"], found["source"]) == ("equal", commit)
+
+        theirs.add({"README.md": b"no card"})
+        status, _, err = inside.run(project.folder, "verify", "hf:org/Model-4bit")
+        assert status == 3
+        assert "--source" in err
