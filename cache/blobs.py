@@ -30,6 +30,7 @@ import xxhash
 from cache.digest import CHUNK_BYTES, digest_file, digest_parts
 from cache.errors import BlobLost, FileChanged
 from cache.files import atomic, space
+from cache.files.begun import Begun
 from cache.files.stamp import Stamp
 from cache.records.sealed import Damaged, Unsealed, seal, unseal
 
@@ -119,6 +120,7 @@ class Blobs:
         self.root = root
         self._read_only = read_only
         self._dropping = threading.Lock()
+        self._begun = Begun(root / CONTAINERS)
         self.meter = Meter()
 
     def path(self, digest: str) -> Path:
@@ -234,10 +236,11 @@ class Blobs:
             yield writer
         self.meter.written += writer.length
         if not self.has(writer.digest, writer.length):
+            self._begun.keep(place.container)
             self.refer(writer.digest, [place.part])
 
     def new_containers(self, count: int, need: int) -> list[Path]:
-        """Return the paths of files for many blobs, empty.
+        """Return the paths of files for many blobs, empty: gone with this process if none comes.
 
         Args:
             count: how many.
@@ -251,11 +254,12 @@ class Blobs:
         space.require_free(folder, need)
         paths = [folder / uuid.uuid4().hex for _ in range(count)]
         for path in paths:
-            path.touch(exist_ok=False)
+            self._begun.begin(path)
         return paths
 
     def note_whole(self, container: Path, digest: str, length: int) -> None:
         """Note that a whole container is a blob; nothing is written into it any more."""
+        self._begun.keep(container)
         self.refer(digest, [Part(str(container), 0, length, None)])
 
     def whole_container(self, digest: str, length: int) -> Path | None:

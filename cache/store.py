@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache import folder
-from cache.blobs import Blobs
-from cache.files import atomic
+from cache.blobs import CONTAINERS, Blobs
+from cache.files import atomic, begun
 from cache.lock import Lock
 from cache.records.actions import Actions
 from cache.records.memos import Memos
@@ -55,6 +55,7 @@ class Store:
         else:
             folder.claim(root)
             atomic.sweep(root / "blobs")
+            begun.sweep(root / "blobs" / CONTAINERS)
         blobs = Blobs(root / "blobs", read_only=read_only)
         memos = Memos(root / "memos", read_only=read_only)
         actions = Actions(root / "actions", read_only=read_only)

@@ -1,5 +1,6 @@
 """files: how files are written, linked, recognized and removed, whatever they hold.
 
-``atomic`` writes a whole file or none, ``space`` asks whether there is room, ``link`` shares bytes
-between names, ``stamp`` tells a changed file, ``trash`` removes. Imports ``cache.errors`` alone.
+``atomic`` writes a whole file or none, ``begun`` removes what a killed process began, ``space``
+asks whether there is room, ``link`` shares bytes between names, ``stamp`` tells a changed file,
+``trash`` removes. Imports ``cache.errors`` alone.
 """

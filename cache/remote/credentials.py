@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+REMOTE = "MLX_MAKE_CACHE_REMOTE"
 USER = "MLX_MAKE_REMOTE_USER"
 PASSWORD = "MLX_MAKE_REMOTE_PASSWORD"
 
@@ -71,13 +72,14 @@ def basic_auth(url: str, environ: Mapping[str, str] = os.environ) -> tuple[str, 
 
     Args:
         url: the remote's.
-        environ: ``MLX_MAKE_REMOTE_USER`` and ``MLX_MAKE_REMOTE_PASSWORD``; ``NETRC`` names
-            another file than ``~/.netrc``.
+        environ: ``MLX_MAKE_REMOTE_USER`` and ``MLX_MAKE_REMOTE_PASSWORD``, for the server that
+            ``MLX_MAKE_CACHE_REMOTE`` beside them names; ``NETRC`` names another file than
+            ``~/.netrc``.
     """
     parts = urlsplit(url)
     if parts.username is not None:
         return unquote(parts.username), unquote(parts.password or "")
-    if environ.get(USER):
+    if environ.get(USER) and not withheld(url, environ):
         return environ[USER], environ.get(PASSWORD, "")
     try:
         file = netrc.netrc(Path(environ.get("NETRC", "~/.netrc")).expanduser())
@@ -85,6 +87,22 @@ def basic_auth(url: str, environ: Mapping[str, str] = os.environ) -> tuple[str, 
         return None
     login = file.authenticators(parts.hostname or "")
     return (login[0], login[2] or "") if login else None
+
+
+def withheld(url: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether the environment has a password that is not for this HTTP server.
+
+    Who clones a project has its models.toml name a server; a password of theirs is none of its.
+    """
+    return bool(environ.get(USER)) and _server(url) != _server(environ.get(REMOTE, ""))
+
+
+def _server(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    try:
+        return parts.scheme, parts.hostname, parts.port or {"https": 443}.get(parts.scheme, 80)
+    except ValueError:  # the port is none
+        return parts.scheme, None, None
 
 
 def basic_header(auth: tuple[str, str]) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cache.errors import BadRemote
-from cache.remote.credentials import PASSWORD, USER, aws_profile
+from cache.remote.credentials import PASSWORD, REMOTE, USER, aws_profile, withheld
 
 if TYPE_CHECKING:
     from obstore import GetResult
@@ -39,10 +39,14 @@ _CREDENTIALS = {
     "S3 does not say that an object is not there; s3:PutObject to write)",
     "gs": "the GOOGLE_* variables or gcloud's default credentials",
     "az": "the AZURE_* variables",
-    "https": f"{USER} and {PASSWORD}, or ~/.netrc",
-    "http": f"{USER} and {PASSWORD}, or ~/.netrc",
+    "https": f"{USER} and {PASSWORD}, with {REMOTE} as the server's, or ~/.netrc",
+    "http": f"{USER} and {PASSWORD}, with {REMOTE} as the server's, or ~/.netrc",
     "file": "the folder's owner and mode",
 }
+_FOR_ANOTHER = (
+    "is set, and not sent there: a password in the environment goes to the server that "
+    f"{REMOTE} names. If it is for this one, set {REMOTE}, too, or use ~/.netrc."
+)
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -117,14 +121,15 @@ def risks(url: str, *, signed: bool, environ: Mapping[str, str] = os.environ) ->
     Args:
         url: the remote's.
         signed: whether its records have to be signed.
-        environ: may name the endpoint of an S3 server.
+        environ: may name the endpoint of an S3 server, and a user's password.
     """
     if url.startswith("s3:"):
         url = environ.get("AWS_ENDPOINT_URL") or url
     parts = urlsplit(url)
+    unsent = parts.scheme in ("http", "https") and parts.username is None and withheld(url, environ)
+    risks = [f"{USER} {_FOR_ANOTHER}"] if unsent else []
     if parts.scheme == "file" or re.fullmatch(r"localhost|127\.[0-9.]+|::1", parts.hostname or ""):
-        return []
-    risks = []
+        return risks
     if parts.scheme == "http":
         risks.append(
             "all that is sent there, passwords too, can be read and changed on its way. Use "

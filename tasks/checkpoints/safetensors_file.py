@@ -40,6 +40,7 @@ def read(path: WeightFile) -> list[Stored]:
         metadata = header.pop("__metadata__", None)
         if isinstance(metadata, dict) and not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("__metadata__ has values that are no strings")
+        json.dumps(metadata, ensure_ascii=False).encode()  # nor is half a surrogate pair text
         tensors = []
         filled = 0  # as the format asks: one tensor after the other, nothing between
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import pickle
 import re
@@ -52,8 +53,12 @@ def read(path: WeightFile) -> list[Stored]:
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return _read_zip(path, archive)
-    except (CheckpointError, OSError):
+    except CheckpointError:
         raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # as of a place before the file's first byte
+            raise
+        raise damaged(path, "its directory names places that it does not have") from error
     except _NotPlain:
         return _read_with_torch(path)
     except Exception as error:  # whatever a damaged archive or pickle leads to

@@ -886,8 +886,28 @@ def test_where_a_password_comes_from(
         netrc.write_text("machine 127.0.0.1 login nobody password nothing\n")
         monkeypatch.setenv("MLX_MAKE_REMOTE_USER", servers.USER)
         monkeypatch.setenv("MLX_MAKE_REMOTE_PASSWORD", servers.PASSWORD)
+        monkeypatch.setenv("MLX_MAKE_CACHE_REMOTE", plain)
         assert seen_authorization(remotes, plain, server) == expected
     assert remotes.warnings == []
+
+
+@pytest.mark.parametrize("named", ["", "https://127.0.0.1:{port}/x", "http://127.0.0.2:{port}",
+                                   "s3://127.0.0.1/x"])  # fmt: skip
+def test_a_password_goes_to_no_other_server(
+    remotes: Remotes, monkeypatch: pytest.MonkeyPatch, named: str
+):
+    """Than the one that the environment names beside it; models.toml may be a stranger's."""
+    monkeypatch.setenv("NETRC", "/nowhere")
+    monkeypatch.setenv("MLX_MAKE_REMOTE_USER", servers.USER)
+    monkeypatch.setenv("MLX_MAKE_REMOTE_PASSWORD", servers.PASSWORD)
+    with servers.faulty() as server:
+        monkeypatch.setenv("MLX_MAKE_CACHE_REMOTE", named.format(port=server.port))
+        plain = f"http://127.0.0.1:{server.port}/x"
+        assert seen_authorization(remotes, plain, server) == {""}
+    (told,) = transport.risks(plain, signed=True)
+    assert "MLX_MAKE_REMOTE_USER is set, and not sent there" in told
+    monkeypatch.setenv("MLX_MAKE_CACHE_REMOTE", plain)
+    assert transport.risks(plain, signed=True) == []
 
 
 def test_a_profile_of_aws(remotes: Remotes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

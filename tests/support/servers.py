@@ -83,8 +83,10 @@ def webdav(folder: Path) -> Iterator[Server]:
     port = free_port()
     arguments = ["webdav", "--user", USER, "--pass", PASSWORD, "--dir-cache-time", "1ms"]
     with _rclone(arguments, folder, port) as process:
+        url = f"http://127.0.0.1:{port}/a/b"
         environ = {"MLX_MAKE_REMOTE_USER": USER, "MLX_MAKE_REMOTE_PASSWORD": PASSWORD}
-        yield Server(f"http://127.0.0.1:{port}/a/b", folder / "a/b", environ, process)
+        environ["MLX_MAKE_CACHE_REMOTE"] = url
+        yield Server(url, folder / "a/b", environ, process)
 
 
 @contextmanager
