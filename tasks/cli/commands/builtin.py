@@ -19,7 +19,7 @@ USAGE = f"""\
 mlx-make: Make for MLX model artifacts (https://pydoit.org with tasks for models.toml)
 
   {COMMAND}                         build every target of ./models.toml
-  {COMMAND} pack:TARGET             build one target
+  {COMMAND} TARGET                  build one target
   {COMMAND} quantize:TARGET         one stage of one target, and what it needs
   {COMMAND} models=PATH …           take another models.toml; all state and output lie beside it
 
