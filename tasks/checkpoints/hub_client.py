@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 CONNECTIONS = 8  # requests at once, as the client's own snapshot_download has
-READ_BYTES = 1 << 20  # of a range, at once
-TRIES = 6  # without a byte of progress between
+TRIES = 6  # without progress between
+PROGRESS_BYTES = 64 << 10
+PROGRESS_SECONDS = 30.0  # of waiting for so many bytes, before another connection is tried
 FIRST_TRIES = 3  # of what is asked before all else: what is kept on this machine may do
 FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.5, 30.0
 MOST_PATIENCE_SECONDS = 600.0  # of what Retry-After asks for
@@ -225,11 +226,10 @@ class Ranges(Struct, frozen=True):
         with _errors(self.repository, self.commit, name):
             while at < end:
                 with patience, self._opened(name, at, end) as response:
-                    for data in response.iter_raw(READ_BYTES):
+                    for data in patience.watch(response.iter_raw()):
                         if len(data) > end - at:
                             raise self._other(name, f"more than the {end - at:,} bytes asked for")
                         at += len(data)
-                        patience.restore()
                         yield data
                     if at < end:
                         raise _Cut(f"the answer ended {end - at:,} bytes early")
@@ -396,10 +396,29 @@ class _Patience:
     def __init__(self, tries: int = TRIES) -> None:
         self._most = tries
         self._tries = 0
+        self._bytes = 0
+        self._seconds = 0.0
 
-    def restore(self) -> None:
-        """Take note of progress."""
-        self._tries = 0
+    def watch(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield what comes, as long as it does not come in drips.
+
+        Raises:
+            _Cut: it does.
+        """
+        while True:
+            begin = time.monotonic()  # what is done with it meanwhile may take long
+            piece = next(pieces, b"")
+            self._seconds += time.monotonic() - begin
+            came = self._bytes + len(piece)
+            if came >= PROGRESS_BYTES:
+                self._tries, self._bytes, self._seconds = 0, 0, 0.0
+            elif self._seconds > PROGRESS_SECONDS:
+                raise _Cut(f"no more than {came:,} bytes came in {self._seconds:.0f} s")
+            else:
+                self._bytes = came
+            if not piece:
+                return
+            yield piece
 
     def __enter__(self) -> _Patience:
         return self
@@ -409,6 +428,7 @@ class _Patience:
         if asked is None:
             return False
         self._tries += 1
+        self._seconds = 0.0
         if self._tries >= self._most or asked > MOST_PATIENCE_SECONDS:
             return False
         wait = min(FIRST_WAIT_SECONDS * 2 ** (self._tries - 1), MOST_WAIT_SECONDS)

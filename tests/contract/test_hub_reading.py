@@ -111,7 +111,9 @@ def test_what_is_no_answer(fault: Fault, hub: Hub, repository: Repository, open_
             read(source)
 
 
-def test_a_server_that_is_never_well_again(hub: Hub, repository: Repository, open_source) -> None:
+def test_a_server_that_is_never_well_again(
+    hub: Hub, repository: Repository, open_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = open_source()
     assert source.available
     hub.fault = lambda request: busy(0, 503)
@@ -124,6 +126,12 @@ def test_a_server_that_is_never_well_again(hub: Hub, repository: Repository, ope
     hub.fault = lambda request: Cut(3) if request.storage else None
     with pytest.raises(HubUnreachable, match=r"again and again|cannot be reached"):
         b"".join(source.read("model.safetensors", 0, 100_000))
+    monkeypatch.setattr(hub_client, "PROGRESS_SECONDS", 0.05)
+    hub.fault = lambda request: Stall(10, 0.2) if request.storage else None
+    with pytest.raises(
+        HubUnreachable, match=r"no more than [\d,]+ bytes came in 0 s, again and again"
+    ):
+        list(source.read("model.safetensors", 0, 50_000))
     with pytest.raises(CheckpointError, match="no byte 700,002"):
         list(source.read("model.safetensors", 1, 700_001))
 
