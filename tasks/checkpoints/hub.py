@@ -107,9 +107,14 @@ class HubSource(Struct, frozen=True, dict=True):
 
     @cached_property
     def available(self) -> bool:
-        """Whether it is known what it holds: weights are fetched when they are wanted."""
+        """Whether it is known what it holds: weights are fetched when they are wanted.
+
+        Without the hub, what the client has on this machine may be a part of what is locked.
+        """
         try:
-            return bool(self._files)
+            locked = self.opening.locked
+            wanted = locked.files if locked and locked.commit == self.revision else ()
+            return bool(self._files) and self._files.keys() >= {*wanted}
         except CheckpointError:
             if self.opening.newest:
                 raise
@@ -118,8 +123,8 @@ class HubSource(Struct, frozen=True, dict=True):
     @cached_property
     def digests(self) -> Mapping[str, str]:
         """Those of the record that models.lock has of this very commit."""
-        opening = self.opening
-        return opening.digests() if opening.digests and opening.locked == self.revision else {}
+        locked = self.opening.locked
+        return locked.digests() if locked and locked.commit == self.revision else {}
 
     @property
     def revision(self) -> str:
@@ -242,7 +247,8 @@ class HubSource(Struct, frozen=True, dict=True):
         asked = [KIND, VERSION, "commit", opening.project, place.repository, place.revision]
         commit = place.revision
         if not commit or not hub_client.COMMIT.fullmatch(commit):
-            known = opening.locked or opening.memos.get(KIND, asked, str)
+            locked = opening.locked.commit if opening.locked else None
+            known = locked or opening.memos.get(KIND, asked, str)
             commit = None if opening.newest else known
         listed = [KIND, VERSION, "files", hub_client.environment(), place.repository]
         if commit and (found := opening.memos.get(KIND, [*listed, commit], Snapshot)):

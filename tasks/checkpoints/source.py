@@ -13,21 +13,33 @@ from cache.records.memos import Memos
 from tasks.checkpoints.stored import Stored
 
 
+class LockedCommit(Struct, frozen=True):
+    """What models.lock has of a source on a hub.
+
+    Attributes:
+        commit: its commit.
+        files: the names of the files that are used.
+        digests: returns the digests of its tensors, by key, as far as they are known.
+    """
+
+    commit: str
+    files: frozenset[str]
+    digests: Callable[[], Mapping[str, str]]
+
+
 class Opening(Struct, frozen=True):
     """How a source is opened that another commit may be made of.
 
     Attributes:
         memos: where what was fetched is remembered, also in a run that writes nothing else.
         project: the folder whose choice of a commit is remembered.
-        locked: the commit that models.lock has.
-        digests: returns the digests of that commit's tensors, by key, as far as they are known.
+        locked: what models.lock has of it, if it is of a hub.
         newest: whether to ask for the newest one, whatever is locked or remembered.
     """
 
     memos: Memos
     project: str
-    locked: str | None = None
-    digests: Callable[[], Mapping[str, str]] | None = None
+    locked: LockedCommit | None = None
     newest: bool = False
 
 

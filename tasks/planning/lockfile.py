@@ -28,7 +28,7 @@ from cache.store import Store
 from tasks.checkpoints import record, sources
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.loaders import weight_patterns
-from tasks.checkpoints.source import Opening, ReadableSource
+from tasks.checkpoints.source import LockedCommit, Opening, ReadableSource
 from tasks.core.errors import BuildError, CheckpointError, ConfigError
 from tasks.core.program import COMMAND
 from tasks.core.spec import Target
@@ -164,13 +164,11 @@ class Lock:
             found = source and source.record and record.recall(store, source.record, source.nbytes)
             return found.source.digests if found else {}
 
-        opening = Opening(
-            Memos(store.memos.root),
-            str(self.path.parent.absolute()),
-            source.revision if source else None,
-            digests,
-            newest,
-        )
+        locked = None
+        if source and source.revision:
+            locked = LockedCommit(source.revision, frozenset(source.hashes or ()), digests)
+        project = str(self.path.parent.absolute())
+        opening = Opening(Memos(store.memos.root), project, locked, newest)
         return sources.open_source(target.source, opening)
 
     def recall(self, store: Store, target: Target, here: ReadableSource) -> Checkpoint | None:

@@ -35,7 +35,7 @@ from tasks.checkpoints.folder import FolderSource
 from tasks.checkpoints.hub import HubSource
 from tasks.checkpoints.hub_client import HubFile, HubUnreachable
 from tasks.checkpoints.small_files import read_bytes
-from tasks.checkpoints.source import Opening
+from tasks.checkpoints.source import LockedCommit, Opening
 from tasks.core.errors import CheckpointError
 
 WEIGHTS = random.Random(7).randbytes(700_001)
@@ -268,7 +268,7 @@ def test_what_the_client_has_is_read_where_it_lies(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     del hub.requests[:]
-    source = open_source(locked="ab" * 20)
+    source = open_source(locked=LockedCommit("ab" * 20, frozenset(), dict))
     assert "HF_HUB_OFFLINE" in refusal(source)
     for path in (tmp_path / "memos").rglob("*.json"):
         path.unlink()

@@ -45,6 +45,15 @@ def published(hub: Hub, folder: Path, kind: str = "huggingface") -> tuple[Projec
     return project, repository
 
 
+def like(project: Project, folder: Path, **keys: Path) -> Project:
+    """A project of the same models.toml and models.lock, as a fresh clone is."""
+    folder.mkdir()
+    other = Project(folder, project.kind, project.models, **keys)
+    other.configure()
+    shutil.copy(project.folder / "models.lock", folder)
+    return other
+
+
 def source_in_lock(project: Project) -> dict:
     (source,) = json.loads((project.folder / "models.lock").read_bytes())["sources"].values()
     return source
@@ -211,30 +220,23 @@ def test_locked_without_a_network(hub: Hub, tmp_path: Path) -> None:
     built = project.built()
     hub.fault = lambda request: busy(3600)
     del hub.requests[:]
-    elsewhere = Project(tmp_path / "elsewhere", project.kind, project.models, cache=project.store)
-    elsewhere.folder.mkdir()
-    elsewhere.configure()
-    shutil.copy(project.folder / "models.lock", elsewhere.folder)
-    shutil.rmtree(project.store / "memos" / "hub")
-    shutil.rmtree(project.store / "memos" / "extracts")
-    shutil.rmtree(tmp_path / "home")
-    elsewhere.doit("--locked")
-    assert elsewhere.built() == built
-    assert not hub.asked(storage=True)
+    for name in ("with the small files", "without"):  # of the client's cache
+        shutil.rmtree(project.store / "memos" / "hub")
+        shutil.rmtree(project.store / "memos" / "extracts", ignore_errors=True)
+        elsewhere = like(project, tmp_path / name, cache=project.store)
+        elsewhere.doit("--locked")
+        assert elsewhere.built() == built
+        assert not hub.asked(storage=True)
+        shutil.rmtree(tmp_path / "home", ignore_errors=True)
+        (project.store / "memos" / "hub").mkdir(exist_ok=True)
 
-    nothing = Project(tmp_path / "nothing", project.kind, project.models)
-    nothing.folder.mkdir()
-    nothing.configure()
-    shutil.copy(project.folder / "models.lock", nothing.folder)
+    nothing = like(project, tmp_path / "nothing")
     told = nothing.doit(expect=3).stderr
     assert "answers with status 429, again and again. It asks to be left alone for 3,600 s" in told
     assert "And what models.lock says of it (record " in told
 
     hub.fault = lambda request: None
-    third = Project(tmp_path / "third", project.kind, project.models, cache=project.store)
-    third.folder.mkdir()
-    third.configure()
-    shutil.copy(project.folder / "models.lock", third.folder)
+    third = like(project, tmp_path / "third", cache=project.store)
     third.doit()
     weights = {file.content.sha256 for file in hub.repositories["org/model"].files.values()}
     headers = [r for r in hub.asked(storage=True) if r.path[6:] in weights]
