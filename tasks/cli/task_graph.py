@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,11 +100,34 @@ class TaskGraph:
             for node in plan.nodes(stage.name):
                 yield self._layer_task(plan, node)
         yield from refused_tasks(self.session, stage.group)
+        if stage is EVALUATE:
+            yield from self._cannot_run(plan for plan in plans if not plan.nodes(stage.name))
         targets = [plan.target.name for plan in plans if plan.nodes(stage.name)]
         groups = [task_name(stage.group, target) for target in (*targets, *self.session.refused)]
         # The reporter finds the session here: doit hands it tasks, and nothing else.
         meta = {"session": self.session}
         yield {"basename": stage.group, "actions": None, "task_dep": groups, "meta": meta}
+
+    def _cannot_run(self, plans: Iterable[Plan]) -> Iterator[dict[str, Any]]:
+        """Yield tasks that fail, of targets whose models no library runs; they are in no group."""
+        for plan in plans:
+            target = plan.target
+            task = task_name(EVALUATE.group, target.name)
+            told = (
+                f"{target.name} is not run: layout {target.layout!r} is of no library that can be "
+                'asked to. Evaluate a variant of it with layout = "mlx-lm".'
+            )
+
+            def fail(task: str = task, told: str = told) -> dict[str, Any]:
+                with self.session.builder.logged(task, "it cannot be run"):
+                    raise BuildError(told)
+
+            def act(fail: Callable[[], dict[str, Any]] = fail) -> Any:
+                return values_or_failure(fail)
+
+            if EVALUATE.group in (self.session.options.requested_tasks or ()):
+                print(f"note: {told}", file=sys.stderr)
+            yield {"basename": task, "actions": [act], "io": {"capture": False}}
 
     def pack(self) -> Iterator[dict[str, Any]]:
         """Yield the tasks that write the built models' folders."""

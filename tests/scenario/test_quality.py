@@ -226,3 +226,12 @@ def test_reports_and_summaries_show_it(project: Project) -> None:
     stale = page.read_text(encoding="utf-8")
     assert f"{said['model']['token']:.2f} %" not in stale
     assert f"{said['coarse']['token']:.2f} %" in stale
+
+
+def test_what_no_library_runs_is_left_out_and_named(project: Project) -> None:
+    project.configure("examples", source="checkpoint", layout="mlx-examples")
+    done = project.doit("evaluate")
+    assert run(done) == {f"{group}:model" for group in RUNS}
+    assert "note: examples is not run: layout 'mlx-examples'" in done.stderr
+    failed = project.doit("evaluate:examples", expect=1)
+    assert "ERROR: evaluate:examples: examples is not run" in failed.stdout + failed.stderr

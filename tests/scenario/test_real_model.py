@@ -6,26 +6,38 @@ needs the index, and minutes.
 """
 
 import json
+import re
 import shutil
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
+import mlx.core as mx
 import mlx_lm
 import pytest
+from mlx_lm.perplexity import eval_ppl
 
 from support import peer, real_model
 from support.differences import json_differences, read_json, weight_differences
 from support.front_door import doit
+from tasks.quality import text
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]
 
 ROPE_THETA = 100000
 MODELS = """
+[quality]
+samples = 2
+sequence_length = 32
 [defaults]
 dtype = "float32"
 quantize = { bits = 8 }
 
 [models.smollm2]
 source = "smollm2"
+
+[models.smollm2.variants.3bit]
+quantize = { bits = 3 }
 
 [models.smollm2-as-saved]
 source = "smollm2-as-saved"
@@ -74,3 +86,16 @@ def test_from_what_transformers_5_saves_it_is_the_same(folder: Path) -> None:
     known, saved = ({path.name: path.read_bytes() for path in b.iterdir()} for b in builds)
     assert json.loads(saved.pop("config.json")) == json.loads(known.pop("config.json"))
     assert saved == known
+
+
+def test_quality_is_what_mlx_lm_says_and_falls_with_bits(folder: Path) -> None:
+    done = doit(folder, "evaluate:smollm2", "evaluate:smollm2-3bit")
+    said = dict(re.findall(r"^(\S+): perplexity ([\d.]+),", done.stdout, re.M))
+    nats = dict(re.findall(r"^(\S+): .*KL divergence mean ([\d.]+),", done.stdout, re.M))
+    assert 0 < float(nats["smollm2"]) < 0.02 < float(nats["smollm2-3bit"])
+    model, tokenizer = mlx_lm.load(str(folder / "build" / "smollm2"))
+    documents = text.read(None)
+    cut = text.windows(documents, tokenizer._tokenizer, samples=2, length=32, seed=0)
+    with redirect_stdout(StringIO()):
+        expected, _ = eval_ppl(model, mx.array(cut), batch_size=1)
+    assert float(said["smollm2"]) == pytest.approx(expected, rel=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from heapq import nlargest
 from itertools import chain, groupby
 
@@ -84,13 +84,20 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     spare |= dict.fromkeys(own.keys() - all_makers.keys(), "")
     rows.append(_row("(no current target)", spare, own))
     rows.append(_row("(all)", all_makers | spare, own))
-    yield from aligned(rows, WIDTH)
+    # What runs models stands here where a model was run.
+    runs = {stage.group for stage in registry.EVALUATION}
+    empty = {i for i, name in enumerate(rows[0]) if name in runs and rows[-1][i] == size(0)}
+    yield from aligned([_without(row, empty) for row in rows], WIDTH)
     if shared_bytes:
         yield f"What several targets share, {size(shared_bytes)}, is counted once in (all)."
     # What lies in one container with something that is needed stays with it.
     if count := sum(not survey.pinned(digest) & in_use for digest in spare.keys() & own.keys()):
         removes = f"{COMMAND} cache gc removes such with a size cap"
         yield f"No current target needs {count} blobs; {removes}."
+
+
+def _without(row: Sequence[str], columns: Collection[int]) -> tuple[str, ...]:
+    return tuple(cell for i, cell in enumerate(row) if i not in columns)
 
 
 class _Makers:
