@@ -146,7 +146,9 @@ class Verification(Struct, frozen=True):
         plan = planner.plan(_target(claim, source, source_name, planner))
         layers = [node.layer for node in plan.last]
         if not whole and len(layers) > SOME:
+            held = plan.shared.layers
             small = [layer for layer in layers if layer not in plan.shared.large]
+            small = [layer for layer in small if len(held[layer]) > 1] or small  # no lone norm
             layers = [small[i * (len(small) - 1) // (SOME - 1)] for i in range(SOME)]
         return cls(claim, plan, tuple(layers), folder)
 
