@@ -8,15 +8,21 @@ def printable(text: str) -> str:
 
     So it can neither forge a line, nor move the cursor, nor fill the screen.
     """
-    if len(text) > MOST_SHOWN:
-        text = f"{text[:MOST_SHOWN]}…"
+    return one_line(text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…")
+
+
+def one_line(text: str) -> str:
+    """Return a text on one line, what a terminal would act on as ASCII spells it."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class CacheError(Exception):
-    """Base of the store's errors. The message is one a user can act on."""
+    """Base of the store's errors. The message is one a user can act on, on one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(one_line(text))
 
 
 class BlobLost(CacheError):

@@ -10,7 +10,7 @@ from typing import Any
 
 from doit.exceptions import InvalidDodoFile, TaskFailed
 
-from cache.errors import CacheError, FileChanged, NoRoom
+from cache.errors import CacheError, FileChanged, NoRoom, one_line
 from cache.files import space
 from cache.folder import NotACache
 from tasks.core.errors import BuildError
@@ -43,7 +43,7 @@ def message(error: Exception) -> str:
             where = f"{error.filename}: " if error.filename else ""
             mend = _MENDS.get(error.errno or 0, "Mend that")
             again = f"run {COMMAND} again: what is already built is kept."
-            return f"{where}{error.strerror or error}. {mend}, and {again}"
+            return one_line(f"{where}{error.strerror or error}. {mend}, and {again}")
         error = space.no_room(Path(error.filename or "."))
     if isinstance(error, NoRoom):
         return f"{error} Make room and run {COMMAND} again: what is already built is kept."

@@ -27,7 +27,7 @@ def fails(session: Session, group: str, target: str) -> dict[str, Any]:
 
     def fail() -> dict[str, Any]:
         with session.builder.logged(task_name(group, target), "it cannot be planned"):
-            raise BuildError(refused.reason)
+            raise BuildError(*refused.reason.splitlines())
 
     return {
         "actions": [lambda: values_or_failure(fail)],

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.errors import CacheError
+from cache.errors import CacheError, one_line
 from cache.records.memos import Memos
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint
@@ -253,7 +253,7 @@ def _check_any_is_planned(
     else:
         wanted = [each for target, each in refused.items() if asked(target)]
     if wanted:
-        raise BuildError("\n".join(messages(wanted)))
+        raise BuildError(*messages(wanted))
 
 
 def _open_remote(config: Config, memos: Memos, *, read_only: bool) -> Remote | None:
@@ -264,7 +264,7 @@ def _open_remote(config: Config, memos: Memos, *, read_only: bool) -> Remote | N
     from cache.remote.transport import risks
 
     def warn(text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {one_line(text)}", file=sys.stderr)
 
     secret = os.environ.get("MLX_MAKE_SIGNING_KEY", "").encode() or None
     remote = Remote(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.digest import digest_record
-from cache.errors import printable
+from cache.errors import one_line, printable
 from tasks.cli.doit_adapter import is_up_to_date
 from tasks.cli.failures import as_invalid_dodo_file, values_or_failure
 from tasks.cli.refused_tasks import fails, refused_tasks
@@ -148,7 +148,7 @@ class TaskGraph:
 
             def accept(plan: Plan = plan) -> dict[str, Any]:
                 if told := session.acceptor.accept(plan):
-                    print(told)
+                    print(one_line(told))
                 return {}
 
             def act(accept: Any = accept) -> Any:
@@ -279,7 +279,7 @@ class TaskGraph:
         stamps = self._last_stamps(target)
         try:
             for note in place.clean(self.session.workspace, target, stamps):
-                print(note)
+                print(one_line(note))
         except BuildError as error:  # of a link that leads nowhere, for one
             print(f"warning: {error}", file=sys.stderr)
 

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from cache.errors import one_line
 from tasks.cli.failures import values_or_failure
 from tasks.cli.refused_tasks import refused_tasks
 from tasks.cli.session import Session
@@ -68,7 +69,7 @@ def _verify(session: Session, plan: Plan) -> dict[str, Any]:
     said = summary(shown, verification, target.source_name, verdicts)
     if verify.worst(verdicts) == DIFFERENT:
         odd = [line for line in lines(verdicts) if line.startswith("  ")]
-        raise BuildError("\n".join([said, *odd]))
+        raise BuildError(said, *odd)
     more = f" ({COMMAND} verify --all {target.name} makes all)"
     return {"summary": said + more * (len(verification.layers) < verification.all_layers)}
 
@@ -86,4 +87,4 @@ def lines(verdicts: list[Verdict]) -> Iterator[str]:
         odd = [each for each in found if each.verdict != EQUAL]
         if layer:
             yield f"{layer}: {len(found) - len(odd)} of {plural(len(found), 'tensor')} equal"
-        yield from (f"  {v.tensor}: {WORDS[v.verdict]}: {v.detail}" for v in odd)
+        yield from (one_line(f"  {v.tensor}: {WORDS[v.verdict]}: {v.detail}") for v in odd)

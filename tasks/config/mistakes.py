@@ -64,7 +64,7 @@ class MistakeList:
         texts = [*dict.fromkeys(map(self._message, order))] or [f"{self.text.path}: {otherwise}"]
         if len(texts) > SHOWN:
             texts[SHOWN:] = [f"{self.text.path}: and {len(texts) - SHOWN} more mistakes"]
-        return ConfigError("\n".join(texts))
+        return ConfigError(*texts)
 
     def _message(self, mistake: Mistake) -> str:
         place = self.variables.get(mistake.at[:2]) or self.text.place(mistake.at)

@@ -71,9 +71,10 @@ def load(path: Path) -> Config:
     except FileNotFoundError:
         raise ConfigError(
             f"{path} does not exist: it lists the models to build. {COMMAND} init writes "
-            "one for the checkpoints here; or make one that says\n"
-            '    [models.NAME]\n    source = "FOLDER OF THE CHECKPOINT"\n'
-            f"or name another with: {COMMAND} models=PATH"
+            "one for the checkpoints here; or make one that says",
+            "    [models.NAME]",
+            '    source = "FOLDER OF THE CHECKPOINT"',
+            f"or name another with: {COMMAND} models=PATH",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error

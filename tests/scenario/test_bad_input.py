@@ -153,7 +153,7 @@ TOML = {
     "unknown at the top": Case(
         MODEL.replace("models", "model"),
         (
-            "models.toml:1: model is an unknown key; valid: cache, build, defaults, models.",
+            "models.toml:1: model is an unknown key; valid: cache, build, quality, defaults, models.",
             "'models'?",
         ),
         MODEL,
@@ -848,6 +848,35 @@ def test_what_mlx_lm_refuses(project: Project, edit: Callable[[dict], object]) -
     with pytest.raises(ValueError, match=r"(?s)parameter.*model\.layers\.0\.m") as refusal:
         convert(str(folder), str(project.folder / "converted"))
     project.refuses("a: ", " ".join(str(refusal.value).split()))
+
+
+FORGED = "x\x1b[2J\r\x9b1A\u202e\nERROR: forged"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        mlx_edited(lambda tensors: tensors.update({f"model.layers.0.{FORGED}": mx.ones(3)})),
+        edited("config.json", model_type=FORGED),
+        both(
+            without("config.json"),
+            written(
+                "adapter_config.json", json.dumps({"base_model_name_or_path": FORGED}).encode()
+            ),
+        ),
+    ],
+    ids=["tensor", "architecture", "adapter"],
+)
+def test_no_checkpoint_writes_on_the_terminal(
+    project: Project, damage: Callable[[Path], object]
+) -> None:
+    """Nor forges a line of ours: what it says is shown as ASCII spells it."""
+    damage(project.copies("llama"))
+    for command in "run", "plan":
+        said = output(doit(project.folder, command, expect=3))
+        assert "x\\x1b[2J" in said
+        assert [line for line in said.splitlines() if not line.isprintable()] == []
+        assert [line for line in said.splitlines() if line.startswith("ERROR: forged")] == []
 
 
 def test_what_mlx_lm_leaves_out_is_said(project: Project) -> None:

@@ -10,6 +10,7 @@ from doit.cmd_ignore import Ignore as DoitIgnore
 from doit.cmd_resetdep import ResetDep as DoitResetDep
 from doit.exceptions import InvalidCommand
 
+from cache.errors import one_line
 from tasks.cli.command import Command, StateCommand
 from tasks.cli.doit_adapter import CleanCommand, ForgetCommand, InfoCommand
 from tasks.core.program import COMMAND, ROOT
@@ -74,7 +75,7 @@ class Clean(StateCommand, CleanCommand):
                 continue
             stamps = self.dep_manager.get_values(task_name(PACK, target)).get("outputs") or {}
             for note in place.clean(workspace, target, stamps):
-                print(note)
+                print(one_line(note))
 
 
 class Forget(StateCommand, ForgetCommand):

@@ -12,7 +12,7 @@ from typing import Any
 from doit.cmdparse import CmdOption, CmdParse, CmdParseError
 from doit.exceptions import InvalidDodoFile
 
-from cache.errors import CacheError
+from cache.errors import CacheError, one_line
 from cache.files import trash
 from cache.lock import Lock
 from cache.maintenance import gc, verify
@@ -96,7 +96,7 @@ class Cache(Command):
 def stats(config: Config, _options: Mapping[str, Any]) -> int:
     """Print what the cache holds."""
     for line in cache_stats.text(config, manifests.survey(config)):
-        print(line)
+        print(one_line(line))
     return 0
 
 
@@ -172,7 +172,7 @@ def _report(
         what = by_key.get(file.key) or manifests.described(named.get(file.key, ()))
         if file.kind not in ("blob", "reference", "action"):
             what = "made again when it is wanted"
-        print(f"corrupt: {file.path} ({size(file.size)}): {cause}\n    {what}")
+        print(f"corrupt: {file.path} ({size(file.size)}): {cause}\n    {one_line(what)}")
     aside = sum(file.size for file, _ in wrong)
     print(f"set aside in {config.cache.dir / CORRUPT}: {size(aside)}")
     if forgotten:

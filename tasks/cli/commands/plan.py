@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+from cache.errors import one_line
 from tasks.cli.commands.estimate import estimate
 from tasks.cli.commands.forecasting import UNCERTAIN, ForecastCommand, indented
 from tasks.cli.failures import message
@@ -68,9 +69,9 @@ it or a target cannot be planned."""
         else:
             self.outstream.writelines(f"ERROR: {message}\n" for message in refused)
             lines = self._lines(steps, seconds, downloads)
-            self.outstream.writelines(f"{line}\n" for line in lines)
+            self.outstream.writelines(f"{one_line(line)}\n" for line in lines)
             for said in publishing.values():
-                self.outstream.writelines(f"{line}\n" for line in said.lines())
+                self.outstream.writelines(f"{one_line(line)}\n" for line in said.lines())
         if refused:
             return REFUSED
         busy = any(step.state not in SETTLED for step in steps)

@@ -13,6 +13,7 @@ from typing import Any
 from doit.exceptions import InvalidCommand
 from msgspec import to_builtins
 
+from cache.errors import one_line
 from cache.records.memos import Memos
 from tasks.checkpoints import sources
 from tasks.cli.command import Command
@@ -102,7 +103,7 @@ told."""
             self.outstream.write(json.dumps(record, indent=1) + "\n")
         else:
             line = verify_tasks.summary(text, verification, said, verdicts)
-            self.outstream.write(f"{line}\n")
+            self.outstream.write(f"{one_line(line)}\n")
         return int(worst == verify.DIFFERENT)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from doit.exceptions import InvalidCommand
 
+from cache.errors import one_line
 from tasks.cli.commands.forecasting import UNCERTAIN, ForecastCommand, indented
 from tasks.core.program import COMMAND
 from tasks.execution.log import Entry
@@ -30,7 +31,9 @@ class WhyCommand(ForecastCommand):
         forecasted, requested = self.forecast()
         self.outstream.writelines(f"ERROR: {message}\n" for message in forecasted.refused.values())
         for step in requested:
-            self.outstream.writelines(f"{line}\n" for line in _lines(step, last.get(step.task)))
+            self.outstream.writelines(
+                f"{one_line(line)}\n" for line in _lines(step, last.get(step.task))
+            )
         return 0
 
 

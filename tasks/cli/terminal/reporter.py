@@ -17,7 +17,7 @@ from typing import Any
 from doit.exceptions import UnmetDependency
 from doit.reporter import ConsoleReporter
 
-from cache.errors import printable
+from cache.errors import one_line, printable
 from tasks.cli import table
 from tasks.cli.refused_tasks import refused_of
 from tasks.cli.session import Session
@@ -72,6 +72,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def write(self, text: str) -> None:
         """Write whole lines, at once."""
+        text = "\n".join(map(one_line, text.split("\n")))  # a traceback, too, may hold anything
         if self._live:
             self._live.write(text)
             return
