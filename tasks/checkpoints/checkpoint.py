@@ -72,9 +72,7 @@ class Checkpoint:
         path = self.source.path(stored.file)
         if path is None:
             return None
-        # What pins a source says what a file holds, and not when it came to be on this machine.
-        stamp = Stamp.of(path) if self.source.identity else self.stamps[stored.file]
-        return Part(str(path), stored.offset, stored.nbytes, stamp)
+        return Part(str(path), stored.offset, stored.nbytes, self.stamps[stored.file])
 
     def must_copy(self, key: str) -> bool:
         """Tell whether a stored tensor's bytes are only had as a copy in the cache."""

@@ -185,22 +185,28 @@ class HubSource(Struct, frozen=True, dict=True):
         Raises:
             CheckpointError: a file is damaged, or of a kind that must not be read.
         """
-        kept, names = self.opening.memos, list(names)
-        known = {name: headers.recall(name, self._identity(name), kept) for name in names}
+        memos, names = self.opening.memos, list(names)
+        tables = {}
+        for name in names:
+            if path := self.path(name):  # its name says what it should be, not what it is
+                tables[name] = headers.headers([path], memos)[path.name]
+            elif (header := headers.recall(name, self._identity(name), memos)) is not None:
+                tables[name] = _stamp(self._files[name]), header
 
         def read(name: str) -> list[Stored]:
             location, size = f"{self.location}/{name}", self._files[name].size
             ranged = RangedFile(location, size, lambda *of: self.read(name, *of))
-            return headers.read(ranged, self._identity(name), kept)
+            return headers.read(ranged, self._identity(name), memos)
 
-        unknown = [name for name in names if known[name] is None]
+        unknown = [name for name in names if name not in tables]
         if len(unknown) > 1:
-            self._ranges.locate(self._path(n) for n in unknown if not self.path(n))
-        tables = known | dict(zip(unknown, hub_client.each_at_once(read, unknown), strict=True))
-        return {name: (_stamp(self._files[name]), tables[name] or []) for name in names}
+            self._ranges.locate(map(self._path, unknown))
+        for name, tensors in zip(unknown, hub_client.each_at_once(read, unknown), strict=True):
+            tables[name] = _stamp(self._files[name]), tensors
+        return {name: tables[name] for name in names}
 
     def _identity(self, name: str) -> list[Any]:
-        """Return JSON that is another wherever a file's content may be."""
+        """Return JSON that is another wherever the content may be of a file read by ranges."""
         file = self._files[name]
         return [KIND, file.digest or [self.location, self.revision, name], file.size]
 

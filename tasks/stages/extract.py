@@ -136,7 +136,10 @@ class Extract(LeafStage[ExtractParams]):
         digests = context.memos.get(KIND, [self.version, spec.fingerprint], list[str])
         if digests and len(digests) == len(wanted):
             return digests
-        known = context.checkpoint.source.digests  # of a commit that models.lock pins
+        checkpoint = context.checkpoint
+        if any(checkpoint.source.path(checkpoint.stored[key].file) for key in wanted):
+            return None  # a file of this machine need not be what it is locked as
+        known = checkpoint.source.digests  # of a commit that models.lock pins
         return [known[key] for key in wanted] if wanted.keys() <= known.keys() else None
 
     def watched(self, spec: ActionSpec[ExtractParams]) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import snapshot_download
 
 from cache.records.memos import Memos
 from support import front_door, hub_server, inside, projects
@@ -153,6 +154,39 @@ def test_what_was_fetched_is_not_fetched_again(hub: Hub, tmp_path: Path) -> None
         if entry["task"].startswith("extract:") and entry["outcome"] == "computed"
     ]
     assert sorted(extracted) == sorted(project.tasks(["extract"], pack=False))
+
+
+def test_a_file_of_the_client_that_is_not_what_it_was(hub: Hub, tmp_path: Path) -> None:
+    """It is as large, under the same name: nothing that was said of it is believed when mended."""
+    project, _ = published(hub, tmp_path / "project")
+    expected = projects.create(tmp_path / "plain", "huggingface", **FOUR_BIT).anew()
+    snapshot = Path(snapshot_download("org/model"))
+    gate, up = b"layers.1.mlp.gate_proj.weight", b"layers.1.mlp.up_proj.weight"
+    path = next(p.resolve() for p in snapshot.glob("*.safetensors") if gate in p.read_bytes())
+    whole = path.read_bytes()
+    header = whole[: whole.index(b"}}") + 2]
+    swapped = header.replace(gate, b"?").replace(up, gate).replace(b"?", up)
+    assert up in header
+    assert len(swapped) == len(header)
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+
+    for damaged in (swapped + whole[len(header) :], flipped):
+        path.write_bytes(damaged)
+        (project.folder / "models.lock").unlink(missing_ok=True)
+        project.doit("plan", expect=1)
+        project.doit()
+        assert but_card(project.built()) != but_card(expected)
+        path.write_bytes(whole)
+        assert "has other contents" in project.doit(expect=1).stdout
+        (project.folder / "models.lock").unlink()
+        project.doit()
+        assert but_card(project.built()) == but_card(expected)
+    path.write_bytes(flipped)
+    project.doit(expect=None)
+    shutil.rmtree(tmp_path / "home")
+    (project.folder / "models.lock").unlink()
+    project.doit()  # by ranges
+    assert but_card(project.built()) == but_card(expected)
 
 
 def test_a_folder_of_a_repository_at_a_tag(hub: Hub, tmp_path: Path) -> None:
