@@ -268,7 +268,7 @@ class Planner:
         settings = {quantize_scheme.weight_name(path): s for path, s in scheme.settings.items()}
         asked = TargetModel(
             checkpoint, model, shared.stored_layers, shared.layers, dtype, settings,
-            shared.computer, target.layout, config, self.quality, self.memos,
+            shared.computer, target.layout, config, self.quality, self.memos, registry.roles(),
         )  # fmt: skip
         specs = _specs(shared, asked, registry.PIPELINE, {})
         names, weights = shared.names(scheme.settings), shared.weights(scheme.settings)

@@ -19,8 +19,8 @@ from tasks.execution.builder import Builder
 from tasks.planning.plan import Plan
 from tasks.quality.divergence import Quality
 from tasks.quality.segments import LOGITS
-from tasks.stages import forward, measure, quantize_scheme
-from tasks.stages.forward import NO_WEIGHTS, STATE, Evaluate, Forward, Teacher
+from tasks.stages import forward, measure, quantize_scheme, registry
+from tasks.stages.forward import STATE, Evaluate
 from tasks.stages.quantize_scheme import Setting
 
 # What a module is for, told from its path: the first that matches. Names of mlx-lm's models, and
@@ -249,15 +249,16 @@ def evaluated(blobs: Blobs, workspace: Workspace, target: str, packed: Manifest)
 def _states(workspace: Workspace, target: str) -> dict[tuple[str, str], Manifest]:
     """Return what left each state of a target's models, by stage and digest."""
     found = {}
-    for stage in (Teacher.name, Forward.name):
-        for path in Path(workspace.manifest(target, stage, LOGITS)).parent.glob("*.json"):
+    for stage in registry.EVALUATION:
+        for path in Path(workspace.manifest(target, stage.name, LOGITS)).parent.glob("*.json"):
             if (manifest := Manifest.at(path)) and STATE in manifest.tensors:
-                found[stage, manifest.tensors[STATE].digest] = manifest
+                found[stage.name, manifest.tensors[STATE].digest] = manifest
     return found
 
 
 def _is_of(packed: Manifest, last: Manifest, states: Mapping[tuple[str, str], Manifest]) -> bool:
     """Tell whether a model's last segment, and all before, read the weights that were packed."""
+    running = {stage.name for stage in registry.EVALUATION}  # what they make are no weights
     ahead: list[Manifest | None] = [last]
     while ahead:
         if (manifest := ahead.pop()) is None:
@@ -266,7 +267,7 @@ def _is_of(packed: Manifest, last: Manifest, states: Mapping[tuple[str, str], Ma
             stage, _, name = key.partition(":")
             if name == STATE:
                 ahead.append(states.get((stage, record[-1])))
-            elif stage not in NO_WEIGHTS and packed.action.inputs.get(name) != record:
+            elif stage not in running and packed.action.inputs.get(name) != record:
                 return False  # packed since, or not yet
     return True
 
@@ -306,7 +307,7 @@ def _errors(builder: Builder, plan: Plan, packed: Manifest) -> dict[str, Error] 
         if manifest is None or manifest.action.params != node.params.record:
             return None
         for name, record in manifest.action.inputs.items():
-            part = name.removeprefix(f"{measure.QUANTIZED}:")
+            part = name.removeprefix(f"{plan.model.roles.packed}:")
             if part != name and packed.action.inputs.get(part) != record:
                 return None  # packed since, or not yet
         try:

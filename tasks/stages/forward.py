@@ -48,7 +48,6 @@ from tasks.tensors.rows import IN_FLIGHT_BYTES
 STATE = "state"
 SAID = Said._fields  # what the last segment of a teacher makes
 COMPARED = Compared._fields  # what it makes of a quantized model, beside the teacher's loss
-QUANTIZED = quantize.Quantize.name
 HELD = 8  # states, or logits, of one sequence that a segment holds at once
 
 
@@ -57,8 +56,7 @@ class ForwardParams(Params, frozen=True):
 
     Attributes:
         segment: its name.
-        number: its place in the model.
-        whole: why the model runs as one segment; empty if it does not.
+        whole: whether the model runs as one segment.
         config: digest of config.json, but for what it says of quantizing.
         settings: how each weight that it reads is quantized, by name.
         dtype: of what it leads to, for one sequence.
@@ -71,8 +69,7 @@ class ForwardParams(Params, frozen=True):
     """
 
     segment: str
-    number: int
-    whole: str
+    whole: bool
     config: str
     settings: dict[str, Setting]
     dtype: str
@@ -99,6 +96,10 @@ class _Runs(Stage[ForwardParams]):
     def settings(self, target: TargetModel) -> Mapping[str, Setting]:
         """Return how the weights of the model that is run are quantized."""
         return target.settings
+
+    def maker(self, target: TargetModel) -> str:
+        """Return the stage that makes these weights."""
+        return target.roles.packed
 
     def plan_key(self, target: TargetModel) -> Hashable:
         """Return what is run, and on what."""
@@ -137,9 +138,13 @@ class Teacher(_Runs):
         """Return none."""
         return {}
 
+    def maker(self, target: TargetModel) -> str:
+        """Return the stage that makes what is quantized."""
+        return target.roles.unquantized
+
     def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
         """Plan all segments; none where the model cannot be run."""
-        return _plan(target, self.settings(target), _maker(target), before=self.name)
+        return _plan(self, target, before=self.name)
 
     def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
         """Return the state; of the last segment, what the teacher says: see ``Said``."""
@@ -159,7 +164,7 @@ class Teacher(_Runs):
         def say(index: int) -> Said:
             return divergence.say(work.run(index)[0], work.following(index), params.kept)
 
-        return Result(work.write(self.outputs(params, _specs(inputs)), say), _notes(params))
+        return Result(work.write(self.outputs(params, _specs(inputs)), say), work.notes)
 
 
 class Forward(_Runs):
@@ -168,10 +173,10 @@ class Forward(_Runs):
     name = "forward"
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
-        """Plan all segments but the last; none where nothing is quantized."""
-        if not target.settings:
+        """Plan all segments but the last; none of a model that is its own teacher."""
+        if _is_own_teacher(target):
             return {}
-        planned = _plan(target, target.settings, QUANTIZED, before=self.name)
+        planned = _plan(self, target, before=self.name)
         return {name: each for name, each in planned.items() if not each.params.kept}
 
 
@@ -181,10 +186,10 @@ class Evaluate(_Runs):
     name = "evaluate"
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
-        """Plan the last segment; where nothing is quantized, on what the teacher's blocks left."""
-        before = Forward.name if target.settings else Teacher.name
+        """Plan the last segment; of its own teacher, on what the teacher's blocks left."""
+        before = Teacher.name if _is_own_teacher(target) else Forward.name
         planned = {}
-        for name, each in _plan(target, target.settings, QUANTIZED, before=before).items():
+        for name, each in _plan(self, target, before=before).items():
             if each.params.kept:
                 needs = (*each.needs, Need(Teacher.name, name))
                 planned[name] = Planned(each.params, needs, (each.reads or frozenset()).union(SAID))
@@ -208,7 +213,7 @@ class Evaluate(_Runs):
             return divergence.compare(work.run(index)[0], work.following(index), said)
 
         made = work.write({name: outputs[name] for name in COMPARED}, compare)
-        return Result({**made, "teacher_loss": context.pass_on(_TEACHER_LOSS)}, _notes(params))
+        return Result({**made, "teacher_loss": context.pass_on(_TEACHER_LOSS)}, work.notes)
 
     def summary(self, read: Mapping[str, bytes]) -> str:
         """Return how good the model is."""
@@ -232,11 +237,14 @@ class _Work:
         self._context = context
         self._device = device_of(params.device)
         self._params = params
-        weights = {key.name: key for key in inputs if key.stage not in NO_WEIGHTS}
-        self._rows = {k: context.rows(k) for k in inputs if k.stage in NO_WEIGHTS}
+        maker = stage.maker(context.planned)
+        weights = {key.name: key for key in inputs if key.stage == maker}
+        self._rows = {key: context.rows(key) for key in inputs if key.stage != maker}
         self._state = next((key for key in inputs if key.name == STATE), None)
         context.prefetch(inputs)
         skeleton = _skeleton(context.planned, stage.settings(context.planned))
+        split = segments.split(context.planned.memos, skeleton, params.shape[1])
+        self.notes = _notes(split)
         with self._stream:
             if params.whole:
                 every = [weights[name] for name in skeleton.tensors]
@@ -246,7 +254,7 @@ class _Work:
             self._model = skeleton.load()
         loaded = [(name, self._weight(key)) for name, key in weights.items()]
         self._model.load_weights(loaded, strict=False)
-        split = segments.split(context.planned.memos, skeleton, params.shape[1])
+        self._number = [segment.name for segment in split.segments].index(params.segment)
         self._run = Run(self._model, split.segments)
 
     @property
@@ -279,7 +287,7 @@ class _Work:
                 result: mx.array = self._model(tokens)
             else:
                 state = None if self._state is None else self.read(self._state, index)[None]
-                result = self._run.segment(self._params.number, tokens, state)
+                result = self._run.segment(self._number, tokens, state)
             mx.eval(result)
         except (RuntimeError, ValueError) as error:  # what MLX and models raise
             raise BuildError(
@@ -320,22 +328,19 @@ class _Work:
 
 
 _TOKENS = Key(Tokens.name, TOKENS)
-NO_WEIGHTS = (Tokens.name, Teacher.name, Forward.name)
 
 
-def _plan(
-    target: TargetModel, settings: Mapping[str, Setting], maker: str, *, before: str
-) -> dict[str, Planned[ForwardParams]]:
+def _plan(stage: _Runs, target: TargetModel, *, before: str) -> dict[str, Planned[ForwardParams]]:
     """Return the segments of a model by name, in order; none where it cannot be run.
 
     Args:
+        stage: whose they are.
         target: the target.
-        settings: how the model's weights are quantized.
-        maker: the stage that makes its tensors.
         before: the stage whose states they begin with.
     """
     if not target.model.library:
         return {}
+    settings, maker = stage.settings(target), stage.maker(target)
     skeleton = _skeleton(target, settings)
     # Of the last token there is none to predict.
     split = segments.split(target.memos, skeleton, target.quality.sequence_length - 1)
@@ -344,9 +349,8 @@ def _plan(
     planned = {}
     for segment in split.segments:
         weights = dict.fromkeys(weight_of.get(name, name) for name in segment.reads)
-        params = _params(target, skeleton, split, segment)
         quantized = {name: settings[name] for name in weights if name in settings}
-        params = structs.replace(params, settings=quantized)
+        params = structs.replace(_params(target, skeleton, split, segment), settings=quantized)
         needs = [Need(maker, layer) for layer in dict.fromkeys(layer_of[n] for n in weights)]
         needs.append(Need(Tokens.name, EVALUATION))
         if segment.number:
@@ -363,8 +367,7 @@ def _params(
     kept = target.quality.top_logits if segment is split.segments[-1] else 0
     return ForwardParams(
         segment=segment.name,
-        number=segment.number,
-        whole=split.whole,
+        whole=bool(split.whole),
         config=digest_record(config),
         settings={},
         dtype=segment.dtype,
@@ -390,10 +393,9 @@ def _skeleton(target: TargetModel, settings: Mapping[str, Setting]) -> Skeleton:
     return Skeleton(target.model.library, config, tensors)
 
 
-def _maker(target: TargetModel) -> str:
-    """Return the stage that makes what quantize reads."""
-    first = next(iter(target.planned[QUANTIZED].values()))
-    return first.planned.needs[0].stage
+def _is_own_teacher(target: TargetModel) -> bool:
+    """Tell whether what is packed is the model as it is before it is quantized."""
+    return not target.settings and target.roles.packed == target.roles.quantized
 
 
 def _specs(inputs: Inputs) -> dict[Key, TensorSpec]:
@@ -409,5 +411,5 @@ def _stored(specs: Mapping[str, TensorSpec], inputs: Mapping[Key, TensorSpec]) -
     return {name: Output(spec, Origin.STORED, tuple(inputs)) for name, spec in specs.items()}
 
 
-def _notes(params: ForwardParams) -> tuple[str, ...]:
-    return (f"the model runs whole, not block by block: {params.whole}",) if params.whole else ()
+def _notes(split: Split) -> tuple[str, ...]:
+    return (f"the model runs whole, not block by block: {split.whole}",) if split.whole else ()

@@ -35,7 +35,6 @@ from tasks.tensors.kernels import even_rows
 from tasks.tensors.rows import Rows
 
 NORM, ERROR_NORM = "norm", "error_norm"
-QUANTIZED = quantize.Quantize.name  # the stage that is measured
 
 
 class MeasureParams(Params, frozen=True):
@@ -57,9 +56,9 @@ class MeasureParams(Params, frozen=True):
 class Measure(Stage[MeasureParams]):
     """Measure what quantizing took from each layer.
 
-    A layer's quantized weights are compared with what they were made of. That makes two vectors of
-    one number a weight, in the order of the sorted names: ``norm``, the Frobenius norm of the
-    weight before, and ``error_norm``, that of the difference.
+    A layer's quantized weights, as they are packed, are compared with what they were made of. That
+    makes two vectors of one number a weight, in the order of the sorted names: ``norm``, the
+    Frobenius norm of the weight before, and ``error_norm``, that of the difference.
     """
 
     name = "error"  # in records, which keep it
@@ -71,14 +70,16 @@ class Measure(Stage[MeasureParams]):
     def plan(self, target: TargetModel) -> Mapping[str, Planned[MeasureParams]]:
         """Plan to compare what is quantized; layers without have no node."""
         planned = {}
-        for layer, spec in target.planned[QUANTIZED].items():
-            params = spec.params
-            if not params.settings:
+        for layer, parameters in target.layers.items():
+            names = [p.name for p in parameters if p.name in target.settings]
+            if not names:
                 continue
-            reads = {part for name, s in params.settings.items() for part in parts(name, s)}
-            compared = MeasureParams(params.settings, params.mlx, params.device, params.machine)
-            needs = (*spec.planned.needs, Need(QUANTIZED, layer))
-            planned[layer] = Planned(compared, needs, frozenset(reads))
+            settings = {name: target.settings[name] for name in names}
+            reads = {part for name, s in settings.items() for part in parts(name, s)}
+            params = MeasureParams(settings, **target.computer._asdict())
+            stages = (target.roles.unquantized, target.roles.packed)
+            needs = tuple(Need(stage, layer) for stage in stages)
+            planned[layer] = Planned(params, needs, frozenset(reads))
         return planned
 
     def plan_key(self, target: TargetModel) -> Hashable:
@@ -92,8 +93,9 @@ class Measure(Stage[MeasureParams]):
 
     def run(self, params: MeasureParams, inputs: Inputs, context: Context) -> Result:
         """Compare a layer's weights."""
-        before = {key.name: key for key in inputs if key.stage != QUANTIZED}
-        after = {key.name: key for key in inputs if key.stage == QUANTIZED}
+        roles = context.planned.roles
+        before = {key.name: key for key in inputs if key.stage == roles.unquantized}
+        after = {key.name: key for key in inputs if key.stage == roles.packed}
         context.prefetch(after.values())
         context.verify(after.values())  # they may lie in a file of build/, to be altered by hand
         norms, error_norms = [], []

@@ -10,7 +10,7 @@ from tasks.stages.extract import Extract
 from tasks.stages.forward import Evaluate, Forward, Teacher
 from tasks.stages.measure import Measure
 from tasks.stages.quantize import Quantize
-from tasks.stages.stage import Keep, LeafStage, Stage
+from tasks.stages.stage import Keep, LeafStage, Roles, Stage
 from tasks.stages.tokens import Tokens
 from tasks.stages.unshard import Unshard
 
@@ -45,6 +45,12 @@ def building() -> tuple[str, ...]:
 def leaves() -> frozenset[str]:
     """Return the groups of the tasks that read the checkpoint."""
     return frozenset(stage.group for stage in PIPELINE if isinstance(stage, LeafStage))
+
+
+def roles() -> Roles:
+    """Return which stages do what for a built model."""
+    at = next(i for i, stage in enumerate(PIPELINE) if isinstance(stage, Quantize))
+    return Roles(PIPELINE[at - 1].name, PIPELINE[at].name, PIPELINE[-1].name)
 
 
 def configurable() -> tuple[str, ...]:

@@ -163,6 +163,20 @@ class ActionSpec(Struct, Generic[P], frozen=True, dict=True):
         return digest_record([self.stage.version, params, self.fingerprint])
 
 
+class Roles(NamedTuple):
+    """The stages on the way to what is packed, by what they do for it: their names.
+
+    Attributes:
+        unquantized: makes the weights as they are before they are quantized.
+        quantized: quantizes them.
+        packed: makes what is packed.
+    """
+
+    unquantized: str
+    quantized: str
+    packed: str
+
+
 class TargetModel(Struct, frozen=True):
     """A target as its stages plan it.
 
@@ -178,6 +192,7 @@ class TargetModel(Struct, frozen=True):
         config: config.json of the built model.
         quality: on what text models are run, and how much of it.
         memos: where answers are kept that are worth remembering.
+        roles: which stages do what.
         planned: what the stages before planned, by stage and layer.
         previous: the name of the stage before, "" for the first.
     """
@@ -193,6 +208,7 @@ class TargetModel(Struct, frozen=True):
     config: Mapping[str, Any]
     quality: Quality
     memos: Memos
+    roles: Roles
     planned: Mapping[str, Mapping[str, ActionSpec[Any]]] = field(default_factory=dict)
     previous: str = ""
 

@@ -14,10 +14,11 @@ from mlx_lm.perplexity import eval_ppl
 from mlx_lm.utils import load_model
 from transformers import AutoTokenizer
 
-from support import inside, projects
+from support import inside, projects, toy_stage
 from support.front_door import Finished
 from support.projects import Project
 from tasks.quality import segments, text
+from tasks.report.figures import Reader
 
 QUALITY = {"samples": 3, "sequence_length": 24, "seed": 1, "top_logits": 16}
 RUNS = ("tokens", "teacher", "forward", "evaluate")
@@ -235,3 +236,27 @@ def test_what_no_library_runs_is_left_out_and_named(project: Project) -> None:
     assert "note: examples is not run: layout 'mlx-examples'" in done.stderr
     failed = project.doit("evaluate:examples", expect=1)
     assert "ERROR: evaluate:examples: examples is not run" in failed.stdout + failed.stderr
+
+
+def test_what_is_told_is_of_what_is_packed(project: Project) -> None:
+    """Also where another stage comes after the one that quantizes."""
+    project.configure("plain", source="checkpoint", device="cpu", dtype="float32", quantize=False)
+    with toy_stage.registered(last=toy_stage.ScalePacked(2.0)):
+        done = inside.doit(project.folder, "pack", "evaluate", "measure", "report")
+        session = inside.session(project.folder)
+        for name, plan in session.plans.items():
+            built = project.folder / "build" / name
+            cut = text.windows(
+                text.read(None), AutoTokenizer.from_pretrained(built), samples=3, length=24, seed=1
+            )
+            model, _ = load_model(built)
+            with contextlib.redirect_stdout(io.StringIO()):
+                expected, _ = eval_ppl(model, mx.array(cut), batch_size=1)
+            said = numbers(done, name)
+            assert said["perplexity"] == pytest.approx(expected, rel=1e-5)
+            assert said["perplexity"] != said["teacher"]
+            shown = Reader(session.builder).read(plan)
+            assert shown.quality is not None
+            assert bool(shown.errors) == (name == "model")
+            for error in shown.errors.values():  # of the model that is twice what it was
+                assert error.norm == pytest.approx(error.error_norm, rel=0.2)

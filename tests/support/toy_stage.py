@@ -1,13 +1,15 @@
 """toy_stage: a stage of one file, and the example of CONTRIBUTING.md: weights times a factor."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from unittest import mock
 
 from cache.records.manifests import TensorSpec
 from tasks.stages import registry
+from tasks.stages.quantize_scheme import parts
 from tasks.stages.reasons import Reason, changed_values
 from tasks.stages.stage import (
     Context,
@@ -75,10 +77,13 @@ class Scale(Stage[ScaleParams]):
     def plan(self, target: TargetModel) -> Mapping[str, Planned[ScaleParams]]:
         found = {}
         for layer, parameters in target.layers.items():
-            names = [p.name for p in parameters if ".mlp." in p.name]
+            names = self.names(target, [p.name for p in parameters])
             params = ScaleParams(names, self.factor if names else 1.0)
             found[layer] = Planned(params, target.same_layer(layer))
         return found
+
+    def names(self, target: TargetModel, parameters: Sequence[str]) -> list[str]:
+        return [name for name in parameters if ".mlp." in name]
 
     def outputs(self, params: ScaleParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
         return {
@@ -111,14 +116,26 @@ def _origin(params: ScaleParams, name: str) -> Origin:
     return Origin.VIEW if name in params.names else Origin.PASSED_ON
 
 
+class ScalePacked(Scale):
+    """Scale each weight once it is quantized, and the norms."""
+
+    name = "scale-packed"
+    keep = Keep.ALWAYS  # what is packed lies in the cache
+
+    def names(self, target: TargetModel, parameters: Sequence[str]) -> list[str]:
+        every = (
+            parts(name, target.settings[name])[1:] for name in parameters if name in target.settings
+        )
+        return [*chain(*every), *(name for name in parameters if "norm" in name)]
+
+
 TOY = Scale(0.5)
 
 
 @contextmanager
-def registered() -> Iterator[Scale]:
-    """The registry with the toy stage between cast and quantize."""
-    names = [stage.name for stage in registry.PIPELINE]
-    at = names.index("quantize")
-    stages = (*registry.PIPELINE[:at], TOY, *registry.PIPELINE[at:])
+def registered(*, last: Scale | None = None) -> Iterator[Scale]:
+    """The registry with the toy stage between cast and quantize, or another at the end."""
+    *before, quantize = registry.PIPELINE
+    stages = (*registry.PIPELINE, last) if last else (*before, TOY, quantize)
     with mock.patch.object(registry, "PIPELINE", stages):
-        yield TOY
+        yield last or TOY
