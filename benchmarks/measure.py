@@ -122,8 +122,12 @@ def _wait_for_orphans() -> None:
         raise BenchmarkError(f"what a command left behind it still runs after {ORPHAN_SECONDS} s")
 
 
-def measure(command: Sequence[str]) -> Usage:
+def measure(command: Sequence[str], **environ: str) -> Usage:
     """Runs the command in the repository root and tells what it took.
+
+    Args:
+        command: the command.
+        environ: variables that it is to have.
 
     Raises:
         BenchmarkError: if it fails; the message ends with what it printed last.
@@ -132,7 +136,7 @@ def measure(command: Sequence[str]) -> Usage:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     os.sync()  # lest writes of an earlier command are still under way
     # Everything is local here: without this, a hub that does not answer would be measured too.
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environ
     # What pip installs is compiled: the checkout's modules are to be so after the warm-up.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile() as printed:

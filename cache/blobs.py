@@ -15,6 +15,7 @@ blobs/packs/…         many blobs, each where it belongs in a weight file
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import threading
 import uuid
@@ -145,7 +146,7 @@ class Blobs:
         if stamp.size == length:
             self._touch(path, stamp)
             return [Part(str(path), 0, length, None)]
-        if self._reference(digest).exists():
+        if self.reference_path(digest).exists():
             return self._locate_reference(digest, length)
         raise BlobLost(digest, f"{path} has {stamp.size} bytes, expected {length}")
 
@@ -190,7 +191,7 @@ class Blobs:
                 if digest_file(path) != digest:
                     path.unlink()
                 return
-            path = self._reference(digest)
+            path = self.reference_path(digest)
             with suppress(FileNotFoundError, Damaged, FileChanged):  # `locate` notices these
                 if digest_parts(self.chunks(self.reference(path))) != digest:
                     path.unlink()
@@ -257,6 +258,14 @@ class Blobs:
             self._begun.begin(path)
         return paths
 
+    def container(self, name: str) -> Path:
+        """Return the path of a container."""
+        return self.root / CONTAINERS / name
+
+    def has_container(self, name: str) -> bool:
+        """Tell whether there is such a container."""
+        return re.fullmatch("[0-9a-f]{32}", name) is not None and self.container(name).is_file()
+
     def note_whole(self, container: Path, digest: str, length: int) -> None:
         """Note that a whole container is a blob; nothing is written into it any more."""
         self._begun.keep(container)
@@ -304,7 +313,7 @@ class Blobs:
         length = sum(part.length for part in parts)
         if not path.exists() or path.stat().st_size != length:
             record = [[self._relative(p.path), p.offset, p.length, *(p.stamp or ())] for p in parts]
-            atomic.write(self._reference(digest), seal(digest, record))
+            atomic.write(self.reference_path(digest), seal(digest, record))
 
     def read_into(self, parts: Sequence[Part], buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of ``parts``, one after another.
@@ -358,12 +367,13 @@ class Blobs:
                     self.meter.read += length
                     yield buffer[:length]
 
-    def _reference(self, digest: str) -> Path:
+    def reference_path(self, digest: str) -> Path:
+        """Return where it is written where the bytes of ``digest`` lie."""
         path = self.path(digest)
         return path.with_name(path.name + ".parts")
 
     def _locate_reference(self, digest: str, length: int) -> list[Part]:
-        reference = self._reference(digest)
+        reference = self.reference_path(digest)
         try:
             parts, sealed = self._read_reference(reference)
         except FileNotFoundError:

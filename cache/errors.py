@@ -39,6 +39,13 @@ class BlobLost(CacheError):
         self.cause = cause
 
 
+class WrongLength(CacheError):
+    """What was fetched is longer or shorter than it was said to be."""
+
+    def __init__(self, length: int, came: int) -> None:
+        super().__init__(f"{came:,} bytes came, not {length:,}")
+
+
 class FileChanged(CacheError):
     """A file that the store refers to, or reads, is another than when it was looked at."""
 

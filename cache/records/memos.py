@@ -59,6 +59,11 @@ class Memos:
             if error.errno not in UNWRITABLE:
                 raise
 
+    def forget(self, kind: str, question: Any) -> None:
+        """Remember nothing of a question any more."""
+        if not self._read_only:
+            self._path(kind, _key(question)).unlink(missing_ok=True)
+
     def _path(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / f"{key[2:]}.json"
 

@@ -66,6 +66,12 @@ class Checkpoint:
         """The model's tensors as JSON: what the plan of a model depends on."""
         return [[name, t.dtype, list(t.shape)] for name, t in self.tensors.items()]
 
+    def sha256(self, file: str) -> str | None:
+        """Return what a weight file's sha256 is said to be, if the source says it."""
+        said = self.source.hashes.get(file)
+        kind, _, digest = said.digest.partition(":") if said else ("", "", "")
+        return digest if kind == "sha256" else None
+
     def part(self, key: str) -> Part | None:
         """Return where a stored tensor's bytes lie, if they lie in a file of this machine."""
         stored = self.stored[key]
@@ -73,6 +79,15 @@ class Checkpoint:
         if path is None:
             return None
         return Part(str(path), stored.offset, stored.nbytes, self.stamps[stored.file])
+
+    @cached_property
+    def fetched(self) -> frozenset[str]:
+        """The keys of the stored tensors whose bytes come from elsewhere, and are then here."""
+        if not self.source.available:
+            return frozenset()
+        elsewhere = {file for file in self.stamps if self.source.path(file) is None}
+        stored = self.stored.items() if elsewhere else ()
+        return frozenset(k for k, s in stored if s.file in elsewhere and s.offset != TORCH)
 
     def must_copy(self, key: str) -> bool:
         """Tell whether a stored tensor's bytes are only had as a copy in the cache."""

@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 from doit import cmd_run, doit_cmd, get_var, plugin
 from doit.cmd_clean import Clean as DoitClean
@@ -78,8 +78,38 @@ def name_not_found(error: Exception) -> str | None:
 # Which task runs next
 
 
+class Schedule(Protocol):
+    """What decides on the order of a run's tasks, and hears of their end."""
+
+    def arrange(self, tasks: Mapping[str, Any], selected: list[str]) -> list[str]:
+        """Return the tasks to begin with, in order, given all tasks and those that are selected."""
+
+    def finished(self, task: str) -> None:
+        """Take note that a task ended, or needs not to begin."""
+
+    def stop(self) -> None:
+        """Take note that no more tasks begin."""
+
+
 class DepthFirst(TaskDispatcher):  # type: ignore[misc]
     """Finishes a layer before it begins the next, so that what is in memory stays small."""
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Any],
+        targets: Mapping[str, str],
+        selected: list[str],
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__(
+            tasks, targets, schedule.arrange(tasks, selected) if schedule else selected
+        )
+        self.schedule = schedule
+
+    def _update_waiting(self, processed: Any) -> None:
+        super()._update_waiting(processed)
+        if self.schedule and processed is not None and processed.run_status != "run":
+            self.schedule.finished(processed.task.name)
 
     def _get_next_node(self, ready: Any, tasks_to_run: Any) -> Any:
         return ready.pop() if ready else super()._get_next_node(ready, tasks_to_run)
@@ -112,7 +142,12 @@ class Control(TaskControl):  # type: ignore[misc]
         """Return what hands tasks to the runner."""
         gc.freeze()  # the tasks stay: no need to look through them again
         gc.enable()
-        return DepthFirst(self.tasks, self.targets, self.selected_tasks)
+        sessions = (
+            t.meta["session"] for t in self.tasks.values() if t.meta and "session" in t.meta
+        )
+        session = next(sessions, None)
+        schedule = session.schedule if session else None
+        return DepthFirst(self.tasks, self.targets, self.selected_tasks, schedule)
 
 
 class _FailsAlone:
@@ -131,6 +166,9 @@ class _FailsAlone:
             self.final_result, self._stop_running = before
         elif "refused" in (node.task.meta or {}):
             self._stop_running = before[1]
+        dispatcher = getattr(self, "task_dispatcher", None)  # only threads wait for each other
+        if self._stop_running and dispatcher and dispatcher.schedule:
+            dispatcher.schedule.stop()
 
 
 class OneByOne(_FailsAlone, Runner):  # type: ignore[misc]

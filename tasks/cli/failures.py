@@ -13,7 +13,7 @@ from doit.exceptions import InvalidDodoFile, TaskFailed
 from cache.errors import CacheError, FileChanged, NoRoom, one_line
 from cache.files import space
 from cache.folder import NotACache
-from tasks.core.errors import BuildError
+from tasks.core.errors import BuildError, Stopped
 from tasks.core.program import COMMAND
 
 _WRITABLE = "Have it writable, or name another folder (for the cache, [cache] dir)"
@@ -72,5 +72,7 @@ def values_or_failure(action: Callable[[], dict[str, Any]]) -> dict[str, Any] | 
     """Return what a task's action returns, or doit's failure with the message of its error."""
     try:
         return action()
+    except Stopped as error:  # which says nothing that is not said already
+        return TaskFailed(message(error), report=False)
     except MENDABLE as error:
         return TaskFailed(message(error))

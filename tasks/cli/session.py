@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from tasks.cli.failures import MENDABLE, as_invalid_dodo_file, message
 from tasks.cli.options import DEFAULT, Options
 from tasks.cli.untouched import Untouched
 from tasks.config.reader import Config
-from tasks.core.errors import BuildError
+from tasks.core.errors import BuildError, CheckpointError
 from tasks.core.spec import Quality, Target
 from tasks.core.task_names import LOCK, task_name
 from tasks.core.text import plural
@@ -37,6 +37,7 @@ from tasks.stages import registry
 
 if TYPE_CHECKING:  # imported where they are wanted: a run with nothing to do wants none
     from cache.remote.remote import Remote
+    from tasks.cli.schedule import StreamingSchedule
     from tasks.execution.accept import Acceptor
     from tasks.execution.builder import Builder
     from tasks.execution.early import BackgroundPacker
@@ -80,17 +81,30 @@ class Session:
         """Runs the tasks."""
         from tasks.execution.builder import Builder
         from tasks.execution.draft import Drafts
-        from tasks.execution.resources import MemoryBudget, machine_memory
+        from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
+        from tasks.execution.streaming import Streaming
 
+        keep = frozenset(self.config.cache.keep)
+        passes = registry.leaves().isdisjoint(keep)
         return Builder(
             self.store,
             self.workspace,
             self.log,
             f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}",
-            frozenset(self.config.cache.keep),
+            keep,
             MemoryBudget(self.config.build.memory_bytes or machine_memory() // 2),
-            Drafts(self.store.blobs, self.options.packs),
+            Drafts(self.store.blobs, self.options.packs, self.workspace.drafts),
+            Streaming(self.store, DiskBudget(), drops=passes),
         )
+
+    @cached_property
+    def schedule(self) -> StreamingSchedule | None:
+        """Decides on the order of tasks, where a checkpoint comes from elsewhere."""
+        if not any(plan.checkpoint.fetched for plan in self.plans.values()):
+            return None
+        from tasks.cli.schedule import StreamingSchedule
+
+        return StreamingSchedule(self.builder, self.config.build.disk_bytes, self.options.packs)
 
     @cached_property
     def background_packer(self) -> BackgroundPacker:
@@ -177,6 +191,11 @@ class Session:
             self.untouched.save()
         if "background_packer" in vars(self):
             self.background_packer.stop()
+        if "builder" in vars(self):
+            self.builder.streaming.end()
+            for plan in self.plans.values():
+                with suppress(CheckpointError):  # its packing says so, if it comes to that
+                    self.builder.refuse_wrong_files([plan])
         if not self.remote:
             return
         try:

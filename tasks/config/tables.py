@@ -30,7 +30,9 @@ class Cache(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     keep: Annotated[
         tuple[StageName, ...],
         key(
-            "The stages whose intermediate results are kept; those of quantize always are.",
+            "The stages whose intermediate results are kept; those of quantize always are. Of a "
+            "checkpoint that comes from a hub none are, unless `extract` is named: its own bytes "
+            "are kept then, too.",
             change="nothing at once; what was not kept is made again when it is wanted",
             example=["unshard", "cast"],
         ),
@@ -68,6 +70,16 @@ class Cache(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Build(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the work is done."""
 
+    disk_bytes: Annotated[
+        Size | None,
+        key(
+            "What may lie on the disk at once where a checkpoint comes from a hub: the cache, what "
+            "is built, and the layers that are being fetched or worked on.",
+            default="what is free, less a margin",
+            change="nothing; results do not depend on it",
+            example="12GB",
+        ),
+    ] = field(name="disk", default=None)
     memory_bytes: Annotated[
         Size | None,
         key(

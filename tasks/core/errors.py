@@ -18,6 +18,10 @@ class BuildError(Exception):
         super().__init__("\n".join(map(one_line, lines)))
 
 
+class Stopped(BuildError):
+    """What a task waits for does not come any more, since another one failed."""
+
+
 class ConfigError(BuildError):
     """models.toml says something that cannot be built."""
 

@@ -39,6 +39,11 @@ class Workspace:
         return self.state / TRASH
 
     @cached_property
+    def drafts(self) -> Path:
+        """The folder that says which weight files of the cache a build has begun."""
+        return self.state / "drafts"
+
+    @cached_property
     def _manifests(self) -> str:
         return f"{self.state}/manifests"
 

@@ -31,7 +31,10 @@ def snapshot(builder: Builder, plans: Iterable[Plan]) -> LockedSource:
     """
     plans = list(plans)
     digests = _all_digests(builder, plans)
-    return source_record.take(builder.store, plans[0].checkpoint, digests)
+    builder.refuse_wrong_files(plans)
+    checkpoint = plans[0].checkpoint
+    unverified = builder.streaming.unverified_files(checkpoint, digests)
+    return source_record.take(builder.store, checkpoint, digests, unverified)
 
 
 def _all_digests(builder: Builder, plans: Iterable[Plan]) -> dict[str, str]:

@@ -24,13 +24,14 @@ from cache.records.manifests import Action, Manifest, ManifestError, Tensor, Ten
 from cache.records.memos import Memos
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.core.errors import BuildError
+from tasks.core.errors import BuildError, CheckpointError
 from tasks.core.program import COMMAND
 from tasks.core.spec import Target
 from tasks.core.workspace import Workspace
 from tasks.execution.draft import Drafts, WeightFileDraft
 from tasks.execution.log import Entry, Log
 from tasks.execution.resources import MemoryBudget
+from tasks.execution.streaming import Streaming
 from tasks.layouts.model import Model
 from tasks.planning import sizes
 from tasks.planning.node import Inputs, Node
@@ -45,12 +46,12 @@ T = TypeVar("T")
 Locate = Callable[[str, Tensor], Sequence[Part]]  # by a tensor's name
 
 
-def _not_kept(builder: Builder, node: Node) -> Iterator[Node]:
+def _not_kept(builder: Builder, plan: Plan, node: Node) -> Iterator[Node]:
     """Yield the nodes that are made again whenever ``node`` reads them."""
     for need in node.needs:
-        if not builder.keeps(need.stage):
+        if not builder.keeps(plan, need.stage):
             yield need
-            yield from _not_kept(builder, need)
+            yield from _not_kept(builder, plan, need)
 
 
 class NodeContext:
@@ -68,7 +69,7 @@ class NodeContext:
         self.blobs: Blobs = builder.store.blobs
         self.memos: Memos = builder.store.memos
         self.streams: arrays.Streams = builder.streams
-        self.keeps: bool = builder.keeps(node.stage)
+        self.keeps: bool = builder.keeps(plan, node.stage)
 
     def rows(self, key: Key) -> Rows:
         """Return an input to read."""
@@ -86,9 +87,23 @@ class NodeContext:
             raise BlobLost(digest, "its bytes are others")
         return parts
 
+    def fetch(
+        self, keys: Sequence[str], known: Mapping[str, str], *, reread: bool
+    ) -> dict[str, str]:
+        """Have the cache hold stored tensors whose bytes come from elsewhere."""
+        if not keys and not known:
+            return {}
+        return self._builder.streaming.fetch(self.checkpoint, keys, known, reread=reread)
+
     def pass_on(self, key: Key) -> Tensor:
-        """Return an input as it is; from now on the cache has its bytes."""
+        """Return an input as it is; from now on the cache has its bytes.
+
+        Of a checkpoint that only passes, in their place in a weight file, where there is a draft.
+        """
         _, tensor = self._inputs[key]
+        packed = self._node in self._plan.packed and self._builder.passes(self._plan)
+        if packed and (moved := self._move(key, tensor)):
+            return moved
         if self.blobs.has(tensor.digest, tensor.nbytes):
             return tensor
         return rows.digest(self.blobs, self.rows(key), keep=True)
@@ -99,6 +114,21 @@ class NodeContext:
         if self._node in self._plan.packed:
             draft = self._builder.begin_draft(self._plan)
         return draft.writing(name) if draft else self.blobs.writing(nbytes)
+
+    def _move(self, key: Key, tensor: Tensor) -> Tensor | None:
+        """Have an input's bytes in their place in a weight file; None if there is no such place."""
+        draft = self._builder.begin_draft(self._plan)
+        if draft is None:
+            return None
+        source, there = self.rows(key), draft.place(key.name).part
+        if not isinstance(source, rows.Stored) or source.parts != [there]:
+            with draft.writing(key.name) as writer:
+                for data in rows.pieces(source):
+                    writer.write(data)
+            if writer.digest != tensor.digest:
+                raise BlobLost(tensor.digest, "its bytes are others")
+            self.blobs.refer(tensor.digest, [there])
+        return tensor
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Fetch inputs that only a remote store has, all at once."""
@@ -130,6 +160,7 @@ class Builder:
         keep: stages whose results are kept, besides those that always are.
         memory: the limit on what actions hold at once.
         drafts: weight files of what is to be packed.
+        streaming: fetches what comes from elsewhere, and drops it.
         streams: MLX's, of each thread.
         computed: keys of the actions that were run.
         answers: what stages worked out once, by the question.
@@ -143,6 +174,7 @@ class Builder:
     keep: frozenset[str]
     memory: MemoryBudget
     drafts: Drafts
+    streaming: Streaming
     streams: arrays.Streams = field(default_factory=arrays.Streams)
     computed: set[str] = field(default_factory=set)
     answers: dict[Hashable, Any] = field(default_factory=dict)
@@ -249,14 +281,14 @@ class Builder:
             meanwhile = self.store.actions.get(action)
             if isinstance(meanwhile, Hit):
                 return meanwhile.manifest, "reused"
-            self.fetch(plan, inputs, sizes.reads(node, self.keep))
+            self.fetch(plan, inputs, sizes.reads(node, self.kept(plan)))
             manifest = self._make(plan, node, inputs)
             if isinstance(entry, Corrupt):
                 note = f"{entry.path} was corrupt ({entry.cause}); it is made again"
                 manifest = replace(manifest, notes=(*manifest.notes, note))
             self.store.actions.put(manifest)
         if self.store.sharing:
-            self.store.sharing.push(manifest, self.shared(node))
+            self.store.sharing.push(manifest, self.shared(plan, node))
         return manifest, "computed"
 
     @contextmanager
@@ -302,7 +334,7 @@ class Builder:
                 record["outcome"] = "computed"
             self.publish(Path(node.manifest_path(self.workspace)), manifest)
             if self.store.sharing and not self.store.sharing.agrees(manifest):
-                self.store.sharing.push(manifest, self.shared(node))
+                self.store.sharing.push(manifest, self.shared(plan, node))
 
     def recorded(self, key: str) -> Manifest | None:
         """Return what the action of ``key`` made, if that is on record."""
@@ -311,9 +343,9 @@ class Builder:
             manifest = self.store.sharing.read(key)
         return manifest
 
-    def shared(self, node: Node) -> Locate | None:
+    def shared(self, plan: Plan, node: Node) -> Locate | None:
         """Return what locates a node's tensors, or None if their bytes are not shared."""
-        if node.is_leaf or not self.keeps(node.stage):
+        if node.is_leaf or not self.keeps(plan, node.stage):
             return None
         return lambda _, tensor: self.store.blobs.locate(tensor.digest, tensor.nbytes)
 
@@ -371,12 +403,22 @@ class Builder:
 
     def _memory(self, plan: Plan, node: Node) -> int:
         """Return how many bytes a node's action holds at once."""
-        views = [n.stage.view_memory(n.params, plan.checkpoint) for n in _not_kept(self, node)]
+        views = [
+            n.stage.view_memory(n.params, plan.checkpoint) for n in _not_kept(self, plan, node)
+        ]
         return node.stage.memory(node.params, plan.checkpoint) + max(views, default=0)
 
-    def keeps(self, stage: Stage[Any]) -> bool:
+    def keeps(self, plan: Plan, stage: Stage[Any]) -> bool:
         """Tell whether a stage's results are kept; what is not is made again as it is read."""
-        return sizes.keeps(stage, self.keep)
+        return sizes.keeps(stage, self.kept(plan))
+
+    def passes(self, plan: Plan) -> bool:
+        """Tell whether what a target is made of comes from elsewhere, and is then dropped."""
+        return sizes.passes(plan.checkpoint, self.keep)
+
+    def kept(self, plan: Plan) -> frozenset[str]:
+        """Return the stages whose results are kept of a target, besides those that always are."""
+        return sizes.kept(plan.checkpoint, self.keep)
 
     def begin_draft(self, plan: Plan) -> WeightFileDraft | None:
         """Return the draft of a target's weight files, begun unless it is already.
@@ -387,7 +429,15 @@ class Builder:
             NoRoom: the disk cannot take it.
         """
         known: dict[Node, Manifest | None] = {}
-        return self.drafts.begin(plan, lambda node: not self._on_record(plan, node, known))
+
+        def is_made(node: Node) -> bool:
+            return not self._on_record(plan, node, known)
+
+        return self.drafts.begin(plan, is_made, passes=self.passes(plan))
+
+    def is_on_record(self, plan: Plan, node: Node) -> bool:
+        """Tell whether it is on record here what a node makes of the checkpoint as it is now."""
+        return self._on_record(plan, node, {}) is not None
 
     def _on_record(
         self, plan: Plan, node: Node, known: dict[Node, Manifest | None]
@@ -423,7 +473,7 @@ class Builder:
         """
         maker, tensor = inputs[key]
         blobs = self.store.blobs
-        if not self.keeps(maker.stage) and not blobs.has(tensor.digest, tensor.nbytes):
+        if not self.keeps(plan, maker.stage) and not blobs.has(tensor.digest, tensor.nbytes):
             read = self.inputs(plan, maker)
             tensors = {key: tensor for key, (_, tensor) in read.items()}
             context = self.context(plan, maker, read)
@@ -449,8 +499,33 @@ class Builder:
                 self.remake(plan, maker, key.name, tensor, lost)
                 if self.store.sharing:  # where it is not there either, or corrupt
                     manifest = self.manifest(plan, maker)
-                    self.store.sharing.push(manifest, self.shared(maker))
+                    self.store.sharing.push(manifest, self.shared(plan, maker))
         return self.store.blobs.locate(tensor.digest, tensor.nbytes)
+
+    def refuse_wrong_files(self, plans: Iterable[Plan]) -> None:
+        """Refuse what was fetched of files that are not what they are said to be, and forget it.
+
+        Args:
+            plans: the targets of one checkpoint.
+
+        Raises:
+            CheckpointError: a file's bytes all passed, and have another sha256.
+        """
+        plans = list(plans)
+        wrong = self.streaming.wrong_files(plans[0].checkpoint)
+        self.streaming.forget(plans[0].checkpoint, wrong)
+        for plan in plans if wrong else ():
+            for node in plan.leaves:
+                read = {plan.checkpoint.stored[key].file for key in node.outputs()}
+                if not read.isdisjoint(wrong):
+                    _leaf(node).forget(*self._asked(plan, node))
+                    Path(node.manifest_path(self.workspace)).unlink(missing_ok=True)
+        for name, file in wrong.items():
+            raise CheckpointError(
+                f"{name} of {plans[0].target.source} has sha256 {file.found}, and is said to have "
+                f"{file.sha256}: it came damaged, or is another. What was read of it is forgotten. "
+                f"Run {COMMAND} again, which fetches it anew."
+            )
 
     def remake(self, plan: Plan, node: Node, name: str, tensor: Tensor, lost: BlobLost) -> None:
         """Run the action again that made a tensor whose blob is gone.
@@ -461,7 +536,7 @@ class Builder:
         inputs = self.inputs(plan, node)
         for key, (maker, passed) in inputs.items():
             # Only passed on here: whoever keeps it makes it again.
-            if passed == tensor and self.keeps(maker.stage):
+            if passed == tensor and self.keeps(plan, maker.stage):
                 self.remake(plan, maker, key.name, tensor, lost)
                 return
         # Whoever waits here holds actions of later stages alone, which this one never waits for.

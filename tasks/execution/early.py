@@ -58,9 +58,13 @@ class PackInProgress:
         def write() -> None:
             specs = {name: Tensor(*spec, "") for name, spec in bundle.specs(plan).items()}
             expected = Bundle.of(plan, specs, builder.store.memos)
-            need = expected.nbytes + sizes.total_traffic(plan, builder.keep).written
+            passes = builder.passes(plan)
+            need = expected.nbytes
+            if not passes:  # else room for it is reserved, layer by layer
+                need += sizes.total_traffic(plan, builder.kept(plan)).written
             if builder.begin_draft(plan):  # most of the files is what layers write
-                need -= sum(total(node.new_specs().values()) for node in plan.last)
+                in_place = (bundle.in_place(node, passes=passes) for node in plan.last)
+                need -= sum(total(specs.values()) for specs in in_place)
             fill.make_empty(self._new, need)  # no layer is to fail for this
             filling = Filling(plan, expected, self._new, self._blobs, builder.drafts, with_blake3)
             written: list[Bundle] = []

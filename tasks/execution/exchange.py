@@ -50,10 +50,10 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
         else:
             record.share(builder.store, source.identity)
 
-    def push_one(of: tuple[Node, Manifest]) -> bool:
-        node, manifest = of
+    def push_one(of: tuple[Plan, Node, Manifest]) -> bool:
+        plan, node, manifest = of
         with builder.store.lock.using():
-            return sharing.push_now(manifest, builder.shared(node), ask_first=True)
+            return sharing.push_now(manifest, builder.shared(plan, node), ask_first=True)
 
     built = list(_built(builder, plans))
     pool = ThreadPoolExecutor(cores())
@@ -65,7 +65,7 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     for plan in plans:
         manifest = Manifest.at(builder.workspace.packed(plan.target.name))
         packed += manifest is not None and sharing.push_now(manifest, None)
-    present = [node for (node, _), pushed in zip(built, done, strict=True) if pushed]
+    present = [node for (_, node, _), pushed in zip(built, done, strict=True) if pushed]
     return Exchanged(len(present) + packed, _missing(plans, present) + len(plans) - packed)
 
 
@@ -84,7 +84,7 @@ def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
                 if node.is_leaf:
                     continue
                 present.append(node)
-                if builder.shared(node):
+                if builder.shared(plan, node):
                     sharing.fetch_all([(manifest.action.key, t) for t in manifest.tensors.values()])
     return Exchanged(len(present), _missing(plans, present))
 
@@ -101,11 +101,11 @@ def _missing(plans: Iterable[Plan], present: Iterable[Node]) -> int:
     return len(wanted.difference(present))
 
 
-def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Node, Manifest]]:
+def _built(builder: Builder, plans: Iterable[Plan]) -> Iterator[tuple[Plan, Node, Manifest]]:
     for plan in plans:
         for node in _shared(plan):
             if manifest := Manifest.at(node.manifest_path(builder.workspace)):
-                yield node, manifest
+                yield plan, node, manifest
 
 
 def _pulled(

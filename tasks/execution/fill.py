@@ -7,7 +7,7 @@ the cache, and then linked; where it has no draft, in the folder itself.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +76,12 @@ class Filling:
         draft = self.draft
         if self.is_whole:
             return 0
-        return self.bundle.nbytes - (draft.nbytes if draft else 0)
+        return self.bundle.nbytes - (draft.nbytes(self.tensors) if draft else 0)
+
+    @property
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of all weight files, by name."""
+        return (named for shard in self.bundle.weights.values() for named in shard)
 
     @property
     def is_whole(self) -> bool:
@@ -116,9 +121,9 @@ def fill(filling: Filling, find: Find, small: Callable[[], Mapping[str, bytes]])
     written = sum(tensor.nbytes for tensor in new.values())
     linked = dict(whole)
     if draft:
-        written -= draft.nbytes
+        written -= draft.nbytes(filling.tensors)
+        filling.drafts.end(filling.plan.target.name)  # before anybody may take them for whole
         draft.note_whole(new)
-        filling.drafts.end(filling.plan.target.name)
         linked |= draft.paths
     for file, path in linked.items():
         if link.link(path, filling.folder / file):

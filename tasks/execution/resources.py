@@ -1,11 +1,12 @@
-"""resources: how many threads a run has, and how much memory its actions may take."""
+"""resources: how many threads a run has, and how much memory and disk its actions may take."""
 
 from __future__ import annotations
 
 import os
 import resource
+import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from tasks.execution import cgroup
@@ -89,3 +90,68 @@ def machine_memory() -> int:
     """Return the bytes of memory that this process may use."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(physical, cgroup.limits().memory or physical)
+
+
+class DiskBudget:
+    """A limit on the bytes from elsewhere that lie on the disk at once; who came first goes first.
+
+    Args:
+        limit: bytes; one reservation that is larger waits until nothing else is reserved.
+    """
+
+    def __init__(self, limit: int = sys.maxsize) -> None:
+        self.limit = limit
+        self.reserved = 0
+        self._queue: list[object] = []
+        self._stopped: Exception | None = None
+        self._changed = threading.Condition()
+
+    def reserve(self, need: int, waits: Callable[[], None]) -> None:
+        """Reserve bytes, when they are free.
+
+        Args:
+            need: how many.
+            waits: called, if they are not yet, before this waits.
+
+        Raises:
+            Exception: that nothing more is given back for, see ``stop``.
+        """
+        ticket = object()
+        with self._changed:
+            self._queue.append(ticket)
+            free = self._is_free(ticket, need)
+        if not free:
+            waits()  # who gives back may hold what this takes
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._is_free(ticket, need))
+            self._queue.remove(ticket)
+            self._changed.notify_all()
+            if self._stopped:
+                raise self._stopped
+            self.reserved += need
+
+    def reserve_at_once(self, need: int) -> None:
+        """Reserve bytes, whether or not they are free: for who holds what others wait for."""
+        with self._changed:
+            self.reserved += need
+
+    def give_back(self, count: int) -> None:
+        """Give reserved bytes back."""
+        with self._changed:
+            self.reserved -= count
+            self._changed.notify_all()
+
+    def stop(self, cause: Exception) -> None:
+        """Let nobody wait any more: ``cause`` is raised instead."""
+        with self._changed:
+            self._stopped = self._stopped or cause
+            self._changed.notify_all()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._queue)
+
+    def _is_free(self, ticket: object, need: int) -> bool:
+        first = self._queue[0] is ticket
+        return first and (not self.reserved or self.reserved + need <= self.limit)

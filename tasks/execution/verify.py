@@ -41,7 +41,8 @@ from tasks.core.workspace import Workspace
 from tasks.execution.builder import Builder
 from tasks.execution.draft import Drafts
 from tasks.execution.log import Log
-from tasks.execution.resources import MemoryBudget, machine_memory
+from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
+from tasks.execution.streaming import Streaming
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan, Planner
@@ -426,9 +427,10 @@ def _builder(folder: Path) -> Builder:
         Workspace(folder),
         Log(folder / "log.jsonl"),
         uuid.uuid4().hex[:8],
-        frozenset({"cast"}),
+        frozenset({"extract", "cast"}),  # all goes with the folder
         MemoryBudget(machine_memory() // 2),
-        Drafts(store.blobs, lambda target: False),
+        Drafts(store.blobs, lambda target: False, folder / "drafts"),
+        Streaming(store, DiskBudget(), drops=False),
     )
 
 

@@ -209,7 +209,7 @@ def specs_digest(weights: Weights[T]) -> str:
     )
 
 
-def writes_in_place(plan: Plan, is_made: Callable[[Node], bool]) -> bool:
+def writes_in_place(plan: Plan, is_made: Callable[[Node], bool], *, passes: bool = False) -> bool:
     """Tell whether a target's layers write their tensors straight into its weight files.
 
     They do where most bytes are of layers that the run makes; but not with CUDA, whose threads
@@ -218,11 +218,25 @@ def writes_in_place(plan: Plan, is_made: Callable[[Node], bool]) -> bool:
     Args:
         plan: the target.
         is_made: tells whether a node is made in this run.
+        passes: whether its checkpoint does: then they do in any case, lest the disk have them
+            twice.
     """
+    if passes:
+        return True
     if plan.shared.computer.device == "cuda":
         return False
     written = sum(total(node.new_specs().values()) for node in plan.last if is_made(node))
     return 2 * written > sum(total(node.output_specs().values()) for node in plan.last)
+
+
+def in_place(node: Node, *, passes: bool) -> dict[str, TensorSpec]:
+    """Return what a last node writes in its place in a weight file, where layers do.
+
+    Args:
+        node: the node.
+        passes: whether its checkpoint does: then what the node only passes on is written, too.
+    """
+    return node.output_specs() if passes else node.new_specs()
 
 
 def inputs(plan: Plan, outputs: Mapping[Node, Mapping[str, Tensor]]) -> Inputs:

@@ -208,8 +208,9 @@ class Forecast:
         elif saved.runs or others or changed:
             self._check(plan)
             if plan.checkpoint.source.available:  # models.lock scans it, and refers to all of it
-                scanned = self._made(plan.leaves)
-                self._there |= {tensor.digest for _, tensor in scanned.values()}
+                scanned = self._made(plan.leaves).items()
+                fetched = plan.checkpoint.fetched
+                self._there |= {t.digest for key, (_, t) in scanned if key.name not in fetched}
             why = tuple(saved.why([*map(self._path, changed), *sorted(others)]))
             step = self._pack(plan, replace(step, state=RUN, why=why), saved)
         self.steps[task] = step
@@ -320,9 +321,10 @@ class Forecast:
         if self._quick or not self._links:
             return 0
         to_run = {node for node in plan.last if self.steps[node.name].state == RUN}
-        if not bundle.writes_in_place(plan, to_run.__contains__):
+        passes = sizes.passes(plan.checkpoint, self._build.keep)
+        if not bundle.writes_in_place(plan, to_run.__contains__, passes=passes):
             return 0
-        return sum(total(node.new_specs().values()) for node in to_run)
+        return sum(total(bundle.in_place(node, passes=passes).values()) for node in to_run)
 
     def _leaf(self, plan: Plan, node: Node, saved: TaskState, old: Manifest | None) -> None:
         why = saved.why([])
@@ -345,7 +347,8 @@ class Forecast:
             why = [*why, *reasons.between(old.action, manifest.action, node.stage.explain)]
         lost = 0
         if plan.checkpoint.source.available:  # else it is known by its record, and cannot be read
-            tensors = manifest.tensors.values()
+            fetched = plan.checkpoint.fetched  # when somebody reads it
+            tensors = [t for name, t in manifest.tensors.items() if name not in fetched]
             lost = sum(tensor.nbytes for tensor in tensors if not self._has(tensor))
             self._there |= {tensor.digest for tensor in tensors}
         known = isinstance(self._store.actions.get(manifest.action), Hit)
@@ -370,7 +373,7 @@ class Forecast:
             self._put(node, REUSE, why, certain=certain and surely_made)
             return
         inputs = self._inputs(node)
-        keys = self._reads(node) & inputs.keys() if inputs else set()
+        keys = self._reads(plan, node) & inputs.keys() if inputs else set()
         fetched = self._want(plan, inputs, keys, certain=certain)
         traffic = self._traffic(plan, node) + Traffic(fetched=fetched)
         self._put(node, RUN, why, certain=certain, moved=traffic)
@@ -392,15 +395,18 @@ class Forecast:
         if self._runs(action.key):
             self._put(node, REUSE, why)
             return
-        fetched = self._want(plan, inputs, self._reads(node))
+        fetched = self._want(plan, inputs, self._reads(plan, node))
         traffic = self._traffic(plan, node) + Traffic(fetched=fetched)
         self._put(node, RUN, why, moved=traffic)
 
-    def _reads(self, node: Node) -> set[Key]:
-        return sizes.reads(node, self._build.keep)
+    def _kept(self, plan: Plan) -> frozenset[str]:
+        return sizes.kept(plan.checkpoint, self._build.keep)
 
-    def _keeps(self, node: Node) -> bool:
-        return sizes.keeps(node.stage, self._build.keep)
+    def _reads(self, plan: Plan, node: Node) -> set[Key]:
+        return sizes.reads(node, self._kept(plan))
+
+    def _keeps(self, plan: Plan, node: Node) -> bool:
+        return sizes.keeps(node.stage, self._kept(plan))
 
     def _surely(self, saved: TaskState, needs: Iterable[Node]) -> bool:
         """Tell whether a task is certain to run, and to find nothing on record."""
@@ -494,15 +500,20 @@ class Forecast:
             return 0
         inputs = self._inputs(maker)
         output = maker.outputs()[name]
-        if not self._keeps(maker) and output.origin is not Origin.STORED:  # made as it is read
+        if (
+            not self._keeps(plan, maker) and output.origin is not Origin.STORED
+        ):  # made as it is read
             return self._want(plan, inputs, output.inputs, certain=certain)
         for key, (earlier, passed) in inputs.items():
-            if passed == tensor and self._keeps(earlier):
+            if passed == tensor and self._keeps(plan, earlier):
                 return self._want(plan, inputs, [key], certain=certain)
         if self.steps[maker.name].state != RUN:
             traffic = self._traffic(plan, maker)
+            if maker.is_leaf and manifest and traffic.fetched:
+                lost = [t for t in manifest.tensors.values() if not self._has(t)]
+                traffic = replace(traffic, fetched=total(lost))
             self._put(maker, RUN, [LOST], certain=certain, moved=traffic)
-        reads = self._reads(maker) if inputs else set()
+        reads = self._reads(plan, maker) if inputs else set()
         fetched = self._want(plan, inputs, reads & inputs.keys(), certain=certain)
         self._there |= {each.digest for each in manifest.tensors.values()} if manifest else set()
         return fetched
@@ -532,7 +543,7 @@ class Forecast:
     def _traffic(self, plan: Plan, node: Node) -> Traffic:
         if self._quick:
             return NOTHING
-        return sizes.traffic(node, self._build.keep, plan.checkpoint)
+        return sizes.traffic(node, self._kept(plan), plan.checkpoint)
 
     def _path(self, node: Node) -> str:
         return node.manifest_path(self._build.workspace)

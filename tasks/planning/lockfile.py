@@ -61,11 +61,14 @@ class _Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nbytes: _COUNT
     revision: str | None = None
     hashes: dict[str, tuple[_COUNT, str]] | None = None
+    unverified: tuple[str, ...] | None = None
 
     def locked(self) -> LockedSource:
         files: dict[str, list[Any]] = {name: list(of) for name, of in self.files.items()}
         hashes: dict[str, list[Any]] = {n: list(of) for n, of in (self.hashes or {}).items()}
-        return LockedSource(files, self.record, self.nbytes, self.revision, hashes or None)
+        return LockedSource(
+            files, self.record, self.nbytes, self.revision, hashes or None, self.unverified
+        )
 
 
 class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

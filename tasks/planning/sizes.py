@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.planning.node import Node, total
 from tasks.planning.plan import Plan
+from tasks.stages import registry
 from tasks.stages.stage import Keep, Key, Origin, Stage
+
+LEAVES = registry.leaves()
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Traffic:
     Attributes:
         read: from the checkpoint and the cache.
         written: into the cache, or into build/.
-        fetched: from the remote into the cache.
+        fetched: from the remote, or from where the checkpoint is, into the cache.
     """
 
     read: int = 0
@@ -34,6 +37,20 @@ class Traffic:
 def keeps(stage: Stage, keep: Collection[str]) -> bool:  # type: ignore[type-arg]
     """Tell whether the cache keeps what a stage makes, given models.toml's ``[cache] keep``."""
     return stage.keep is Keep.ALWAYS or stage.name in keep
+
+
+def kept(checkpoint: Checkpoint, keep: Collection[str]) -> frozenset[str]:
+    """Return the stages whose results are kept of a checkpoint, given models.toml's ``keep``.
+
+    Where its bytes come from elsewhere and pass, as on a disk that is smaller than it, what is made
+    of them on the way passes, too.
+    """
+    return frozenset() if passes(checkpoint, keep) else frozenset(keep)
+
+
+def passes(checkpoint: Checkpoint, keep: Collection[str]) -> bool:
+    """Tell whether a checkpoint's bytes come from elsewhere, and are dropped once they are used."""
+    return bool(checkpoint.fetched) and LEAVES.isdisjoint(keep)
 
 
 def reads(node: Node, keep: Collection[str]) -> set[Key]:
@@ -55,12 +72,17 @@ def traffic(node: Node, keep: Collection[str], checkpoint: Checkpoint) -> Traffi
     """Return the bytes that a node's action reads and writes, if nothing of it is there yet."""
     outputs = node.outputs()
     if node.is_leaf:
-        copied = [name for name in outputs if checkpoint.must_copy(name)]
-        size = total(output.spec for output in outputs.values())
-        return Traffic(size, total(outputs[name].spec for name in copied))
+        fetched = [name for name in outputs if name in checkpoint.fetched]
+        here = [name for name in outputs if name not in checkpoint.fetched]
+        copied = [name for name in here if checkpoint.must_copy(name)]
+        return Traffic(
+            *(total(outputs[n].spec for n in names) for names in (here, copied, fetched))
+        )
     kept = keeps(node.stage, keep)
     written = {Origin.STORED, Origin.VIEW} if kept else {Origin.STORED}
-    new = [output for output in outputs.values() if output.origin is not Origin.PASSED_ON]
+    moves = passes(checkpoint, keep) and node.stage is registry.PIPELINE[-1]
+    new = [o for o in outputs.values() if moves or o.origin is not Origin.PASSED_ON]
+    written |= {Origin.PASSED_ON}  # of these, what is moved to its place in a weight file
     work = {key for output in new for key in output.inputs}
     specs = node.input_specs()
     makers = {(need.stage.name, n): need for need in node.needs for n in need.outputs()}

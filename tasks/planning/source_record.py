@@ -31,6 +31,8 @@ class LockedSource:
         nbytes: of the record.
         revision: the commit on the hub that it is of, if that is known.
         hashes: of a source on the hub: size and ``sha256:…``, or ``git:…``, of each of the files.
+        unverified: the weight files that were fetched in parts, by several runs, so that nobody
+            held all their bytes against the sha256 that is known of them.
     """
 
     files: dict[str, list[Any]]
@@ -38,23 +40,31 @@ class LockedSource:
     nbytes: int
     revision: str | None = None
     hashes: dict[str, list[Any]] | None = None
+    unverified: tuple[str, ...] | None = None
 
     @property
     def json(self) -> dict[str, Any]:
         """What models.lock has: of a folder, no hashes."""
         record = asdict(self)
-        if self.hashes is None:
-            del record["hashes"]
+        for name in ("hashes", "unverified"):
+            if record[name] is None:
+                del record[name]
         return record
 
 
-def take(store: Store, checkpoint: Checkpoint, digests: Mapping[str, str]) -> LockedSource:
+def take(
+    store: Store,
+    checkpoint: Checkpoint,
+    digests: Mapping[str, str],
+    unverified: Iterable[str] = (),
+) -> LockedSource:
     """Return a checkpoint as models.lock has it, and keep its record.
 
     Args:
         store: where the record is kept, and shared from.
         checkpoint: the checkpoint.
         digests: of all its tensors, by key.
+        unverified: see ``LockedSource``.
     """
     if not checkpoint.source.available:
         raise ValueError("a recalled checkpoint is what its record says")
@@ -63,7 +73,7 @@ def take(store: Store, checkpoint: Checkpoint, digests: Mapping[str, str]) -> Lo
     files = _files(checkpoint, digests, small)
     files = dict(sorted(files.items()))
     revision, hashes = checkpoint.source.revision, _hashes(checkpoint, files)
-    return LockedSource(files, name, nbytes, revision, hashes or None)
+    return LockedSource(files, name, nbytes, revision, hashes or None, tuple(unverified) or None)
 
 
 def pinned(checkpoint: Checkpoint) -> LockedSource:

@@ -1,7 +1,8 @@
 """extract: a layer's tensors, digested where they lie in the checkpoint.
 
 Nothing is copied, but for tensors that only torch can read: those of files older than torch 1.6,
-and views that are not row-major.
+and views that are not row-major. What lies in no file of this machine is fetched, once: where its
+digest is remembered, only when somebody reads it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cache.errors import FileChanged
 from cache.files.stamp import Stamp
 from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.checkpoints.stored import TORCH, Stored
+from tasks.checkpoints.stored import TORCH
 from tasks.checkpoints.torch_file import load_with_torch
 from tasks.core.errors import CheckpointError
 from tasks.stages.reasons import Reason, changed_values, tensor_changes
@@ -94,29 +95,59 @@ class Extract(LeafStage[ExtractParams]):
         checkpoint, blobs = context.checkpoint, context.blobs
         if not checkpoint.source.available:
             return _recalled(spec, context, reread=reread)
-        known = None if reread else self._remembered(spec, context)
+        remembered = self._remembered(spec, context)
+        known = None if reread else remembered
+        fetched = self._fetched(spec, context, remembered, reread=reread)
         tensors: dict[str, Tensor] = {}
         for index, (key, wanted) in enumerate(spec.params.tensors.items()):
             stored = checkpoint.stored[key]
+            if key in fetched:
+                tensors[key] = Tensor(wanted.dtype, wanted.shape, fetched[key])
+                continue
             if known and blobs.has(known[index], stored.nbytes):
                 tensors[key] = Tensor(wanted.dtype, wanted.shape, known[index])
                 continue
             try:
                 if stored.offset == TORCH:
                     digest = _with_torch(context, stored.file)[stored.name]
-                elif part := checkpoint.part(key):
+                else:
+                    part = checkpoint.part(key)
+                    assert part is not None  # else it is fetched
                     digest = digest_parts(blobs.chunks([part]))
                     blobs.refer(digest, [part])
-                else:
-                    digest = _copied(context, stored)
             except OSError as error:
                 path = checkpoint.source.path(stored.file) or stored.file
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             tensors[key] = Tensor(wanted.dtype, wanted.shape, digest)
         digests = [tensor.digest for tensor in tensors.values()]
-        if digests != known:
+        if digests != remembered:
             context.memos.put(KIND, [self.version, spec.fingerprint], digests)
         return tensors
+
+    def _fetched(
+        self,
+        spec: ActionSpec[ExtractParams],
+        context: Context,
+        remembered: list[str] | None,
+        *,
+        reread: bool,
+    ) -> dict[str, str]:
+        """Return the digests of the tensors whose bytes come from elsewhere, by key.
+
+        Only those are fetched of which no digest is remembered, or, to ``reread``, no bytes are
+        here: what has these stamps there is what it was.
+        """
+        stored = context.checkpoint.stored
+        keys = [key for key in spec.params.tensors if key in context.checkpoint.fetched]
+        known = dict(zip(spec.params.tensors, remembered or (), strict=bool(remembered)))
+        wanted = {
+            key: None
+            for key in keys
+            if key not in known
+            or (reread and not context.blobs.has(known[key], stored[key].nbytes))
+        }
+        here = {key: known[key] for key in keys if key not in wanted}
+        return here | context.fetch([*wanted], here, reread=reread)
 
     def recall(self, spec: ActionSpec[ExtractParams], context: Context) -> dict[str, Tensor] | None:
         """Return a layer's tensors without reading them, if such files were read before."""
@@ -129,6 +160,10 @@ class Extract(LeafStage[ExtractParams]):
             key: Tensor(stored.dtype, stored.shape, digest)
             for (key, stored), digest in zip(spec.params.tensors.items(), digests, strict=True)
         }
+
+    def forget(self, spec: ActionSpec[ExtractParams], context: Context) -> None:
+        """Forget the digests of a layer's tensors."""
+        context.memos.forget(KIND, [self.version, spec.fingerprint])
 
     def _remembered(self, spec: ActionSpec[ExtractParams], context: Context) -> list[str] | None:
         """Return the digests of a layer's tensors, if files of these stamps were digested."""
@@ -195,14 +230,6 @@ def _recalled(
             "in a remote. Get the checkpoint."
         )
     return {key: Tensor(s.dtype, s.shape, digests[key]) for key, s in wanted.items()}
-
-
-def _copied(context: Context, stored: Stored) -> str:
-    """Return the digest of a tensor that is in no file of this machine, kept as a blob."""
-    with context.blobs.writing(stored.nbytes) as writer:
-        for data in context.checkpoint.source.read(stored.file, stored.offset, stored.nbytes):
-            writer.write(memoryview(data))
-    return writer.digest
 
 
 def _with_torch(context: Context, file: str) -> dict[str, str]:

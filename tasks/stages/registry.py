@@ -54,5 +54,12 @@ def roles() -> Roles:
 
 
 def configurable() -> tuple[str, ...]:
-    """Return the names of the stages whose results the cache keeps if it is told to."""
-    return tuple(stage.name for stage in PIPELINE if stage.keep is Keep.CONFIGURED)
+    """Return the names of the stages whose results the cache keeps if it is told to.
+
+    Those of leaves are elsewhere's bytes: references to files of this machine are always kept.
+    """
+    return tuple(
+        stage.name
+        for stage in PIPELINE
+        if stage.keep is Keep.CONFIGURED or isinstance(stage, LeafStage)
+    )

@@ -262,6 +262,21 @@ class Context(Protocol):
     def pass_on(self, key: Key) -> Tensor:
         """Return an input as it is; from now on the cache has its bytes."""
 
+    def fetch(
+        self, keys: Sequence[str], known: Mapping[str, str], *, reread: bool
+    ) -> dict[str, str]:
+        """Have the cache hold stored tensors whose bytes come from elsewhere; return the digests.
+
+        Args:
+            keys: of the checkpoint's stored tensors.
+            known: the digests of others, that need not be fetched, by key.
+            reread: whether they are to be read, and not only digested.
+
+        Raises:
+            CheckpointError: they cannot be read.
+            NoRoom: the disk is full.
+        """
+
     def writer(self, name: str, nbytes: int) -> AbstractContextManager[Writer]:
         """Give a writer for an output of ``nbytes`` bytes; it knows the digest at the end.
 
@@ -386,6 +401,10 @@ class LeafStage(Stage[P]):
         Raises:
             BuildError: the checkpoint is not here, and what is wanted of it is not on record.
         """
+
+    @abstractmethod
+    def forget(self, spec: ActionSpec[P], context: Context) -> None:
+        """Have nothing on record of what ``scan`` found: it is not to be believed."""
 
     @abstractmethod
     def watched(self, spec: ActionSpec[P]) -> Any:

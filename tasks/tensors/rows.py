@@ -279,6 +279,13 @@ def end_to_end(sources: Sequence[Rows], shape: tuple[int, ...]) -> Stored:
     return Stored(stored[0].blobs, parts, stored[0].dtype, shape, check=check)
 
 
+def pieces(source: Rows) -> Iterator[memoryview]:
+    """Yield all bytes of a tensor in pieces, each valid until the next."""
+    if isinstance(source, Stored):
+        return source.chunks()
+    return (arrays.view(block) for block in blocks(source))
+
+
 def digest(blobs: Blobs, source: Rows, *, keep: bool) -> Tensor:
     """Read all of a tensor, and return its dtype, shape and digest.
 
@@ -293,9 +300,9 @@ def digest(blobs: Blobs, source: Rows, *, keep: bool) -> Tensor:
     elif keep:
         nbytes = Tensor(source.dtype, source.shape, "").nbytes
         with blobs.writing(nbytes) as writer:
-            for block in blocks(source):
-                writer.write(arrays.view(block))
+            for data in pieces(source):
+                writer.write(data)
         digest = writer.digest
     else:
-        digest = digest_parts(arrays.view(block) for block in blocks(source))
+        digest = digest_parts(pieces(source))
     return Tensor(source.dtype, source.shape, digest)

@@ -47,6 +47,7 @@ class Project:
         keep: `[cache] keep`, if given.
         memory: `[build] memory`, if given.
         quality: `[quality]`, if given.
+        disk: `[build] disk`, if given.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class Project:
     keep: list[str] | None = None
     memory: str | None = None
     quality: dict | None = None
+    disk: str | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -76,7 +78,8 @@ class Project:
         self.models[target] = {key: value for key, value in table.items() if value is not None}
         cache = {"dir": None if self.cache is None else str(self.cache), "keep": self.keep}
         lines = []
-        tables = {"cache": cache, "build": {"memory": self.memory}, "quality": self.quality or {}}
+        build = {"memory": self.memory, "disk": self.disk}
+        tables = {"cache": cache, "build": build, "quality": self.quality or {}}
         for name, said in tables.items():
             settings = [f"{k} = {_toml(v)}" for k, v in said.items() if v is not None]
             lines += [f"[{name}]", *settings] if settings else []

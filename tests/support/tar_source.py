@@ -29,6 +29,12 @@ def open_source(spec: SourceSpec, opening: Opening) -> "TarSource":
 
 
 @dataclass(frozen=True)
+class Hashed:
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class TarSource:
     archive: Path
 
@@ -52,9 +58,12 @@ class TarSource:
     def revision(self) -> None:
         return
 
-    @property
+    @cached_property
     def hashes(self) -> Mapping[str, HashedFile]:
-        return {}
+        """What a file beside the archive says of each, if there is one."""
+        told = self.archive.with_suffix(".hashes")
+        said = json.loads(told.read_bytes()) if told.exists() else {}
+        return {name: Hashed(size, f"sha256:{sha256}") for name, (size, sha256) in said.items()}
 
     @cached_property
     def members(self) -> dict[str, tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -17,9 +17,9 @@ from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.task_names import PACK, PUBLISH, group_of, target_of, task_name
 from tasks.core.text import duration, plural, size
+from tasks.execution.disk import DiskNeed
 from tasks.execution.resources import threads
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step
-from tasks.planning.plan import Plan
 from tasks.planning.sizes import Traffic
 from tasks.stages import registry
 
@@ -63,12 +63,17 @@ it or a target cannot be planned."""
         session = self.session
         devices = {plan.target.device for plan in session.plans.values()}
         seconds = estimate(steps, session.builder.log.entries(), threads(devices))
-        downloads = _downloads(session.plans, steps)
+        need = self._disk_need(steps)
+        try:
+            if need:
+                need.check()
+        except BuildError as error:
+            refused.append(str(error))
         if as_json:
-            self.outstream.write(_as_json(steps, seconds, refused, downloads, publishing))
+            self.outstream.write(_as_json(steps, seconds, refused, need, publishing))
         else:
             self.outstream.writelines(f"ERROR: {message}\n" for message in refused)
-            lines = self._lines(steps, seconds, downloads)
+            lines = self._lines(steps, seconds, need)
             self.outstream.writelines(f"{one_line(line)}\n" for line in lines)
             for said in publishing.values():
                 self.outstream.writelines(f"{one_line(line)}\n" for line in said.lines())
@@ -100,7 +105,21 @@ it or a target cannot be planned."""
                 found[target] = _Publishing(difference.is_something, said, uploads, removes)
         return found
 
-    def _lines(self, steps: list[Step], seconds: float | None, downloads: int) -> Iterator[str]:
+    def _disk_need(self, steps: list[Step]) -> DiskNeed | None:
+        """Return what the run needs of the disk, where it fetches layers."""
+        session = self.session
+        todo = {step.task for step in steps if step.state not in SETTLED}
+        if not session.schedule or not any(_fetches(step) for step in steps):
+            return None
+        plans = session.plans.values()
+        nodes = [(p, n) for p in plans for stage in p.stages.values() for n in stage]
+        nodes = [(plan, node) for plan, node in nodes if node.name in todo]
+        session.builder.streaming.arrange(nodes)
+        return session.schedule.need(nodes)
+
+    def _lines(
+        self, steps: list[Step], seconds: float | None, need: DiskNeed | None
+    ) -> Iterator[str]:
         """Yield the plan's lines: by target and stage, layers of one state and reason together."""
         session = self.session
         todo = [step for step in steps if step.state not in SETTLED]
@@ -119,18 +138,20 @@ it or a target cannot be planned."""
         leaf = any(step.stage in registry.leaves() and not step.certain for step in todo)
         if session.lock.sources and leaf:
             yield from indented(MAY_BE_REFUSED, 0)
-        moved, cached, packed = _totals(todo)
+        moved, cached, packed = _totals(todo, need)
         tasks = len(steps) + sum(session.all_plans[target].tasks for target in untouched)
         yield f"{len(todo)} of {plural(tasks, 'task')}"
         fetched = f", fetches {size(moved.fetched)}" if moved.fetched else ""
         yield f"reads {size(moved.read)}, writes {size(moved.written)}{fetched}"
-        if downloads:
+        if downloads := _downloads(todo):
             yield f"downloads {size(downloads)} of that"
         yield from indented(
             f"takes up to {size(cached + packed)} more of the disk while it runs: "
             f"cache {size(cached)}, build {size(packed)}",
             0,
         )
+        if need:
+            yield from indented(_policy(need), 0)
         yield f"time {_seconds(seconds)}"
 
 
@@ -174,16 +195,26 @@ class _Group:
         return cls(step.stage, state, tuple(facts))
 
 
-def _downloads(plans: Mapping[str, Plan], steps: Iterable[Step]) -> int:
-    """Return the bytes that steps read of checkpoints elsewhere."""
-    return sum(
-        stored.nbytes
-        for step in steps
-        if step.stage in registry.leaves() and step.moved.read
-        for checkpoint in [plans[step.target].checkpoint]
-        for key in plans[step.target].shared.stored_layers[step.layer]
-        for stored in [checkpoint.stored[key]]
-        if checkpoint.source.path(stored.file) is None
+def _fetches(step: Step) -> bool:
+    """Tell whether a step fetches a layer of a checkpoint."""
+    return step.stage in registry.leaves() and step.moved.fetched > 0
+
+
+def _downloads(steps: Iterable[Step]) -> int:
+    """Return the bytes that steps fetch of checkpoints."""
+    return sum(step.moved.fetched for step in steps if _fetches(step))
+
+
+def _policy(need: DiskNeed) -> str:
+    """Say what becomes of the layers that are fetched, and why."""
+    if need.keeps:
+        return "layers that are fetched are kept, since [cache] keep names extract"
+    room = (
+        f"{size(max(0, need.room))} of [build] disk are for" if need.is_set else "there is room for"
+    )
+    return (
+        "layers that are fetched are dropped once they are used, since [cache] keep does not name "
+        f"extract; {room} those in use, of which the largest takes {size(need.largest)}"
     )
 
 
@@ -214,12 +245,16 @@ def _folded(layers: list[str]) -> str:
     return ", ".join(parts)
 
 
-def _totals(steps: Iterable[Step]) -> tuple[Traffic, int, int]:
+def _totals(steps: Iterable[Step], need: DiskNeed | None) -> tuple[Traffic, int, int]:
     """Return what steps move, and how much the cache and build/ grow by meanwhile."""
     steps = list(steps)
     moved = sum((step.moved for step in steps), Traffic())
     packed = sum(step.moved.written for step in steps if step.stage == PACK)
-    return moved, moved.written + moved.fetched - packed, packed
+    passing = 0
+    if need and not need.keeps:
+        downloads = _downloads(steps)
+        passing = downloads - min(downloads, max(0, need.room))
+    return moved, moved.written + moved.fetched - passing - packed, packed
 
 
 def _seconds(seconds: float | None) -> str:
@@ -232,21 +267,23 @@ def _as_json(
     steps: list[Step],
     seconds: float | None,
     refused: list[str],
-    downloads: int,
+    need: DiskNeed | None,
     publishing: dict[str, _Publishing],
 ) -> str:
-    moved, cached, packed = _totals(steps)
+    moved, cached, packed = _totals(steps, need)
     tasks = []
     for step in steps:
         record = asdict(step)
         moved_by_it = record.pop("moved")
         tasks.append({**record, **_bytes(moved_by_it)})
-    summary = {
+    summary: dict[str, Any] = {
         "seconds": seconds,
         **_bytes(asdict(moved)),
-        "bytes_downloaded": downloads,
+        "bytes_downloaded": _downloads(steps),
         "disk_bytes": cached + packed,
     }
+    if need:
+        summary |= {"layers": "kept" if need.keeps else "dropped", "layers_bytes": need.room}
     publish = {target: asdict(each) for target, each in publishing.items()}
     said = {
         "refused": refused,

@@ -142,7 +142,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def add_failure(self, task: Any, fail: Any) -> None:
         """Keep the failure for the end; what merely needs what failed is none."""
-        if isinstance(fail, UnmetDependency):
+        if isinstance(fail, UnmetDependency) or not fail.report:
             return
         self.failures.append({"task": task, "exception": fail})
         stage, target = group_of(task.name), target_of(task.name)

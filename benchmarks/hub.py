@@ -1,0 +1,268 @@
+"""hub: builds of a checkpoint that is only on a hub, and on no disk.
+
+    python benchmarks/hub.py                                      # TinyLlama's shape, 2.2 GB
+    python benchmarks/hub.py --shape 8b --disk 7GB --scratch /mnt/7g --cases build variants
+    python benchmarks/hub.py --cases kills --kills 30
+
+The tests' hub on loopback serves the checkpoint through huggingface_hub's own client; a generator
+makes its bytes as they are asked for. Each case begins with an empty folder in ``--scratch``. To
+have a disk that is no larger than that, give it a file system of its own:
+
+    truncate -s 7G disk && mkfs.ext4 -q -m 0 disk && mount -o loop disk /mnt/7g
+
+- build: to 4 bits. Bytes that the storage sent beside the checkpoint's, the most memory of all
+  processes, the most bytes of the disk at once.
+- variants: 4 and 8 bits, mxfp4, and 4 bits of float16, in one run.
+- kills: a build that is killed (SIGKILL) at random moments, and begun again each time.
+
+The weight files of "kills" must be those of "build".
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import torch
+from measure import ROOT, BenchmarkError, measure
+
+sys.path.insert(0, str(ROOT / "tests"))
+from support import hub_server
+from support.hub_repositories import Content, Generated
+
+SHAPES = {
+    "tiny": checkpoint.Shape(layers=4, hidden=256, intermediate=512, heads=4, vocab=2048),
+    "1b": checkpoint.Shape(),
+    "8b": checkpoint.Shape(
+        layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocab=128256
+    ),
+    "70b": checkpoint.Shape(
+        layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, vocab=128256
+    ),
+}
+DTYPE = "bfloat16"
+PIECE = 1 << 20
+POOL_BYTES = (64 << 20) - 4094  # no tensor's size is a multiple of it: no two are alike
+SAMPLE_SECONDS = 0.1
+START_SECONDS = 4  # in which a build does nothing yet
+VARIANTS = {
+    "four": "quantize = { bits = 4 }",
+    "eight": "quantize = { bits = 8 }",
+    "mx": 'quantize = { mode = "mxfp4" }',
+    "half": 'dtype = "float16"\nquantize = { bits = 4 }',
+}
+
+
+def weight_files(shape: checkpoint.Shape, count: int) -> dict[str, Content]:
+    """The weight files, of about one size, whose bytes nothing stores."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(POOL_BYTES // 2, generator=generator).mul_(checkpoint.DEVIATION)
+    pool = bytes(checkpoint.raw(values.to(torch.bfloat16)))
+    pool += pool[:PIECE]
+    tensors = list(checkpoint.tensors(shape))
+    share = sum(tensor.nbytes(DTYPE) for tensor in tensors) // count
+    files: list[list[checkpoint.Tensor]] = [[]]
+    for tensor in tensors:
+        if len(files) < count and sum(each.nbytes(DTYPE) for each in files[-1]) >= share:
+            files.append([])
+        files[-1].append(tensor)
+    return {
+        f"model-{number:05}-of-{len(files):05}.safetensors": _generated(held, number, pool)
+        for number, held in enumerate(files, start=1)
+    }
+
+
+def _generated(held: list[checkpoint.Tensor], number: int, pool: bytes) -> Generated:
+    head = checkpoint.header(held, dtype=DTYPE)
+    size = len(head) + sum(tensor.nbytes(DTYPE) for tensor in held)
+
+    def pieces(start: int, nbytes: int) -> Iterator[bytes]:
+        stop = min(size, start + nbytes)
+        if start < len(head):
+            yield head[start:stop]
+        at = max(start, len(head))
+        while at < stop:
+            begin = (at - len(head) + number * 2 * 1_000_003) % POOL_BYTES
+            yield pool[begin : begin + min(PIECE, stop - at)]
+            at += PIECE
+
+    return Generated(size, pieces)
+
+
+class MostUsed(threading.Thread):
+    """Samples the bytes of the disk that a folder takes; of a mount point, that the disk has."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self.most = 0
+        self._folder = folder
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Sample; the thread's body."""
+        while not self._ended.wait(SAMPLE_SECONDS):
+            self.most = max(self.most, self._used())
+
+    def stop(self) -> None:
+        """End, and return once the thread is done."""
+        self._ended.set()
+        self.join()
+
+    def _used(self) -> int:
+        if self._folder.is_mount():
+            return shutil.disk_usage(self._folder).used
+        files = {}
+        for root, _, names in os.walk(self._folder):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    found = os.lstat(os.path.join(root, name))
+                    files[found.st_ino] = 512 * found.st_blocks
+        return sum(files.values())
+
+
+def write_models(folder: Path, targets: dict[str, str], disk: str | None) -> list[str]:
+    """Write models.toml into an empty folder; the command that builds it."""
+    for path in folder.iterdir():
+        if path.name != "lost+found":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    lines = [f'[build]\ndisk = "{disk}"'] if disk else []
+    lines += [f'[models.{name}]\nsource = "hf:bench/model"\n{of}' for name, of in targets.items()]
+    models = folder / "models.toml"
+    models.write_text("\n".join(lines) + "\n")
+    return [sys.executable, "-m", "doit", f"models={models}"]
+
+
+def digest(folder: Path, target: str) -> str:
+    """The SHA-256 of a built model's weight files, one after the other."""
+    state = hashlib.sha256()
+    for path in sorted((folder / "build" / target).glob("*.safetensors")):
+        with path.open("rb") as file:
+            while data := file.read(PIECE):
+                state.update(data)
+    return state.hexdigest()
+
+
+class Benchmark:
+    """The cases, one after another, with one hub."""
+
+    def __init__(self, hub: Any, home: Path, size: int, arguments: argparse.Namespace) -> None:
+        self.hub = hub
+        self.size = size
+        self.scratch: Path = arguments.scratch
+        self.disk: str | None = arguments.disk
+        self.times: int = arguments.kills
+        self.environ = hub.environ(home)
+        self.digest = ""
+        self.seconds = 0.0
+
+    def sent(self) -> int:
+        """The bytes that the storage has sent since it was asked last."""
+        with self.hub.lock:
+            total: int = sum(request.sent for request in self.hub.asked(storage=True))
+            del self.hub.requests[:]
+        return total
+
+    def build(self) -> list[str]:
+        """One target."""
+        command = write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
+        begin = time.perf_counter()
+        cells = self._measured("build, 4 bit", command)
+        self.seconds = time.perf_counter() - begin
+        self.digest = digest(self.scratch, "four")
+        return cells
+
+    def variants(self) -> list[str]:
+        """Four targets."""
+        command = write_models(self.scratch, VARIANTS, self.disk)
+        return self._measured("four variants", command)
+
+    def _measured(self, what: str, command: list[str]) -> list[str]:
+        self.sent()
+        used = MostUsed(self.scratch)
+        used.start()
+        usage = measure(command, HF_HUB_OFFLINE="0", **self.environ)
+        used.stop()
+        return self._row(what, usage.seconds, usage.peak_rss, used.most)
+
+    def _row(self, what: str, seconds: float, memory: int, disk: int) -> list[str]:
+        ratio = f"{self.sent() / self.size:.4f}"
+        return [what, f"{seconds:.1f}", ratio, f"{memory / 2**20:,.0f}", f"{disk / 1e9:.2f}"]
+
+    def kills(self) -> list[str]:
+        """One target, killed again and again."""
+        if not self.digest:
+            self.build()
+        command = write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
+        environ = os.environ | self.environ
+        self.sent()
+        dice = random.Random(0)
+        begin, killed = time.perf_counter(), 0
+        used = MostUsed(self.scratch)
+        used.start()
+        while killed < self.times:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, start_new_session=True
+            )
+            try:
+                if process.wait(dice.uniform(0, 3 * self.seconds / self.times + START_SECONDS)):
+                    raise BenchmarkError(f"exit status {process.returncode}")
+                break
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                killed += 1
+        subprocess.run(command, cwd=ROOT, env=environ, check=True, stdout=subprocess.DEVNULL)
+        used.stop()
+        if digest(self.scratch, "four") != self.digest:
+            raise BenchmarkError("a build that was killed has other bytes")
+        return self._row(f"killed {killed} times", time.perf_counter() - begin, 0, used.most)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--files", type=int, default=4)
+    parser.add_argument("--disk", help="[build] disk (default: what is free)")
+    parser.add_argument("--scratch", type=Path, help="an empty folder (default: a temporary one)")
+    parser.add_argument("--cases", nargs="+", default=["build", "variants", "kills"])
+    parser.add_argument("--kills", type=int, default=30)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        arguments.scratch = (arguments.scratch or Path(folder, "scratch")).resolve()
+        arguments.scratch.mkdir(exist_ok=True)
+        shape = SHAPES[arguments.shape]
+        small = Path(folder, "small")
+        checkpoint.write_config(small, shape, dtype=DTYPE)
+        with hub_server.serve(Path(folder, "uploaded")) as hub:
+            files = weight_files(shape, arguments.files)
+            repository = hub.repository("bench/model")
+            repository.add_folder(small)
+            repository.add(files)
+            size = sum(content.size for content in files.values())
+            print(f"{size / 1e9:.2f} GB in {len(files)} files, disk {arguments.disk or 'as it is'}")
+            print("| case | wall, s | fetched ÷ checkpoint | memory, MiB | disk, GB |")
+            print("|---|---|---|---|---|", flush=True)
+            benchmark = Benchmark(hub, Path(folder, "home"), size, arguments)
+            for case in arguments.cases:
+                print(f"| {' | '.join(getattr(benchmark, case)())} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""schedule: the order of tasks whose checkpoint comes from elsewhere, layer by layer.
+
+All targets of one checkpoint take a layer's bytes while they are here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.cli.failures import as_invalid_dodo_file
+from tasks.execution.builder import Builder
+from tasks.execution.disk import DiskNeed, need_of
+from tasks.planning.node import Node
+from tasks.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class StreamingSchedule:
+    """Arranges a run's tasks for what it fetches: see ``doit_adapter.Schedule``.
+
+    Attributes:
+        builder: runs the tasks.
+        disk: what models.toml says that may lie on the disk at once, if it does.
+        packs: tells whether a target is packed.
+    """
+
+    builder: Builder
+    disk: int | None
+    packs: Callable[[str], bool]
+
+    def need(self, nodes: Sequence[tuple[Plan, Node]], *, adopted: int = 0) -> DiskNeed:
+        """Return what tasks need of the disk, once the streaming has them arranged."""
+        plans = {plan.target.name: plan for plan, _ in nodes if plan.checkpoint.fetched}
+        packs = [target for target in plans if self.packs(target)]
+        return need_of(self.builder, plans.values(), self.disk, packs=packs, adopted=adopted)
+
+    def arrange(self, tasks: Mapping[str, Any], selected: list[str]) -> list[str]:
+        """Return the tasks of layers that are fetched, in their order, and then those selected.
+
+        Of targets that read the same layer one fetches it: the others begin when it is there, lest
+        threads wait for each other.
+
+        Raises:
+            InvalidDodoFile: the disk is too small.
+        """
+        streaming = self.builder.streaming
+        metas = [tasks[name].meta or {} for name in _with_needs(tasks, selected)]
+        nodes = [(meta["plan"], meta["node"]) for meta in metas if "node" in meta]
+        arranged = streaming.arrange(nodes)
+        with as_invalid_dodo_file():
+            for plan, node in nodes:
+                if node.is_leaf and (known := self.builder.recall(plan, node)):
+                    digests = {key: tensor.digest for key, tensor in known.tensors.items()}
+                    streaming.note(plan.checkpoint, digests)
+            recorded = {n.name for plan, n in nodes if self.builder.is_on_record(plan, n)}
+            need = self.need(nodes, adopted=streaming.begin(recorded))
+            need.check()
+        streaming.set_limit(need.room)
+        first: dict[str, str] = {}
+        for node in arranged:
+            if node.is_leaf:
+                fetches = first.setdefault(node.spec.digest, node.name)
+                if fetches != node.name:
+                    tasks[node.name].task_dep.append(fetches)
+        return [*(node.name for node in arranged), *selected]
+
+    def finished(self, task: str) -> None:
+        """Take note that a task ended, or needs not to begin."""
+        self.builder.streaming.finished(task)
+
+    def stop(self) -> None:
+        """Take note that no more tasks begin."""
+        self.builder.streaming.stop()
+
+
+def _with_needs(tasks: Mapping[str, Any], selected: list[str]) -> list[str]:
+    """Return the selected tasks and all that they need, in the order in which tasks are defined."""
+    wanted: set[str] = set()
+    pending = list(selected)
+    while pending:
+        name = pending.pop()
+        if name not in wanted:
+            wanted.add(name)
+            pending += [*tasks[name].task_dep, *tasks[name].setup_tasks]
+    return [name for name in tasks if name in wanted]
