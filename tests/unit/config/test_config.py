@@ -267,8 +267,8 @@ def test_what_is_no_remote(folder: Path, url: str, fact: str, mend: str) -> None
     [
         ('keep = "cast"', 'keep is \'cast\', must be a list such as ["unshard", "cast"]'),
         ("keep = [1]", "keep is [1], must be a list such as"),
-        ('keep = ["cast", "Unshard"]', "keep[1] is 'Unshard'; valid: unshard, cast. Did you mean"),
-        ('keep = ["quantize"]', "keep[0] is 'quantize'; valid: unshard, cast"),
+        ('keep = ["cast", "Unshard"]', "keep[1] is 'Unshard'; valid: extract, unshard, cast. Did you mean"),
+        ('keep = ["quantize"]', "keep[0] is 'quantize'; valid: extract, unshard, cast"),
         ('remote = ["https://u:secret@h"]', 'remote is no string. Write "s3://BUCKET/PREFIX"'),
         ('mode = "readonly"', "mode is 'readonly'; valid: read-write, read-only, off. Did you"),
         ("max_size = 0", "max_size is 0: no room for a tensor"),
@@ -327,7 +327,7 @@ def test_an_empty_variable_says_nothing(folder: Path, monkeypatch: pytest.Monkey
     [
         ("MLX_MAKE_CACHE_DIR", "models.toml", "cache.dir is "),
         ("MLX_MAKE_CACHE_DIR", "build/c", "cache.dir "),
-        ("MLX_MAKE_CACHE_KEEP", "cast,caste", "cache.keep[1] is 'caste'; valid: unshard, cast. "),
+        ("MLX_MAKE_CACHE_KEEP", "cast,caste", "cache.keep[1] is 'caste'; valid: extract, unshard, cast. "),
         ("MLX_MAKE_CACHE_REMOTE", "s3://u:secret@b", "cache.remote holds credentials. Take"),
         ("MLX_MAKE_CACHE_MODE", "of", "cache.mode is 'of'; valid: read-write, read-only, off. Did"),
         ("MLX_MAKE_CACHE_MAX_SIZE", "lots", "cache.max_size is 'lots', which is no size"),
@@ -382,7 +382,7 @@ def test_all_mistakes_are_told_each_with_its_line(folder: Path) -> None:
     assert message is not None
     told = [line.removeprefix(f"{folder}/models.toml:") for line in message.splitlines()]
     starts = [
-        "2: cache.keep[1] is 'x'; valid: unshard, cast",
+        "2: cache.keep[1] is 'x'; valid: extract, unshard, cast",
         "3: cache.size is an unknown key; valid: dir,",
         "5: defaults.dtype is 'bf16'; valid: ",
         "6: models.a has no source. Add source = ",
