@@ -153,7 +153,8 @@ TOML = {
     "unknown at the top": Case(
         MODEL.replace("models", "model"),
         (
-            "models.toml:1: model is an unknown key; valid: cache, build, quality, defaults, models.",
+            "models.toml:1: model is an unknown key; valid: cache, build, quality, defaults, "
+            "models.",
             "'models'?",
         ),
         MODEL,

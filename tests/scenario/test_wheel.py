@@ -132,6 +132,7 @@ def test_builds_in_a_folder_of_ones_own(installed: Environment, tmp_path: Path) 
     listed = {line.split()[0] for line in installed.mlx_make(project.folder, "list").splitlines()}
     assert listed == {
         "report",
+        "evaluate",
         "lock",
         *(f"{s}:model" for s in [*projects.STAGES, "pack", "measure", "report"]),
     }
