@@ -5,7 +5,8 @@ One module a layout says all that is peculiar to it (``mlx_lm``, ``mlx_examples`
 them: ``model`` (a model by a layout's names), ``architecture`` (what the classes of one of the
 ``libraries`` make of a checkpoint, found out by ``probe``, or why they refuse it, ``verdict``),
 ``llama_names`` and ``llama_tokenizer`` (from Meta's to Hugging Face's), ``slow_tokenizer``
-(tokenizer.json of older files), ``weight_file`` and one module a format of weight files.
+(tokenizer.json of older files), ``importing`` (of libraries, by one thread at a time),
+``weight_file`` and one module a format of weight files.
 
 May import ``cache``, ``tasks.core``, ``tasks.tensors`` and ``tasks.checkpoints``.
 """

@@ -125,6 +125,11 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
     return [path, *card.legal_files(checkpoint.folder)]
 
 
+def tokenizer_files(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
+    """Return none: llama.py has no use for transformers."""
+    return {}
+
+
 def _tokenizer_notes(folder: Path) -> tuple[str, ...]:
     path = folder / "tokenizer.model"
     if not path.exists() or not llama_tokenizer.is_tiktoken(path):

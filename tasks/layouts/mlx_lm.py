@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from tasks.checkpoints.small_files import TEMPLATES_FOLDER, check_own, read_byte
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
 from tasks.layouts import architecture, card, llama_tokenizer, slow_tokenizer
+from tasks.layouts.importing import importing
 from tasks.layouts.libraries import MLX_LM
 from tasks.layouts.llama_names import to_huggingface
 from tasks.layouts.model import Model
@@ -35,7 +35,6 @@ from mlx_lm import load, generate
 model, tokenizer = load("{model}")
 print(generate(model, tokenizer, prompt="hello"))
 """
-_MAKING = threading.Lock()  # transformers cannot be imported by two threads at once
 # What a tokenizer may be made of, by transformers' own file names, and code that goes with it.
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -180,6 +179,15 @@ def files(
     }
 
 
+def tokenizer_files(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
+    """Return the files of the built model that its tokenizer is made of, but for code."""
+    return {
+        name: data
+        for name, data in sorted(files(checkpoint, memos, [], 0).items())
+        if any(fnmatchcase(name, pattern) for pattern in TOKENIZER) and not name.endswith(".py")
+    }
+
+
 def _token_ids(checkpoint: Checkpoint, memos: Memos) -> dict[str, Any]:
     path = tokenizer_model(checkpoint.folder)
     release = llama_tokenizer.release_of(checkpoint.config)
@@ -197,7 +205,7 @@ def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
     release = llama_tokenizer.release_of(checkpoint.config)
     versions = [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
     question = [llama_tokenizer.VERSION, digest(read_bytes(path)), release, versions]
-    with _MAKING:
+    with importing():
         answer = memos.get("tokenizers", question, dict[str, str])
         if answer is None:
             files = llama_tokenizer.files(path, release=release)
@@ -216,11 +224,10 @@ def _fast_tokenizer(checkpoint: Checkpoint, memos: Memos) -> tuple[str, str]:
     versions = [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
     digests = {name: digest(data) for name, data in files.items()}
     question = [slow_tokenizer.VERSION, digests, versions]
-    with _MAKING:
-        answer = memos.get("fast_tokenizers", question, tuple[str, str])
-        if answer is None:
-            answer = slow_tokenizer.make(files)
-            memos.put("fast_tokenizers", question, answer)
+    answer = memos.get("fast_tokenizers", question, tuple[str, str])
+    if answer is None:
+        answer = slow_tokenizer.make(files)
+        memos.put("fast_tokenizers", question, answer)
     return answer
 
 

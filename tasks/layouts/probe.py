@@ -31,6 +31,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from tasks.layouts.importing import importing
 from tasks.layouts.libraries import LIBRARIES, Library
 from tasks.layouts.model import layer_names
 
@@ -58,15 +59,15 @@ def main() -> None:
     json.dump(answered, sys.stdout)
 
 
+@importing()
 def answer(question: dict[str, Any], library: Library) -> dict[str, Any]:
-    """Answer a question; all that is replaced meanwhile is put back. Not safe beside threads."""
+    """Answer a question; what is replaced meanwhile is put back. No model may run beside it."""
     import mlx.core as mx
 
-    patched = (mx, "load stack concatenate"), (mx.random, "uniform normal"), (resource, "setrlimit")
+    patched = (mx, "load stack concatenate"), (mx.random, "uniform normal")
     functions = [(m, name, getattr(m, name)) for m, names in patched for name in names.split()]
     printed = io.StringIO()  # standard output is the answer's
     modules = {n: sys.modules.pop(n) for n in list(sys.modules) if _is_replaced(n, library)}
-    resource.setrlimit = lambda *_: None  # mlx-lm sets how many files are open, as it is imported
     try:
         if question["light"]:
             _leave_out_heavy_modules(library)

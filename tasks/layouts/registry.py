@@ -78,6 +78,12 @@ class Layout(Protocol):
             parameters: weights of the model, as mlx-lm counts them.
         """
 
+    def tokenizer_files(self, checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
+        """Return what transformers makes the built model's tokenizer of, by its own file names.
+
+        None where it cannot. As ``files`` otherwise.
+        """
+
     def shard_names(self, count: int) -> list[str]:
         """Return the names of ``count`` weight files, in order."""
 

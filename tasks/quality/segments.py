@@ -15,11 +15,8 @@ from __future__ import annotations
 import io
 import json
 import re
-import resource
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,6 +26,7 @@ from cache.digest import digest_record
 from cache.records.manifests import TensorSpec
 from cache.records.memos import Memos
 from tasks.layouts import architecture
+from tasks.layouts.importing import importing
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.model import layer_names
 from tasks.layouts.probe import LABELS, inputs_reached
@@ -38,7 +36,6 @@ from tasks.tensors import arrays, mx
 SCHEMA = 1  # of what is remembered of a model's segments
 EMBEDDINGS, LOGITS = "embeddings", "logits"  # the names of the first segment and the last
 STATE, PLACEHOLDER = "<state>", "<placeholder>"  # no parameter is called so
-_LOADING = threading.Lock()  # libraries are not made to load two models at once
 
 
 class CannotSplit(Exception):
@@ -100,7 +97,7 @@ class Skeleton(NamedTuple):
             (folder / "config.json").write_text(json.dumps(self.config))
             start = _write_holes(folder / "model.safetensors", self.tensors)
             fill(folder / "model.safetensors", start)
-            with _loading():
+            with importing():
                 model, _ = LIBRARIES[self.library].load(folder)
         return model
 
@@ -302,18 +299,6 @@ def _parameters(model: Any) -> list[tuple[str, mx.array]]:
     from mlx.utils import tree_flatten
 
     return list(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())))
-
-
-@contextmanager
-def _loading() -> Iterator[None]:
-    """Have one thread load, and how many files may be open stay: mlx-lm's import would set that."""
-    with _LOADING:
-        original = resource.setrlimit
-        resource.setrlimit = lambda *_: None
-        try:
-            yield
-        finally:
-            resource.setrlimit = original
 
 
 def _hollow(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-import threading
 from array import array
 from collections.abc import Hashable, Mapping
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cache.digest import digest, digest_record
 from cache.records.manifests import Tensor, TensorSpec
-from tasks.layouts.mlx_lm import TOKENIZER
+from tasks.layouts.importing import importing
 from tasks.layouts.registry import LAYOUTS
 from tasks.quality import text
 from tasks.stages.reasons import Reason, changed_values
@@ -34,7 +32,6 @@ from tasks.stages.stage import (
 
 EVALUATION = "evaluation"  # the name of the node: of what the text is for
 TOKENS = "tokens"
-_IMPORTING = threading.Lock()  # transformers cannot be imported by two threads at once
 
 
 class TokensParams(Params, frozen=True):
@@ -118,22 +115,17 @@ class Tokens(Stage[TokensParams]):
 
 
 def _files(target: TargetModel) -> dict[str, bytes]:
-    """Return the files of the built model that its tokenizer is made of, by name."""
-    files = LAYOUTS[target.layout].files(target.checkpoint, target.memos, [], 0)
-    found = {
-        name: data
-        for name, data in sorted(files.items())
-        if any(fnmatchcase(name, pattern) for pattern in TOKENIZER) and not name.endswith(".py")
-    }
+    """Return the files that the built model's tokenizer is made of, by name."""
+    files = LAYOUTS[target.layout].tokenizer_files(target.checkpoint, target.memos)
     # By which transformers tells what kind of tokenizer it is, where its own files do not say.
     kind = {"model_type": target.model.config.get("model_type")}
-    return {**found, "config.json": json.dumps(kind).encode()}
+    return {**files, "config.json": json.dumps(kind).encode()}
 
 
 def _tokenizer(files: Mapping[str, bytes]) -> Any:
-    with _IMPORTING:
+    with tempfile.TemporaryDirectory() as folder, importing():
         from transformers import AutoTokenizer
-    with tempfile.TemporaryDirectory() as folder:
+
         for name, data in files.items():
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)

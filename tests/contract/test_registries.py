@@ -209,6 +209,9 @@ def test_files_of_a_layout(name: str, kept: Path, memos: Memos) -> None:
     for file, data in small.items():
         assert Path(file).name == file
         assert isinstance(data, bytes)
+    tokenizer = layout.tokenizer_files(checkpoint, memos)
+    assert tokenizer.items() <= small.items()
+    assert ("tokenizer.json" in tokenizer) == bool(model.library)
 
     held = {f"{m.path}.{part}" for m in model.modules for part in m.names}
     assert held == model.parameters.keys()

@@ -54,5 +54,9 @@ def files(
     return {"words.json": tokenizer.read_bytes(), "count": str(parameters).encode()}
 
 
+def tokenizer_files(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
+    return mlx_lm.tokenizer_files(checkpoint, memos)
+
+
 def shard_names(count: int) -> list[str]:
     return [f"part-{number}.raw" for number in range(count)]
