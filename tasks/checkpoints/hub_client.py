@@ -12,7 +12,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -41,6 +41,12 @@ EXPIRED = frozenset({400, 401, 403, 404, 410})  # of a signed address: the hub g
 # What the client takes the place of its cache from.
 ENVIRONMENT = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "HOME")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
+_NUMBER = "[0-9]{1,18}"  # of a header: what 64 bits hold
+# What the client comes to where an answer is not of the kind that it reads.
+_NO_ANSWER = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+)  # fmt: skip
 
 _T = TypeVar("_T")
 
@@ -101,12 +107,13 @@ def snapshot(repository: str, revision: str | None) -> Snapshot:
             ),
             FIRST_TRIES,
         )
-        if not info.sha or not COMMIT.fullmatch(info.sha):
-            raise CheckpointError(f"{_page(repository)} names no commit: {info.sha!r}.")
+        commit = info.sha or ""
+        if not COMMIT.fullmatch(commit):
+            raise ValueError(f"it names no commit: {commit!r}")
         files = {sibling.rfilename: _told(sibling) for sibling in info.siblings or ()}
         if None in files.values():  # a mirror may leave out what was asked for
             tree = _patiently(
-                lambda: [*api.list_repo_tree(repository, recursive=True, revision=info.sha)]
+                lambda: [*api.list_repo_tree(repository, recursive=True, revision=commit)]
             )
             files = {file.path: _told(file) for file in tree if isinstance(file, RepoFile)}
     known = {name: file for name, file in files.items() if file is not None}
@@ -116,14 +123,25 @@ def snapshot(repository: str, revision: str | None) -> Snapshot:
             f"{_page(repository)} does not say how large {name} is. If there is a mirror between, "
             "it is at fault; try again without it (HF_ENDPOINT)."
         )
-    return Snapshot(info.sha, _folder(repository, info.sha), known)
+    return Snapshot(commit, _folder(repository, commit), known)
 
 
 def _told(file: RepoSibling | RepoFile) -> HubFile | None:
-    """Return what the hub says of a file, if it says all."""
+    """Return what the hub says of a file, if it says all.
+
+    Raises:
+        ValueError: no file is so.
+    """
+    from huggingface_hub import RepoFile
+
+    name = file.path if isinstance(file, RepoFile) else file.rfilename
+    if {"", "..", "."} & {*name.split("/")}:
+        raise ValueError(f"{name!r} is no file of a repository")
     if file.size is None or not file.blob_id:
         return None
     digest = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
+    if type(file.size) is not int or not 0 <= file.size < 1 << 63 or not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{name} has {file.size!r} bytes of {digest!r}")
     return HubFile(file.size, digest)
 
 
@@ -258,7 +276,7 @@ class Ranges(Struct, frozen=True):
                     url, json=asked, headers=_headers(), timeout=_stalled()
                 )
                 told = msgspec.json.decode(response.content, type=_Located)
-            except (httpx2.TransportError, msgspec.DecodeError):
+            except (httpx2.HTTPError, OSError, msgspec.DecodeError, *_NO_ANSWER):
                 return
             for each in told.objects:
                 if each.oid in large and (place := each.actions.get("download")) and place.is_plain:
@@ -301,15 +319,15 @@ class Ranges(Struct, frozen=True):
             given = response.headers.get("content-range", "").removeprefix("bytes ")
         elif (start, end) != (0, size):
             raise self._other(name, "the whole file, where a range was asked for")
-        match = re.fullmatch(r"(\d+)-(\d+)/(\d+|\*)", given)
+        match = re.fullmatch(rf"({_NUMBER})-({_NUMBER})/({_NUMBER}|\*)", given)
         if not match or int(match[1]) != start or int(match[2]) >= end:
-            raise self._other(name, f"range {given!r}, where {start}-{end - 1} was asked for")
+            raise self._other(name, f"range {given[:60]!r}, where {start}-{end - 1} was asked for")
         if match[3] not in ("*", str(size)):
             raise self._other(name, f"a file of {int(match[3]):,} bytes, which has {size:,}")
         if response.headers.get("content-encoding", "identity") != "identity":
             raise self._other(name, f"bytes encoded as {response.headers['content-encoding']}")
         length = response.headers.get("content-length", "")
-        if length.isdigit() and int(length) > end - start:
+        if re.fullmatch(_NUMBER, length) and int(length) > end - start:
             raise self._other(name, f"{int(length):,} bytes, where {end - start:,} were asked for")
 
     def _check_etag(self, name: str, response: httpx2.Response) -> None:
@@ -333,7 +351,11 @@ class _Action(Struct, frozen=True):
     @property
     def is_plain(self) -> bool:
         """Whether the address is all that is needed."""
-        return not self.header and self.href.startswith(("https://", "http://"))
+        try:
+            scheme, host, _ = _origin(self.href)
+        except ValueError:
+            return False
+        return not self.header and scheme in ("https", "http") and bool(host)
 
 
 class _Object(Struct, frozen=True):
@@ -470,13 +492,14 @@ def _retry_after(response: httpx2.Response) -> float:
     from huggingface_hub.utils import parse_ratelimit_headers
 
     text = response.headers.get("retry-after", "").strip()
-    if text.isdigit():
+    if re.fullmatch(_NUMBER, text):
         return float(text)
-    try:
+    with suppress(*_NO_ANSWER):
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+    with suppress(*_NO_ANSWER):
         limit = parse_ratelimit_headers(response.headers)
         return float(limit.reset_in_seconds) if limit and not limit.remaining else 0.0
+    return 0.0
 
 
 @contextmanager
@@ -489,12 +512,12 @@ def _errors(repository: str, revision: str | None, name: str = "") -> Iterator[N
         yield
     except CheckpointError:
         raise
-    except errors.OfflineModeIsEnabled as error:
-        raise _offline(repository, revision, name) from error
-    except errors.LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
-            raise _offline(repository, revision, name) from error
-        raise _unreachable(error.__cause__ or error) from error
+    except (
+        errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,
+        httpx2.TransportError,
+    ) as error:
+        raise _unreachable(error, repository, revision, name) from error
     except errors.HfHubHTTPError as error:
         _raise_of_status(error, repository, revision, name)
     except _Cut as error:
@@ -502,10 +525,15 @@ def _errors(repository: str, revision: str | None, name: str = "") -> Iterator[N
             f"{name} of {repository} cannot be read: {error}, again and again. Try again later: "
             "what was fetched is kept."
         ) from error
-    except httpx2.TransportError as error:
-        raise _unreachable(error) from error
     except errors.HFValidationError as error:
         raise CheckpointError(f"hf:{repository}: {error}") from error
+    except (httpx2.RequestError, httpx2.InvalidURL, *_NO_ANSWER) as error:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise HubUnreachable(
+            f"{_endpoint()} gives no answer of a hub for {name or 'what it holds'} of "
+            f"{repository}: {cause}. Look whether it is one (HF_ENDPOINT), and what is between: a "
+            "network may want a login in a browser first."
+        ) from error
     except OSError as error:
         raise CheckpointError(
             f"{name or 'what the hub says'} of {repository} cannot be kept: {error}. Make room "
@@ -586,17 +614,20 @@ def _page(repository: str) -> str:
     return f"{_endpoint()}/{repository}"
 
 
-def _offline(repository: str, revision: str | None, name: str) -> HubUnreachable:
-    at = f" at {revision}" if revision else ""
-    return HubUnreachable(
-        f"{name or 'what it holds'} of {repository}{at} is not on this machine, and HF_HUB_OFFLINE "
-        "says that nothing is to be fetched. Unset it."
-    )
+def _unreachable(
+    error: Exception, repository: str, revision: str | None, name: str
+) -> HubUnreachable:
+    from huggingface_hub import errors
 
-
-def _unreachable(error: BaseException) -> HubUnreachable:
-    cause = str(error) or type(error).__name__
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        at = f" at {revision}" if revision else ""
+        return HubUnreachable(
+            f"{name or 'what it holds'} of {repository}{at} is not on this machine, and "
+            "HF_HUB_OFFLINE says that nothing is to be fetched. Unset it."
+        )
+    cause = cause or error
     return HubUnreachable(
-        f"{_endpoint()} cannot be reached: {cause}. Check the network, HF_ENDPOINT and the proxy, "
-        "and try again: what was fetched is kept."
+        f"{_endpoint()} cannot be reached: {str(cause) or type(cause).__name__}. Check the "
+        "network, HF_ENDPOINT and the proxy, and try again: what was fetched is kept."
     )

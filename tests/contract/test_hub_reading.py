@@ -1,6 +1,7 @@
 """Reading from the hub: right, or an error that says what to do; the token goes nowhere else."""
 
 import hashlib
+import json
 import logging
 import random
 import zipfile
@@ -109,6 +110,81 @@ def test_what_is_no_answer(fault: Fault, hub: Hub, repository: Repository, open_
         once(fault, place, hub)
         with pytest.raises(CheckpointError, match="the server gives"):
             read(source)
+
+
+def says(**keys: object) -> bytes:
+    """What a hub answers of a repository, with something else in it."""
+    file = {"rfilename": "model.safetensors", "size": 700_001, "blobId": "b" * 40}
+    siblings = [file | keys.pop("file", {})]
+    return json.dumps({"id": "org/model", "sha": "a" * 40, "siblings": siblings} | keys).encode()
+
+
+NO_REPOSITORY = {
+    "portal": b"<html>log in</html>", "null": b"null", "list": b"[1, 2]", "no id": b"{}",
+    "no text": b"\xff\xfe{", "nested": b'{"x":' + b"[" * 200_000, "commit": says(sha=7),
+    "no commit": says(sha="main"), "files": says(siblings="xyz"), "date": says(lastModified="now"),
+    "nameless": says(siblings=[{"size": 3}]), "name": says(file={"rfilename": 7}),
+    "outside": says(file={"rfilename": "../../passwd"}), "size": says(file={"size": "12"}),
+    "negative": says(file={"size": -5}), "huge": says(file={"size": 2**63}),
+    "lfs": says(file={"lfs": "x"}), "git": says(file={"blobId": "main"}),
+    "sha256": says(file={"lfs": {"sha256": "zz" * 32, "size": 1, "pointerSize": 1}}),
+    "number": says(file={"lfs": {"sha256": 7, "size": 1, "pointerSize": 1}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", NO_REPOSITORY.values(), ids=NO_REPOSITORY)
+def test_what_is_no_repository(body: bytes, hub: Hub, repository: Repository, open_source) -> None:
+    hub.fault = lambda request: Answer(200, body, {})
+    told = refusal(open_source())
+    assert f"{hub.url} gives no answer of a hub for what it holds of org/model: " in told
+    assert "\n" not in told
+    assert len(hub.requests) < 10
+
+
+DIGITS = "9" * 5000
+NO_RANGE = {
+    **{
+        f"to {place!r}": Answer(302, b"", {"Location": place})
+        for place in ("http://[", "http://x:99999999/", "ftp://x/y", "http://exa mple/", "//")
+    },
+    "size": Answer(206, b"x", {"Content-Range": f"bytes 0-9/{DIGITS}"}),
+    "start": Answer(206, b"x", {"Content-Range": f"bytes {DIGITS}-9/{DIGITS}"}),
+    "wait": Answer(429, b"", {"Retry-After": "\u00b2"}),
+    "date": Answer(503, b"", {"Retry-After": "Mon, 99 Foo 0000"}),
+    "limit": Answer(429, b"", {"RateLimit": f'"api";r=0;t={DIGITS}'}),
+    "encoded": Answer(206, b"x", {"Content-Range": "bytes 0-9/9", "Content-Encoding": "gzip"}),
+    "error": Answer(418, b'[{"error": 7}]', {}),
+}
+
+
+@pytest.mark.parametrize("answer", NO_RANGE.values(), ids=NO_RANGE)
+def test_what_is_no_range(answer: Answer, hub: Hub, repository: Repository, open_source) -> None:
+    source = open_source()
+    assert source.available
+    hub.fault = lambda request: answer
+    with pytest.raises(CheckpointError, match=r"org/model|cannot be reached|status"):
+        list(source.read("model.safetensors", 0, 10))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b'{"objects":[],"x":' + b"[" * 200_000,
+        *(
+            {"objects": [{"oid": "OID", "actions": {"download": {"href": href}}}]}
+            for href in ("http://[", "http://x:99999999/", "http:", "file:///etc/passwd", 7)
+        ),
+    ],
+    ids=lambda said: str(said)[-60:],
+)
+def test_no_place_of_a_large_file(said, hub: Hub, repository: Repository, open_source) -> None:
+    source = open_source()
+    oid = source.hashes["model.safetensors"].digest.removeprefix("sha256:")
+    body = said if isinstance(said, bytes) else json.dumps(said).replace("OID", oid).encode()
+    hub.fault = lambda request: Answer(200, body, {}) if "batch" in request.path else None
+    source._ranges.locate(["model.safetensors"])
+    assert hub.asked("POST")
+    read(source)
 
 
 def test_a_server_that_is_never_well_again(

@@ -240,6 +240,19 @@ def test_a_commit_stays_until_it_is_told_to_move(hub: Hub, tmp_path: Path) -> No
     project.doit("--locked")
 
 
+def test_what_is_no_hub_fails_its_targets_alone(hub: Hub, tmp_path: Path) -> None:
+    project, _ = published(hub, tmp_path / "project")
+    project.models["other"] = {"source": "hf:org/other"}
+    project.configure()
+    hub.fault = lambda asked: Answer(200, b"<html>", {}) if "other" in asked.path else None
+    told = project.doit(expect=None)
+    assert told.returncode == 1
+    assert "gives no answer of a hub for what it holds of org/other" in told.stdout + told.stderr
+    assert "Traceback" not in told.stdout + told.stderr
+    assert (project.folder / "build/model/config.json").exists()
+    assert "up to date: model" in project.doit("plan", expect=3).stdout
+
+
 def test_a_name_that_is_no_folder(hub: Hub, tmp_path: Path) -> None:
     project, _ = published(hub, tmp_path / "project")
     project.configure(source="org/model")
