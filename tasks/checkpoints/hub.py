@@ -28,6 +28,7 @@ from tasks.checkpoints.source import Opening
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Mistake, Mistakes, SourceSpec
+from tasks.core.text import some
 
 # What a build may read beside the weights. A hub's repository has many other files.
 SMALL = (
@@ -141,19 +142,26 @@ class HubSource(Struct, frozen=True, dict=True):
         """The folder in the client's cache, with all small files in it.
 
         Raises:
-            CheckpointError: one is not to be had.
+            CheckpointError: there is none, or one is not to be had.
         """
-        folder = Path(self._snapshot.folder)
-        missing = [
+        folder, place = Path(self._snapshot.folder), self.place
+        small = [
             self._path(name)
             for name, file in self._files.items()
-            if any(_matches(name, pattern) for pattern in SMALL)
-            and file.size <= MAX_SMALL_BYTES
-            and not (folder / self._path(name)).is_file()
+            if any(_matches(name, pattern) for pattern in SMALL) and file.size <= MAX_SMALL_BYTES
         ]
+        if not small:
+            where = f"the folder {place.subfolder} of " if place.subfolder else ""
+            fact = f"it has {some([*self._files], 5)}" if self._files else "there is nothing"
+            raise CheckpointError(
+                f"{where}{place.repository} holds no checkpoint at commit {self.revision}: {fact}, "
+                "and no config.json or params.json. Name a folder that does: "
+                f"{hub_client.page(place.repository)} lists what is there."
+            )
+        missing = [path for path in small if not (folder / path).is_file()]
         if missing:
-            hub_client.download(self.place.repository, self.revision, missing)
-        return folder / self.place.subfolder
+            hub_client.download(place.repository, self.revision, missing)
+        return folder / place.subfolder
 
     def path(self, name: str) -> Path | None:
         """Return a weight file that the client has on this machine, or None."""

@@ -120,7 +120,7 @@ def snapshot(repository: str, revision: str | None) -> Snapshot:
     if len(known) < len(files):
         name = next(name for name, file in files.items() if file is None)
         raise CheckpointError(
-            f"{_page(repository)} does not say how large {name} is. If there is a mirror between, "
+            f"{page(repository)} does not say how large {name} is. If there is a mirror between, "
             "it is at fault; try again without it (HF_ENDPOINT)."
         )
     return Snapshot(commit, _folder(repository, commit), known)
@@ -262,7 +262,7 @@ class Ranges(Struct, frozen=True):
 
         known = [(self.files[name], name) for name in names if name not in self._addresses]
         large = {file.digest[7:]: (file, n) for file, n in known if file.digest[:7] == "sha256:"}
-        url = f"{_page(self.repository)}.git/info/lfs/objects/batch"
+        url = f"{page(self.repository)}.git/info/lfs/objects/batch"
         for first in range(0, len(large), LOCATED):
             some = list(large.items())[first : first + LOCATED]
             asked = {
@@ -549,7 +549,7 @@ def _raise_of_status(error: Any, repository: str, revision: str | None, name: st
     """
     from huggingface_hub import errors, get_token
 
-    status, page = error.response.status_code, _page(repository)
+    status, address = error.response.status_code, page(repository)
     has_token = get_token() is not None
     grant = (
         "the token that is used (HF_TOKEN, or hf auth login's) must be of that account"
@@ -563,16 +563,16 @@ def _raise_of_status(error: Any, repository: str, revision: str | None, name: st
             "again later: what was fetched is kept."
         ) from error
     if isinstance(error, errors.GatedRepoError):
-        text = f"{repository} is gated. Ask for access at {page}, and {grant}."
+        text = f"{repository} is gated. Ask for access at {address}, and {grant}."
     elif isinstance(error, errors.RevisionNotFoundError):
         text = (
             f"{repository} has no branch, tag or commit {revision or 'main'}, or not any more. "
-            f"{page}/commits/main lists what it has."
+            f"{address}/commits/main lists what it has."
         )
     elif isinstance(error, errors.EntryNotFoundError):
-        text = f"{repository} has no file {name} at {revision}. {page} lists what it has."
+        text = f"{repository} has no file {name} at {revision}. {address} lists what it has."
     elif isinstance(error, errors.DisabledRepoError):
-        text = f"{repository} is disabled by the hub, see {page}. Take another source."
+        text = f"{repository} is disabled by the hub, see {address}. Take another source."
     elif isinstance(error, errors.RepositoryNotFoundError):
         text = (
             f"there is no model {repository} at {_endpoint()}, or it is private. Check the name; "
@@ -580,8 +580,8 @@ def _raise_of_status(error: Any, repository: str, revision: str | None, name: st
         )
     elif status in (401, 403):
         text = (
-            f"{_endpoint()} refuses access to {repository} (status {status}). See {page}; {grant}, "
-            "valid, and allowed to read it."
+            f"{_endpoint()} refuses access to {repository} (status {status}). See {address}; "
+            f"{grant}, valid, and allowed to read it."
         )
     elif status in TRANSIENT:
         waits = _retry_after(error.response)
@@ -610,7 +610,8 @@ def _endpoint() -> str:
     return constants.ENDPOINT
 
 
-def _page(repository: str) -> str:
+def page(repository: str) -> str:
+    """Return the address of a repository's page."""
     return f"{_endpoint()}/{repository}"
 
 

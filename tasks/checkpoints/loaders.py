@@ -36,14 +36,23 @@ class Loader(Protocol):
         """
 
 
-ON_A_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)  # ORG/NAME
+ON_A_HUB = re.compile(  # ORG/NAME, or a page's address
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|(?:hf|huggingface):)?"
+    r"(?P<repository>[A-Z0-9][\w.-]*/[\w.-]*\w)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/]+)(?P<subfolder>/.+?)?)?/?",
+    re.ASCII | re.IGNORECASE,
+)
 
 LOADERS: dict[str, Loader] = {"llama": llama, "transformers": transformers}
 
 
 def hint(named: str) -> str:
     """Return what a name that is no folder may be meant to be: a model on the hub; or nothing."""
-    return f", or the hub's: hf:{named}" if ON_A_HUB.fullmatch(named) else ""
+    match = ON_A_HUB.fullmatch(named)
+    if not match:
+        return ""
+    revision = f"@{match['revision']}" if match["revision"] else ""
+    return f", or the hub's: hf:{match['repository']}{revision}{match['subfolder'] or ''}"
 
 
 def weight_patterns() -> tuple[str, ...]:

@@ -197,6 +197,29 @@ def test_a_file_of_the_client_that_is_not_what_it_was(hub: Hub, tmp_path: Path) 
     assert but_card(project.built()) == but_card(expected)
 
 
+@pytest.mark.parametrize("form", ["legacy", "column-major"])
+def test_files_for_torch_alone_are_read_of_the_client(form: str, hub: Hub, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    project = projects.create(tmp_path / "project", "huggingface", **FOUR_BIT)
+    expected = project.anew()
+    state = {}
+    for path in project.checkpoint.glob("model*"):
+        state |= load_file(path) if path.suffix == ".safetensors" else {}
+        path.unlink()
+    if form == "column-major":
+        state = {key: tensor.t().contiguous().t() for key, tensor in state.items()}
+    path = project.checkpoint / "pytorch_model.bin"
+    torch.save(state, path, _use_new_zipfile_serialization=form != "legacy")
+    hub.repository("org/model").add_folder(project.checkpoint)
+    project.configure(source="hf:org/model")
+    assert "only torch can read it" in project.doit(expect=3).stderr
+    snapshot_download("org/model")
+    project.doit()
+    assert but_card(project.built()) == but_card(expected)
+
+
 def test_a_folder_of_a_repository_at_a_tag(hub: Hub, tmp_path: Path) -> None:
     """As Meta's own files lie in `original/` beside those of Hugging Face."""
     project = projects.create(tmp_path / "project", "meta", **FOUR_BIT)
@@ -257,6 +280,20 @@ def test_a_name_that_is_no_folder(hub: Hub, tmp_path: Path) -> None:
     project, _ = published(hub, tmp_path / "project")
     project.configure(source="org/model")
     assert "or the hub's: hf:org/model." in project.doit(expect=3).stderr
+    for named, meant in (
+        ("HF:org/model", "org/model"), ("huggingface:org/model", "org/model"),
+        ("https://huggingface.co/org/model", "org/model"), ("https://hf.co/org/m/", "org/m"),
+        ("https://huggingface.co/org/model/tree/main/a/b", "org/model@main/a/b"),
+        ("https://example.com/org/model", None), ("a/b/c", None),
+    ):  # fmt: skip
+        assert loaders.hint(named) == (f", or the hub's: hf:{meant}" if meant else "")
+    hub.repositories["org/model"].add({"more/a.png": b"", "more/b.png": b""})
+    for named, told in (
+        ("hf:org/model/nowhere", "the folder nowhere of org/model holds no checkpoint at commit"),
+        ("hf:org/model/more", ": it has a.png, b.png, and no config.json or params.json. Name a"),
+    ):
+        project.configure(source=named)
+        assert told in project.doit(expect=3).stderr
     for wrong in ("hf:model", "hf:org/model@", "hf:org/../model", "hf:a/b/../c"):
         project.configure(source=wrong)
         assert "which is no name on the hub" in project.doit(expect=3).stderr
