@@ -20,7 +20,7 @@ from tasks.core.task_names import PACK, PUBLISH, REPORT, task_name
 from tasks.core.text import plural, size, some
 from tasks.core.workspace import BUILD
 from tasks.execution import place, publish
-from tasks.execution.place import Contents
+from tasks.execution.place import Contents, Stamps
 from tasks.execution.publish import Difference, Publication, Published, Repository
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.plan import Plan
@@ -104,6 +104,7 @@ class Publisher:
         builder = self.session.builder
         with self._one, builder.logged(task_name(PUBLISH, name), "it was asked for") as record:
             difference = self.compare(plan)
+            self._lock_sha256(plan)
             there = publication.upload(difference)
             self._note(name, publication, difference, there)
             publication.collect()
@@ -120,15 +121,32 @@ class Publisher:
             BuildError: it is not packed, or cannot be published.
         """
         name = plan.target.name
-        packed = Manifest.at(self.session.workspace.packed(name))
-        if packed is None:
-            raise BuildError(f"{BUILD}/{name} is not built")
+        packed, stamps = self._packed(name)
         folder = place.folder_of(self.session.workspace, name)
-        values = self.database.get_values(task_name(PACK, name))
-        there = Contents.of(folder, [packed.tensors], values.get("outputs") or {})
+        there = Contents.of(folder, [packed.tensors], stamps)
         if there.changed or set(there.kept) != set(packed.tensors):
             raise BuildError(f"{BUILD}/{name} is not as it was built")
         return self._publication(plan).compare(there.kept, there.added, self._last(name))
+
+    def _packed(self, target: str) -> tuple[Manifest, Stamps]:
+        """Return a target's manifest, and the stamps of its files when they were built.
+
+        Raises:
+            BuildError: it is not packed.
+        """
+        packed = Manifest.at(self.session.workspace.packed(target))
+        if packed is None:
+            raise BuildError(f"{BUILD}/{target} is not built")
+        return packed, self.database.get_values(task_name(PACK, target)).get("outputs") or {}
+
+    def _lock_sha256(self, plan: Plan) -> None:
+        """Have models.lock say what those who download a target should find.
+
+        Raises:
+            BuildError: it says something else.
+        """
+        packed, stamps = self._packed(plan.target.name)
+        self.session.acceptor.sha256(plan, packed, stamps)
 
     def _last(self, target: str) -> Published:
         """Return what was last published of a target; doit forgets of tasks that fail."""

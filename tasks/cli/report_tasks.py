@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +73,8 @@ def _target_task(
         with using, builder.logged(task, why) as record:
             seen = _seen(session, reader, plan, family)
             packed = Manifest.from_bytes(manifest.read_bytes())
-            sums = _sha256(session.workspace.built(name), packed)
-            texts = pages.target(reader, plan, packed, session.lock, family, sums)
+            sha256 = session.acceptor.sha256(plan, packed)
+            texts = pages.target(reader, plan, packed, session.lock, family, sha256)
             atomic.write(folder / written[0], texts.page.encode())
             if texts.trace is None:
                 (folder / written[1]).unlink(missing_ok=True)
@@ -106,15 +104,6 @@ def _target_task(
         "io": {"capture": False},
         "meta": {"plan": plan, "beside": first, "check": check},
     }
-
-
-def _sha256(folder: Path, packed: Manifest) -> dict[str, str]:
-    """Return the SHA-256 of a built model's files, as they lie there."""
-    sums = {}
-    for name in packed.tensors:
-        with suppress(FileNotFoundError), (folder / name).open("rb") as file:
-            sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
 
 
 def _overview_task(session: Session, reader: Reader) -> dict[str, Any]:

@@ -107,13 +107,13 @@ class Untouched:
         try:
             if id(shared) not in self._shared:
                 self._shared[id(shared)] = _encoder.encode(_of_shared(target, shared))
-            lock = self.lock
+            lock, built = self.lock, self.lock.targets.get(target.name)
             facts = [
                 self._program,
                 digest(self._shared[id(shared)]),
                 {**msgspec.structs.asdict(target), "where": ""},
                 lock.sources.get(target.source_name),
-                lock.targets.get(target.name),
+                built.without_sha256 if built else None,
                 saved,
                 [_stamps(str(folder)) for folder in self._folders(target.name)],
                 Stamp.of(self.workspace.packed(target.name)),

@@ -110,17 +110,17 @@ class MistakeList:
                     self.note(mistake.fact, at, mistake.mend or example)
             elif key.kind == "word" and isinstance(value, str):
                 self._explain_word(value, key, at)
-            elif key.kind == "words" and _is_list_of(str, value):
+            elif key.kind == "words" and isinstance(value, list):
                 for i, word in enumerate(value):
                     self._explain_word(word, key, (*at, i))
             else:
                 fact = f"is {show(value)}, must be {_expected(key)}"
                 self.note(fact, at, _mend_number(value) if key.name == "bits" else "")
 
-    def _explain_word(self, word: str, key: Key, at: At) -> None:
+    def _explain_word(self, word: Any, key: Key, at: At) -> None:
         if word not in key.valid:
             fact = f"is {show(word)}; valid: {', '.join(key.valid)}"
-            self.note(fact, at, nearest(word, key.valid))
+            self.note(fact, at, nearest(word, key.valid) if isinstance(word, str) else "")
 
     def _explain_unknown(self, value: Any, table: type[Struct], at: At, beside: Table) -> None:
         """Note a key that its table has not, with where it belongs or what it may have meant."""
@@ -139,6 +139,7 @@ class MistakeList:
                 else f'quote the name: [models."{model}.{name}"]',
             )
             return
+        mend = mend or _missing(value, table, beside)
         mend = mend or _near_home(name, table) or nearest(name, keys)
         self.note(f"is an unknown key; valid: {', '.join(keys)}", at, mend)
 
@@ -157,6 +158,15 @@ def _home(name: str, value: Any, table: type[Struct]) -> str:
             return f"it belongs in {place}" + (
                 f": quantize = {{ {name} = {toml(value)} }}" if shown else ""
             )
+    return ""
+
+
+def _missing(value: Any, table: type[Struct], beside: Table) -> str:
+    """Return what a text may be meant for that its table cannot do without, and does."""
+    missing = [key for key in keys_of(table).values() if key.required and key.name not in beside]
+    unknown = beside.keys() - keys_of(table).keys()
+    if isinstance(value, str) and len(unknown) == len(missing) == 1:
+        return f"did you mean {missing[0].name!r}?"
     return ""
 
 

@@ -157,7 +157,7 @@ def _no_remote(url: str) -> Mistake:
     if "@" in host:
         return Mistake("holds credentials", "take them out: credentials come from the environment")
     if scheme not in REMOTES:
-        return Mistake(f"has the scheme {scheme!r}; valid: {forms}", nearest(scheme, REMOTES))
+        return Mistake(f"has the scheme {scheme!r}; valid: {forms}", nearest(scheme, REMOTES, 0.5))
     if "?" in rest or "#" in rest:
         mend = "drop it: credentials come from the environment ('?' in a path is %3F, '#' %23)"
         return Mistake("has a query or a fragment", mend)
@@ -186,14 +186,14 @@ def _wrong_numbers(table: Quantize | Rule, mode: str, at: At) -> Iterator[Mistak
             yield Mistake(f"is {number}; mode {mode!r} takes {known}", f"use {near}", (*at, name))
 
 
-def closest(word: str, valid: Iterable[str], near: float = 0.5) -> str | None:
+def closest(word: str, valid: Iterable[str], near: float = 0.6) -> str | None:
     """Return the valid word that is most like another, or None if none is ``near``, of 1."""
     from difflib import get_close_matches  # 5 ms that only a mistake pays
 
     return next(iter(get_close_matches(word.lower(), list(valid), 1, near)), None)
 
 
-def nearest(word: str, valid: Iterable[str], near: float = 0.5) -> str:
+def nearest(word: str, valid: Iterable[str], near: float = 0.6) -> str:
     """Return a mend that names the closest valid word, or nothing if none is near."""
     close = closest(word, valid, near)
     return f"did you mean {close!r}?" if close else ""

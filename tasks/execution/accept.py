@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 
 from cache.records.manifests import Action, Manifest
 from tasks.core.errors import BuildError
+from tasks.core.program import COMMAND
+from tasks.execution import file_digests, place
 from tasks.execution.builder import Builder
+from tasks.execution.place import Contents, Stamps
 from tasks.planning import source_record
 from tasks.planning.lockfile import Built, Lock
 from tasks.planning.node import Node
@@ -107,7 +110,7 @@ class Acceptor:
             BuildError: nothing is to be written.
         """
         if self.lock.strict:
-            raise BuildError("--locked never writes models.lock. Run doit lock without it.")
+            raise BuildError(f"--locked never writes models.lock. Run {COMMAND} lock without it.")
         source = plan.checkpoint.source
         if not source.available:
             return ""  # not here: there is nothing new to accept
@@ -119,6 +122,29 @@ class Acceptor:
     def wants_blake3(self, plan: Plan) -> bool:
         """Tell whether a target's output has its BLAKE3 in the lock, or gets it."""
         return self.lock.wants_blake3(plan, shared=self.builder.store.sharing is not None)
+
+    def sha256(self, plan: Plan, packed: Manifest, stamps: Stamps | None = None) -> dict[str, str]:
+        """Return the SHA-256 of a target's files, by name; if all are as built, lock it.
+
+        Builds do not: it takes a core longer than all else that is done with a file.
+
+        Args:
+            plan: the target.
+            packed: its manifest.
+            stamps: of its files when they were built, as far as they are known.
+
+        Raises:
+            BuildError: it is not what is locked.
+        """
+        folder = place.folder_of(self.builder.workspace, plan.target.name)
+        there, memos = Contents.of(folder, [packed.tensors], stamps), self.builder.store.memos
+        sha256 = {
+            name: file_digests.of_file(folder / name, file_digests.SHA256, memos)
+            for name in there.kept
+        }
+        if sha256.keys() == packed.tensors.keys():
+            self.lock.add_sha256(plan, packed, sha256, self.source_names)
+        return sha256
 
     def target(self, plan: Plan) -> TargetAcceptance:
         """Return what accepts a target's packing.

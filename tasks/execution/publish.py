@@ -6,7 +6,6 @@ last publishing from here left it, or if the last commit there is of an mlx-make
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
 
-from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.text import some
+from tasks.execution import file_digests
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -245,16 +244,7 @@ class Publication(Struct, frozen=True):
         if not known or size != there.sizes[name]:
             return "another"
         kind = known.partition(":")[0]
-        question = [kind, str(path), *Stamp.of(path)]
-        found = self.memos.get("hub digests", question, str)
-        if found is None:
-            with path.open("rb") as file:
-                if kind == "sha256":
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                else:
-                    found = hashlib.sha1(b"blob %d\0" % size + file.read()).hexdigest()
-            self.memos.put("hub digests", question, found)
-        return f"{kind}:{found}"
+        return f"{kind}:{file_digests.of_file(path, kind, self.memos)}"
 
 
 def check_token() -> None:

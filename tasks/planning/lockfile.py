@@ -1,4 +1,4 @@
-"""lock: models.lock: what was built of what. For version control, beside models.toml.
+"""lockfile: models.lock: what was built of what. For version control, beside models.toml.
 
 ```json
 {
@@ -43,7 +43,7 @@ VERSION = 1
 SHOWN = 10  # names in a message
 
 
-_BLAKE3 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_256_BITS = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _RECORD = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
 _DIGEST = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 _COUNT = Annotated[int, msgspec.Meta(ge=0)]
@@ -82,14 +82,30 @@ class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         output: digest of the packed files' names and digests.
         blake3: the same, by BLAKE3: the one that nobody can make other files for. None if no remote
             store was set when it was locked.
+        sha256: of each packed file, by name, for who downloads it. None before a report or a
+            publishing worked it out.
     """
 
-    source: _BLAKE3
+    source: _256_BITS
     settings: _DIGEST
     computer: dict[str, str] | None
     action: _DIGEST
     output: _DIGEST
-    blake3: _BLAKE3 | None = None
+    blake3: _256_BITS | None = None
+    sha256: dict[str, _256_BITS] | None = None
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """It as the file has it."""
+        record = msgspec.structs.asdict(self)
+        if self.sha256 is None:
+            del record["sha256"]
+        return record
+
+    @property
+    def without_sha256(self) -> Built:
+        """It as it was before the SHA-256 of its files was known."""
+        return msgspec.structs.replace(self, sha256=None)
 
 
 class _LockFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -460,10 +476,12 @@ class Lock:
             BuildError: the same action made something else, or somebody made it to look as if it
                 did not; or it differs, and ``strict``.
         """
-        built = Built(
-            source.record, settings(plan), plan.computer, packed.action.key, packed.result, blake3
-        )
         locked = self.targets.get(plan.target.name)
+        sha256 = locked.sha256 if locked and locked.output == packed.result else None
+        built = Built(
+            source.record, settings(plan), plan.computer, packed.action.key, packed.result, blake3,
+            sha256,
+        )  # fmt: skip
         if locked and locked.output != built.output:
             fact = f"was built as {built.output}, and is {locked.output} in {self.path.name}"
             if locked.action == built.action:  # else check_target said what differs
@@ -502,13 +520,47 @@ class Lock:
             self.targets[plan.target.name] = built
             self._save(source_names)
 
+    def add_sha256(
+        self,
+        plan: Plan,
+        packed: Manifest,
+        sha256: dict[str, str],
+        source_names: Mapping[str, str],
+    ) -> None:
+        """Lock the SHA-256 of a target's files, unless ``strict``.
+
+        Args:
+            plan: the target.
+            packed: its manifest.
+            sha256: of each of its files, by name.
+            source_names: of all targets of models.toml, by target.
+
+        Raises:
+            BuildError: another is locked of what has the same digests.
+        """
+        name = plan.target.name
+        with self._writing:
+            locked = self.targets.get(name)
+            if not locked or locked.output != packed.result or locked.sha256 == sha256:
+                return
+            if locked.sha256 is not None:
+                files = sorted(dict(locked.sha256.items() ^ sha256.items()))
+                raise BuildError(
+                    f"{name}: {some(files, SHOWN)} has another SHA-256 than in {self.path.name}, "
+                    "though the same xxh3: a file was made to be taken for another one, or "
+                    f"{self.path.name} was edited. If it was, take it from version control again."
+                )
+            if not self.strict:
+                self.targets[name] = msgspec.structs.replace(locked, sha256=sha256)
+                self._save(source_names)
+
     def state(self, plan: Plan) -> str | None:
         """Return a digest of what is locked of a target, or None if it is not."""
         source = self.sources.get(plan.target.source_name)
         built = self.targets.get(plan.target.name)
         if not source or not built:
             return None
-        return digest_record([source.json, msgspec.structs.asdict(built)])
+        return digest_record([source.json, built.without_sha256.json])
 
     def _save(self, source_names: Mapping[str, str]) -> None:
         """Write the file, without what models.toml does not have any more."""
@@ -516,9 +568,7 @@ class Lock:
         record = {
             "version": VERSION,
             "sources": {n: s.json for n, s in self.sources.items() if n in kept},
-            "targets": {
-                n: msgspec.structs.asdict(b) for n, b in self.targets.items() if n in source_names
-            },
+            "targets": {n: b.json for n, b in self.targets.items() if n in source_names},
         }
         data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
         if not self.path.exists() or self.path.read_bytes() != data:

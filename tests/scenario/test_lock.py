@@ -1,5 +1,6 @@
 """models.lock: what was built of what; what differs from it is refused until it is accepted."""
 
+import hashlib
 import json
 import os
 import re
@@ -110,6 +111,32 @@ def test_untouched_when_nothing_changes(project: Project) -> None:
     project.doit()
     project.accept()
     assert Stamp.of(path) == before
+
+
+def test_sha256_of_each_file_once_a_report_has_it(project: Project) -> None:
+    """It stays as long as the output does, and costs no look at what was built."""
+    path = project.folder / "models.lock"
+    without = path.read_bytes()
+    project.doit("report")
+    with_sha256 = path.read_bytes()
+    record = lock(project)
+    files = sorted((project.folder / "build" / "model").iterdir())
+    assert record["targets"]["model"].pop("sha256") == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
+    assert record == json.loads(without)
+    assert project.doit().entries == []
+    shutil.rmtree(project.state / "manifests")
+    shutil.rmtree(project.folder / "build")
+    project.doit("--locked")
+    assert path.read_bytes() == with_sha256
+
+    rewrite(project, lambda record: record["targets"]["model"]["sha256"].update(x="0" * 64))
+    (project.folder / "reports" / "model.html").unlink()
+    assert "model: x has another SHA-256 than in models.lock" in refused(project, "report")
+    project.configure(quantize={"bits": 8})
+    project.doit()
+    assert "sha256" not in lock(project)["targets"]["model"]
 
 
 def test_pruned(project: Project) -> None:

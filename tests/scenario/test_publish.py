@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -65,6 +66,10 @@ def test_published_again_and_changed(hub, project: Project, tmp_path: Path) -> N
     tokenizer = built(project)["tokenizer.model"]  # both have it, and it goes up once
     assert sent(hub) == sum(map(len, [*weights, tokenizer]))
     loaded = snapshot_download("org/model", cache_dir=tmp_path / "there")
+    sha256 = json.loads((project.folder / "models.lock").read_bytes())["targets"]["model"]["sha256"]
+    assert sha256 == {
+        n: hashlib.sha256(data).hexdigest() for n, data in held(hub, "org/model").items()
+    }
     card = ModelCard.load(Path(loaded) / "README.md")
     assert card.data.library_name == "mlx"
     assert 'load("org/model")' in card.text

@@ -228,6 +228,15 @@ def test_remotes(folder: Path, url: str) -> None:
     assert settings_of(folder, f'[cache]\nremote = "{url}"').cache.remote == url
 
 
+def test_hints_that_help_or_none(folder: Path) -> None:
+    model = '[models.a]\nsource = "b"\n'
+    rules = 'quantize = { bits = 4, rules = [{ modules = "*.down_proj", skip = true }] }'
+    assert "modules is an unknown key" in (message := refused(folder, model + rules))
+    assert "Did you mean 'match'?" in message
+    assert (message := refused(folder, model + 'device = "cuda0"'))
+    assert message.endswith("is 'cuda0'; valid: cpu, gpu")
+
+
 @pytest.mark.parametrize(
     ("url", "fact", "mend"),
     [
@@ -266,8 +275,10 @@ def test_what_is_no_remote(folder: Path, url: str, fact: str, mend: str) -> None
     ("line", "words"),
     [
         ('keep = "cast"', 'keep is \'cast\', must be a list such as ["unshard", "cast"]'),
-        ("keep = [1]", "keep is [1], must be a list such as"),
-        ('keep = ["cast", "Unshard"]', "keep[1] is 'Unshard'; valid: extract, unshard, cast. Did you mean"),
+        ("keep = [1]", "keep[0] is 1; valid: extract, unshard, cast"),
+        ('keep = ["cast", "Unshard"]', "keep[1] is 'Unshard'; valid: extract, unshard, cast. Did"),
+        ('keep = ["castt", 5]', "keep[0] is 'castt'; valid: extract, unshard, cast. Did you mean"),
+        ('keep = ["castt", 5]', "keep[1] is 5; valid: extract, unshard, cast"),
         ('keep = ["quantize"]', "keep[0] is 'quantize'; valid: extract, unshard, cast"),
         ('remote = ["https://u:secret@h"]', 'remote is no string. Write "s3://BUCKET/PREFIX"'),
         ('mode = "readonly"', "mode is 'readonly'; valid: read-write, read-only, off. Did you"),

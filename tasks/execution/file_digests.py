@@ -1,0 +1,32 @@
+"""file_digests: digests of a built file as model hubs have them, and who downloads it can tell."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from cache.files.stamp import Stamp
+from cache.records.memos import Memos
+
+SHA256 = "sha256"
+
+
+def of_file(path: Path, kind: str, memos: Memos) -> str:
+    """Return a file's digest, which is worked out once, as long as the file stays.
+
+    Args:
+        path: the file.
+        kind: ``sha256``, of its bytes; ``git``, the id of its blob in git.
+        memos: where it is remembered.
+    """
+    stamp = Stamp.of(path)
+    question = [kind, str(path), *stamp]
+    found = memos.get("hub digests", question, str)
+    if found is None:
+        with path.open("rb") as file:
+            if kind == SHA256:
+                found = hashlib.file_digest(file, SHA256).hexdigest()
+            else:
+                found = hashlib.sha1(b"blob %d\0" % stamp.size + file.read()).hexdigest()
+        memos.put("hub digests", question, found)
+    return found
