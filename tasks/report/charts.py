@@ -15,8 +15,11 @@ from tasks.planning.plan import Plan
 from tasks.report import timeline
 from tasks.report.figures import KINDS, Error, Figures, Piece, together
 from tasks.report.timeline import Timeline
+from tasks.stages import registry
 
 COLORS = 9  # of the heat map's scale
+STEP_COLORS = 7  # of stages and packing, in their order
+OTHERS = "others"
 MIN_SPAN_DB = 3.0  # a scale narrower than this would show noise as if it were something
 STRIP_LAYERS = 32  # what of a heat map a phone can show side by side
 FEWEST_BARS = 12  # that share the width
@@ -365,6 +368,11 @@ class Span(NamedTuple):
     title: str
     tasks: int
 
+    @property
+    def color(self) -> str:
+        """Its class in the style sheet."""
+        return _color(self.stage)
+
 
 class Lanes(NamedTuple):
     """A build's threads.
@@ -410,7 +418,7 @@ def lanes(build: Timeline) -> Lanes:
 
 def _mergeable(before: Span, span: Span) -> bool:
     gap = span.x - before.x - before.width
-    if span.stage == "others":
+    if span.stage == OTHERS:
         return gap < 1
     return gap < 0.5 and span.width < 1 and (before.width < 1 or before.tasks > 1)
 
@@ -419,7 +427,7 @@ def _span(build: Timeline, entry: Entry, critical: bool, start: float, seconds: 
     stop = timeline.end(entry) - start
     begin = max(0.0, entry.start - start)
     x, width = WIDTH * begin / seconds, WIDTH * (stop - begin) / seconds
-    stage = entry.group if build.builds(entry) else "others"
+    stage = entry.group if build.builds(entry) else OTHERS
     title = f"{entry.task}: {entry.outcome}, {words.seconds(entry.seconds)}. {entry.why}"
     return Span(stage, entry.outcome in ("reused", "fetched"), critical, x, width, title, 1)
 
@@ -433,11 +441,16 @@ class Row(NamedTuple):
     read: int
     written: int
 
+    @property
+    def color(self) -> str:
+        """Its class in the style sheet."""
+        return _color(self.stage)
+
 
 def rows(build: Timeline, plan: Plan) -> list[Row]:
     """Return the outcomes of each stage's tasks in a build of a target."""
     rows = []
-    tasks = {stage: len(nodes) for stage, nodes in plan.stages.items()} | {PACK: 1}
+    tasks = {stage.group: len(plan.nodes(stage.name)) for stage in registry.PIPELINE} | {PACK: 1}
     for stage, total in tasks.items():
         entries = [entry for entry in build.mine if entry.group == stage]
         counts = {o: sum(e.outcome == o for e in entries) for o in log.OUTCOMES}
@@ -450,3 +463,9 @@ def rows(build: Timeline, plan: Plan) -> list[Row]:
         row._replace(counts={o: count for o, count in row.counts.items() if o in seen})
         for row in rows
     ]
+
+
+def _color(group: str) -> str:
+    """Return the style sheet's class of a group of tasks: those that build, by their place."""
+    building = registry.building()
+    return f"step{building.index(group) % STEP_COLORS}" if group in building else OTHERS

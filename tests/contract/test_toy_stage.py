@@ -1,5 +1,6 @@
 """A new stage is one file and one line: see `support/toy_stage.py`."""
 
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -35,7 +36,10 @@ def test_a_stage_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         why = inside.doit(tmp_path, "why", "scale:model:layers.0").stdout
         assert "factor 0.5 → 2.0" in why
         inside.doit(tmp_path, "report")
-        assert (tmp_path / "reports" / "model.html").exists()
+        page = (tmp_path / "reports" / "model.html").read_text()
+        colors = dict(re.findall(r'<li><i class="(\w+)"></i>(\w+)</li>', page))
+        assert [*colors.values()] == ["extract", "unshard", "cast", "scale", "quantize", "pack"]
+        assert all(f".{color} {{ fill: var(--{color}); }}" in page for color in colors)
     again = inside.doit(tmp_path)
     assert "scale" not in {task.split(":")[0] for task in again.computed}
     restored = mx.load(str(tmp_path / "build/model/model.safetensors"))

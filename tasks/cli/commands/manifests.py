@@ -1,4 +1,4 @@
-"""records: what was last built of the targets of a models.toml, as its manifests say."""
+"""manifests: what was last built of the targets of a models.toml, as its manifests say."""
 
 from __future__ import annotations
 
