@@ -338,7 +338,11 @@ def test_an_empty_variable_says_nothing(folder: Path, monkeypatch: pytest.Monkey
     [
         ("MLX_MAKE_CACHE_DIR", "models.toml", "cache.dir is "),
         ("MLX_MAKE_CACHE_DIR", "build/c", "cache.dir "),
-        ("MLX_MAKE_CACHE_KEEP", "cast,caste", "cache.keep[1] is 'caste'; valid: extract, unshard, cast. "),
+        (
+            "MLX_MAKE_CACHE_KEEP",
+            "cast,caste",
+            "cache.keep[1] is 'caste'; valid: extract, unshard, cast. ",
+        ),
         ("MLX_MAKE_CACHE_REMOTE", "s3://u:secret@b", "cache.remote holds credentials. Take"),
         ("MLX_MAKE_CACHE_MODE", "of", "cache.mode is 'of'; valid: read-write, read-only, off. Did"),
         ("MLX_MAKE_CACHE_MAX_SIZE", "lots", "cache.max_size is 'lots', which is no size"),
