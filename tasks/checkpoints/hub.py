@@ -230,10 +230,10 @@ class HubSource(Struct, frozen=True, dict=True):
     def _here(self) -> dict[str, Path]:
         """The files that the client has on this machine, by name."""
         folder = Path(self._snapshot.folder, self.place.subfolder)
-        found = {name: folder / name for name in self._files}
+        paths = {name: folder / name for name in self._files}
         return {
             name: path
-            for name, path in found.items()
+            for name, path in paths.items()
             if path.is_file() and path.stat().st_size == self._files[name].size
         }
 
@@ -258,26 +258,26 @@ class HubSource(Struct, frozen=True, dict=True):
             CheckpointError: it is not to be had.
         """
         place, opening = self.place, self.opening
-        asked = [KIND, VERSION, "commit", opening.project, place.repository, place.revision]
+        question = [KIND, VERSION, "commit", opening.project, place.repository, place.revision]
         commit = place.revision
         if not commit or not hub_client.COMMIT.fullmatch(commit):
             locked = opening.locked.commit if opening.locked else None
-            known = locked or opening.memos.get(KIND, asked, str)
-            commit = None if opening.newest else known
+            remembered = locked or opening.memos.get(KIND, question, str)
+            commit = None if opening.newest else remembered
         listed = [KIND, VERSION, "files", hub_client.environment(), place.repository]
-        if commit and (found := opening.memos.get(KIND, [*listed, commit], Snapshot)):
-            return found
+        if commit and (snapshot := opening.memos.get(KIND, [*listed, commit], Snapshot)):
+            return snapshot
         try:
-            found = hub_client.snapshot(place.repository, commit or place.revision)
+            snapshot = hub_client.snapshot(place.repository, commit or place.revision)
         except HubUnreachable:
-            kept = hub_client.kept_snapshot(place.repository, commit or place.revision)
-            if kept is None or opening.newest:
+            cached = hub_client.cached_snapshot(place.repository, commit or place.revision)
+            if cached is None or opening.newest:
                 raise
-            return kept  # not remembered: it may be a part
-        opening.memos.put(KIND, [*listed, found.commit], to_builtins(found))
+            return cached  # not remembered: it may be a part
+        opening.memos.put(KIND, [*listed, snapshot.commit], to_builtins(snapshot))
         if not place.revision or not hub_client.COMMIT.fullmatch(place.revision):
-            opening.memos.put(KIND, asked, found.commit)
-        return found
+            opening.memos.put(KIND, question, snapshot.commit)
+        return snapshot
 
 
 def _matches(name: str, pattern: str) -> bool:

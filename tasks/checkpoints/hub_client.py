@@ -24,7 +24,7 @@ from tasks.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     import httpx2
-    from huggingface_hub import RepoFile
+    from huggingface_hub import HfApi, ModelInfo, RepoFile
     from huggingface_hub.hf_api import RepoSibling
 
 CONNECTIONS = 8  # requests at once, as the client's own snapshot_download has
@@ -97,10 +97,23 @@ def snapshot(repository: str, revision: str | None) -> Snapshot:
         CheckpointError: there is no such repository or revision, or it is not for this user.
         HubUnreachable: the hub does not answer, or is not to be asked.
     """
-    from huggingface_hub import HfApi, RepoFile
-
     with _errors(repository, revision):
-        api = HfApi(**_us())
+        info, files = describe(repository, revision)
+    commit = str(info.sha)
+    return Snapshot(commit, _folder(repository, commit), files)
+
+
+def describe(repository: str, revision: str | None = None) -> tuple[ModelInfo, dict[str, HubFile]]:
+    """Ask the hub for a repository and its files, by path.
+
+    Raises:
+        CheckpointError: what answers is no hub, or leaves out sizes.
+        Exception: what its client raises otherwise.
+    """
+    from huggingface_hub import RepoFile
+
+    api = client()
+    with answers_of_a_hub(repository):
         info = _patiently(
             lambda: api.model_info(
                 repository, revision=revision, files_metadata=True, timeout=_stalled()
@@ -110,23 +123,30 @@ def snapshot(repository: str, revision: str | None) -> Snapshot:
         commit = info.sha or ""
         if not COMMIT.fullmatch(commit):
             raise ValueError(f"it names no commit: {commit!r}")
-        files = {sibling.rfilename: _told(sibling) for sibling in info.siblings or ()}
+        files = {sibling.rfilename: _hub_file(sibling) for sibling in info.siblings or ()}
         if None in files.values():  # a mirror may leave out what was asked for
             tree = _patiently(
                 lambda: [*api.list_repo_tree(repository, recursive=True, revision=commit)]
             )
-            files = {file.path: _told(file) for file in tree if isinstance(file, RepoFile)}
-    known = {name: file for name, file in files.items() if file is not None}
-    if len(known) < len(files):
+            files = {file.path: _hub_file(file) for file in tree if isinstance(file, RepoFile)}
+    complete = {name: file for name, file in files.items() if file is not None}
+    if len(complete) < len(files):
         name = next(name for name, file in files.items() if file is None)
         raise CheckpointError(
             f"{page(repository)} does not say how large {name} is. If there is a mirror between, "
             "it is at fault; try again without it (HF_ENDPOINT)."
         )
-    return Snapshot(commit, _folder(repository, commit), known)
+    return info, complete
 
 
-def _told(file: RepoSibling | RepoFile) -> HubFile | None:
+def client() -> HfApi:
+    """Return the hub's client, which says that it is this program that asks."""
+    from huggingface_hub import HfApi
+
+    return HfApi(**_program())
+
+
+def _hub_file(file: RepoSibling | RepoFile) -> HubFile | None:
     """Return what the hub says of a file, if it says all.
 
     Raises:
@@ -145,7 +165,7 @@ def _told(file: RepoSibling | RepoFile) -> HubFile | None:
     return HubFile(file.size, digest)
 
 
-def kept_snapshot(repository: str, revision: str | None) -> Snapshot | None:
+def cached_snapshot(repository: str, revision: str | None) -> Snapshot | None:
     """Return what the client's cache on this machine holds of a repository, without asking.
 
     It may be a part, where no more was downloaded.
@@ -154,19 +174,19 @@ def kept_snapshot(repository: str, revision: str | None) -> Snapshot | None:
     from huggingface_hub.errors import RevisionResolutionError
 
     try:
-        found = HfApi().resolve_revision(repository, revision=revision, local_files_only=True)
+        resolved = HfApi().resolve_revision(repository, revision=revision, local_files_only=True)
     except RevisionResolutionError:
         return None
-    folder = Path(_folder(repository, found.resolved))
+    folder = Path(_folder(repository, resolved.resolved))
     files = {
-        path.relative_to(folder).as_posix(): _kept(path)
+        path.relative_to(folder).as_posix(): _cached_file(path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    return Snapshot(found.resolved, str(folder), files) if files else None
+    return Snapshot(resolved.resolved, str(folder), files) if files else None
 
 
-def _kept(path: Path) -> HubFile:
+def _cached_file(path: Path) -> HubFile:
     """Return a file of the client's cache, whose blobs have the names of their digests."""
     blob = Path(os.readlink(path)).name if path.is_symlink() else ""
     kinds = {64: "sha256", 40: "git"}
@@ -197,7 +217,7 @@ def download(repository: str, commit: str, names: Iterable[str]) -> None:
 
     def fetch(name: str) -> None:
         with _errors(repository, commit, name):
-            _patiently(lambda: hf_hub_download(repository, name, revision=commit, **_us()))
+            _patiently(lambda: hf_hub_download(repository, name, revision=commit, **_program()))
 
     each_at_once(fetch, names)
 
@@ -260,27 +280,27 @@ class Ranges(Struct, frozen=True):
         import httpx2
         from huggingface_hub.utils import get_session
 
-        known = [(self.files[name], name) for name in names if name not in self._addresses]
-        large = {file.digest[7:]: (file, n) for file, n in known if file.digest[:7] == "sha256:"}
+        files = [(self.files[name], name) for name in names if name not in self._addresses]
+        large = {file.digest[7:]: (file, n) for file, n in files if file.digest[:7] == "sha256:"}
         url = f"{page(self.repository)}.git/info/lfs/objects/batch"
         for first in range(0, len(large), LOCATED):
-            some = list(large.items())[first : first + LOCATED]
-            asked = {
+            batch = list(large.items())[first : first + LOCATED]
+            request = {
                 "operation": "download",
                 "transfers": ["basic"],
                 "hash_algo": "sha256",
-                "objects": [{"oid": oid, "size": file.size} for oid, (file, _) in some],
+                "objects": [{"oid": oid, "size": file.size} for oid, (file, _) in batch],
             }
             try:
                 response = get_session().post(
-                    url, json=asked, headers=_headers(), timeout=_stalled()
+                    url, json=request, headers=_headers(), timeout=_stalled()
                 )
-                told = msgspec.json.decode(response.content, type=_Located)
+                answer = msgspec.json.decode(response.content, type=_Located)
             except (httpx2.HTTPError, OSError, msgspec.DecodeError, *_NO_ANSWER):
                 return
-            for each in told.objects:
-                if each.oid in large and (place := each.actions.get("download")) and place.is_plain:
-                    self._addresses[large[each.oid][1]] = place.href
+            for item in answer.objects:
+                if item.oid in large and (place := item.actions.get("download")) and place.is_plain:
+                    self._addresses[large[item.oid][1]] = place.href
 
     @contextmanager
     def _opened(self, name: str, start: int, end: int) -> Iterator[httpx2.Response]:
@@ -314,14 +334,14 @@ class Ranges(Struct, frozen=True):
 
         hf_raise_for_status(response)
         size = self.files[name].size
-        given = f"{start}-{end - 1}/{size}"
+        span = f"{start}-{end - 1}/{size}"
         if response.status_code == 206:
-            given = response.headers.get("content-range", "").removeprefix("bytes ")
+            span = response.headers.get("content-range", "").removeprefix("bytes ")
         elif (start, end) != (0, size):
             raise self._other(name, "the whole file, where a range was asked for")
-        match = re.fullmatch(rf"({_NUMBER})-({_NUMBER})/({_NUMBER}|\*)", given)
+        match = re.fullmatch(rf"({_NUMBER})-({_NUMBER})/({_NUMBER}|\*)", span)
         if not match or int(match[1]) != start or int(match[2]) >= end:
-            raise self._other(name, f"range {given[:60]!r}, where {start}-{end - 1} was asked for")
+            raise self._other(name, f"range {span[:60]!r}, where {start}-{end - 1} was asked for")
         if match[3] not in ("*", str(size)):
             raise self._other(name, f"a file of {int(match[3]):,} bytes, which has {size:,}")
         if response.headers.get("content-encoding", "identity") != "identity":
@@ -333,9 +353,9 @@ class Ranges(Struct, frozen=True):
     def _check_etag(self, name: str, response: httpx2.Response) -> None:
         """Refuse a redirect to other bytes than the hub said are the file's."""
         etag = response.headers.get("x-linked-etag", "").removeprefix("W/").strip('"')
-        known = self.files[name].digest.removeprefix("sha256:")
-        if etag and len(etag) == len(known) == 64 and etag != known:
-            raise self._other(name, f"a file of sha256 {etag}, which has {known}")
+        expected = self.files[name].digest.removeprefix("sha256:")
+        if etag and len(etag) == len(expected) == 64 and etag != expected:
+            raise self._other(name, f"a file of sha256 {etag}, which has {expected}")
 
     def _other(self, name: str, what: str) -> CheckpointError:
         return CheckpointError(
@@ -383,10 +403,10 @@ def _stream(address: str, place: str, start: int, end: int) -> Iterator[httpx2.R
 
 
 def _headers(token: Literal[False] | None = None) -> dict[str, str]:
-    """Return what the hub is told of who asks; ``False``: not the token, to any other host."""
+    """Return the headers of a request; ``False``: without the token, to any other host."""
     from huggingface_hub.utils import build_hf_headers
 
-    return build_hf_headers(token=token, **_us())
+    return build_hf_headers(token=token, **_program())
 
 
 def _stalled() -> float:
@@ -396,8 +416,8 @@ def _stalled() -> float:
     return constants.HF_HUB_DOWNLOAD_TIMEOUT
 
 
-def _us() -> dict[str, Any]:
-    """Return what the hub is told of who asks."""
+def _program() -> dict[str, Any]:
+    """Return what the hub's client says of the program that uses it."""
     from importlib.metadata import version
 
     return {"library_name": "mlx-make", "library_version": version("mlx-make")}
@@ -446,15 +466,15 @@ class _Patience:
         return self
 
     def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> bool:
-        asked = _passing(error)
-        if asked is None:
+        delay = _passing(error)
+        if delay is None:
             return False
         self._tries += 1
         self._seconds = 0.0
-        if self._tries >= self._most or asked > MOST_PATIENCE_SECONDS:
+        if self._tries >= self._most or delay > MOST_PATIENCE_SECONDS:
             return False
         wait = min(FIRST_WAIT_SECONDS * 2 ** (self._tries - 1), MOST_WAIT_SECONDS)
-        time.sleep(max(asked, wait * random.uniform(0.75, 1.25)))
+        time.sleep(max(delay, wait * random.uniform(0.75, 1.25)))
         return True
 
 
@@ -503,13 +523,37 @@ def _retry_after(response: httpx2.Response) -> float:
 
 
 @contextmanager
+def answers_of_a_hub(repository: str, name: str = "") -> Iterator[None]:
+    """Say that it is no hub that answers, where its client makes nothing of the answer.
+
+    Raises:
+        HubUnreachable: that is so.
+    """
+    import httpx2
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (HFValidationError, httpx2.TransportError):
+        raise
+    except (httpx2.RequestError, httpx2.InvalidURL, *_NO_ANSWER) as error:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise HubUnreachable(
+            f"{_endpoint()} gives no answer of a hub for {name or 'what it holds'} of "
+            f"{repository}: {cause}. Look whether it is one (HF_ENDPOINT), and what is between: a "
+            "network may want a login in a browser first."
+        ) from error
+
+
+@contextmanager
 def _errors(repository: str, revision: str | None, name: str = "") -> Iterator[None]:
     """Say what is wrong, and what to do about it, where the client says how it came about."""
     import httpx2
     from huggingface_hub import errors
 
     try:
-        yield
+        with answers_of_a_hub(repository, name):
+            yield
     except CheckpointError:
         raise
     except (
@@ -527,13 +571,6 @@ def _errors(repository: str, revision: str | None, name: str = "") -> Iterator[N
         ) from error
     except errors.HFValidationError as error:
         raise CheckpointError(f"hf:{repository}: {error}") from error
-    except (httpx2.RequestError, httpx2.InvalidURL, *_NO_ANSWER) as error:
-        cause = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-        raise HubUnreachable(
-            f"{_endpoint()} gives no answer of a hub for {name or 'what it holds'} of "
-            f"{repository}: {cause}. Look whether it is one (HF_ENDPOINT), and what is between: a "
-            "network may want a login in a browser first."
-        ) from error
     except OSError as error:
         raise CheckpointError(
             f"{name or 'what the hub says'} of {repository} cannot be kept: {error}. Make room "

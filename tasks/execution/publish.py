@@ -10,19 +10,18 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
 
 from cache.records.memos import Memos
+from tasks.checkpoints import hub_client
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.text import some
 from tasks.execution import file_digests
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
 TOKEN = "HF_TOKEN"  # the variable that brings one; the client knows others, and a stored one
@@ -167,7 +166,7 @@ class Publication(Struct, frozen=True):
         disable_progress_bars()  # doit's own display is on those lines
         set_verbosity(logging.ERROR)  # else it tells of each try, with addresses that are secrets
         with _errors(self.repository):
-            api = _api()
+            api = hub_client.client()
             if there.commit is None:
                 api.create_repo(self.repository, private=self.private)
                 there = self._read()
@@ -196,7 +195,7 @@ class Publication(Struct, frozen=True):
             return
         owner = self.repository.partition("/")[0]
         with _errors(self.repository):
-            api = _api()
+            api = hub_client.client()
             made = api.create_collection(
                 self.collection, namespace=owner, private=self.private, exists_ok=True
             )
@@ -212,7 +211,7 @@ class Publication(Struct, frozen=True):
 
         try:
             with _errors(self.repository, but=RepositoryNotFoundError):
-                info = _api().model_info(self.repository, files_metadata=True)
+                info, files = hub_client.describe(self.repository)
         except RepositoryNotFoundError as error:
             if self.create:
                 return Repository()
@@ -225,17 +224,14 @@ class Publication(Struct, frozen=True):
                 f"{self.repository} can be seen by all, and models.toml says private = true. Make "
                 "it private on the hub, or publish to another repository."
             )
-        files = {
-            file.rfilename: f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
-            for file in info.siblings or ()
-        }
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        return Repository(info.sha, bool(info.private), files, sizes)
+        digests = {name: file.digest for name, file in files.items()}
+        sizes = {name: file.size for name, file in files.items()}
+        return Repository(info.sha, bool(info.private), digests, sizes)
 
     def _is_last_committer(self) -> bool:
         """Tell whether the last commit there is of an mlx-make, if not of this one."""
-        with _errors(self.repository):
-            return _api().list_repo_commits(self.repository)[0].title == self.title
+        with _errors(self.repository), hub_client.answers_of_a_hub(self.repository):
+            return hub_client.client().list_repo_commits(self.repository)[0].title == self.title
 
     def _digest(self, name: str, there: Repository) -> str:
         """Return a built file's digest as the repository has its own, if it may be equal."""
@@ -260,12 +256,6 @@ def check_token() -> None:
             f"there is no token for the hub, without which nothing is published. Have {TOKEN} hold "
             "one that may write, or log in: hf auth login."
         )
-
-
-def _api() -> HfApi:
-    from huggingface_hub import HfApi
-
-    return HfApi(library_name="mlx-make", library_version=version("mlx-make"))
 
 
 @contextmanager

@@ -183,12 +183,16 @@ def test_who_may_not_publish(hub, project: Project, tmp_path: Path, token: str |
 
 def test_a_hub_that_fails(hub, project: Project) -> None:
     project.doit()
-    hub.fault = lambda request: hub_server.Answer(500, b"{}")
-    done = project.doit("publish:model", expect=1)
-    assert "status 500" in done.stderr + done.stdout
-    hub.fault = lambda request: hub_server.Cut() if request.method == "PUT" else None
+    for body in (b"<html>", b"null", b"{}"):
+        hub.fault = lambda request, body=body: hub_server.Answer(200, body)
+        done = project.doit("publish:model", expect=1)
+        assert "gives no answer of a hub for what it holds of org/model" in done.stdout
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("time.sleep", lambda seconds: None)
+        hub.fault = lambda request: hub_server.Answer(500, b"{}")
+        done = project.doit("publish:model", expect=1)
+        assert "status 500" in done.stderr + done.stdout
+        hub.fault = lambda request: hub_server.Cut() if request.method == "PUT" else None
         done = project.doit("publish:model", expect=1)
     assert "publish again" in done.stderr + done.stdout
     hub.fault = lambda request: None
