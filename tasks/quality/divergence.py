@@ -15,12 +15,12 @@ from tasks.tensors import mx
 ROWS = 64  # tokens that are worked on at once
 
 
-class Said(NamedTuple):
-    """What a teacher says of some tokens.
+class TopPredictions(NamedTuple):
+    """What is kept of a teacher's predictions of some tokens.
 
     Attributes:
-        ids: its most likely next tokens, (tokens, kept), uint32.
-        logits: theirs, (tokens, kept), in the model's dtype.
+        ids: its most likely next tokens, (tokens, count), uint32.
+        logits: theirs, (tokens, count), in the model's dtype.
         rest: the logarithm of the sum of the exponentials of all others, (tokens,), float32.
         loss: of the token that does come next, its negative log-likelihood, (tokens,), float32.
     """
@@ -31,8 +31,8 @@ class Said(NamedTuple):
     loss: mx.array
 
 
-class Compared(NamedTuple):
-    """What another model says of them.
+class Comparison(NamedTuple):
+    """How another model predicts them.
 
     Attributes:
         loss: as the teacher's.
@@ -45,26 +45,27 @@ class Compared(NamedTuple):
     agrees: mx.array
 
 
-def say(logits: mx.array, following: mx.array, kept: int) -> Said:
-    """Return what a teacher says.
+def top_predictions(logits: mx.array, following: mx.array, count: int) -> TopPredictions:
+    """Return what is kept of what a teacher says.
 
     Args:
         logits: (tokens, vocabulary).
         following: the tokens that come next, (tokens,).
-        kept: how many of the most likely are kept.
+        count: how many of the most likely are kept.
     """
     parts = []
     for start in range(0, len(logits), ROWS):
         block, ids = logits[start:][:ROWS], following[start:][:ROWS]
         wide = block.astype(mx.float32)
-        best = _best(wide, kept)
-        said = Said(best, mx.take_along_axis(block, best, -1), _rest(wide, best), _loss(wide, ids))
-        mx.eval(said)
-        parts.append(said)
-    return Said(*(mx.concatenate([*part]) for part in zip(*parts, strict=True)))
+        best = _best(wide, count)
+        logits_of_best = mx.take_along_axis(block, best, -1)
+        part = TopPredictions(best, logits_of_best, _rest(wide, best), _loss(wide, ids))
+        mx.eval(part)
+        parts.append(part)
+    return TopPredictions(*(mx.concatenate([*part]) for part in zip(*parts, strict=True)))
 
 
-def compare(logits: mx.array, following: mx.array, teacher: Said) -> Compared:
+def compare(logits: mx.array, following: mx.array, teacher: TopPredictions) -> Comparison:
     """Return what another model says, beside the teacher.
 
     Args:
@@ -77,24 +78,25 @@ def compare(logits: mx.array, following: mx.array, teacher: Said) -> Compared:
         wide = logits[start:][:ROWS].astype(mx.float32)
         ids, best, rest, _ = (part[start:][:ROWS] for part in teacher)
         own = mx.take_along_axis(wide, ids, -1)
-        expected = _log_shares(best.astype(mx.float32), rest)
-        found = _log_shares(own, _rest(wide, ids))
-        terms = mx.where(expected == -mx.inf, 0, mx.exp(expected) * (expected - found))
+        teacher_shares = _log_shares(best.astype(mx.float32), rest)
+        own_shares = _log_shares(own, _rest(wide, ids))
+        weighted = mx.exp(teacher_shares) * (teacher_shares - own_shares)
+        terms = mx.where(teacher_shares == -mx.inf, 0, weighted)
         agrees = own[:, 0] == mx.max(wide, axis=-1)
-        compared = Compared(
+        part = Comparison(
             _loss(wide, following[start:][:ROWS]), mx.sum(terms, axis=-1), agrees.astype(mx.uint8)
         )
-        mx.eval(compared)
-        parts.append(compared)
-    return Compared(*(mx.concatenate([*part]) for part in zip(*parts, strict=True)))
+        mx.eval(part)
+        parts.append(part)
+    return Comparison(*(mx.concatenate([*part]) for part in zip(*parts, strict=True)))
 
 
-def _best(wide: mx.array, kept: int) -> mx.array:
-    """Return the ids of the highest logits, the highest first, (tokens, kept)."""
-    if kept < wide.shape[-1]:
-        ids = mx.argpartition(-wide, kept - 1, axis=-1)[:, :kept]
+def _best(wide: mx.array, count: int) -> mx.array:
+    """Return the ids of the highest logits, the highest first, (tokens, count)."""
+    if count < wide.shape[-1]:
+        ids = mx.argpartition(-wide, count - 1, axis=-1)[:, :count]
     else:
-        ids = mx.broadcast_to(mx.arange(kept, dtype=mx.uint32), wide.shape)
+        ids = mx.broadcast_to(mx.arange(count, dtype=mx.uint32), wide.shape)
     order = mx.argsort(-mx.take_along_axis(wide, ids, -1), axis=-1)
     return mx.take_along_axis(ids, order, -1).astype(mx.uint32)
 
@@ -111,12 +113,12 @@ def _loss(wide: mx.array, following: mx.array) -> mx.array:
 
 
 def _log_shares(logits: mx.array, rest: mx.array) -> mx.array:
-    """Return the log-probabilities of tokens, and of all others as the last: (tokens, kept + 1)."""
+    """Return log-probabilities of tokens, and of all others as the last: (tokens, count + 1)."""
     every = mx.concatenate([logits, rest[:, None]], axis=-1)
     return every - mx.logsumexp(every, axis=-1, keepdims=True)
 
 
-class Quality(NamedTuple):
+class ModelQuality(NamedTuple):
     """How good a model is.
 
     Attributes:
@@ -125,9 +127,9 @@ class Quality(NamedTuple):
         teacher_perplexity: of the teacher.
         mean: of the divergence, nats; the next are of the same.
         median: half of the tokens have less.
-        high: 95 % have less.
-        higher: 99 % have less.
-        most: of any token.
+        percentile_95: 95 % have less.
+        percentile_99: 99 % have less.
+        maximum: of any token.
         agreement: part of the tokens of which the most likely next is the teacher's.
     """
 
@@ -136,13 +138,13 @@ class Quality(NamedTuple):
     teacher_perplexity: float
     mean: float
     median: float
-    high: float
-    higher: float
-    most: float
+    percentile_95: float
+    percentile_99: float
+    maximum: float
     agreement: float
 
     @classmethod
-    def of(cls, loss: bytes, teacher_loss: bytes, divergence: bytes, agrees: bytes) -> Quality:
+    def of(cls, loss: bytes, teacher_loss: bytes, divergence: bytes, agrees: bytes) -> ModelQuality:
         """Return what the bytes of vectors say, one number a token."""
         import numpy as np
 
@@ -150,23 +152,24 @@ class Quality(NamedTuple):
             np.frombuffer(data, np.float32).astype(np.float64)
             for data in (loss, teacher_loss, divergence)
         )
-        median, high, higher, most = np.quantile(nats, (0.5, 0.95, 0.99, 1.0)).tolist()
+        median, percentile_95, percentile_99 = np.quantile(nats, (0.5, 0.95, 0.99)).tolist()
         return cls(
             own.size,
             float(np.exp(own.mean())),
             float(np.exp(theirs.mean())),
             float(nats.mean()),
             median,
-            high,
-            higher,
-            most,
+            percentile_95,
+            percentile_99,
+            float(nats.max()),
             float(np.frombuffer(agrees, np.uint8).mean()),
         )
 
     def __str__(self) -> str:
         return (
             f"perplexity {self.perplexity:.4f}, of the teacher {self.teacher_perplexity:.4f}; "
-            f"KL divergence mean {self.mean:.5f}, median {self.median:.5f}, 95 % {self.high:.5f}, "
-            f"99 % {self.higher:.5f}, max {self.most:.4f}; same top token "
-            f"{100 * self.agreement:.2f} %; {self.tokens:,} tokens"
+            f"KL divergence mean {self.mean:.5f}, median {self.median:.5f}, "
+            f"95 % {self.percentile_95:.5f}, 99 % {self.percentile_99:.5f}, "
+            f"max {self.maximum:.4f}; same top token {100 * self.agreement:.2f} %; "
+            f"{self.tokens:,} tokens"
         )

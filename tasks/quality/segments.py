@@ -137,8 +137,8 @@ class Run:
     def _watch(self, block: Any, index: int) -> None:
         kind = type(block)
 
-        def call(module: Any, given: Any, *args: Any, **named: Any) -> Any:
-            return self._block(lambda x: kind.__call__(module, x, *args, **named), index, given)
+        def call(module: Any, state: Any, *args: Any, **named: Any) -> Any:
+            return self._block(lambda x: kind.__call__(module, x, *args, **named), index, state)
 
         object.__setattr__(block, "__class__", type(kind.__name__, (kind,), {"__call__": call}))
 
@@ -166,13 +166,13 @@ class Run:
             raise CannotSplit(f"what it hands on is no array, but {type(result).__name__}")
         return result
 
-    def _block(self, run: Callable[[Any], Any], index: int, given: Any) -> Any:
-        """Stand in for a block that the model calls with ``given``."""
+    def _block(self, run: Callable[[Any], Any], index: int, state: Any) -> Any:
+        """Stand in for a block that the model calls with ``state``."""
         if index != self._called:
             raise CannotSplit("it calls its blocks in another order")
         self._called += 1
         if index == self._number:
-            raise _Reached(given)
+            raise _Reached(state)
         if self._number == self.blocks + 1 and index == self.blocks - 1:
             return self._state
         if index < self._number - 1:
@@ -204,12 +204,12 @@ def split(memos: Memos, skeleton: Skeleton, length: int) -> Split:
         digest_record([[n, s.dtype, list(s.shape)] for n, s in skeleton.tensors.items()]),
         length,
     ]
-    known = memos.get("segments", question, Split)
-    if known is None:
+    answer = memos.get("segments", question, Split)
+    if answer is None:
         with mx.stream(mx.cpu):
-            known = _split(skeleton, length)
-        memos.put("segments", question, msgspec.to_builtins(known))
-    return known
+            answer = _split(skeleton, length)
+        memos.put("segments", question, msgspec.to_builtins(answer))
+    return answer
 
 
 def _split(skeleton: Skeleton, length: int) -> Split:
@@ -219,10 +219,10 @@ def _split(skeleton: Skeleton, length: int) -> Split:
         _check_is_as_stored(model, skeleton.tensors)
         return Split(tuple(_trace(model, tokens)))
     except Exception as error:  # whatever a model raises where it is run in parts
-        why = str(error) if isinstance(error, CannotSplit) else f"{type(error).__name__}: {error}"
+        cause = str(error) if isinstance(error, CannotSplit) else f"{type(error).__name__}: {error}"
     logits = skeleton.load()(tokens)
     shape, dtype = tuple(logits.shape), arrays.dtype_name(logits)
-    return Split((Segment(LOGITS, 0, tuple(skeleton.tensors), dtype, shape),), why)
+    return Split((Segment(LOGITS, 0, tuple(skeleton.tensors), dtype, shape),), cause)
 
 
 def _trace(model: Any, tokens: mx.array) -> Iterator[Segment]:
@@ -260,16 +260,16 @@ def _block_names(model: Any, names: Sequence[str]) -> list[tuple[str, str]]:
     """Return the path of each block, and the name of its layer."""
     layer_of = layer_names(list(names))
     path_of = {id(module): path for path, module in model.named_modules()}
-    found = []
+    blocks = []
     for block in model.layers:
         path = path_of[id(block)]
         inside = next((name for name in names if name.startswith(f"{path}.")), None)
         if inside is None:
             raise CannotSplit(f"its block {path} has no weights")
-        found.append((path, layer_of[inside]))
-    if len({layer for _, layer in found}) < len(found):
+        blocks.append((path, layer_of[inside]))
+    if len({layer for _, layer in blocks}) < len(blocks):
         raise CannotSplit("several of its blocks are one layer")
-    return found
+    return blocks
 
 
 def _check_is_as_stored(model: Any, tensors: Mapping[str, TensorSpec]) -> None:
@@ -290,8 +290,8 @@ def _check_is_as_stored(model: Any, tensors: Mapping[str, TensorSpec]) -> None:
         loads = set(re.findall(r'(\d+) \[label ="Load"', text))
         made_by = re.findall(r'^(\d+) -> "(p\d+)"$', text, re.M)
         loaded = {label for maker, label in made_by if maker in loads}
-        if made := labels.keys() - loaded:
-            name = names[int(min(made, key=lambda label: int(label[1:]))[1:])]
+        if computed := labels.keys() - loaded:
+            name = names[int(min(computed, key=lambda label: int(label[1:]))[1:])]
             raise CannotSplit(f"{name} is made of what its weight file holds as it is loaded")
 
 

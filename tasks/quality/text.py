@@ -35,12 +35,12 @@ def read(name: str | None) -> list[Document]:
             "name another."
         ) from error
     lines = enumerate(content.splitlines(), 1)
-    found: list[Document] = [content]
+    documents: list[Document] = [content]
     if path.suffix == ".jsonl":
-        found = [_document(path, number, line) for number, line in lines if line.strip()]
-    if not any(found):
+        documents = [_document(path, number, line) for number, line in lines if line.strip()]
+    if not any(documents):
         raise BuildError(f"{path} is empty: put text into it, or name another.")
-    return found
+    return documents
 
 
 def digest(documents: Sequence[Document]) -> str:
@@ -94,8 +94,8 @@ def windows(
         BuildError: the text has fewer.
     """
     tokens = list(_tokens(documents, tokenizer))
-    whole = tokenizer.encode("a")
-    first = whole[:1] if whole[0] == tokenizer.bos_token_id else []
+    letter = tokenizer.encode("a")
+    first = letter[:1] if letter[0] == tokenizer.bos_token_id else []
     step = length - len(first)
     count = len(tokens) // step
     if count < samples:

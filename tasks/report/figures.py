@@ -17,7 +17,7 @@ from tasks.core.errors import BuildError
 from tasks.core.workspace import Workspace
 from tasks.execution.builder import Builder
 from tasks.planning.plan import Plan
-from tasks.quality.divergence import Quality
+from tasks.quality.divergence import ModelQuality
 from tasks.quality.segments import LOGITS
 from tasks.stages import forward, measure, quantize_scheme, registry
 from tasks.stages.forward import STATE, Evaluate
@@ -128,7 +128,7 @@ class Figures:
     weight_bytes: int
     weights: int
     errors: dict[str, Error] | None
-    quality: Quality | None = None
+    quality: ModelQuality | None = None
 
     @property
     def bits(self) -> float:
@@ -228,7 +228,9 @@ def _read(builder: Builder, plan: Plan) -> Figures | None:
     )
 
 
-def evaluated(blobs: Blobs, workspace: Workspace, target: str, packed: Manifest) -> Quality | None:
+def evaluated(
+    blobs: Blobs, workspace: Workspace, target: str, packed: Manifest
+) -> ModelQuality | None:
     """Return how good a target is, or None if what is packed was not evaluated.
 
     Nothing is planned for it: each manifest tells the weights that it read, and which state.

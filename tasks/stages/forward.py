@@ -20,7 +20,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import BuildError
 from tasks.layouts.architecture import versions
 from tasks.quality import divergence, segments
-from tasks.quality.divergence import Compared, Quality, Said
+from tasks.quality.divergence import Comparison, ModelQuality, TopPredictions
 from tasks.quality.segments import Run, Segment, Skeleton, Split
 from tasks.stages import quantize
 from tasks.stages.cast import dtype_after
@@ -40,15 +40,15 @@ from tasks.stages.stage import (
     Stage,
     TargetModel,
 )  # fmt: skip
-from tasks.stages.tokens import EVALUATION, TOKENS, Tokens
+from tasks.stages.tokens import EVALUATION_TEXT, TOKENS, Tokens
 from tasks.tensors import arrays, mx, rows
 from tasks.tensors.device import device_of
 from tasks.tensors.rows import IN_FLIGHT_BYTES
 
 STATE = "state"
-SAID = Said._fields  # what the last segment of a teacher makes
-COMPARED = Compared._fields  # what it makes of a quantized model, beside the teacher's loss
-HELD = 8  # states, or logits, of one sequence that a segment holds at once
+TOP_PREDICTIONS = TopPredictions._fields  # what the last segment of a teacher makes
+COMPARISON = Comparison._fields  # what it makes of a quantized model, beside the teacher's loss
+STATES_AT_ONCE = 8  # states, or logits, of one sequence that a segment holds at once
 
 
 class ForwardParams(Params, frozen=True):
@@ -62,7 +62,7 @@ class ForwardParams(Params, frozen=True):
         dtype: of what it leads to, for one sequence.
         shape: of the same.
         nbytes: of the tensors that it reads.
-        kept: how many of the teacher's most likely tokens are kept; 0 before the last segment.
+        top_logits: how many of the teacher's are kept; 0 before the last segment.
         versions: of MLX and of the library.
         device: what computes: ``cpu``, ``metal``, ``cuda``.
         machine: the processor.
@@ -75,7 +75,7 @@ class ForwardParams(Params, frozen=True):
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    kept: int
+    top_logits: int
     versions: dict[str, str]
     device: str
     machine: str
@@ -86,8 +86,8 @@ class ForwardParams(Params, frozen=True):
         return TensorSpec(self.dtype, self.shape)
 
 
-class _Runs(Stage[ForwardParams]):
-    """What the stages have in common that run a model."""
+class _ModelStage(Stage[ForwardParams]):
+    """A stage that runs a model."""
 
     version = 1
     keep = Keep.ALWAYS
@@ -107,17 +107,17 @@ class _Runs(Stage[ForwardParams]):
 
     def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
         """Return the state: (samples, tokens, width)."""
-        return _stored({STATE: _every(params.spec, inputs)}, inputs)
+        return _stored({STATE: _of_all_samples(params.spec, inputs)}, inputs)
 
     def run(self, params: ForwardParams, inputs: Inputs, context: Context) -> Result:
         """Run a segment on one sequence after another."""
-        work = _Work(self, params, inputs, context)
+        runner = _SegmentRunner(self, params, inputs, context)
         outputs = self.outputs(params, _specs(inputs))
-        return Result(work.write(outputs, lambda index: [work.run(index)]))
+        return Result(runner.write(outputs, lambda index: [runner.run(index)]))
 
     def memory(self, params: ForwardParams, checkpoint: Checkpoint) -> int:
         """Return the size of the segment's weights, and of a few states."""
-        return params.nbytes + HELD * params.spec.nbytes + IN_FLIGHT_BYTES
+        return params.nbytes + STATES_AT_ONCE * params.spec.nbytes + IN_FLIGHT_BYTES
 
     def describe(self, params: ForwardParams) -> str:
         """Return how what is run is quantized."""
@@ -129,7 +129,7 @@ class _Runs(Stage[ForwardParams]):
         return changed + changed_values(old, new, but=("settings",))
 
 
-class Teacher(_Runs):
+class Teacher(_ModelStage):
     """Run each model as it is before it is quantized, and keep what it says."""
 
     name = "teacher"
@@ -147,27 +147,32 @@ class Teacher(_Runs):
         return _plan(self, target, before=self.name)
 
     def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
-        """Return the state; of the last segment, what the teacher says: see ``Said``."""
-        if not params.kept:
+        """Return the state; of the last segment, what is kept: see ``TopPredictions``."""
+        if not params.top_logits:
             return super().outputs(params, inputs)
-        number = _every(TensorSpec("float32", params.shape[:2]), inputs)
-        several = (*number.shape, params.kept)
-        best = {"ids": TensorSpec("uint32", several), "logits": TensorSpec(params.dtype, several)}
+        number = _of_all_samples(TensorSpec("float32", params.shape[:2]), inputs)
+        best_shape = (*number.shape, params.top_logits)
+        best = {
+            "ids": TensorSpec("uint32", best_shape),
+            "logits": TensorSpec(params.dtype, best_shape),
+        }
         return _stored({**best, "rest": number, "loss": number}, inputs)
 
     def run(self, params: ForwardParams, inputs: Inputs, context: Context) -> Result:
         """Run a segment on one sequence after another."""
-        if not params.kept:
+        if not params.top_logits:
             return super().run(params, inputs, context)
-        work = _Work(self, params, inputs, context)
+        runner = _SegmentRunner(self, params, inputs, context)
 
-        def say(index: int) -> Said:
-            return divergence.say(work.run(index)[0], work.following(index), params.kept)
+        def predict(index: int) -> TopPredictions:
+            return divergence.top_predictions(
+                runner.run(index)[0], runner.following(index), params.top_logits
+            )
 
-        return Result(work.write(self.outputs(params, _specs(inputs)), say), work.notes)
+        return Result(runner.write(self.outputs(params, _specs(inputs)), predict), runner.notes)
 
 
-class Forward(_Runs):
+class Forward(_ModelStage):
     """Run each quantized model on the text, up to its last block."""
 
     name = "forward"
@@ -177,10 +182,10 @@ class Forward(_Runs):
         if _is_own_teacher(target):
             return {}
         planned = _plan(self, target, before=self.name)
-        return {name: each for name, each in planned.items() if not each.params.kept}
+        return {name: each for name, each in planned.items() if not each.params.top_logits}
 
 
-class Evaluate(_Runs):
+class Evaluate(_ModelStage):
     """Compare what each model says with what it said before it was quantized."""
 
     name = "evaluate"
@@ -190,14 +195,16 @@ class Evaluate(_Runs):
         before = Teacher.name if _is_own_teacher(target) else Forward.name
         planned = {}
         for name, each in _plan(self, target, before=before).items():
-            if each.params.kept:
+            if each.params.top_logits:
                 needs = (*each.needs, Need(Teacher.name, name))
-                planned[name] = Planned(each.params, needs, (each.reads or frozenset()).union(SAID))
+                planned[name] = Planned(
+                    each.params, needs, (each.reads or frozenset()).union(TOP_PREDICTIONS)
+                )
         return planned
 
     def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
-        """Return a number a token: see ``Compared``; and the teacher's loss."""
-        number = _every(TensorSpec("float32", params.shape[:2]), inputs)
+        """Return a number a token: see ``Comparison``; and the teacher's loss."""
+        number = _of_all_samples(TensorSpec("float32", params.shape[:2]), inputs)
         agrees = TensorSpec("uint8", number.shape)
         specs = {"loss": number, "divergence": number, "agrees": agrees}
         passed = Output(number, Origin.PASSED_ON, (_TEACHER_LOSS,))
@@ -205,34 +212,36 @@ class Evaluate(_Runs):
 
     def run(self, params: ForwardParams, inputs: Inputs, context: Context) -> Result:
         """Run the last segment on one sequence after another."""
-        work = _Work(self, params, inputs, context)
+        runner = _SegmentRunner(self, params, inputs, context)
         outputs = self.outputs(params, _specs(inputs))
 
-        def compare(index: int) -> Compared:
-            said = Said(*(work.read(Key(Teacher.name, name), index) for name in SAID))
-            return divergence.compare(work.run(index)[0], work.following(index), said)
+        def compare(index: int) -> Comparison:
+            teacher = TopPredictions(
+                *(runner.read(Key(Teacher.name, name), index) for name in TOP_PREDICTIONS)
+            )
+            return divergence.compare(runner.run(index)[0], runner.following(index), teacher)
 
-        made = work.write({name: outputs[name] for name in COMPARED}, compare)
-        return Result({**made, "teacher_loss": context.pass_on(_TEACHER_LOSS)}, work.notes)
+        tensors = runner.write({name: outputs[name] for name in COMPARISON}, compare)
+        return Result({**tensors, "teacher_loss": context.pass_on(_TEACHER_LOSS)}, runner.notes)
 
     def summary(self, read: Mapping[str, bytes]) -> str:
         """Return how good the model is."""
         return str(figures(read))
 
 
-def figures(read: Mapping[str, bytes]) -> Quality:
+def figures(read: Mapping[str, bytes]) -> ModelQuality:
     """Return how good a model is, given the bytes of what ``Evaluate`` made."""
-    return Quality.of(read["loss"], read["teacher_loss"], read["divergence"], read["agrees"])
+    return ModelQuality.of(read["loss"], read["teacher_loss"], read["divergence"], read["agrees"])
 
 
 _TEACHER_LOSS = Key(Teacher.name, "loss")
 
 
-class _Work:
-    """A segment at work, on one sequence after another."""
+class _SegmentRunner:
+    """Runs a segment, on one sequence after another."""
 
     def __init__(
-        self, stage: _Runs, params: ForwardParams, inputs: Inputs, context: Context
+        self, stage: _ModelStage, params: ForwardParams, inputs: Inputs, context: Context
     ) -> None:
         self._context = context
         self._device = device_of(params.device)
@@ -330,7 +339,9 @@ class _Work:
 _TOKENS = Key(Tokens.name, TOKENS)
 
 
-def _plan(stage: _Runs, target: TargetModel, *, before: str) -> dict[str, Planned[ForwardParams]]:
+def _plan(
+    stage: _ModelStage, target: TargetModel, *, before: str
+) -> dict[str, Planned[ForwardParams]]:
     """Return the segments of a model by name, in order; none where it cannot be run.
 
     Args:
@@ -345,14 +356,14 @@ def _plan(stage: _Runs, target: TargetModel, *, before: str) -> dict[str, Planne
     # Of the last token there is none to predict.
     split = segments.split(target.memos, skeleton, target.quality.sequence_length - 1)
     weight_of = {part: name for name, s in settings.items() for part in parts(name, s)}
-    layer_of = {p.name: layer for layer, held in target.layers.items() for p in held}
+    layer_of = {p.name: layer for layer, parameters in target.layers.items() for p in parameters}
     planned = {}
     for segment in split.segments:
         weights = dict.fromkeys(weight_of.get(name, name) for name in segment.reads)
         quantized = {name: settings[name] for name in weights if name in settings}
         params = structs.replace(_params(target, skeleton, split, segment), settings=quantized)
         needs = [Need(maker, layer) for layer in dict.fromkeys(layer_of[n] for n in weights)]
-        needs.append(Need(Tokens.name, EVALUATION))
+        needs.append(Need(Tokens.name, EVALUATION_TEXT))
         if segment.number:
             needs.append(Need(before, split.segments[segment.number - 1].name))
         reads = frozenset((*segment.reads, TOKENS, STATE))
@@ -364,7 +375,7 @@ def _params(
     target: TargetModel, skeleton: Skeleton, split: Split, segment: Segment
 ) -> ForwardParams:
     config = {k: v for k, v in target.model.config.items() if not k.startswith("quantization")}
-    kept = target.quality.top_logits if segment is split.segments[-1] else 0
+    top_logits = target.quality.top_logits if segment is split.segments[-1] else 0
     return ForwardParams(
         segment=segment.name,
         whole=bool(split.whole),
@@ -373,7 +384,7 @@ def _params(
         dtype=segment.dtype,
         shape=segment.shape,
         nbytes=sum(skeleton.tensors[name].nbytes for name in segment.reads),
-        kept=min(kept, segment.shape[-1]),
+        top_logits=min(top_logits, segment.shape[-1]),
         versions=versions(target.model.library),
         device=target.computer.device,
         machine=target.computer.machine,
@@ -383,7 +394,7 @@ def _params(
 def _skeleton(target: TargetModel, settings: Mapping[str, Setting]) -> Skeleton:
     """Return the model as it is quantized by the target's settings, or by none."""
     tensors: dict[str, TensorSpec] = {}
-    for parameter in (each for held in target.layers.values() for each in held):
+    for parameter in (each for parameters in target.layers.values() for each in parameters):
         spec = TensorSpec(dtype_after(parameter, target.dtype), parameter.shape)
         if setting := settings.get(parameter.name):
             tensors |= quantize.part_specs(parameter.name, spec, setting)
@@ -402,7 +413,7 @@ def _specs(inputs: Inputs) -> dict[Key, TensorSpec]:
     return {key: tensor.spec for key, tensor in inputs.items()}
 
 
-def _every(spec: TensorSpec, inputs: Mapping[Key, TensorSpec]) -> TensorSpec:
+def _of_all_samples(spec: TensorSpec, inputs: Mapping[Key, TensorSpec]) -> TensorSpec:
     """Return what there is of one sequence, for all of them."""
     return TensorSpec(spec.dtype, (inputs[_TOKENS].shape[0], *spec.shape[1:]))
 

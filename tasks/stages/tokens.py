@@ -30,7 +30,7 @@ from tasks.stages.stage import (
     TargetModel,
 )  # fmt: skip
 
-EVALUATION = "evaluation"  # the name of the node: of what the text is for
+EVALUATION_TEXT = "evaluation"  # the name of the node: of what the text is for
 TOKENS = "tokens"
 
 
@@ -79,7 +79,7 @@ class Tokens(Stage[TokensParams]):
             digest_record({name: digest(data) for name, data in _files(target).items()}),
             version("transformers"),
         )
-        return {EVALUATION: Planned(params)}
+        return {EVALUATION_TEXT: Planned(params)}
 
     def plan_key(self, target: TargetModel) -> Hashable:
         """Return what [quality] says."""

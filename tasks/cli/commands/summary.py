@@ -19,7 +19,7 @@ from tasks.core.errors import BuildError
 from tasks.core.text import size
 from tasks.core.workspace import STATE, Workspace
 from tasks.execution.log import OUTCOMES, Entry, Log
-from tasks.quality.divergence import Quality
+from tasks.quality.divergence import ModelQuality
 from tasks.stages import registry
 from tasks.stages.forward import Evaluate
 
@@ -69,7 +69,7 @@ def sizes(manifests: Path) -> dict[str, int]:
     return by_target
 
 
-def evaluations() -> dict[str, Quality]:
+def evaluations() -> dict[str, ModelQuality]:
     """Return how good each built model is that was evaluated, by target."""
     workspace = Workspace(models_file().absolute().parent)
     if not any(workspace.state.glob(f"manifests/*/{Evaluate.name}")):
@@ -92,7 +92,7 @@ def markdown(
     entries: Sequence[Entry],
     history: Iterable[Entry],
     built_bytes: Mapping[str, int],
-    qualities: Mapping[str, Quality],
+    qualities: Mapping[str, ModelQuality],
 ) -> str:
     """Return the summary.
 
@@ -170,7 +170,7 @@ def saved(entries: Iterable[Entry], history: Iterable[Entry]) -> str:
     return f"{line}."
 
 
-def _words(quality: Quality | None) -> list[str]:
+def _words(quality: ModelQuality | None) -> list[str]:
     if quality is None:
         return ["", "", ""]
     agreement = f"{100 * quality.agreement:.2f} %"
