@@ -63,9 +63,10 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
             "checkpoint's own, which is never run here. Take the original checkpoint, whose "
             "architecture the installed mlx-lm has, or remove the key if it has this one."
         )
+    named = checkpoint
     if checkpoint.names == "meta":
-        checkpoint = to_huggingface(checkpoint, _token_ids(checkpoint, memos))
-    model = architecture.model(checkpoint, memos, MLX_LM)
+        named = to_huggingface(checkpoint, _token_ids(checkpoint, memos))
+    model = architecture.model(named, memos, MLX_LM)
     _, notes = card.front_matter(checkpoint.folder, memos)
     if checkpoint.names != "meta":
         _, cause = _fast_tokenizer(checkpoint, memos)
