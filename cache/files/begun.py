@@ -1,4 +1,4 @@
-"""begun: files that a process has begun and of which no record tells yet, gone if it is killed.
+"""begun: files that a process has begun and of which no record tells yet, gone when it has ended.
 
 ```
 .tmp-HOST-PID-…          held locked for as long as the process lives
@@ -14,7 +14,7 @@ import fcntl
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Begun:
         self._folder = folder
         self._guard = threading.Lock()
         self._lock: Path | None = None
-        self._unlock: Callable[[], object] = lambda: None
+        self._end: Callable[[], object] = lambda: None
         self._marks: dict[Path, Path] = {}
 
     def begin(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class Begun:
         with self._guard:
             if self._lock is None and (locked := _locked(self._folder)):
                 self._lock, descriptor = locked
-                self._unlock = weakref.finalize(self, os.close, descriptor)
+                self._end = weakref.finalize(self, _end, self._lock, descriptor, self._marks)
             if self._lock:
                 mark = path.with_name(f"{self._lock.name}{_OF}{path.name}")
                 mark.touch(exist_ok=False)
@@ -55,9 +55,18 @@ class Begun:
             if mark := self._marks.pop(path, None):
                 mark.unlink(missing_ok=True)
             if self._lock and not self._marks:
-                self._lock.unlink(missing_ok=True)
-                self._unlock()
+                self._end()
                 self._lock = None
+
+
+def _end(lock: Path, descriptor: int, marks: Mapping[Path, Path]) -> None:
+    """Remove what is begun still, and let go of the lock: when all is kept, or at exit."""
+    with suppress(OSError):  # what is left goes at the next start
+        for path, mark in marks.items():
+            path.unlink(missing_ok=True)
+            mark.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def sweep(folder: Path) -> None:

@@ -81,7 +81,7 @@ def test_a_file_that_is_written_while_it_is_read(
 
     def of(path: str | Path | int) -> Stamp:
         if isinstance(path, int) and next(reads) == 20:
-            alter(project.checkpoint, "model.layers.7.mlp.up_proj.weight")
+            alter(project.checkpoint, "model.layers.3.mlp.up_proj.weight")
         return original(path)
 
     with monkeypatch.context() as patch:
