@@ -1,7 +1,7 @@
 """publish: a built model goes to its repository on a model hub: what differs there, in one commit.
 
 Nothing that somebody else put there is overwritten or removed: a file there is ours if it is as the
-last publishing from here left it, or if the last commit there is of an mlx-make's.
+last publishing from here left it, or if the last commit that wrote it is of the same target's.
 """
 
 from __future__ import annotations
@@ -137,8 +137,9 @@ class Publication(Struct, frozen=True):
         touched = [name for name in uploads if name in there.files]
         touched += [name for name in gone if fnmatchcase(name, self.loaded)]
         foreign = [name for name in touched if ours.get(name) != there.files[name]]
-        if foreign and self._is_last_committer():
-            foreign = []
+        if foreign:  # but of another machine that publishes the same
+            ours_too = self._published_elsewhere(foreign, there)
+            foreign = [name for name in foreign if name not in ours_too]
         if foreign:
             raise BuildError(
                 f"{self.repository} has {some(foreign, SHOWN)} of somebody else's, or changed "
@@ -228,10 +229,14 @@ class Publication(Struct, frozen=True):
         sizes = {name: file.size for name, file in files.items()}
         return Repository(info.sha, bool(info.private), digests, sizes)
 
-    def _is_last_committer(self) -> bool:
-        """Tell whether the last commit there is of an mlx-make, if not of this one."""
+    def _published_elsewhere(self, names: Sequence[str], there: Repository) -> set[str]:
+        """Return which files there were last written by a publishing of the same target."""
         with _errors(self.repository), hub_client.answers_of_a_hub(self.repository):
-            return hub_client.client().list_repo_commits(self.repository)[0].title == self.title
+            entries = hub_client.client().get_paths_info(
+                self.repository, [*names], expand=True, revision=there.commit
+            )
+        commits = {entry.path: entry.last_commit for entry in entries}
+        return {name for name, commit in commits.items() if commit and commit.title == self.title}
 
     def _digest(self, name: str, there: Repository) -> str:
         """Return a built file's digest as the repository has its own, if it may be equal."""

@@ -133,7 +133,7 @@ def test_what_others_changed_is_not_overwritten(hub, project: Project) -> None:
 
 
 def test_files_of_an_earlier_build_go(hub, project: Project) -> None:
-    """Without a record here, by that its last commit is of the same target's."""
+    """Without a record here, by that the last commits that wrote them are of the same target's."""
     project.configure(max_shard_size="300kB")
     project.doit("publish:model")
     assert len([name for name in held(hub, "org/model") if "safetensors" in name]) > 2
@@ -146,6 +146,11 @@ def test_files_of_an_earlier_build_go(hub, project: Project) -> None:
 
     published.unlink()
     hub.repositories["org/model"].add({"model-0.safetensors": b"theirs"})
+    done = project.doit("publish:model", expect=1)
+    assert "has model-0.safetensors of somebody else's" in done.stderr + done.stdout
+
+    # Not even where the last commit is of the same target's, but did not write it.
+    hub.repositories["org/model"].add({"old.txt": b""}, "model, built by mlx-make")
     done = project.doit("publish:model", expect=1)
     assert "has model-0.safetensors of somebody else's" in done.stderr + done.stdout
 

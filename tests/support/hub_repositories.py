@@ -195,6 +195,13 @@ class Repository:
         """The commit that a branch, a tag, or an id names."""
         return self.commits.get(self.refs.get(revision, revision))
 
+    def last_commit(self, path: str, commit: Commit) -> Commit:
+        """The last one, up to a commit, that wrote a file."""
+        parent = self.commits.get(commit.parent or "")
+        if parent and (there := parent.files.get(path)) and there.etag == commit.files[path].etag:
+            return self.last_commit(path, parent)
+        return commit
+
     def card(self, commit: Commit) -> dict[str, object]:
         """What README.md says between its first lines."""
         readme = commit.files.get("README.md")

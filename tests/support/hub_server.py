@@ -680,10 +680,15 @@ class _HubHandler(_Handler):
         self._json(entries[first:end], headers=link)
 
     def _paths(self, name: str, revision: str) -> None:
-        _, commit = self._at(name, revision)
+        repository, commit = self._at(name, revision)
         body = b"".join(self._body()).decode()
-        wanted = json.loads(body)["paths"] if body[:1] == "{" else parse_qs(body).get("paths", [])
-        self._json([entry for entry in _entries(commit) if entry["path"] in wanted])
+        asked = json.loads(body) if body[:1] == "{" else parse_qs(body)
+        wanted = [entry for entry in _entries(commit) if entry["path"] in asked.get("paths", [])]
+        if asked.get("expand") in (True, ["true"]):
+            for entry in wanted:
+                last = repository.last_commit(entry["path"], commit)
+                entry["lastCommit"] = {"id": last.oid, "title": last.message, "date": _DATE}
+        self._json(wanted)
 
     def _preupload(self, name: str, revision: str) -> None:
         asked = self._asked()
