@@ -78,7 +78,7 @@ def place_of(text: str) -> Place:
     """
     match = _TEXT.fullmatch(text)
     subfolder = PurePosixPath(match["subfolder"] or "") if match else PurePosixPath()
-    if not match or {"..", "."} & {*subfolder.parts}:
+    if not match or ".." in subfolder.parts:
         fact = f"is 'hf:{text}', which is no name on the hub"
         raise Mistakes(Mistake(fact, "write hf:ORG/NAME, hf:ORG/NAME@REVISION or …/SUBFOLDER"))
     revision = match["revision"] and unquote(match["revision"])  # as the hub's pages spell them

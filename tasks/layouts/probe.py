@@ -95,7 +95,7 @@ def _is_replaced(name: str, library: Library) -> bool:
 
 def _answer(question: dict[str, Any], library: Library, mx: Any) -> dict[str, Any]:
     tensors = {name: (dtype, shape) for name, dtype, shape in question["tensors"]}
-    given = {name: _hollow(mx, dtype, shape) for name, (dtype, shape) in tensors.items()}
+    given = {name: hollow(mx, dtype, shape) for name, (dtype, shape) in tensors.items()}
     compute = question.get("compute")
     if compute:  # in a process of its own
         mx.set_default_device(getattr(mx, compute["device"]))
@@ -242,7 +242,7 @@ class _Stub(types.ModuleType):
         return used
 
 
-def _hollow(mx: Any, dtype: str, shape: Sequence[int]) -> Any:
+def hollow(mx: Any, dtype: str, shape: Sequence[int]) -> Any:
     """Return an array of this shape that takes no memory, even if it is evaluated.
 
     What makes it is an operation that no model uses, by which a graph shows where its inputs are.

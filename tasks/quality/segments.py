@@ -29,7 +29,7 @@ from tasks.layouts import architecture
 from tasks.layouts.importing import importing
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.model import layer_names
-from tasks.layouts.probe import LABELS, inputs_reached
+from tasks.layouts.probe import LABELS, hollow, inputs_reached
 from tasks.layouts.safetensors_format import DTYPES
 from tasks.tensors import arrays, mx
 
@@ -120,7 +120,7 @@ class Run:
             CannotSplit: it has no list of blocks, or one of them twice.
         """
         self.model = model
-        self._specs = [(segment.shape, getattr(mx, segment.dtype)) for segment in segments]
+        self._segments = segments  # those that are known so far, while they are traced
         blocks = getattr(model, "layers", None)
         if not isinstance(blocks, list) or not blocks or not all(map(callable, blocks)):
             raise CannotSplit("it has no list of blocks")
@@ -176,7 +176,8 @@ class Run:
         if self._number == self.blocks + 1 and index == self.blocks - 1:
             return self._state
         if index < self._number - 1:
-            self.placeholders.append(_hollow(*self._specs[index + 1]))
+            segment = self._segments[index + 1]
+            self.placeholders.append(hollow(mx, segment.dtype, segment.shape))
             return self.placeholders[-1]
         result = run(self._state)
         if index == self.blocks - 1:
@@ -232,16 +233,15 @@ def _trace(model: Any, tokens: mx.array) -> Iterator[Segment]:
         CannotSplit: a segment is made of more than weights, tokens and the state before.
     """
     names = [name for name, _ in _parameters(model)]
-    hollow = {n: _hollow(tuple(a.shape), a.dtype) for n, a in _parameters(model)}
-    model.load_weights(list(hollow.items()), strict=False)
+    weights = {n: hollow(mx, arrays.dtype_name(a), a.shape) for n, a in _parameters(model)}
+    model.load_weights(list(weights.items()), strict=False)
     segments: list[Segment] = []
     run = Run(model, segments)
     layers = _block_names(model, names)
     for number in range(len(layers) + 2):
-        run._specs = [(segment.shape, getattr(mx, segment.dtype)) for segment in segments]
-        state = _hollow(*run._specs[-1]) if segments else None
+        state = hollow(mx, segments[-1].dtype, segments[-1].shape) if segments else None
         result = run.segment(number, tokens, state)
-        inputs = {**hollow, **({} if state is None else {STATE: state})}
+        inputs = {**weights, **({} if state is None else {STATE: state})}
         inputs |= {f"{PLACEHOLDER}.{i}": each for i, each in enumerate(run.placeholders)}
         name = [EMBEDDINGS, *(name for _, name in layers), LOGITS][number]
         label = f"{layers[number - 1][0]}.result" if 0 < number <= len(layers) else "result"
@@ -249,7 +249,7 @@ def _trace(model: Any, tokens: mx.array) -> Iterator[Segment]:
         if crossed := [each for each in reached if each.startswith(PLACEHOLDER)]:
             before = layers[int(crossed[0].rpartition(".")[2])][1]
             raise CannotSplit(f"{name} is given more than the block before makes, of {before}")
-        reads = tuple(each for each in reached if each in hollow)
+        reads = tuple(each for each in reached if each in weights)
         segments.append(
             Segment(name, number, reads, arrays.dtype_name(result), tuple(result.shape))
         )
@@ -299,11 +299,6 @@ def _parameters(model: Any) -> list[tuple[str, mx.array]]:
     from mlx.utils import tree_flatten
 
     return list(cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())))
-
-
-def _hollow(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Return an array that takes no memory, and that a graph shows to be one."""
-    return mx.stop_gradient(mx.broadcast_to(mx.array(0, dtype), shape))
 
 
 def _write_holes(path: Path, tensors: Mapping[str, TensorSpec]) -> int:

@@ -23,7 +23,7 @@ from tasks.layouts.model import Model
 
 @pytest.fixture
 def given() -> dict[str, mx.array]:
-    return {name: probe._hollow(mx, "bfloat16", (4, 6)) for name in "abcd"}
+    return {name: probe.hollow(mx, "bfloat16", (4, 6)) for name in "abcd"}
 
 
 def test_what_is_changed_in_place(given: dict[str, mx.array]) -> None:
@@ -59,7 +59,7 @@ def test_what_computed_tensors_are_made_of(given: dict[str, mx.array]) -> None:
 def many() -> dict[str, mx.array]:
     """More tensors than MLX's functions take arguments."""
     names = [f"layers.{i}.{name}" for i in range(50) for name in range(50)]
-    return {name: probe._hollow(mx, "bfloat16", (2, 2)) for name in names}
+    return {name: probe.hollow(mx, "bfloat16", (2, 2)) for name in names}
 
 
 def test_many_tensors_changed_in_place(many: dict[str, mx.array]) -> None:
