@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import to_builtins
 
 from cache.files import atomic
-from cache.records.manifests import Manifest
+from cache.records.manifests import Manifest, Tensor
 from cache.records.sealed import Damaged, seal, unseal
 from tasks.cli.failures import values_or_failure
 from tasks.cli.refused_tasks import refused_tasks
@@ -22,8 +22,12 @@ from tasks.core.workspace import BUILD
 from tasks.execution import place, publish
 from tasks.execution.place import Contents, Stamps
 from tasks.execution.publish import Difference, Publication, Published, Repository
+from tasks.layouts.card import CARD
 from tasks.layouts.registry import LAYOUTS
+from tasks.planning import model_card
 from tasks.planning.plan import Plan
+from tasks.report.figures import Reader
+from tasks.stages import registry
 
 SHOWN = 5  # names in a line
 
@@ -52,13 +56,19 @@ def tasks(session: Session, database: Any) -> Iterator[dict[str, Any]]:
 def _task(publisher: Publisher, plan: Plan) -> dict[str, Any]:
     name, options = plan.target.name, publisher.session.options
     task = task_name(PUBLISH, name)
+    # What its card tells of, where the same call asks for it.
+    stages = (*registry.MEASURES, *registry.EVALUATION)
+    asked = {stage.name: task_name(stage.group, name) for stage in stages}
+    asked = {stage: task for stage, task in asked.items() if options.requests(task)}
+    told = [task for stage, task in asked.items() if plan.nodes(stage)]
     report = task_name(REPORT, name)
+    told += [report] if options.requests(report) else []
     return {
         "basename": task,
         "doc": "Publish the target.",
         "actions": [lambda: values_or_failure(lambda: publisher.publish(plan))],
         # Not at once: the hub finds shared chunks only in what it already has.
-        "task_dep": [task_name(PACK, name), *([report] if options.requests(report) else [])],
+        "task_dep": [task_name(PACK, name), *told],
         "io": {"capture": False},
         "meta": {"publisher": publisher, "plan": plan},
     }
@@ -181,9 +191,28 @@ class Publisher:
             target.create,
             target.collection,
             self.session.workspace.built(target.name),
+            self._card(plan),
             LAYOUTS[target.layout].loaded,
             self.session.store.memos,
         )
+
+    def _card(self, plan: Plan) -> dict[str, bytes]:
+        """Return the card with what is known of how good the target is, if anything is.
+
+        Of what lies in build/; there the card is without, lest a build depend on what was measured.
+        """
+        target, memos = plan.target, self.session.store.memos
+        figures = Reader(self.session.builder).read(plan)
+        own = target.files and (target.files / CARD).exists()
+        if own or figures is None or not (figures.errors or figures.quality):
+            return {}
+        packed, _ = self._packed(target.name)
+        tensors = {
+            name: Tensor(dtype, tuple(shape), digest)
+            for name, (dtype, shape, digest) in packed.action.inputs.items()
+        }
+        error = figures.relative if figures.errors else None
+        return model_card.render(plan, tensors, memos, error=error, quality=figures.quality)
 
     def forecast(self, plan: Plan) -> tuple[Difference, list[str]]:
         """Return what publishing a target that is packed would do now, and that in words."""

@@ -27,6 +27,13 @@ def of_file(path: Path, kind: str, memos: Memos) -> str:
             if kind == SHA256:
                 found = hashlib.file_digest(file, SHA256).hexdigest()
             else:
-                found = hashlib.sha1(b"blob %d\0" % stamp.size + file.read()).hexdigest()
+                found = of_bytes(file.read(), kind)
         memos.put("hub digests", question, found)
     return found
+
+
+def of_bytes(data: bytes, kind: str) -> str:
+    """Return the same digest of a file that is nowhere yet."""
+    if kind == SHA256:
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

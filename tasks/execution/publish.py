@@ -97,6 +97,7 @@ class Publication(Struct, frozen=True):
         create: whether one is made where there is none.
         collection: the title of the collection that it is put into, if any.
         folder: build/TARGET.
+        instead: what goes up instead of files of the same names there.
         loaded: the layout's pattern of what clients load.
         memos: where digests of files are remembered.
     """
@@ -107,6 +108,7 @@ class Publication(Struct, frozen=True):
     create: bool
     collection: str | None
     folder: Path
+    instead: Mapping[str, bytes]
     loaded: str
     memos: Memos
 
@@ -128,7 +130,7 @@ class Publication(Struct, frozen=True):
         """
         there = self._read()
         uploads = {
-            name: (self.folder / name).stat().st_size
+            name: self._size(name)
             for name in files
             if there.files.get(name) != self._digest(name, there)
         }
@@ -174,7 +176,7 @@ class Publication(Struct, frozen=True):
                 if set(there.files) - HUBS_OWN:
                     raise BuildError(f"{self.repository} was made by somebody else meanwhile.")
             operations: list[Any] = [
-                CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(self.folder / name))
+                CommitOperationAdd(name, self.instead.get(name) or str(self.folder / name))
                 for name in difference.uploads
             ]
             operations += [CommitOperationDelete(name) for name in difference.removes]
@@ -240,12 +242,17 @@ class Publication(Struct, frozen=True):
 
     def _digest(self, name: str, there: Repository) -> str:
         """Return a built file's digest as the repository has its own, if it may be equal."""
-        path, known = self.folder / name, there.files.get(name, "")
-        size = path.stat().st_size
-        if not known or size != there.sizes[name]:
+        known = there.files.get(name, "")
+        if not known or self._size(name) != there.sizes[name]:
             return "another"
         kind = known.partition(":")[0]
-        return f"{kind}:{file_digests.of_file(path, kind, self.memos)}"
+        if data := self.instead.get(name):
+            return f"{kind}:{file_digests.of_bytes(data, kind)}"
+        return f"{kind}:{file_digests.of_file(self.folder / name, kind, self.memos)}"
+
+    def _size(self, name: str) -> int:
+        data = self.instead.get(name)
+        return len(data) if data else (self.folder / name).stat().st_size
 
 
 def check_token() -> None:

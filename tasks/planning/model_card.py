@@ -21,12 +21,14 @@ from tasks.core.spec import Quantize, Target
 from tasks.layouts import architecture, card
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.plan import Plan
+from tasks.quality.divergence import ModelQuality
 
 HUB = "hf"  # the type of source
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-VERSION = 1  # raised when a template is given other variables
+VERSION = 2  # raised when a template is given other variables
 # A model's folder in the hub's cache, by its name in the path.
 HUB_FOLDER = re.compile(r"models--([^/]+?)--([^/]+)")
+SOME_QUALITY = ModelQuality(1, *[1.0] * 8)  # to try a template with
 
 
 def params(plan: Plan) -> str:
@@ -42,13 +44,22 @@ def program() -> list[Any]:
     return [VERSION, digest(_default_template().encode()), _versions(computed=True)]
 
 
-def render(plan: Plan, tensors: Mapping[str, Tensor], memos: Memos) -> dict[str, bytes]:
+def render(
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    memos: Memos,
+    *,
+    error: float | None = None,
+    quality: ModelQuality | None = None,
+) -> dict[str, bytes]:
     """Return a target's card by its file's name; nothing, if its layout has none.
 
     Args:
         plan: the target.
         tensors: what it is built to, by name; their digests may not be known yet.
         memos: where the checkpoint's own card is remembered.
+        error: the relative error of its quantized weights together, if that is known.
+        quality: how good it is, if that is known.
 
     Raises:
         ConfigError: the project's template is wrong.
@@ -63,6 +74,8 @@ def render(plan: Plan, tensors: Mapping[str, Tensor], memos: Memos) -> dict[str,
         "weights": text.count(plan.weights),
         "size": text.size(nbytes),
         "bits_per_weight": f"{8 * nbytes / plan.weights:.3g}" if plan.weights else "",
+        "error": error,
+        "quality": quality,
         "digest": digest_list([name, *tensors[name].record] for name in plan.names),
     }
     rendered = _rendered(_template(plan.target), variables, plan.target.card or TEMPLATE)
@@ -78,6 +91,7 @@ def check(plan: Plan, memos: Memos) -> None:
     if plan.target.card:
         made = {name: Tensor("uint8", (), "") for name in plan.names}
         render(plan, made, memos)
+        render(plan, made, memos, error=0.1, quality=SOME_QUALITY)
 
 
 def base_model(target: Target) -> str | None:

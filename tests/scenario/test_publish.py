@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,30 @@ def test_from_the_hub_and_back_to_it(hub, project: Project) -> None:
     assert card.data.base_model_relation == "quantized"
     assert f'source = "hf:some/Model-1.1@{commit}/sub"' in card.text
     assert len(hub.repositories["org/model"].commits) == 2
+
+
+def test_the_card_tells_how_good_the_model_is(hub, project: Project) -> None:
+    """Where that is known of what is published; build/ and models.lock do not depend on it."""
+    project.quality = {"samples": 2, "sequence_length": 16, "top_logits": 16}
+    project.configure(dtype="float32", device="cpu", publish="org/{target}")
+    project.doit("publish:model")
+    plain, local = held(hub, "org/model")["README.md"], built(project)
+    lock = (project.folder / "models.lock").read_bytes()
+    assert b"perplexity" not in plain
+    assert plain == local["README.md"]
+
+    told = project.doit("publish:model", "evaluate:model", "measure:model").stdout
+    assert "1 file uploaded" in told
+    card = held(hub, "org/model")["README.md"].decode()
+    words = re.search(r"perplexity ([\d.]+), of the teacher ([\d.]+); .* mean ([\d.]+)", told)
+    assert f"| perplexity | {words[1]}; before quantizing {words[2]} |" in card
+    assert f"| KL divergence, nats | mean {words[3]}, median " in card
+    assert re.search(r"\| quantization error \| [\d.]+ % of", card)
+    assert [line for line in plain.decode().splitlines() if line not in card] == []
+    assert built(project) == local
+    assert (project.folder / "models.lock").read_bytes() == lock
+    assert "no commit" in project.doit("publish:model").stdout
+
+    project.configure(quantize={"bits": 8})  # of which nothing is known
+    project.doit("publish:model")
+    assert held(hub, "org/model") == built(project)
