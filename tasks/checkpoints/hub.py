@@ -21,7 +21,10 @@ from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints import headers, hub_client
 from tasks.checkpoints.folder import FolderSource
-from tasks.checkpoints.hub_client import HubFile, HubUnreachable, Ranges, Snapshot
+from tasks.checkpoints.hub_client import HubFile, Snapshot
+from tasks.checkpoints.hub_errors import HubUnreachable
+from tasks.checkpoints.hub_ranges import Ranges
+from tasks.checkpoints.hub_requests import page
 from tasks.checkpoints.ranges import RangedFile
 from tasks.checkpoints.small_files import MAX_SMALL_BYTES, TEMPLATES_FOLDER
 from tasks.checkpoints.source import Opening
@@ -156,7 +159,7 @@ class HubSource(Struct, frozen=True, dict=True):
             raise CheckpointError(
                 f"{where}{place.repository} holds no checkpoint at commit {self.revision}: {fact}, "
                 "and no config.json or params.json. Name a folder that does: "
-                f"{hub_client.page(place.repository)} lists what is there."
+                f"{page(place.repository)} lists what is there."
             )
         missing = [path for path in small if not (folder / path).is_file()]
         if missing:

@@ -7,24 +7,20 @@ last publishing from here left it, or if the last commit that wrote it is of the
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from msgspec import Struct, field
 
 from cache.records.memos import Memos
 from tasks.checkpoints import hub_client
+from tasks.checkpoints.hub_errors import TOKEN, answers_of_a_hub, errors_of_publishing
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.text import some
 from tasks.execution import file_digests
 
-if TYPE_CHECKING:
-    from huggingface_hub.errors import HfHubHTTPError
-
-TOKEN = "HF_TOKEN"  # the variable that brings one; the client knows others, and a stored one
 HUBS_OWN = frozenset({".gitattributes"})  # what the hub puts into each repository
 SHOWN = 5  # names in a message
 
@@ -168,7 +164,7 @@ class Publication(Struct, frozen=True):
             return there
         disable_progress_bars()  # doit's own display is on those lines
         set_verbosity(logging.ERROR)  # else it tells of each try, with addresses that are secrets
-        with _errors(self.repository):
+        with errors_of_publishing(self.repository):
             api = hub_client.client()
             if there.commit is None:
                 api.create_repo(self.repository, private=self.private)
@@ -197,7 +193,7 @@ class Publication(Struct, frozen=True):
         if self.collection is None:
             return
         owner = self.repository.partition("/")[0]
-        with _errors(self.repository):
+        with errors_of_publishing(self.repository):
             api = hub_client.client()
             made = api.create_collection(
                 self.collection, namespace=owner, private=self.private, exists_ok=True
@@ -213,7 +209,7 @@ class Publication(Struct, frozen=True):
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
-            with _errors(self.repository, but=RepositoryNotFoundError):
+            with errors_of_publishing(self.repository, but=RepositoryNotFoundError):
                 info, files = hub_client.describe(self.repository)
         except RepositoryNotFoundError as error:
             if self.create:
@@ -233,7 +229,7 @@ class Publication(Struct, frozen=True):
 
     def _published_elsewhere(self, names: Sequence[str], there: Repository) -> set[str]:
         """Return which files there were last written by a publishing of the same target."""
-        with _errors(self.repository), hub_client.answers_of_a_hub(self.repository):
+        with errors_of_publishing(self.repository), answers_of_a_hub(self.repository):
             entries = hub_client.client().get_paths_info(
                 self.repository, [*names], expand=True, revision=there.commit
             )
@@ -268,68 +264,3 @@ def check_token() -> None:
             f"there is no token for the hub, without which nothing is published. Have {TOKEN} hold "
             "one that may write, or log in: hf auth login."
         )
-
-
-@contextmanager
-def _errors(repository: str, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """Say what is wrong, and what to do about it, where the hub's client says how it came about.
-
-    Args:
-        repository: which is asked about.
-        but: an error of the client's that is passed on.
-
-    Raises:
-        BuildError: something is wrong.
-    """
-    import httpx2
-    from huggingface_hub import constants, errors
-
-    hub = constants.ENDPOINT
-    try:
-        yield
-    except but:
-        raise
-    except errors.OfflineModeIsEnabled as error:
-        raise BuildError(
-            "HF_HUB_OFFLINE says that the hub is not to be asked. Unset it to publish."
-        ) from error
-    except (
-        errors.HfHubHTTPError,
-        httpx2.TransportError,
-        RuntimeError,  # of an upload, whose cause is one of those
-        ValueError,  # of a name or a card that the hub does not take
-    ) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, errors.HfHubHTTPError):
-            said = _of_status(cause, repository)
-        elif isinstance(cause, httpx2.TransportError):
-            said = (
-                f"{hub} cannot be reached: {str(cause) or type(cause).__name__}. Check the "
-                "network, HF_ENDPOINT and the proxy, and publish again: what is there is not sent "
-                "twice."
-            )
-        else:
-            said = f"{repository} is not published: {error}"
-        raise BuildError(said) from error
-
-
-def _of_status(error: HfHubHTTPError, repository: str) -> str:
-    """Return what an answer means for who publishes."""
-    from huggingface_hub import constants
-
-    status, hub = error.response.status_code, constants.ENDPOINT
-    said = (error.server_message or "no reason given").partition("\n")[0][:200]
-    if status in (401, 403, 404):
-        return (
-            f"{hub} refuses {repository} (status {status}: {said}). The token, of {TOKEN} or hf "
-            f"auth login, must be valid and may write to {repository.partition('/')[0]}: see "
-            f"{hub}/settings/tokens."
-        )
-    if status in (409, 412):
-        return (
-            f"{repository} was changed by somebody else while it was compared ({said}). Nothing "
-            "was overwritten: publish again."
-        )
-    if status == 429 or status >= 500:
-        return f"{hub} answers with status {status} ({said}). Publish again later."
-    return f"{hub} answers with status {status} for {repository}: {said}"

@@ -31,10 +31,11 @@ from support.hub_server import (
 )
 from support.servers import Answer
 from tasks.checkpoints import hub as hub_source
-from tasks.checkpoints import hub_client, loaders
+from tasks.checkpoints import hub_requests, loaders
 from tasks.checkpoints.folder import FolderSource
 from tasks.checkpoints.hub import HubSource
-from tasks.checkpoints.hub_client import HubFile, HubUnreachable
+from tasks.checkpoints.hub_client import HubFile
+from tasks.checkpoints.hub_errors import HubUnreachable
 from tasks.checkpoints.small_files import read_bytes
 from tasks.checkpoints.source import LockedCommit, Opening
 from tasks.core.errors import CheckpointError
@@ -46,7 +47,7 @@ RANGES = ((0, 10), (10, 200_000), (650_001, 50_000), (200_010, 449_991), (0, 700
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr(hub_client, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(hub_requests, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     with hub_server.serve(tmp_path / "uploaded") as hub, hub.inside(tmp_path / "home"):
         yield hub
@@ -202,7 +203,7 @@ def test_a_server_that_is_never_well_again(
     hub.fault = lambda request: Cut(3) if request.storage else None
     with pytest.raises(HubUnreachable, match=r"again and again|cannot be reached"):
         b"".join(source.read("model.safetensors", 0, 100_000))
-    monkeypatch.setattr(hub_client, "PROGRESS_SECONDS", 0.05)
+    monkeypatch.setattr(hub_requests, "PROGRESS_SECONDS", 0.05)
     hub.fault = lambda request: Stall(10, 0.2) if request.storage else None
     with pytest.raises(
         HubUnreachable, match=r"no more than [\d,]+ bytes came in 0 s, again and again"

@@ -26,7 +26,7 @@ from support.hub_server import (
 )
 from support.projects import FOUR_BIT, Project
 from support.servers import Answer
-from tasks.checkpoints import hub_client, loaders, sources
+from tasks.checkpoints import hub_requests, loaders, sources
 from tasks.checkpoints.source import Opening
 from tasks.core.text import size
 
@@ -106,7 +106,7 @@ def test_it_is_built_as_from_a_folder(kind: str, hub: Hub, tmp_path: Path) -> No
 def test_a_build_in_spite_of_all_that_passes(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_client, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(hub_requests, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     project, _ = published(hub, tmp_path / "project")
     weights = {path.name: path.stat().st_size for path in projects.weight_files(project.checkpoint)}
