@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -26,18 +25,13 @@ from tasks.checkpoints.hub_errors import HubUnreachable
 from tasks.checkpoints.hub_ranges import Ranges
 from tasks.checkpoints.hub_requests import page
 from tasks.checkpoints.ranges import RangedFile
-from tasks.checkpoints.small_files import MAX_SMALL_BYTES, TEMPLATES_FOLDER
+from tasks.checkpoints.small_files import MAX_SMALL_BYTES, matches
 from tasks.checkpoints.source import Opening
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Mistake, Mistakes, SourceSpec
 from tasks.core.text import some
 
-# What a build may read beside the weights. A hub's repository has many other files.
-SMALL = (
-    "*.json", "*.jsonl", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "README.md",
-    "[Ll][Ii][Cc][Ee][NnSs]*", "[Nn][Oo][Tt][Ii][Cc][Ee]*", f"{TEMPLATES_FOLDER}/*.jinja",
-)  # fmt: skip
 KIND = "hub"  # of memos
 VERSION = 1  # raised when what is remembered changes
 _NAME = r"[A-Za-z0-9][\w.-]*"
@@ -49,8 +43,8 @@ _TEXT = re.compile(
 )
 
 
-class Place(NamedTuple):
-    """Where a checkpoint lies on a hub.
+class HubName(NamedTuple):
+    """What ``hf:ORG/NAME[@REVISION][/SUBFOLDER]`` names.
 
     Attributes:
         repository: ``ORG/NAME``.
@@ -69,12 +63,12 @@ def spec(text: str, base: Path) -> SourceSpec:
     Raises:
         Mistakes: it means nothing.
     """
-    place_of(text)
+    parse(text)
     return SourceSpec("hf", text)
 
 
-def place_of(text: str) -> Place:
-    """Return the place that a name, without ``hf:``, means.
+def parse(text: str) -> HubName:
+    """Return what a name, without ``hf:``, means.
 
     Raises:
         Mistakes: it means nothing.
@@ -85,24 +79,24 @@ def place_of(text: str) -> Place:
         fact = f"is 'hf:{text}', which is no name on the hub"
         raise Mistakes(Mistake(fact, "write hf:ORG/NAME, hf:ORG/NAME@REVISION or …/SUBFOLDER"))
     revision = match["revision"] and unquote(match["revision"])  # as the hub's pages spell them
-    return Place(match["repository"], revision, "/".join(subfolder.parts))
+    return HubName(match["repository"], revision, "/".join(subfolder.parts))
 
 
 def open_source(spec: SourceSpec, opening: Opening) -> HubSource:
     """Return a repository as a source; it need not exist, and is not asked for yet."""
-    return HubSource(place_of(spec.location), opening)
+    return HubSource(parse(spec.location), opening)
 
 
 class HubSource(Struct, frozen=True, dict=True):
     """A repository, or a folder in it, at one commit."""
 
-    place: Place
+    hub_name: HubName
     opening: Opening
 
     @property
     def location(self) -> str:
         """Its name, at whatever commit."""
-        return f"hf:{self.place.repository}/{self.place.subfolder}".rstrip("/")
+        return f"hf:{self.hub_name.repository}/{self.hub_name.subfolder}".rstrip("/")
 
     @property
     def identity(self) -> str:
@@ -142,29 +136,30 @@ class HubSource(Struct, frozen=True, dict=True):
 
     @cached_property
     def small_files(self) -> Path:
-        """The folder in the client's cache, with all small files in it.
+        """The folder in the client's cache, with the small files in it that are of use.
 
         Raises:
             CheckpointError: there is none, or one is not to be had.
         """
-        folder, place = Path(self._snapshot.folder), self.place
+        repository, _, subfolder = self.hub_name
+        folder = Path(self._snapshot.folder)
         small = [
             self._path(name)
             for name, file in self._files.items()
-            if any(_matches(name, pattern) for pattern in SMALL) and file.size <= MAX_SMALL_BYTES
+            if self.opening.is_read(name) and file.size <= MAX_SMALL_BYTES
         ]
         if not small:
-            where = f"the folder {place.subfolder} of " if place.subfolder else ""
+            where = f"the folder {subfolder} of " if subfolder else ""
             fact = f"it has {some([*self._files], 5)}" if self._files else "there is nothing"
             raise CheckpointError(
-                f"{where}{place.repository} holds no checkpoint at commit {self.revision}: {fact}, "
+                f"{where}{repository} holds no checkpoint at commit {self.revision}: {fact}, "
                 "and no config.json or params.json. Name a folder that does: "
-                f"{page(place.repository)} lists what is there."
+                f"{page(repository)} lists what is there."
             )
         missing = [path for path in small if not (folder / path).is_file()]
         if missing:
-            hub_client.download(place.repository, self.revision, missing)
-        return folder / place.subfolder
+            hub_client.download(repository, self.revision, missing)
+        return folder / subfolder
 
     def path(self, name: str) -> Path | None:
         """Return a weight file that the client has on this machine, or None."""
@@ -182,7 +177,7 @@ class HubSource(Struct, frozen=True, dict=True):
 
     def names(self, pattern: str) -> list[str]:
         """Return the names of its files that match a shell pattern, sorted."""
-        return sorted(name for name in self._files if _matches(name, pattern))
+        return sorted(name for name in self._files if matches(name, [pattern]))
 
     def has(self, name: str) -> bool:
         """Tell whether there is such a file."""
@@ -223,16 +218,16 @@ class HubSource(Struct, frozen=True, dict=True):
 
     def _path(self, name: str) -> str:
         """Return a file's path in the repository."""
-        return f"{self.place.subfolder}/{name}".lstrip("/")
+        return f"{self.hub_name.subfolder}/{name}".lstrip("/")
 
     @cached_property
     def _ranges(self) -> Ranges:
-        return Ranges(self.place.repository, self.revision, self._snapshot.files)
+        return Ranges(self.hub_name.repository, self.revision, self._snapshot.files)
 
     @cached_property
     def _here(self) -> dict[str, Path]:
         """The files that the client has on this machine, by name."""
-        folder = Path(self._snapshot.folder, self.place.subfolder)
+        folder = Path(self._snapshot.folder, self.hub_name.subfolder)
         paths = {name: folder / name for name in self._files}
         return {
             name: path
@@ -260,32 +255,34 @@ class HubSource(Struct, frozen=True, dict=True):
         Raises:
             CheckpointError: it is not to be had.
         """
-        place, opening = self.place, self.opening
-        question = [KIND, VERSION, "commit", opening.project, place.repository, place.revision]
-        commit = place.revision
+        hub_name, opening = self.hub_name, self.opening
+        question = [
+            KIND,
+            VERSION,
+            "commit",
+            opening.project,
+            hub_name.repository,
+            hub_name.revision,
+        ]
+        commit = hub_name.revision
         if not commit or not hub_client.COMMIT.fullmatch(commit):
             locked = opening.locked.commit if opening.locked else None
             remembered = locked or opening.memos.get(KIND, question, str)
             commit = None if opening.newest else remembered
-        listed = [KIND, VERSION, "files", hub_client.environment(), place.repository]
+        listed = [KIND, VERSION, "files", hub_client.environment(), hub_name.repository]
         if commit and (snapshot := opening.memos.get(KIND, [*listed, commit], Snapshot)):
             return snapshot
         try:
-            snapshot = hub_client.snapshot(place.repository, commit or place.revision)
+            snapshot = hub_client.snapshot(hub_name.repository, commit or hub_name.revision)
         except HubUnreachable:
-            cached = hub_client.cached_snapshot(place.repository, commit or place.revision)
+            cached = hub_client.cached_snapshot(hub_name.repository, commit or hub_name.revision)
             if cached is None or opening.newest:
                 raise
             return cached  # not remembered: it may be a part
         opening.memos.put(KIND, [*listed, snapshot.commit], to_builtins(snapshot))
-        if not place.revision or not hub_client.COMMIT.fullmatch(place.revision):
+        if not hub_name.revision or not hub_client.COMMIT.fullmatch(hub_name.revision):
             opening.memos.put(KIND, question, snapshot.commit)
         return snapshot
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Tell whether a path is of a pattern, of whose folders none is a star."""
-    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
 
 
 def _stamp(file: HubFile) -> Stamp:

@@ -19,6 +19,7 @@ from tasks.checkpoints.stored import TORCH, Stored
 from tasks.core.errors import CheckpointError
 
 WEIGHTS: tuple[str, ...] = ("consolidated.*.pth", "consolidated.pth")  # the second alone
+SMALL_FILES: tuple[str, ...] = ("params.json",)
 HOLDS = "consolidated.NN.pth with params.json (Meta)"
 PATTERN = r"consolidated\.(\d+)\.pth"
 # Worked out again by every implementation; no part of the model. Llama 1 7B has one a layer.

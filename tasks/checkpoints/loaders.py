@@ -19,10 +19,12 @@ class Loader(Protocol):
 
     Attributes:
         WEIGHTS: shell patterns of the weight files that it reads.
+        SMALL_FILES: shell patterns of the files beside them that it reads.
         HOLDS: what it reads, for messages: the weight files, and the file beside them.
     """
 
     WEIGHTS: tuple[str, ...]
+    SMALL_FILES: tuple[str, ...]
     HOLDS: str
 
     def fits(self, source: ReadableSource) -> bool:

@@ -6,6 +6,7 @@ import json
 import re
 import stat
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ SHARED_BLOBS = (
 )
 LFS = b"version https://git-lfs"
 LFS_BYTES = 1024  # a pointer has fewer
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a path is of one of the shell patterns; no star stands for a folder."""
+    return any(
+        name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns
+    )
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -28,15 +28,17 @@ class LockedCommit(Struct, frozen=True):
 
 
 class Opening(Struct, frozen=True):
-    """How a source is opened that another commit may be made of.
+    """How a source is opened that lies elsewhere, and that another commit may be made of.
 
     Attributes:
+        is_read: tells whether a small file of that name is of use; others need not be fetched.
         memos: where what was fetched is remembered, also in a run that writes nothing else.
         project: the folder whose choice of a commit is remembered.
         locked: what models.lock has of it, if it is of a hub.
         newest: whether to ask for the newest one, whatever is locked or remembered.
     """
 
+    is_read: Callable[[str], bool]
     memos: Memos
     project: str
     locked: LockedCommit | None = None

@@ -27,6 +27,8 @@ HOLDS = "*.safetensors or pytorch_model*.bin with config.json (Hugging Face)"
 WRAPPERS = ("module.", "_orig_mod.")  # of a model that was saved in one: DataParallel, compile
 # What mlx-lm reads beside config.json to build a model.
 SIDE_FILES = ("generation_config.json", "hf_quant_config.json")
+ADAPTER = "adapter_config.json"
+SMALL_FILES = ("config.json", *SIDE_FILES, ADAPTER, *{index: None for _, _, index in KINDS})
 
 
 def fits(source: ReadableSource) -> bool:
@@ -75,7 +77,7 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
 
 def _refuse_adapter(source: ReadableSource) -> None:
     """Say so where a folder holds what was trained on top of a model, and no model."""
-    path = source.small_files / "adapter_config.json"
+    path = source.small_files / ADAPTER
     if source.has(path.name) and not source.has("config.json"):
         settings = read_json(path, "it describes the adapter")
         base = settings.get("base_model_name_or_path") or settings.get("model") or "its base model"

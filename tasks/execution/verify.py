@@ -43,7 +43,7 @@ from tasks.execution.draft import Drafts
 from tasks.execution.log import Log
 from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
 from tasks.execution.streaming import Streaming
-from tasks.layouts.registry import LAYOUTS
+from tasks.layouts.registry import LAYOUTS, is_read
 from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan, Planner
 from tasks.stages import quantize_scheme
@@ -103,7 +103,7 @@ class Claim(Struct, frozen=True):
             BuildError: there is none.
         """
         memos = Memos(folder / "memos")
-        opened = sources.open_source(spec, Opening(memos, str(folder)))
+        opened = sources.open_source(spec, Opening(is_read, memos, str(folder)))
         return cls(name, loaders.read(opened, None, memos, named=name))
 
 
@@ -141,7 +141,7 @@ class Verification(Struct, frozen=True):
         memos = Memos(folder / "memos")
 
         def open_source(target: Target) -> ReadableSource:
-            return sources.open_source(target.source, Opening(memos, str(folder)))
+            return sources.open_source(target.source, Opening(is_read, memos, str(folder)))
 
         planner = Planner(memos, open_source, lambda target, opened: None, Quality())
         plan = planner.plan(_target(claim, source, source_name, planner))

@@ -30,9 +30,14 @@ OWN: Fields = {"library_name": "mlx", "pipeline_tag": "text-generation", "tags":
 DEFAULT: Fields = {"language": "en", **OWN}  # where the checkpoint has no card
 
 
+def is_legal(name: str) -> bool:
+    """Tell whether a file of that name is a license or a notice."""
+    return LEGAL.fullmatch(name) is not None
+
+
 def is_document(name: str) -> bool:
     """Tell whether a checkpoint's file of that name is for people, and decides no weight."""
-    return name == CARD or LEGAL.fullmatch(name) is not None
+    return name == CARD or is_legal(name)
 
 
 def legal_files(folder: Path) -> list[Path]:
@@ -41,7 +46,7 @@ def legal_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: one is a link out of the folder.
     """
-    paths = sorted(p for p in folder.iterdir() if LEGAL.fullmatch(p.name) and not p.is_dir())
+    paths = sorted(p for p in folder.iterdir() if is_legal(p.name) and not p.is_dir())
     for path in paths:
         check_own(path)
     return paths

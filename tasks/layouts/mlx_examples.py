@@ -109,6 +109,11 @@ def config(target: Target, model: Model, quantization: dict[str, Any] | None) ->
     return {**config, "quantization": quantization}
 
 
+def takes(name: str) -> bool:
+    """Tell whether the layout takes over a checkpoint's small file of that name."""
+    return name == "tokenizer.model" or card.is_legal(name)
+
+
 def sources(checkpoint: Checkpoint) -> list[Path]:
     """Return the checkpoint's small files that go into the built model.
 

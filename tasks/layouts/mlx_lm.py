@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from cache.errors import printable
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.checkpoints.small_files import TEMPLATES_FOLDER, check_own, read_bytes
+from tasks.checkpoints.small_files import TEMPLATES_FOLDER, check_own, matches, read_bytes
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
 from tasks.layouts import architecture, card, llama_tokenizer, slow_tokenizer
@@ -44,6 +43,7 @@ TOKENIZER = (
     "*.py",
 )  # fmt: skip
 TEMPLATES = f"{TEMPLATES_FOLDER}/*.jinja"  # of models with several
+COPIED = (*TOKENIZER, "generation_config.json")
 ENOUGH = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken",
     "tiktoken.model", "sentencepiece*.model", "spiece.model", "tokenizer_config.json",
@@ -97,6 +97,11 @@ def config(target: Target, model: Model, quantization: dict[str, Any] | None) ->
     return dict(sorted(config.items()))
 
 
+def takes(name: str) -> bool:
+    """Tell whether the layout takes over a checkpoint's small file of that name."""
+    return matches(name, (*COPIED, TEMPLATES)) or card.is_document(name)
+
+
 def sources(checkpoint: Checkpoint) -> list[Path]:
     """Return the checkpoint's small files that go into the built model, as they are or changed.
 
@@ -111,12 +116,10 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
             f"{folder} has no tokenizer ({', '.join(ENOUGH[:3])}, …), so that nothing could load "
             "the built model. Fetch it from where the checkpoint came from."
         )
-    patterns = (*TOKENIZER, "generation_config.json")
     own = sorted(
         path
         for path in folder.iterdir()
-        if any(fnmatchcase(path.name, pattern) for pattern in patterns)
-        and not path.name.startswith("._")  # macOS's
+        if matches(path.name, COPIED) and not path.name.startswith("._")  # macOS's
     )
     for path in own:
         check_own(path)
@@ -185,7 +188,7 @@ def tokenizer_files(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
     return {
         name: data
         for name, data in sorted(files(checkpoint, memos, [], 0).items())
-        if any(fnmatchcase(name, pattern) for pattern in TOKENIZER) and not name.endswith(".py")
+        if matches(name, TOKENIZER) and not name.endswith(".py")
     }
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cache.records.memos import Memos
+from tasks.checkpoints import loaders
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.small_files import matches
 from tasks.core.spec import Target
 from tasks.layouts import mlx_examples, mlx_lm
 from tasks.layouts.model import Model
@@ -55,6 +57,9 @@ class Layout(Protocol):
             ConfigError: what reads the layout could not load such a model.
         """
 
+    def takes(self, name: str) -> bool:
+        """Tell whether it takes over a checkpoint's small file of that name, as it is or not."""
+
     def sources(self, checkpoint: Checkpoint) -> list[Path]:
         """Return the checkpoint's small files that go into the built model, changed or not.
 
@@ -89,6 +94,13 @@ class Layout(Protocol):
 
 
 LAYOUTS: dict[str, Layout] = {"mlx-lm": mlx_lm, "mlx-examples": mlx_examples}
+
+
+def is_read(name: str) -> bool:
+    """Tell whether a loader or a layout reads a checkpoint's small file of that name."""
+    return any(matches(name, loader.SMALL_FILES) for loader in loaders.LOADERS.values()) or any(
+        layout.takes(name) for layout in LAYOUTS.values()
+    )
 
 
 def weight_suffixes() -> tuple[str, ...]:

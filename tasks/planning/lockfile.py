@@ -34,6 +34,7 @@ from tasks.core.program import COMMAND
 from tasks.core.spec import Target
 from tasks.core.text import some
 from tasks.layouts.card import is_document
+from tasks.layouts.registry import is_read
 from tasks.planning import bundle, source_record
 from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource
@@ -187,7 +188,7 @@ class Lock:
         if source and source.revision:
             locked = LockedCommit(source.revision, frozenset(source.hashes or ()), digests)
         project = str(self.path.parent.absolute())
-        opening = Opening(Memos(store.memos.root), project, locked, newest)
+        opening = Opening(is_read, Memos(store.memos.root), project, locked, newest)
         return sources.open_source(target.source, opening)
 
     def recall(self, store: Store, target: Target, here: ReadableSource) -> Checkpoint | None:

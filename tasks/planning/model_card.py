@@ -97,7 +97,7 @@ def check(plan: Plan, memos: Memos) -> None:
 def base_model(target: Target) -> str | None:
     """Return the hub's name of what a target is built from, if models.toml says it."""
     if target.source.kind == HUB:
-        return hub.place_of(target.source.location).repository
+        return hub.parse(target.source.location).repository
     for part in PurePath(target.source.location).parts:
         if match := HUB_FOLDER.fullmatch(part):
             return f"{match[1]}/{match[2]}"
@@ -148,7 +148,7 @@ def _toml(plan: Plan, base: str | None, commit: str | None) -> str:
     source = "FOLDER OF THE CHECKPOINT"
     if base:
         source = f"{HUB}:{base}" + (f"@{commit}" if commit else "")
-        if target.source.kind == HUB and (below := hub.place_of(target.source.location).subfolder):
+        if target.source.kind == HUB and (below := hub.parse(target.source.location).subfolder):
             source += f"/{below}"
     keys: dict[str, Any] = {
         "source": source,

@@ -22,13 +22,14 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import Opening
 from tasks.core.errors import CheckpointError
 from tasks.layouts import mlx_lm
+from tasks.layouts.registry import is_read
 
 INDEX = "model.safetensors.index.json"
 
 
 def read(folder: Path, cache: Path) -> Checkpoint:
     memos = Store.at(cache).memos
-    opening = Opening(memos, str(folder))
+    opening = Opening(is_read, memos, str(folder))
     source = sources.open_source(sources.spec(str(folder), folder), opening)
     return loaders.read(source, None, memos)
 

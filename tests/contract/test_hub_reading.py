@@ -39,6 +39,7 @@ from tasks.checkpoints.hub_errors import HubUnreachable
 from tasks.checkpoints.small_files import read_bytes
 from tasks.checkpoints.source import LockedCommit, Opening
 from tasks.core.errors import CheckpointError
+from tasks.layouts.registry import is_read
 
 WEIGHTS = random.Random(7).randbytes(700_001)
 UNDER_WAY = 2**17
@@ -63,7 +64,7 @@ def repository(hub: Hub) -> Repository:
 @pytest.fixture
 def open_source(tmp_path: Path) -> Callable[[str], HubSource]:
     def open_source(text: str = "org/model", **keys: object) -> HubSource:
-        opening = Opening(Memos(tmp_path / "memos"), str(tmp_path), **keys)
+        opening = Opening(is_read, Memos(tmp_path / "memos"), str(tmp_path), **keys)
         return hub_source.open_source(hub_source.spec(text, tmp_path), opening)
 
     return open_source

@@ -24,7 +24,7 @@ from tasks.checkpoints.sources import SOURCES
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Quantize, SourceSpec, Target
 from tasks.layouts.libraries import LIBRARIES
-from tasks.layouts.registry import LAYOUTS, weight_suffixes
+from tasks.layouts.registry import LAYOUTS, is_read, weight_suffixes
 
 KINDS = {"llama": "meta", "transformers": "huggingface"}  # a checkpoint for each loader
 
@@ -70,7 +70,7 @@ def spelled(
 
 @pytest.fixture
 def opening(tmp_path: Path, memos: Memos) -> Opening:
-    return Opening(memos, str(tmp_path))
+    return Opening(is_read, memos, str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", [*SOURCES, "tar"])

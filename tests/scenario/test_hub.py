@@ -29,6 +29,7 @@ from support.servers import Answer
 from tasks.checkpoints import hub_requests, loaders, sources
 from tasks.checkpoints.source import Opening
 from tasks.core.text import size
+from tasks.layouts.registry import is_read
 
 
 @pytest.fixture
@@ -377,7 +378,7 @@ def test_a_plan_of_191_files(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monke
     hub.repository("org/giant").add(files)
     spec = sources.spec("hf:org/giant", tmp_path)
     for requests, nbytes in ((230, 16_000_000), (0, 0)):
-        opening = Opening(Memos(tmp_path / "memos"), str(tmp_path))
+        opening = Opening(is_read, Memos(tmp_path / "memos"), str(tmp_path))
         checkpoint = loaders.read(sources.open_source(spec, opening), None, opening.memos)
         assert len(checkpoint.stored) == 9 * 126 + 3
         assert len(hub.requests) <= requests

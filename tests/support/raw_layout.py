@@ -40,6 +40,10 @@ def config(target: Target, model: Model, quantization: dict[str, Any] | None) ->
     return {"raw": True, "quantization": quantization}
 
 
+def takes(name: str) -> bool:
+    return name == "tokenizer.json"
+
+
 def sources(checkpoint: Checkpoint) -> list[Path]:
     return [checkpoint.folder / "tokenizer.json"]
 

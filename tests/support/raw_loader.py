@@ -10,6 +10,7 @@ from tasks.checkpoints.source import ReadableSource
 from tasks.checkpoints.stored import Stored
 
 WEIGHTS = ("*.raw",)
+SMALL_FILES = ("raw.json",)
 HOLDS = "*.raw with raw.json"
 PREFIX = "trainer.module."
 

@@ -21,6 +21,7 @@ from tasks.core.program import COMMAND
 from tasks.core.spec import Mistakes
 from tasks.core.text import plural, toml
 from tasks.core.workspace import BUILD
+from tasks.layouts.registry import is_read
 
 MAX_DEPTH = 3  # of folders below the current one that are looked into
 
@@ -106,7 +107,8 @@ def _open(source: str, folder: Path) -> ReadableSource:
     base = Path.cwd() if sources.kind(source) == "folder" else folder
     memos = Memos(folder, read_only=True)
     try:
-        return sources.open_source(sources.spec(source, base), Opening(memos, str(folder)))
+        opening = Opening(is_read, memos, str(folder))
+        return sources.open_source(sources.spec(source, base), opening)
     except Mistakes as error:
         (mistake,) = error.mistakes
         raise InvalidCommand(f"{source} {mistake.fact}: {mistake.mend}") from error
