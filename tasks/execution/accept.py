@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from cache.records.manifests import Action, Manifest
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
-from tasks.execution import file_digests, place
+from tasks.execution import file_digests, place, whole_files
 from tasks.execution.builder import Builder
 from tasks.execution.place import Contents, Stamps
 from tasks.planning import source_record
@@ -36,7 +36,7 @@ def snapshot(builder: Builder, plans: Iterable[Plan]) -> LockedSource:
     digests = _all_digests(builder, plans)
     builder.refuse_wrong_files(plans)
     checkpoint = plans[0].checkpoint
-    unverified = builder.streaming.unverified_files(checkpoint, digests)
+    unverified = whole_files.unverified(builder.store.memos, checkpoint, digests)
     return source_record.take(builder.store, checkpoint, digests, unverified)
 
 

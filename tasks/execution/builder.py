@@ -522,7 +522,7 @@ class Builder:
                     Path(node.manifest_path(self.workspace)).unlink(missing_ok=True)
         for name, file in wrong.items():
             raise CheckpointError(
-                f"{name} of {plans[0].target.source} has sha256 {file.found}, and is said to have "
+                f"{name} of {plans[0].target.source} has sha256 {file.actual}, and is said to have "
                 f"{file.sha256}: it came damaged, or is another. What was read of it is forgotten. "
                 f"Run {COMMAND} again, which fetches it anew."
             )

@@ -23,123 +23,51 @@ waits.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
 
-from cache.blobs import Part
-from cache.digest import digest_record
-from cache.errors import BlobLost, CacheError, WrongLength
-from cache.fetched import FetchedBlobs
-from cache.files import own
+from cache.errors import CacheError
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.core.errors import BuildError, CheckpointError, Stopped
+from tasks.core.errors import Stopped
+from tasks.execution import read_groups
+from tasks.execution.copies import Copies, Copy
+from tasks.execution.read_groups import Group
 from tasks.execution.resources import DiskBudget
-from tasks.execution.whole_files import WholeFile
+from tasks.execution.rounds import Rounds
+from tasks.execution.whole_files import WholeFile, WholeFiles
 from tasks.planning.node import Node
 from tasks.planning.plan import Plan
-from tasks.stages.stage import Keep
 
 CONNECTIONS = 4  # of one task
-SMALL = 1 / 1000  # of a file: a tensor that may be fetched to be hashed, where no task wants it
-KIND = "whole-files"  # of memos: digests of tensors, by the sha256 of the file that they are of
-
-
-class Copy(NamedTuple):
-    """The copy of a stored tensor.
-
-    Attributes:
-        checkpoint: the checkpoint.
-        key: the tensor's.
-        name: the copy's in the store.
-    """
-
-    checkpoint: Checkpoint
-    key: str
-    name: str
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return self.checkpoint.stored[self.key].nbytes
-
-    @property
-    def place(self) -> tuple[str, str, int]:
-        """Where it lies: copies come in this order."""
-        stored = self.checkpoint.stored[self.key]
-        return self.checkpoint.source.location, stored.file, stored.offset
-
-
-@dataclass(eq=False)
-class _Group:
-    """Copies that are wanted together.
-
-    Attributes:
-        copies: by their names.
-        tasks: names of those that may read them, and are not done.
-        users: names of later ones that read them again, and have begun.
-        held: names of the copies that room is reserved for.
-        left: names of the copies that this run is to drop.
-        entering: held by the task that reserves it.
-    """
-
-    copies: dict[str, Copy] = field(default_factory=dict)
-    tasks: set[str] = field(default_factory=set)
-    users: set[str] = field(default_factory=set)
-    held: set[str] = field(default_factory=set)
-    left: set[str] = field(default_factory=set)
-    entering: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(copy.nbytes for copy in self.copies.values())
-
-    @property
-    def is_used(self) -> bool:
-        return bool(self.tasks or self.users)
+NEGLIGIBLE = (
+    1 / 1000
+)  # of a file: a tensor that may be fetched to be hashed, where no task wants it
 
 
 class Streaming:
     """What a run fetches, holds and drops. Safe in threads.
 
     Attributes:
-        store: the cache.
         budget: of the bytes that lie here at once.
         drops: whether they go when they were used.
     """
 
     def __init__(self, store: Store, budget: DiskBudget, *, drops: bool) -> None:
-        """Begin with nothing.
-
-        Args:
-            store: the cache.
-            budget: of the bytes that lie here at once.
-            drops: whether they go when they were used.
-        """
-        self.store = store
         self.budget = budget
         self.drops = drops
-        self._blobs = FetchedBlobs(store.blobs)
-        self._groups: dict[str, _Group] = {}  # by the names of copies
-        self._by_task: dict[str, _Group] = {}
+        self._copies = Copies(store)
+        self._files = WholeFiles(store, self._copies)
+        self._groups: dict[str, Group] = {}  # by the names of copies
+        self._by_task: dict[str, Group] = {}
         self._later: dict[str, dict[str, Copy]] = {}  # what tasks read that are of no group
-        self._done: list[_Group] = []  # and not dropped yet
-        self._digests: dict[str, str] = {}  # of copies, by name
-        self._names: dict[tuple[int, str], Copy] = {}
-        self._files: dict[tuple[str, str], WholeFile] = {}
+        self._done: list[Group] = []  # and not dropped yet
         self._adopted: list[Copy] = []
         self._unread: set[str] = set()  # names of copies that no task fetches
-        self._locks: list[int] = []
-        self._changed = threading.Condition()
-        self._todo = self._busy = self._over = False
-        self._thread: threading.Thread | None = None
+        self._lock = threading.RLock()
+        self._rounds = Rounds(self._hash_and_drop, "passing")
 
     def arrange(self, nodes: Iterable[tuple[Plan, Node]]) -> list[Node]:
         """Take note of the tasks of a run that may read what is fetched.
@@ -147,10 +75,8 @@ class Streaming:
         Returns:
             Them in the order in which they are to begin.
         """
-        known: dict[Node, dict[str, Copy]] = {}
-        reads = {node: self._reads(plan, node, known) for plan, node in nodes}
-        reads = {node: copies for node, copies in reads.items() if copies}
-        group_of = _joined({n: copies for n, copies in reads.items() if not _follows_a_layer(n)})
+        reads = read_groups.reads(nodes, self._copies)
+        group_of = read_groups.groups(reads)
         for node, group in group_of.items():
             group.tasks.add(node.name)
             self._by_task[node.name] = group
@@ -158,19 +84,19 @@ class Streaming:
         for node in reads.keys() - group_of.keys():
             self._later[node.name] = reads[node]
             for name, copy in reads[node].items():
-                self._groups.setdefault(name, _Group({name: copy}))
+                self._groups.setdefault(name, Group({name: copy}))
         first = {id(g): min(copy.place for copy in g.copies.values()) for g in group_of.values()}
         return sorted(group_of, key=lambda node: first[id(group_of[node])])
 
     @property
-    def _copies(self) -> list[Copy]:
+    def _all_copies(self) -> list[Copy]:
         """All copies that tasks may read."""
         return [group.copies[name] for name, group in self._groups.items()]
 
     @property
     def nbytes(self) -> int:
         """The size of all that tasks may read."""
-        return sum(copy.nbytes for copy in self._copies)
+        return sum(copy.nbytes for copy in self._all_copies)
 
     @property
     def largest(self) -> int:
@@ -183,16 +109,17 @@ class Streaming:
         Args:
             recorded: names of tasks whose results are on record: what only they read is dropped.
         """
-        alone = {where for where in {c.place[0] for c in self._copies} if self._is_alone(where)}
+        locations = {copy.place[0] for copy in self._all_copies}
+        alone = {location for location in locations if self._copies.is_alone(location)}
         adopted = 0
-        for copy in self._copies:
-            self._watch(copy)
-            size = self._blobs.size(copy.name) if copy.place[0] in alone else None
+        for copy in self._all_copies:
+            self._files.watch(copy)
+            size = self._copies.size(copy) if copy.place[0] in alone else None
             group = self._groups[copy.name]
             if size is None:
                 continue
             if self.drops and group.tasks and group.tasks <= set(recorded):
-                self._blobs.drop(copy.name, self._digests.get(copy.name))
+                self._copies.drop(copy)
                 continue
             self._adopted.append(copy)
             adopted += size
@@ -207,27 +134,11 @@ class Streaming:
         for copy in sorted(self._adopted, key=lambda copy: copy.place):
             group = self._groups[copy.name]
             if self.drops and self.budget.reserved + copy.nbytes + self.largest > limit:
-                self._blobs.drop(copy.name, self._digests.get(copy.name))
+                self._copies.drop(copy)
                 continue
             group.left.add(copy.name)
             group.held.add(copy.name)
             self.budget.reserve_at_once(copy.nbytes)
-
-    def _reads(self, plan: Plan, node: Node, known: dict[Node, dict[str, Copy]]) -> dict[str, Copy]:
-        """Return the copies that a node may read, itself or by what it needs, by name.
-
-        What a stage made that is always kept is read where that is.
-        """
-        if node not in known:
-            if node.is_leaf:
-                fetched = [key for key in node.outputs() if key in plan.checkpoint.fetched]
-                copies = [self._copy(plan.checkpoint, key) for key in fetched]
-                known[node] = {copy.name: copy for copy in copies}
-            else:
-                through = [n for n in node.needs if n.is_leaf or n.stage.keep is not Keep.ALWAYS]
-                read = [self._reads(plan, need, known) for need in through]
-                known[node] = {name: copy for each in read for name, copy in each.items()}
-        return known[node]
 
     def enter(self, task: str) -> None:
         """Wait until there is room for all that a task reads.
@@ -247,18 +158,18 @@ class Streaming:
             missing = group.copies.keys() - group.held
             if missing:
                 need = sum(group.copies[name].nbytes for name in missing)
-                self.budget.reserve(need, self._wake)
+                self.budget.reserve(need, self._rounds.call)
                 group.held |= missing
 
     def _enter_later(self, task: str, copies: Mapping[str, Copy]) -> None:
-        with self._changed:
+        with self._lock:
             groups = {name: self._groups[name] for name in copies}
             missing = [name for name, group in groups.items() if name not in group.held]
             for group in groups.values():
                 group.users.add(task)
             for name in missing:
                 groups[name].held.add(name)
-        self.budget.reserve(sum(copies[name].nbytes for name in missing), self._wake)
+        self.budget.reserve(sum(copies[name].nbytes for name in missing), self._rounds.call)
 
     def finished(self, task: str) -> None:
         """Take note that a task is done, or will not be: what nobody else reads is dropped."""
@@ -266,13 +177,13 @@ class Streaming:
         groups = [first] if first else [self._groups[n] for n in self._later.pop(task, ())]
         if not groups:
             return
-        with self._changed:
+        with self._lock:
             for group in groups:
                 group.tasks.discard(task)
                 group.users.discard(task)
                 if self.drops and not group.is_used and group not in self._done:
                     self._done.append(group)
-        self._wake()
+        self._rounds.call()
 
     def stop(self) -> None:
         """Let no task wait any more, since no other one begins."""
@@ -280,23 +191,16 @@ class Streaming:
 
     def end(self) -> None:
         """Drop what is left, when all tasks have ended."""
-        if self._thread:
-            with self._changed:
-                self._over = True
-                self._changed.notify_all()
-            self._thread.join()
+        self._rounds.end()
         if self.drops:  # what is not done yet, since something failed, the next run goes on with
             groups = {id(group): group for group in self._groups.values() if not group.is_used}
             self._done = list(groups.values())
             self._drop(always=True)
-        for descriptor in self._locks:
-            os.close(descriptor)
+        self._copies.close()
 
     def note(self, checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
         """Take note of stored tensors' digests, by key, that are known without fetching them."""
-        with self._changed:
-            for key, digest in digests.items():
-                self._digests.setdefault(self._copy(checkpoint, key).name, digest)
+        self._copies.note(checkpoint, digests)
 
     def fetch(
         self, checkpoint: Checkpoint, keys: Sequence[str], known: Mapping[str, str], *, reread: bool
@@ -315,165 +219,75 @@ class Streaming:
             NoRoom: the disk is full.
         """
         self.note(checkpoint, known)
-        copies = sorted((self._copy(checkpoint, key) for key in keys), key=lambda copy: copy.place)
+        copies = [self._copies.of(checkpoint, key) for key in keys]
+        copies.sort(key=lambda copy: copy.place)
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             digests = list(pool.map(partial(self._fetch, reread=reread), copies))
-        self._wake()
+        self._rounds.call()
         return dict(zip((copy.key for copy in copies), digests, strict=True))
 
     def _fetch(self, copy: Copy, *, reread: bool) -> str:
         group = self._groups.get(copy.name)
-        file = self._files.get(copy.place[:2])
+        file = self._files.of(copy)
         if group is None and not reread and file and copy.key in file.digests:
             return file.digests[copy.key]  # which is all that is wanted
         if group is None:
-            group = _Group({copy.name: copy})
+            group = Group({copy.name: copy})
             if reread:
                 self._groups[copy.name] = group
-        with self._changed:
+        with self._lock:
             group.left.add(copy.name)
             if copy.name not in group.held:  # lost, or of no task that began
                 group.held.add(copy.name)
                 self.budget.reserve_at_once(copy.nbytes)
-        digest = self._copied(copy)
-        with self._changed:
-            self._digests[copy.name] = digest
+        digest = self._copies.fetch(copy)
+        with self._lock:
             if self.drops and copy.name not in self._groups:
                 self._done.append(group)
-        self._wake()
+        self._rounds.call()
         return digest
-
-    def _copied(self, copy: Copy) -> str:
-        """Have the cache hold a stored tensor, and return its digest."""
-        source, stored = copy.checkpoint.source, copy.checkpoint.stored[copy.key]
-
-        def read(start: int) -> Iterator[bytes]:
-            return source.read(stored.file, stored.offset + start, stored.nbytes - start)
-
-        try:
-            return self._blobs.fetch(copy.name, stored.nbytes, read)
-        except (OSError, WrongLength) as error:
-            raise CheckpointError(
-                f"{stored.file} of {source.location}: tensor {copy.key} cannot be read: {error}"
-            ) from error
 
     def wrong_files(self, checkpoint: Checkpoint) -> dict[str, WholeFile]:
         """Return the files whose bytes have all passed, and are not those of their sha256."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._thread is None or not (self._todo or self._busy))
-        files = self._files.values()
-        return {f.name: f for f in files if f.checkpoint is checkpoint and f.is_wrong}
+        self._rounds.settle()
+        return self._files.wrong(checkpoint)
 
     def forget(self, checkpoint: Checkpoint, files: Collection[str]) -> None:
         """Drop what was fetched of files."""
-        for copy in self._copies:
+        for copy in self._all_copies:
             if copy.checkpoint is checkpoint and copy.place[1] in files:
-                self._blobs.drop(copy.name, self._digests.get(copy.name))
+                self._copies.drop(copy)
 
-    def unverified_files(self, checkpoint: Checkpoint, digests: Mapping[str, str]) -> list[str]:
-        """Return the files of which a sha256 is known, but not that all tensors are of that file.
+    # What is done in rounds, by a thread of their own.
 
-        Args:
-            checkpoint: the checkpoint.
-            digests: of all its stored tensors, by key.
-        """
-        known = {
-            name: sha256 for name in checkpoint.stamps if (sha256 := self._sha256(checkpoint, name))
-        }
-        get = self.store.memos.get
-        return [
-            name
-            for name, sha256 in known.items()
-            if get(KIND, _question(checkpoint, name, sha256), str)
-            != _table(checkpoint, name, digests)
-        ]
+    def _hash_and_drop(self) -> None:
+        try:
+            self._files.advance(self._is_read)
+            self._drop()
+        except (CacheError, OSError) as error:  # nobody is to wait for what does not come
+            self.budget.stop(error)
 
-    @staticmethod
-    def _sha256(checkpoint: Checkpoint, file: str) -> str | None:
-        """Return what a file's sha256 is said to be, if it is fetched."""
-        return None if checkpoint.source.path(file) else checkpoint.sha256(file)
-
-    def _copy(self, checkpoint: Checkpoint, key: str) -> Copy:
-        at = (id(checkpoint), key)
-        if at not in self._names:
-            name = digest_record([checkpoint.fingerprint([key]), checkpoint.stored[key].nbytes])
-            self._names[at] = Copy(checkpoint, key, name)
-        return self._names[at]
-
-    def _watch(self, copy: Copy) -> None:
-        """Have the file of a copy hashed as it passes, if its sha256 is known."""
-        checkpoint, (location, file, _) = copy.checkpoint, copy.place
-        if (location, file) not in self._files and (sha256 := self._sha256(checkpoint, file)):
-            self._files[location, file] = WholeFile(checkpoint, file, sha256)
-
-    # What the thread does that hashes and drops.
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._todo = True
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="passing", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._todo or self._over)
-                if not self._todo:
-                    return
-                self._todo, self._busy = False, True
-            try:
-                self._hash()
-                self._drop()
-            except (CacheError, OSError) as error:  # nobody is to wait for what does not come
-                self.budget.stop(error)
-
-    def _hash(self) -> None:
-        for file in self._files.values():
-            locate = partial(self._parts, file.checkpoint)
-            if not file.is_over:
-                try:
-                    file.advance(self.store.blobs, locate, partial(self._is_read, file.checkpoint))
-                except (BuildError, CacheError, OSError):  # no build fails for what it does not use
-                    file.incomplete = True
-                if file.found == file.sha256:
-                    self._remember(file)
-
-    def _remember(self, file: WholeFile) -> None:
-        """Remember that these tensors are of the file of its sha256."""
-        checkpoint, name = file.checkpoint, file.name
-        digests = dict(file.digests)
-        for key, stored in checkpoint.stored.items():
-            if stored.file == name and stored.nbytes and key not in digests:
-                digests[key] = self._digests[self._copy(checkpoint, key).name]
-        question = _question(checkpoint, name, file.sha256)
-        self.store.memos.put(KIND, question, _table(checkpoint, name, digests))
-
-    def _is_read(self, checkpoint: Checkpoint, key: str) -> bool:
-        name = self._copy(checkpoint, key).name
-        return name in self._groups and name not in self._unread
+    def _is_read(self, copy: Copy) -> bool:
+        return copy.name in self._groups and copy.name not in self._unread
 
     def _drop(self, *, always: bool = False) -> None:
         """Drop the copies that nobody reads any more; ``always``: also before they are hashed."""
-        with self._changed:
+        with self._lock:
             done = list(self._done)
         for group in done:
             for copy in [c for n, c in group.copies.items() if n in group.left | group.held]:
-                with self._changed:  # lest a later task begins to read it just now
+                with self._lock:  # lest a later task begins to read it just now
                     # What is not left is on record, and was not fetched.
                     fetched = copy.name in group.left
                     if not group.is_used and (not fetched or always or self._may_go(copy)):
                         self._drop_copy(group, copy, fetched=fetched)
-            with self._changed:
+            with self._lock:
                 if group.is_used or not group.left:
                     self._done.remove(group)
 
-    def _drop_copy(self, group: _Group, copy: Copy, *, fetched: bool) -> None:
+    def _drop_copy(self, group: Group, copy: Copy, *, fetched: bool) -> None:
         if fetched:
-            self._blobs.drop(copy.name, self._digests.get(copy.name))
+            self._copies.drop(copy)
             group.left.discard(copy.name)
         if copy.name in group.held:
             group.held.discard(copy.name)
@@ -481,77 +295,19 @@ class Streaming:
 
     def _may_go(self, copy: Copy) -> bool:
         """Tell whether the bytes of a copy are not to be hashed any more."""
-        file = self._files.get(copy.place[:2])
+        file = self._files.of(copy)
         if file is None or file.passed(copy.key) or (awaited := file.awaited) is None:
             return True
-        group = self._groups.get(self._copy(copy.checkpoint, awaited).name)
+        following = self._copies.of(copy.checkpoint, awaited)
+        group = self._groups.get(following.name)
         if group is None:  # it is hashed before long
             return False
-        if self._parts(copy.checkpoint, awaited) is not None:
+        if self._copies.parts(following) is not None:
             return False
         missing = not group.is_used or (not group.held and self.budget.is_short)
-        if missing and copy.checkpoint.stored[awaited].nbytes <= SMALL * file.size:
-            with self._changed:  # a norm that is on record, say: it is read for the hash alone
-                self._unread.add(self._copy(copy.checkpoint, awaited).name)
-                self._todo = True
+        if missing and following.nbytes <= NEGLIGIBLE * file.size:
+            self._unread.add(following.name)  # a norm on record, say: read for the hash alone
+            self._rounds.call()
             return False
         file.incomplete = missing
         return missing
-
-    def _parts(self, checkpoint: Checkpoint, key: str) -> list[Part] | None:
-        """Return where a stored tensor's bytes lie, or None if they are not here."""
-        copy = self._copy(checkpoint, key)
-        digest = self._digests.get(copy.name)
-        if digest and self._blobs.size(copy.name) == copy.nbytes:
-            return [self._blobs.part(copy.name, copy.nbytes)]
-        try:  # it lies in its place in a weight file, or as another tensor of the same bytes
-            return self.store.blobs.locate(digest, copy.nbytes) if digest else None
-        except BlobLost:
-            return None
-
-    # Whether another run is fetching from the same place, into the same cache.
-
-    def _is_alone(self, location: str) -> bool:
-        """Tell whether no other run fetches from there; what was left there is then this one's."""
-        path = self.store.root / f"fetching-{digest_record(location)}"
-        descriptor = own.open_own(path, os.O_RDWR | os.O_CREAT)
-        self._locks.append(descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        finally:
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
-        return True
-
-
-def _question(checkpoint: Checkpoint, file: str, sha256: str) -> list[Any]:
-    return [checkpoint.source.location, file, *checkpoint.stamps[file], sha256]
-
-
-def _table(checkpoint: Checkpoint, file: str, digests: Mapping[str, str]) -> str:
-    """Return the digest of a file's tensors' digests."""
-    stored = checkpoint.stored.items()
-    return digest_record([[k, digests[k]] for k, s in stored if s.file == file and s.nbytes])
-
-
-def _follows_a_layer(node: Node) -> bool:
-    """Tell whether a node needs what its own stage, or one that it reads, makes of another layer.
-
-    So do those that run a model, segment by segment.
-    """
-    return any(need.stage is node.stage or _follows_a_layer(need) for need in node.needs)
-
-
-def _joined(reads: Mapping[Node, dict[str, Copy]]) -> dict[Node, _Group]:
-    """Return the group of each node, given what each reads: what one of them does is of one."""
-    group_of: dict[str, _Group] = {}  # by the names of copies
-    for copies in reads.values():
-        groups = {id(group): group for name in copies if (group := group_of.get(name))}
-        joined = max(groups.values(), key=lambda group: len(group.copies), default=_Group())
-        for group in groups.values():
-            joined.copies |= group.copies
-        joined.copies |= copies
-        group_of |= dict.fromkeys(joined.copies, joined)
-    return {node: group_of[next(iter(copies))] for node, copies in reads.items()}
