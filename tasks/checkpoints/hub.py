@@ -18,7 +18,7 @@ from msgspec import Struct, to_builtins
 
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
-from tasks.checkpoints import headers, hub_client
+from tasks.checkpoints import file_digests, headers, hub_client
 from tasks.checkpoints.folder import FolderSource
 from tasks.checkpoints.hub_client import HubFile, Snapshot
 from tasks.checkpoints.hub_errors import HubUnreachable
@@ -159,7 +159,24 @@ class HubSource(Struct, frozen=True, dict=True):
         missing = [path for path in small if not (folder / path).is_file()]
         if missing:
             hub_client.download(repository, self.revision, missing)
+        for path in small:
+            self._check(folder / path, self._snapshot.files[path])
         return folder / subfolder
+
+    def _check(self, path: Path, file: HubFile) -> None:
+        """Refuse a file of the client's cache that is not the hub's.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        kind, _, digest = file.digest.partition(":")
+        found = file_digests.of_file(path, kind, self.opening.memos) if kind else ""
+        if found != digest:
+            raise CheckpointError(
+                f"{path} is not the file of {self.hub_name.repository} at {self.revision}: its "
+                f"{kind} digest is {found}, and is said to be {digest}. Remove it: then it is fetched "
+                "anew. If it was edited on purpose, copy the folder, and name that."
+            )
 
     def path(self, name: str) -> Path | None:
         """Return a weight file that the client has on this machine, or None."""

@@ -195,7 +195,7 @@ class Session:
             self.builder.streaming.end()
             for plan in self.plans.values():
                 with suppress(CheckpointError):  # its packing says so, if it comes to that
-                    self.builder.refuse_wrong_files([plan])
+                    self.builder.refuse_wrong_files([plan], waits=False)
         if not self.remote:
             return
         try:

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cache.records.manifests import Action, Manifest
+from tasks.checkpoints import file_digests
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
-from tasks.execution import file_digests, place, whole_files
+from tasks.execution import place, whole_files
 from tasks.execution.builder import Builder
 from tasks.execution.place import Contents, Stamps
 from tasks.planning import source_record

@@ -29,6 +29,7 @@ from tasks.core.program import COMMAND
 from tasks.core.spec import Target
 from tasks.core.workspace import Workspace
 from tasks.execution.draft import Drafts, WeightFileDraft
+from tasks.execution.hashed_files import HashedFiles
 from tasks.execution.log import Entry, Log
 from tasks.execution.resources import MemoryBudget
 from tasks.execution.streaming import Streaming
@@ -161,6 +162,7 @@ class Builder:
         memory: the limit on what actions hold at once.
         drafts: weight files of what is to be packed.
         streaming: fetches what comes from elsewhere, and drops it.
+        hashed: holds files that a hub's client has here against what the hub says.
         streams: MLX's, of each thread.
         computed: keys of the actions that were run.
         answers: what stages worked out once, by the question.
@@ -175,6 +177,7 @@ class Builder:
     memory: MemoryBudget
     drafts: Drafts
     streaming: Streaming
+    hashed: HashedFiles = field(default_factory=HashedFiles)
     streams: arrays.Streams = field(default_factory=arrays.Streams)
     computed: set[str] = field(default_factory=set)
     answers: dict[Hashable, Any] = field(default_factory=dict)
@@ -265,6 +268,7 @@ class Builder:
     def _run(self, plan: Plan, node: Node) -> tuple[Manifest, str]:
         if node.is_leaf:
             # What it reads is what it makes: looking means digesting the checkpoint's tensors.
+            self.hashed.begin(plan.checkpoint, node.outputs(), self.store.memos)
             with self._working(plan, node, node.spec.digest):
                 manifest = self._scan(plan, node, reread=False)
                 known = isinstance(self.store.actions.get(manifest.action), Hit)
@@ -502,29 +506,38 @@ class Builder:
                     self.store.sharing.push(manifest, self.shared(plan, maker))
         return self.store.blobs.locate(tensor.digest, tensor.nbytes)
 
-    def refuse_wrong_files(self, plans: Iterable[Plan]) -> None:
-        """Refuse what was fetched of files that are not what they are said to be, and forget it.
+    def refuse_wrong_files(self, plans: Iterable[Plan], *, waits: bool = True) -> None:
+        """Refuse what was read of files that are not what they are said to be, and forget it.
 
         Args:
             plans: the targets of one checkpoint.
+            waits: whether to hash files of this machine that are not hashed yet.
 
         Raises:
             CheckpointError: a file's bytes all passed, and have another sha256.
         """
         plans = list(plans)
-        wrong = self.streaming.wrong_files(plans[0].checkpoint)
-        self.streaming.forget(plans[0].checkpoint, wrong)
+        checkpoint = plans[0].checkpoint
+        passed = self.streaming.wrong_files(checkpoint)
+        self.streaming.forget(checkpoint, passed)
+        read = [key for plan in plans for node in plan.leaves for key in node.outputs()]
+        here = self.hashed.wrong(checkpoint, read, self.store.memos, waits=waits)
+        wrong = {name: str(file.actual) for name, file in passed.items()} | here
         for plan in plans if wrong else ():
             for node in plan.leaves:
-                read = {plan.checkpoint.stored[key].file for key in node.outputs()}
-                if not read.isdisjoint(wrong):
+                files = {plan.checkpoint.stored[key].file for key in node.outputs()}
+                if not files.isdisjoint(wrong):
                     _leaf(node).forget(*self._asked(plan, node))
                     Path(node.manifest_path(self.workspace)).unlink(missing_ok=True)
-        for name, file in wrong.items():
+        for name, found in wrong.items():
+            path = checkpoint.source.path(name)
+            mend = f"Remove {path}: then it is fetched anew" if path else (
+                f"Run {COMMAND} again, which fetches it anew"
+            )  # fmt: skip
             raise CheckpointError(
-                f"{name} of {plans[0].target.source} has sha256 {file.actual}, and is said to have "
-                f"{file.sha256}: it came damaged, or is another. What was read of it is forgotten. "
-                f"Run {COMMAND} again, which fetches it anew."
+                f"{name} of {plans[0].target.source} has sha256 {found}, and is said to have "
+                f"{checkpoint.sha256(name)}: it came damaged, or is another. What was read of it "
+                f"is forgotten. {mend}."
             )
 
     def remake(self, plan: Plan, node: Node, name: str, tensor: Tensor, lost: BlobLost) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 from msgspec import Struct, field
 
 from cache.records.memos import Memos
-from tasks.checkpoints import hub_client
+from tasks.checkpoints import file_digests, hub_client
 from tasks.checkpoints.hub_errors import TOKEN, answers_of_a_hub, errors_of_publishing
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.text import some
-from tasks.execution import file_digests
 
 HUBS_OWN = frozenset({".gitattributes"})  # what the hub puts into each repository
 SHOWN = 5  # names in a message

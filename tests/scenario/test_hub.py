@@ -183,18 +183,30 @@ def test_a_file_of_the_client_that_is_not_what_it_was(hub: Hub, tmp_path: Path) 
         path.write_bytes(damaged)
         (project.folder / "models.lock").unlink(missing_ok=True)
         project.doit("plan", expect=1)
-        project.doit()
-        assert but_card(project.built()) != but_card(expected)
+        told = project.doit(expect=1).stdout
+        found = hashlib.sha256(damaged).hexdigest()
+        assert f"has sha256 {found}, and is said to have {path.name}: it came damaged" in told
+        assert f"Remove {snapshot}/model-" in told
+        assert not (project.folder / "models.lock").exists()
+        assert not (project.folder / "build/model").exists()
         path.write_bytes(whole)
-        assert "has other contents" in project.doit(expect=1).stdout
-        (project.folder / "models.lock").unlink()
         project.doit()
         assert but_card(project.built()) == but_card(expected)
+        shutil.rmtree(project.folder / "build")
     path.write_bytes(flipped)
-    project.doit(expect=None)
-    shutil.rmtree(tmp_path / "home")
     (project.folder / "models.lock").unlink()
+    project.doit(expect=1)
+    path.unlink()
     project.doit()  # by ranges
+    assert but_card(project.built()) == but_card(expected)
+
+    config = snapshot / "config.json"
+    config.resolve().write_bytes(config.read_bytes().replace(b"}", b" }"))
+    (project.folder / "models.lock").unlink()
+    told = project.doit(expect=3).stderr
+    assert f"{config} is not the file of org/model at" in told
+    config.resolve().unlink()
+    project.doit()
     assert but_card(project.built()) == but_card(expected)
 
 

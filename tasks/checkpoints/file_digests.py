@@ -1,4 +1,4 @@
-"""file_digests: digests of a built file as model hubs have them, and who downloads it can tell."""
+"""file_digests: digests of files as model hubs have them, and who downloads them can tell."""
 
 from __future__ import annotations
 
