@@ -15,13 +15,14 @@ from tasks.core import spec
 from tasks.core.text import toml
 
 Kind = Literal[
-    "folder", "file", "text", "texts", "size", "URL", "repository", "switch",
+    "folder", "file", "files", "text", "texts", "size", "URL", "repository", "switch",
     "word", "words", "number", "numbers", "count", "table", "tables", "named",
 ]  # fmt: skip
 _KINDS: dict[Any, Kind] = {
     Path: "folder",
     spec.SourceName: "folder",
     spec.TextFile: "file",
+    spec.TextFiles: "files",
     spec.RepositoryName: "repository",
     spec.Size: "size",
     tables.RemoteURL: "URL",

@@ -211,6 +211,7 @@ def _expected(key: Key) -> str:
         "size": f"bytes or a size such as {example}",
         "number": "a whole number",
         "count": f"a whole number, at least {least(key.type)}",
+        "files": f"a file or a list of files, such as {example}",
         "switch": "true or false",
         "table": f"a table such as {example}" if key.example else "a table",
         "tables": f"a list such as {example}",

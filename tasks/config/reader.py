@@ -31,6 +31,7 @@ from tasks.core.spec import (
     SourceName,
     Target,
     TextFile,
+    TextFiles,
 )
 from tasks.core.workspace import BUILD
 from tasks.layouts.registry import LAYOUTS
@@ -49,7 +50,7 @@ class Config:
         targets: by name, in the file's order.
         cache: the table [cache]; its folder is absolute.
         build: the table [build].
-        quality: the table [quality]; its text is absolute.
+        quality: the table [quality]; its texts are absolute.
     """
 
     path: Path
@@ -213,9 +214,13 @@ class _Reader:
         )
 
     def quality(self, table: Quality) -> Quality:
-        """Return the table [quality] with its text's path relative to this file."""
-        text = table.evaluate_text
-        return replace(table, evaluate_text=text and TextFile((self.folder / text).absolute()))
+        """Return the table [quality] with its texts' paths absolute."""
+        text, held_out = table.text, table.evaluate_text
+        return replace(
+            table,
+            text=text and TextFiles(str((self.folder / name).absolute()) for name in text),
+            evaluate_text=held_out and TextFile((self.folder / held_out).absolute()),
+        )
 
     def check_repository(self, target: str, publish: RepositoryName | None, at: At) -> None:
         """Note a repository that no hub takes, or that another target is published to."""

@@ -25,6 +25,7 @@ from tasks.core.spec import (
     Size,
     SourceName,
     TextFile,
+    TextFiles,
     Word,
 )
 from tasks.core.text import NUMBER, UNITS, toml
@@ -101,8 +102,11 @@ def _custom(kind: type) -> Schema:
         return {"type": "string", "pattern": f"^({REMOTE})$"}
     if kind is RepositoryName:
         return {"type": "string", "pattern": r"^[A-Za-z0-9._-]+/([A-Za-z0-9._-]|\{target\})+$"}
+    file = {"type": "string", "pattern": r"^[^\x00]+$"}
+    if kind is TextFiles:
+        return {"anyOf": [file, {"type": "array", "items": file, "minItems": 1}]}
     if kind in (Path, SourceName, TextFile):
-        return {"type": "string", "pattern": r"^[^\x00]+$"}
+        return file
     raise NotImplementedError(kind)
 
 
@@ -212,6 +216,7 @@ def _kind(key: Key) -> str:
     return {
         "folder": "a folder, relative to `models.toml`; `~` is your home",
         "file": "a file, relative to `models.toml`; `~` is your home",
+        "files": "a file, or a list of files, relative to `models.toml`; `~` is your home",
         "text": "a string",
         "texts": "a list of strings",
         "repository": "a string, `ORG/NAME`",
@@ -311,7 +316,7 @@ Where results are kept, here and on a store shared with other machines. See
 [caching.md](caching.md) for what a result depends on."""
 
 QUALITY = """\
-On what text `mlx-make evaluate:TARGET` runs a model, and how much of it. See
+On what texts models are calibrated and evaluated, and how much of them. See
 [quality.md](quality.md)."""
 
 REMOTE_URLS = """\

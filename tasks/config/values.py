@@ -24,6 +24,7 @@ from tasks.core.spec import (
     SourceName,
     StageName,
     TextFile,
+    TextFiles,
     Word,
 )
 from tasks.core.text import SIZE, UNITS, size_bytes
@@ -76,8 +77,8 @@ def decode(kind: type, value: Any) -> Any:
         return _remote(value)
     if kind is Path:
         return _folder(value)
-    if kind is TextFile:
-        return TextFile(_folder(value, "file"))
+    if kind in (TextFile, TextFiles):
+        return _text(kind, value)
     if kind is RepositoryName:
         return _repository(value)
     if kind is SourceName:
@@ -99,6 +100,13 @@ def _folder(value: Any, what: str = "folder") -> Path:
     except RuntimeError:
         fact = f"is {value!r}, but there is no such user"
         raise Mistakes(Mistake(fact, f"write the {what} out")) from None
+
+
+def _text(kind: type, value: Any) -> TextFile | TextFiles:
+    if kind is TextFile:
+        return TextFile(_folder(value, "file"))
+    names = value if isinstance(value, list) and value else [value]
+    return TextFiles(str(_folder(name, "file")) for name in names)
 
 
 def _repository(value: Any) -> RepositoryName:

@@ -64,6 +64,12 @@ class TextFile(str):
     __slots__ = ()
 
 
+class TextFiles(tuple[str, ...]):
+    """The paths of files of text; models.toml may give one without a list."""
+
+    __slots__ = ()
+
+
 class RepositoryName(str):
     """A repository on a model hub, ORG/NAME; ``{target}`` in it is the target's name."""
 
@@ -121,7 +127,8 @@ def key(meaning: str, *, change: str, example: Any, default: str = "") -> Meta:
     return Meta(description=meaning, examples=[example], extra=extra)
 
 
-_RUN = "tokens, teacher, forward and evaluate"
+_CALIBRATED = "tokens, activations and all that comes of them"
+_RUN = "tokens, teacher, forward and evaluate; and activations"
 _QUANTIZED = "quantize, for the layers that it concerns, and pack"
 
 
@@ -373,20 +380,30 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Quality(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """On what text models are run, and how much of it."""
 
+    text: Annotated[
+        TextFiles | None,
+        key(
+            "The text that models are calibrated on, a file or several: plain text, or `.jsonl` "
+            'with a `{"text": "…"}` or a `{"messages": […]}` a line.',
+            default="a part of Python's own help, which every machine has",
+            change=_CALIBRATED,
+            example="calibration.txt",
+        ),
+    ] = None
     evaluate_text: Annotated[
         TextFile | None,
         key(
-            "The text that models are evaluated on, a file: plain text, or `.jsonl` with a "
-            '`{"text": "…"}` or a `{"messages": […]}` a line.',
-            default="a part of Python's own help, which every machine has",
-            change=_RUN,
+            "The text that models are evaluated on, a file of such text: another than they are "
+            "calibrated on.",
+            default="another part of Python's own help",
+            change="tokens, teacher, forward and evaluate",
             example="held-out.txt",
         ),
     ] = None
     samples: Annotated[
         int,
         Meta(ge=1),
-        key("How many sequences of it.", change=_RUN, example=128),
+        key("How many sequences of a text.", change=_RUN, example=128),
     ] = 32
     sequence_length: Annotated[
         int,

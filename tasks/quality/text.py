@@ -9,30 +9,58 @@ from typing import Any
 
 from cache.digest import digest_record
 from tasks.core.errors import BuildError
+from tasks.core.spec import Quality
 
 Messages = list[dict[str, Any]]
 Document = str | Messages  # a chat is rendered by the model's own template
 
 
-def read(name: str | None) -> list[Document]:
-    """Return the documents of a text.
-
-    Args:
-        name: of a file of text, one document; or of ``.jsonl``, one a line, each with ``text`` or
-            with ``messages``. None: every second topic of Python's own help.
+def calibration(quality: Quality) -> list[Document]:
+    """Return the text that models are calibrated on.
 
     Raises:
-        BuildError: it cannot be read, or holds no document.
+        BuildError: it cannot be read, or has a document in common with what they are evaluated on.
     """
-    if name is None:
-        return _python_topics()
+    if quality.text is None:
+        documents = _python_topics()[0]
+    else:
+        documents = [each for name in quality.text for each in _read(name, "text")]
+    held_out = {digest([each]) for each in evaluation(quality)}
+    if both := [each for each in documents if digest([each]) in held_out]:
+        raise BuildError(
+            "text and evaluate_text of [quality] have documents in common "
+            f"({len(both)}, the first begins {str(both[0])[:60]!r}): a model that is evaluated on "
+            "what it was calibrated on looks better than it is. Take them out of one, or name "
+            "another text."
+        )
+    return documents
+
+
+def evaluation(quality: Quality) -> list[Document]:
+    """Return the text that models are evaluated on.
+
+    Raises:
+        BuildError: it cannot be read.
+    """
+    if quality.evaluate_text is None:
+        return _python_topics()[1]
+    return _read(quality.evaluate_text, "evaluate_text")
+
+
+def _read(name: str, key: str) -> list[Document]:
+    """Return the documents of a file: of text, one; of ``.jsonl``, one a line.
+
+    Args:
+        name: its path.
+        key: of [quality], which names it.
+    """
     path = Path(name)
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BuildError(
-            f"{path} cannot be read: {error}. evaluate_text of [quality] names it: mend it, or "
-            "name another."
+            f"{path} cannot be read: {error}. {key} of [quality] names it: mend it, or name "
+            "another."
         ) from error
     lines = enumerate(content.splitlines(), 1)
     documents: list[Document] = [content]
@@ -64,15 +92,17 @@ def _document(path: Path, number: int, line: str) -> Document:
     )
 
 
-def _python_topics() -> list[Document]:
+def _python_topics() -> tuple[list[Document], list[Document]]:
+    """Return the topics of Python's own help, in two halves; some have two names."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise BuildError(
-            "This Python comes without pydoc_data, which is the text to evaluate on by default. "
-            "Name one: [quality] evaluate_text."
+            "This Python comes without pydoc_data, which is the text by default. Name others: "
+            "[quality] text and evaluate_text."
         ) from error
-    return [topics[name] for name in sorted(topics)[1::2]]
+    first, second = ([topics[name] for name in sorted(topics)[at::2]] for at in (0, 1))
+    return [text for text in first if text not in second], second
 
 
 def windows(

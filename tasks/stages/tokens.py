@@ -1,4 +1,4 @@
-"""tokens: the text that models are evaluated on, as the model's own tokenizer has it."""
+"""tokens: the texts that models are run on, as the model's own tokenizer has them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 from cache.digest import digest, digest_record
 from cache.records.manifests import Tensor, TensorSpec
+from tasks.core.errors import BuildError
+from tasks.core.program import COMMAND
 from tasks.layouts.importing import importing
 from tasks.layouts.registry import LAYOUTS
 from tasks.quality import text
@@ -30,7 +32,8 @@ from tasks.stages.stage import (
     TargetModel,
 )  # fmt: skip
 
-EVALUATION_TEXT = "evaluation"  # the name of the node: of what the text is for
+EVALUATION_TEXT, CALIBRATION_TEXT = "evaluation", "calibration"  # the nodes: what texts are for
+TEXTS = {EVALUATION_TEXT: text.evaluation, CALIBRATION_TEXT: text.calibration}
 TOKENS = "tokens"
 
 
@@ -55,7 +58,7 @@ class TokensParams(Params, frozen=True):
 
 
 class Tokens(Stage[TokensParams]):
-    """Cut the text to evaluate on into tokens."""
+    """Cut the texts to calibrate and evaluate on into tokens."""
 
     name = "tokens"
     version = 1
@@ -63,23 +66,28 @@ class Tokens(Stage[TokensParams]):
     params = TokensParams
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[TokensParams]]:
-        """Plan one node, where the model can be run at all.
+        """Plan a node a text, where the model can be run at all.
 
         Raises:
-            BuildError: the text cannot be read.
+            BuildError: a text cannot be read.
         """
         if not target.model.library:
             return {}
         quality = target.quality
-        params = TokensParams(
-            text.digest(text.read(quality.evaluate_text)),
-            quality.samples,
-            quality.sequence_length,
-            quality.seed,
-            digest_record({name: digest(data) for name, data in _files(target).items()}),
-            version("transformers"),
-        )
-        return {EVALUATION_TEXT: Planned(params)}
+        tokenizer = digest_record({name: digest(data) for name, data in _files(target).items()})
+        return {
+            name: Planned(
+                TokensParams(
+                    text.digest(read(quality)),
+                    quality.samples,
+                    quality.sequence_length,
+                    quality.seed,
+                    tokenizer,
+                    version("transformers"),
+                )
+            )
+            for name, read in TEXTS.items()
+        }
 
     def plan_key(self, target: TargetModel) -> Hashable:
         """Return what [quality] says."""
@@ -92,9 +100,12 @@ class Tokens(Stage[TokensParams]):
 
     def run(self, params: TokensParams, inputs: Inputs, context: Context) -> Result:
         """Read the text, and cut it."""
-        documents = text.read(context.planned.quality.evaluate_text)
+        quality = context.planned.quality
+        texts = {text.digest(each): each for each in (read(quality) for read in TEXTS.values())}
+        if params.text not in texts:
+            raise BuildError(f"a text of [quality] changed meanwhile. Run {COMMAND} again.")
         ids = text.windows(
-            documents,
+            texts[params.text],
             _tokenizer(_files(context.planned)),
             samples=params.samples,
             length=params.sequence_length,

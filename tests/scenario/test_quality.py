@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from support import inside, projects, toy_stage
 from support.front_door import Finished
 from support.projects import Project
+from tasks.core.spec import Quality
 from tasks.quality import segments, text
 from tasks.report.figures import Reader
 
@@ -66,7 +67,7 @@ def test_it_is_what_mlx_lm_measures(project: Project, kept: int) -> None:
     said = numbers(done)
     built, plain = project.folder / "build" / "model", project.folder / "build" / "plain"
     tokenizer = AutoTokenizer.from_pretrained(built)
-    documents = text.read(None)
+    documents = text.evaluation(Quality())
     cut = text.windows(documents, tokenizer, samples=3, length=24, seed=1)
     tokens = mx.array(cut)
     for name, folder in (("perplexity", built), ("teacher", plain)):
@@ -168,6 +169,20 @@ def test_a_text_of_ones_own(project: Project) -> None:
     assert numbers(project.doit("evaluate:model")) != own
 
 
+def test_what_is_calibrated_on_is_not_evaluated_on(project: Project) -> None:
+    shared = {"text": "Call me Ishmael. " * 100}
+    for name in ("a", "b"):
+        own = {"text": f"It was a dark and stormy night, {name}. " * 40}
+        lines = map(json.dumps, [own, shared])
+        (project.folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    project.quality = {**QUALITY, "text": ["a.jsonl"], "evaluate_text": "b.jsonl"}
+    project.configure()
+    status, out, err = inside.run(project.folder, "evaluate:model")
+    assert status
+    assert "documents in common (1, the first begins 'Call me Ishmael." in out + err
+    assert not text.calibration(Quality()) == text.evaluation(Quality())
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -247,7 +262,11 @@ def test_what_is_told_is_of_what_is_packed(project: Project) -> None:
         for name, plan in session.plans.items():
             built = project.folder / "build" / name
             cut = text.windows(
-                text.read(None), AutoTokenizer.from_pretrained(built), samples=3, length=24, seed=1
+                text.evaluation(Quality()),
+                AutoTokenizer.from_pretrained(built),
+                samples=3,
+                length=24,
+                seed=1,
             )
             model, _ = load_model(built)
             with contextlib.redirect_stdout(io.StringIO()):

@@ -37,6 +37,7 @@ max_size = "20GB"
 [build]
 memory = "4GiB"
 [quality]
+text = ["calibration.txt"]
 evaluate_text = "held-out.txt"
 samples = 8
 [defaults]
@@ -116,6 +117,7 @@ def _right(key: Key) -> st.SearchStrategy[Any]:
     values = {
         "folder": ["b", "~", "/", "../c d", "β"],
         "file": ["b.txt", "~/c d", "/β"],
+        "files": ["b.txt", ["~/c d", "/β"]],
         "count": [2, 1000],
         "text": ["a b", "ß"],
         "texts": [[], ["a", "b c"]],
@@ -177,6 +179,7 @@ def right(draw: st.DrawFn) -> Table:
 WRONG: dict[str, list[Any]] = {
     "folder": [5, True, [], {}, "", "a\0"],
     "file": [5, True, [], {}, "", "a\0"],
+    "files": [5, True, [], {}, "", "a\0", [5], ["a", ""]],
     "repository": [5, True, [], "", "a", "/a", "a/", "a/b/c", "a/b c", "{target}", "a/{name}"],
     "texts": ["a", [5], [[]], {}, True],
     "word": [5, True, "no-such-word", "", []],

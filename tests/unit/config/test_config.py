@@ -83,7 +83,7 @@ def test_what_is_not_said(folder: Path) -> None:
         cache=cache,
         build=Build(memory_bytes=None),
         quality=Quality(
-            evaluate_text=None, samples=32, sequence_length=512, seed=0, top_logits=1024
+            text=None, evaluate_text=None, samples=32, sequence_length=512, seed=0, top_logits=1024
         ),
     )
     assert target(folder, 'layout = "mlx-examples"').max_shard_bytes == 15 << 30
