@@ -101,7 +101,9 @@ def _python_topics() -> tuple[list[Document], list[Document]]:
             "This Python comes without pydoc_data, which is the text by default. Name others: "
             "[quality] text and evaluate_text."
         ) from error
-    first, second = ([topics[name] for name in sorted(topics)[at::2]] for at in (0, 1))
+    names = sorted(topics)
+    second: list[Document] = [topics[name] for name in names[1::2]]
+    first = [topics[name] for name in names[::2]]
     return [text for text in first if text not in second], second
 
 

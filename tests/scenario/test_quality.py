@@ -180,7 +180,7 @@ def test_what_is_calibrated_on_is_not_evaluated_on(project: Project) -> None:
     status, out, err = inside.run(project.folder, "evaluate:model")
     assert status
     assert "documents in common (1, the first begins 'Call me Ishmael." in out + err
-    assert not text.calibration(Quality()) == text.evaluation(Quality())
+    assert text.calibration(Quality()) != text.evaluation(Quality())
 
 
 @pytest.mark.parametrize(
@@ -261,13 +261,9 @@ def test_what_is_told_is_of_what_is_packed(project: Project) -> None:
         session = inside.session(project.folder)
         for name, plan in session.plans.items():
             built = project.folder / "build" / name
-            cut = text.windows(
-                text.evaluation(Quality()),
-                AutoTokenizer.from_pretrained(built),
-                samples=3,
-                length=24,
-                seed=1,
-            )
+            tokenizer = AutoTokenizer.from_pretrained(built)
+            documents = text.evaluation(Quality())
+            cut = text.windows(documents, tokenizer, samples=3, length=24, seed=1)
             model, _ = load_model(built)
             with contextlib.redirect_stdout(io.StringIO()):
                 expected, _ = eval_ppl(model, mx.array(cut), batch_size=1)
