@@ -33,9 +33,9 @@ OPTIONAL = {"n_kv_heads": int, "head_dim": int, "rope_theta": float, "rope_scali
 
 def fits(source: ReadableSource) -> bool:
     """Tell whether a source looks like one of these."""
-    return any(map(source.names, WEIGHTS)) or (
-        source.has("params.json") and not source.has("config.json")
-    )
+    if source.has("config.json"):  # beside Hugging Face's files, Meta's may lack their dimensions
+        return source.has("params.json") and any(map(source.names, WEIGHTS))
+    return source.has("params.json") or any(map(source.names, WEIGHTS))
 
 
 def read(source: ReadableSource, memos: Memos) -> Checkpoint:
@@ -46,9 +46,9 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
     """
     folder = source.small_files
     names = numbered(source.location, source.names(WEIGHTS[0]), PATTERN) or source.names(WEIGHTS[1])
-    if not names and source.has("consolidated.safetensors"):
+    if not names and (others := source.names("consolidated*.safetensors")):
         raise CheckpointError(
-            f"source {folder} has Mistral's own format (params.json, consolidated.safetensors), "
+            f"source {folder} has Mistral's own format (params.json, {others[0]}), "
             "which is not read. Use the model's config.json and model*.safetensors."
         )
     if not names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Protocol
 
 from cache.records.memos import Memos
@@ -62,6 +63,16 @@ def weight_patterns() -> tuple[str, ...]:
     return tuple(pattern for loader in LOADERS.values() for pattern in loader.WEIGHTS)
 
 
+def _below(folder: Path) -> str:
+    """Return a word on the folders in a folder that are checkpoints."""
+    inner = sorted(
+        path.name
+        for path in folder.iterdir()
+        if any((path / name).is_file() for name in ("config.json", "params.json"))
+    )
+    return f" There is one in {some(inner, 3)}: name that folder." if inner else ""
+
+
 def read(
     source: ReadableSource, loader: str | None, memos: Memos, *, named: str = ""
 ) -> Checkpoint:
@@ -78,8 +89,14 @@ def read(
     """
     folder = source.small_files
     if not os.path.isdir(folder):  # Path.is_dir raises for a name too long
-        what = "is not a folder" if os.path.exists(folder) else "does not exist"
-        raise CheckpointError(f"source {folder} {what}. Name the checkpoint's folder{hint(named)}.")
+        if os.path.exists(folder):
+            raise CheckpointError(
+                f"source {folder} is a file. Name the folder of a checkpoint, with its config.json "
+                "(or params.json) and all of its weight files."
+            )
+        raise CheckpointError(
+            f"source {folder} does not exist. Name the checkpoint's folder{hint(named)}."
+        )
     if not loader:
         fit = [name for name, module in LOADERS.items() if module.fits(source)]
         if not fit:
@@ -88,6 +105,7 @@ def read(
                 f"source {source.location} "
                 + ("is empty" if not names else f"holds no checkpoint (it has {some(names, 5)})")
                 + f": expected {', or '.join(module.HOLDS for module in LOADERS.values())}."
+                + _below(folder)
             )
         if len(fit) > 1:
             raise CheckpointError(

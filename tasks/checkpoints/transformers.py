@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -15,6 +16,7 @@ from tasks.checkpoints.small_files import numbered, read_json, read_text
 from tasks.checkpoints.source import ReadableSource
 from tasks.checkpoints.stored import TORCH, Stored
 from tasks.core.errors import CheckpointError
+from tasks.core.text import some
 
 # The kinds of weight file, the first that is there wins: (all of them, a numbered row, index).
 KINDS = (
@@ -24,7 +26,12 @@ KINDS = (
 )
 WEIGHTS = tuple(pattern for pattern, *_ in KINDS)
 HOLDS = "*.safetensors or pytorch_model*.bin with config.json (Hugging Face)"
-WRAPPERS = ("module.", "_orig_mod.")  # of a model that was saved in one: DataParallel, compile
+# Of a model that was saved in a wrapper. Before all names: DataParallel's, Lightning Fabric's.
+OUTER = ("module.", "_forward_module.")
+# Wherever a module was wrapped: torch's for compiling, sharding and checkpointing.
+INNER = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "*adapters.safetensors")
+AGAIN = " Fetch it again."
 # What mlx-lm reads beside config.json to build a model.
 SIDE_FILES = ("generation_config.json", "hf_quant_config.json")
 ADAPTER = "adapter_config.json"
@@ -33,7 +40,7 @@ SMALL_FILES = ("config.json", *SIDE_FILES, ADAPTER, *{index: None for _, _, inde
 
 def fits(source: ReadableSource) -> bool:
     """Tell whether a source looks like one of these."""
-    if source.has("config.json"):
+    if source.has("config.json") or _adapters(source):
         return True
     weights = any(source.names(pattern) for pattern, *_ in KINDS)
     return weights and not source.has("params.json")
@@ -48,6 +55,7 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
     folder = source.small_files
     _refuse_adapter(source)
     config = read_json(folder / "config.json", "it names the architecture and its dimensions")
+    _refuse_other_json(folder / "generation_config.json")
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"{folder / 'config.json'} has no model_type, which names the architecture."
@@ -64,10 +72,9 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
         for name in ("config.json", *SIDE_FILES)
         if (folder / name).exists()
     }
-    prefix = _wrapper(stored)
+    unwrapped = _unwrapped(stored)
     tensors = {
-        name.removeprefix(prefix): LogicalTensor(s.dtype, s.shape, (name,))
-        for name, s in stored.items()
+        unwrapped[name]: LogicalTensor(s.dtype, s.shape, (name,)) for name, s in stored.items()
     }
     stamps = {name: stamp for name, (stamp, _) in tables.items()}
     return Checkpoint(
@@ -77,14 +84,34 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
 
 def _refuse_adapter(source: ReadableSource) -> None:
     """Say so where a folder holds what was trained on top of a model, and no model."""
+    adapters = _adapters(source)
+    weights = {name for pattern, *_ in KINDS for name in source.names(pattern)}
     path = source.small_files / ADAPTER
-    if source.has(path.name) and not source.has("config.json"):
-        settings = read_json(path, "it describes the adapter")
-        base = settings.get("base_model_name_or_path") or settings.get("model") or "its base model"
-        raise CheckpointError(
-            f"{source.location} is a LoRA adapter ({path.name}) and no model. Fuse it with {base} "
-            "(mlx_lm.fuse, or peft's merge_and_unload), and name the folder that this makes."
-        )
+    described = path.exists() and not source.has("config.json")
+    if not described and (not adapters or weights.difference(adapters)):
+        return
+    settings = read_json(path, "it describes the adapter") if path.exists() else {}
+    base = settings.get("base_model_name_or_path") or settings.get("model") or "its base model"
+    raise CheckpointError(
+        f"{source.location} is a LoRA adapter ({', '.join(adapters) or path.name}) and no model. "
+        f"Fuse it with {base} "
+        "(mlx_lm.fuse, or peft's merge_and_unload), and name the folder that this makes."
+    )
+
+
+def _adapters(source: ReadableSource) -> list[str]:
+    """Return the files of what was trained on top of a model."""
+    return [name for pattern in ADAPTERS for name in source.names(pattern)]
+
+
+def _refuse_other_json(path: Path) -> None:
+    """Refuse a file of JSON that is no object; of what is no JSON, mlx-lm takes no notice."""
+    try:
+        value = json.loads(read_text(path)) if path.exists() else {}
+    except ValueError:
+        return
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is no JSON object. Fetch it again, or remove it.")
 
 
 def _check_layers(folder: Path, config: dict[str, Any], tensors: int) -> None:
@@ -119,13 +146,15 @@ def _stored(
     return stored
 
 
-def _wrapper(names: Iterable[str]) -> str:
-    """Return what all names begin with, where a wrapped model was saved: ``module.``."""
-    names = list(names)
-    prefix = ""
-    while any(all(name.startswith(prefix + wrapper) for name in names) for wrapper in WRAPPERS):
-        prefix += next(w for w in WRAPPERS if names[0].startswith(prefix + w))
-    return prefix
+def _unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Return each tensor's name without what a wrapper of the model put into it."""
+    unwrapped = {name: INNER.sub("", name) for name in names}
+    for outer in OUTER:
+        if all(name.startswith(outer) for name in unwrapped.values()):
+            unwrapped = {name: short.removeprefix(outer) for name, short in unwrapped.items()}
+    if len({*unwrapped.values()}) < len(unwrapped):  # of a model and of a wrapped copy of it
+        return {name: name for name in unwrapped}
+    return unwrapped
 
 
 def _drop_tied_head(config: dict[str, Any], stored: dict[str, Stored]) -> None:
@@ -143,12 +172,20 @@ def _weight_files(
 ) -> tuple[list[str], Mapping[str, str], tuple[str, ...]]:
     """Return the names of the weight files, the index's map, and notes on what is left out."""
     for pattern, row, index in KINDS:
-        names = source.names(pattern)
+        adapters = _adapters(source)
+        names = [name for name in source.names(pattern) if name not in adapters]
         if not names:
             continue
-        weight_map = _weight_map(source, index)
+        notes = [f"{name} left out: a LoRA adapter, until it is fused" for name in adapters]
+        weight_map: Mapping[str, str] = {}
+        try:
+            weight_map = _weight_map(source, index)
+        except CheckpointError as error:  # mlx_lm.convert does not look at it
+            if not _is_whole(source.location, names, row):
+                raise
+            what = str(error).removesuffix(AGAIN)
+            notes.append(f"{what} It is left aside: no weight file is missing")
         named = {name for name in weight_map.values() if fnmatchcase(name, pattern)}
-        notes = []
         if beside := sorted({*weight_map.values()} - named):
             notes.append(f"{', '.join(beside)} left out: mlx_lm.convert reads {pattern} alone")
         if missing := sorted(named.difference(names)):
@@ -167,9 +204,14 @@ def _weight_files(
         if extra := [name for name in names if name not in used]:
             notes.append(f"{', '.join(extra)} left out: not in {index}")
         return used, weight_map, tuple(notes)
-    raise CheckpointError(
-        f"{source.location} has no *.safetensors and no pytorch_model*.bin. Fetch the weight files."
+    below = {path.parent for kind in WEIGHTS for path in source.small_files.glob(f"*/{kind}")}
+    there = (
+        f" Its folder {min(below).name} has some: put them beside config.json."
+        if below
+        else f" (it has {some(source.names('*'), 5)}). Fetch the weight files."
     )
+    none = f"{source.location} has no *.safetensors and no pytorch_model*.bin"
+    raise CheckpointError(f"{none}{'.' if below else ''}{there}")
 
 
 def _weight_map(source: ReadableSource, index: str) -> Mapping[str, str]:
@@ -181,7 +223,7 @@ def _weight_map(source: ReadableSource, index: str) -> Mapping[str, str]:
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in weight_map.values()
     ):
-        raise CheckpointError(f"{path} has no weight_map from tensors to files. Fetch it again.")
+        raise CheckpointError(f"{path} has no weight_map from tensors to files.{AGAIN}")
     return weight_map
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import structs
 
 from cache.digest import digest
@@ -15,7 +17,7 @@ from cache.errors import printable
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.checkpoints.small_files import TEMPLATES_FOLDER, check_own, matches, read_bytes
+from tasks.checkpoints.small_files import TEMPLATES_FOLDER, check_own, damaged, matches, read_bytes
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
 from tasks.layouts import architecture, card, llama_tokenizer, slow_tokenizer
@@ -44,6 +46,11 @@ TOKENIZER = (
 )  # fmt: skip
 TEMPLATES = f"{TEMPLATES_FOLDER}/*.jinja"  # of models with several
 COPIED = (*TOKENIZER, "generation_config.json")
+# What transformers reads of any tokenizer, if it is there.
+READ = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 ENOUGH = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken",
     "tiktoken.model", "sentencepiece*.model", "spiece.model", "tokenizer_config.json",
@@ -69,6 +76,7 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     model = architecture.model(named, memos, MLX_LM)
     _, notes = card.front_matter(checkpoint.folder, memos)
     if checkpoint.names != "meta":
+        _check_tokenizer(checkpoint, memos)
         _, cause = _fast_tokenizer(checkpoint, memos)
         notes = (*notes, *([_slow_note(cause)] if cause else []))
     return structs.replace(model, notes=(*model.notes, *notes))
@@ -127,6 +135,40 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
     for path in templates:
         check_own(path, folder)
     return [*own, *templates, *card.source_files(folder)]
+
+
+def _check_tokenizer(checkpoint: Checkpoint, memos: Memos) -> None:
+    """Refuse a damaged file of those that transformers reads of any tokenizer.
+
+    Raises:
+        CheckpointError: it is none that transformers can read.
+    """
+    for path in sources(checkpoint):
+        if path.name not in READ:
+            continue
+        question = [str(path), *Stamp.of(path)]
+        cause = memos.get("tokenizer_files", question, str)
+        if cause is None:
+            cause = _unreadable(path)
+            memos.put("tokenizer_files", question, cause)
+        if cause:
+            raise damaged(path, cause)
+
+
+def _unreadable(path: Path) -> str:
+    """Return why transformers cannot read a tokenizer's file; nothing if it can."""
+    data = read_bytes(path)
+    try:
+        if data.startswith(codecs.BOM_UTF8) and path.suffix == ".json":
+            return "it begins with a byte order mark (save it as UTF-8 without one)"
+        if path.name == slow_tokenizer.FAST:  # up to 30 MB; tokenizers is as strict
+            msgspec.json.decode(data, type=msgspec.Raw)
+        elif path.suffix == ".json" and not isinstance(json.loads(data), dict):
+            return "it is no JSON object"
+        data.decode()
+    except (ValueError, RecursionError) as error:
+        return f"it cannot be read ({error})"
+    return ""
 
 
 def tokenizer_model(folder: Path) -> Path:
@@ -221,7 +263,7 @@ def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
 def _fast_tokenizer(checkpoint: Checkpoint, memos: Memos) -> tuple[str, str]:
     """Return tokenizer.json if it is to be made, or why it cannot be, once for the same files."""
     paths = [path for path in sources(checkpoint) if path.parent == checkpoint.folder]
-    if not slow_tokenizer.is_wanted([path.name for path in paths]):
+    if any(path.name == slow_tokenizer.FAST for path in paths):
         return "", ""
     files = {path.name: read_bytes(path) for path in paths if path.suffix != ".py"}
     files["config.json"] = json.dumps(checkpoint.config).encode()

@@ -15,21 +15,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 VERSION = 1  # raised when what is made of the same files changes
 FAST = "tokenizer.json"
-SLOW = (
-    "tokenizer.model", "spiece.model", "sentencepiece*.model", "vocab.json", "vocab.txt",
-    "tiktoken.model", "tekken.json",
-)  # fmt: skip
 LIMIT_SECONDS, LIMIT_BYTES = 120, 8 << 30
-
-
-def is_wanted(names: list[str]) -> bool:
-    """Tell whether a tokenizer of these files lacks tokenizer.json and has what it is made of."""
-    return FAST not in names and any(fnmatchcase(n, pattern) for n in names for pattern in SLOW)
 
 
 def make(files: Mapping[str, bytes]) -> tuple[str, str]:

@@ -33,6 +33,11 @@ def told(config: Mapping[str, Any], kind: str, text: str, library: str, distribu
         )
     if "not supported" in text:
         mend = newer
+    elif re.search(r"\.(lora_[AB]|base_layer)\.", text):
+        mend = (
+            "It was saved with a LoRA adapter on it: fuse that (peft's merge_and_unload), and save "
+            "it again."
+        )
     elif "not in model" in text and not method:
         mend = f"If the checkpoint is whole, {newer[0].lower()}{newer[1:]}"
     elif kind == "SystemExit":

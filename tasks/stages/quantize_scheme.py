@@ -107,8 +107,8 @@ class Schemes:
         # A checkpoint that is quantized already keeps its settings; the new ones stand per module.
         config: dict[str, Any] = dict(given) if given else default._asdict()
         config |= {path: o.config for path, o in outcomes.items() if o.config is not None}
-        notes = [*_already(self._model, given, default), *_notes(settings, narrow, skipped)]
-        return Scheme(settings, config, tuple(notes))
+        already = _already(self._model, given, default)
+        return Scheme(settings, config, _notes(already, settings, narrow, skipped))
 
     def float32_scales(self, settings: Mapping[str, Setting], dtype: str | None) -> list[str]:
         """Return the note on scales that are as large as float32 has them.
@@ -299,12 +299,13 @@ def _words(setting: Setting) -> str:
 
 
 def _notes(
+    already: list[str],
     settings: Mapping[str, Setting],
     narrow: Mapping[tuple[int, int], list[str]],
     skipped: int,
 ) -> tuple[str, ...]:
     """Return what people should know of modules that are left as they are."""
-    notes = [
+    notes = already + [
         f"{plural(len(paths), 'module')} left unquantized: a last axis of {width} is no multiple "
         f"of the group size, {size} ({listed(paths)})"
         for (width, size), paths in narrow.items()

@@ -61,6 +61,27 @@ def partial_map(folder: Path) -> None:
     edit_map(folder, lambda names: dict([*names.items()][:2]))
 
 
+def index_cut_off(folder: Path) -> None:
+    (folder / INDEX).write_bytes((folder / INDEX).read_bytes()[:-20])
+
+
+def index_without_map(folder: Path) -> None:
+    (folder / INDEX).write_text('{"weight_map": null}')
+
+
+def index_of_a_folder(folder: Path) -> None:
+    edit_map(folder, lambda names: {name: f"sub/{file}" for name, file in names.items()})
+
+
+def adapter_beside(folder: Path) -> None:
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), {"lora_A": mx.zeros((2, 2))})
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def metas_file_beside(folder: Path) -> None:
+    torch.save({"norm.weight": torch.zeros(2)}, folder / "consolidated.00.pth")
+
+
 def mtp_beside(folder: Path) -> None:
     mx.save_safetensors(str(folder / "mtp.safetensors"), {"mtp.0.weight": mx.zeros((2, 2))})
     edit_map(folder, lambda names: {**names, "mtp.0.weight": "mtp.safetensors"})
@@ -117,6 +138,11 @@ SAME: dict[str, tuple[Callable[[Path], None], str, bool]] = {
     "one file, stale index": (whole_with_stale_index, "is not of these files", True),
     "empty map": (empty_map, "", True),
     "partial map": (partial_map, "", True),
+    "an index cut off": (index_cut_off, f"{INDEX} is no JSON: ", True),
+    "an index without a map": (index_without_map, "It is left aside: no weight file is", True),
+    "an index of a folder": (index_of_a_folder, f"{INDEX} has no weight_map", True),
+    "an adapter beside": (adapter_beside, "adapter_model.safetensors left out: a LoRA", True),
+    "Meta's file beside": (metas_file_beside, "", True),
     "mtp beside": (mtp_beside, "mtp.safetensors left out: mlx_lm.convert reads model*", True),
     "mtp not fetched": (mtp_not_fetched, "mtp.safetensors left out", True),
     "macOS's files": (apple_double, "", True),
@@ -183,7 +209,9 @@ def test_a_tensor_in_two_files(plain: Path, tmp_path: Path) -> None:
         read(folder, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module."]
+)
 def test_a_model_that_was_saved_in_a_wrapper(wrapper: str, plain: Path, tmp_path: Path) -> None:
     folder = tmp_path / "wrapped"
     shutil.copytree(plain, folder)
@@ -192,7 +220,11 @@ def test_a_model_that_was_saved_in_a_wrapper(wrapper: str, plain: Path, tmp_path
         tensors |= mx.load(str(path))
         path.unlink()
     (folder / INDEX).unlink()
-    wrapped = {wrapper + name: array for name, array in tensors.items()}
+    inner = {"0": "_fsdp_wrapped_module.", "1": "_checkpoint_wrapped_module."}
+    wrapped = {
+        wrapper + re.sub(r"(?<=layers\.)([01])\.", lambda m: f"{m[1]}.{inner[m[1]]}", name): array
+        for name, array in tensors.items()
+    }
     mx.save_safetensors(str(folder / "model.safetensors"), wrapped)
     with pytest.raises(ValueError, match="not in model"):
         load_model(folder, lazy=True)
@@ -241,12 +273,51 @@ def test_what_is_no_model(plain: Path, tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     with pytest.raises(CheckpointError, match=r"is a LoRA adapter .*Fuse it with org/base"):
         read(adapter, tmp_path / "cache")
+    shutil.copy(plain / "config.json", adapter)  # as trainers save it
+    with pytest.raises(CheckpointError, match=r"is a LoRA adapter .*Fuse it with org/base"):
+        read(adapter, tmp_path / "cache")
     mistral = tmp_path / "mistral"
     mistral.mkdir()
     mx.save_safetensors(str(mistral / "consolidated.safetensors"), {"a": mx.zeros((2, 2))})
     (mistral / "params.json").write_text("{}")
     with pytest.raises(CheckpointError, match="has Mistral's own format"):
         read(mistral, tmp_path / "cache")
+    with pytest.raises(CheckpointError, match=r"config\.json is a file\. Name the folder"):
+        read(plain / "config.json", tmp_path / "cache")
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint .*There is one in checkpoint:"):
+        read(plain.parent, tmp_path / "cache")
+    shutil.copytree(plain, tmp_path / "parts")
+    (tmp_path / "parts" / "sub").mkdir()
+    for path in (tmp_path / "parts").glob("model*.safetensors"):
+        path.rename(path.parent / "sub" / path.name)
+    with pytest.raises(CheckpointError, match=r"no pytorch_model\*\.bin\. Its folder sub has some"):
+        read(tmp_path / "parts", tmp_path / "cache")
+
+
+TOKENIZERS = {  # what the peer's tokenizer refuses with a traceback, or without a word of the file
+    "tokenizer.json": (b'{"version": "1.0", "mod', "is damaged or incomplete"),
+    "tokenizer_config.json": (b"[]", "it is no JSON object"),
+    "special_tokens_map.json": (b"\xef\xbb\xbf{}", "it begins with a byte order mark"),
+    "added_tokens.json": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    "chat_template.jinja": (b"caf\xe9", "it cannot be read"),
+}
+
+
+def test_a_damaged_tokenizer(plain: Path, tmp_path: Path) -> None:
+    project = projects.Project(tmp_path, "huggingface")
+    for name, (data, _) in TOKENIZERS.items():
+        stem = name.partition(".")[0]
+        folder = shutil.copytree(plain, tmp_path / stem)
+        (folder / name).write_bytes(data)
+        with pytest.raises((ValueError, AttributeError)):
+            load_tokenizer(folder)
+        project.configure(stem, source=stem)
+    done = inside.doit(tmp_path, expect=None)
+    said = done.stdout + done.stderr
+    for name, (_, words) in TOKENIZERS.items():
+        stem = name.partition(".")[0]
+        assert re.search(rf"{stem}: .*{re.escape(name)} .*{words}", said), name
+    assert not done.computed
 
 
 def test_more_layers_than_tensors(plain: Path, tmp_path: Path) -> None:

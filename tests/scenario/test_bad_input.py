@@ -437,7 +437,7 @@ PLANS = {
     ),
     "source a file": Case(
         '[models.a]\nsource = "models.toml"',
-        ("models.toml is not a folder. Name the checkpoint's",),
+        ("models.toml is a file. Name the folder of a checkpoint",),
     ),
     "source without checkpoint": Case(
         '[models.a]\nsource = "."',
@@ -749,9 +749,12 @@ DAMAGES = {
     "no model_type": Damage(
         "llama", edited("config.json", model_type=...), ("config.json has no model_type",)
     ),
-    "index no JSON": Damage("llama", written(INDEX, b"}"), (f"{INDEX} is no JSON: ",)),
+    "index no JSON": Damage(
+        "llama", both(without(ST(2)), written(INDEX, b"}")), (f"{INDEX} is no JSON: ",)
+    ),
     "index of nothing": Damage(
-        "llama", edited(INDEX, weight_map={"a": 1}), (f"{INDEX} has no weight_map", "Fetch it")
+        "llama", both(without(ST(2)), edited(INDEX, weight_map={"a": 1})),
+        (f"{INDEX} has no weight_map", "Fetch it"),
     ),
     "params.json no JSON": Damage(
         "meta", written("params.json", b""), ("params.json is no JSON: ", "Fetch it again.")

@@ -63,7 +63,7 @@ def test_a_checkpoint_that_is_quantized_already(tmp_path: Path) -> None:
     source, built = checkpoints.make("llama", tmp_path / "checkpoint"), tmp_path / "built"
     mlx_lm.convert(str(source), str(built), quantize=True, q_bits=4, q_group_size=32)
     model = model_of(built, tmp_path / "cache")
-    first, _ = Schemes(model).plan(Quantize(bits=8)).notes
+    (first,) = Schemes(model).plan(Quantize(bits=8)).notes
     assert first.startswith("the checkpoint is quantized already, to 4 bits in groups of 32, and ")
     assert "stay so: to 8 bits in groups of 64 is only for those that are not" in first
     same = Schemes(model).plan(Quantize(bits=4, group_size=32))
