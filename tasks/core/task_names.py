@@ -24,6 +24,11 @@ def group_of(task: str) -> str:
     return task.partition(":")[0]
 
 
+def is_packing(task: str) -> bool:
+    """Tell whether a task, or all of a group, write build/TARGET."""
+    return group_of(task) == PACK
+
+
 def target_of(task: str) -> str:
     """Return the target of a task; "" of one that is of all."""
     return task.split(":")[1] if ":" in task else ""

@@ -46,7 +46,7 @@ from tasks.execution.streaming import Streaming
 from tasks.layouts.registry import LAYOUTS, is_read
 from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan, Planner
-from tasks.stages import quantize_scheme
+from tasks.stages import quantize_scheme, registry
 from tasks.stages.cast import FLOATING
 from tasks.stages.measure import dequantize
 from tasks.stages.quantize_scheme import Setting
@@ -427,7 +427,8 @@ def _builder(folder: Path) -> Builder:
         Workspace(folder),
         Log(folder / "log.jsonl"),
         uuid.uuid4().hex[:8],
-        frozenset({"extract", "cast"}),  # all goes with the folder
+        # What is read again while it is compared; all goes with the folder.
+        frozenset({*registry.leaves(), registry.roles().unquantized}),
         MemoryBudget(machine_memory() // 2),
         Drafts(store.blobs, lambda target: False, folder / "drafts"),
         Streaming(store, DiskBudget(), drops=False),

@@ -30,7 +30,7 @@ from tasks.config import reader
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.program import COMMAND
-from tasks.core.task_names import PACK
+from tasks.core.task_names import is_packing
 from tasks.core.text import plural, size, size_bytes
 from tasks.core.workspace import Workspace
 from tasks.execution import exchange
@@ -140,7 +140,7 @@ def _forget(
     ours = list(built)
     keys = verify.made_of(spoilt, [*survey.manifests(), *(r.manifest for r in ours)])
     # A packed file that the cache has as a whole is build/'s own.
-    packed = [record.manifest for record in ours if record.stage == PACK]
+    packed = [record.manifest for record in ours if is_packing(record.task)]
     keys |= {
         manifest.action.key
         for manifest in packed
@@ -153,7 +153,7 @@ def _forget(
     workspace = Workspace(config.path.parent)
     for record in forgotten:
         path = record.path(workspace)
-        if record.stage == PACK:  # what lies in build/ stays known as ours
+        if is_packing(record.task):  # what lies in build/ stays known as ours
             path.replace(workspace.may_be_packed(record.target))
         else:
             trash.remove(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from tasks.core.task_names import PACK
+from tasks.core.task_names import is_packing
 from tasks.execution.log import Entry
 from tasks.planning.forecast import SETTLED, Step
 
@@ -35,7 +35,7 @@ def estimate(steps: Iterable[Step], log: Iterable[Entry], count: int) -> float |
         if not amounts[kind]:
             return None
         took = seconds[kind] / amounts[kind] * (moved or 1)
-        if step.stage == PACK:
+        if is_packing(step.task):
             last += took
         else:
             layers += took

@@ -17,7 +17,7 @@ from cache.records.manifests import Manifest, ManifestError
 from tasks.checkpoints import record as source_records
 from tasks.cli.doit_database import Database, Left
 from tasks.config.reader import Config
-from tasks.core.task_names import PACK, task_name
+from tasks.core.task_names import PACK, is_packing, task_name
 from tasks.core.workspace import Workspace
 from tasks.planning.lockfile import Lock
 from tasks.stages import registry
@@ -45,7 +45,7 @@ class Record(NamedTuple):
 
     def path(self, workspace: Workspace) -> Path:
         """Return where the manifest lies."""
-        if self.stage == PACK:
+        if is_packing(self.stage):
             return workspace.packed(self.target)
         return Path(workspace.manifest(self.target, self.stage, self.layer))
 
@@ -79,7 +79,7 @@ def _group(stage: str) -> str:
 
 def _files(workspace: Workspace, target: str, stage: str) -> Iterator[tuple[str, str, Stamp]]:
     """Yield the layers of a stage that have a manifest, where it lies, and its stamp."""
-    if stage == PACK:
+    if is_packing(stage):
         with suppress(FileNotFoundError, NotADirectoryError):
             path = workspace.packed(target)
             yield "", str(path), Stamp.of(path)

@@ -15,7 +15,7 @@ from tasks.cli.failures import message
 from tasks.cli.options import Options
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
-from tasks.core.task_names import PACK, PUBLISH, group_of, target_of, task_name
+from tasks.core.task_names import PACK, PUBLISH, group_of, is_packing, target_of, task_name
 from tasks.core.text import duration, plural, size
 from tasks.execution.disk import DiskNeed
 from tasks.execution.resources import threads
@@ -249,7 +249,7 @@ def _totals(steps: Iterable[Step], need: DiskNeed | None) -> tuple[Traffic, int,
     """Return what steps move, and how much the cache and build/ grow by meanwhile."""
     steps = list(steps)
     moved = sum((step.moved for step in steps), Traffic())
-    packed = sum(step.moved.written for step in steps if step.stage == PACK)
+    packed = sum(step.moved.written for step in steps if is_packing(step.task))
     passing = 0
     if need and not need.keeps:
         downloads = _downloads(steps)

@@ -24,7 +24,7 @@ from tasks.cli.session import Session
 from tasks.cli.terminal import progress
 from tasks.cli.terminal.live import Line, Live
 from tasks.cli.terminal.progress import OUTCOMES, Overall, Work
-from tasks.core.task_names import PACK, group_of, target_of
+from tasks.core.task_names import group_of, is_packing, target_of
 from tasks.core.text import clock, duration, plural, size
 from tasks.core.workspace import BUILD
 from tasks.execution.log import Entry
@@ -127,7 +127,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         work = self._works.get(target)
         if not work:
             return
-        if stage == PACK:
+        if is_packing(task.name):
             work.state, work.ended = "done", time.monotonic()
             work.size, work.bits_per_weight = task.values["size"], task.values["bits_per_weight"]
             if not self._live:
@@ -137,7 +137,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def skip_uptodate(self, task: Any) -> None:
         """Count a task, and targets that are up to date."""
-        self._fresh += group_of(task.name) == PACK
+        self._fresh += is_packing(task.name)
         self._finish(task.name)
 
     def add_failure(self, task: Any, fail: Any) -> None:
@@ -189,11 +189,10 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
                 self._finished.append(name)
 
     def _count(self, name: str) -> None:
-        stage, target = group_of(name), target_of(name)
-        work = self._works.get(target)
+        work = self._works.get(target_of(name))
         if work and name in work.weights:
             work.finish(name)
-            if stage == PACK and work.began is None:
+            if is_packing(name) and work.began is None:
                 work.state = "up to date"
 
     def _log(self, entry: Entry) -> None:
