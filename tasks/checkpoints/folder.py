@@ -14,24 +14,52 @@ from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints import loaders
 from tasks.checkpoints.headers import headers
+from tasks.checkpoints.hub_name import HubName
 from tasks.checkpoints.small_files import is_pointer
 from tasks.checkpoints.source import HashedFile, Opening
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
-from tasks.core.spec import SourceSpec
+from tasks.core.paths import path_of
+
+PREFIX = ""
+# A model's folder in the hub's cache, by its name in the path.
+HUB_FOLDER = re.compile(r"models--([^/]+?)--([^/]+)")
 
 
-def spec(text: str, base: Path) -> SourceSpec:
-    """Return the folder that models.toml calls ``text``; a relative path starts at ``base``."""
-    return SourceSpec("folder", str((base / Path(text).expanduser()).absolute()))
+def locate(text: str, base: Path) -> str:
+    """Return the absolute path of a folder; a relative one starts at ``base``.
+
+    Raises:
+        Mistakes: no folder can be called so.
+    """
+    return str((base / path_of(text)).absolute())
 
 
-def open_source(spec: SourceSpec, opening: Opening) -> FolderSource:
+def spelled(location: str, base: Path) -> str:
+    """Return the path relative to ``base``, if it lies there."""
+    path = Path(location)
+    return str(path.relative_to(base) if path.is_relative_to(base) else path)
+
+
+def folder(location: str) -> Path:
+    """Return the folder."""
+    return Path(location)
+
+
+def on_hub(location: str) -> HubName | None:
+    """Return what anybody can have it by, if it lies in the hub's cache."""
+    for part in Path(location).parts:
+        if match := HUB_FOLDER.fullmatch(part):
+            return HubName(f"{match[1]}/{match[2]}")
+    return None
+
+
+def open_source(location: str, opening: Opening) -> FolderSource:
     """Return a folder as a source; it need not exist.
 
     Of a model's folder in the hub's cache, it is the snapshot of ``main``, or the only one.
     """
-    folder = Path(spec.location)
+    folder = Path(location)
     main, snapshots = folder / "refs" / "main", folder / "snapshots"
     if folder.name.startswith("models--") and snapshots.is_dir():
         here = [path for path in snapshots.iterdir() if path.is_dir()]

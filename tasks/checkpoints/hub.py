@@ -7,12 +7,10 @@ they lie. The small files lie in the client's own cache.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
-from urllib.parse import unquote
+from pathlib import Path
+from typing import Any
 
 from msgspec import Struct, to_builtins
 
@@ -22,6 +20,7 @@ from tasks.checkpoints import file_digests, headers, hub_client
 from tasks.checkpoints.folder import FolderSource
 from tasks.checkpoints.hub_client import HubFile, Snapshot
 from tasks.checkpoints.hub_errors import HubUnreachable
+from tasks.checkpoints.hub_name import PREFIX, HubName, parse
 from tasks.checkpoints.hub_ranges import Ranges
 from tasks.checkpoints.hub_requests import page
 from tasks.checkpoints.ranges import RangedFile
@@ -29,62 +28,41 @@ from tasks.checkpoints.small_files import MAX_SMALL_BYTES, matches
 from tasks.checkpoints.source import Opening
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
-from tasks.core.spec import Mistake, Mistakes, SourceSpec
 from tasks.core.text import some
+
+__all__ = ["PREFIX", "HubSource", "folder", "locate", "on_hub", "open_source", "spelled"]
 
 KIND = "hub"  # of memos
 VERSION = 1  # raised when what is remembered changes
-_NAME = r"[A-Za-z0-9][\w.-]*"
-_TEXT = re.compile(
-    rf"(?P<repository>{_NAME}/{_NAME})"
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/@]+))?"
-    r"(?:/(?P<subfolder>[^/].*?)/?)?",
-    re.ASCII,
-)
 
 
-class HubName(NamedTuple):
-    """What ``hf:ORG/NAME[@REVISION][/SUBFOLDER]`` names.
-
-    Attributes:
-        repository: ``ORG/NAME``.
-        revision: a branch, a tag or a commit; None, the default branch.
-        subfolder: the folder in the repository; "", none.
-    """
-
-    repository: str
-    revision: str | None
-    subfolder: str
-
-
-def spec(text: str, base: Path) -> SourceSpec:
-    """Return what models.toml means by ``ORG/NAME[@REVISION][/SUBFOLDER]``.
+def locate(text: str, base: Path) -> str:
+    """Return ``ORG/NAME[@REVISION][/SUBFOLDER]`` as it is.
 
     Raises:
-        Mistakes: it means nothing.
+        Mistakes: it is none.
     """
     parse(text)
-    return SourceSpec("hf", text)
+    return text
 
 
-def parse(text: str) -> HubName:
-    """Return what a name, without ``hf:``, means.
-
-    Raises:
-        Mistakes: it means nothing.
-    """
-    match = _TEXT.fullmatch(text)
-    subfolder = PurePosixPath(match["subfolder"] or "") if match else PurePosixPath()
-    if not match or ".." in subfolder.parts:
-        fact = f"is 'hf:{text}', which is no name on the hub"
-        raise Mistakes(Mistake(fact, "write hf:ORG/NAME, hf:ORG/NAME@REVISION or …/SUBFOLDER"))
-    revision = match["revision"] and unquote(match["revision"])  # as the hub's pages spell them
-    return HubName(match["repository"], revision, "/".join(subfolder.parts))
+def spelled(location: str, base: Path) -> str:
+    """Return the location, which is one everywhere."""
+    return location
 
 
-def open_source(spec: SourceSpec, opening: Opening) -> HubSource:
+def folder(location: str) -> None:
+    """Return None: what is on a hub is no folder of this machine."""
+
+
+def on_hub(location: str) -> HubName:
+    """Return what anybody can have it by."""
+    return parse(location)
+
+
+def open_source(location: str, opening: Opening) -> HubSource:
     """Return a repository as a source; it need not exist, and is not asked for yet."""
-    return HubSource(parse(spec.location), opening)
+    return HubSource(parse(location), opening)
 
 
 class HubSource(Struct, frozen=True, dict=True):
@@ -96,7 +74,7 @@ class HubSource(Struct, frozen=True, dict=True):
     @property
     def location(self) -> str:
         """Its name, at whatever commit."""
-        return f"hf:{self.hub_name.repository}/{self.hub_name.subfolder}".rstrip("/")
+        return str(self.hub_name._replace(revision=None))
 
     @property
     def identity(self) -> str:
@@ -174,8 +152,8 @@ class HubSource(Struct, frozen=True, dict=True):
         if found != digest:
             raise CheckpointError(
                 f"{path} is not the file of {self.hub_name.repository} at {self.revision}: its "
-                f"{kind} digest is {found}, and is said to be {digest}. Remove it: then it is fetched "
-                "anew. If it was edited on purpose, copy the folder, and name that."
+                f"{kind} digest is {found}, and is said to be {digest}. Remove it: then it is "
+                "fetched anew. If it was edited on purpose, copy the folder, and name that."
             )
 
     def path(self, name: str) -> Path | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Protocol
 
 from cache.records.memos import Memos
 from tasks.checkpoints import llama, transformers
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.hub_name import hint
 from tasks.checkpoints.source import ReadableSource
 from tasks.core.errors import CheckpointError
 from tasks.core.text import some
@@ -39,23 +39,7 @@ class Loader(Protocol):
         """
 
 
-ON_A_HUB = re.compile(  # ORG/NAME, or a page's address
-    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|(?:hf|huggingface):)?"
-    r"(?P<repository>[A-Z0-9][\w.-]*/[\w.-]*\w)"
-    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/]+)(?P<subfolder>/.+?)?)?/?",
-    re.ASCII | re.IGNORECASE,
-)
-
 LOADERS: dict[str, Loader] = {"llama": llama, "transformers": transformers}
-
-
-def hint(named: str) -> str:
-    """Return what a name that is no folder may be meant to be: a model on the hub; or nothing."""
-    match = ON_A_HUB.fullmatch(named)
-    if not match:
-        return ""
-    revision = f"@{match['revision']}" if match["revision"] else ""
-    return f", or the hub's: hf:{match['repository']}{revision}{match['subfolder'] or ''}"
 
 
 def weight_patterns() -> tuple[str, ...]:

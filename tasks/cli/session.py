@@ -18,6 +18,7 @@ from cache.records.memos import Memos
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import ReadableSource
+from tasks.checkpoints.sources import folder_of
 from tasks.cli.failures import MENDABLE, as_invalid_dodo_file, message
 from tasks.cli.options import DEFAULT, Options
 from tasks.cli.untouched import Untouched
@@ -163,8 +164,8 @@ class Session:
                 if_it_fails.callback(remote.close)
                 store = replace(store, sharing=Sharing(store.actions, store.blobs, remote))
             for target in config.targets.values():
-                folder = Path(target.source.location)
-                if makers and folder in makers:
+                folder = folder_of(target.source)
+                if folder and makers and folder in makers:
                     makers[folder](folder)
             planner = _planner(store, lock, options, config.quality)
             workspace = Workspace(config.path.parent)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import one_line
+from tasks.checkpoints import sources
 from tasks.cli.failures import values_or_failure
 from tasks.cli.refused_tasks import refused_tasks
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
-from tasks.core.spec import SourceSpec
 from tasks.core.task_names import PACK, VERIFY, task_name
 from tasks.core.text import plural
 from tasks.core.workspace import BUILD
@@ -59,7 +59,7 @@ def _verify(session: Session, plan: Plan) -> dict[str, Any]:
         session.builder.logged(task_name(VERIFY, target.name), "it was asked for") as record,
     ):
         folder = Path(name)
-        built = SourceSpec("folder", str(session.workspace.built(target.name)))
+        built = sources.spec(str(session.workspace.built(target.name)), folder)
         claim = Claim.open(built, shown, folder)
         verification = Verification.of(
             claim, target.source, target.source_name, folder, whole=False

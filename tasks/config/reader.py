@@ -196,8 +196,8 @@ class _Reader:
             self.check_matrix(settings.quantize, at)
         self.check_repository(name, settings.publish, at)
         source = sources.spec(keys["source"], self.folder)
-        if source.kind == "folder":
-            self.check_outside_build(Path(source.location), (*at, "source"))
+        if folder := sources.folder_of(source):
+            self.check_outside_build(folder, (*at, "source"))
         loader = f" ({settings.loader})" if settings.loader else ""
         return Target(
             **{

@@ -10,6 +10,7 @@ from typing import Any
 from tasks.checkpoints import sources
 from tasks.checkpoints.loaders import LOADERS
 from tasks.config.tables import RemoteURL
+from tasks.core.paths import path_of
 from tasks.core.spec import (
     MODES,
     At,
@@ -76,37 +77,30 @@ def decode(kind: type, value: Any) -> Any:
     if kind is RemoteURL:
         return _remote(value)
     if kind is Path:
-        return _folder(value)
+        return _path(value)
     if kind in (TextFile, TextFiles):
         return _text(kind, value)
     if kind is RepositoryName:
         return _repository(value)
     if kind is SourceName:
-        if not isinstance(value, str) or sources.kind(value) == "folder":
-            _folder(value)  # refuses what no folder can be called
-        else:
-            sources.spec(value, Path())
+        if not isinstance(value, str):
+            raise ValueError
+        sources.spec(value, Path())  # refuses what names none
         return SourceName(value)
     raise NotImplementedError(kind)
 
 
-def _folder(value: Any, what: str = "folder") -> Path:
+def _path(value: Any, what: str = "folder") -> Path:
     if not isinstance(value, str):
         raise ValueError
-    if not value or "\0" in value:
-        raise Mistakes(Mistake(f"is {value!r}, which no {what} can be called", f"name a {what}"))
-    try:
-        return Path(value).expanduser()
-    except RuntimeError:
-        fact = f"is {value!r}, but there is no such user"
-        raise Mistakes(Mistake(fact, f"write the {what} out")) from None
+    return path_of(value, what)
 
 
 def _text(kind: type, value: Any) -> TextFile | TextFiles:
     if kind is TextFile:
-        return TextFile(_folder(value, "file"))
+        return TextFile(_path(value, "file"))
     names = value if isinstance(value, list) and value else [value]
-    return TextFiles(str(_folder(name, "file")) for name in names)
+    return TextFiles(str(_path(name, "file")) for name in names)
 
 
 def _repository(value: Any) -> RepositoryName:

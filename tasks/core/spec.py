@@ -429,15 +429,15 @@ class SourceSpec(Struct, frozen=True):
     """Where a checkpoint is to be had.
 
     Attributes:
-        kind: the type of source, a key of ``tasks.checkpoints.sources.SOURCES``.
+        prefix: of the type of source, a key of ``tasks.checkpoints.sources.SOURCES``.
         location: where, as that type has it: of a folder, its absolute path.
     """
 
-    kind: str
+    prefix: str
     location: str
 
     def __str__(self) -> str:
-        return self.location if self.kind == "folder" else f"{self.kind}:{self.location}"
+        return self.prefix + self.location
 
 
 class Target(Settings, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from msgspec import to_builtins
@@ -14,20 +14,18 @@ from msgspec import to_builtins
 from cache.digest import digest, digest_list, digest_record
 from cache.records.manifests import Tensor
 from cache.records.memos import Memos
-from tasks.checkpoints import hub
+from tasks.checkpoints import sources
+from tasks.checkpoints.hub_name import HubName
 from tasks.core import text
 from tasks.core.errors import ConfigError
-from tasks.core.spec import Quantize, Target
+from tasks.core.spec import Quantize, Settings, Target
 from tasks.layouts import architecture, card
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.plan import Plan
 from tasks.quality.divergence import ModelQuality
 
-HUB = "hf"  # the type of source
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 VERSION = 2  # raised when a template is given other variables
-# A model's folder in the hub's cache, by its name in the path.
-HUB_FOLDER = re.compile(r"models--([^/]+?)--([^/]+)")
 SOME_QUALITY = ModelQuality(1, *[1.0] * 8)  # to try a template with
 
 
@@ -94,21 +92,12 @@ def check(plan: Plan, memos: Memos) -> None:
         render(plan, made, memos, error=0.1, quality=SOME_QUALITY)
 
 
-def base_model(target: Target) -> str | None:
-    """Return the hub's name of what a target is built from, if models.toml says it."""
-    if target.source.kind == HUB:
-        return hub.parse(target.source.location).repository
-    for part in PurePath(target.source.location).parts:
-        if match := HUB_FOLDER.fullmatch(part):
-            return f"{match[1]}/{match[2]}"
-    return None
-
-
 def _facts(plan: Plan) -> dict[str, Any]:
     """Return what a template is given but for what takes long, or depends on the tensors."""
     target, computer = plan.target, plan.computer or {}
-    base = base_model(target)
-    commit = plan.checkpoint.source.revision if base else None
+    base = sources.on_hub(target.source)
+    if base:
+        base = base._replace(revision=plan.checkpoint.source.revision)
     counts: dict[str, int] = {}
     for setting in plan.model.settings.values():
         words = f"{setting.bits} bits, {setting.mode}, groups of {setting.group_size}"
@@ -117,14 +106,14 @@ def _facts(plan: Plan) -> dict[str, Any]:
     return {
         "name": target.name,  # not in our own template: targets of any name share what is packed
         "repository": repository,
-        "base": base,
-        "commit": commit,
+        "base": base and base.repository,
+        "commit": base and base.revision,
         "loading": LAYOUTS[target.layout].loading.format(model=repository or "path/to/this/folder"),
         "quantized": [f"{words}: {text.plural(n, 'module')}" for words, n in counts.items()],
         "dtype": plan.model.dtype,
         "versions": _versions(computed=bool(computer)),
         "computer": [computer[key] for key in ("device", "machine") if key in computer],
-        "toml": _toml(plan, base, commit),
+        "toml": _toml(plan, base),
     }
 
 
@@ -140,20 +129,15 @@ def _fields(plan: Plan, base: str | None, memos: Memos) -> card.Fields:
     return fields
 
 
-def _toml(plan: Plan, base: str | None, commit: str | None) -> str:
+def _toml(plan: Plan, base: HubName | None) -> str:
     """Return the lines of models.toml that make the same bytes, without a path of this machine."""
     target, computer = plan.target, plan.computer or {}
-    name = (target.repository or base or "model").rpartition("/")[2]
+    name = (target.repository or (base and base.repository) or "model").rpartition("/")[2]
     name = name if re.fullmatch(r"[\w-]+", name, re.ASCII) else text.toml(name)
-    source = "FOLDER OF THE CHECKPOINT"
-    if base:
-        source = f"{HUB}:{base}" + (f"@{commit}" if commit else "")
-        if target.source.kind == HUB and (below := hub.parse(target.source.location).subfolder):
-            source += f"/{below}"
     keys: dict[str, Any] = {
-        "source": source,
+        "source": str(base) if base else "FOLDER OF THE CHECKPOINT",
         "loader": target.loader,
-        "layout": target.layout if target.layout != "mlx-lm" else None,
+        "layout": target.layout if target.layout != Settings().layout else None,
         "dtype": target.dtype,
         "quantize": _said(target.quantize) if target.quantize else None,
         "device": {"": None, "cpu": "cpu"}.get(computer.get("device", ""), "gpu"),

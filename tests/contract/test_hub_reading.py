@@ -65,7 +65,7 @@ def repository(hub: Hub) -> Repository:
 def open_source(tmp_path: Path) -> Callable[[str], HubSource]:
     def open_source(text: str = "org/model", **keys: object) -> HubSource:
         opening = Opening(is_read, Memos(tmp_path / "memos"), str(tmp_path), **keys)
-        return hub_source.open_source(hub_source.spec(text, tmp_path), opening)
+        return hub_source.open_source(hub_source.locate(text, tmp_path), opening)
 
     return open_source
 

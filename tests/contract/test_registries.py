@@ -59,13 +59,13 @@ def spelled(
     kept: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, str]:
     """How models.toml, in `tmp_path`, spells the checkpoint as each type of source."""
-    monkeypatch.setitem(SOURCES, "tar", tar_source)
+    monkeypatch.setitem(SOURCES, tar_source.PREFIX, tar_source)
     with tarfile.open(tmp_path / "checkpoint.tar", "w") as archive:
         for path in kept.iterdir():
             archive.add(path, path.name)
     hub.repositories["org/model"] = Repository("org/model")
     hub.repositories["org/model"].add_folder(kept)
-    return {"folder": str(kept), "tar": "tar:checkpoint.tar", "hf": "hf:org/model"}
+    return {"": str(kept), "tar:": "tar:checkpoint.tar", "hf:": "hf:org/model"}
 
 
 @pytest.fixture
@@ -73,13 +73,17 @@ def opening(tmp_path: Path, memos: Memos) -> Opening:
     return Opening(is_read, memos, str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", [*SOURCES, "tar"])
+@pytest.mark.parametrize("prefix", [*SOURCES, tar_source.PREFIX])
 def test_a_source_gives_the_files_bytes(
-    kind: str, kept: Path, spelled: dict[str, str], tmp_path: Path, opening: Opening
+    prefix: str, kept: Path, spelled: dict[str, str], tmp_path: Path, opening: Opening
 ) -> None:
-    spec = sources.spec(spelled[kind], tmp_path)
-    assert (spec.kind, sources.kind(spelled[kind])) == (kind, kind)
-    assert kind == "hf" or Path(spec.location).is_absolute()
+    spec = sources.spec(spelled[prefix], tmp_path)
+    assert spec.prefix == prefix
+    assert sources.spec(str(spec), Path("/elsewhere")) == spec
+    again = sources.spelled(spec, tmp_path)
+    assert sources.spec(again, tmp_path) == spec
+    assert Path(again.removeprefix(prefix)) == Path(spelled[prefix].removeprefix(prefix))
+    assert sources.folder_of(spec) == (None if prefix else kept)
     source = sources.open_source(spec, opening)
     assert source.available
     assert source.names("*") == sorted(path.name for path in kept.iterdir())
@@ -97,19 +101,19 @@ def test_a_source_gives_the_files_bytes(
             assert (source.small_files / path.name).read_bytes() == data
 
 
-@pytest.mark.parametrize("kind", [*SOURCES, "tar"])
+@pytest.mark.parametrize("prefix", [*SOURCES, tar_source.PREFIX])
 def test_a_source_that_is_not_there(
-    kind: str, tmp_path: Path, hub: Hub, opening: Opening, monkeypatch: pytest.MonkeyPatch
+    prefix: str, tmp_path: Path, hub: Hub, opening: Opening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It can be named, opened and asked whether it is there; models.lock may know it still."""
-    monkeypatch.setitem(SOURCES, "tar", tar_source)
-    text = "nowhere/it" if kind == "folder" else f"{kind}:nowhere/it"
-    assert not sources.open_source(sources.spec(text, tmp_path), opening).available
+    monkeypatch.setitem(SOURCES, tar_source.PREFIX, tar_source)
+    spec = sources.spec(f"{prefix}nowhere/it", tmp_path)
+    assert not sources.open_source(spec, opening).available
 
 
 def test_what_is_no_type_of_source_is_a_folder(tmp_path: Path) -> None:
     for text in ("a:b", "folder:x", "./tar:x", "c"):
-        assert sources.spec(text, tmp_path) == SourceSpec("folder", str(tmp_path / text))
+        assert sources.spec(text, tmp_path) == SourceSpec("", str(tmp_path / text))
 
 
 def test_a_record_is_a_source_without_weights(kept: Path, tmp_path: Path, memos: Memos) -> None:
@@ -221,7 +225,7 @@ def test_files_of_a_layout(name: str, kept: Path, memos: Memos) -> None:
 
     spec = Target(
         name="a",
-        source=SourceSpec("folder", str(kept)),
+        source=SourceSpec("", str(kept)),
         source_name="checkpoint",
         layout=name,
         quantize=Quantize(bits=4, group_size=32),

@@ -60,7 +60,7 @@ def project(tmp_path: Path) -> Project:
 @pytest.fixture
 def archived(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     """The project, its checkpoint in an archive, and one target more that has the folder."""
-    monkeypatch.setitem(SOURCES, "tar", tar_source)
+    monkeypatch.setitem(SOURCES, tar_source.PREFIX, tar_source)
     with tarfile.open(project.folder / "checkpoint.tar", "w") as archive:
         for path in sorted(project.checkpoint.iterdir()):
             archive.add(path, path.name)
@@ -69,15 +69,26 @@ def archived(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
     return project
 
 
-def test_a_source_that_is_no_folder(archived: Project) -> None:
+def test_a_source_that_is_no_folder(archived: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     first = inside.doit(archived.folder, "pack:model")
     assert "extract:model:norm" in first.computed
     inside.doit(archived.folder, "pack:folder")
     assert archived.built() == archived.built("folder")
     assert inside.doit(archived.folder).entries == []
 
+    monkeypatch.chdir(archived.folder)
+    status, out, err = inside.run(
+        archived.folder, "verify", "--all", "--source", "tar:checkpoint.tar", "build/folder"
+    )
+    assert (status, err) == (0, "")
+    assert out.endswith("made anew from tar:checkpoint.tar\n")
+
     archived.configure(quantize={"bits": 8})
     assert inside.doit(archived.folder, "pack:model").computed == archived.quantizing()
+
+    (archived.folder / "models.toml").unlink()
+    inside.doit(archived.folder, "init", f"tar:{archived.folder / 'checkpoint.tar'}")
+    assert 'source = "tar:checkpoint.tar"\n' in (archived.folder / "models.toml").read_text()
 
 
 def test_what_a_source_lost(archived: Project) -> None:

@@ -26,7 +26,7 @@ from support.hub_server import (
 )
 from support.projects import FOUR_BIT, Project
 from support.servers import Answer
-from tasks.checkpoints import hub_requests, loaders, sources
+from tasks.checkpoints import hub_name, hub_requests, loaders, sources
 from tasks.checkpoints.source import Opening
 from tasks.core.text import size
 from tasks.layouts.registry import is_read
@@ -299,7 +299,7 @@ def test_a_name_that_is_no_folder(hub: Hub, tmp_path: Path) -> None:
         ("https://huggingface.co/org/model/tree/main/a/b", "org/model@main/a/b"),
         ("https://example.com/org/model", None), ("a/b/c", None),
     ):  # fmt: skip
-        assert loaders.hint(named) == (f", or the hub's: hf:{meant}" if meant else "")
+        assert hub_name.hint(named) == (f", or the hub's: hf:{meant}" if meant else "")
     hub.repositories["org/model"].add({"more/a.png": b"", "more/b.png": b""})
     for named, told in (
         ("hf:org/model/nowhere", "the folder nowhere of org/model holds no checkpoint at commit"),

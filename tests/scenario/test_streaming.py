@@ -65,7 +65,7 @@ def reads(project: Project, monkeypatch: pytest.MonkeyPatch) -> Reads:
             if start >= weights.get(name, at):
                 found.ranges.append((name, start, at))
 
-    monkeypatch.setitem(SOURCES, "tar", tar_source)
+    monkeypatch.setitem(SOURCES, tar_source.PREFIX, tar_source)
     monkeypatch.setattr(TarSource, "read", counted)
     return found
 

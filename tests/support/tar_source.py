@@ -17,15 +17,28 @@ from tasks.checkpoints.safetensors_file import SAFETENSORS_DTYPES
 from tasks.checkpoints.source import HashedFile, Opening
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
-from tasks.core.spec import SourceSpec
+
+PREFIX = "tar:"
 
 
-def spec(text: str, base: Path) -> SourceSpec:
-    return SourceSpec("tar", str(base / text))
+def locate(text: str, base: Path) -> str:
+    return str(base / text)
 
 
-def open_source(spec: SourceSpec, opening: Opening) -> "TarSource":
-    return TarSource(Path(spec.location))
+def spelled(location: str, base: Path) -> str:
+    return str(Path(location).relative_to(base))
+
+
+def folder(location: str) -> None:
+    return
+
+
+def on_hub(location: str) -> None:
+    return
+
+
+def open_source(location: str, opening: Opening) -> "TarSource":
+    return TarSource(Path(location))
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 from doit.exceptions import InvalidCommand
 
 from cache.records.memos import Memos
-from tasks.checkpoints import loaders, sources
+from tasks.checkpoints import hub_name, loaders, sources
 from tasks.checkpoints.source import Opening, ReadableSource
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import models_file
 from tasks.core.errors import CheckpointError
 from tasks.core.program import COMMAND
-from tasks.core.spec import Mistakes
+from tasks.core.spec import Mistakes, SourceSpec
 from tasks.core.text import plural, toml
 from tasks.core.workspace import BUILD
 from tasks.layouts.registry import is_read
@@ -65,15 +65,14 @@ changed."""
         """
         models = models_file().absolute()
         try:
-            checkpoints = {
-                source: _open(source, models.parent) for source in args or _search(Path())
-            }
-            unfit = [source for source, opened in checkpoints.items() if not _is_checkpoint(opened)]
+            named = {name: _spec(name) for name in args or _search(Path())}
+            checkpoints = {spec: _open(spec, models.parent) for spec in named.values()}
+            unfit = [name for name, spec in named.items() if not _is_checkpoint(checkpoints[spec])]
         except CheckpointError as error:  # of a hub
             raise InvalidCommand(str(error)) from error
         if unfit:
             kinds = ", or ".join(loader.HOLDS for loader in loaders.LOADERS.values())
-            hub = loaders.hint(unfit[0])
+            hub = hub_name.hint(unfit[0])
             raise InvalidCommand(
                 f"{unfit[0]} is no folder with a checkpoint{hub}: expected {kinds}."
             )
@@ -98,27 +97,30 @@ changed."""
         return 0
 
 
-def _open(source: str, folder: Path) -> ReadableSource:
-    """Open what a SOURCE on the command line, relative to the current folder, names.
+def _spec(name: str) -> SourceSpec:
+    """Return what a SOURCE on the command line, relative to the current folder, names.
 
     Raises:
         InvalidCommand: it names nothing.
     """
-    base = Path.cwd() if sources.kind(source) == "folder" else folder
-    memos = Memos(folder, read_only=True)
     try:
-        opening = Opening(is_read, memos, str(folder))
-        return sources.open_source(sources.spec(source, base), opening)
+        return sources.spec(name, Path.cwd())
     except Mistakes as error:
         (mistake,) = error.mistakes
-        raise InvalidCommand(f"{source} {mistake.fact}: {mistake.mend}") from error
+        raise InvalidCommand(f"{name} {mistake.fact}: {mistake.mend}") from error
+
+
+def _open(spec: SourceSpec, folder: Path) -> ReadableSource:
+    """Open a source for a project in a folder."""
+    opening = Opening(is_read, Memos(folder, read_only=True), str(folder))
+    return sources.open_source(spec, opening)
 
 
 def _search(root: Path) -> Iterator[str]:
     """Yield the folders below one that hold checkpoints, and look no further into those."""
     for folder, names, _ in os.walk(root, followlinks=True):
         path = Path(folder)
-        if _is_checkpoint(_open(folder, root)):
+        if _is_checkpoint(_open(_spec(folder), root)):
             yield folder
             names.clear()
         elif len(path.parts) == MAX_DEPTH:
@@ -134,14 +136,14 @@ def _is_checkpoint(source: ReadableSource) -> bool:
     )
 
 
-def _tables(checkpoints: Mapping[str, ReadableSource], folder: Path) -> dict[str, str]:
+def _tables(checkpoints: Mapping[SourceSpec, ReadableSource], folder: Path) -> dict[str, str]:
     """Return the table of each model, by the model's name."""
     tables: dict[str, str] = {}
-    for source, opened in checkpoints.items():
+    for spec, opened in checkpoints.items():
         name = _name(Path(opened.location).name, tables)
         key = name if re.fullmatch(r"[\w-]+", name, re.ASCII) else toml(name)
         tables[name] = (
-            f"[models.{key}]\nsource = {toml(_spelled(source, folder))}\n"
+            f"[models.{key}]\nsource = {toml(sources.spelled(spec, folder))}\n"
             + (QUANTIZED if _is_quantized(opened) else QUANTIZE)
             + SETTINGS
             + VARIANT.format(name=name, key=key)
@@ -158,14 +160,6 @@ def _name(folder: str, taken: Iterable[str]) -> str:
         for name in (plain, *(f"{plain}-{number}" for number in range(2, len(names) + 3)))
         if name.casefold() not in names
     )
-
-
-def _spelled(source: str, folder: Path) -> str:
-    """Return a source as models.toml in a folder is to name it: relative, if it lies there."""
-    if sources.kind(source) != "folder":
-        return source
-    path = Path(source).absolute()
-    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
 
 
 def _is_quantized(source: ReadableSource) -> bool:

@@ -16,6 +16,7 @@ from msgspec import to_builtins
 from cache.errors import one_line
 from cache.records.memos import Memos
 from tasks.checkpoints import sources
+from tasks.checkpoints.hub_name import PREFIX, HubName
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import models_file
 from tasks.cli.failures import as_invalid_dodo_file
@@ -52,7 +53,7 @@ SOURCE = {
     "without it, what models.toml or the model's card says",
 }
 # Of mlx-make's own cards, in the lines of models.toml.
-PINNED = re.compile(r'^source = "(hf:[^"]+)"$', re.MULTILINE)
+PINNED = re.compile(rf'^source = "({PREFIX}[^"]+)"$', re.MULTILINE)
 
 
 class Verify(Command):
@@ -126,16 +127,15 @@ def _places(text: str, source: str) -> tuple[SourceSpec, SourceSpec | None, str]
         text: the model: a target of models.toml, a folder, or the hub's.
         source: what it is made from; "", that is not said.
     """
-    given = _spec(source) if source else None
-    path = models_file()
-    if sources.kind(text) == "folder" and not Path(text).is_dir() and path.exists():
+    model, given = _spec(text), _spec(source) if source else None
+    path, folder = models_file(), sources.folder_of(model)
+    if folder and not folder.is_dir() and path.exists():
         config = reader.load(path)
         if text in config.targets:
             target = config.targets[text]
             built = Workspace(config.path.parent).built(text)
-            spec = SourceSpec("folder", str(built))
-            return spec, given or target.source, source or target.source_name
-    return _spec(text), given, source
+            return _spec(str(built)), given or target.source, source or target.source_name
+    return model, given, source
 
 
 def _source_of(text: str, folder: Path, memos: Memos) -> str:
@@ -151,7 +151,7 @@ def _source_of(text: str, folder: Path, memos: Memos) -> str:
     base = fields.get("base_model", "")
     base = base[0] if isinstance(base, list) and len(base) == 1 else base
     if isinstance(base, str) and base:
-        return f"hf:{base}"
+        return str(HubName(base))
     raise BuildError(
         f"the card of {text} does not say what it was made from (base_model). Name it: "
         f"{COMMAND} verify --source FOLDER {text}, or hf:ORG/NAME."

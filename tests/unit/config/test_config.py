@@ -60,7 +60,7 @@ def test_what_is_not_said(folder: Path) -> None:
     found = read(folder, '[models.a]\nsource = "b"')
     model = Target(
         name="a",
-        source=SourceSpec("folder", str(folder / "b")),
+        source=SourceSpec("", str(folder / "b")),
         source_name="b",
         loader=None,
         layout="mlx-lm",
@@ -106,7 +106,7 @@ def test_all_that_can_be_said(folder: Path) -> None:
     quantize = Quantize(3, 32, "affine", None, rules)
     assert found == Target(
         name="a",
-        source=SourceSpec("folder", str(folder / "b")),
+        source=SourceSpec("", str(folder / "b")),
         source_name="b (transformers)",
         loader="transformers",
         layout="mlx-lm",
@@ -141,7 +141,7 @@ def test_variants_lie_over_their_model(folder: Path) -> None:
     }
     assert [one.dtype for one in found.values()] == ["float16"] * 4 + ["float32"]
     assert {Path(one.source.location).name for one in found.values()} == {"b", "c"}
-    assert found["a-other"].source == SourceSpec("folder", str(folder / "c"))
+    assert found["a-other"].source == SourceSpec("", str(folder / "c"))
 
 
 def test_defaults_lie_under_all_models(folder: Path) -> None:
