@@ -28,7 +28,7 @@ class Store:
         root: the folder.
         lock: held by who uses its files.
         sharing: what it has in common with a remote store, if there is one.
-        read_only: looking things up leaves nothing behind.
+        read_only: looking things up leaves nothing behind but memos.
     """
 
     blobs: Blobs
@@ -45,7 +45,7 @@ class Store:
 
         Args:
             root: the folder.
-            read_only: looking things up leaves nothing behind.
+            read_only: looking things up leaves nothing behind but memos.
 
         Raises:
             NotACache: the folder holds something else.
@@ -57,7 +57,7 @@ class Store:
             atomic.sweep(root / "blobs")
             begun.sweep(root / "blobs" / CONTAINERS)
         blobs = Blobs(root / "blobs", read_only=read_only)
-        memos = Memos(root / "memos", read_only=read_only)
+        memos = Memos(root / "memos")
         actions = Actions(root / "actions", read_only=read_only)
         return cls(blobs, actions, memos, root, Lock(root), read_only=read_only)
 

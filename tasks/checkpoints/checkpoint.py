@@ -85,14 +85,19 @@ class Checkpoint:
         """The keys of the stored tensors whose bytes come from elsewhere, and are then here."""
         if not self.source.available:
             return frozenset()
-        elsewhere = {file for file in self.stamps if self.source.path(file) is None}
-        stored = self.stored.items() if elsewhere else ()
-        return frozenset(k for k, s in stored if s.file in elsewhere and s.offset != TORCH)
+        stored = self.stored.items() if self._elsewhere else ()
+        return frozenset(k for k, s in stored if s.file in self._elsewhere and s.offset != TORCH)
+
+    @cached_property
+    def _elsewhere(self) -> frozenset[str]:
+        """The weight files that are on no disk of this machine."""
+        files = {stored.file for stored in self.stored.values()}
+        return frozenset(file for file in files if self.source.path(file) is None)
 
     def must_copy(self, key: str) -> bool:
         """Tell whether a stored tensor's bytes are only had as a copy in the cache."""
         stored = self.stored[key]
-        return stored.offset == TORCH or self.source.path(stored.file) is None
+        return stored.offset == TORCH or stored.file in self._elsewhere
 
     def fingerprint(self, keys: Iterable[str]) -> Any:
         """Return JSON that is another wherever stored tensors may have other bytes."""

@@ -220,8 +220,10 @@ def _weight_map(source: ReadableSource, index: str) -> Mapping[str, str]:
         return {}
     path = source.small_files / index
     weight_map = read_json(path, "it lists the shards").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in weight_map.values()
+    if (
+        not isinstance(weight_map, dict)
+        or not all(isinstance(name, str) for name in weight_map.values())
+        or not all(Path(name).name == name for name in {*weight_map.values()})
     ):
         raise CheckpointError(f"{path} has no weight_map from tensors to files.{AGAIN}")
     return weight_map

@@ -22,7 +22,7 @@ class Options(Struct, frozen=True):
         looked_at: groups of tasks whose states are wanted: a target that has any of them on record
             is not untouched.
         locked: whether any difference from models.lock is an error.
-        read_only: whether nothing may be written.
+        read_only: whether nothing may be written but memos.
     """
 
     requested_tasks: tuple[str, ...] | None = None

@@ -162,8 +162,10 @@ def _predictors(checkpoint: Checkpoint) -> tuple[str, ...]:
     beyond = layers if speaks and isinstance(layers, int) else math.inf
 
     def predicts(name: str) -> bool:
-        if re.search(r"(^|\.)(mtp|nextn)(_\w+)?\.", name):
+        if ("mtp" in name or "nextn" in name) and re.search(r"(^|\.)(mtp|nextn)(_\w+)?\.", name):
             return True
+        if beyond == math.inf:
+            return False
         match = re.match(r"((?:\w+\.)*?)layers\.(\d{1,9})\.", name)
         return (
             match is not None and not re.search("vis|audio", match[1]) and int(match[2]) >= beyond

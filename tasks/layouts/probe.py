@@ -17,29 +17,24 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import importlib
 import importlib.util
 import io
 import json
-import re
 import resource
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from tasks.layouts.array_graph import ArrayGraph, hollow, zeros
 from tasks.layouts.importing import importing
 from tasks.layouts.libraries import LIBRARIES, Library
 from tasks.layouts.model import layer_names
 
-LABELS = 500  # arrays at once: MLX's functions take 1024 names, and two sorts are compared
-_SAME_NUMBERS = (
-    "AsType", "Broadcast", "Concatenate", "Contiguous", "Copy", "ExpandDims", "Flatten", "Pad",
-    "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unflatten",
-)  # fmt: skip  # operations of MLX by which an array is the same numbers, elsewhere
+AT_ONCE = 10_000  # arrays in one graph: it takes 4 kB of memory for each
 # By the ``id`` of a joined array: what was done, the axis, the arrays joined, and the result.
 Joins = dict[int, tuple[str, int, list[Any], Any]]
 
@@ -109,14 +104,16 @@ def _answer(question: dict[str, Any], library: Library, mx: Any) -> dict[str, An
     try:
         model, config = _load(question["files"], given, library, mx)
     except Exception:
-        if not compute and (unread := _looked_at(mx, kept) - values.keys()):
+        if not compute and (unread := _done_to(mx, given, kept).looked_at - values.keys()):
             return {"looked_at": sorted(unread)}
         raise
-    if not compute and (unread := _looked_at(mx, kept) - values.keys()):
-        return {"looked_at": sorted(unread)}
     if compute:
         return _write(dict(_flat(model.parameters())), compute["outputs"])
-    parameters, factors = _parameters(model, library, _Tensors(given, kept, joins), mx)
+    done = _done_to(mx, given, kept)
+    if unread := done.looked_at - values.keys():
+        return {"looked_at": sorted(unread)}
+    tensors_given = _Tensors(given, kept, joins, done.changed)
+    parameters, factors = _parameters(model, library, tensors_given, mx)
     leaves = _leaves(model)
     used = {name for parameter in parameters for name in parameter[4]} | values.keys()
     return {
@@ -150,11 +147,13 @@ class _Tensors(NamedTuple):
         given: to the library, which may have changed them in place.
         kept: the same, as they were.
         joins: what it made of several at once.
+        changed: the names of those that it changed.
     """
 
     given: dict[str, Any]
     kept: dict[str, Any]
     joins: Joins
+    changed: set[str]
 
 
 def _parameters(
@@ -164,8 +163,7 @@ def _parameters(
 
     And the tensors of bytes that are multiplied as they are, as if they were whole numbers.
     """
-    changed = _changed(mx, tensors.given, tensors.kept)
-    names = {id(a): name for name, a in tensors.given.items() if name not in changed}
+    names = {id(a): name for name, a in tensors.given.items() if name not in tensors.changed}
     parameters: list[list[Any]] = []
     computed: dict[str, Any] = {}
     for name, array in _flat(model.parameters()):
@@ -242,14 +240,6 @@ class _Stub(types.ModuleType):
         return used
 
 
-def hollow(mx: Any, dtype: str, shape: Sequence[int]) -> Any:
-    """Return an array of this shape that takes no memory, even if it is evaluated.
-
-    What makes it is an operation that no model uses, by which a graph shows where its inputs are.
-    """
-    return mx.stop_gradient(_zeros(getattr(mx, dtype), tuple(shape)))
-
-
 def _valued(mx: Any, text: str, dtype: str, shape: Sequence[int]) -> Any:
     """Return a tensor with its values, given in base64, which a graph shows as a hollow one."""
     from tasks.tensors import arrays
@@ -258,25 +248,6 @@ def _valued(mx: Any, text: str, dtype: str, shape: Sequence[int]) -> Any:
     memory = arrays.blank(len(data))
     memoryview(cast(bytearray, memory))[:] = data
     return mx.stop_gradient(memory.view(getattr(mx, dtype)).reshape(shape))
-
-
-def _looked_at(mx: Any, kept: dict[str, Any]) -> set[str]:
-    """Return the tensors that were evaluated: their zeros may have decided something.
-
-    What is evaluated is no longer made of anything: in a graph it is a source.
-    """
-    names = set()
-    for batch in _batches(kept):
-        graph = _graph(mx, {f"in{i}": kept[name] for i, name in enumerate(batch)})
-        names |= {batch[int(i)] for i in re.findall(r'rank=source; "in(\d+)"', graph)}
-    return names
-
-
-@functools.cache
-def _zeros(dtype: Any, shape: tuple[int, ...]) -> Any:
-    import mlx.core as mx
-
-    return mx.broadcast_to(mx.array(0, dtype), shape)
 
 
 def _read(parts: list[list[Any]], dtype: str, shape: Sequence[int]) -> Any:
@@ -324,13 +295,13 @@ def _leave_out_noise(mx: Any) -> None:
     """
 
     def quiet(original: Callable[..., Any]) -> Callable[..., Any]:
-        def zeros(*args: Any, **named: Any) -> Any:
+        def begun(*args: Any, **named: Any) -> Any:
             if args or "shape" not in named:
                 return original(*args, **named)
             dtype = named.get("dtype") or mx.float32
-            return _zeros(dtype, tuple(named["shape"])).astype(dtype)  # an object of its own
+            return zeros(dtype, tuple(named["shape"])).astype(dtype)  # an object of its own
 
-        return zeros
+        return begun
 
     mx.random.uniform = quiet(mx.random.uniform)
     mx.random.normal = quiet(mx.random.normal)
@@ -364,19 +335,35 @@ def _after_quantizing(mx: Any, module: Any) -> list[str]:
     return names if set(names) == held | {"scales", "biases"} else []
 
 
-def _changed(mx: Any, given: dict[str, Any], kept: dict[str, Any]) -> set[str]:
-    """Return the tensors that ``sanitize`` changed in place: the objects are the same still.
+class _Done(NamedTuple):
+    """What a library did to the checkpoint's tensors, besides making others of them.
 
-    A cast to its own dtype is the array itself under another Python object, and an array has one
-    label, the last that it is given: where ``now`` is left, the two have parted.
+    Attributes:
+        looked_at: those that were evaluated: their zeros may have decided something.
+        changed: those that were changed in place: the objects are the same still.
     """
-    changed = set()
-    for batch in _batches(given):
-        labels = {f"now{i}": given[name] for i, name in enumerate(batch)}
-        labels |= {f"in{i}": kept[name] for i, name in enumerate(batch)}
-        seen = set(re.findall(r"\bnow\d+\b", _graph(mx, labels)))
-        changed |= {name for i, name in enumerate(batch) if f"now{i}" in seen}
-    return changed
+
+    looked_at: set[str]
+    changed: set[str]
+
+
+def _done_to(mx: Any, given: dict[str, Any], kept: dict[str, Any]) -> _Done:
+    """Tell what was done to tensors.
+
+    A cast to its own dtype is the array itself under another Python object: where the two are not
+    one node of a graph, they have parted.
+    """
+    done = _Done(set(), set())
+    names = list(kept)
+    for start in range(0, len(names), AT_ONCE):
+        some = names[start : start + AT_ONCE]
+        graph = ArrayGraph(mx, [*(kept[name] for name in some), *(given[name] for name in some)])
+        now = graph.nodes[len(some) :]
+        pairs = list(zip(some, graph.nodes, strict=False))
+        done.looked_at.update(name for name, node in pairs if graph.operation(node) is None)
+        changed = zip(pairs, now, strict=True)
+        done.changed.update(name for (name, was), node in changed if was != node)
+    return done
 
 
 def inputs_reached(
@@ -388,94 +375,39 @@ def inputs_reached(
     """
     place = {name: i for i, name in enumerate(given)}
     layer_of = layer_names([*given, *computed])
+    own: dict[str, list[str]] = {}
+    for name in given:
+        own.setdefault(layer_of[name], []).append(name)
+    made_of: dict[str, list[str]] = {}
+    factors: set[str] = set()
+
+    def look(names: Iterable[str], inputs: Sequence[str]) -> list[str]:
+        """Look at a graph of these; return those that are made of other inputs, too."""
+        names = list(names)
+        graph = ArrayGraph(mx, [*(given[i] for i in inputs), *(computed[n] for n in names)])
+        input_of = dict(zip(graph.nodes, inputs, strict=False))
+        multiplied = graph.factors()
+        factors.update(
+            name
+            for node, name in input_of.items()
+            if node in multiplied and given[name].dtype == mx.uint8
+        )
+        others = []
+        for name, node in zip(names, graph.nodes[len(inputs) :], strict=True):
+            reached, whole = graph.reach(node, input_of)
+            made_of[name] = sorted((input_of[each] for each in reached), key=place.__getitem__)
+            if not whole:
+                others.append(name)
+        return others
+
     layers: dict[str, list[str]] = {}
     for name in computed:
         layers.setdefault(layer_of[name], []).append(name)
-    made_of: dict[str, set[str]] = {name: set() for name in computed}
-    octets = {name for name, array in given.items() if array.dtype == mx.uint8}
-    factors: set[str] = set()
-    for layer, names in layers.items():
-        # Most layers are made of themselves: label those first, and others only as needed.
-        own = [name for name in given if layer_of[name] == layer]
-        likely = [*own, *(name for name in given if layer_of[name] != layer)]
-        for outputs in _batches(names):
-            left = {f"out{i}": name for i, name in enumerate(outputs)}
-            for batch in _batches(likely):
-                name_of = {f"in{place[name]}": name for name in batch}
-                inputs = {label: given[name] for label, name in name_of.items()}
-                arrays = {label: computed[name] for label, name in left.items()}
-                graph = _Graph(_graph(mx, arrays | inputs))
-                likely_factors = (label for label, name in name_of.items() if name in octets)
-                factors |= {name_of[label] for label in likely_factors if graph.is_factor(label)}
-                for label, array in arrays.items():
-                    if label in graph.labels:
-                        reached, whole = graph.reach(label, inputs)
-                    else:  # another's array by a second name: it takes the label if it comes last
-                        other = _Graph(_graph(mx, {**inputs, label: array}))
-                        reached, whole = inputs.keys() - other.labels, True
-                        if not reached:  # not an input's
-                            reached, whole = other.reach(label, inputs)
-                    made_of[left[label]] |= {name_of[i] for i in reached}
-                    if whole:
-                        del left[label]
-                if not left:
-                    break
-    return {n: sorted(names, key=place.__getitem__) for n, names in made_of.items()}, sorted(
-        factors
-    )
-
-
-def _batches(names: Iterable[str]) -> Iterator[list[str]]:
-    names = list(names)
-    for start in range(0, len(names), LABELS):
-        yield names[start : start + LABELS]
-
-
-class _Graph:
-    """A graph as ``mx.export_to_dot`` writes it."""
-
-    def __init__(self, text: str) -> None:
-        self.sources: dict[str, list[str]] = {}
-        for source, target in re.findall(r'^"?(\w+)"? -> "?(\w+)"?$', text, re.M):
-            self.sources.setdefault(target, []).append(source)
-        self.targets: dict[str, list[str]] = {}
-        for target, sources in self.sources.items():
-            for source in sources:
-                self.targets.setdefault(source, []).append(target)
-        self.operations = dict(re.findall(r'(\d+) \[label ="(\w+)"', text))
-        self.labels = {*self.sources, *(s for sources in self.sources.values() for s in sources)}
-        self.hollow = set(re.findall(r'(\d+) \[label ="StopGradient"', text))
-
-    def reach(self, label: str, inputs: Container[str]) -> tuple[set[str], bool]:
-        """Return the inputs that an array is made of, and whether there are no others."""
-        stack, seen = [label], {label}
-        while stack:
-            node = stack.pop()
-            if node not in inputs:
-                new = [source for source in self.sources.get(node, ()) if source not in seen]
-                seen.update(new)
-                stack += new
-        return {node for node in seen if node in inputs}, not seen & self.hollow
-
-    def is_factor(self, label: str) -> bool:
-        """Tell whether an array is multiplied once it was cast, and nothing else done to it."""
-        stack = list(self.targets.get(label, ()))
-        while stack:
-            node = stack.pop()
-            operation = self.operations.get(node)
-            if operation == "Multiply":
-                return True
-            if operation in (None, *_SAME_NUMBERS):
-                stack += self.targets.get(node, ())
-        return False
-
-
-def _graph(mx: Any, labels: dict[str, Any]) -> str:
-    """Return the graph that computes arrays, in DOT; each has the last label that it is given."""
-    with tempfile.TemporaryDirectory() as folder:
-        dot = Path(folder) / "graph.dot"
-        mx.export_to_dot(str(dot), *labels.values(), **labels)
-        return dot.read_text()
+    # Most layers are made of themselves: a graph of all tensors is for the others alone.
+    others = [name for layer, names in layers.items() for name in look(names, own.get(layer, ()))]
+    if others:
+        look(others, [*given])
+    return made_of, sorted(factors)
 
 
 if __name__ == "__main__":

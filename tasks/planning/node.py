@@ -20,6 +20,7 @@ class Input(NamedTuple):
 
 
 Inputs = dict[Key, Input]
+Known = dict["Node", dict[str, Output]]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,20 +80,28 @@ class Node:
             if reads is None or name in reads
         }
 
-    def input_specs(self) -> dict[Key, TensorSpec]:
-        """Return the dtypes and shapes of the tensors that it reads."""
+    def input_specs(self, known: Known | None = None) -> dict[Key, TensorSpec]:
+        """Return the dtypes and shapes of the tensors that it reads; ``known`` as of outputs."""
+        known = {} if known is None else known
         reads = self.spec.planned.reads
         return {
             Key(need.spec.stage.name, name): output.spec
             for need in self.needs
-            for name, output in need.outputs().items()
+            for name, output in need.outputs(known).items()
             if reads is None or name in reads
         }
 
-    def outputs(self) -> dict[str, Output]:
-        """Return what it will make."""
-        outputs: dict[str, Output] = self.spec.stage.outputs(self.spec.params, self.input_specs())
-        return outputs
+    def outputs(self, known: Known | None = None) -> dict[str, Output]:
+        """Return what it will make.
+
+        Args:
+            known: what nodes make that were asked before; extended. A layer may have thousands of
+                tensors, so whoever asks several times has one.
+        """
+        known = {} if known is None else known
+        if self not in known:
+            known[self] = self.spec.stage.outputs(self.spec.params, self.input_specs(known))
+        return known[self]
 
     def output_specs(self) -> dict[str, TensorSpec]:
         """Return the dtypes and shapes of what it will make."""

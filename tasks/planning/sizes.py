@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.planning.node import Node, total
+from tasks.planning.node import Known, Node, total
 from tasks.planning.plan import Plan
 from tasks.stages import registry
 from tasks.stages.stage import Keep, Key, Origin, Stage
@@ -53,16 +53,21 @@ def passes(checkpoint: Checkpoint, keep: Collection[str]) -> bool:
     return bool(checkpoint.fetched) and LEAVES.isdisjoint(keep)
 
 
-def reads(node: Node, keep: Collection[str]) -> set[Key]:
+def reads(node: Node, keep: Collection[str], known: Known | None = None) -> set[Key]:
     """Return the inputs whose bytes a node's action asks for.
 
     A kept stage has what it passes on copied, where the stage before did not keep it.
+
+    Args:
+        node: the node.
+        keep: the stages whose results are kept.
+        known: what nodes make that were asked before.
     """
     kept = keeps(node.stage, keep)
     late = {need.stage.name for need in node.needs if need.stage.keep is not Keep.ALWAYS}
     return {
         key
-        for output in node.outputs().values()
+        for output in node.outputs(known).values()
         for key in output.inputs
         if output.origin is not Origin.PASSED_ON or (kept and key.stage in late)
     }
@@ -70,7 +75,8 @@ def reads(node: Node, keep: Collection[str]) -> set[Key]:
 
 def traffic(node: Node, keep: Collection[str], checkpoint: Checkpoint) -> Traffic:
     """Return the bytes that a node's action reads and writes, if nothing of it is there yet."""
-    outputs = node.outputs()
+    known: Known = {}
+    outputs = node.outputs(known)
     if node.is_leaf:
         fetched = [name for name in outputs if name in checkpoint.fetched]
         here = [name for name in outputs if name not in checkpoint.fetched]
@@ -84,9 +90,13 @@ def traffic(node: Node, keep: Collection[str], checkpoint: Checkpoint) -> Traffi
     new = [o for o in outputs.values() if moves or o.origin is not Origin.PASSED_ON]
     written |= {Origin.PASSED_ON}  # of these, what is moved to its place in a weight file
     work = {key for output in new for key in output.inputs}
-    specs = node.input_specs()
-    makers = {(need.stage.name, n): need for need in node.needs for n in need.outputs()}
-    late = [key for key in reads(node, keep) - work if not _in_cache(makers[key], key.name, keep)]
+    specs = node.input_specs(known)
+    makers = {(need.stage.name, n): need for need in node.needs for n in need.outputs(known)}
+    late = [
+        key
+        for key in reads(node, keep, known) - work
+        if not _in_cache(makers[key], key.name, keep, known)
+    ]
     copied_bytes = total(specs[key] for key in late)
     return Traffic(
         total(specs[key] for key in work) + copied_bytes,
@@ -100,13 +110,17 @@ def total_traffic(plan: Plan, keep: Collection[str]) -> Traffic:
     return sum((traffic(node, keep, plan.checkpoint) for node in nodes), Traffic())
 
 
-def _in_cache(node: Node, name: str, keep: Collection[str]) -> bool:
+def _in_cache(node: Node, name: str, keep: Collection[str], known: Known) -> bool:
     """Tell whether a tensor's bytes are in the cache once the node's action ran."""
     if keeps(node.stage, keep):
         return True
-    output = node.outputs()[name]
+    output = node.outputs(known)[name]
     if output.origin is not Origin.PASSED_ON:
         return output.origin is not Origin.VIEW
     (key,) = output.inputs
-    makers = {(need.stage.name, n): need for need in node.needs for n in need.outputs()}
-    return _in_cache(makers[key], key.name, keep)
+    makers = (
+        need
+        for need in node.needs
+        if need.stage.name == key.stage and key.name in need.outputs(known)
+    )
+    return _in_cache(next(makers), key.name, keep, known)

@@ -12,9 +12,7 @@ there to what the second is given, and so on; from the last block's result to th
 
 from __future__ import annotations
 
-import io
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,10 +24,11 @@ from cache.digest import digest_record
 from cache.records.manifests import TensorSpec
 from cache.records.memos import Memos
 from tasks.layouts import architecture
+from tasks.layouts.array_graph import ArrayGraph, hollow
 from tasks.layouts.importing import importing
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.model import layer_names
-from tasks.layouts.probe import LABELS, hollow, inputs_reached
+from tasks.layouts.probe import inputs_reached
 from tasks.layouts.safetensors_format import DTYPES
 from tasks.tensors import arrays, mx
 
@@ -281,17 +280,9 @@ def _check_is_as_stored(model: Any, tensors: Mapping[str, TensorSpec]) -> None:
     parameters = dict(_parameters(model))
     if parameters.keys() != tensors.keys():
         raise CannotSplit("its parameters have other names than its weight file's tensors")
-    names = list(parameters)
-    for start in range(0, len(names), LABELS):
-        labels = {f"p{start + i}": parameters[n] for i, n in enumerate(names[start:][:LABELS])}
-        graph = io.StringIO()
-        mx.export_to_dot(graph, *labels.values(), **labels)
-        text = graph.getvalue()
-        loads = set(re.findall(r'(\d+) \[label ="Load"', text))
-        made_by = re.findall(r'^(\d+) -> "(p\d+)"$', text, re.M)
-        loaded = {label for maker, label in made_by if maker in loads}
-        if computed := labels.keys() - loaded:
-            name = names[int(min(computed, key=lambda label: int(label[1:]))[1:])]
+    graph = ArrayGraph(mx, parameters.values())
+    for name, node in zip(parameters, graph.nodes, strict=True):
+        if graph.operation(node) != "Load":
             raise CannotSplit(f"{name} is made of what its weight file holds as it is loaded")
 
 

@@ -101,16 +101,23 @@ class Unshard(Stage[UnshardParams]):
     def plan(self, target: TargetModel) -> Mapping[str, Planned[UnshardParams]]:
         """Plan each parameter by the model's recipe for it."""
         layer_of = {key: layer for layer, keys in target.stored_layers.items() for key in keys}
+        recipes = {
+            layer: {p.name: _recipe(p) for p in parameters}
+            for layer, parameters in target.layers.items()
+        }
+        computed = {
+            layer
+            for layer, by_name in recipes.items()
+            if any(steps.computed_by_library(recipe.steps) for recipe in by_name.values())
+        }
+        if computed:  # of all layers the same, and as long as the checkpoint's table
+            identity = architecture.identity(target.checkpoint, target.model)
+            sanitizer = Sanitizer(identity, target.computer.device, platform.machine())
         planned = {}
-        for layer, parameters in target.layers.items():
-            recipes = {p.name: _recipe(p) for p in parameters}
-            reads = {key: layer_of[key] for recipe in recipes.values() for key in recipe.inputs}
-            sanitizer = None
-            if any(steps.computed_by_library(recipe.steps) for recipe in recipes.values()):
-                identity = architecture.identity(target.checkpoint, target.model)
-                sanitizer = Sanitizer(identity, target.computer.device, platform.machine())
+        for layer, by_name in recipes.items():
+            reads = {key: layer_of[key] for recipe in by_name.values() for key in recipe.inputs}
             needs = tuple(Need(target.previous, need) for need in dict.fromkeys(reads.values()))
-            params = UnshardParams(recipes, sanitizer)
+            params = UnshardParams(by_name, sanitizer if layer in computed else None)
             planned[layer] = Planned(params, needs, frozenset(reads))
         return planned
 

@@ -17,13 +17,13 @@ from support import checkpoints
 from tasks.checkpoints import loaders
 from tasks.checkpoints.folder import FolderSource
 from tasks.core.errors import ArchitectureError
-from tasks.layouts import architecture, probe
+from tasks.layouts import architecture, array_graph, probe
 from tasks.layouts.model import Model
 
 
 @pytest.fixture
 def given() -> dict[str, mx.array]:
-    return {name: probe.hollow(mx, "bfloat16", (4, 6)) for name in "abcd"}
+    return {name: array_graph.hollow(mx, "bfloat16", (4, 6)) for name in "abcd"}
 
 
 def test_what_is_changed_in_place(given: dict[str, mx.array]) -> None:
@@ -33,7 +33,7 @@ def test_what_is_changed_in_place(given: dict[str, mx.array]) -> None:
     given["a"] *= 2
     given["c"][1] = 0
     assert given["a"] is same
-    assert probe._changed(mx, given, kept) == {"a", "c"}
+    assert probe._done_to(mx, given, kept).changed == {"a", "c"}
 
 
 def test_what_computed_tensors_are_made_of(given: dict[str, mx.array]) -> None:
@@ -59,7 +59,7 @@ def test_what_computed_tensors_are_made_of(given: dict[str, mx.array]) -> None:
 def many() -> dict[str, mx.array]:
     """More tensors than MLX's functions take arguments."""
     names = [f"layers.{i}.{name}" for i in range(50) for name in range(50)]
-    return {name: probe.hollow(mx, "bfloat16", (2, 2)) for name in names}
+    return {name: array_graph.hollow(mx, "bfloat16", (2, 2)) for name in names}
 
 
 def test_many_tensors_changed_in_place(many: dict[str, mx.array]) -> None:
@@ -67,7 +67,7 @@ def test_many_tensors_changed_in_place(many: dict[str, mx.array]) -> None:
     changed = {"layers.0.0", "layers.25.7", "layers.49.49"}
     for name in changed:
         many[name] += 1
-    assert probe._changed(mx, many, kept) == changed
+    assert probe._done_to(mx, many, kept).changed == changed
 
 
 def test_what_many_computed_tensors_are_made_of(many: dict[str, mx.array]) -> None:
@@ -79,6 +79,29 @@ def test_what_many_computed_tensors_are_made_of(many: dict[str, mx.array]) -> No
     computed["renamed.weight"] = many["layers.48.2"].reshape(2, 2)
     made_of["renamed.weight"] = ["layers.48.2"]
     assert probe.inputs_reached(mx, many, computed) == (made_of, [])
+
+
+def test_time_grows_with_the_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor is in one graph, also where a layer's stack has more of them than a batch had."""
+    names = [f"layers.{i}.{e}.weight" for i in range(4) for e in range(600)]
+    given = {name: array_graph.hollow(mx, "bfloat16", (2, 2)) for name in names}
+    computed = {
+        f"layers.{i}.all.weight": mx.stack(
+            [given[f"layers.{i}.{e}.weight"] * 2 for e in range(600)]
+        )
+        for i in range(4)
+    }
+    looked_at = []
+
+    class Counted(array_graph.ArrayGraph):
+        def __init__(self, mx: object, arrays: list[mx.array]) -> None:
+            looked_at.append(len(arrays))
+            super().__init__(mx, arrays)
+
+    monkeypatch.setattr(probe, "ArrayGraph", Counted)
+    made_of, _ = probe.inputs_reached(mx, given, computed)
+    assert looked_at == [601] * 4
+    assert made_of["layers.3.all.weight"] == [f"layers.3.{e}.weight" for e in range(600)]
 
 
 class Fused(nn.Linear):
@@ -161,11 +184,11 @@ def test_what_was_looked_at(given: dict[str, mx.array]) -> None:
     kept = {name: array.astype(array.dtype) for name, array in given.items()}
     given["b"] += 1
     made = given["a"] * given["b"]
-    assert probe._looked_at(mx, kept) == set()
+    assert probe._done_to(mx, kept, kept).looked_at == set()
     assert not mx.any(given["c"] != 0).item()
-    assert probe._looked_at(mx, kept) == {"c"}
+    assert probe._done_to(mx, kept, kept).looked_at == {"c"}
     mx.eval(made)
-    assert probe._looked_at(mx, kept) == {"a", "b", "c"}
+    assert probe._done_to(mx, kept, kept).looked_at == {"a", "b", "c"}
 
 
 def test_tensors_that_are_decided_by_are_no_guess(tmp_path: Path) -> None:
