@@ -101,9 +101,9 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
             self.session = Session.open(self._config, options, makers, saved)
             for group in {REPORT, PUBLISH}.intersection(pos_args):  # of what can be planned
                 pos_args += [task_name(group, target) for target in self.session.refused]
-            running = {stage.group for stage in registry.EVALUATION}
-            evaluates = any(group_of(name) in running for name in pos_args)
-            graph = TaskGraph(self.session, cmd.dep_manager, evaluates)
+            running = {stage.group for stage in registry.RUNNING}
+            runs_models = any(group_of(name) in running for name in pos_args)
+            graph = TaskGraph(self.session, cmd.dep_manager, runs_models)
             self.namespace = graph.stage_creators() | {
                 name: MethodType(creator, graph) if creator.__code__.co_argcount else creator
                 for name, creator in creators.items()

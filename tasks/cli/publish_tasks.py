@@ -57,7 +57,7 @@ def _task(publisher: Publisher, plan: Plan) -> dict[str, Any]:
     name, options = plan.target.name, publisher.session.options
     task = task_name(PUBLISH, name)
     # What its card tells of, where the same call asks for it.
-    stages = (*registry.MEASURES, *registry.EVALUATION)
+    stages = (*registry.MEASURES, *registry.RUNNING)
     asked = {stage.name: task_name(stage.group, name) for stage in stages}
     asked = {stage: task for stage, task in asked.items() if options.requests(task)}
     told = [task for stage, task in asked.items() if plan.nodes(stage)]

@@ -28,8 +28,6 @@ from tasks.stages import reasons, registry
 from tasks.stages.reasons import Reason
 from tasks.stages.stage import LeafStage, Stage
 
-EVALUATE = registry.EVALUATION[-1]  # what people ask for, and what it needs
-
 
 @dataclass(frozen=True)
 class TaskGraph:
@@ -38,12 +36,12 @@ class TaskGraph:
     Attributes:
         session: the targets, and what the tasks need.
         database: doit's dependency manager.
-        evaluates: whether a model is to be run, for which the tasks are many.
+        runs_models: whether models are to be run, for which the tasks are many.
     """
 
     session: Session
     database: Any
-    evaluates: bool = False
+    runs_models: bool = False
 
     @cached_property
     def skipped(self) -> frozenset[str]:
@@ -69,12 +67,10 @@ class TaskGraph:
         stages = list(registry.PIPELINE)
         if not self.session.options.builds_all:  # of a plain doit's tasks, a fifth would be unused
             stages += registry.MEASURES
-        if self.evaluates:
-            stages += registry.EVALUATION
-        creators = {f"task_{stage.group}": self._stage_creator(stage) for stage in stages}
-        if not self.evaluates:
-            creators |= {f"task_{EVALUATE.group}": self._named(EVALUATE)}
-        return creators
+        if self.runs_models:
+            stages += registry.RUNNING
+        named = {f"task_{stage.group}": self._named(stage) for stage in registry.ASKED_FOR}
+        return named | {f"task_{stage.group}": self._stage_creator(stage) for stage in stages}
 
     def _named(self, stage: Stage[Any]) -> Callable[[], Iterator[dict[str, Any]]]:
         """Return what yields a stage's group alone, so that it is listed."""
@@ -100,22 +96,23 @@ class TaskGraph:
             for node in plan.nodes(stage.name):
                 yield self._layer_task(plan, node)
         yield from refused_tasks(self.session, stage.group)
-        if stage is EVALUATE:
-            yield from self._cannot_run(plan for plan in plans if not plan.nodes(stage.name))
+        if stage in registry.ASKED_FOR:
+            cannot = (plan for plan in plans if not plan.nodes(stage.name))
+            yield from self._cannot_run(stage, cannot)
         targets = [plan.target.name for plan in plans if plan.nodes(stage.name)]
         groups = [task_name(stage.group, target) for target in (*targets, *self.session.refused)]
         # The reporter finds the session here: doit hands it tasks, and nothing else.
         meta = {"session": self.session}
         yield {"basename": stage.group, "actions": None, "task_dep": groups, "meta": meta}
 
-    def _cannot_run(self, plans: Iterable[Plan]) -> Iterator[dict[str, Any]]:
+    def _cannot_run(self, stage: Stage[Any], plans: Iterable[Plan]) -> Iterator[dict[str, Any]]:
         """Yield tasks that fail, of targets whose models no library runs; they are in no group."""
         for plan in plans:
             target = plan.target
-            task = task_name(EVALUATE.group, target.name)
+            task = task_name(stage.group, target.name)
             told = (
                 f"{target.name} is not run: layout {target.layout!r} is of no library that can be "
-                'asked to. Evaluate a variant of it with layout = "mlx-lm".'
+                'asked to. Name a variant of it with layout = "mlx-lm".'
             )
 
             def fail(task: str = task, told: str = told) -> dict[str, Any]:
@@ -125,7 +122,7 @@ class TaskGraph:
             def act(fail: Callable[[], dict[str, Any]] = fail) -> Any:
                 return values_or_failure(fail)
 
-            if EVALUATE.group in (self.session.options.requested_tasks or ()):
+            if stage.group in (self.session.options.requested_tasks or ()):
                 print(f"note: {told}", file=sys.stderr)
             yield {"basename": task, "actions": [act], "io": {"capture": False}}
 

@@ -203,13 +203,13 @@ class Plan(Struct, frozen=True, dict=True):
         return _nodes(self.target.name, self.measure_specs, self.stages)
 
     @cached_property
-    def evaluation(self) -> dict[str, list[Node]]:
-        """The nodes of each stage that runs the built model: to plan them may take seconds.
+    def running(self) -> dict[str, list[Node]]:
+        """The nodes of each stage that runs a model, or reads what one did: it may take seconds.
 
         Raises:
             BuildError: the text that it is run on cannot be read.
         """
-        specs = _specs(self.shared, self.model, registry.EVALUATION, self.specs)
+        specs = _specs(self.shared, self.model, registry.RUNNING, self.specs)
         return _nodes(self.target.name, specs, self.stages)
 
     @property
@@ -221,7 +221,7 @@ class Plan(Struct, frozen=True, dict=True):
         """Return the nodes of a stage."""
         if stage in self.stages:
             return self.stages[stage]
-        return self.measures[stage] if stage in self.measures else self.evaluation[stage]
+        return self.measures[stage] if stage in self.measures else self.running[stage]
 
 
 class Planner:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -30,9 +30,10 @@ from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.model import layer_names
 from tasks.layouts.probe import inputs_reached
 from tasks.layouts.safetensors_format import DTYPES
+from tasks.quality.calls import Call, Seen, Watch
 from tasks.tensors import arrays, mx
 
-SCHEMA = 1  # of what is remembered of a model's segments
+SCHEMA = 2  # of what is remembered of a model's segments
 EMBEDDINGS, LOGITS = "embeddings", "logits"  # the names of the first segment and the last
 STATE, PLACEHOLDER = "<state>", "<placeholder>"  # no parameter is called so
 
@@ -50,6 +51,8 @@ class Segment(msgspec.Struct, frozen=True):
         reads: names of the tensors that it is made with.
         dtype: of the state that it leads to, for one sequence.
         shape: of the same: (1, tokens, width), of the last (1, tokens, vocabulary).
+        calls: of modules, those that belong to it: each is seen in one segment, but for modules
+            that several run.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Segment(msgspec.Struct, frozen=True):
     reads: tuple[str, ...]
     dtype: str
     shape: tuple[int, ...]
+    calls: tuple[Call, ...] = ()
 
 
 class Split(msgspec.Struct, frozen=True):
@@ -106,6 +110,7 @@ class Run:
 
     Attributes:
         model: the library's.
+        inside: whether what runs is the segment's own: for others, what it is given is hollow.
     """
 
     def __init__(self, model: Any, segments: Sequence[Segment]) -> None:
@@ -129,6 +134,7 @@ class Run:
         self._called = 0
         self._number = 0
         self._state: mx.array | None = None
+        self.inside = True
         self.placeholders: list[mx.array] = []
         for index, block in enumerate(blocks):
             self._watch(block, index)
@@ -153,6 +159,7 @@ class Run:
             CannotSplit: the model does not call its blocks one after another with one array.
         """
         self._called, self._number, self._state = 0, number, state
+        self.inside = number == 0
         self.placeholders = []
         try:
             result = self.model(tokens)
@@ -173,12 +180,15 @@ class Run:
         if index == self._number:
             raise _Reached(state)
         if self._number == self.blocks + 1 and index == self.blocks - 1:
+            self.inside = True
             return self._state
         if index < self._number - 1:
             segment = self._segments[index + 1]
             self.placeholders.append(hollow(mx, segment.dtype, segment.shape))
             return self.placeholders[-1]
+        self.inside = True
         result = run(self._state)
+        self.inside = False
         if index == self.blocks - 1:
             raise _Reached(result)
         return result
@@ -220,9 +230,13 @@ def _split(skeleton: Skeleton, length: int) -> Split:
         return Split(tuple(_trace(model, tokens)))
     except Exception as error:  # whatever a model raises where it is run in parts
         cause = str(error) if isinstance(error, CannotSplit) else f"{type(error).__name__}: {error}"
-    logits = skeleton.load()(tokens)
+    model = skeleton.load()
+    seen: list[Seen] = []
+    with Watch(model).seeing(seen.append):
+        logits = model(tokens)
     shape, dtype = tuple(logits.shape), arrays.dtype_name(logits)
-    return Split((Segment(LOGITS, 0, tuple(skeleton.tensors), dtype, shape),), cause)
+    calls = tuple(each.call for each in seen)
+    return Split((Segment(LOGITS, 0, tuple(skeleton.tensors), dtype, shape, calls),), cause)
 
 
 def _trace(model: Any, tokens: mx.array) -> Iterator[Segment]:
@@ -235,24 +249,63 @@ def _trace(model: Any, tokens: mx.array) -> Iterator[Segment]:
     weights = {n: hollow(mx, arrays.dtype_name(a), a.shape) for n, a in _parameters(model)}
     model.load_weights(list(weights.items()), strict=False)
     segments: list[Segment] = []
-    run = Run(model, segments)
+    run, watch = Run(model, segments), Watch(model)
     layers = _block_names(model, names)
+    known: set[tuple[str, bool]] = set()
     for number in range(len(layers) + 2):
         state = hollow(mx, segments[-1].dtype, segments[-1].shape) if segments else None
-        result = run.segment(number, tokens, state)
+        seen: list[tuple[Seen, bool]] = []
+        with watch.seeing(lambda each, seen=seen: seen.append((each, run.inside))):  # type: ignore[misc]
+            result = run.segment(number, tokens, state)
         inputs = {**weights, **({} if state is None else {STATE: state})}
         inputs |= {f"{PLACEHOLDER}.{i}": each for i, each in enumerate(run.placeholders)}
         name = [EMBEDDINGS, *(name for _, name in layers), LOGITS][number]
         label = f"{layers[number - 1][0]}.result" if 0 < number <= len(layers) else "result"
-        reached = inputs_reached(mx, inputs, {label: result})[0][label]
+        given = {f"{label}{each.call.number}": each.inputs for each, _ in seen}
+        made_of = inputs_reached(mx, inputs, {**given, label: result})[0]
+        reached = made_of.pop(label)
         if crossed := [each for each in reached if each.startswith(PLACEHOLDER)]:
             before = layers[int(crossed[0].rpartition(".")[2])][1]
             raise CannotSplit(f"{name} is given more than the block before makes, of {before}")
         reads = tuple(each for each in reached if each in weights)
+        calls = _own_calls(seen, [*made_of.values()], {*reads, STATE}, known)
         segments.append(
-            Segment(name, number, reads, arrays.dtype_name(result), tuple(result.shape))
+            Segment(name, number, reads, arrays.dtype_name(result), tuple(result.shape), calls)
         )
         yield segments[-1]
+
+
+def _own_calls(
+    seen: Iterable[tuple[Seen, bool]],
+    made_of: Iterable[Iterable[str]],
+    here: Container[str],
+    known: set[tuple[str, bool]],
+) -> tuple[Call, ...]:
+    """Return the calls that belong to a segment: given what is made of what it reads.
+
+    Models do some work for all blocks at once, before the first. What a block reads of that is its
+    own the first time.
+
+    Args:
+        seen: all calls while it ran, and whether each was inside of it.
+        made_of: what each was given is made of.
+        here: what the segment reads.
+        known: what is called in the segments before, and whether to look up; extended.
+    """
+    own = [
+        each.call
+        for (each, inside), names in zip(seen, made_of, strict=True)
+        if all(name in here for name in names)
+        and weight_of(each.call.path) in here
+        and (inside or (each.call.path, each.call.is_lookup) not in known)
+    ]
+    known.update((call.path, call.is_lookup) for call in own)
+    return tuple(own)
+
+
+def weight_of(path: str) -> str:
+    """Return the name of a module's weight."""
+    return f"{path}.weight" if path else "weight"
 
 
 def _block_names(model: Any, names: Sequence[str]) -> list[tuple[str, str]]:

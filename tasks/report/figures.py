@@ -20,8 +20,9 @@ from tasks.planning.plan import Plan
 from tasks.quality.divergence import ModelQuality
 from tasks.quality.segments import LOGITS
 from tasks.stages import forward, measure, quantize_scheme, registry
-from tasks.stages.forward import STATE, Evaluate
+from tasks.stages.forward import Evaluate
 from tasks.stages.quantize_scheme import Setting
+from tasks.stages.running import STATE
 
 # What a module is for, told from its path: the first that matches. Names of mlx-lm's models, and
 # Meta's.
@@ -251,7 +252,7 @@ def evaluated(
 def _states(workspace: Workspace, target: str) -> dict[tuple[str, str], Manifest]:
     """Return what left each state of a target's models, by stage and digest."""
     found = {}
-    for stage in registry.EVALUATION:
+    for stage in registry.RUNNING:
         for path in Path(workspace.manifest(target, stage.name, LOGITS)).parent.glob("*.json"):
             if (manifest := Manifest.at(path)) and STATE in manifest.tensors:
                 found[stage.name, manifest.tensors[STATE].digest] = manifest
@@ -260,7 +261,7 @@ def _states(workspace: Workspace, target: str) -> dict[tuple[str, str], Manifest
 
 def _is_of(packed: Manifest, last: Manifest, states: Mapping[tuple[str, str], Manifest]) -> bool:
     """Tell whether a model's last segment, and all before, read the weights that were packed."""
-    running = {stage.name for stage in registry.EVALUATION}  # what they make are no weights
+    running = {stage.name for stage in registry.RUNNING}  # what they make are no weights
     ahead: list[Manifest | None] = [last]
     while ahead:
         if (manifest := ahead.pop()) is None:

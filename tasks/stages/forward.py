@@ -1,135 +1,39 @@
-"""forward: a model run segment by segment: the teacher, and what it was quantized to.
-
-Each segment is a node. It reads the tensors that it needs and the state that the one before left,
-for all sequences, and leaves the next state: weights are in memory of one segment at a time, and of
-states one sequence's.
-"""
+"""forward: the teacher, and what it was quantized to, run segment by segment and compared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
-from msgspec import structs
-
-from cache.digest import digest_record
-from cache.records.manifests import Tensor, TensorSpec
-from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.core.errors import BuildError
-from tasks.layouts.architecture import versions
-from tasks.quality import divergence, segments
+from cache.records.manifests import TensorSpec
+from tasks.quality import divergence
 from tasks.quality.divergence import Comparison, ModelQuality, TopPredictions
-from tasks.quality.segments import Run, Segment, Skeleton, Split
-from tasks.stages import quantize
-from tasks.stages.cast import dtype_after
-from tasks.stages.quantize_scheme import Setting, parts
-from tasks.stages.reasons import Reason, changed_values
+from tasks.stages.quantize_scheme import Setting
+from tasks.stages.running import (
+    ForwardParams,
+    ModelStage,
+    SegmentRunner,
+    of_all_samples,
+    plan_segments,
+    specs_of,
+    stored,
+)  # fmt: skip
 from tasks.stages.stage import (
     Context,
     Inputs,
-    Keep,
     Key,
     Need,
     Origin,
     Output,
-    Params,
     Planned,
     Result,
-    Stage,
     TargetModel,
 )  # fmt: skip
-from tasks.stages.tokens import EVALUATION_TEXT, TOKENS, Tokens
-from tasks.tensors import arrays, mx, rows
-from tasks.tensors.device import device_of
-from tasks.tensors.rows import IN_FLIGHT_BYTES
 
-STATE = "state"
 TOP_PREDICTIONS = TopPredictions._fields  # what the last segment of a teacher makes
 COMPARISON = Comparison._fields  # what it makes of a quantized model, beside the teacher's loss
-STATES_AT_ONCE = 8  # states, or logits, of one sequence that a segment holds at once
 
 
-class ForwardParams(Params, frozen=True):
-    """What is run.
-
-    Attributes:
-        segment: its name.
-        whole: whether the model runs as one segment.
-        config: digest of config.json, but for what it says of quantizing.
-        settings: how each weight that it reads is quantized, by name.
-        dtype: of what it leads to, for one sequence.
-        shape: of the same.
-        nbytes: of the tensors that it reads.
-        top_logits: how many of the teacher's are kept; 0 before the last segment.
-        versions: of MLX and of the library.
-        device: what computes: ``cpu``, ``metal``, ``cuda``.
-        machine: the processor.
-    """
-
-    segment: str
-    whole: bool
-    config: str
-    settings: dict[str, Setting]
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    top_logits: int
-    versions: dict[str, str]
-    device: str
-    machine: str
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Dtype and shape of what it leads to, for one sequence."""
-        return TensorSpec(self.dtype, self.shape)
-
-
-class _ModelStage(Stage[ForwardParams]):
-    """A stage that runs a model."""
-
-    version = 1
-    keep = Keep.ALWAYS
-    params = ForwardParams
-
-    def settings(self, target: TargetModel) -> Mapping[str, Setting]:
-        """Return how the weights of the model that is run are quantized."""
-        return target.settings
-
-    def maker(self, target: TargetModel) -> str:
-        """Return the stage that makes these weights."""
-        return target.roles.packed
-
-    def plan_key(self, target: TargetModel) -> Hashable:
-        """Return what is run, and on what."""
-        return target.dtype, tuple(target.settings.items()), target.quality
-
-    def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
-        """Return the state: (samples, tokens, width)."""
-        return _stored({STATE: _of_all_samples(params.spec, inputs)}, inputs)
-
-    def run(self, params: ForwardParams, inputs: Inputs, context: Context) -> Result:
-        """Run a segment on one sequence after another."""
-        runner = _SegmentRunner(self, params, inputs, context)
-        outputs = self.outputs(params, _specs(inputs))
-        return Result(runner.write(outputs, lambda index: [runner.run(index)]))
-
-    def memory(self, params: ForwardParams, checkpoint: Checkpoint) -> int:
-        """Return the size of the segment's weights, and of a few states."""
-        return params.nbytes + STATES_AT_ONCE * params.spec.nbytes + IN_FLIGHT_BYTES
-
-    def describe(self, params: ForwardParams) -> str:
-        """Return how what is run is quantized."""
-        return quantize.words(params.settings)
-
-    def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
-        """Compare settings by name, and all else one by one."""
-        changed = quantize.setting_changes(old.get("settings") or {}, new.get("settings") or {})
-        return changed + changed_values(old, new, but=("settings",))
-
-
-class Teacher(_ModelStage):
+class Teacher(ModelStage):
     """Run each model as it is before it is quantized, and keep what it says."""
 
     name = "teacher"
@@ -144,35 +48,35 @@ class Teacher(_ModelStage):
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
         """Plan all segments; none where the model cannot be run."""
-        return _plan(self, target, before=self.name)
+        return plan_segments(self, target, before=self.name)
 
     def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
         """Return the state; of the last segment, what is kept: see ``TopPredictions``."""
         if not params.top_logits:
             return super().outputs(params, inputs)
-        number = _of_all_samples(TensorSpec("float32", params.shape[:2]), inputs)
+        number = of_all_samples(TensorSpec("float32", params.shape[:2]), inputs)
         best_shape = (*number.shape, params.top_logits)
         best = {
             "ids": TensorSpec("uint32", best_shape),
             "logits": TensorSpec(params.dtype, best_shape),
         }
-        return _stored({**best, "rest": number, "loss": number}, inputs)
+        return stored({**best, "rest": number, "loss": number}, inputs)
 
     def run(self, params: ForwardParams, inputs: Inputs, context: Context) -> Result:
         """Run a segment on one sequence after another."""
         if not params.top_logits:
             return super().run(params, inputs, context)
-        runner = _SegmentRunner(self, params, inputs, context)
+        runner = SegmentRunner(self, params, inputs, context)
 
         def predict(index: int) -> TopPredictions:
             return divergence.top_predictions(
                 runner.run(index)[0], runner.following(index), params.top_logits
             )
 
-        return Result(runner.write(self.outputs(params, _specs(inputs)), predict), runner.notes)
+        return Result(runner.write(self.outputs(params, specs_of(inputs)), predict), runner.notes)
 
 
-class Forward(_ModelStage):
+class Forward(ModelStage):
     """Run each quantized model on the text, up to its last block."""
 
     name = "forward"
@@ -181,11 +85,11 @@ class Forward(_ModelStage):
         """Plan all segments but the last; none of a model that is its own teacher."""
         if _is_own_teacher(target):
             return {}
-        planned = _plan(self, target, before=self.name)
+        planned = plan_segments(self, target, before=self.name)
         return {name: each for name, each in planned.items() if not each.params.top_logits}
 
 
-class Evaluate(_ModelStage):
+class Evaluate(ModelStage):
     """Compare what each model says with what it said before it was quantized."""
 
     name = "evaluate"
@@ -194,7 +98,7 @@ class Evaluate(_ModelStage):
         """Plan the last segment; of its own teacher, on what the teacher's blocks left."""
         before = Teacher.name if _is_own_teacher(target) else Forward.name
         planned = {}
-        for name, each in _plan(self, target, before=before).items():
+        for name, each in plan_segments(self, target, before=before).items():
             if each.params.top_logits:
                 needs = (*each.needs, Need(Teacher.name, name))
                 planned[name] = Planned(
@@ -204,16 +108,16 @@ class Evaluate(_ModelStage):
 
     def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
         """Return a number a token: see ``Comparison``; and the teacher's loss."""
-        number = _of_all_samples(TensorSpec("float32", params.shape[:2]), inputs)
+        number = of_all_samples(TensorSpec("float32", params.shape[:2]), inputs)
         agrees = TensorSpec("uint8", number.shape)
         specs = {"loss": number, "divergence": number, "agrees": agrees}
         passed = Output(number, Origin.PASSED_ON, (_TEACHER_LOSS,))
-        return {**_stored(specs, inputs), "teacher_loss": passed}
+        return {**stored(specs, inputs), "teacher_loss": passed}
 
     def run(self, params: ForwardParams, inputs: Inputs, context: Context) -> Result:
         """Run the last segment on one sequence after another."""
-        runner = _SegmentRunner(self, params, inputs, context)
-        outputs = self.outputs(params, _specs(inputs))
+        runner = SegmentRunner(self, params, inputs, context)
+        outputs = self.outputs(params, specs_of(inputs))
 
         def compare(index: int) -> Comparison:
             teacher = TopPredictions(
@@ -237,190 +141,6 @@ def figures(read: Mapping[str, bytes]) -> ModelQuality:
 _TEACHER_LOSS = Key(Teacher.name, "loss")
 
 
-class _SegmentRunner:
-    """Runs a segment, on one sequence after another."""
-
-    def __init__(
-        self, stage: _ModelStage, params: ForwardParams, inputs: Inputs, context: Context
-    ) -> None:
-        self._context = context
-        self._device = device_of(params.device)
-        self._params = params
-        maker = stage.maker(context.planned)
-        weights = {key.name: key for key in inputs if key.stage == maker}
-        self._rows = {key: context.rows(key) for key in inputs if key.stage != maker}
-        self._state = next((key for key in inputs if key.name == STATE), None)
-        context.prefetch(inputs)
-        skeleton = _skeleton(context.planned, stage.settings(context.planned))
-        split = segments.split(context.planned.memos, skeleton, params.shape[1])
-        self.notes = _notes(split)
-        with self._stream:
-            if params.whole:
-                every = [weights[name] for name in skeleton.tensors]
-                self._model = skeleton.load(lambda file, start: self._fill(file, start, every))
-                mx.eval(self._model.parameters())
-                return
-            self._model = skeleton.load()
-        loaded = [(name, self._weight(key)) for name, key in weights.items()]
-        self._model.load_weights(loaded, strict=False)
-        self._number = [segment.name for segment in split.segments].index(params.segment)
-        self._run = Run(self._model, split.segments)
-
-    @property
-    def _stream(self) -> Any:
-        return mx.stream(self._context.streams.get(self._device))
-
-    def write(
-        self, outputs: Mapping[str, Output], make: Callable[[int], Iterable[mx.array]]
-    ) -> dict[str, Tensor]:
-        """Write what ``make`` returns for each sequence, an array an output."""
-        with ExitStack() as stack:
-            writers = [
-                stack.enter_context(self._context.writer(name, output.spec.nbytes))
-                for name, output in outputs.items()
-            ]
-            for index in range(self._rows[_TOKENS].shape[0]):
-                with self._stream:
-                    for writer, array in zip(writers, make(index), strict=True):
-                        writer.write(arrays.view(array))
-        return {
-            name: Tensor(*output.spec, writer.digest)
-            for (name, output), writer in zip(outputs.items(), writers, strict=True)
-        }
-
-    def run(self, index: int) -> mx.array:
-        """Return the state, or the logits, that the segment leads to: (1, tokens, …)."""
-        tokens = self.read(_TOKENS, index)[None, :-1]
-        try:
-            if self._params.whole:
-                result: mx.array = self._model(tokens)
-            else:
-                state = None if self._state is None else self.read(self._state, index)[None]
-                result = self._run.segment(self._number, tokens, state)
-            mx.eval(result)
-        except (RuntimeError, ValueError) as error:  # what MLX and models raise
-            raise BuildError(
-                f"MLX cannot run {self._params.segment} of the model on {self._params.device}: "
-                f"{error} Not all kernels that a GPU has are there for a CPU, nor for each dtype: "
-                'dtype = "float32" may do, or device = "gpu".'
-            ) from error
-        return result
-
-    def following(self, index: int) -> mx.array:
-        """Return the tokens that are to be predicted: (tokens,)."""
-        return self.read(_TOKENS, index)[1:]
-
-    def read(self, key: Key, index: int) -> mx.array:
-        """Return what an input holds of one sequence."""
-        source = self._rows[key]
-        count = rows.count(source) // source.shape[0]
-        with mx.stream(self._context.streams.get("cpu")):
-            array = source.read(index * count, (index + 1) * count).reshape(source.shape[1:])
-            return self._shared(array)
-
-    def _weight(self, key: Key) -> mx.array:
-        source = self._context.rows(key)
-        return self._shared(source.read(0, rows.count(source)).reshape(source.shape))
-
-    def _shared(self, array: mx.array) -> mx.array:
-        if self._device == "gpu":
-            arrays.share(array)
-        mx.eval(array)
-        return array
-
-    def _fill(self, path: Path, start: int, weights: Iterable[Key]) -> None:
-        with path.open("r+b") as file, mx.stream(self._context.streams.get("cpu")):
-            file.seek(start)
-            for key in weights:
-                for block in rows.blocks(self._context.rows(key)):
-                    file.write(arrays.view(block))
-
-
-_TOKENS = Key(Tokens.name, TOKENS)
-
-
-def _plan(
-    stage: _ModelStage, target: TargetModel, *, before: str
-) -> dict[str, Planned[ForwardParams]]:
-    """Return the segments of a model by name, in order; none where it cannot be run.
-
-    Args:
-        stage: whose they are.
-        target: the target.
-        before: the stage whose states they begin with.
-    """
-    if not target.model.library:
-        return {}
-    settings, maker = stage.settings(target), stage.maker(target)
-    skeleton = _skeleton(target, settings)
-    # Of the last token there is none to predict.
-    split = segments.split(target.memos, skeleton, target.quality.sequence_length - 1)
-    weight_of = {part: name for name, s in settings.items() for part in parts(name, s)}
-    layer_of = {p.name: layer for layer, parameters in target.layers.items() for p in parameters}
-    planned = {}
-    for segment in split.segments:
-        weights = dict.fromkeys(weight_of.get(name, name) for name in segment.reads)
-        quantized = {name: settings[name] for name in weights if name in settings}
-        params = structs.replace(_params(target, skeleton, split, segment), settings=quantized)
-        needs = [Need(maker, layer) for layer in dict.fromkeys(layer_of[n] for n in weights)]
-        needs.append(Need(Tokens.name, EVALUATION_TEXT))
-        if segment.number:
-            needs.append(Need(before, split.segments[segment.number - 1].name))
-        reads = frozenset((*segment.reads, TOKENS, STATE))
-        planned[segment.name] = Planned(params, tuple(needs), reads)
-    return planned
-
-
-def _params(
-    target: TargetModel, skeleton: Skeleton, split: Split, segment: Segment
-) -> ForwardParams:
-    config = {k: v for k, v in target.model.config.items() if not k.startswith("quantization")}
-    top_logits = target.quality.top_logits if segment is split.segments[-1] else 0
-    return ForwardParams(
-        segment=segment.name,
-        whole=bool(split.whole),
-        config=digest_record(config),
-        settings={},
-        dtype=segment.dtype,
-        shape=segment.shape,
-        nbytes=sum(skeleton.tensors[name].nbytes for name in segment.reads),
-        top_logits=min(top_logits, segment.shape[-1]),
-        versions=versions(target.model.library),
-        device=target.computer.device,
-        machine=target.computer.machine,
-    )
-
-
-def _skeleton(target: TargetModel, settings: Mapping[str, Setting]) -> Skeleton:
-    """Return the model as it is quantized by the target's settings, or by none."""
-    tensors: dict[str, TensorSpec] = {}
-    for parameter in (each for parameters in target.layers.values() for each in parameters):
-        spec = TensorSpec(dtype_after(parameter, target.dtype), parameter.shape)
-        if setting := settings.get(parameter.name):
-            tensors |= quantize.part_specs(parameter.name, spec, setting)
-        else:
-            tensors[parameter.name] = spec
-    config = target.config if settings else target.model.config
-    return Skeleton(target.model.library, config, tensors)
-
-
 def _is_own_teacher(target: TargetModel) -> bool:
     """Tell whether what is packed is the model as it is before it is quantized."""
     return not target.settings and target.roles.packed == target.roles.quantized
-
-
-def _specs(inputs: Inputs) -> dict[Key, TensorSpec]:
-    return {key: tensor.spec for key, tensor in inputs.items()}
-
-
-def _of_all_samples(spec: TensorSpec, inputs: Mapping[Key, TensorSpec]) -> TensorSpec:
-    """Return what there is of one sequence, for all of them."""
-    return TensorSpec(spec.dtype, (inputs[_TOKENS].shape[0], *spec.shape[1:]))
-
-
-def _stored(specs: Mapping[str, TensorSpec], inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
-    return {name: Output(spec, Origin.STORED, tuple(inputs)) for name, spec in specs.items()}
-
-
-def _notes(split: Split) -> tuple[str, ...]:
-    return (f"the model runs whole, not block by block: {split.whole}",) if split.whole else ()

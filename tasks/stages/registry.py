@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tasks.core.task_names import GROUPS, PACK
+from tasks.stages.activations import Activations
 from tasks.stages.cast import Cast
 from tasks.stages.extract import Extract
 from tasks.stages.forward import Evaluate, Forward, Teacher
@@ -18,13 +19,14 @@ from tasks.stages.unshard import Unshard
 PIPELINE: tuple[Stage[Any], ...] = (Extract(), Unshard(), Cast(), Quantize())
 # What is told of a built model, and is no part of it.
 MEASURES: tuple[Stage[Any], ...] = (Measure(),)
-# What it takes to run a model, which is planned only where somebody asks for it.
-EVALUATION: tuple[Stage[Any], ...] = (Tokens(), Teacher(), Forward(), Evaluate())
+# What people ask for that runs a model, and all that it takes, which is planned only then.
+ASKED_FOR: tuple[Stage[Any], ...] = (Evaluate(), Activations())
+RUNNING: tuple[Stage[Any], ...] = (Tokens(), Teacher(), Forward(), *ASKED_FOR)
 
 
 def stages() -> tuple[Stage[Any], ...]:
     """Return all stages."""
-    return (*PIPELINE, *MEASURES, *EVALUATION)
+    return (*PIPELINE, *MEASURES, *RUNNING)
 
 
 def names() -> tuple[str, ...]:

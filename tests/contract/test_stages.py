@@ -45,14 +45,14 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     project.configure("model", source="checkpoint", device="cpu", **MODELS[kind])
     with toy_stage.registered():
         # MLX runs experts, and packed weights of float16, on a CPU not at all or for minutes.
-        runs = ["evaluate"] if kind == "huggingface" else []
+        runs = ["evaluate", "activations"] if kind == "huggingface" else []
         inside.doit(folder, "pack", "measure", *runs)
         yield inside.session(folder)
 
 
 def nodes(session: Session) -> Iterator[tuple[Plan, Node, Manifest]]:
     plan = session.plans["model"]
-    runs = plan.evaluation if session.config.quality.samples == SAMPLES else {}
+    runs = plan.running if session.config.quality.samples == SAMPLES else {}
     for stage in (*plan.stages.values(), *plan.measures.values(), *runs.values()):
         for node in stage:
             yield plan, node, session.builder.manifest(plan, node)
@@ -60,7 +60,7 @@ def nodes(session: Session) -> Iterator[tuple[Plan, Node, Manifest]]:
 
 def expected(session: Session) -> set[str]:
     """The names of the stages that the model went through."""
-    runs = {stage.name for stage in registry.EVALUATION}
+    runs = {stage.name for stage in registry.RUNNING}
     return {*registry.names()} - (set() if session.config.quality.samples == SAMPLES else runs)
 
 

@@ -754,7 +754,16 @@ def test_list_and_info(tmp_path: Path) -> None:
     before = contents(project.folder)
     listed = [line.split()[0] for line in project.doit("list").stdout.splitlines()]
     by_target = [f"{stage}:model" for stage in [*STAGES, "pack", "measure", "report"]]
-    assert listed == [*by_target, "report", "lock", "lint", "test", "bench", "evaluate"]
+    assert listed == [
+        *by_target,
+        "report",
+        "lock",
+        "lint",
+        "test",
+        "bench",
+        "evaluate",
+        "activations",
+    ]
     listed = {line.split()[0] for line in project.doit("list", "--all").stdout.splitlines()}
     assert project.tasks() <= listed
     info = project.doit("info", "pack:model").stdout

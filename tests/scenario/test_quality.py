@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.perplexity import eval_ppl
@@ -23,6 +24,7 @@ from tasks.report.figures import Reader
 
 QUALITY = {"samples": 3, "sequence_length": 24, "seed": 1, "top_logits": 16}
 RUNS = ("tokens", "teacher", "forward", "evaluate")
+LOOKS = (*RUNS, "activations")
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def numbers(done: Finished, target: str = "model") -> dict[str, float]:
 def run(done: Finished) -> set[str]:
     """What ran models in a run: group and target, without layers."""
     groups = {tuple(task.split(":")[:2]) for task in done.computed}
-    return {":".join(group) for group in groups if group[0] in RUNS}
+    return {":".join(group) for group in groups if group[0] in LOOKS}
 
 
 def logits(folder: Path, tokens: mx.array) -> np.ndarray:
@@ -275,3 +277,58 @@ def test_what_is_told_is_of_what_is_packed(project: Project) -> None:
             assert bool(shown.errors) == (name == "model")
             for error in shown.errors.values():  # of the model that is twice what it was
                 assert error.norm == pytest.approx(error.error_norm, rel=0.2)
+
+
+def given_to_modules(folder: Path, tokens: mx.array) -> dict[str, np.ndarray]:
+    """Mean squares of what linear layers are given, by channel, as mlx-lm's model runs whole."""
+    model, _ = load_model(folder)
+    given: dict[str, list[np.ndarray]] = {}
+    linear = nn.Linear.__call__
+
+    def watch(module: nn.Linear, x: mx.array) -> mx.array:
+        given.setdefault(paths[id(module)], []).append(np.array(x.astype(mx.float32))[0])
+        return linear(module, x)
+
+    paths = {id(module): path for path, module in model.named_modules()}
+    with mock.patch.object(nn.Linear, "__call__", watch):
+        for row in tokens:
+            mx.eval(model(row[None, :-1]))
+    return {p: np.square(np.concatenate(x).astype(np.float64)).mean(0) for p, x in given.items()}
+
+
+def activations(project: Project) -> dict[str, np.ndarray]:
+    """What is on record of a target's modules."""
+    session = inside.session(project.folder)
+    plan, found = session.plans["model"], {}
+    for node in plan.nodes("activations"):
+        manifest = session.builder.manifest(plan, node)
+        contents = session.builder.contents(plan, node, manifest)
+        for name, tensor in manifest.tensors.items():
+            if name != "state":
+                found[name] = np.frombuffer(contents[name], tensor.dtype).reshape(tensor.shape)
+    return found
+
+
+def test_activations_are_what_modules_are_given(project: Project) -> None:
+    """Once for all variants; each block resumes, and the text that is evaluated on has no say."""
+    project.configure("plain", source="checkpoint", device="cpu", dtype="float32", quantize=False)
+    done = project.doit("pack:plain", "activations:model")
+    assert run(done) == {"tokens:model", "activations:model"}
+    assert not run(project.doit("activations"))
+    built = project.folder / "build" / "plain"
+    tokenizer = AutoTokenizer.from_pretrained(built)
+    documents = text.calibration(Quality())
+    tokens = mx.array(text.windows(documents, tokenizer, samples=3, length=24, seed=1))
+    expected = given_to_modules(built, tokens)
+    found = activations(project)
+    means = {n.removesuffix(".mean_square"): a for n, a in found.items() if "mean_square" in n}
+    assert means.keys() >= expected.keys()
+    assert len(expected) == 4 * 7 + 1
+    for path, mean in expected.items():
+        np.testing.assert_allclose(means[path], mean, rtol=1e-5, err_msg=path)
+        assert found[f"{path}.count"].tolist() == [3 * 23]
+    lookups = np.bincount(np.array(tokens[:, :-1]).ravel(), minlength=320)
+    assert found["model.embed_tokens.lookups"].tolist() == lookups.tolist()
+    project.quality = {**QUALITY, "evaluate_text": "other.txt"}
+    (project.folder / "other.txt").write_text("Call me Ishmael. " * 100, encoding="utf-8")
+    assert "activations:model" not in run(project.doit("activations:model"))

@@ -85,7 +85,7 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     rows.append(_row("(no current target)", spare, own))
     rows.append(_row("(all)", all_makers | spare, own))
     # What runs models stands here where a model was run.
-    runs = {stage.group for stage in registry.EVALUATION}
+    runs = {stage.group for stage in registry.RUNNING}
     empty = {i for i, name in enumerate(rows[0]) if name in runs and rows[-1][i] == size(0)}
     yield from aligned([_without(row, empty) for row in rows], WIDTH)
     if shared_bytes:

@@ -17,6 +17,7 @@ from cache.records.manifests import TensorSpec
 from cache.store import Store
 from support import checkpoints
 from tasks.quality import segments
+from tasks.quality.calls import Seen, Watch
 from tasks.quality.segments import Run, Skeleton
 from tasks.tensors import arrays
 
@@ -94,7 +95,7 @@ def of_class(arch: str) -> Make:
 
 MODELS = {a: of_checkpoint(a) for a in checkpoints.ARCHITECTURES}
 MODELS |= {arch: of_class(arch) for arch in RECURRENT}
-PLAIN = ("llama", "qwen3-moe", "nemotron_h")
+PLAIN = ("llama-tied", "qwen3-moe", "deepseek-v3", "nemotron_h")
 WHOLE = "rwkv7"  # it hands the first block's values to all others
 
 
@@ -105,7 +106,9 @@ def test_logits_are_the_whole_models(arch: str, quantize: bool, tmp_path: Path) 
     folder = tmp_path / "model"
     MODELS[arch](folder, quantize)
     model, _ = load_model(folder)
-    expected = model(TOKENS)
+    given: list[Seen] = []
+    with Watch(model).seeing(given.append):
+        expected = model(TOKENS)
     weights: dict[str, mx.array] = {}
     for path in folder.glob("model*.safetensors"):
         weights |= mx.load(str(path))
@@ -119,12 +122,29 @@ def test_logits_are_the_whole_models(arch: str, quantize: bool, tmp_path: Path) 
     assert split.whole == ""
     assert len(split.segments) == len(model.layers) + 2
     state = None
+    seen: list[Seen] = []
     for segment in split.segments:
         part = skeleton.load()
         part.load_weights([(name, weights[name]) for name in segment.reads], strict=False)
-        state = Run(part, split.segments).segment(segment.number, TOKENS, state)
+        here: list[Seen] = []
+        run, watch = Run(part, split.segments), Watch(part)
+        with watch.seeing(here.append):
+            state = run.segment(segment.number, TOKENS, state)
         mx.eval(state)
+        seen += [each for each in here if each.call in segment.calls]
     assert bytes(arrays.view(state)) == bytes(arrays.view(expected))
+    assert inputs_of(seen) == inputs_of(given)
+    assert seen or quantize
+
+
+def inputs_of(seen: list[Seen]) -> dict[tuple[str, bool], tuple[bytes, ...]]:
+    """What each module is given, and the experts that it is for."""
+    return {
+        (each.call.path, each.call.is_lookup): tuple(
+            bytes(arrays.view(array)) for array in each[1:] if array is not None
+        )
+        for each in seen
+    }
 
 
 def test_each_block_reads_its_own_weights(tmp_path: Path) -> None:

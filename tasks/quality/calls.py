@@ -1,0 +1,132 @@
+"""calls: what the modules of a model are given while it runs: seen, and left as it is.
+
+Modules are those that can be quantized, of any class: linear layers, experts, embeddings. A *call*
+is known by its number, of all calls while a segment runs: a model's code makes the same ones in
+the same order for each sequence of a length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from typing import Any, NamedTuple
+
+import msgspec
+
+from tasks.tensors import mx
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One call of a module, while a segment runs.
+
+    Attributes:
+        number: its place among all calls meanwhile, from 0.
+        path: the module's.
+        shape: the module's weight, (…, rows, channels), without its rows: (…, channels). Of an
+            embedding that is looked up, which reads rows by their number: (rows,).
+        is_lookup: whether it is that.
+    """
+
+    number: int
+    path: str
+    shape: tuple[int, ...]
+    is_lookup: bool = False
+
+    @property
+    def matrices(self) -> int:
+        """Of how many matrices the weight is made up: experts, or heads."""
+        return 1 if self.is_lookup else prod(self.shape[:-1])
+
+
+class Seen(NamedTuple):
+    """What a module is given in a call; nothing of it need be evaluated yet.
+
+    Attributes:
+        call: the call.
+        inputs: (tokens, channels); where a weight is made up of matrices for one head each,
+            (heads, tokens, channels); of a lookup, the numbers of rows, (tokens,).
+        experts: of a weight that is made up of experts, the one that each input is for: (tokens,).
+    """
+
+    call: Call
+    inputs: mx.array
+    experts: mx.array | None = None
+
+
+See = Callable[[Seen], None]
+
+
+class Watch:
+    """Watches the modules of a model."""
+
+    def __init__(self, model: Any) -> None:
+        self._see: See | None = None
+        self._number = 0
+        for path, module in model.named_modules():
+            if hasattr(module, "to_quantized") and "weight" in module:
+                self._watch(path, module)
+
+    @contextmanager
+    def seeing(self, see: See) -> Iterator[None]:
+        """Have ``see`` called with what each module is given in the block."""
+        self._see, self._number = see, 0
+        try:
+            yield
+        finally:
+            self._see = None
+
+    def _watch(self, path: str, module: Any) -> None:
+        kind = type(module)
+
+        def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+            def call(module: Any, x: mx.array, *args: Any, **named: Any) -> Any:
+                if self._see:
+                    self._note(path, module.weight, x, args, named)
+                return method(module, x, *args, **named)
+
+            return call
+
+        names = (name for name in ("__call__", "as_linear") if hasattr(kind, name))
+        methods = {name: watched(getattr(kind, name)) for name in names}
+        object.__setattr__(module, "__class__", type(kind.__name__, (kind,), methods))
+
+    def _note(
+        self,
+        path: str,
+        weight: mx.array,
+        x: mx.array,
+        args: tuple[Any, ...],
+        named: Mapping[str, Any],
+    ) -> None:
+        number, self._number = self._number, self._number + 1
+        assert self._see
+        *lead, rows, channels = weight.shape
+        call = Call(number, path, (*lead, channels))
+        if mx.issubdtype(x.dtype, mx.integer):
+            self._see(Seen(Call(number, path, (rows,), is_lookup=True), x.reshape(-1)))
+        elif x.shape[-1] != channels:
+            return  # by a weight that is transposed: its channels are not those of the inputs
+        elif not lead:
+            self._see(Seen(call, x.reshape(-1, channels)))
+        elif _is_indices(indices := named.get("indices", next(iter(args), None))):
+            self._see(Seen(call, *_of_experts(x, indices)))
+        elif not args and not named and x.shape[-3:-2] == tuple(lead):
+            self._see(Seen(call, mx.moveaxis(x, -3, 0).reshape(*lead, -1, channels)))
+
+
+def _is_indices(value: Any) -> bool:
+    return isinstance(value, mx.array) and bool(mx.issubdtype(value.dtype, mx.integer))
+
+
+def _of_experts(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
+    """Return inputs, (tokens, channels), and the expert of each, as ``mx.gather_mm`` pairs them.
+
+    Args:
+        x: (…, rows, channels).
+        indices: of experts, (…): both are broadcast.
+    """
+    lead = mx.broadcast_shapes(x.shape[:-2], indices.shape)
+    rows, channels = x.shape[-2:]
+    inputs = mx.broadcast_to(x, (*lead, rows, channels)).reshape(-1, channels)
+    return inputs, mx.broadcast_to(indices[..., None], (*lead, rows)).reshape(-1)
