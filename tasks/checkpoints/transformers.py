@@ -82,14 +82,19 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
     )
 
 
-def _refuse_adapter(source: ReadableSource) -> None:
-    """Say so where a folder holds what was trained on top of a model, and no model."""
+def is_adapter(source: ReadableSource) -> bool:
+    """Tell whether a source holds what was trained on top of a model, and no model."""
     adapters = _adapters(source)
     weights = {name for pattern, *_ in KINDS for name in source.names(pattern)}
-    path = source.small_files / ADAPTER
-    described = path.exists() and not source.has("config.json")
-    if not described and (not adapters or weights.difference(adapters)):
+    described = source.has(ADAPTER) and not source.has("config.json")
+    return described or (bool(adapters) and not weights.difference(adapters))
+
+
+def _refuse_adapter(source: ReadableSource) -> None:
+    """Say what an adapter is."""
+    if not is_adapter(source):
         return
+    adapters, path = _adapters(source), source.small_files / ADAPTER
     settings = read_json(path, "it describes the adapter") if path.exists() else {}
     base = settings.get("base_model_name_or_path") or settings.get("model") or "its base model"
     raise CheckpointError(

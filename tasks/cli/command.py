@@ -113,7 +113,8 @@ class Command(DoitCommand):  # type: ignore[misc]
             valid += self.loader.cmd_names
             kind = "command or task"
         typed = PurePath(name).name  # of build/TARGET, the target
-        near = [task for task in valid if task.startswith(typed)][:SUGGESTIONS]
+        low = typed.lower()
+        near = [task for task in valid if task.lower().startswith(low)][:SUGGESTIONS]
         near = near or get_close_matches(typed, dict.fromkeys(valid), SUGGESTIONS, 0.8)
         near = near or get_close_matches(typed, dict.fromkeys(valid), 1)
         mend = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""

@@ -7,7 +7,9 @@ each name what it must do, and pyproject.toml admits only releases with which th
 from __future__ import annotations
 
 import gc
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +27,8 @@ from doit.control import TaskControl, TaskDispatcher
 from doit.exceptions import InvalidCommand, UnmetDependency
 from doit.runner import MThreadRunner, Runner
 from doit.task import Task
+
+from tasks.core.text import plural
 
 
 def models_file() -> Path:
@@ -260,6 +264,31 @@ class CleanCommand(DoitClean):  # type: ignore[misc]
 
     def _expand(self, clean_list: list[str]) -> list[str]:
         return _with_layers(self.task_list, super()._expand(clean_list))
+
+    def clean_tasks(self, tasks: list[Any], dryrun: bool, cleanforget: bool) -> None:
+        """Clean each task once, as doit does, but say what goes and not how.
+
+        Actions are told whether it is a ``dryrun``. Records of layers are counted.
+        """
+        records = 0
+        for task in {task.name: task for task in tasks}.values():
+            task.init_options()
+            for action in task.clean_actions:
+                action.kwargs["dryrun"] = dryrun
+                if failure := action.execute(out=self.outstream):
+                    sys.stderr.write(str(failure))
+            for path in task.targets if task._remove_targets is True else ():
+                records += os.path.isfile(path)
+                if not dryrun:
+                    Path(path).unlink(missing_ok=True)
+            if cleanforget and not dryrun:
+                self.dep_manager.remove(task.name)
+        if records:
+            what = "would forget" if dryrun else "forgot"
+            self.outstream.write(
+                f"{what} how {plural(records, 'step')} ended; the results stay in the cache\n"
+            )
+        self.dep_manager.close()
 
 
 class ForgetCommand(DoitForget):  # type: ignore[misc]

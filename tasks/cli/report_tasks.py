@@ -161,6 +161,9 @@ def _seen(session: Session, reader: Reader, plan: Plan, family: list[Plan]) -> s
     return digest_record([stamps, source.json if source else None, run])
 
 
-def _remove(paths: list[Any]) -> None:
+def _remove(paths: list[Path], dryrun: bool) -> None:
     for path in paths:
-        path.unlink(missing_ok=True)
+        if path.exists():
+            print(f"{'would remove' if dryrun else 'removing'} {REPORTS}/{path.name}")
+        if not dryrun:
+            path.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck, is_unchanged, manifest_state
 from tasks.core.errors import BuildError
 from tasks.core.task_names import LOCK, PACK, task_name
+from tasks.core.workspace import BUILD
 from tasks.execution import place
 from tasks.layouts.registry import LAYOUTS, weight_suffixes
 from tasks.planning import bundle
@@ -272,9 +273,13 @@ class TaskGraph:
             "locked": session.lock.state(plan),
         }
 
-    def _clean_pack(self, target: str) -> None:
+    def _clean_pack(self, target: str, dryrun: bool) -> None:
         """Remove what was built of a target; what people put there stays, and is named."""
         stamps = self._last_stamps(target)
+        if self.session.workspace.packed(target).exists():
+            print(f"{'would remove' if dryrun else 'removing'} {BUILD}/{target}")
+        if dryrun:
+            return
         try:
             for note in place.clean(self.session.workspace, target, stamps):
                 print(one_line(note))

@@ -276,8 +276,8 @@ def test_clean_forget_and_info(tmp_path: Path, capsys: pytest.CaptureFixture) ->
 
     cleaned: list[str] = []
 
-    def clean(name: str) -> None:
-        cleaned.append(name)
+    def clean(name: str, dryrun: bool) -> None:
+        cleaned.append(f"{name}?" if dryrun else name)
 
     def task_cast() -> Any:
         for task in layers():
@@ -289,8 +289,9 @@ def test_clean_forget_and_info(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         assert doit(tmp_path, *args, commands=commands, task_cast=task_cast) in (0, 1)
         return capsys.readouterr().out
 
+    run("ourclean", "-n", "cast")
     run("ourclean", "cast")
-    assert sorted(cleaned) == ["0", "1"]
+    assert sorted(cleaned) == ["0", "0?", "1", "1?"]
     assert {*run("ourforget", "cast").splitlines()} == {
         f"forgetting {name}" for name in ("cast", "cast:model", "cast:model:0", "cast:model:1")
     }

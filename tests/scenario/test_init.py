@@ -25,7 +25,7 @@ def targets(folder: Path) -> dict[str, str]:
 def test_builds_what_is_there(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     checkpoints.make("llama", folder / "checkpoints" / "Llama-3.1 8B")
     meta.make("llama-2", folder / "models" / "of" / "meta")
-    quantized = checkpoints.make("llama", folder / "llama-3.1-8b")
+    quantized = checkpoints.make("llama", folder / "llama-3.1-8b", files=1)
     config = json.loads((quantized / "config.json").read_text())
     (quantized / "config.json").write_text(json.dumps({**config, "quantization": {"bits": 4}}))
     elsewhere = checkpoints.make("llama", tmp_path_factory.mktemp("elsewhere") / "linked")
@@ -33,6 +33,9 @@ def test_builds_what_is_there(folder: Path, tmp_path_factory: pytest.TempPathFac
     for hidden in (".hidden", "build", "too/deep/for/it"):
         shutil.copytree(elsewhere, folder / hidden / "model")
     (folder / "empty").mkdir()
+    (folder / "adapter").mkdir()
+    shutil.copy(quantized / "model.safetensors", folder / "adapter" / "adapters.safetensors")
+    shutil.copy(quantized / "config.json", folder / "adapter")
 
     said = inside.doit(folder, "init").stdout
     assert said.startswith(f"{folder / 'models.toml'}: 4 models: ")

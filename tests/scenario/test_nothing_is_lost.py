@@ -173,7 +173,11 @@ def test_clean_removes_what_was_built_alone(built: Project) -> None:
     assert "README.md, notes.txt stays" in done.stdout
     shutil.rmtree(folder(built))
     doit(built.folder)
-    doit(built.folder, "clean", "pack")
+    assert doit(built.folder, "clean", "-n", "pack").stdout == "would remove build/model\n"
+    assert doit(built.folder, "clean").stdout.splitlines() == [
+        "removing build/model",
+        "forgot how 28 steps ended; the results stay in the cache",
+    ]
     assert not folder(built).exists()
 
 

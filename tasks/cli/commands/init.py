@@ -12,7 +12,7 @@ from typing import Any
 from doit.exceptions import InvalidCommand
 
 from cache.records.memos import Memos
-from tasks.checkpoints import hub_name, loaders, sources
+from tasks.checkpoints import hub_name, loaders, sources, transformers
 from tasks.checkpoints.source import Opening, ReadableSource
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import models_file
@@ -129,8 +129,10 @@ def _search(root: Path) -> Iterator[str]:
 
 
 def _is_checkpoint(source: ReadableSource) -> bool:
-    """Tell whether there are weights, and the file beside them."""
-    return source.small_files.is_dir() and any(
+    """Tell whether there are weights of a model, and the file beside them."""
+    if not source.small_files.is_dir() or transformers.is_adapter(source):
+        return False
+    return any(
         loader.fits(source) and any(source.names(pattern) for pattern in loader.WEIGHTS)
         for loader in loaders.LOADERS.values()
     )
