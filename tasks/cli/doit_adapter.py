@@ -10,7 +10,7 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
@@ -88,6 +88,9 @@ class Schedule(Protocol):
     def arrange(self, tasks: Mapping[str, Any], selected: list[str]) -> list[str]:
         """Return the tasks to begin with, in order, given all tasks and those that are selected."""
 
+    def choose(self, ready: Sequence[str]) -> int:
+        """Return which one is run next of tasks that are ready."""
+
     def finished(self, task: str) -> None:
         """Take note that a task ended, or needs not to begin."""
 
@@ -116,7 +119,14 @@ class DepthFirst(TaskDispatcher):  # type: ignore[misc]
             self.schedule.finished(processed.task.name)
 
     def _get_next_node(self, ready: Any, tasks_to_run: Any) -> Any:
-        return ready.pop() if ready else super()._get_next_node(ready, tasks_to_run)
+        if not ready:
+            return super()._get_next_node(ready, tasks_to_run)
+        if not self.schedule:
+            return ready.pop()
+        chosen = self.schedule.choose([node.task.name for node in ready])
+        node = ready[chosen]
+        del ready[chosen]
+        return node
 
 
 class Control(TaskControl):  # type: ignore[misc]

@@ -6,7 +6,7 @@ All targets of one checkpoint take a layer's bytes while they are here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tasks.cli.failures import as_invalid_dodo_file
@@ -29,12 +29,13 @@ class StreamingSchedule:
     builder: Builder
     disk: int | None
     packs: Callable[[str], bool]
+    _positions: dict[str, int] = field(default_factory=dict)
 
     def need(self, nodes: Sequence[tuple[Plan, Node]], *, adopted: int = 0) -> DiskNeed:
         """Return what tasks need of the disk, once the streaming has them arranged."""
-        plans = {plan.target.name: plan for plan, _ in nodes if plan.checkpoint.fetched}
-        packs = [target for target in plans if self.packs(target)]
-        return need_of(self.builder, plans.values(), self.disk, packs=packs, adopted=adopted)
+        fetched = [(plan, node) for plan, node in nodes if plan.checkpoint.fetched]
+        packs = {p.target.name for p, _ in fetched if self.packs(p.target.name)}
+        return need_of(self.builder, fetched, self.disk, packs=packs, adopted=adopted)
 
     def arrange(self, tasks: Mapping[str, Any], selected: list[str]) -> list[str]:
         """Return the tasks of layers that are fetched, in their order, and then those selected.
@@ -48,7 +49,7 @@ class StreamingSchedule:
         streaming = self.builder.streaming
         metas = [tasks[name].meta or {} for name in _with_needs(tasks, selected)]
         nodes = [(meta["plan"], meta["node"]) for meta in metas if "node" in meta]
-        arranged = streaming.arrange(nodes)
+        streaming.arrange(nodes)
         with as_invalid_dodo_file():
             for plan, node in nodes:
                 if node.is_leaf and (known := self.builder.recall(plan, node)):
@@ -59,12 +60,21 @@ class StreamingSchedule:
             need.check()
         streaming.set_limit(need.room)
         first: dict[str, str] = {}
-        for node in arranged:
+        for node in streaming.order:
             if node.is_leaf:
                 fetches = first.setdefault(node.spec.digest, node.name)
                 if fetches != node.name:
                     tasks[node.name].task_dep.append(fetches)
-        return [*(node.name for node in arranged), *selected]
+        order = [node.name for node in streaming.order]
+        self._positions.update({name: position for position, name in enumerate(order)})
+        return [*order, *selected]
+
+    def choose(self, ready: Sequence[str]) -> int:
+        """Return which one of tasks that are ready is run: of the first layer, else the last."""
+        positions = self._positions
+        return min(
+            range(len(ready)), key=lambda at: (positions.get(ready[at], len(positions)), -at)
+        )
 
     def finished(self, task: str) -> None:
         """Take note that a task ended, or needs not to begin."""

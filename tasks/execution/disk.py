@@ -74,7 +74,7 @@ class DiskNeed(Struct, frozen=True):
 
 def need_of(
     builder: Builder,
-    plans: Iterable[Plan],
+    nodes: Iterable[tuple[Plan, Node]],
     limit: int | None,
     *,
     packs: Iterable[str],
@@ -84,14 +84,17 @@ def need_of(
 
     Args:
         builder: has the cache.
-        plans: the targets whose layers the run looks into.
+        nodes: those that the run looks into, of the targets that are fetched.
         limit: what models.toml says, if it does.
-        packs: the targets that it packs.
+        packs: names of the targets that it packs.
         adopted: bytes that a build left that was killed, and that this one goes on with.
     """
-    plans, packs = list(plans), set(packs)
+    nodes, packs = list(nodes), set(packs)
+    plans = {plan.target.name: plan for plan, _ in nodes}
     root, build = builder.store.root, builder.workspace.built("")
-    written = sum(_written(builder, plan, packs=plan.target.name in packs) for plan in plans)
+    written = sum(_written(builder, plan, packs=name in packs) for name, plan in plans.items())
+    beside = ((p, node) for p, node in nodes if node.stage.name not in p.stages)
+    written += sum(total(_stored(n)) for p, n in beside if not builder.is_on_record(p, n))
     keeps = not builder.streaming.drops
     if keeps:
         written += max(0, builder.streaming.nbytes - adopted)

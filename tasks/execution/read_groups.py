@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tasks.execution.copies import Copies, Copy
 from tasks.planning.node import Node
@@ -21,17 +22,19 @@ class Group:
     Attributes:
         copies: by their names.
         tasks: names of those that may read them, and are not done.
-        users: names of later ones that read them again, and have begun.
         held: names of the copies that room is reserved for.
         left: names of the copies that this run is to drop.
+        before: groups that are to have room first: their tasks make what these need.
+        stays: whether some of its tasks need what later groups become.
         entering: held by the task that reserves it.
     """
 
     copies: dict[str, Copy] = field(default_factory=dict)
     tasks: set[str] = field(default_factory=set)
-    users: set[str] = field(default_factory=set)
     held: set[str] = field(default_factory=set)
     left: set[str] = field(default_factory=set)
+    before: list[Group] = field(default_factory=list)
+    stays: bool = False
     entering: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -40,9 +43,9 @@ class Group:
         return sum(copy.nbytes for copy in self.copies.values())
 
     @property
-    def is_used(self) -> bool:
-        """Whether a task may still read them."""
-        return bool(self.tasks or self.users)
+    def has_room(self) -> bool:
+        """Whether room is reserved for it, or needs to be no more."""
+        return not self.tasks or self.copies.keys() <= self.held
 
 
 def reads(nodes: Iterable[tuple[Plan, Node]], copies: Copies) -> Reads:
@@ -69,25 +72,68 @@ def reads(nodes: Iterable[tuple[Plan, Node]], copies: Copies) -> Reads:
 
 
 def groups(reads: Reads) -> dict[Node, Group]:
-    """Return the group of each node: of nodes that read the same copy, it is one.
+    """Return the group of each node, in order: of nodes that read the same copy, it is one.
 
-    Nodes that wait for what another layer became are of none.
+    Groups come in the order in which models run, where nodes run any; else in which their bytes lie
+    in files.
     """
     group_of: dict[str, Group] = {}  # by the names of copies
-    joining = {node: copies for node, copies in reads.items() if not _follows_a_layer(node)}
-    for copies in joining.values():
+    for copies in reads.values():
         overlapping = {id(group): group for name in copies if (group := group_of.get(name))}
         joined = max(overlapping.values(), key=lambda group: len(group.copies), default=Group())
         for group in overlapping.values():
             joined.copies |= group.copies
         joined.copies |= copies
         group_of |= dict.fromkeys(joined.copies, joined)
-    return {node: group_of[next(iter(copies))] for node, copies in joining.items()}
+    found = {node: group_of[next(iter(copies))] for node, copies in reads.items()}
+    order = _order(found)
+    latest: dict[Node, int] = {}  # of the groups that a node and what it needs are of
+    for node in _needs_first(found):
+        own = order[found[node]] if node in found else 0
+        latest[node] = max(own, *(latest[need] for need in node.needs), 0)
+    for node, group in found.items():
+        group.stays |= latest[node] > order[group]
+    return {node: found[node] for node in sorted(found, key=latest.__getitem__)}
 
 
-def _follows_a_layer(node: Node) -> bool:
-    """Tell whether a node needs what its own stage, or one that it reads, makes of another layer.
+def _order(found: Mapping[Node, Group]) -> dict[Group, int]:
+    """Return groups with their numbers; each knows those that are to have room before it."""
+    first: dict[Group, int] = {}
+    for node, depth in _depths(found).items():
+        if group := found.get(node):
+            first[group] = min(first.get(group, depth), depth)
+
+    def key(group: Group) -> tuple[Any, ...]:
+        place = min(copy.place for copy in group.copies.values())
+        return place[0], group not in first, first.get(group, 0), place
+
+    ordered = sorted(dict.fromkeys(found.values()), key=key)
+    chain = [group for group in ordered if group in first]
+    for number, group in enumerate(chain):
+        group.before = chain[:number]
+    return {group: number for number, group in enumerate(ordered)}
+
+
+def _depths(nodes: Iterable[Node]) -> dict[Node, int]:
+    """Return of stages whose nodes wait for each other how many each waits for, one by one.
 
     So do those that run a model, segment by segment.
     """
-    return any(need.stage is node.stage or _follows_a_layer(need) for need in node.needs)
+    depths: dict[Node, int] = {}
+    for node in _needs_first(nodes):
+        steps = (depths[need] + (need.stage is node.stage) for need in node.needs)
+        depths[node] = max(steps, default=0)
+    stages = {node.stage.name for node, depth in depths.items() if depth}
+    return {node: depth for node, depth in depths.items() if node.stage.name in stages}
+
+
+def _needs_first(nodes: Iterable[Node]) -> list[Node]:
+    """Return nodes and all that they need, each behind what it needs itself."""
+    found: dict[Node, None] = {}
+    pending = [*nodes]
+    while pending:  # a chain of layers may be longer than Python's stack
+        if missing := [need for need in pending[-1].needs if need not in found]:
+            pending += missing
+        else:
+            found[pending.pop()] = None
+    return [*found]

@@ -8,17 +8,20 @@ A *group* is what must be here together: the stored tensors that some task reads
 other tasks read with them. The budget is reserved for a group as a whole, by the first of its tasks
 that begins, before that task holds anything that another one might wait for: no lock, no memory.
 
-So no build waits for ever. Say that all threads wait for room. Whoever has room is a group with
-tasks that are not done, else it is dropped. Each of these needs only tasks of the same group, so
-one of them is ready or running. It is not running: all threads wait, and who is of that group does
-not. So it is ready, and the last thread to wait would have been given it: the dispatcher hands out
-what is ready before it begins anything new. What is fetched anew within a task, since it was lost,
-reserves at once and never waits; and when a task fails, so that no more are handed out, nobody
-waits any longer. A task that needs what another layer became, as those do that run a model, is of
-no group: it waits alone, for what it reads itself, needs nothing more once it runs, and so may
-fetch a layer again. A group that is dropped late, since bytes before its own in a file are still to
-be hashed, waits only for groups that have room already; for others it does not, where anybody
-waits.
+Tasks that run a model need what its layer before became. Then the groups have room in the order in
+which they are run. A group that some task needs later ones for, as that of an embedding that is the
+head, too, stays until then: room for it is counted besides.
+
+So no build waits for ever. Say that all threads wait. Of the groups that are not done, but for
+those that stay, take the first one that has room. All before it are done, so its tasks need only
+what is done, or each other: one of them is ready or running. It is not running: all threads wait,
+and who is of that group does not. So it is ready, and the last thread to wait would have been given
+it: the dispatcher hands out what is ready before it begins anything new, and of that the first
+group's first. What is fetched anew within a task, since it was lost, reserves at once and never
+waits; and when a task fails, so that no more are handed out, nobody waits any longer.
+
+A group that is dropped late, since bytes before its own in a file are still to be hashed, waits
+only for groups that have room already; for others it does not, where anybody waits.
 """
 
 from __future__ import annotations
@@ -53,40 +56,33 @@ class Streaming:
     Attributes:
         budget: of the bytes that lie here at once.
         drops: whether they go when they were used.
+        order: the tasks that may read what is fetched, as they are to begin.
     """
 
     def __init__(self, store: Store, budget: DiskBudget, *, drops: bool) -> None:
         self.budget = budget
         self.drops = drops
+        self.order: list[Node] = []
         self._copies = Copies(store)
         self._files = WholeFiles(store, self._copies)
         self._groups: dict[str, Group] = {}  # by the names of copies
         self._by_task: dict[str, Group] = {}
-        self._later: dict[str, dict[str, Copy]] = {}  # what tasks read that are of no group
         self._done: list[Group] = []  # and not dropped yet
         self._adopted: list[Copy] = []
         self._unread: set[str] = set()  # names of copies that no task fetches
         self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)
+        self._stopped = False
         self._rounds = Rounds(self._hash_and_drop, "passing")
 
-    def arrange(self, nodes: Iterable[tuple[Plan, Node]]) -> list[Node]:
-        """Take note of the tasks of a run that may read what is fetched.
-
-        Returns:
-            Them in the order in which they are to begin.
-        """
-        reads = read_groups.reads(nodes, self._copies)
-        group_of = read_groups.groups(reads)
+    def arrange(self, nodes: Iterable[tuple[Plan, Node]]) -> None:
+        """Take note of the tasks of a run that may read what is fetched."""
+        group_of = read_groups.groups(read_groups.reads(nodes, self._copies))
         for node, group in group_of.items():
             group.tasks.add(node.name)
             self._by_task[node.name] = group
             self._groups |= dict.fromkeys(group.copies, group)
-        for node in reads.keys() - group_of.keys():
-            self._later[node.name] = reads[node]
-            for name, copy in reads[node].items():
-                self._groups.setdefault(name, Group({name: copy}))
-        first = {id(g): min(copy.place for copy in g.copies.values()) for g in group_of.values()}
-        return sorted(group_of, key=lambda node: first[id(group_of[node])])
+        self.order = [*group_of]
 
     @property
     def _all_copies(self) -> list[Copy]:
@@ -100,8 +96,10 @@ class Streaming:
 
     @property
     def largest(self) -> int:
-        """The size of the largest group."""
-        return max((group.nbytes for group in self._groups.values()), default=0)
+        """The size of what must be here together: the largest group, and those that stay."""
+        groups = {*self._groups.values()}
+        others = [group.nbytes for group in groups if not group.stays]
+        return max(others, default=0) + sum(group.nbytes for group in groups if group.stays)
 
     def begin(self, recorded: Collection[str]) -> int:
         """Begin the run, and return how many bytes are here that a killed one had fetched.
@@ -148,9 +146,6 @@ class Streaming:
         """
         if not self.drops:
             return
-        if later := self._later.get(task):
-            self._enter_later(task, later)
-            return
         group = self._by_task.get(task)
         if group is None:
             return
@@ -158,42 +153,42 @@ class Streaming:
             missing = group.copies.keys() - group.held
             if missing:
                 need = sum(group.copies[name].nbytes for name in missing)
+                with self._turn:
+                    self._turn.wait_for(
+                        lambda: self._stopped or all(other.has_room for other in group.before)
+                    )
                 self.budget.reserve(need, self._rounds.call)
-                group.held |= missing
-
-    def _enter_later(self, task: str, copies: Mapping[str, Copy]) -> None:
-        with self._lock:
-            groups = {name: self._groups[name] for name in copies}
-            missing = [name for name, group in groups.items() if name not in group.held]
-            for group in groups.values():
-                group.users.add(task)
-            for name in missing:
-                groups[name].held.add(name)
-        self.budget.reserve(sum(copies[name].nbytes for name in missing), self._rounds.call)
+                with self._turn:
+                    group.held |= missing
+                    self._turn.notify_all()
 
     def finished(self, task: str) -> None:
         """Take note that a task is done, or will not be: what nobody else reads is dropped."""
-        first = self._by_task.pop(task, None)
-        groups = [first] if first else [self._groups[n] for n in self._later.pop(task, ())]
-        if not groups:
+        group = self._by_task.pop(task, None)
+        if group is None:
             return
         with self._lock:
-            for group in groups:
-                group.tasks.discard(task)
-                group.users.discard(task)
-                if self.drops and not group.is_used and group not in self._done:
-                    self._done.append(group)
+            group.tasks.discard(task)
+            if self.drops and not group.tasks and group not in self._done:
+                self._done.append(group)
+            self._turn.notify_all()
         self._rounds.call()
 
     def stop(self) -> None:
         """Let no task wait any more, since no other one begins."""
-        self.budget.stop(Stopped("it waited for room on the disk when another task failed"))
+        self._stop(Stopped("it waited for room on the disk when another task failed"))
+
+    def _stop(self, cause: Exception) -> None:
+        self.budget.stop(cause)
+        with self._turn:
+            self._stopped = True
+            self._turn.notify_all()
 
     def end(self) -> None:
         """Drop what is left, when all tasks have ended."""
         self._rounds.end()
         if self.drops:  # what is not done yet, since something failed, the next run goes on with
-            groups = {id(group): group for group in self._groups.values() if not group.is_used}
+            groups = {id(group): group for group in self._groups.values() if not group.tasks}
             self._done = list(groups.values())
             self._drop(always=True)
         self._copies.close()
@@ -265,7 +260,7 @@ class Streaming:
             self._files.advance(self._is_read)
             self._drop()
         except (CacheError, OSError) as error:  # nobody is to wait for what does not come
-            self.budget.stop(error)
+            self._stop(error)
 
     def _is_read(self, copy: Copy) -> bool:
         return copy.name in self._groups and copy.name not in self._unread
@@ -279,10 +274,10 @@ class Streaming:
                 with self._lock:  # lest a later task begins to read it just now
                     # What is not left is on record, and was not fetched.
                     fetched = copy.name in group.left
-                    if not group.is_used and (not fetched or always or self._may_go(copy)):
+                    if not group.tasks and (not fetched or always or self._may_go(copy)):
                         self._drop_copy(group, copy, fetched=fetched)
             with self._lock:
-                if group.is_used or not group.left:
+                if group.tasks or not group.left:
                     self._done.remove(group)
 
     def _drop_copy(self, group: Group, copy: Copy, *, fetched: bool) -> None:
@@ -304,7 +299,7 @@ class Streaming:
             return False
         if self._copies.parts(following) is not None:
             return False
-        missing = not group.is_used or (not group.held and self.budget.is_short)
+        missing = not group.tasks or (not group.held and self.budget.is_short)
         if missing and following.nbytes <= NEGLIGIBLE * file.size:
             self._unread.add(following.name)  # a norm on record, say: read for the hash alone
             self._rounds.call()

@@ -404,3 +404,38 @@ class Sparse(OnDisk):
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.path.name.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("tied", "room", "threads"), [(False, 310_000, "2"), (True, 390_000, "0")])
+def test_models_are_run_while_their_layers_are_there(
+    hub: Hub, tmp_path: Path, tied: bool, room: int, threads: str
+) -> None:
+    """Built and evaluated, three variants fetch the checkpoint once, with room for one layer.
+
+    Where an embedding is the head, too, beside that.
+    """
+    project = projects.create(tmp_path / "project", "huggingface")
+    config = json.loads((project.checkpoint / "config.json").read_bytes())
+    config["tie_word_embeddings"] = tied
+    (project.checkpoint / "config.json").write_text(json.dumps(config))
+    hub.repository("org/model").add_folder(project.checkpoint)
+    weights = sum(path.stat().st_size for path in projects.weight_files(project.checkpoint))
+    project.models.clear()
+    project.quality = {"samples": 1, "sequence_length": 16, "top_logits": 16}
+    for name, dtype in (("four", "float32"), ("other", "float16"), ("third", "bfloat16")):
+        keys = {"dtype": dtype, "device": "cpu", "quantize": {"bits": 4}}
+        project.configure(name, source="hf:org/model", **keys)
+
+    def plan(disk: int) -> dict:
+        project.disk = f"{disk / 1000}kB"
+        project.configure("four")
+        return json.loads(project.doit("plan", "--json", "pack", "evaluate", expect=1).stdout)
+
+    plan(10**9)  # which fetches the headers
+    disk = 10**9 - plan(10**9)["layers_bytes"] + room
+    assert plan(disk)["bytes_downloaded"] <= weights
+    del hub.requests[:]
+    done = project.doit("-n", threads, "pack", "evaluate")
+    assert done.stdout.count("perplexity") == 3
+    fetched = sum(request.sent for request in hub.asked(storage=True))
+    assert fetched <= 1.001 * weights

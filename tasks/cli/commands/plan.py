@@ -111,9 +111,9 @@ it or a target cannot be planned."""
         todo = {step.task for step in steps if step.state not in SETTLED}
         if not session.schedule or not any(_fetches(step) for step in steps):
             return None
-        plans = session.plans.values()
-        nodes = [(p, n) for p in plans for stage in p.stages.values() for n in stage]
-        nodes = [(plan, node) for plan, node in nodes if node.name in todo]
+        tasks, _ = self.requested()
+        metas = [tasks[step.task].meta or {} for step in steps if step.task in todo]
+        nodes = [(meta["plan"], meta["node"]) for meta in metas if "node" in meta]
         session.builder.streaming.arrange(nodes)
         return session.schedule.need(nodes)
 
@@ -214,7 +214,7 @@ def _policy(need: DiskNeed) -> str:
     )
     return (
         "layers that are fetched are dropped once they are used, since [cache] keep does not name "
-        f"extract; {room} those in use, of which the largest takes {size(need.largest)}"
+        f"extract; {room} those in use, which take {size(need.largest)} at most"
     )
 
 
