@@ -1,4 +1,4 @@
-"""http_transport: plain HTTP and WebDAV servers, read by obstore and written by requests.
+"""http_transport: plain HTTP and WebDAV servers, read by obstore and written by httpx2.
 
 No library does both. obstore's HTTPStore holds a whole object in memory to PUT it (a blob may have
 10 GB), and makes no parents of the URL's own path; fsspec's HTTP file system cannot write. webdav4
@@ -9,7 +9,10 @@ is in this module: which servers can MOVE, what to do where two meet, and what a
 from __future__ import annotations
 
 import random
+import socket
+import ssl
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -21,6 +24,7 @@ from cache.remote.credentials import basic_auth, basic_header
 from cache.remote.transport import (
     BODY_CHARS,
     FIRST_SECONDS,
+    LEAST_RATE,
     TRANSIENT,
     Fault,
     Transport,
@@ -28,10 +32,10 @@ from cache.remote.transport import (
 )
 
 if TYPE_CHECKING:
-    import requests
+    import httpx2
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-_SEND_BYTES = 1 << 20
+_SEND_BYTES = 1 << 16
 _MOVES = 5  # tries
 
 
@@ -54,12 +58,16 @@ class HttpTransport(Transport):
         return HTTPStore.from_url(url, client_options=client, retry_config=retry)
 
     @cached_property
-    def _session(self) -> requests.Session:
-        import requests
+    def _client(self) -> httpx2.Client:
+        import httpx2
 
-        session = requests.Session()
-        session.auth = self._auth
-        return session
+        # What goes on and on is not worth a new connection: nothing is decoded or kept of it.
+        headers = {"accept-encoding": "identity"}
+        if self._auth:
+            headers["authorization"] = basic_header(self._auth)
+        client = httpx2.Client(headers=headers, follow_redirects=False)
+        weakref.finalize(self, client.close)  # not before: a request may be under way
+        return client
 
     def put(self, path: str, data: bytes) -> None:
         """Make an object, or replace it."""
@@ -107,13 +115,32 @@ class HttpTransport(Transport):
 
     def _put(self, path: str, length: int, chunks: Iterator[memoryview]) -> None:
         raised: list[BaseException] = []
-        body = _Body(length, noting(chunks, raised)) if length else b"".join(chunks)
+        body = self._body(noting(chunks, raised))
+        sized = {"content-length": str(length)}  # else it would come in chunks, of no known length
         try:
-            self._expect_ok(self._request("PUT", f"{self._url}/{path}", data=body))
+            answer = self._request("PUT", f"{self._url}/{path}", content=body, headers=sized)
+            self._expect_ok(answer)
         except Fault:
             if raised:
                 raise raised[0] from None
             raise
+
+    def _body(self, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+        """Yield a body in pieces.
+
+        Raises:
+            Fault: they are taken too slowly.
+        """
+        waited, count = 0.0, 0
+        for chunk in chunks:
+            for start in range(0, chunk.nbytes, _SEND_BYTES):
+                begin = time.monotonic()
+                piece = chunk[start : start + _SEND_BYTES]
+                yield piece
+                waited += time.monotonic() - begin
+                count += piece.nbytes
+                if waited > self._seconds and count < LEAST_RATE * waited:
+                    raise self.of_connection("Timeout", "")
 
     def _expect_ok(self, answer: _Answer) -> None:
         if not answer.ok:  # a redirect of a PUT is not followed
@@ -133,44 +160,51 @@ class HttpTransport(Transport):
                 self._made.add(folder)
 
     def _request(self, method: str, url: str, **options: Any) -> _Answer:
-        seconds = 2 * self._timeout if self.answered else min(self._timeout, FIRST_SECONDS)
         begin = time.monotonic()
         said = b""
         with (
             self._faults(),
-            self._session.request(
-                method, url, timeout=seconds, allow_redirects=False, stream=True, **options
-            ) as response,
+            self._client.stream(method, url, timeout=self._seconds, **options) as response,
         ):
-            for chunk in response.iter_content(BODY_CHARS):
+            for chunk in response.iter_raw():
                 said += chunk
-                # What goes on and on is not worth a new connection.
-                if len(said) >= BODY_CHARS or time.monotonic() - begin > seconds:
+                if len(said) >= BODY_CHARS or time.monotonic() - begin > self._seconds:
                     break
             text = said[:BODY_CHARS].decode(errors="replace")
             return _Answer(response.status_code, response.headers, text)
 
+    @property
+    def _seconds(self) -> float:
+        """For which the server may be silent; while it is sent something, it has twice as long."""
+        return 2 * self._timeout if self.answered else min(self._timeout, FIRST_SECONDS)
+
     @contextmanager
     def _faults(self) -> Iterator[None]:
-        from requests.exceptions import ConnectTimeout, RequestException, SSLError, Timeout
+        import httpx2
 
         try:
             yield
-        except RequestException as error:
-            text = str(error)
-            if isinstance(error, Timeout) or "timed out" in text:
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
+            kind, text = "Interrupted", ""
+            causes = [*_causes(error)]
+            if isinstance(error, httpx2.TimeoutException):
                 kind = "Timeout"
-            else:
-                kind = "Connect" if "NewConnectionError" in text else "Interrupted"
-            if isinstance(error, SSLError):
+            elif any(isinstance(cause, ssl.SSLError) for cause in causes):
                 text = "certificate"
-            elif "NameResolutionError" in text:
-                text = "dns error"
-            elif "Connection refused" in text:
-                text = 'message: "Connection refused"'
-            fault = self.of_connection(kind, text)
-            fault.answered &= not isinstance(error, ConnectTimeout)
-            raise fault from error
+            elif isinstance(error, httpx2.ConnectError):
+                kind = "Connect"
+                if any(isinstance(cause, socket.gaierror) for cause in causes):
+                    text = "dns error"
+                elif any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+                    text = 'message: "Connection refused"'
+            raise self.of_connection(kind, text) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and what it came of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class _Answer(NamedTuple):
@@ -190,19 +224,3 @@ class _Answer(NamedTuple):
     def ok(self) -> bool:
         """Whether it did what was asked."""
         return 200 <= self.status < 300
-
-
-class _Body:
-    """A request's body: its length, and its bytes in pieces that a slow line sends in time."""
-
-    def __init__(self, length: int, chunks: Iterator[memoryview]) -> None:
-        self._length = length
-        self._chunks = chunks
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[memoryview]:
-        for chunk in self._chunks:
-            for start in range(0, chunk.nbytes, _SEND_BYTES):
-                yield chunk[start : start + _SEND_BYTES]

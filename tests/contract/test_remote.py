@@ -14,13 +14,14 @@ from contextlib import ExitStack, nullcontext
 from itertools import count
 from pathlib import Path
 
+import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache.digest import canonical
 from cache.errors import BadRemote, Mismatch, NotFetched, Refused, printable
-from cache.remote import transport
+from cache.remote import http_transport, transport
 from cache.remote.remote import Remote, blake3_of
 from cache.remote.signing import check_signature, sign
 from cache.remote.transport import PIECE_BYTES
@@ -617,6 +618,23 @@ def test_a_server_that_drips(remotes: Remotes, what: str, ranges: bool):
         remotes.one_warning("is not used from now on", "0.5 s", "too slowly")
 
 
+def test_a_server_that_takes_little_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """A body goes out at the least rate that one comes in at, or the server is slow."""
+    monkeypatch.setattr(http_transport, "LEAST_RATE", 4 << 20)
+
+    class Slow(httpx2.BaseTransport):
+        def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+            for _ in request.stream:
+                time.sleep(0.05)
+            return httpx2.Response(405, content=iter(()))
+
+    client = httpx2.Client(transport=Slow())
+    monkeypatch.setattr(http_transport.HttpTransport, "_client", client)
+    remote = http_transport.HttpTransport("http://127.0.0.1:1/x", timeout=0.1, create=False)
+    with pytest.raises(transport.Fault, match="too slowly"):
+        remote.put("blob", bytes(PIECE_BYTES))
+
+
 @pytest.mark.parametrize("act", ["read", "write"])
 def test_a_server_that_accepts_and_is_silent(remotes: Remotes, act: str):
     """It is given two seconds, as docs/sharing.md says."""
@@ -957,6 +975,6 @@ from cache.remote.remote import Remote
 remote = Remote("s3://bucket/x", warn=print)
 remote.finish()
 remote.close()
-assert not {"obstore", "blake3", "requests"} & set(sys.modules)
+assert not {"obstore", "blake3", "httpx2"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
