@@ -82,7 +82,9 @@ def load(path: Path) -> Config:
     try:
         record = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: a number too long
-        raise ConfigError(f"{path} is not TOML: {error}{_mend(Text(path, text))}") from error
+        raise ConfigError(
+            f"{path} is not TOML: {error}{_mend(Text(path, text), str(error))}"
+        ) from error
     return _Reader(Text(path, text)).config(record)
 
 
@@ -259,10 +261,16 @@ class _Reader:
             self.mistakes.note(fact, at, "move it elsewhere")
 
 
-def _mend(text: Text) -> str:
+def _mend(text: Text, error: str) -> str:
     """Return what to do about a text that is no TOML, if that can be told."""
     if not (unclosed := text.open_inline_table()):
-        return ""
+        at_line = re.search(r"Invalid value \(at line (\d+)", error)
+        line_text = text.text.splitlines()[int(at_line[1]) - 1].strip() if at_line else ""
+        return (
+            f". In {line_text}: text stands in quotes, true and false are small and without"
+            if at_line
+            else ""
+        )
     line, at = unclosed
     table = f": [{spelled(at)}], and each key on a line of its own" if at else ""
     return f". The {{ in line {line} is not closed there, as TOML wants it. Write a table{table}"

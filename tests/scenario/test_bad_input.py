@@ -146,6 +146,11 @@ TOML = {
     "empty": Case("", ("models.toml: lists no model. Add [models.NAME]",), MODEL),
     "no model": Case("[models]\n", ("lists no model. Add [models.NAME]",), MODEL),
     "syntax": Case("[models.a\nsource", ("models.toml is not TOML", "(at line 1, column 10)")),
+    "text without quotes": Case(
+        "[models.a]\nsource = @llama",
+        ("models.toml is not TOML: Invalid value (at line 2,", ": text stands in quotes"),
+        MODEL,
+    ),
     "no UTF-8": Case("# \udcff", ("models.toml cannot be read", "utf-8")),
     "too deep": Case("a = " + "[" * 9999, ("models.toml is not TOML", "recursion")),
     "too long a number": Case("a = " + "9" * 9999, ("models.toml is not TOML", "4300 digits")),
