@@ -4,7 +4,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-# See mlx_make/cli.py. pyproject.toml goes along for [tool.doit]: its plugins are listed once.
+# See mlx_make/command.py. pyproject.toml goes along for [tool.doit]: its plugins are listed once.
 SOURCE = ("dodo.py", "tasks", "cache", "docs", "pyproject.toml")
 
 

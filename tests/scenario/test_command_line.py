@@ -57,6 +57,18 @@ def test_nobody_reads_mlx_make(project: Project, command: str) -> None:
     unread(project, ("-c", MLX_MAKE), command, unbuffered=False)
 
 
+def test_interrupted_while_it_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "doit.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", MLX_MAKE],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{front_door.REPOSITORY}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
     """It ends, and the next goes on."""
     project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
