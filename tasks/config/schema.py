@@ -13,7 +13,7 @@ import msgspec
 
 from tasks.config.keys import Key, keys_of, least
 from tasks.config.reader import MAX_NAME_BYTES
-from tasks.config.tables import Build, Cache, Document, Matrix, Model, RemoteURL, variable
+from tasks.config.tables import Build, Cache, Document, Matrix, Model, RemoteURL
 from tasks.config.values import REMOTE, REMOTES, words
 from tasks.core.spec import (
     MODES,
@@ -180,8 +180,8 @@ def page() -> str:
             *_section("Quantization", QUANTIZE, Quantize),
             _modes(),
             *_section("Exceptions", RULES, Rule),
-            *_section("`[cache]`", CACHE, Cache, "cache"),
-            *_section("`[build]`", "How the work is done.", Build, "build"),
+            *_section("`[cache]`", CACHE, Cache),
+            *_section("`[build]`", "How the work is done.", Build),
             *_section("`[quality]`", QUALITY, Quality),
             "## Sizes",
             "A whole number is bytes, in quotes or not. A string may also have a point, and a unit "
@@ -194,29 +194,35 @@ def page() -> str:
     ).strip() + "\n"  # fmt: skip
 
 
-def _section(
-    heading: str, meaning: str, table: type[msgspec.Struct], variables: str = ""
-) -> Iterator[str]:
+def _section(heading: str, meaning: str, table: type[msgspec.Struct]) -> Iterator[str]:
     yield f"## {heading}"
     yield meaning
-    for key in keys_of(table).values():
-        if not key.change:
-            continue  # variants, of which the section tells
+    # The section tells of variants, and of what a rule has in common with its target.
+    told = keys_of(Quantize).keys() if table is Rule else ()
+    keys = [key for key in keys_of(table).values() if key.change and key.name not in told]
+    changes = {key.change for key in keys}
+    if len(changes) == 1 < len(keys):
+        yield f"Each, when changed, redoes {changes.pop()}."
+    for key in keys:
         yield f"### `{key.name}`"
         yield key.meaning
-        facts = {"Value": _kind(key), "Default": key.default, "A change redoes": key.change}
-        if variables:
-            facts["Environment"] = f"`{variable(variables, key.name)}`"
-        facts["Example"] = f"`{key.name} = {toml(key.example)}`"
-        yield "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
+        shown = "" if key.kind in ENUMERATED else f", such as `{key.name} = {toml(key.example)}`"
+        facts = [f"Value: {_kind(key)}{shown}", f"Default: {key.default}"]
+        if changes:
+            facts.append(f"Redoes: {key.change}")
+        yield "\n".join(f"- {fact}" for fact in facts)
+
+
+# Kinds of value whose text says which there are.
+ENUMERATED = ("word", "switch", "number", "count")
 
 
 def _kind(key: Key) -> str:
     valid = ", ".join(f'`"{word}"`' for word in key.valid)
     return {
-        "folder": "a folder, relative to `models.toml`; `~` is your home",
-        "file": "a file, relative to `models.toml`; `~` is your home",
-        "files": "a file, or a list of files, relative to `models.toml`; `~` is your home",
+        "folder": "a folder",
+        "file": "a file",
+        "files": "a file, or a list of files",
         "text": "a string",
         "texts": "a list of strings",
         "repository": "a string, `ORG/NAME`",
@@ -259,10 +265,9 @@ tasks/config/tables.py: change those. -->
 
 # models.toml
 
-The models to build. `mlx-make` reads it from the current folder, or from where
-`models=PATH` on the command line says.
-An unknown key, a value that is none of the valid ones, or two that do not go together: each is an
-error before any work, with the line, the nearest valid word and the mend; all of them at once.
+The models to build. `mlx-make` reads it from the current folder, or from `models=PATH`. Paths in
+it are relative to it, and `~` is your home. Mistakes are errors before any work, all at once,
+each with its line, the nearest valid word and the mend.
 
 ```toml
 [cache]
@@ -285,51 +290,48 @@ quantize = { bits = 4, rules = [
 ] }
 ```
 
-Editors that know TOML (Even Better TOML, Taplo, Tombi) complete keys, explain them and mark
-mistakes with [models.schema.json](models.schema.json). Name it in the first line, by a path
-relative to `models.toml` or by a URL:
+Editors (Even Better TOML, Taplo, Tombi) complete and explain keys and mark mistakes with
+[models.schema.json](models.schema.json), if the first line names it, by a relative path or a URL:
 
 ```toml
 #:schema docs/models.schema.json
 ```"""
 
 MODELS = """\
-A model. Its name is that of its folder in `build/`: letters, digits, `-`, `_`, `+` and `.`, the
-first a letter, digit or `_`, the last no `.`. A name with a `.` stands in quotes:
-`[models."llama-3.1"]`.
+A model, built into `build/NAME`: letters, digits, `-`, `_`, `+` and `.`, the first a letter,
+digit or `_`, the last no `.`. With a `.` it stands in quotes: `[models."llama-3.1"]`.
 
-`[defaults]` takes the same keys but `matrix`, for all models. `[models.NAME.variants.VARIANT]`
-takes them too and makes another target, `NAME-VARIANT`. What is said nearest holds: a variant's
-key, else its model's, else the default's. A table such as `quantize` is replaced as a whole, not
-key by key."""
+`[defaults]` takes the same keys but `matrix`, for all models; `[models.NAME.variants.VARIANT]`
+takes them for another target, `NAME-VARIANT`. What is said nearest holds. A table such as
+`quantize` is replaced as a whole."""
 
 QUANTIZE = """\
-The keys of the table `quantize`. `quantize = {}` is MLX's default: mode affine, 4 bits, group size
-64. Modules that mlx-lm does not quantize are not quantized here either, unless a rule says so."""
+The keys of `quantize`. `quantize = {}` is MLX's default: mode affine, 4 bits, group size 64. What
+mlx-lm does not quantize stays so here, unless a rule says otherwise."""
 
 RULES = """\
-The keys of each element of `quantize.rules`: which modules, and how they are quantized, or that
-they are not. What a rule does not say is the target's. One that matches no module is an error."""
+The keys of each element of `quantize.rules`, beside `bits`, `group_size` and `mode`: what of
+these a rule does not say is the target's, or its own mode's. One that matches no module is an
+error."""
 
 CACHE = """\
-Where results are kept, here and on a store shared with other machines. See
-[caching.md](caching.md) for what a result depends on."""
+Where [results](caching.md) are kept, here and on a store shared with other machines."""
 
 QUALITY = """\
-On what texts models are calibrated and evaluated, and how much of them. See
-[quality.md](quality.md)."""
+On what texts models are calibrated and [evaluated](quality.md), and how much of them."""
 
 REMOTE_URLS = """\
-`https` and `http` are servers that take plain GET, PUT and HEAD, as WebDAV servers do. No user,
-password or token stands in the URL: credentials come from the environment. A space, `?` or `#` in a
-path is written `%20`, `%3F` or `%23`."""
+`https` and `http` are servers that take plain GET, PUT and HEAD, as WebDAV servers do.
+[Credentials](sharing.md#a-remote-store) come from the environment. A space, `?` or `#` in a path
+is written `%20`, `%3F` or `%23`."""
 
 ENVIRONMENT = """\
 ## Environment variables
 
-A variable wins over the file, and means the same as its key; a list is separated by commas
-(`MLX_MAKE_CACHE_KEEP=unshard,cast`; a comma alone is the empty list), and a relative folder is
-relative to `models.toml`, not to the current folder. An empty variable counts as not set."""
+Each key of `[cache]` and `[build]` has one, such as `MLX_MAKE_CACHE_DIR` and
+`MLX_MAKE_BUILD_MEMORY`, which wins over the file. A list is separated by commas
+(`MLX_MAKE_CACHE_KEEP=unshard,cast`); a comma alone is the empty list. An empty variable counts
+as not set."""
 
 if __name__ == "__main__":
     main()

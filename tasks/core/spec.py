@@ -341,7 +341,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     publish: Annotated[
         RepositoryName | None,
         key(
-            "The repository on the hub that `doit publish` uploads the model to, `ORG/NAME`; "
+            "The repository on the hub that `mlx-make publish` uploads the model to, `ORG/NAME`; "
             "`{target}` in it is the target's name.",
             default="none",
             change="pack, since README.md names it, and publish",

@@ -12,8 +12,11 @@ from typing import Any
 from doit.cmdparse import CmdOption
 from doit.doit_cmd import DoitMain
 
+from tasks.core.program import COMMAND
+
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "cli.md"
+CHECKOUT_ALONE = {"dumpdb", "strace", "tabcompletion"}  # for a dodo.py of one's own
 
 
 def main() -> None:
@@ -39,7 +42,8 @@ def page() -> str:
         for subname, subcommand in getattr(module, "SUBCOMMANDS", {}).items():
             options = [_option(CmdOption(option)) for option in subcommand.options]
             parts += [f"### `mlx-make {name} {subname}`", _sentence(subcommand.purpose), *options]
-    parts += [REST, "\n".join(f"- `doit {n}`: {rest[n].doc_purpose}" for n in sorted(rest))]
+    names = sorted(rest.keys() - CHECKOUT_ALONE)
+    parts += [REST, "\n".join(f"- `mlx-make {n}`: {rest[n].doc_purpose}" for n in names)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -50,17 +54,17 @@ def _says(command: Any) -> tuple[Any, ...]:
 
 def _section(name: str, command: Any, doits: Any | None) -> Iterator[str]:
     yield f"## `mlx-make {name}`"
-    usage = f"mlx-make {name} {command.doc_usage or ''}".strip()
-    yield f"```text\n{usage}\n```"
+    if command.doc_usage:
+        yield f"```text\nmlx-make {name} {command.doc_usage}\n```"
     yield _sentence(command.doc_purpose)
-    if command.doc_description:
-        yield command.doc_description.strip()
+    if command.doc_description:  # which names what is called here, that of an install
+        yield command.doc_description.strip().replace(f"{COMMAND} ", "mlx-make ")
     known = [option["name"] for option in doits.cmd_options] if doits else []
     ours = [CmdOption(option) for option in command.cmd_options if option["name"] not in known]
     if ours:
         yield "\n".join(_option(option) for option in ours)
     if known:
-        yield f"All options of doit's own `{name}` hold: `mlx-make help {name}` shows them."
+        yield f"All options of doit's own `{name}` hold."
 
 
 def _option(option: CmdOption) -> str:
@@ -94,22 +98,23 @@ its name where no other target's name begins so, and its task, `mlx-make pack:ll
 | `mlx-make models=PATH` | takes another `models.toml`, before or after a command |
 | `mlx-make -n 2` | runs two tasks at once; without `-n`, one a core, or four where a GPU computes |
 
-All state and output lie beside `models.toml`.
-
 A target that cannot be planned (its checkpoint is not there, nothing knows its architecture, a
-setting does not fit) fails alone: the others are built, and the last lines name it and say why. If
-only others are asked for, it does not matter.
+setting does not fit) fails alone, and the last lines say why. If only others are asked for, it does
+not matter.
 
-Exit status 0: all is well; 1: a task failed, or a target cannot be planned; 2: a task could not be
-tried; 3: `models.toml` or the command line is wrong, or nothing that is asked for can be planned,
-and nothing was done; 130: interrupted; 141: whoever read the output is gone (`mlx-make | head`), or
-cannot take it (a full disk), which ends a build as an interrupt does."""
+| exit status | |
+|---|---|
+| 0 | all is well |
+| 1 | a task failed, or a target cannot be planned |
+| 2 | a task could not be tried |
+| 3 | `models.toml` or the command line is wrong, or nothing that is asked for can be planned: \
+nothing was done |
+| 130 | interrupted |
+| 141 | nobody reads the output any more (`mlx-make \\| head`), or it cannot be written |"""
 REST = """\
 ## doit's own
 
-These are [doit's](https://pydoit.org/cmd-other.html); `mlx-make` leaves out those for a dodo.py of
-one's own (`dumpdb`, `strace`, `tabcompletion`). `mlx-make clean --orphans` removes what was built
-of targets that `models.toml` does not have any more; with `-n` it only says so."""
+These are as [doit](https://pydoit.org/cmd-other.html) has them."""
 
 if __name__ == "__main__":
     main()
