@@ -1,12 +1,15 @@
-"""cuts: builds killed, or refused a step by the system, at random; prints a table of outcomes.
+"""cuts: builds killed, refused a call of the system, or left without power; prints a table.
 
     python benchmarks/cuts.py              # 25 of each harm
-    python benchmarks/cuts.py --count 1000 --harms SIGKILL EIO
+    python benchmarks/cuts.py --count 1000 --harms SIGKILL power
 
-Each build is a process of its own, from nothing or over another build. At one of the files that
-it opens, renames, makes or removes it gets a signal, or that step fails with an error of the
-system. What is in build/ must then be what was there or what is wanted, whole; no traceback may
-be printed; and the next build must come out equal to the byte and leave nothing behind.
+Each build is a process of its own, from nothing or over another build. At one of its calls of the
+system about a file of the project, any from open to fsync, it gets a signal, or that call fails or
+is cut short. Or the power goes, there or after the build's end: names and bytes are lost that
+nobody synced. What is in build/ must then be what was there or what is wanted, whole, and what is
+wanted if the build said so; no traceback may be printed; and the next build must come out equal to
+the byte and leave nothing behind. It takes Linux and gcc, for tests/support/hook/faults.c.
+Interrupted, it prints what it has.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 from measure import ROOT, BenchmarkError
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support import cuts
+from support import faults
 
 
 def main() -> None:
@@ -31,6 +35,9 @@ def main() -> None:
     Raises:
         BenchmarkError: something came out wrong; all that did was printed.
     """
+    faults.begin()
+    from support import cuts
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=25, help="of each harm")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
@@ -38,8 +45,8 @@ def main() -> None:
     arguments = parser.parse_args()
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        attempts = cuts.Cuts(Path(folder))
+    with tempfile.TemporaryDirectory() as name, suppress(KeyboardInterrupt):
+        attempts = cuts.Cuts(Path(name))
         for harm in arguments.harms:
             for seed in range(arguments.first, arguments.first + arguments.count):
                 outcome, detail = attempts.attempt(harm, seed)

@@ -29,7 +29,7 @@ import msgspec
 import xxhash
 
 from cache.digest import CHUNK_BYTES, digest_file, digest_parts
-from cache.errors import BlobLost, FileChanged
+from cache.errors import BlobLost, FileChanged, naming
 from cache.files import atomic, space
 from cache.files.begun import Begun
 from cache.files.stamp import Stamp
@@ -323,7 +323,7 @@ class Blobs:
         """
         start = 0
         for part in parts:
-            with open(part.path, "rb", buffering=0) as file:
+            with naming(part.path), open(part.path, "rb", buffering=0) as file:
                 self.fill(file.fileno(), part, buffer[start : start + part.length])
                 part.check(file.fileno())
             start += part.length
@@ -357,7 +357,7 @@ class Blobs:
             longest = max((part.length for part in parts), default=0)
             buffers = repeat(memoryview(bytearray(min(CHUNK_BYTES, longest))))
         for part in parts:
-            with open(part.path, "rb", buffering=0) as file:
+            with naming(part.path), open(part.path, "rb", buffering=0) as file:
                 for start in range(0, part.length, CHUNK_BYTES):
                     length = min(CHUNK_BYTES, part.length - start)
                     piece = part._replace(offset=part.offset + start, length=length)

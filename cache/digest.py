@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from cache.errors import naming
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
 
@@ -35,7 +37,7 @@ def digest_parts(parts: Iterable[Buffer]) -> str:
 
 def digest_file(path: Path) -> str:
     """Return the digest of a file's bytes."""
-    with path.open("rb", buffering=0) as file:
+    with naming(path), path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(min(CHUNK_BYTES, os.fstat(file.fileno()).st_size + 1)))
         return digest_parts(buffer[:count] for count in iter(lambda: file.readinto(buffer), 0))
 

@@ -1,5 +1,11 @@
 """errors: what can go wrong in the store."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 MOST_SHOWN = 500  # characters
 
 
@@ -16,6 +22,17 @@ def one_line(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Have an error of the system name a file: of an open one it has at best a number."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, str | bytes | Path):
+            error.filename = str(path)
+        raise
 
 
 class CacheError(Exception):

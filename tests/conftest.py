@@ -19,6 +19,9 @@ for name in ("COLUMNS", "LINES"):  # of the terminal that pytest is started from
 # Else each doit that the tests start compiles all its modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# Tests are not what goes on after a power cut: benchmarks/cuts.py is. And disks take their time.
+os.fsync = lambda _: None
+
 running.heed_interrupts()
 
 

@@ -11,7 +11,9 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from cache.errors import naming
 from cache.files import trash
+from cache.files.durable import sync
 from cache.files.space import enospc_as_no_room, require_free
 
 TEMPORARY = ".tmp-"
@@ -70,7 +72,7 @@ def temporary(folder: Path, need: int = 0) -> Iterator[Temporary]:
         NoRoom: the disk is full.
     """
     path = f"{folder}/{own_prefix()}{_BEGUN}-{next(_numbers)}"
-    with enospc_as_no_room(folder, need):
+    with enospc_as_no_room(folder, need), naming(folder):
         try:
             new = Temporary(path)
         except FileNotFoundError:
@@ -82,19 +84,28 @@ def temporary(folder: Path, need: int = 0) -> Iterator[Temporary]:
             yield new
 
 
-def write(path: Path, data: bytes | memoryview) -> None:
+def write(path: Path, data: bytes | memoryview, *, durable: bool = False) -> None:
     """Make ``path`` hold exactly ``data``, or leave it as it was.
 
     The temporary file lies in the same folder, since only a rename within one file system is
-    atomic. No fsync: a power cut can leave a short file, which readers notice by its size or
-    its contents.
+    atomic.
+
+    Args:
+        path: the file.
+        data: its bytes.
+        durable: whether it is so after a power cut, too. Else that can leave a short file, or one
+            of zeros, which readers must notice by its contents.
 
     Raises:
         NoRoom: the disk is full.
     """
     with temporary(path.parent, len(data)) as new:
         write_all(new.file, memoryview(data))
+        if durable:
+            os.fsync(new.file.fileno())
         new.rename(path)
+    if durable:
+        sync(path.parent)
 
 
 def write_all(file: IO[bytes], data: memoryview, at: int = 0) -> None:

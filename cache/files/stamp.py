@@ -30,3 +30,12 @@ class Stamp(NamedTuple):
         Its inode alone says nothing: some network disks make them up at each look.
         """
         return self[:2] != before[:2]
+
+
+def changed_at(path: str | Path) -> int:
+    """Return when the system last saw a file change, in ns (ctime): no tool sets that back.
+
+    It is no part of a stamp, since a second name or another permission moves it as well: what is
+    looked into for it comes out the same. There are disks that do not have it.
+    """
+    return os.stat(path).st_ctime_ns

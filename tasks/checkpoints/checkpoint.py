@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache.blobs import Part
-from cache.files.stamp import Stamp
+from cache.files.stamp import Stamp, changed_at
 from tasks.checkpoints.source import Source
 from tasks.checkpoints.stored import TORCH, Stored
 
@@ -72,6 +72,16 @@ class Checkpoint:
         kind, _, digest = said.digest.partition(":") if said else ("", "", "")
         return digest if kind == "sha256" else None
 
+    @cached_property
+    def changed_at(self) -> dict[str, int]:
+        """When each weight file of this machine was last changed before this was first asked."""
+        return self.changes()
+
+    def changes(self) -> dict[str, int]:
+        """Return when each weight file of this machine was last changed, as the system saw it."""
+        paths = {file: self.source.path(file) for file in self.stamps}
+        return {file: changed_at(path) for file, path in paths.items() if path}
+
     def part(self, key: str) -> Part | None:
         """Return where a stored tensor's bytes lie, if they lie in a file of this machine."""
         stored = self.stored[key]
@@ -107,6 +117,10 @@ class Checkpoint:
         stored = [self.stored[key] for key in keys]
         return [
             self.source.location,
-            [[file, *self.stamps[file]] for file in sorted({s.file for s in stored})],
+            [self._state(file) for file in sorted({s.file for s in stored})],
             [[key, s.file, s.offset] for key, s in zip(keys, stored, strict=True)],
         ]
+
+    def _state(self, file: str) -> list[Any]:
+        changed = self.changed_at.get(file)
+        return [file, *self.stamps[file], *([] if changed is None else [changed])]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from cache.files.stamp import Stamp
+from cache.files.stamp import Stamp, changed_at
 from cache.records.memos import Memos
 from tasks.checkpoints import safetensors_file, torch_file
 from tasks.checkpoints.small_files import check_regular
@@ -53,12 +53,22 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
         check_regular(path)
         try:
             stamp = Stamp.of(path)
+            identity = _identity(path)
         except OSError as error:  # a link to nowhere, as a moved download cache leaves
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-        identity = [str(path.absolute()), *stamp]
         known = recall(path.name, identity, memos)
         tables[path.name] = stamp, read(path, identity, memos) if known is None else known
     return tables
+
+
+def forget(paths: Iterable[Path], memos: Memos) -> None:
+    """Remember nothing of files as they are now."""
+    for path in paths:
+        memos.forget(KIND, [HEADERS_VERSION, *_identity(path)])
+
+
+def _identity(path: Path) -> list[Any]:
+    return [str(path.absolute()), *Stamp.of(path), changed_at(path)]
 
 
 def recall(name: str, identity: list[Any], memos: Memos) -> list[Stored] | None:

@@ -72,8 +72,7 @@ class Command(DoitCommand):  # type: ignore[misc]
             except CacheError as error:
                 raise InvalidDodoFile(failures.message(error)) from error
             except OSError as error:
-                if error.filename is None:  # what is printed cannot be, or nobody reads it
-                    raise
+                _raise_of_output(error)
                 raise InvalidDodoFile(failures.message(error)) from error
             finally:
                 if self.loader and self.loader.session:
@@ -120,6 +119,16 @@ class Command(DoitCommand):  # type: ignore[misc]
         mend = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         shown = f"{COMMAND} list shows them, with --all each layer's."
         return f"there is no {kind} {name!r}. {mend}{shown}"
+
+
+def _raise_of_output(error: OSError) -> None:
+    """Raise an error again if what is printed cannot be, or nobody reads it."""
+    if isinstance(error, BrokenPipeError):
+        raise error
+    try:
+        sys.stdout.flush()  # what was not written is tried again
+    except OSError:
+        raise error from None
 
 
 class StateCommand(Command):

@@ -14,7 +14,7 @@ import msgspec
 from doit.dependency import FileChangedChecker
 
 from cache.digest import digest, digest_file
-from cache.errors import NoRoom
+from cache.errors import NoRoom, naming
 from cache.files import atomic
 from cache.files.stamp import Stamp
 from cache.records.manifests import Manifest, ManifestError
@@ -57,7 +57,8 @@ class Checker(FileChangedChecker):  # type: ignore[misc]
 def _content_digest(path: Path) -> str:
     if path.suffix == ".json":
         try:
-            return Manifest.from_bytes(path.read_bytes()).result
+            with naming(path):
+                return Manifest.from_bytes(path.read_bytes()).result
         except ManifestError:
             pass  # a checkpoint's own JSON file
     return digest_file(path)

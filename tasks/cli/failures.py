@@ -40,11 +40,11 @@ def message(error: Exception) -> str:
     """
     if isinstance(error, OSError):
         if not space.is_full(error):
-            where = f"{error.filename}: " if error.filename else ""
+            where = f"{error.filename}: " if isinstance(error.filename, str) else ""
             mend = _MENDS.get(error.errno or 0, "Mend that")
             again = f"run {COMMAND} again: what is already built is kept."
             return one_line(f"{where}{error.strerror or error}. {mend}, and {again}")
-        error = space.no_room(Path(error.filename or "."))
+        error = space.no_room(Path(error.filename if isinstance(error.filename, str) else "."))
     if isinstance(error, NoRoom):
         return f"{error} Make room and run {COMMAND} again: what is already built is kept."
     if isinstance(error, NotACache):

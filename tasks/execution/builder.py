@@ -19,10 +19,12 @@ from cache.blobs import Blobs, Part, Writer
 from cache.digest import digest_parts
 from cache.errors import BlobLost, FileChanged
 from cache.files import atomic
+from cache.files.stamp import Stamp
 from cache.records.actions import Corrupt, Hit, Miss
 from cache.records.manifests import Action, Manifest, ManifestError, Tensor, TensorSpec
 from cache.records.memos import Memos
 from cache.store import Store
+from tasks.checkpoints import headers
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import BuildError, CheckpointError
 from tasks.core.program import COMMAND
@@ -204,15 +206,15 @@ class Builder:
             self.publish(path, manifest)
         return manifest
 
-    def publish(self, path: Path, manifest: Manifest) -> None:
-        """Write a manifest to ``path``, unless it is there already."""
+    def publish(self, path: Path, manifest: Manifest, *, durable: bool = False) -> None:
+        """Write a manifest to ``path``, unless it is there; ``durable``: see ``atomic.write``."""
         data = manifest.to_bytes()
         try:
             if path.read_bytes() == data:
                 return
         except FileNotFoundError:
             pass
-        atomic.write(path, data)
+        atomic.write(path, data, durable=durable)
 
     @contextmanager
     def logged(self, task: str, why: str) -> Iterator[dict[str, str]]:
@@ -564,11 +566,42 @@ class Builder:
                 record["outcome"] = "computed"
         if remade.tensors.get(name) != tensor:
             # So that the next run sees it.
-            self.publish(Path(node.manifest_path(self.workspace)), remade)
+            if node.is_leaf:
+                self.forget_checkpoint(plan)
+            else:
+                self.publish(Path(node.manifest_path(self.workspace)), remade)
             raise BuildError(
                 f"{node.name}: {name} is lost ({lost.cause}) and comes out differently now. "
                 f"Run {COMMAND} again: what depends on it is then built anew."
             )
+
+    def check_unchanged(self, plan: Plan) -> None:
+        """Make sure that a target is made of one checkpoint, and not of one that was written to.
+
+        Raises:
+            FileChanged: it was, since it was planned with, under the same size and time.
+        """
+        checkpoint = plan.checkpoint
+        if checkpoint.changes() == checkpoint.changed_at:
+            return
+        blobs = self.store.blobs
+        for leaf in plan.leaves:  # a name, a permission or a time may be all that changed
+            for key, tensor in self.manifest(plan, leaf).tensors.items():
+                if checkpoint.must_copy(key) or not (part := checkpoint.part(key)):
+                    continue
+                now = part._replace(stamp=Stamp.of(part.path))
+                if digest_parts(blobs.chunks([now])) != tensor.digest:
+                    self.forget_checkpoint(plan)
+                    raise FileChanged(part.path)
+
+    def forget_checkpoint(self, plan: Plan) -> None:
+        """Remember nothing of a checkpoint whose files have other bytes than their stamps say."""
+        checkpoint, memos = plan.checkpoint, self.store.memos
+        paths = [checkpoint.source.path(file) for file in checkpoint.stamps]
+        headers.forget([path for path in paths if path], memos)
+        for leaf in plan.leaves:
+            _leaf(leaf).forget(*self._asked(plan, leaf))
+            Path(leaf.manifest_path(self.workspace)).unlink(missing_ok=True)
 
 
 class _Contents(Mapping[str, bytes]):

@@ -16,6 +16,7 @@ from typing import Protocol
 from cache.digest import digest_file
 from cache.errors import BlobLost, FileChanged
 from cache.files import space, trash
+from cache.files.durable import sync, sync_tree
 from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor
 from tasks.core.errors import BuildError
@@ -155,7 +156,7 @@ class Packing:
                     builder.store.actions.put(result)
                     shared = self._share(result)
                     record["outcome"] = "reused" if last else "fetched" if shared else "computed"
-                builder.publish(path, result)
+                builder.publish(path, result, durable=True)
                 self._pending_path.unlink(missing_ok=True)
                 return result
         finally:
@@ -227,9 +228,13 @@ class Packing:
             meter.written += filled.written
             result = Manifest(wanted.action, filled.files, notes)
             self.acceptance.accept(result, filled.blake3)
+            builder.check_unchanged(self.plan)
             self.notes.extend(place.keep(self._there(filled.files), new, self._loaded))
-            builder.publish(self._pending_path, result)  # lest a kill makes it nobody's
+            # Lest a kill makes it nobody's, and a power cut leaves neither the old nor the new.
+            builder.publish(self._pending_path, result, durable=True)
+            sync_tree(new)
             _exchange(new, self.folder)
+            sync(self.folder.parent)
         except OSError as error:
             if space.is_full(error):
                 raise space.no_room(self.folder.parent, need) from error

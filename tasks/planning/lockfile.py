@@ -573,7 +573,7 @@ class Lock:
         }
         data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
         if not self.path.exists() or self.path.read_bytes() != data:
-            atomic.write(self.path, data)
+            atomic.write(self.path, data, durable=True)  # it is the user's, and nothing else has it
 
     def _another(self, plan: Plan, fact: str) -> BuildError:
         return BuildError(

@@ -20,12 +20,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 @given(number=st.integers(0, 3), seed=st.integers(0, 2**32 - 1))
 def test_a_damaged_file(files: Inputs, number: int, seed: int) -> None:
     """Of weights, models.toml or models.lock; those beside a checkpoint are planned with."""
-    outcome = files.attempt([*files.kinds][number], seed)
+    outcome = files.attempt(seed, [*files.kinds][number])
     assert outcome.outcome in HARMLESS, outcome.detail
 
 
 def test_a_damaged_file_beside_weights(files: Inputs) -> None:
     for kind in [*files.kinds][4:]:
         for seed in range(6):
-            outcome = files.attempt(kind, seed)
+            outcome = files.attempt(seed, kind)
             assert outcome.outcome in HARMLESS, outcome.detail

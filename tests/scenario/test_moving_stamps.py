@@ -9,6 +9,7 @@ import pytest
 
 from cache.files.stamp import Stamp
 from support.projects import FOUR_BIT, SOURCES, alter, create, touch, weight_files
+from tasks.checkpoints import safetensors_file
 
 
 @pytest.fixture
@@ -90,4 +91,63 @@ def test_a_file_that_is_written_while_it_is_read(
     assert "changed while it was read. Run doit again when it is whole" in done.stdout
     project.accept()
     project.doit()
+    assert project.built() == project.anew()
+
+
+CHANGED = "model.layers.1.mlp.up_proj.weight"
+
+
+def alter_unseen(checkpoint: Path) -> None:
+    """Change tensors of a file, whose size, time and inode stay."""
+    for name in (CHANGED, "model.layers.2.mlp.up_proj.weight"):
+        ((path, stat),) = (
+            (path, path.stat()) for path in weight_files(checkpoint) if has(path, name)
+        )
+        alter(checkpoint, name)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert Stamp.of(path) == Stamp.of_stat(stat)
+
+
+def has(path: Path, name: str) -> bool:
+    return any(stored.name == name for stored in safetensors_file.read(path))
+
+
+@pytest.mark.parametrize("has_ctime", [True, False])
+def test_a_checkpoint_that_changes_unseen(
+    has_ctime: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never a model of both: not even of a setting that only one layer is made again for."""
+    project = create(tmp_path, "huggingface", quantize={"bits": 4})
+    if not has_ctime:
+        for module in ("headers", "checkpoint"):
+            monkeypatch.setattr(f"tasks.checkpoints.{module}.changed_at", lambda _: 0)
+    project.doit()
+    alter_unseen(project.checkpoint)
+    project.configure(quantize={"bits": 4, "rules": [{"match": CHANGED[:-7], "bits": 8}]})
+    said = project.doit(expect=1).stdout
+    assert ("is not what models.lock has" if has_ctime else "comes out differently now") in said
+    project.doit(expect=1)
+    project.accept()
+    project.doit()
+    assert project.built() == project.anew()
+
+
+@pytest.mark.parametrize("at", [24, 36, 48])
+def test_a_checkpoint_that_changes_unseen_while_it_is_read(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = create(tmp_path, "huggingface", quantize={"bits": 4})
+    original, reads = Stamp.of, itertools.count(1)
+
+    def of(path: str | Path | int) -> Stamp:
+        if isinstance(path, int) and next(reads) == at:
+            alter_unseen(project.checkpoint)
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stamp, "of", of)
+        done = project.doit("-n", "1", expect=None)
+    if done.returncode:
+        assert "changed while it was read" in done.stdout or "comes out differently" in done.stdout
+        project.doit()
     assert project.built() == project.anew()

@@ -28,7 +28,7 @@ def test_a_damaged_record_never_makes_a_wrong_model(
     damaged: Damaged, number: int, seed: int
 ) -> None:
     kinds = damaged.kinds()
-    outcome = damaged.attempt(kinds[number % len(kinds)], seed)
+    outcome = damaged.attempt(seed, kinds[number % len(kinds)])
     assert outcome.outcome in OUTCOMES, outcome.detail
 
 

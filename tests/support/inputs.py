@@ -4,17 +4,19 @@ import json
 import os
 import random
 import resource
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import mlx.core as mx
 import torch
 from doit.exceptions import InvalidDodoFile
 
 from cache.errors import CacheError
-from support import checkpoints
+from support import checkpoints, inside, meta
 from support.mutations import mutated
 from tasks.checkpoints import safetensors_file, torch_file
 from tasks.checkpoints.stored import TORCH, Stored
@@ -22,6 +24,8 @@ from tasks.cli.options import Options
 from tasks.cli.session import Session
 from tasks.config import reader
 from tasks.core.errors import BuildError
+from tasks.layouts import architecture, probe
+from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.lockfile import Lock
 
@@ -41,6 +45,15 @@ max_shard_size = "1GB"
 [models.model.variants.8bit]
 quantize = { bits = 8, group_size = 32 }
 """
+ONE = '[models.model]\nsource = "{}"\nquantize = {{ bits = 4 }}\n'
+# Beside what every checkpoint here has.
+BESIDE = {
+    "added_tokens.json": '{"<a>": 320}',
+    "chat_template.jinja": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    "chat_template.json": '{"chat_template": "{{ messages }}"}',
+    "additional_chat_templates/tool.jinja": "{{ tools }}",
+    "README.md": "---\nlicense: mit\nlanguage: [en]\ntags:\n- x\nbase_model: a/b\n---\n# A model\n",
+}
 
 
 class Outcome(NamedTuple):
@@ -56,11 +69,15 @@ class Outcome(NamedTuple):
 
 
 class Inputs:
-    """Whole files of each kind in a folder."""
+    """Whole files of each kind in a folder.
+
+    Attributes:
+        folder: the folder.
+        kinds: what reads a file, and returns what is wrong, by the file's path in it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.checkpoint = checkpoints.make("llama", folder / "checkpoint", num_hidden_layers=1)
         (folder / "models.toml").write_text(MODELS)
         digests = {"source": "0" * 64, "settings": "1" * 32, "action": "2" * 32}
         built = {**digests, "computer": {"mlx": "1"}, "output": "3" * 32, "blake3": "4" * 64}
@@ -77,35 +94,56 @@ class Inputs:
             "weights.pth": _pth,
             "models.toml": lambda path: reader.load(path) and "",
             "models.lock": lambda path: Lock.load(path, strict=False) and "",
-            **{
-                f"checkpoint/{path.name}": lambda _: _plan(self.folder)
-                for path in sorted(self.checkpoint.glob("*.json"))
-            },
         }
+        made = checkpoints.make("llama", folder / "plain" / "checkpoint", num_hidden_layers=1)
+        for file, text in BESIDE.items():
+            (made / file).parent.mkdir(exist_ok=True)
+            (made / file).write_text(text)
+        self._add("plain", "*.json", *BESIDE)
+        meta.make("llama-2", folder / "meta" / "checkpoint")
+        self._add("meta", "*.json", "tokenizer.model")
+        shutil.copytree(folder / "plain/build/model", folder / "quantized" / "checkpoint")
+        self._add("quantized", "config.json")
 
-    def attempt(self, kind: str, seed: int) -> Outcome:
-        """Damage a file of a kind, and see what is read of it."""
-        path = self.folder / kind
-        whole = path.read_bytes()
-        # Of weights, what says where they lie; and seldom the rest.
-        end = whole.rfind(b"}") + 1 if path.suffix == ".safetensors" else len(whole)
-        data = mutated(whole[:end], random.Random(f"{kind} {seed}")) + whole[end:]
-        if path.suffix == ".safetensors" and seed % 2:  # else hardly any header has its length
-            data = (len(data) - len(whole) + end - 8).to_bytes(8, "little", signed=True) + data[8:]
-        detail = f"{kind}, seed {seed}: {data[:300]!r}"
-        path.write_bytes(data)
+    def _add(self, project: str, *patterns: str) -> None:
+        """Have files of a project's checkpoint among the kinds; built once, all is remembered."""
+        folder = self.folder / project
+        (folder / "models.toml").write_text(ONE.format("checkpoint"))
+        inside.doit(folder)
+        for pattern in patterns:
+            for path in sorted((folder / "checkpoint").glob(pattern)):
+                self.kinds[str(path.relative_to(self.folder))] = lambda _: _plan(folder)
+
+    def attempt(self, seed: int, *kinds: str) -> Outcome:
+        """Damage a file of each kind, and see what is read of them; all are of one project."""
+        whole = {kind: (self.folder / kind).read_bytes() for kind in kinds}
+        damaged = {kind: _damaged(kind, data, seed) for kind, data in whole.items()}
+        detail = "\n".join(f"{kind}, seed {seed}: {data[:300]!r}" for kind, data in damaged.items())
+        for kind, data in damaged.items():
+            (self.folder / kind).write_bytes(data)
         begin = _seconds()
         try:
-            wrong = self.kinds[kind](path)
+            wrong = self.kinds[kinds[0]](self.folder / kinds[0])
         except (BuildError, CacheError, InvalidDodoFile):
             wrong = OUTCOMES[1]
         except Exception as error:
             return Outcome(f"traceback: {type(error).__name__}", f"{detail}\n{error}")
         finally:
-            path.write_bytes(whole)
+            for kind, data in whole.items():
+                (self.folder / kind).write_bytes(data)
         if (seconds := _seconds() - begin) > SECONDS:
             return Outcome("slow", f"{seconds:.0f} s: {detail}")
         return Outcome(wrong or OUTCOMES[0], detail)
+
+
+def _damaged(kind: str, whole: bytes, seed: int) -> bytes:
+    # Of weights, what says where they lie; and seldom the rest.
+    weights = kind.endswith(".safetensors")
+    end = whole.rfind(b"}") + 1 if weights else len(whole)
+    data = mutated(whole[:end], random.Random(f"{kind} {seed}")) + whole[end:]
+    if weights and seed % 2:  # else hardly any header has its length
+        data = (len(data) - len(whole) + end - 8).to_bytes(8, "little", signed=True) + data[8:]
+    return data
 
 
 def _seconds() -> float:
@@ -162,12 +200,18 @@ def _pth(path: Path) -> str:
 
 
 def _plan(folder: Path) -> str:
-    """Plan a target without anything that is remembered, and make its small files."""
+    """Plan a target, and make its small files; what is made of damaged ones is not remembered."""
     config = reader.load(folder / "models.toml")
-    session = Session.open(config, Options(read_only=True))
-    if "model" not in session.plans:
-        return OUTCOMES[1]
-    plan = session.plans["model"]
-    layout = LAYOUTS[plan.target.layout]
-    layout.files(plan.checkpoint, session.store.memos, [[("a", 1)]], plan.weights)
+    with mock.patch.object(architecture, "_ask_process", _ask_here):
+        session = Session.open(config, Options(read_only=True))
+        if "model" not in session.plans:
+            return OUTCOMES[1]
+        plan = session.plans["model"]
+        layout = LAYOUTS[plan.target.layout]
+        layout.files(plan.checkpoint, session.store.memos, [[("a", 1)]], plan.weights)
     return ""
+
+
+def _ask_here(question: dict[str, Any], library: str, _: Path) -> Any:
+    """Ask a library as a process of its own would be asked, which takes seconds to start."""
+    return json.loads(json.dumps(probe.answer(question, LIBRARIES[library])))

@@ -5,6 +5,8 @@ process itself, its signals, its memory or what it imports, use `front_door`.
 """
 
 import contextlib
+import copy
+import functools
 import gc
 import io
 import os
@@ -44,12 +46,14 @@ def doit(
     return front_door.Finished([*args], status, out, err, entries)
 
 
+@functools.cache
+def _plugins() -> dict:
+    return DoitConfig().load_config_toml(str(front_door.REPOSITORY / "pyproject.toml"), "tool.doit")
+
+
 def run(folder: Path, *args: str) -> tuple[int, str, str]:
     """Run doit; return its exit status, and what it wrote to stdout and stderr."""
-    plugins = DoitConfig().load_config_toml(
-        str(front_door.REPOSITORY / "pyproject.toml"), "tool.doit"
-    )
-    main = DoitMain(InstalledLoader(), config_filenames=(), extra_config=plugins)
+    main = DoitMain(InstalledLoader(), config_filenames=(), extra_config=copy.deepcopy(_plugins()))
     out, err = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -69,7 +69,8 @@ def _whole(data: bytes, chance: random.Random) -> bytes:
 
 
 _TOKENS = (
-    b"", b"null", b"true", b"0", b"-1", b"1e999", b"9" * 30, b'""', b'"x"', b"[]", b"{}", b"[[]]",
-    b'"\\ud800"', b'"../../x"', b"\xff\xfe", b"\0", b"[" * 2000, b'{"a":' * 2000, b'"' + b"x" * 999,
+    b"", b"null", b"true", b"0", b"-1", b"1e999", b"1000000000", b"9" * 30, b'""', b'"x"', b"[]",
+    b"{}", b"[[]]", b'"\\ud800"', b'"../../x"', b"\xff\xfe", b"\0", b"[" * 2000, b'{"a":' * 2000,
+    b'"' + b"x" * 999,
 )  # fmt: skip
 _WAYS = (_flip, _digit, _digit, _cut, _twice, _replace, _token, _token, _token, _whole)

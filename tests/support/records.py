@@ -1,4 +1,4 @@
-"""records: a small project whose records are damaged one at a time, and what doit makes of it."""
+"""records: a small project whose records are damaged, and what doit makes of it."""
 
 import json
 import os
@@ -6,12 +6,13 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache.files.stamp import Stamp
-from support import checkpoints, inside
+from support import checkpoints, inside, meta
 from support.mutations import mutated
 
 MODELS = """\
@@ -24,7 +25,7 @@ quantize = {{ bits = {bits} }}
 # and the record of what was packed, without which build/ is not known to be ours to replace.
 KINDS = {
     **{f"memo {kind}": f".mlx-make/cache/memos/{kind}/*/*.json"
-       for kind in ("headers", "architectures", "extracts", "token_ids", "tokenizers")},
+       for kind in ("headers", "architectures", "extracts", "cards", "token_ids", "tokenizers")},
     "reference": ".mlx-make/cache/blobs/*/*.parts",
     "action": ".mlx-make/cache/actions/*/*.json",
     "source record": ".mlx-make/cache/sources/*/record.json",
@@ -35,6 +36,8 @@ KINDS = {
     "build log": ".mlx-make/log.jsonl",
     "models.lock": "models.lock",
 }  # fmt: skip
+# By what alone build/ is known to be ours, where the other was removed.
+SAID = {"models.lock": ("models.lock", "was not built here"), "manifest": ("was not built here",)}
 LOOKS = (
     ["list", "--all"], ["plan"], ["why", "pack:model"], ["cache", "stats"], ["summary"],
     ["graph"], ["info", "pack:model"], ["cache", "gc", "--dry-run", "--max-size", "1kB"],
@@ -55,15 +58,13 @@ def tasks_in(database: Path) -> dict[str, Any]:
 
 
 class Outcome(NamedTuple):
-    """What came of a damaged record.
+    """What came of damaged records.
 
     Attributes:
-        kind: one of `KINDS`.
         outcome: one of `OUTCOMES`; else what is wrong with it.
         detail: all that is needed to look into it.
     """
 
-    kind: str
     outcome: str
     detail: str
 
@@ -94,12 +95,16 @@ class Damaged:
         self.folder = folder
         self.kind = kind
         self.expected: dict[int, dict[str, bytes]] = {}
-        self._files: dict[Path, tuple[bytes, Stamp]] = {}
+        self._files: dict[str, tuple[bytes, Stamp]] = {}
 
     @classmethod
     def create(cls, folder: Path, kind: str = "llama") -> "Damaged":
         made = cls(folder, kind)
-        checkpoints.make(kind, folder / "checkpoint", num_hidden_layers=2)
+        if kind in meta.RELEASES:
+            meta.make(kind, folder / "checkpoint")
+        else:
+            checkpoints.make(kind, folder / "checkpoint", num_hidden_layers=1)
+        (folder / "checkpoint" / "README.md").write_text("---\nlicense: mit\n---\n")
         for bits in (8, 4, 4):  # the last finds nothing to do
             made.configure(bits)
             assert _run(folder)[0] == 0
@@ -107,7 +112,7 @@ class Damaged:
         made.configure(4)
         assert made.built() == made.expected[4]
         for path in made._walk():
-            made._files[path] = (path.read_bytes(), Stamp.of(path))
+            made._files[path] = (Path(path).read_bytes(), Stamp.of(path))
         return made
 
     def configure(self, bits: int) -> None:
@@ -120,17 +125,20 @@ class Damaged:
         """The kinds of records that there are."""
         return [kind for kind in KINDS if any(self.folder.glob(KINDS[kind]))]
 
-    def attempt(self, kind: str, seed: int) -> Outcome:
-        """Damage a record of a kind, and see what is built and said."""
-        chance = random.Random(f"{kind} {seed}")
-        path = chance.choice(sorted(self.folder.glob(KINDS[kind])))
-        data = mutated(path.read_bytes(), chance)
-        path.unlink()  # it may be the checkpoint's or build/'s own file, too
-        path.write_bytes(data)
+    def attempt(self, seed: int, *kinds: str) -> Outcome:
+        """Damage a record of each kind, and see what is built and said."""
+        chance = random.Random(f"{' '.join(kinds)} {seed}")
+        damaged = []
+        for kind in kinds:
+            path = chance.choice(sorted(self.folder.glob(KINDS[kind])))
+            data = mutated(path.read_bytes(), chance)
+            path.unlink()  # it may be the checkpoint's or build/'s own file, too
+            path.write_bytes(data)
+            damaged.append(f"{path.relative_to(self.folder)}: {data[:300]!r}")
         bits, args = self._provoke(chance)
-        detail = f"{kind}, seed {seed}: {path.relative_to(self.folder)}; {args}\n{data[:300]!r}"
+        detail = "\n".join([f"{', '.join(kinds)}, seed {seed}; {args}", *damaged])
         try:
-            return Outcome(kind, *self._tried(kind, bits, args, detail))
+            return Outcome(*self._tried(kinds, bits, args, detail))
         finally:
             self._restore()
 
@@ -149,7 +157,9 @@ class Damaged:
             shutil.rmtree(self.folder / "build")
         return bits, list(chance.choice(LOOKS)) if way == "look" else []
 
-    def _tried(self, kind: str, bits: int, args: list[str], detail: str) -> tuple[str, str]:
+    def _tried(
+        self, kinds: Sequence[str], bits: int, args: list[str], detail: str
+    ) -> tuple[str, str]:
         said = ""
         if args:
             _, said = _run(self.folder, *args)
@@ -161,24 +171,34 @@ class Damaged:
         if status == 0:
             right = self.built() == self.expected[bits]
             return ("built right" if right else "built wrong"), f"{detail}\n{said}"
-        said_of = {"models.lock": "models.lock", "manifest": "was not built here"}
-        if kind not in said_of:
+        expected = [text for kind in kinds for text in SAID.get(kind, ())]
+        if not expected:
             return "not mended", f"{detail}\n{said}"
-        return ("said so" if said_of[kind] in said else "not said"), f"{detail}\n{said}"
+        said_so = any(text in said for text in expected)
+        return ("said so" if said_so else "not said"), f"{detail}\n{said}"
 
-    def _walk(self) -> Iterator[Path]:
+    def _walk(self) -> Iterator[str]:
         for root, folders, files in os.walk(self.folder):
-            if Path(root) == self.folder:
+            if root == str(self.folder):
                 folders.remove("checkpoint")
-            yield from (Path(root) / name for name in files)
+            yield from (os.path.join(root, name) for name in files)
 
     def _restore(self) -> None:
-        for path in set(self._walk()) - self._files.keys():
-            path.unlink()
-        for path, (data, stamp) in self._files.items():
-            if not path.exists() or Stamp.of(path) != stamp:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.unlink(missing_ok=True)
-                path.write_bytes(data)
-                os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
-                self._files[path] = (data, Stamp.of(path))
+        left = dict(self._files)
+        for name in [*self._walk()]:
+            data, stamp = left.pop(name, (None, None))
+            if data is None:
+                with suppress(FileNotFoundError):  # of what goes by itself
+                    os.unlink(name)
+            elif Stamp.of(name) != stamp:
+                self._write(name, data, stamp)
+        for name, (data, stamp) in left.items():
+            self._write(name, data, stamp)
+
+    def _write(self, name: str, data: bytes, stamp: Stamp) -> None:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.write_bytes(data)
+        os.utime(path, ns=(stamp.mtime_ns, stamp.mtime_ns))
+        self._files[name] = (data, Stamp.of(name))
