@@ -126,7 +126,11 @@ class Blobs:
 
     def path(self, digest: str) -> Path:
         """Return where the bytes of ``digest`` lie if the store owns them."""
-        return self.root / digest[:2] / digest[2:]
+        return Path(self._file(digest))
+
+    def _file(self, digest: str) -> str:
+        """As ``path``, a text: a build asks some hundred times, and a Path takes its time."""
+        return f"{self.root}/{digest[:2]}/{digest[2:]}"
 
     def locate(self, digest: str, length: int) -> list[Part]:
         """Return the runs of bytes that make up ``digest``, in order.
@@ -138,14 +142,14 @@ class Blobs:
         Raises:
             BlobLost: it is nowhere, or the file it was a part of has changed.
         """
-        path = self.path(digest)
+        path = self._file(digest)
         try:
             stamp = Stamp.of(path)
         except FileNotFoundError:
             return self._locate_reference(digest, length)
         if stamp.size == length:
             self._touch(path, stamp)
-            return [Part(str(path), 0, length, None)]
+            return [Part(path, 0, length, None)]
         if self.reference_path(digest).exists():
             return self._locate_reference(digest, length)
         raise BlobLost(digest, f"{path} has {stamp.size} bytes, expected {length}")
@@ -157,13 +161,14 @@ class Blobs:
             FileNotFoundError: there is none.
             Damaged: it is not what was written.
         """
-        return self._read_reference(path)[0]
+        return self._read_reference(path.parent.name + path.stem, path)[0]
 
-    def _read_reference(self, path: Path) -> tuple[list[Part], bool]:
+    def _read_reference(self, digest: str, path: Path | str) -> tuple[list[Part], bool]:
         """Return a reference's parts, and whether it is sealed: older versions sealed none."""
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read()
         try:
-            return self._parts(unseal(path.parent.name + path.stem, data, _Parts)), True
+            return self._parts(unseal(digest, data, _Parts)), True
         except Unsealed:
             try:
                 return self._parts(msgspec.json.decode(data, type=_Parts)), False
@@ -369,13 +374,15 @@ class Blobs:
 
     def reference_path(self, digest: str) -> Path:
         """Return where it is written where the bytes of ``digest`` lie."""
-        path = self.path(digest)
-        return path.with_name(path.name + ".parts")
+        return Path(self._reference_file(digest))
+
+    def _reference_file(self, digest: str) -> str:
+        return f"{self._file(digest)}.parts"
 
     def _locate_reference(self, digest: str, length: int) -> list[Part]:
-        reference = self.reference_path(digest)
+        reference = self._reference_file(digest)
         try:
-            parts, sealed = self._read_reference(reference)
+            parts, sealed = self._read_reference(digest, reference)
         except FileNotFoundError:
             raise BlobLost(digest, "not in the store") from None
         except Damaged as error:
@@ -404,6 +411,6 @@ class Blobs:
         """Return a path as references name it: relative if it is the store's, which may move."""
         return path.removeprefix(f"{self.root}{os.sep}")
 
-    def _touch(self, path: Path, stamp: Stamp) -> None:
+    def _touch(self, path: str, stamp: Stamp) -> None:
         if not self._read_only:
             atomic.touch(path, stamp.mtime_ns)

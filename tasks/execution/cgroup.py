@@ -7,6 +7,7 @@ admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst).
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -29,6 +30,7 @@ class Limits(NamedTuple):
     memory: int | None
 
 
+@functools.cache
 def limits(root: Path = Path("/")) -> Limits:
     """Return the tightest limits of this process's groups; none where there are no groups.
 

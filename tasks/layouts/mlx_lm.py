@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -249,8 +250,7 @@ def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
     """Return Hugging Face's tokenizer files, made once: that takes seconds of imports."""
     path = checkpoint.folder / "tokenizer.model"
     release = llama_tokenizer.release_of(checkpoint.config)
-    versions = [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
-    question = [llama_tokenizer.VERSION, digest(read_bytes(path)), release, versions]
+    question = [llama_tokenizer.VERSION, digest(read_bytes(path)), release, _tokenizer_versions()]
     with importing():
         answer = memos.get("tokenizers", question, dict[str, str])
         if answer is None:
@@ -267,14 +267,19 @@ def _fast_tokenizer(checkpoint: Checkpoint, memos: Memos) -> tuple[str, str]:
         return "", ""
     files = {path.name: read_bytes(path) for path in paths if path.suffix != ".py"}
     files["config.json"] = json.dumps(checkpoint.config).encode()
-    versions = [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
     digests = {name: digest(data) for name, data in files.items()}
-    question = [slow_tokenizer.VERSION, digests, versions]
+    question = [slow_tokenizer.VERSION, digests, _tokenizer_versions()]
     answer = memos.get("fast_tokenizers", question, tuple[str, str])
     if answer is None:
         answer = slow_tokenizer.make(files)
         memos.put("fast_tokenizers", question, answer)
     return answer
+
+
+@cache
+def _tokenizer_versions() -> list[str]:
+    """Return the versions of what makes tokenizer.json."""
+    return [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
 
 
 def _slow_note(cause: str) -> str:

@@ -56,6 +56,8 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(LIMIT_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    # Where torch is installed, transformers imports it: 3 s, and no tokenizer needs it.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         from transformers import AutoTokenizer
 
