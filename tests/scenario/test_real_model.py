@@ -6,8 +6,11 @@ needs the index, and minutes.
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -20,7 +23,8 @@ from mlx_lm.perplexity import eval_ppl
 from support import peer, real_model
 from support.differences import json_differences, read_json, weight_differences
 from support.front_door import doit
-from tasks.quality import text
+from support.pages import DOCS, blocks
+from tasks.quality import text as quality_text
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]
 
@@ -44,15 +48,22 @@ source = "smollm2-as-saved"
 """
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint as transformers 5 saves it."""
+    folder = tmp_path_factory.mktemp("real")
+    real_model.save(folder, folder / "smollm2-as-saved")
+    return folder / "smollm2-as-saved"
+
+
+@pytest.fixture(scope="module")
+def folder(saved: Path) -> Path:
     """Holds the checkpoint, once as transformers 5 saves it and once as the hub has it, and builds.
 
     The first has its rope_theta where mlx-lm's llama does not look, the second where it does.
     """
-    folder = tmp_path_factory.mktemp("real")
-    saved, source = folder / "smollm2-as-saved", folder / "smollm2"
-    real_model.save(folder, saved)
+    folder = saved.parent
+    source = folder / "smollm2"
     config = read_json(saved / "config.json")
     assert "rope_theta" not in config
     shutil.copytree(saved, source)
@@ -94,8 +105,33 @@ def test_quality_is_what_mlx_lm_says_and_falls_with_bits(folder: Path) -> None:
     nats = dict(re.findall(r"^(\S+): .*KL divergence mean ([\d.]+),", done.stdout, re.M))
     assert 0 < float(nats["smollm2"]) < 0.02 < float(nats["smollm2-3bit"])
     model, tokenizer = mlx_lm.load(str(folder / "build" / "smollm2"))
-    documents = text.read(None)
-    cut = text.windows(documents, tokenizer._tokenizer, samples=2, length=32, seed=0)
+    documents = quality_text.read(None)
+    cut = quality_text.windows(documents, tokenizer._tokenizer, samples=2, length=32, seed=0)
     with redirect_stdout(StringIO()):
         expected, _ = eval_ppl(model, mx.array(cut), batch_size=1)
     assert float(said["smollm2"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_getting_started(saved: Path, tmp_path: Path) -> None:
+    """All of that page, as it stands, to the answer; but for where the checkpoint comes from."""
+    shutil.copytree(saved, tmp_path / "checkpoints" / "smollm2")
+    scripts = Path(sys.executable).parent
+    env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    said = ""
+    page = DOCS / "getting-started.md"
+    download, *others = blocks(page, "bash", "python", "toml", "console")
+    assert download[1].startswith("hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir ")
+    assert download[1].split()[-1] == "checkpoints/smollm2"
+    for language, text in others:
+        if language == "toml":
+            (tmp_path / "models.toml").write_text(text, encoding="utf-8")
+            continue
+        shown = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
+        script = "\n".join(shown) if language == "console" else text
+        call = [sys.executable, "-c", text] if language == "python" else ["bash", "-ec", script]
+        done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+        said += done.stdout
+    assert "Paris" in said
+    (answer,) = (text for _, text in blocks(page, "text"))
+    assert answer in said
