@@ -154,7 +154,7 @@ def test_what_is_right(folder: Path, document: dict[str, Any]) -> None:
 
 
 @given(document=documents.wrong())
-@settings(calm, max_examples=300)
+@settings(calm, max_examples=150)
 def test_a_mistake(folder: Path, document: dict[str, Any]) -> None:
     """Both refuse it."""
     text = documents.toml(document)
@@ -163,7 +163,7 @@ def test_a_mistake(folder: Path, document: dict[str, Any]) -> None:
 
 
 @given(document=documents.anything())
-@settings(calm, max_examples=300)
+@settings(calm, max_examples=150)
 def test_what_the_schema_refuses(folder: Path, document: dict[str, Any]) -> None:
     """Is refused by config too, whatever it is."""
     text = documents.toml(document)

@@ -110,7 +110,7 @@ def test_nobody_reads_of_a_build(tmp_path: Path) -> None:
     ],
 )
 def test_mistyped(project: Project, call: str, told: str) -> None:
-    done = front_door.doit(project.folder, *call.split(), expect=3)
+    done = inside.doit(project.folder, *call.split(), expect=3)
     assert done.stderr.startswith("ERROR: ")
     assert told in done.stderr
     assert "\n" not in done.stderr.strip()
@@ -192,11 +192,11 @@ def test_nowhere_to_print(tmp_path: Path) -> None:
         call = f"{sys.executable} -m doit {command} models={project.folder / 'models.toml'}"
         closed = shell(f"{call} >&-")
         assert (closed.returncode, closed.stdout, closed.stderr) == (0, "", ""), command
-        assert shell(f"{call} <&- >&- 2>&-").returncode == 0, command
         full = shell(f"{call} > /dev/full")
         assert full.returncode == UNREAD, command
         assert full.stderr.startswith("ERROR: what is to be printed cannot be: ")
         assert full.stderr.count("\n") == 1
+    assert shell(f"{call} <&- >&- 2>&-").returncode == 0
     assert project.built() == project.anew()
 
 

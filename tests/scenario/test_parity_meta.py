@@ -21,7 +21,6 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from support import meta, mlx_examples, peer
 from support.checkpoints import write_tokenizer
@@ -259,6 +258,8 @@ def write_twin(name: str, folder: Path) -> None:
 
 def save_again(twin: Path, folder: Path) -> None:
     """Load a Hugging Face folder with transformers, and save it as a fine-tuning script does."""
+    from transformers import LlamaForCausalLM  # which takes as long as all the other imports
+
     LlamaForCausalLM.from_pretrained(twin, dtype=torch.float32).save_pretrained(folder)
     write_tokenizer(folder)
     shutil.copy(twin / "tokenizer.model", folder)
@@ -371,6 +372,8 @@ def mlx_examples_logits(build: Path) -> np.ndarray:
 @functools.cache
 def torch_logits(folder: Path) -> np.ndarray:
     """What transformers says to TOKENS, in float32."""
+    from transformers import LlamaForCausalLM
+
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model(torch.tensor([TOKENS])).logits[0].numpy()
