@@ -14,15 +14,12 @@ Interrupted, it prints what it has.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-import time
-from collections import Counter, defaultdict
-from contextlib import suppress
 from pathlib import Path
 
-from measure import ROOT, BenchmarkError
+import tally
+from measure import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -38,30 +35,19 @@ def main() -> None:
     faults.begin()
     from support import cuts
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=25, help="of each harm")
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser = tally.parser(__doc__, count=25, what="harm")
     parser.add_argument("--harms", nargs="*", default=cuts.HARMS, help=", ".join(cuts.HARMS))
     arguments = parser.parse_args()
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as name, suppress(KeyboardInterrupt):
-        attempts = cuts.Cuts(Path(name))
-        for harm in arguments.harms:
-            for seed in range(arguments.first, arguments.first + arguments.count):
-                outcome, detail = attempts.attempt(harm, seed)
-                counts[harm][outcome] += 1
-                if detail:
-                    print(f"{detail}\n", file=sys.stderr, flush=True)
-    print(
-        f"| harm | builds | {' | '.join(cuts.OUTCOMES)} |\n|---|---|{'---|' * len(cuts.OUTCOMES)}"
-    )
-    for harm, of in counts.items():
-        print(f"| {harm} | {of.total()} | {' | '.join(str(of[name]) for name in cuts.OUTCOMES)} |")
-    total = sum(map(Counter.total, counts.values()))
-    print(f"\n{total} in {time.monotonic() - begin:.0f} s")
-    if any(of["wrong"] for of in counts.values()):
-        raise BenchmarkError("not all came out right")
+    rounds = tally.rounds([[harm] for harm in arguments.harms], arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        attempts = cuts.Cuts(Path(folder))
+
+        def attempt(seed: int, harm: str) -> tuple[str, str]:
+            outcome, detail = attempts.attempt(harm, seed)
+            return outcome, detail
+
+        right = [outcome for outcome in cuts.OUTCOMES if outcome != "wrong"]
+        tally.run(rounds, attempt, right, heading="harm | builds", show=arguments.show)
 
 
 if __name__ == "__main__":

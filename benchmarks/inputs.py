@@ -12,14 +12,11 @@ has.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-import time
-from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
+import tally
 from measure import ROOT, BenchmarkError
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -36,34 +33,24 @@ def main() -> None:
     Raises:
         BenchmarkError: something came out wrong; all that did was printed.
     """
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=1000, help="of each kind")
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser = tally.parser(__doc__, count=1000, what="kind")
     parser.add_argument("--kinds", nargs="*", help="files, such as weights.pth")
     parser.add_argument("--together", action="store_true", help="all of them at once")
-    parser.add_argument("--show", type=int, default=2, help="of each way to go wrong")
-    told = parser.parse_args()
-    counts: dict[str, Counter[str]] = {}
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, suppress(KeyboardInterrupt):
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
         files = inputs.Inputs(Path(folder))
-        kinds = [*(told.kinds or files.kinds)]
-        for group in [kinds] if told.together else [[kind] for kind in kinds]:
-            counts |= {kind: Counter() for kind in group}
-            for seed in range(told.first, told.first + told.count):
-                outcome, detail = files.attempt(seed, *group)
-                for kind in group:
-                    counts[kind][outcome] += 1
-                if outcome not in HARMLESS and counts[group[0]][outcome] <= told.show:
-                    print(f"{outcome}: {detail}\n", file=sys.stderr, flush=True)
-    found = dict.fromkeys([*HARMLESS, *(name for of in counts.values() for name in of)])
-    print(f"| file | damaged | {' | '.join(found)} |\n|---|---|{'---|' * len(found)}")
-    for kind, of in counts.items():
-        print(f"| {kind} | {of.total()} | {' | '.join(str(of[name]) for name in found)} |")
-    total, peak = sum(map(Counter.total, counts.values())), inputs.peak_bytes()
-    print(f"\n{total} in {time.monotonic() - begin:.0f} s, peak memory {peak / 1e6:.0f} MB")
-    if found.keys() - set(HARMLESS) or peak > 1 << 30:
-        raise BenchmarkError("not all came out right")
+        kinds = [*(arguments.kinds or files.kinds)]
+        groups = [kinds] if arguments.together else [[kind] for kind in kinds]
+        rounds = tally.rounds(groups, arguments)
+        try:
+            tally.run(
+                rounds, files.attempt, HARMLESS, heading="file | damaged", show=arguments.show
+            )
+        finally:
+            peak = inputs.peak_bytes()
+            print(f"peak memory {peak / 1e6:.0f} MB")
+    if peak > 1 << 30:
+        raise BenchmarkError("it took more than 1 GiB")
 
 
 if __name__ == "__main__":

@@ -13,17 +13,15 @@ models.lock excepted, since nothing is built without it. Interrupted, it prints 
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import tempfile
-import time
-from collections import Counter, defaultdict
+from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-from measure import ROOT, BenchmarkError
+import tally
+from measure import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -36,46 +34,30 @@ def main() -> None:
     Raises:
         BenchmarkError: something came out wrong; all that did was printed.
     """
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=100, help="of each kind")
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser = tally.parser(__doc__, count=100, what="kind")
     parser.add_argument("--together", action="store_true", help="several kinds in each build")
     parser.add_argument("--checkpoint", default="llama", help="the kind of checkpoint")
     parser.add_argument("--kinds", nargs="*", help=", ".join(records.KINDS))
-    parser.add_argument("--show", type=int, default=3, help="of each way to go wrong")
-    told = parser.parse_args()
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    begin = time.monotonic()
-    builds = 0
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        project = records.Damaged.create(Path(folder), told.checkpoint)
-        with suppress(KeyboardInterrupt):  # so far, then
-            for seed, kinds in _rounds(told.kinds or project.kinds(), told):
-                outcome = project.attempt(seed, *kinds)
-                builds += 1
-                for kind in kinds:
-                    counts[kind][outcome.outcome] += 1
-                wrong = outcome.outcome not in records.OUTCOMES
-                if wrong and counts[kinds[0]][outcome.outcome] <= told.show:
-                    print(f"{outcome.outcome}: {outcome.detail}\n", file=sys.stderr, flush=True)
-    found = dict.fromkeys([*records.OUTCOMES, *(name for of in counts.values() for name in of)])
-    print(f"| record | damaged | {' | '.join(found)} |\n|---|---|{'---|' * len(found)}")
-    for kind, of in counts.items():
-        print(f"| {kind} | {of.total()} | {' | '.join(str(of[name]) for name in found)} |")
-    total = sum(map(Counter.total, counts.values()))
-    print(f"\n{total} in {builds} builds, {time.monotonic() - begin:.0f} s")
-    if found.keys() - set(records.OUTCOMES):
-        raise BenchmarkError("not all came out right")
+        project = records.Damaged.create(Path(folder), arguments.checkpoint)
+
+        def attempt(seed: int, *kinds: str) -> tuple[str, str]:
+            outcome = project.attempt(seed, *kinds)
+            return outcome.outcome, outcome.detail
+
+        rounds = _rounds([*(arguments.kinds or project.kinds())], arguments)
+        tally.run(
+            rounds, attempt, records.OUTCOMES, heading="record | damaged", show=arguments.show
+        )
 
 
-def _rounds(kinds: list[str], told: argparse.Namespace) -> Iterator[tuple[int, list[str]]]:
+def _rounds(kinds: list[str], arguments: Namespace) -> Iterator[tally.Round]:
     """Yield a seed, and the kinds to damage by it, until each kind had its count."""
-    alone = [kind for kind in kinds if not told.together or kind == "models.lock"]
-    for kind in alone:
-        for seed in range(told.first, told.first + told.count):
-            yield seed, [kind]
-    left = dict.fromkeys([kind for kind in kinds if kind not in alone], told.count)
-    seed = told.first
+    alone = [kind for kind in kinds if not arguments.together or kind == "models.lock"]
+    yield from tally.rounds([[kind] for kind in alone], arguments)
+    left = dict.fromkeys([kind for kind in kinds if kind not in alone], arguments.count)
+    seed = arguments.first
     while left:
         chosen = [kind for kind in left if random.Random(f"{seed} {kind}").random() < 0.8]
         for kind in chosen:
