@@ -21,7 +21,7 @@ CONTENT = b"""Signature: 8a477f597d28d172789f06886806bc55
 """
 _OWN = {"blobs", "actions", "memos", "corrupt", "turn", "lock", TAG}
 _NOBODYS = {"lost+found", ".DS_Store", ".gitignore", ".gitkeep"}
-SHOWN = 3
+MAX_NAMES = 3
 
 
 class NotACache(CacheError):
@@ -32,10 +32,10 @@ class NotACache(CacheError):
     """
 
     def __init__(self, root: Path, names: list[str]) -> None:
-        more = ", …" if len(names) > SHOWN else ""
+        more = ", …" if len(names) > MAX_NAMES else ""
         super().__init__(
-            f"{root} is no cache: it holds {', '.join(names[:SHOWN])}{more}, and what a cache does "
-            "not need is removed from it."
+            f"{root} is no cache: it holds {', '.join(names[:MAX_NAMES])}{more}, and what a cache "
+            "does not need is removed from it."
         )
         self.root = root
 

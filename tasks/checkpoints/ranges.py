@@ -5,18 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal
 
 from msgspec import Struct, field
+
+from tasks.checkpoints.stored import FileStat
 
 # Of what a format looks for first: the header of a shard, the directory of an archive.
 WINDOW_BYTES = 32 << 10
 
 Read = Callable[[int, int], Iterator[bytes]]  # start, nbytes
-
-
-class _Stat(NamedTuple):
-    st_size: int
 
 
 class RangedFile(Struct, frozen=True):
@@ -46,9 +44,9 @@ class RangedFile(Struct, frozen=True):
         """What its name ends with."""
         return PurePosixPath(self.location).suffix
 
-    def stat(self) -> _Stat:
+    def stat(self) -> FileStat:
         """Return its size."""
-        return _Stat(self.size)
+        return FileStat(self.size)
 
     def open(self, mode: Literal["rb"]) -> IO[bytes]:
         """Open it to read."""

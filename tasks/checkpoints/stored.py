@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from math import prod
 from typing import IO, Any, Literal, NamedTuple, Protocol
@@ -12,9 +13,14 @@ MAX_AXIS = 2**31 - 1  # MLX counts along an axis in 32 bits, and wraps around in
 TORCH = -1  # offset of a tensor that does not lie in its file as plain bytes: torch must read it
 
 
-class _Stat(Protocol):
-    @property
-    def st_size(self) -> int: ...
+class FileStat(NamedTuple):
+    """What a format needs of a file's ``os.stat_result``.
+
+    Attributes:
+        st_size: its size in bytes.
+    """
+
+    st_size: int
 
 
 class WeightFile(Protocol):
@@ -28,7 +34,7 @@ class WeightFile(Protocol):
     def suffix(self) -> str:
         """What its name ends with."""
 
-    def stat(self) -> _Stat:
+    def stat(self) -> FileStat | os.stat_result:
         """Return its size, at least."""
 
     def open(self, mode: Literal["rb"]) -> IO[bytes]:

@@ -328,3 +328,15 @@ def _with_layers(tasks: list[Any], names: list[str]) -> list[str]:
     """Return task names and those of all tasks below them."""
     begins = tuple(f"{name}:" for name in names)
     return [*names, *(task.name for task in tasks if task.name.startswith(begins))]
+
+
+def with_needs(tasks: Mapping[str, Any], selected: Iterable[str]) -> list[str]:
+    """Return the selected tasks and all that they need, in the order in which tasks are defined."""
+    wanted: set[str] = set()
+    pending = list(selected)
+    while pending:
+        name = pending.pop()
+        if name not in wanted:
+            wanted.add(name)
+            pending += [*tasks[name].task_dep, *tasks[name].setup_tasks]
+    return [name for name in tasks if name in wanted]

@@ -21,15 +21,13 @@ from tasks.core.text import plural, size, some
 from tasks.core.workspace import BUILD
 from tasks.execution import place, publish
 from tasks.execution.place import Contents, Stamps
-from tasks.execution.publish import Difference, Publication, Published, Repository
+from tasks.execution.publish import MAX_NAMES, Difference, Publication, Published, Repository
 from tasks.layouts.card import CARD
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning import model_card
 from tasks.planning.plan import Plan
 from tasks.report.figures import Reader
 from tasks.stages import registry
-
-SHOWN = 5  # names in a line
 
 
 def tasks(session: Session, database: Any) -> Iterator[dict[str, Any]]:
@@ -229,10 +227,10 @@ def in_words(publication: Publication, difference: Difference, *, done: bool) ->
     parts = []
     if uploads := difference.uploads:
         verb = "uploaded" if done else "to upload"
-        files = some(sorted(uploads, key=lambda name: (-uploads[name], name)), SHOWN)
+        files = some(sorted(uploads, key=lambda name: (-uploads[name], name)), MAX_NAMES)
         parts.append(f"{plural(len(uploads), 'file')} {verb}, {size(difference.nbytes)}: {files}")
     if removes := difference.removes:
-        parts.append(f"{'removed' if done else 'to remove'}: {some(removes, SHOWN)}")
+        parts.append(f"{'removed' if done else 'to remove'}: {some(removes, MAX_NAMES)}")
     made = (
         ""
         if difference.there.commit
@@ -246,12 +244,12 @@ def notes(publication: Publication, difference: Difference) -> list[str]:
     found = []
     if difference.added:
         found.append(
-            f"{some(difference.added, SHOWN)} in {BUILD}/{publication.target} was not built, and "
-            "is not published: files = … lays files over a model"
+            f"{some(difference.added, MAX_NAMES)} in {BUILD}/{publication.target} was not built, "
+            "and is not published: files = … lays files over a model"
         )
     if difference.others:
         found.append(
-            f"{some(difference.others, SHOWN)} in {publication.repository} is not of the build, "
-            "and stays"
+            f"{some(difference.others, MAX_NAMES)} in {publication.repository} is not of the "
+            "build, and stays"
         )
     return found

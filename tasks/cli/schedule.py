@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tasks.cli.doit_adapter import with_needs
 from tasks.cli.failures import as_invalid_dodo_file
 from tasks.execution.builder import Builder
 from tasks.execution.disk import DiskNeed, need_of
@@ -47,7 +48,7 @@ class StreamingSchedule:
             InvalidDodoFile: the disk is too small.
         """
         streaming = self.builder.streaming
-        metas = [tasks[name].meta or {} for name in _with_needs(tasks, selected)]
+        metas = [tasks[name].meta or {} for name in with_needs(tasks, selected)]
         nodes = [(meta["plan"], meta["node"]) for meta in metas if "node" in meta]
         streaming.arrange(nodes)
         with as_invalid_dodo_file():
@@ -83,15 +84,3 @@ class StreamingSchedule:
     def stop(self) -> None:
         """Take note that no more tasks begin."""
         self.builder.streaming.stop()
-
-
-def _with_needs(tasks: Mapping[str, Any], selected: list[str]) -> list[str]:
-    """Return the selected tasks and all that they need, in the order in which tasks are defined."""
-    wanted: set[str] = set()
-    pending = list(selected)
-    while pending:
-        name = pending.pop()
-        if name not in wanted:
-            wanted.add(name)
-            pending += [*tasks[name].task_dep, *tasks[name].setup_tasks]
-    return [name for name in tasks if name in wanted]

@@ -67,7 +67,7 @@ class Text:
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class Where:
     """Where a file asks for something; found only when it is shown.
 
     Any two are equal: where a thing is asked for is no part of what is asked for.
@@ -84,7 +84,7 @@ class Place:
         return self.text.place(self.at)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Place)
+        return isinstance(other, Where)
 
     def __hash__(self) -> int:
         return 0

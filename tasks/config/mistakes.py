@@ -15,7 +15,7 @@ from tasks.core.errors import ConfigError
 from tasks.core.spec import At, Mistake, Mistakes, Quality, Quantize, Rule, Settings
 from tasks.core.text import toml
 
-SHOWN = 20  # of one file
+MAX_MISTAKES = 20  # of one file
 # Where a key belongs that stands in another table.
 HOMES: dict[type[Struct], str] = {
     Quantize: "quantize",
@@ -62,8 +62,10 @@ class MistakeList:
         """
         order = sorted(self._mistakes, key=lambda mistake: self.text.line(mistake.at) or 0)
         texts = [*dict.fromkeys(map(self._message, order))] or [f"{self.text.path}: {otherwise}"]
-        if len(texts) > SHOWN:
-            texts[SHOWN:] = [f"{self.text.path}: and {len(texts) - SHOWN} more mistakes"]
+        if len(texts) > MAX_MISTAKES:
+            texts[MAX_MISTAKES:] = [
+                f"{self.text.path}: and {len(texts) - MAX_MISTAKES} more mistakes"
+            ]
         return ConfigError(*texts)
 
     def _message(self, mistake: Mistake) -> str:

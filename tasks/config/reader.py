@@ -16,7 +16,7 @@ from msgspec.structs import asdict, replace
 from tasks.checkpoints import sources
 from tasks.config import values
 from tasks.config.keys import keys_of
-from tasks.config.lines import Place, Text, spelled
+from tasks.config.lines import Text, Where, spelled
 from tasks.config.mistakes import MistakeList, is_split_name
 from tasks.config.tables import Build, Cache, Document, variable
 from tasks.core.errors import ConfigError
@@ -212,7 +212,7 @@ class _Reader:
             },
             name=name,
             source=source,
-            where=Place(self.text, at),
+            where=Where(self.text, at),
         )
 
     def quality(self, table: Quality) -> Quality:

@@ -21,7 +21,7 @@ from tasks.core.errors import BuildError, ConfigError
 from tasks.core.text import some
 
 HUBS_OWN = frozenset({".gitattributes"})  # what the hub puts into each repository
-SHOWN = 5  # names in a message
+MAX_NAMES = 5  # names in a message
 
 
 class Repository(Struct, frozen=True):
@@ -139,7 +139,7 @@ class Publication(Struct, frozen=True):
             foreign = [name for name in foreign if name not in ours_too]
         if foreign:
             raise BuildError(
-                f"{self.repository} has {some(foreign, SHOWN)} of somebody else's, or changed "
+                f"{self.repository} has {some(foreign, MAX_NAMES)} of somebody else's, or changed "
                 f"since it was published (commit {there.commit}). Nothing of that is overwritten. "
                 "Look at it; remove it there, or take it over (files = …), or publish to another "
                 "repository."

@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.core.text import some
 
-SHOWN = 3  # names of a list
+MAX_NAMES = 3  # names of a list
 
 
 def told(config: Mapping[str, Any], kind: str, text: str, library: str, distribution: str) -> str:
@@ -55,4 +55,4 @@ def _shortened(text: str) -> str:
     head, *names = re.split(r",?\s*\n", text.strip())
     if not names:
         return text
-    return f"{head.rstrip()} {some([name.rstrip('.') for name in names], SHOWN)}."
+    return f"{head.rstrip()} {some([name.rstrip('.') for name in names], MAX_NAMES)}."

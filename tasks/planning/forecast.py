@@ -37,7 +37,7 @@ IGNORED = "ignored"  # by doit ignore, or since something that it depends on is
 SETTLED = (UP_TO_DATE, IGNORED)
 UNKNOWN = Reason("what it reads may come out differently")
 CONTENTS = Reason(reasons.CONTENTS)
-SHOWN = Reason("what it shows changes")
+REPORT_CHANGES = Reason("what it shows changes")
 LOST = Reason("bytes of it that are wanted are not in the cache any more")
 NOTHING = Traffic()
 
@@ -248,7 +248,7 @@ class Forecast:
             step = replace(step, state=RUN, why=tuple(saved.why(sorted(saved.changed))))
         elif busy:
             certain = any(read.certain and read.task in sure for read in busy)
-            step = replace(step, state=RUN, why=(SHOWN,), certain=certain)
+            step = replace(step, state=RUN, why=(REPORT_CHANGES,), certain=certain)
         self.steps[task] = step
 
     def _ignored(self, tasks: Iterable[str]) -> bool:

@@ -41,7 +41,7 @@ from tasks.planning.source_record import LockedSource
 from tasks.stages.stage import COMPUTER
 
 VERSION = 1
-SHOWN = 10  # names in a message
+MAX_NAMES = 10  # names in a message
 
 
 _256_BITS = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -208,7 +208,7 @@ class Lock:
             refusal = error
         if mismatched:
             raise CheckpointError(
-                f"source {target.source} has no weights, and {', '.join(mismatched[:SHOWN])} "
+                f"source {target.source} has no weights, and {', '.join(mismatched[:MAX_NAMES])} "
                 f"there {'is' if len(mismatched) == 1 else 'are'} not what {self.path.name} has. "
                 "Get the whole checkpoint, or take the file away."
             )
@@ -266,7 +266,7 @@ class Lock:
         if differences:
             raise BuildError(
                 f"{self.path.name} is not of this models.toml and its sources: "
-                f"{some(differences, SHOWN, '; ')}. If that is wanted, run {COMMAND} "
+                f"{some(differences, MAX_NAMES, '; ')}. If that is wanted, run {COMMAND} "
                 "without --locked, and commit the file."
             )
 
@@ -356,7 +356,7 @@ class Lock:
             return []
         return [
             f"source {plan.target.source_name} is not what {self.path.name} had: "
-            f"{some(differences, SHOWN, '; ')}. It is locked as it is now"
+            f"{some(differences, MAX_NAMES, '; ')}. It is locked as it is now"
         ]
 
     def accept(self, plan: Plan, now: LockedSource, source_names: Mapping[str, str]) -> None:
@@ -389,7 +389,9 @@ class Lock:
         self.accept(plan, now, source_names)
         if old is None:
             return f"{name} is locked at commit {now.revision}"
-        changed = some(source_record.moved(old, now), SHOWN) or "no file that is used is another"
+        changed = (
+            some(source_record.moved(old, now), MAX_NAMES) or "no file that is used is another"
+        )
         return f"{name} moved from commit {old.revision} to {now.revision}: {changed}"
 
     def check_target(
@@ -547,9 +549,10 @@ class Lock:
             if locked.sha256 is not None:
                 files = sorted(dict(locked.sha256.items() ^ sha256.items()))
                 raise BuildError(
-                    f"{name}: {some(files, SHOWN)} has another SHA-256 than in {self.path.name}, "
-                    "though the same xxh3: a file was made to be taken for another one, or "
-                    f"{self.path.name} was edited. If it was, take it from version control again."
+                    f"{name}: {some(files, MAX_NAMES)} has another SHA-256 than in "
+                    f"{self.path.name}, though the same xxh3: a file was made to be taken "
+                    f"for another one, or {self.path.name} was edited. If it was, take it from "
+                    "version control again."
                 )
             if not self.strict:
                 self.targets[name] = msgspec.structs.replace(locked, sha256=sha256)
@@ -584,7 +587,7 @@ class Lock:
     def _drift(self, target: Target, differences: list[str]) -> BuildError:
         return BuildError(
             f"{target.name}: source {target.source_name} is not what {self.path.name} has: "
-            f"{some(differences, SHOWN, '; ')}. If the new one is wanted, accept it: "
+            f"{some(differences, MAX_NAMES, '; ')}. If the new one is wanted, accept it: "
             f"{COMMAND} lock, then {COMMAND}."
         )
 
@@ -613,8 +616,8 @@ def _differences(old: Manifest | None, new: Action) -> str:
         name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)
     ]
     if not changed:
-        return f"the tensors are the same, {some(_changed_files(old.action, new), SHOWN)} not"
-    return f"{len(changed)} of {len(after)} tensors: {some(changed, SHOWN)}"
+        return f"the tensors are the same, {some(_changed_files(old.action, new), MAX_NAMES)} not"
+    return f"{len(changed)} of {len(after)} tensors: {some(changed, MAX_NAMES)}"
 
 
 def _changed_files(old: Action, new: Action) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tasks.core.spec import Target
 from tasks.core.text import some
 
-SHOWN = 10  # targets in one message
+MAX_TARGETS = 10  # targets in one message
 
 
 @dataclass(frozen=True)
@@ -34,4 +34,4 @@ def messages(refused: Iterable[Refused]) -> list[str]:
 
 def _head(targets: dict[str, Target]) -> str:
     first, *_ = targets.values()
-    return f"{first.where}: {some([*targets], SHOWN)}"
+    return f"{first.where}: {some([*targets], MAX_TARGETS)}"

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from math import inf, isfinite, nan
 from typing import NamedTuple
 
+from msgspec import Struct, structs
+
 from tasks.core import text as words
 from tasks.core.task_names import PACK
 from tasks.execution import log
@@ -357,21 +359,24 @@ def _ticks(most: float) -> tuple[float, float]:
         step *= 10
 
 
-class Span(NamedTuple):
+class _OfStage(Struct, frozen=True):
+    stage: str
+
+    @property
+    def color(self) -> str:
+        """Its class in the style sheet."""
+        return _color(self.stage)
+
+
+class Span(_OfStage, frozen=True):
     """One task, or several that are too short to tell apart, on a thread's lane."""
 
-    stage: str
     hit: bool
     critical: bool
     x: float
     width: float
     title: str
     tasks: int
-
-    @property
-    def color(self) -> str:
-        """Its class in the style sheet."""
-        return _color(self.stage)
 
 
 class Lanes(NamedTuple):
@@ -400,10 +405,11 @@ def lanes(build: Timeline) -> Lanes:
                 continue
             span = _span(build, entry, id(entry) in critical, start, seconds)
             before = spans[-1] if spans else None
-            if before and before[:3] == span[:3] and _mergeable(before, span):
+            if before and _is_one(before, span):
                 width = max(before.width, span.x + span.width - before.x)
                 count = before.tasks + 1
-                span = Span(*before[:4], width, f"{span.stage}: {count} tasks", count)
+                title = f"{span.stage}: {count} tasks"
+                span = structs.replace(before, width=width, title=title, tasks=count)
                 spans.pop()
             spans.append(span)
         if spans:
@@ -416,7 +422,10 @@ def lanes(build: Timeline) -> Lanes:
     return Lanes(by_thread, ticks)
 
 
-def _mergeable(before: Span, span: Span) -> bool:
+def _is_one(before: Span, span: Span) -> bool:
+    """Tell whether a span is drawn as one with that before it."""
+    if (before.stage, before.hit, before.critical) != (span.stage, span.hit, span.critical):
+        return False
     gap = span.x - before.x - before.width
     if span.stage == OTHERS:
         return gap < 1
@@ -432,19 +441,13 @@ def _span(build: Timeline, entry: Entry, critical: bool, start: float, seconds: 
     return Span(stage, entry.outcome in ("reused", "fetched"), critical, x, width, title, 1)
 
 
-class Row(NamedTuple):
+class Row(_OfStage, frozen=True):
     """The outcomes of a stage's tasks, the seconds they took, and the bytes they moved."""
 
-    stage: str
     counts: dict[str, int]  # by outcome
     seconds: float
     read: int
     written: int
-
-    @property
-    def color(self) -> str:
-        """Its class in the style sheet."""
-        return _color(self.stage)
 
 
 def rows(build: Timeline, plan: Plan) -> list[Row]:
@@ -460,7 +463,7 @@ def rows(build: Timeline, plan: Plan) -> list[Row]:
         rows.append(Row(stage, counts, seconds, read, written))
     seen = {outcome for row in rows for outcome, count in row.counts.items() if count}
     return [
-        row._replace(counts={o: count for o, count in row.counts.items() if o in seen})
+        structs.replace(row, counts={o: count for o, count in row.counts.items() if o in seen})
         for row in rows
     ]
 

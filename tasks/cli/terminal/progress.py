@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tasks.cli.doit_adapter import with_needs
 from tasks.core.task_names import PACK, task_name
 from tasks.execution import log
 from tasks.execution.log import Entry
@@ -166,13 +167,7 @@ def works(
         tasks: doit's, by name.
         selected: names of those that were asked for.
     """
-    run: set[str] = set()
-    ahead = list(selected)
-    while ahead:
-        name = ahead.pop()
-        if name not in run:
-            run.add(name)
-            ahead.extend(tasks[name].task_dep)
+    run = set(with_needs(tasks, selected))
     measures = tuple(f"{stage.group}:" for stage in registry.MEASURES)
     measured = any(name.startswith(measures) for name in run)
     parts = {}
