@@ -57,7 +57,7 @@ class Held:
 
         def enough() -> bool:
             begun[:] = self.packs() or weight_files(self.project, ".tmp-model")
-            headed = all(path.read_bytes()[:2].strip(b"\0") for path in begun)
+            headed = all(beginning(path).strip(b"\0") for path in begun)
             return headed and sum(path.stat().st_size for path in begun) >= least
 
         self.until(enough)
@@ -93,6 +93,11 @@ def weight_files(project: Project, folder: str) -> list[Path]:
     """The weight files in a folder of build/."""
     paths = (project.folder / "build" / folder).glob("*.*")
     return [path for path in paths if path.suffix in SUFFIXES]
+
+
+def beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(2)
 
 
 def packed(project: Project) -> set[int]:

@@ -246,6 +246,15 @@ def test_built_are_all_others(builds: References) -> None:
     assert {path.name for path in (builds.folder / "build").iterdir()} == wanted
 
 
+@pytest.fixture
+def _as_written() -> Iterator[None]:
+    """Activations run as they are written: fused, a C++ compiler runs for each, a second."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.usefixtures("_as_written")
 @each(tuple(Case(arch, "4bit") for arch in ARCHITECTURES))
 def test_build_loads_and_speaks_as_the_peer(builds: References, case: Case) -> None:
     """`mlx_lm.load` takes the folder; a sentence has the tokens and logits of the peer's build."""

@@ -649,7 +649,7 @@ def test_a_file_without_a_mistake_is_read_with_few_imports(tmp_path: Path) -> No
 
 
 @given(document=documents.anything())
-@settings(calm, max_examples=600)
+@settings(calm, max_examples=300)
 def test_any_table(folder: Path, document: dict[str, Any]) -> None:
     """It is read, or refused with a message that names the file; nothing else ever happens."""
     text = documents.toml(document)
@@ -668,7 +668,7 @@ def test_any_file(folder: Path, data: bytes) -> None:
     length=st.integers(0, 20),
     other=st.text(max_size=3),
 )
-@settings(calm, max_examples=400)
+@settings(calm, max_examples=200)
 def test_a_file_with_a_slip(folder: Path, start: int, length: int, other: str) -> None:
     text = documents.EXAMPLE
     assert refused(folder, text) is None
