@@ -213,7 +213,7 @@ def clean(workspace: Workspace, target: str, stamps: Stamps) -> list[str]:
     _remove(there)
     workspace.packed(target).unlink(missing_ok=True)
     if left := [*there.changed, *there.added]:
-        return [f"{workspace.built(target)}: {_some(left)} stays: it was not built here"]
+        return [f"{workspace.built(target)}: {_some(left)} left there, since not built here"]
     return []
 
 

@@ -170,7 +170,7 @@ def test_clean_removes_what_was_built_alone(built: Project) -> None:
     (folder(built) / "README.md").write_text("edited")
     done = doit(built.folder, "clean", "pack")
     assert contents(folder(built)) == {"notes.txt": b"mine", "README.md": b"edited"}
-    assert "README.md, notes.txt stays" in done.stdout
+    assert "README.md, notes.txt left there" in done.stdout
     shutil.rmtree(folder(built))
     doit(built.folder)
     assert doit(built.folder, "clean", "-n", "pack").stdout == "would remove build/model\n"

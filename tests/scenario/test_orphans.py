@@ -52,7 +52,7 @@ def test_what_people_put_there_stays(folder: Path) -> None:
     (folder / "build" / "two" / "notes.txt").write_text("mine")
     (folder / "build" / "two" / "config.json").write_text("{}")
     said = doit(folder, "clean", "--orphans").stdout
-    assert "config.json, notes.txt stays: it was not built here" in said
+    assert "config.json, notes.txt left there, since not built here" in said
     left = {path.name for path in (folder / "build" / "two").iterdir()}
     assert left == {"config.json", "notes.txt"}
 
