@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tasks.checkpoints.hub_requests import (
     NO_ANSWER,
     TRANSIENT,
     CutShort,
+    NeverReached,
     endpoint,
     is_expired,
     page,
@@ -74,6 +75,12 @@ def errors_of_reading(repository: str, revision: str | None, name: str = "") -> 
         raise HubUnreachable(
             f"{name} of {repository} cannot be read: {error}, again and again. Try again later: "
             "what was fetched is kept."
+        ) from error
+    except NeverReached as error:
+        raise HubUnreachable(
+            f"{error}, where {endpoint()} has {name} of {repository}, cannot be reached: "
+            f"{_cause(error.__cause__)}. Check that the network and the proxy let that host "
+            "through, too."
         ) from error
     except errors.HFValidationError as error:
         raise CheckpointError(f"hf:{repository}: {error}") from error
@@ -164,10 +171,17 @@ def _unreachable(
 
 
 def _not_reached(error: BaseException) -> str:
+    host = endpoint()
+    with suppress(AttributeError, RuntimeError):  # of an error that knows no request
+        url = error.request.url  # type: ignore[attr-defined]
+        host = f"{url.scheme}://{url.netloc.decode()}"
     return (
-        f"{endpoint()} cannot be reached: {str(error) or type(error).__name__}. Check the network, "
-        "HF_ENDPOINT and the proxy"
+        f"{host} cannot be reached: {_cause(error)}. Check the network, HF_ENDPOINT and the proxy"
     )
+
+
+def _cause(error: BaseException | None) -> str:
+    return str(error) or type(error).__name__
 
 
 def _reason(error: HfHubHTTPError) -> str:

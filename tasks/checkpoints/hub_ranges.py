@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 import msgspec
@@ -17,6 +17,7 @@ from tasks.checkpoints.hub_requests import (
     NO_ANSWER,
     NUMBER,
     CutShort,
+    NeverReached,
     Patience,
     is_expired,
     origin,
@@ -46,6 +47,7 @@ class Ranges(Struct, frozen=True):
     commit: str
     files: Mapping[str, HubFile]
     _addresses: dict[str, str] = field(default_factory=dict)  # signed ones, while they hold
+    _reached: set[Any] = field(default_factory=set)  # origins that have answered
 
     def read(self, name: str, start: int, nbytes: int) -> Iterator[bytes]:
         """Yield bytes of a file. A connection that is cut or stalls goes on where it ended.
@@ -115,7 +117,7 @@ class Ranges(Struct, frozen=True):
         place = hf_hub_url(self.repository, name, revision=self.commit)
         address = self._addresses.get(name, place)
         for _ in range(REDIRECTS):
-            with _stream(address, place, start, end) as response:
+            with self._asked(name, address, place, (start, end)) as response:
                 if not response.has_redirect_location:
                     if is_expired(response):
                         self._addresses.pop(name, None)
@@ -127,6 +129,29 @@ class Ranges(Struct, frozen=True):
                 self._check_etag(name, response)
                 address = urljoin(address, response.headers["location"])
         raise CheckpointError(f"{name} of {self.repository} is redirected over {REDIRECTS} times.")
+
+    @contextmanager
+    def _asked(
+        self, name: str, address: str, place: str, span: tuple[int, int]
+    ) -> Iterator[httpx2.Response]:
+        """Request a range of what is at an address.
+
+        Raises:
+            NeverReached: it is of another host than the hub's, and there is none, or none for us.
+            httpx2.HTTPError: there is no answer.
+        """
+        import httpx2
+
+        host = origin(address)
+        try:
+            with _stream(address, place, *span) as response:
+                self._reached.add(host)
+                yield response
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            if host in self._reached or host == origin(place):
+                raise
+            self._addresses.pop(name, None)  # the hub may give another
+            raise NeverReached(f"{host[0]}://{host[1]}:{host[2]}") from error
 
     def _check(self, name: str, response: httpx2.Response, start: int, end: int) -> None:
         """Refuse an answer to a range that is none."""

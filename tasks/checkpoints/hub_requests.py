@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import httpx2
 
 TRIES = 6  # without progress between
+UNREACHED_TRIES = 2  # of a host that was never reached
 PROGRESS_BYTES = 64 << 10
 PROGRESS_SECONDS = 30.0  # of waiting for so many bytes, before another connection is tried
 FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.5, 30.0
@@ -72,6 +73,10 @@ class CutShort(Exception):
     """An answer that ended before all of it was there."""
 
 
+class NeverReached(Exception):
+    """A host that the hub sends us to, and that was not reached yet."""
+
+
 class Patience:
     """Swallows failures that pass, and waits after each; not too often without any progress."""
 
@@ -111,7 +116,8 @@ class Patience:
             return False
         self._tries += 1
         self._seconds = 0.0
-        if self._tries >= self._most or delay > MOST_PATIENCE_SECONDS:
+        most = UNREACHED_TRIES if isinstance(error, NeverReached) else self._most
+        if self._tries >= most or delay > MOST_PATIENCE_SECONDS:
             return False
         wait = min(FIRST_WAIT_SECONDS * 2 ** (self._tries - 1), MOST_WAIT_SECONDS)
         time.sleep(max(delay, wait * random.uniform(0.75, 1.25)))
@@ -136,7 +142,7 @@ def _passing(error: BaseException | None) -> float | None:
             return 0.0
         transient = error.response.status_code in TRANSIENT
         return retry_after(error.response) if transient else None
-    return 0.0 if isinstance(error, (CutShort, httpx2.TransportError)) else None
+    return 0.0 if isinstance(error, (CutShort, NeverReached, httpx2.TransportError)) else None
 
 
 def is_expired(response: httpx2.Response) -> bool:

@@ -214,6 +214,30 @@ def test_a_server_that_is_never_well_again(
         list(source.read("model.safetensors", 1, 700_001))
 
 
+@pytest.mark.parametrize("located", [False, True])
+def test_a_host_that_is_never_reached(
+    located: bool, hub: Hub, repository: Repository, open_source
+) -> None:
+    """It is given up before long, and named; of two addresses, the hub may give another."""
+    elsewhere = Answer(302, b"", {"Location": "http://127.0.0.1:1/file?signature=secret"})
+    hub.fault = lambda request: elsewhere if "/resolve/" in request.path else None
+    source = open_source()
+    assert source.available
+    if located:
+        source._ranges._addresses["model.safetensors"] = "http://127.0.0.1:1/file"
+    del hub.requests[:]
+    with pytest.raises(
+        HubUnreachable, match=r"^http://127.0.0.1:1, where http.* has model"
+    ) as told:
+        read(source)
+    assert "secret" not in str(told.value)
+    assert len(hub.requests) == 2 - located
+    hub.fault = lambda request: None
+    if located:
+        source._ranges._addresses["model.safetensors"] = "http://127.0.0.1:1/file"
+    read(source)
+
+
 def test_a_server_is_waited_for(
     hub: Hub, repository: Repository, open_source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
