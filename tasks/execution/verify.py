@@ -104,6 +104,14 @@ class Claim(Struct, frozen=True):
         """
         memos = Memos(folder / "memos")
         opened = sources.open_source(spec, Opening(is_read, memos, str(folder)))
+        if not opened.names(LAYOUTS[LAYOUT].loaded):
+            for other, layout in LAYOUTS.items():
+                if opened.names(layout.loaded):
+                    raise ConfigError(
+                        f"{name} is of layout {other}, which does not say how each module is "
+                        f"quantized: only a model of layout {LAYOUT} can be verified. Build it "
+                        "anew of its source, and compare the files."
+                    )
         return cls(name, loaders.read(opened, None, memos, named=name))
 
 

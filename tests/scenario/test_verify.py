@@ -142,3 +142,11 @@ def test_from_the_hub(project: Project, converted: Path, tmp_path: Path) -> None
         status, _, err = inside.run(project.folder, "verify", "hf:org/Model-4bit")
         assert status == 3
         assert "--source" in err
+
+
+def test_a_model_of_another_layout(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "weights.00.npz").write_bytes(b"PK")
+    (tmp_path / "config.json").write_text("{}")
+    status, _, err = inside.run(project.folder, "verify", str(tmp_path))
+    assert status == 3
+    assert f"{tmp_path} is of layout mlx-examples" in err
