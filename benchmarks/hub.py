@@ -13,7 +13,8 @@ have a disk that is no larger than that, give it a file system of its own:
 - build: to 4 bits. Bytes that the storage sent beside the checkpoint's, the most memory of all
   processes, the most bytes of the disk at once.
 - variants: 4 and 8 bits, mxfp4, and 4 bits of float16, in one run.
-- kills: a build that is killed (SIGKILL) at random moments, and begun again each time.
+- kills: a build that is killed (SIGKILL) at random moments and begun again each time; moments are
+  told by the bytes that the storage has sent, whatever the speed.
 
 The weight files of "kills" must be those of "build".
 """
@@ -47,6 +48,9 @@ from support.hub_repositories import Content, Generated
 SHAPES = {
     "tiny": checkpoint.Shape(layers=4, hidden=256, intermediate=512, heads=4, vocab=2048),
     "1b": checkpoint.Shape(),
+    "3b": checkpoint.Shape(
+        layers=28, hidden=3072, intermediate=8192, heads=24, kv_heads=8, vocab=128256
+    ),
     "8b": checkpoint.Shape(
         layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocab=128256
     ),
@@ -57,8 +61,8 @@ SHAPES = {
 DTYPE = "bfloat16"
 PIECE = 1 << 20
 POOL_BYTES = (64 << 20) - 4094  # no tensor's size is a multiple of it: no two are alike
-SAMPLE_SECONDS = 0.1
-START_SECONDS = 4  # in which a build does nothing yet
+SAMPLE_SECONDS = POLL_SECONDS = 0.1
+MOST_DELAY_SECONDS = 0.5
 VARIANTS = {
     "four": "quantize = { bits = 4 }",
     "eight": "quantize = { bits = 8 }",
@@ -167,21 +171,21 @@ class Benchmark:
         self.times: int = arguments.kills
         self.environ = hub.environ(home)
         self.digest = ""
-        self.seconds = 0.0
 
     def sent(self) -> int:
         """The bytes that the storage has sent since it was asked last."""
         with self.hub.lock:
-            total: int = sum(request.sent for request in self.hub.asked(storage=True))
+            total = self._sent()
             del self.hub.requests[:]
         return total
+
+    def _sent(self) -> int:
+        return sum(request.sent for request in self.hub.asked(storage=True))
 
     def build(self) -> list[str]:
         """One target."""
         command = write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
-        begin = time.perf_counter()
         cells = self._measured("build, 4 bit", command)
-        self.seconds = time.perf_counter() - begin
         self.digest = digest(self.scratch, "four")
         return cells
 
@@ -210,26 +214,25 @@ class Benchmark:
         environ = os.environ | self.environ
         self.sent()
         dice = random.Random(0)
-        begin, killed = time.perf_counter(), 0
+        begin = time.perf_counter()
         used = MostUsed(self.scratch)
         used.start()
-        while killed < self.times:
+        for moment in sorted(dice.uniform(0, self.size) for _ in range(self.times)):
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, start_new_session=True
             )
-            try:
-                if process.wait(dice.uniform(0, 3 * self.seconds / self.times + START_SECONDS)):
+            while self._sent() < moment:
+                if process.poll() is not None:
                     raise BenchmarkError(f"exit status {process.returncode}")
-                break
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                killed += 1
+                time.sleep(POLL_SECONDS)
+            time.sleep(dice.uniform(0, MOST_DELAY_SECONDS))  # lest it be always within a range
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         subprocess.run(command, cwd=ROOT, env=environ, check=True, stdout=subprocess.DEVNULL)
         used.stop()
         if digest(self.scratch, "four") != self.digest:
             raise BenchmarkError("a build that was killed has other bytes")
-        return self._row(f"killed {killed} times", time.perf_counter() - begin, 0, used.most)
+        return self._row(f"killed {self.times} times", time.perf_counter() - begin, 0, used.most)
 
 
 def main() -> None:

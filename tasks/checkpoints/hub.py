@@ -137,23 +137,38 @@ class HubSource(Struct, frozen=True, dict=True):
         missing = [path for path in small if not (folder / path).is_file()]
         if missing:
             hub_client.download(repository, self.revision, missing)
+            if damaged := [path for path in missing if self._digest(path) != self._said(path)]:
+                for path in damaged:  # on their way here: the client does not look
+                    (folder / path).resolve().unlink()
+                hub_client.download(repository, self.revision, damaged)
         for path in small:
-            self._check(folder / path, self._snapshot.files[path])
+            self._check(path)
         return folder / subfolder
 
-    def _check(self, path: Path, file: HubFile) -> None:
+    def _said(self, path: str) -> str:
+        return self._snapshot.files[path].digest
+
+    def _digest(self, path: str) -> str:
+        """Return the digest that a file of the client's cache has, of the hub's kind."""
+        kind = self._said(path).partition(":")[0]
+        if not kind:
+            return ""
+        file = Path(self._snapshot.folder, path)
+        return f"{kind}:{file_digests.of_file(file, kind, self.opening.memos)}"
+
+    def _check(self, path: str) -> None:
         """Refuse a file of the client's cache that is not the hub's.
 
         Raises:
             CheckpointError: it is not.
         """
-        kind, _, digest = file.digest.partition(":")
-        found = file_digests.of_file(path, kind, self.opening.memos) if kind else ""
-        if found != digest:
+        found, said = self._digest(path), self._said(path)
+        if found != said:
+            path = str(Path(self._snapshot.folder, path))
             raise CheckpointError(
-                f"{path} is not the file of {self.hub_name.repository} at {self.revision}: its "
-                f"{kind} digest is {found}, and is said to be {digest}. Remove it: then it is "
-                "fetched anew. If it was edited on purpose, copy the folder, and name that."
+                f"{path} is not the file of {self.hub_name.repository} at {self.revision}: it is "
+                f"{found}, and is said to be {said}. Remove it: then it is fetched anew. If it was "
+                "edited on purpose, copy the folder, and name that."
             )
 
     def path(self, name: str) -> Path | None:
