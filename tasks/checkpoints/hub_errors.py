@@ -117,7 +117,7 @@ def _raise_of_status(error: Any, repository: str, revision: str | None, name: st
     elif isinstance(error, errors.RevisionNotFoundError):
         text = (
             f"{repository} has no branch, tag or commit {revision or 'main'}, or not any more. "
-            f"{address}/commits/main lists what it has."
+            f"{address}/commits/main lists what it has; where a name has a slash, write %2F."
         )
     elif isinstance(error, errors.EntryNotFoundError):
         text = f"{repository} has no file {name} at {revision}. {address} lists what it has."

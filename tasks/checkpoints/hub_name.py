@@ -14,7 +14,7 @@ _PART = r"[A-Za-z0-9][\w.-]*"
 _TEXT = re.compile(
     rf"(?P<repository>{_PART}/{_PART})"
     r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/@]+))?"
-    r"(?:/(?P<subfolder>[^/].*?)/?)?",
+    r"(?:/(?P<subfolder>[^/].*?))?/?",
     re.ASCII,
 )
 _MEANT = re.compile(  # ORG/NAME, or a page's address
@@ -23,6 +23,9 @@ _MEANT = re.compile(  # ORG/NAME, or a page's address
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/]+)(?P<subfolder>/.+?)?)?/?",
     re.ASCII | re.IGNORECASE,
 )
+
+
+NO_MODELS = ("datasets", "spaces")  # names that no organization has
 
 
 class HubName(NamedTuple):
@@ -53,9 +56,16 @@ def parse(text: str) -> HubName:
     """
     match = _TEXT.fullmatch(text)
     subfolder = PurePosixPath(match["subfolder"] or "") if match else PurePosixPath()
-    if not match or ".." in subfolder.parts:
+    first, _, rest = text.strip().strip("/").partition("/")
+    if first in NO_MODELS:
+        fact = f"is '{PREFIX}{text}', of the hub's {first}: only a model is a checkpoint"
+        raise Mistakes(Mistake(fact, "write hf:ORG/NAME of one"))
+    meant = rest if first == "models" else f"{first}/{rest}"
+    if not match or ".." in subfolder.parts or meant == rest:
         fact = f"is '{PREFIX}{text}', which is no name on the hub"
-        raise Mistakes(Mistake(fact, "write hf:ORG/NAME, hf:ORG/NAME@REVISION or …/SUBFOLDER"))
+        mend = "hf:ORG/NAME, hf:ORG/NAME@REVISION or …/SUBFOLDER"
+        mend = f"{PREFIX}{meant}" if _TEXT.fullmatch(meant) and ".." not in meant else mend
+        raise Mistakes(Mistake(fact, f"write {mend}"))
     revision = match["revision"] and unquote(match["revision"])  # as the hub's pages spell them
     return HubName(match["repository"], revision, "/".join(subfolder.parts))
 

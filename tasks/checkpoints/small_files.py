@@ -183,13 +183,14 @@ def numbered(location: str, names: Iterable[str], pattern: str) -> list[str]:
     return have
 
 
-def is_pointer(path: Path) -> bool:
+def is_pointer(path: WeightFile) -> bool:
     """Tell whether a file is a Git LFS pointer, which stands for one that was not fetched.
 
     Weights are not opened for it: a pointer is smaller (git-lfs, docs/spec.md).
     """
-    state = path.stat()
-    if state.st_size >= LFS_BYTES or not stat.S_ISREG(state.st_mode):
+    if path.stat().st_size >= LFS_BYTES or not (
+        not isinstance(path, Path) or stat.S_ISREG(path.stat().st_mode)
+    ):
         return False
     with path.open("rb") as file:
         return file.read(len(LFS)) == LFS
@@ -197,8 +198,9 @@ def is_pointer(path: Path) -> bool:
 
 def damaged(path: WeightFile, fact: str) -> CheckpointError:
     """Return the error of a weight file that is not what it should be, and why that may be."""
-    if isinstance(path, Path) and is_pointer(path):
-        return CheckpointError(
-            f"{path} is a Git LFS pointer, not the file itself. Run git lfs pull in its folder."
-        )
+    if is_pointer(path):
+        mend = "Run git lfs pull in its folder" if isinstance(path, Path) else (
+            "It was put there without Git LFS: take another revision, and tell its authors"
+        )  # fmt: skip
+        return CheckpointError(f"{path} is a Git LFS pointer, not the file itself. {mend}.")
     return CheckpointError(f"{path} is damaged or incomplete: {fact}. Fetch it again.")

@@ -213,10 +213,16 @@ def _weight_files(
     there = (
         f" Its folder {min(below).name} has some: put them beside config.json."
         if below
-        else f" (it has {some(source.names('*'), 5)}). Fetch the weight files."
+        else f" (it has {some(source.names('*'), 5)}). {_mend(source)}"
     )
     none = f"{source.location} has no *.safetensors and no pytorch_model*.bin"
     raise CheckpointError(f"{none}{'.' if below else ''}{there}")
+
+
+def _mend(source: ReadableSource) -> str:
+    if source.names("*.gguf"):
+        return "GGUF files are not read: take the model that they were made from."
+    return "Fetch the weight files."
 
 
 def _weight_map(source: ReadableSource, index: str) -> Mapping[str, str]:

@@ -310,6 +310,28 @@ def test_a_name_that_is_no_folder(hub: Hub, tmp_path: Path) -> None:
     for wrong in ("hf:model", "hf:org/model@", "hf:org/../model", "hf:a/b/../c"):
         project.configure(source=wrong)
         assert "which is no name on the hub" in project.doit(expect=3).stderr
+    for wrong, mend in (
+        ("hf://org/model", "Write hf:org/model"), ("hf:models/org/model", "Write hf:org/model"),
+        ("hf: org/model", "Write hf:org/model"), ("hf:datasets/org/model", "of the hub's datasets"),
+        ("hf:org/model@a/b", "where a name has a slash, write %2F"),
+    ):  # fmt: skip
+        project.configure(source=wrong)
+        assert mend in project.doit(expect=3).stderr
+    project.configure(source="hf:org/model@main/")
+    project.doit("plan", expect=1)
+    files = hub.repositories["org/model"].files
+    config, pointer = (
+        files["config.json"].content,
+        files["model-00001-of-00003.safetensors"].pointer,
+    )
+    for held, told in (
+        ({"model.safetensors": pointer, "config.json": config}, "safetensors is a Git LFS pointer"),
+        ({"a.gguf": b"GGUF", "config.json": config}, "GGUF files are not read: take the model"),
+        ({"a.gguf": b"GGUF"}, "org/other holds no checkpoint"),
+    ):
+        hub.repository("org/other").add(held)
+        project.configure(source=f"hf:org/other@{hub.repositories['org/other'].head}")
+        assert told in project.doit(expect=3).stderr
 
 
 def test_with_nothing_to_do_no_client_is_imported(hub: Hub, tmp_path: Path) -> None:
