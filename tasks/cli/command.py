@@ -14,7 +14,7 @@ from cache.errors import CacheError
 from tasks.cli import failures
 from tasks.cli.doit_adapter import models_file, name_not_found, parse_error_message
 from tasks.cli.options import DEFAULT, Options
-from tasks.cli.process import piped
+from tasks.cli.process import piped, printable
 from tasks.cli.state_lock import alone
 from tasks.core.program import COMMAND
 from tasks.core.task_names import target_of
@@ -123,12 +123,9 @@ class Command(DoitCommand):  # type: ignore[misc]
 
 def _raise_of_output(error: OSError) -> None:
     """Raise an error again if what is printed cannot be, or nobody reads it."""
-    if isinstance(error, BrokenPipeError):
+    # A flush tells nothing: what could not be written is dropped.
+    if isinstance(error, BrokenPipeError) or not printable():
         raise error
-    try:
-        sys.stdout.flush()  # what was not written is tried again
-    except OSError:
-        raise error from None
 
 
 class StateCommand(Command):

@@ -31,7 +31,7 @@ def piped() -> Iterator[None]:
     except KeyboardInterrupt:  # of what does nothing that has to be said, or not yet
         os._exit(INTERRUPTED)
     except OSError as error:
-        if _printable():
+        if printable():
             raise
         print(f"ERROR: what is to be printed cannot be: {error}", file=sys.stderr, flush=True)
         os._exit(UNREAD)
@@ -48,7 +48,8 @@ def _reopen() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
-def _printable() -> bool:
+def printable() -> bool:
+    """Tell whether anything can be printed, by an empty line."""
     try:
         print(flush=True)
     except OSError:
