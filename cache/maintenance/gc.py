@@ -6,12 +6,14 @@ only what they used of late. See ``cache.lock`` on builds that run meanwhile.
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 
-from cache.files import atomic, trash
-from cache.maintenance.survey import CORRUPT, File, Survey
+from cache.files import atomic
+from cache.maintenance.survey import CORRUPT, File, Files, Survey
 
 RECORD_SECONDS = 90 * 24 * 3600  # how long records (all but blobs) are kept that nobody uses
 
@@ -33,57 +35,69 @@ class Wanted:
     memos: bool = False
 
 
-@dataclass(frozen=True)
+GARBAGE = "garbage"  # nobody can use it, or nobody did for long
+EVICTED = "least recently used"  # usable; goes for the sake of the size
+
+
+@dataclass
 class Collection:
     """What goes and what stays.
 
     Attributes:
-        garbage: nobody can use it, or nobody did for long.
-        evicted: usable; goes for the sake of the size.
-        spare: usable, not wanted, stays.
+        removed: files and bytes that go, by why and kind.
+        spare: bytes that are usable, not wanted, and stay.
         size: bytes that stay, of all kinds.
     """
 
-    garbage: list[File] = field(default_factory=list)
-    evicted: list[File] = field(default_factory=list)
-    spare: list[File] = field(default_factory=list)
-    size: int = 0
+    removed: dict[tuple[str, str], tuple[int, int]]
+    spare: int
+    size: int
+
+    def remove(self, file: File, why: str) -> None:
+        """Count a file that goes."""
+        count, size = self.removed.get((why, file.kind), (0, 0))
+        self.removed[why, file.kind] = count + 1, size + file.size
+        self.size -= file.size
 
 
-def plan(survey: Survey, wanted: Wanted, max_bytes: int | None, now: float) -> Collection:
-    """Choose what goes.
+def collect(
+    survey: Survey,
+    wanted: Wanted,
+    max_bytes: int | None,
+    now: float,
+    remove: Callable[[File], object],
+) -> Collection:
+    """Choose what goes, and remove it.
 
     Args:
         survey: what there is.
         wanted: what must stay.
         max_bytes: what is to be left at most, or None for no bound.
         now: Unix time.
+        remove: removes a file; the lock must be held alone.
     """
     stays = survey.reach(wanted.blobs)
     filled = {key for digest in survey.parts for key in survey.pinned(digest)}
     records = {"action": wanted.actions, "memo": frozenset[str]()}
     records |= dict.fromkeys(survey.others, wanted.others)
-    garbage = [file for file in survey.files if _is_garbage(file, records, filled, now)]
-    left = survey.size - sum(file.size for file in garbage)
-    evicted: list[File] = []
-    spare: list[File] = []
-    seen = set(garbage)
-    for group in (*_blobs(survey, stays), *_records(survey, wanted)):
+    made = Collection({}, 0, survey.size)
+    seen: set[File] = set()  # of those that are in several groups
+    for file in survey.files:
+        if _is_garbage(file, records, filled, now):
+            seen.add(file)
+            made.remove(file, GARBAGE)
+            remove(file)
+    for group in chain(_blobs(survey, stays), _records(survey, wanted)):
         # What lies in two files is in both groups, and goes with the first.
         new = [file for file in group if file not in seen]
-        seen.update(new)
-        if max_bytes is not None and left > max_bytes:
-            evicted += new
-            left -= sum(file.size for file in new)
+        seen.update(file for file in new if file.kind == "reference")
+        if max_bytes is not None and made.size > max_bytes:
+            for file in new:
+                made.remove(file, EVICTED)
+                remove(file)
         else:
-            spare += new
-    return Collection(garbage, evicted, spare, left)
-
-
-def carry_out(collection: Collection) -> None:
-    """Remove what goes; the lock must be held alone."""
-    for file in (*collection.garbage, *collection.evicted):
-        trash.remove(file.path)
+            made.spare += sum(file.size for file in new)
+    return made
 
 
 def _is_garbage(
@@ -119,16 +133,35 @@ def _blobs(survey: Survey, stays: set[str]) -> Iterator[list[File]]:
         where = survey.pinned(digest)
         for key in where:
             inside[key].append(file)
-        if where.isdisjoint(containers):
+        if not any(key in containers for key in where):
             groups.append([file])
+    files = survey.own_files
+    held = {key: files[key] for key in inside if key in files}
     # The file last: if removing is interrupted, no reference is left to nothing.
-    groups += [[*inside[key], file] for key, file in (survey.of("blob") | containers).items()]
+    groups += [[*inside[key], file] for key, file in chain(held.items(), containers.items())]
 
-    def turn(group: list[File]) -> tuple[float, bool]:
-        return max(file.used for file in group), group[-1].kind == "blob"
+    def turn(group: list[File]) -> tuple[int, bool]:
+        return int(max(file.used for file in group)), group[-1].kind == "blob"
 
     unwanted = [group for group in groups if stays.isdisjoint(file.key for file in group)]
-    yield from sorted(unwanted, key=turn)
+    alone = _oldest_first(files, stays.union(held))
+    yield from heapq.merge(sorted(unwanted, key=turn), alone, key=turn)
+
+
+def _oldest_first(files: Files, without: Iterable[str]) -> Iterator[list[File]]:
+    """Yield blobs in which no reference's parts lie, each alone: there may be millions.
+
+    Args:
+        files: those that have a file.
+        without: keys of those to be left out.
+    """
+    left_out = {files.find(key) for key in without}
+    order = [int(used) << 32 | index for index, used in enumerate(files.used)]
+    order.sort()
+    for each in order:
+        index = each & 0xFFFFFFFF
+        if index not in left_out:
+            yield [files.at(index)]
 
 
 def _records(survey: Survey, wanted: Wanted) -> Iterator[list[File]]:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from heapq import nlargest
+from itertools import chain
 from pathlib import Path
+from typing import cast
+
+from msgspec import Struct
 
 from cache import folder
 from cache.blobs import Blobs, Part
@@ -21,20 +28,26 @@ from cache.records.sealed import Damaged
 CORRUPT = "corrupt"  # the folder to which `verify` moves what is
 _FOLDERS = ("blobs", "actions", "memos", CORRUPT)  # nothing beside them is ever looked at
 _KEYS = {
-    "blob": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})",
-    "reference": r"blobs/([0-9a-f]{2})/([0-9a-f]{30})\.parts",
-    "container": r"blobs/(packs)/([0-9a-f]{32})",
-    "action": r"actions/([0-9a-f]{2})/([0-9a-f]{30})\.json",
-    "memo": r"memos/[^/]+/([0-9a-f]{2})/([0-9a-f]{30})\.json",
+    "blob": re.compile(r"blobs/([0-9a-f]{2})/([0-9a-f]{30})"),
+    "reference": re.compile(r"blobs/([0-9a-f]{2})/([0-9a-f]{30})\.parts"),
+    "container": re.compile(r"blobs/(packs)/([0-9a-f]{32})"),
+    "action": re.compile(r"actions/([0-9a-f]{2})/([0-9a-f]{30})\.json"),
+    "memo": re.compile(r"memos/[^/]+/([0-9a-f]{2})/([0-9a-f]{30})\.json"),
 }
+_NAMES: dict[str, Callable[[str], str]] = {  # of those that there may be millions of, by key
+    "blob": lambda key: f"blobs/{key[:2]}/{key[2:]}",
+    "reference": lambda key: f"blobs/{key[:2]}/{key[2:]}.parts",
+    "action": lambda key: f"actions/{key[:2]}/{key[2:]}.json",
+}
+_DIGEST_BYTES = 16
 
 
-@dataclass(frozen=True)
-class File:
+class File(Struct, frozen=True):
     """A file of the cache; or a folder, if it is temporary, or a record of another kind.
 
     Attributes:
-        path: where it lies.
+        root: the cache's folder.
+        name: where it lies below.
         kind: blob, reference, container, action, memo, temporary, corrupt, or another kind of
             record. Files that nobody here made are of none, and left alone.
         key: the digest or key that names it.
@@ -42,11 +55,111 @@ class File:
         used: when it was last used, Unix time, to the hour (``atomic.touch``).
     """
 
-    path: Path
+    root: str
+    name: str
     kind: str
     key: str
     size: int
     used: float
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return Path(self.root, self.name)
+
+
+class Files(Mapping[str, File]):
+    """The files of one kind by key, a digest, in its order: 32 bytes each, for there are millions.
+
+    Attributes:
+        sizes: of the files.
+        used: when each was last used.
+    """
+
+    def __init__(self, root: str, kind: str) -> None:
+        self._root = root
+        self._kind = kind
+        self._name = _NAMES[kind]
+        self._keys = bytearray()
+        self.sizes = array("Q")
+        self.used = array("d")
+
+    def add(self, key: str, size: int, used: float) -> None:
+        """Add a file, whose key is above all that are here."""
+        self._keys += bytes.fromhex(key)
+        self.sizes.append(size)
+        self.used.append(used)
+
+    def at(self, index: int) -> File:
+        """Return a file by its place in the order."""
+        key = self.key_at(index)
+        size, used = self.sizes[index], self.used[index]
+        return File(self._root, self._name(key), self._kind, key, size, used)
+
+    def key_at(self, index: int) -> str:
+        """Return a key by its place in the order."""
+        return self._bytes_at(index).hex()
+
+    def find(self, key: str) -> int | None:
+        """Return a key's place in the order, if it is there."""
+        try:
+            wanted = bytes.fromhex(key)
+        except ValueError:
+            return None
+        index = bisect_left(range(len(self)), wanted, key=self._bytes_at)
+        return index if index < len(self) and self._bytes_at(index) == wanted else None
+
+    def __getitem__(self, key: str) -> File:
+        if (index := self.find(key)) is None:
+            raise KeyError(key)
+        return self.at(index)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.find(key) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.key_at, range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def _bytes_at(self, index: int) -> bytes:
+        return bytes(self._keys[_DIGEST_BYTES * index : _DIGEST_BYTES * (index + 1)])
+
+
+class Owned(Mapping[str, int]):
+    """The bytes of each blob that the cache itself has, in a file or in a container.
+
+    Attributes:
+        files: those that have a file.
+        inside: the others.
+    """
+
+    def __init__(self, files: Files, inside: Mapping[str, int]) -> None:
+        self.files = files
+        self.inside = {key: size for key, size in inside.items() if key not in files}
+
+    def __getitem__(self, digest: str) -> int:
+        index = self.files.find(digest)
+        return self.inside[digest] if index is None else self.files.sizes[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(self.files, self.inside)
+
+    def __len__(self) -> int:
+        return len(self.files) + len(self.inside)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all."""
+        return sum(self.files.sizes) + sum(self.inside.values())
+
+    def largest(self, count: int) -> dict[str, int]:
+        """Return the largest of them, in that order."""
+        sizes = self.files.sizes
+        found = nlargest(count, range(len(sizes)), key=sizes.__getitem__)
+        some = [(self.files.key_at(index), sizes[index]) for index in found]
+        return dict(nlargest(count, [*some, *self.inside.items()], key=lambda blob: blob[1]))
 
 
 @dataclass(frozen=True)
@@ -55,22 +168,36 @@ class Survey:
 
     Attributes:
         blobs: the store's.
-        files: all files.
+        kinds: the files by kind and key.
         others: kinds of records besides the cache's own, by name.
     """
 
     blobs: Blobs
-    files: list[File]
+    kinds: Mapping[str, Mapping[str, File]]
     others: Mapping[str, RecordKind] = field(default_factory=dict)
 
-    def of(self, kind: str) -> dict[str, File]:
+    def of(self, kind: str) -> Mapping[str, File]:
         """Return the files of a kind by key."""
-        return {file.key: file for file in self.files if file.kind == kind}
+        return self.kinds.get(kind, {})
+
+    @property
+    def files(self) -> Iterator[File]:
+        """All files."""
+        for files in self.kinds.values():
+            yield from (
+                map(files.at, range(len(files))) if isinstance(files, Files) else (files.values())
+            )
+
+    def count(self, kind: str) -> tuple[int, int]:
+        """Return how many files of a kind there are, and their bytes."""
+        files = self.of(kind)
+        sizes = files.sizes if isinstance(files, Files) else [f.size for f in files.values()]
+        return len(files), sum(sizes)
 
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(file.size for file in self.files)
+        return sum(self.count(kind)[1] for kind in self.kinds)
 
     @cached_property
     def parts(self) -> dict[str, list[Part]]:
@@ -84,16 +211,21 @@ class Survey:
         return parts
 
     @cached_property
-    def owned(self) -> dict[str, int]:
+    def owned(self) -> Owned:
         """The bytes of each blob that the cache itself has, in a file or in a container."""
-        sizes = {digest: file.size for digest, file in self.of("blob").items()}
-        containers = self.of("container").keys()
+        containers = self.of("container")
+        inside = {}
         for digest, parts in self.parts.items():
             # A whole container begins where no tensor does, at its header; the blobs in it count.
             is_whole = [part.offset for part in parts] == [0]
-            if self.pinned(digest) & containers and not is_whole:
-                sizes.setdefault(digest, sum(part.length for part in parts))
-        return sizes
+            if not is_whole and any(key in containers for key in self.pinned(digest)):
+                inside[digest] = sum(part.length for part in parts)
+        return Owned(self.own_files, inside)
+
+    @property
+    def own_files(self) -> Files:
+        """The blobs that have a file."""
+        return cast(Files, self.kinds["blob"])
 
     @cached_property
     def _pinned(self) -> dict[str, set[str]]:
@@ -129,32 +261,36 @@ def inventory(root: Path, others: Iterable[RecordKind] = ()) -> Survey:
     """
     folder.check(root)
     by_folder = {kind.folder: kind for kind in others}
-    files = []
-    for path, status in (each for name in (*_FOLDERS, *by_folder) for each in _walk(root / name)):
-        kind, key = _kind(str(path.relative_to(root)), by_folder)
-        if kind:
-            inside = _walk(path) if stat.S_ISDIR(status.st_mode) else ()
-            size = sum(each.st_size for _, each in inside) or status.st_size
-            if kind == "container":
-                size = min(size, 512 * status.st_blocks)
-            files.append(File(path, kind, key, size, status.st_mtime))
+    found: dict[str, Files] = {kind: Files(str(root), kind) for kind in _NAMES}
+    rest: dict[str, dict[str, File]] = {}
+    begin = len(os.path.join(root, ""))
+    for path, status in (e for name in (*_FOLDERS, *by_folder) for e in _walk(f"{root}/{name}")):
+        name = path[begin:]
+        kind, key = _kind(name, by_folder)
+        if not kind:
+            continue
+        size = status.st_size
+        if stat.S_ISDIR(status.st_mode):
+            size = sum(each.st_size for _, each in _walk(path)) or size
+        if kind == "container":
+            size = min(size, 512 * status.st_blocks)
+        if kind in found:
+            found[kind].add(key, size, status.st_mtime)
+            continue
+        file = File(str(root), name, kind, key, size, status.st_mtime)
+        if kind in (other.name for other in by_folder.values()):  # one of a record's files
+            file = _with(file, rest.get(kind, {}).get(key), name.partition("/")[0])
+        # Memos of two kinds may have one key.
+        rest.setdefault(kind, {})[name if kind == "memo" else key] = file
     kinds = {kind.name: kind for kind in by_folder.values()}
-    return Survey(Blobs(root / "blobs"), [*_whole_records(root, files, kinds)], kinds)
+    return Survey(Blobs(root / "blobs"), {**found, **rest}, kinds)
 
 
-def _whole_records(
-    root: Path, files: Iterable[File], others: Mapping[str, RecordKind]
-) -> Iterator[File]:
-    """Yield the files; those of one record of another kind as one, its folder."""
-    records: dict[tuple[str, str], list[File]] = {}
-    for file in files:
-        if file.kind in others:
-            records.setdefault((file.kind, file.key), []).append(file)
-        else:
-            yield file
-    for (kind, key), parts in records.items():
-        size, used = sum(file.size for file in parts), max(file.used for file in parts)
-        yield File(root / others[kind].folder / key, kind, key, size, used)
+def _with(file: File, record: File | None, folder: str) -> File:
+    """Return a record's folder as one file, given those of its files that were seen before."""
+    size, used = (record.size, record.used) if record else (0, 0.0)
+    name = f"{folder}/{file.key}"
+    return File(file.root, name, file.kind, file.key, size + file.size, max(used, file.used))
 
 
 def _kind(name: str, others: Mapping[str, RecordKind]) -> tuple[str, str]:
@@ -167,25 +303,24 @@ def _kind(name: str, others: Mapping[str, RecordKind]) -> tuple[str, str]:
     if name.startswith(f"{CORRUPT}/"):
         kind, _ = _kind(name.removeprefix(f"{CORRUPT}/"), others)
         return (CORRUPT, name) if kind else ("", "")
-    if Path(name).name.startswith(atomic.TEMPORARY):
+    if name.rpartition("/")[2].startswith(atomic.TEMPORARY):
         return "temporary", name
     for kind, form in _KEYS.items():
-        if match := re.fullmatch(form, name):
+        if match := form.fullmatch(name):
             return kind, match[1] + match[2]
     match = re.fullmatch(r"([^/]+)/([0-9a-f]{64})/.+", name)
     return (others[match[1]].name, match[2]) if match and match[1] in others else ("", "")
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield the files below a folder, and temporary folders; what goes meanwhile is not there."""
+def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the files below a folder, and temporary folders, by name; none that goes meanwhile."""
     try:
-        entries = list(os.scandir(folder))
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except FileNotFoundError:
         return
     for entry in entries:
-        path = Path(entry.path)
         if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(atomic.TEMPORARY):
-            yield from _walk(path)
+            yield from _walk(entry.path)
         else:
             with suppress(FileNotFoundError):
-                yield path, entry.stat(follow_symlinks=False)
+                yield entry.path, entry.stat(follow_symlinks=False)

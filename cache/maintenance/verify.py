@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ from cache.files.stamp import Stamp
 from cache.maintenance.survey import CORRUPT, File, Survey
 from cache.records.manifests import Manifest, ManifestError, OtherSchema
 from cache.records.sealed import Damaged, Unsealed, unseal
+
+_Check = Callable[[Blobs, File], str]
+AT_ONCE = 4096  # files that are handed to the threads
+TOO_SHORT = "a blob that it is part of is too short"
 
 
 class Wrong(NamedTuple):
@@ -38,10 +43,35 @@ def scan(survey: Survey, threads: int) -> list[Wrong]:
         survey: what there is.
         threads: how many files are read at once, piece by piece.
     """
-    to_read = [file for file in survey.files if file.kind in kinds(survey)]
+    to_read = (file for file in survey.files if file.kind in kinds(survey))
+    wrong = []
     with ThreadPoolExecutor(threads) as pool:
-        causes = pool.map(lambda file: check(survey, file), to_read)
-        return [Wrong(file, cause) for file, cause in zip(to_read, causes, strict=True) if cause]
+        while some := [*islice(to_read, AT_ONCE)]:
+            causes = pool.map(lambda file: check(survey, file), some)
+            wrong += [Wrong(file, cause) for file, cause in zip(some, causes, strict=True) if cause]
+    return wrong
+
+
+def glance(survey: Survey) -> list[Wrong]:
+    """Read all records, and look whether blobs have the sizes that these say; read no weights."""
+    wrong = {}
+    for file in survey.files:
+        if file.kind == "action":
+            for other in _of_another_size(survey, file):
+                wrong[other] = "it is not as long as it was"
+        cause = _check(survey, file, _ALONE) if file.kind in kinds(survey) else ""
+        if cause:
+            wrong[file] = cause
+    return [Wrong(file, cause) for file, cause in wrong.items()]
+
+
+def _of_another_size(survey: Survey, action: File) -> Iterator[File]:
+    """Yield the blobs of which an action's entry says another size than their files have."""
+    if manifest := Manifest.at(action.path):
+        for tensor in manifest.tensors.values():
+            file = survey.own_files.get(tensor.digest)
+            if file and file.size != tensor.nbytes:
+                yield file
 
 
 def kinds(survey: Survey) -> tuple[str, ...]:
@@ -55,10 +85,14 @@ def check(survey: Survey, file: File) -> str:
     Raises:
         OSError: it could not be read, and that does not say that it is damaged.
     """
+    return _check(survey, file, _CHECKS)
+
+
+def _check(survey: Survey, file: File, checks: Mapping[str, _Check]) -> str:
     try:
         if file.kind in survey.others:
             return survey.others[file.kind].check(file.path)
-        return _CHECKS[file.kind](survey.blobs, file)
+        return checks[file.kind](survey.blobs, file)
     except FileNotFoundError:
         return ""
     except OSError as error:
@@ -101,18 +135,29 @@ def _blob(_blobs: Blobs, file: File) -> str:
 
 
 def _reference(blobs: Blobs, file: File) -> str:
-    try:
-        parts = blobs.reference(file.path)
-    except Damaged as error:
-        return f"it cannot be read: {error}"
+    if cause := _reference_alone(blobs, file):
+        return cause
+    parts = blobs.reference(file.path)
     if any(part.stamp and Stamp.of(part.path) != part.stamp for part in parts):
         return ""  # it holds no longer, and is looked into before it is used
     try:
         digest = digest_parts(blobs.chunks(parts))
     except FileChanged:
-        return "" if all(part.stamp for part in parts) else "a blob that it is part of is too short"
+        return "" if all(part.stamp for part in parts) else TOO_SHORT
     where = ", ".join(sorted({part.path for part in parts}))
     return "" if digest == file.key else f"{where} holds other bytes there, with an unchanged time"
+
+
+def _reference_alone(blobs: Blobs, file: File) -> str:
+    """Return what is wrong with a reference, by its record and the sizes of the cache's files."""
+    try:
+        parts = blobs.reference(file.path)
+        ends = [(part.path, part.offset + part.length) for part in parts if not part.stamp]
+        return TOO_SHORT if any(os.path.getsize(path) < end for path, end in ends) else ""
+    except Damaged as error:
+        return f"it cannot be read: {error}"
+    except FileNotFoundError:  # it went, or a container of its parts
+        return ""
 
 
 def _action(_blobs: Blobs, file: File) -> str:
@@ -141,9 +186,10 @@ def _memo(_blobs: Blobs, file: File) -> str:
     return ""
 
 
-_CHECKS: dict[str, Callable[[Blobs, File], str]] = {
+_CHECKS: dict[str, _Check] = {
     "blob": _blob,
     "reference": _reference,
     "action": _action,
     "memo": _memo,
 }
+_ALONE = {**_CHECKS, "blob": lambda *_: "", "reference": _reference_alone}  # reading no weights

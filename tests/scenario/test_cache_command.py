@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,7 @@ def age(path: Path, seconds: float) -> None:
     os.utime(path, (then, then))
 
 
-def blobs(project: projects.Project) -> dict[str, int]:
+def blobs(project: projects.Project) -> Mapping[str, int]:
     """The bytes of the blobs that the store has itself."""
     return survey.inventory(project.store, [KIND]).owned
 
@@ -94,6 +94,26 @@ def test_stats_add_up_with_what_targets_share_counted_once(tmp_path):
     for outcome in ("computed", "reused", "failed"):
         row = next(line for line in said if line.startswith(outcome))
         assert row.split()[1] == str(outcomes.count(outcome))
+
+
+def test_a_quick_look_reads_no_weights(tmp_path):
+    project = projects.create(tmp_path, "meta", **projects.FOUR_BIT)
+    project.doit()
+    blob = project.blob("cast", "layers.1", "model.layers.1.mlp.up_proj.weight")
+    spoil(blob)
+    assert "none corrupt" in project.doit("cache", "verify", "--quick").stdout
+    with blob.open("ab") as file:
+        file.write(b" ")
+    (memo, *_) = sorted((project.store / "memos").rglob("*.json"))
+    projects.flip(memo, memo.stat().st_size - 2)
+    found = project.doit("cache", "verify", "--quick", expect=1).stdout
+    assert "2 corrupt" in found
+    assert "cast:model:layers.1" in found
+    assert not blob.exists()
+    assert not memo.exists()
+    assert "none corrupt" in project.doit("cache", "verify", "--quick").stdout
+    project.doit()
+    assert project.built() == project.anew()
 
 
 def test_what_was_made_of_corrupt_bytes_is_made_again(tmp_path):
@@ -386,8 +406,9 @@ def test_a_reference_keeps_the_blobs_that_it_is_made_of(tmp_path):
     def evicted(wanted: str, cap: int) -> list[str]:
         names = {key: name for name, key in keys.items()}
         blobs = frozenset(key for name, key in keys.items() if name == wanted)
-        plan = gc.plan(found, gc.Wanted(blobs), cap, time.time())
-        return [names[file.key] for file in plan.evicted]
+        gone: list[survey.File] = []
+        gc.collect(found, gc.Wanted(blobs), cap, time.time(), gone.append)
+        return [names[file.key] for file in gone]
 
     assert evicted("stack", 0) == ["alone"]
     assert evicted("", found.size - 1) == ["alone"]

@@ -100,19 +100,15 @@ def stats(config: Config, _options: Mapping[str, Any]) -> int:
     return 0
 
 
-def verify_all(config: Config, _options: Mapping[str, Any]) -> int:
+def verify_all(config: Config, options: Mapping[str, Any]) -> int:
     """Read everything, and set aside what is corrupt, so that it is made again when wanted.
 
     What may have been made of corrupt bytes is forgotten, since nobody knows when they went
     wrong: the next doit makes it again, built models too.
     """
     survey = manifests.survey(config)
-    kinds = verify.kinds(survey)
-    blobs = survey.owned
-    others = [file for file in survey.files if file.kind in kinds and file.key not in blobs]
-    sizes = {kind: [file.size for file in others if file.kind == kind] for kind in kinds}
-    sizes["blob"] += blobs.values()
-    suspects = verify.scan(survey, cores())
+    quick = options["quick"]
+    suspects = verify.glance(survey) if quick else verify.scan(survey, cores())
     wrong = []
     if suspects:
         with alone(config.path), Lock(config.cache.dir).alone(_waiting):
@@ -124,9 +120,22 @@ def verify_all(config: Config, _options: Mapping[str, Any]) -> int:
                 verify.set_aside(config.cache.dir, file)
             forgotten = _forget(config, survey, built, wrong)
         _report(config, built, wrong, forgotten)
-    counts = (f"{len(s)} {cache_stats.KIND_NAMES[k]} ({size(sum(s))})" for k, s in sizes.items())
-    print(f"{config.cache.dir}: read {', '.join(counts)}; {len(wrong) or 'none'} corrupt")
+    counts = {kind: survey.count(kind) for kind in verify.kinds(survey)}
+    if quick:
+        del counts["blob"]
+    else:  # what references say to lie in containers are blobs, too
+        inside = survey.owned.inside
+        records = [survey.of("reference")[digest].size for digest in inside]
+        counts["reference"] = _sum(counts["reference"], -len(inside), -sum(records))
+        counts["blob"] = _sum(counts["blob"], len(inside), sum(inside.values()))
+    said = (f"{n} {cache_stats.KIND_NAMES[kind]} ({size(s)})" for kind, (n, s) in counts.items())
+    sizes = f", and the sizes of {len(survey.own_files)} blobs" if quick else ""
+    print(f"{config.cache.dir}: read {', '.join(said)}{sizes}; {len(wrong) or 'none'} corrupt")
     return FAILED if wrong else 0
+
+
+def _sum(counted: tuple[int, int], count: int, nbytes: int) -> tuple[int, int]:
+    return counted[0] + count, counted[1] + nbytes
 
 
 def _forget(
@@ -191,16 +200,15 @@ def collect_garbage(config: Config, options: Mapping[str, Any]) -> int:
     if options["all"] and cap is None:
         raise CmdParseError("--all needs a size cap: --max-size 20GB, or [cache] max_size")
 
-    def plan() -> gc.Collection:
+    def collect(remove: Callable[[File], object]) -> gc.Collection:
         wanted = gc.Wanted() if options["all"] else manifests.wanted(config, manifests.read(config))
-        return gc.plan(manifests.survey(config), wanted, cap, time.time())
+        return gc.collect(manifests.survey(config), wanted, cap, time.time(), remove)
 
     if options["dry_run"]:
-        collection = plan()
+        collection = collect(lambda _: None)
     else:
         with Lock(config.cache.dir).alone(_waiting):
-            collection = plan()
-            gc.carry_out(collection)
+            collection = collect(lambda file: trash.remove(file.path))
     removed = "would remove" if options["dry_run"] else "removed"
     _say(removed, collection, config, cap, everything=options["all"])
     return 0
@@ -210,20 +218,16 @@ def _say(
     removed: str, collection: gc.Collection, config: Config, cap: int | None, everything: bool
 ) -> None:
     for kind, name in cache_stats.KIND_NAMES.items():
-        for files, why in (
-            (collection.garbage, "garbage"),
-            (collection.evicted, "least recently used"),
-        ):
-            chosen = [file for file in files if file.kind == kind]
-            if chosen:
-                print(f"{removed} {len(chosen)} {name}, {_total(chosen)}: {why}")
-    if not collection.garbage and not collection.evicted:
+        for why in (gc.GARBAGE, gc.EVICTED):
+            if chosen := collection.removed.get((why, kind)):
+                print(f"{removed} {chosen[0]} {name}, {size(chosen[1])}: {why}")
+    if not collection.removed:
         print("nothing to remove")
     left = "would be left" if removed.startswith("would") else "left"
     print(f"{left} in {config.cache.dir}: {size(collection.size)}")
     if cap is None:
         print(
-            f"No current target needs {_total(collection.spare)} of it, and no size cap is set: "
+            f"No current target needs {size(collection.spare)} of it, and no size cap is set: "
             "set\n[cache] max_size in models.toml, or pass --max-size 20GB."
         )
     elif collection.size > cap and not everything:
@@ -231,10 +235,6 @@ def _say(
             f"That is more than {size(cap)}: the targets of models.toml need it. --all removes it, "
             "too."
         )
-
-
-def _total(files: Iterable[File]) -> str:
-    return size(sum(file.size for file in files))
 
 
 def _waiting() -> None:
@@ -303,7 +303,19 @@ def _missing(exchanged: exchange.Exchanged, why: str) -> int:
 
 SUBCOMMANDS = {
     "stats": Subcommand("what it holds, by stage and target, and what it saved", stats),
-    "verify": Subcommand("reads all of it, and sets aside what is corrupt", verify_all),
+    "verify": Subcommand(
+        "reads all of it, and sets aside what is corrupt",
+        verify_all,
+        (
+            {
+                "name": "quick",
+                "long": "quick",
+                "type": bool,
+                "default": False,
+                "help": "only records, and whether blobs have the sizes that these say",
+            },
+        ),
+    ),
     "gc": Subcommand(
         "removes garbage, and the least recently used above a size",
         collect_garbage,

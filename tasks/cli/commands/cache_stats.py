@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from heapq import nlargest
-from itertools import chain, groupby
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 
 from cache.maintenance.survey import Survey
 from cache.records.manifests import Manifest
@@ -50,9 +49,9 @@ def text(config: Config, survey: Survey) -> Iterator[str]:
 def _kinds(survey: Survey) -> Iterator[str]:
     rows = [("kind", "files", "size")]
     for kind, name in KIND_NAMES.items():
-        sizes = [file.size for file in survey.files if file.kind == kind]
-        if sizes or kind in ("blob", "reference", "action", "memo"):
-            rows.append((name, str(len(sizes)), size(sum(sizes))))
+        count, nbytes = survey.count(kind)
+        if count or kind in ("blob", "reference", "action", "memo"):
+            rows.append((name, str(count), size(nbytes)))
     yield from aligned(rows, WIDTH)
     elsewhere = {
         (part.path, part.offset): part.length
@@ -76,14 +75,14 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
         rows.append(_row(target, makers, own))
         shared_bytes += sum(own[digest] for digest in own.keys() & makers.keys() & in_use)
         in_use |= makers.keys()
-    everyone = {id(record.manifest): record.manifest for record in records}.values()
-    # What was made before is read only where there is something of it.
-    older = () if own.keys() <= in_use else survey.manifests()
-    all_makers = makers_of(chain(everyone, older))
-    spare = {digest: stage for digest, stage in all_makers.items() if digest not in in_use}
-    spare |= dict.fromkeys(own.keys() - all_makers.keys(), "")
-    rows.append(_row("(no current target)", spare, own))
-    rows.append(_row("(all)", all_makers | spare, own))
+    first = _FirstStages(survey)
+    for manifest in {id(record.manifest): record.manifest for record in records}.values():
+        first.see(manifest)
+    if not own.keys() <= in_use:  # else there is nothing of what was made before
+        for manifest in survey.manifests():
+            first.see(manifest)
+    rows.append(("(no current target)", *map(size, first.sizes(without=in_use))))
+    rows.append(("(all)", *map(size, first.sizes())))
     # What runs models stands here where a model was run.
     runs = {stage.group for stage in registry.RUNNING}
     empty = {i for i, name in enumerate(rows[0]) if name in runs and rows[-1][i] == size(0)}
@@ -91,7 +90,11 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     if shared_bytes:
         yield f"What several targets share, {size(shared_bytes)}, is counted once in (all)."
     # What lies in one container with something that is needed stays with it.
-    if count := sum(not survey.pinned(digest) & in_use for digest in spare.keys() & own.keys()):
+    needed = sum(
+        digest in in_use or bool(survey.pinned(digest) & in_use)
+        for digest in own.keys() & (in_use | survey.parts.keys())
+    )
+    if count := len(own) - needed:
         removes = f"{COMMAND} cache gc removes such with a size cap"
         yield f"No current target needs {count} blobs; {removes}."
 
@@ -123,17 +126,58 @@ class _Makers:
         return self._reached[id(manifest)][1]
 
 
-def _row(name: str, makers: dict[str, str], own: dict[str, int]) -> tuple[str, ...]:
+class _FirstStages:
+    """Tells of all blobs that the cache has, of which there may be millions, which stage made them.
+
+    It is the first that names a blob: later ones only pass it on.
+    """
+
+    def __init__(self, survey: Survey) -> None:
+        self._survey = survey
+        self._stages = registry.names()
+        self._of_files = bytearray([len(self._stages)]) * len(survey.owned.files)
+        self._of_inside = dict.fromkeys(survey.owned.inside, len(self._stages))
+
+    def see(self, manifest: Manifest) -> None:
+        """Take note of what a manifest names."""
+        if manifest.action.stage not in self._stages:
+            return
+        stage = self._stages.index(manifest.action.stage)
+        for digest in self._survey.reach(tensor.digest for tensor in manifest.tensors.values()):
+            if (index := self._survey.owned.files.find(digest)) is not None:
+                self._of_files[index] = min(self._of_files[index], stage)
+            elif digest in self._of_inside:
+                self._of_inside[digest] = min(self._of_inside[digest], stage)
+
+    def sizes(self, without: Collection[str] = ()) -> list[int]:
+        """Return the bytes of the blobs that each stage made, and at last those of all blobs.
+
+        Args:
+            without: digests of those to be left out.
+        """
+        files, inside = self._survey.owned.files, self._survey.owned.inside
+        sizes = [0] * (len(self._stages) + 1)  # the last: nobody knows
+        for stage, nbytes in zip(self._of_files, files.sizes, strict=True):
+            sizes[stage] += nbytes
+        for digest, nbytes in inside.items():
+            sizes[self._of_inside[digest]] += nbytes
+        for digest in without:
+            if (index := files.find(digest)) is not None:
+                sizes[self._of_files[index]] -= files.sizes[index]
+            elif digest in inside:
+                sizes[self._of_inside[digest]] -= inside[digest]
+        return [*sizes[:-1], sum(sizes)]
+
+
+def _row(name: str, makers: Mapping[str, str], own: Mapping[str, int]) -> tuple[str, ...]:
     by_stage = dict.fromkeys(registry.names(), 0)
-    held = makers.keys() & own.keys()
-    for digest in held:
-        if makers[digest] in by_stage:
-            by_stage[makers[digest]] += own[digest]
-    return name, *map(size, by_stage.values()), size(sum(own[digest] for digest in held))
+    for digest in makers.keys() & own.keys():
+        by_stage[makers[digest]] += own[digest]
+    return name, *map(size, by_stage.values()), size(sum(by_stage.values()))
 
 
 def _largest(config: Config, survey: Survey, records: Iterable[Record]) -> Iterator[str]:
-    largest = dict(nlargest(LARGEST, survey.owned.items(), key=lambda blob: blob[1]))
+    largest = survey.owned.largest(LARGEST)
     named = owners(records, largest)
     if unnamed := largest.keys() - named.keys():
         named |= owners(read(config, [PACK]), unnamed)

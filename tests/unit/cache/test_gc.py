@@ -55,13 +55,16 @@ def test_what_is_evicted_at_any_size(
 
     kept = frozenset(name for i, name in enumerate(names) if i in wanted)
     cap = round(found.size * share)
-    made = gc.plan(found, gc.Wanted(blobs=kept), cap, 10**9)
-    gone = {*made.garbage, *made.evicted}
+    removed: list[survey.File] = []
+    made = gc.collect(found, gc.Wanted(blobs=kept), cap, 10**9, removed.append)
+    gone = {*removed}
+    evicted = sum(count for (why, _), (count, _) in made.removed.items() if why == gc.EVICTED)
     left = {file.key for file in found.files if file not in gone}
-    assert len(made.garbage) + len(made.evicted) == len(gone)
+    assert len(removed) == len(gone)
+    assert sum(count for count, _ in made.removed.values()) == len(gone)
     assert made.size == found.size - sum(file.size for file in gone)
     assert found.reach(kept) <= left
-    assert not {*made.spare} & gone
+    assert made.spare <= made.size
     assert made.size <= cap or not made.spare
     # No reference is left to what went, and of what lies in packs none went without a file's room.
     lies_in = {name: found.pinned(name) for name in names}
@@ -69,7 +72,7 @@ def test_what_is_evicted_at_any_size(
     packed = {name for name in names if lies_in[name] & found.of("container").keys()}
     assert all(lies_in[name] - left for name in packed - left)
     # The last that went had to.
-    for last in made.evicted[-1:]:
+    for last in removed[-1:] if evicted else []:
         along = {name for name in packed if last.key in lies_in[name]}
-        unit = {last, *(file for file in made.evicted if file.key in along)}
+        unit = {last, *(file for file in removed[-evicted:] if file.key in along)}
         assert made.size + sum(file.size for file in unit) > cap
