@@ -1,7 +1,7 @@
 """giant: what a checkpoint of Llama 3.1 405B's shape takes where no weight is read.
 
     python benchmarks/giant.py                  # 1, 10 and 100 targets
-    python benchmarks/giant.py --targets 1000   # an hour: half a million tasks
+    python benchmarks/giant.py --targets 1000   # half a million tasks, 4 GB of scratch
 
 The checkpoint is sparse: safetensors headers with nothing behind them, 126 layers over some 190
 files with an index, 812 GB that take a megabyte of disk. Measured, each by a process of its own,
@@ -10,8 +10,12 @@ with the time and the memory of all its descendants (measure.py):
 - plan: `doit list` beside an empty cache: reads the headers, asks mlx-lm, makes the tasks.
 - list: `doit list` again.
 - nothing to do: `doit` where all is up to date, the first time, which looks at everything, and
-  then; and what `list`, `plan`, `graph` and `cache stats` say then.
-- one changed: `doit list` after one target's bits changed, which plans that target anew.
+  then; and what `list`, `plan`, `graph`, `cache stats` and others say then.
+- one changed: `doit list` after one target's bits changed, which looks at that target anew.
+
+More than 100 targets are ten times as many models of the same settings under other names: the
+first hundred are built, the others are hard links of what that left, with their own lines in
+doit's database and in models.lock. Of these there is no row for a cache that is empty.
 
 The state "built" is simulated: doit runs the real graph, but each layer's digests are made up of
 its inputs' digests and its settings, and weight files are sparse. What doit compares afterwards,
@@ -22,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import runpy
 import shutil
 import statistics
@@ -44,6 +49,7 @@ LLAMA_405B = {
     "vocab": 128256,
 }
 DTYPE = "bfloat16"
+BUILT = 100  # targets that are built; more are copies of them
 FILE_BYTES = 4_800_000_000  # gives about as many files as the real one has
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
@@ -79,16 +85,61 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def models_toml(source: Path, targets: int, *, bits: int = 4) -> str:
-    """One model and variants of it, each with one more module than the last at other bits."""
-    lines = ["[models.giant]", f'source = "{source}"', f"quantize = {{ bits = {bits} }}"]
+    """Models of at most ``BUILT`` variants each, one with ``bits``.
+
+    Each variant of a model has one more module than the last at other bits.
+    """
     modules = [f"*layers.{i}.{name}" for i in range(LLAMA_405B["layers"]) for name in MODULES]
-    rules = [(module, wide) for wide in (8, 6) for module in modules]
-    for number, (module, wide) in enumerate(rules[: targets - 1], start=1):
-        lines += [
-            f"[models.giant.variants.v{number}]",
-            f'quantize = {{ bits = 4, rules = [{{ match = "{module}", bits = {wide} }}] }}',
-        ]
+    lines = []
+    for first in range(0, targets, BUILT):
+        model = copied("giant", first // BUILT)
+        wide = 4 if first else bits
+        lines += [f"[models.{model}]", f'source = "{source}"', f"quantize = {{ bits = {wide} }}"]
+        for number, module in enumerate(modules[: min(BUILT, targets - first) - 1], start=1):
+            lines += [
+                f"[models.{model}.variants.v{number}]",
+                f'quantize = {{ bits = 4, rules = [{{ match = "{module}", bits = 8 }}] }}',
+            ]
     return "\n".join(lines) + "\n"
+
+
+def copied(target: str, copy: int) -> str:
+    """The name of a target's copy."""
+    return target.replace("giant", f"giant{copy}", 1) if copy else target
+
+
+def copy_targets(work: Path) -> None:
+    """Lays out the targets of models.toml like the first ``BUILT`` ones, which are built."""
+    sys.path.insert(0, str(ROOT))
+    from cache.digest import digest_record
+    from tasks.cli.doit_database import Database
+    from tasks.cli.session import Session
+    from tasks.config import reader
+    from tasks.planning import bundle
+
+    state = work / ".mlx-make"
+    (state / "up-to-date.json").unlink(missing_ok=True)
+    built = map(json.loads, (state / "doit.json").read_text().splitlines()[1:])
+    tasks_of = {line["key"].split(":")[1]: json.dumps(line["value"]) for line in built}
+    plans = Session.open(reader.load(work / "models.toml")).plans
+    lock = json.loads((work / "models.lock").read_text())
+    for copy in range(1, len(plans) // BUILT):
+        database = Database(str(state / "doit.json"), None)
+        for name, text in tasks_of.items():
+            new = copied(name, copy)
+            for folder in (work / "build", state / "manifests"):
+                shutil.copytree(folder / name, folder / new, copy_function=os.link)
+            for form in (":{}:", '"pack:{}"', "/manifests/{}/"):
+                text = text.replace(form.format(name), form.format(new))
+            tasks = json.loads(text)
+            params = bundle.params(plans[new])  # its card may say its name
+            tasks[f"pack:{new}"]["_values_:"] |= {"parts": params, "told": digest_record(params)}
+            for task, known in tasks.items():
+                for key, value in known.items():
+                    database.set(task, key, value)
+            lock["targets"][new] = lock["targets"][name]
+        database.dump()
+    (work / "models.lock").write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
 
 
 def simulate(arguments: Sequence[str]) -> None:
@@ -166,16 +217,21 @@ def rows(scratch: Path, targets: int, repeats: int) -> Iterator[list[str]]:
         seconds = statistics.median(usage.seconds for usage in usages)
         return replace(max(usages, key=lambda usage: usage.peak_rss), seconds=seconds)
 
-    models.write_text(models_toml(scratch / "checkpoint", targets))
-    yield row("plan: the first `doit list`", measure(listed))
-    yield row("`doit list`", median(listed))
+    models.write_text(models_toml(scratch / "checkpoint", min(targets, BUILT)))
+    if targets <= BUILT:
+        yield row("plan: the first `doit list`", measure(listed))
+        yield row("`doit list`", median(listed))
     simulated = [sys.executable, str(Path(__file__)), "--simulate", f"models={models}"]
     built = measure(simulated)
     tasks = sum(1 for _ in (work / ".mlx-make" / "manifests").rglob("*.json"))
     yield row(f"a build of {tasks:,} tasks, simulated", built, tasks)
+    if targets > BUILT:
+        models.write_text(models_toml(scratch / "checkpoint", targets))
+        copy_targets(work)
+        tasks *= targets // BUILT
     yield row("the first `doit` with nothing to do", measure([*doit, f"models={models}"]), tasks)
     yield row("nothing to do: `doit`", median([*doit, f"models={models}"]), tasks)
-    for command in ("list", "plan", "graph", "cache stats"):
+    for command in ("list", "plan", "graph", "cache stats", "summary", "why pack:giant"):
         yield row(f"`doit {command}`", median([*doit, *command.split(), f"models={models}"]))
     models.write_text(models_toml(scratch / "checkpoint", targets, bits=8))
     yield row("one target's bits changed: `doit list`", median(listed))
@@ -203,6 +259,8 @@ def main() -> None:
         help="folder for the checkpoint and the state (default: %(default)s)",
     )
     arguments = parser.parse_args()
+    if any(targets > BUILT and targets % BUILT for targets in arguments.targets):
+        parser.error(f"--targets: above {BUILT}, multiples of that")
     scratch = arguments.scratch.resolve()
     scratch.mkdir(parents=True, exist_ok=True)
     write_checkpoint(scratch / "checkpoint")

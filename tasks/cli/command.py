@@ -104,7 +104,7 @@ class Command(DoitCommand):  # type: ignore[misc]
             return messages([refused])[0]  # it has no layers
         valid = [task.name for task in self.task_list if task.name.count(":") <= depth]
         if self.names_tasks and session:
-            valid += [*session.plans, *session.refused]
+            valid += session.config.targets
         kind = "task"
         if self.name == "run":  # doit lits is doit run lits
             if name in self.loader.cmd_names:

@@ -218,6 +218,11 @@ class Database:
             return {}
         return {name: task.values.left for name, task in tasks.items() if task.values.left}
 
+    def let_go(self, target: str) -> None:
+        """Keep no more in memory of a target's tasks than what is to be written."""
+        if target not in self._changed:
+            self._parts.pop(target, None)
+
     def dump(self) -> None:
         """Write the file."""
         if not self._changed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -97,8 +96,7 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
                     pos_args[:] = [task_named(name, targets, groups) for name in pos_args]
                 options = cmd.options.requesting(pos_args)
             makers = {EXAMPLE: _make_example} if IS_CHECKOUT else {}
-            saved = partial(cmd.dep_manager.backend.saved, without=options.looked_at)
-            self.session = Session.open(self._config, options, makers, saved)
+            self.session = Session.open(self._config, options, makers, cmd.dep_manager)
             for group in {REPORT, PUBLISH}.intersection(pos_args):  # of what can be planned
                 pos_args += [task_name(group, target) for target in self.session.refused]
             running = {stage.group for stage in registry.RUNNING}

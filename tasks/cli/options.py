@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
 from msgspec import Struct, structs
 
-from tasks.core.task_names import PACK, PUBLISH, REPORT, VERIFY, group_of, task_name
+from tasks.core.task_names import PACK, PUBLISH, REPORT, VERIFY, group_of, target_of, task_name
 
 
 class Options(Struct, frozen=True):
@@ -16,18 +17,17 @@ class Options(Struct, frozen=True):
     Attributes:
         requested_tasks: the tasks that a run names: none, if it is to build every target. None:
             the command is not a run, nor does it tell of one.
-        skip_untouched: whether targets that nothing happened to since they were found up to date
-            need no tasks.
-        skip_up_to_date: whether those that a look finds up to date need none for their layers.
+        skip_targets: whether targets that are up to date need no tasks.
+        skip_layers: whether those that are only to be packed need none for their layers.
         looked_at: groups of tasks whose states are wanted: a target that has any of them on record
-            is not untouched.
+            needs tasks.
         locked: whether any difference from models.lock is an error.
         read_only: whether nothing may be written but memos.
     """
 
     requested_tasks: tuple[str, ...] | None = None
-    skip_untouched: bool = False
-    skip_up_to_date: bool = False
+    skip_targets: bool = False
+    skip_layers: bool = False
     looked_at: frozenset[str] = frozenset()
     locked: bool = False
     read_only: bool = False
@@ -37,6 +37,16 @@ class Options(Struct, frozen=True):
         if self.requested_tasks is None:
             return self
         return structs.replace(self, requested_tasks=tuple(tasks))
+
+    def targets(self, every: Collection[str]) -> Collection[str]:
+        """Return the targets of the tasks that a run names, of ``every`` target.
+
+        It is all of them if it names none, a group, a pattern, or what there is not.
+        """
+        names = self.requested_tasks or ()
+        asked = {target_of(name) for name in names}
+        plain = names and asked <= {*every} and not any(map(re.compile(r"[*?[]").search, names))
+        return asked if plain else every
 
     @property
     def builds_all(self) -> bool:

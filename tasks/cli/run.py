@@ -50,8 +50,8 @@ class Run(Command, DoitRun):  # type: ignore[misc]
             )
         self.options = Options(
             requested_tasks=tuple(args),
-            skip_untouched=not args and not params["always"],
-            skip_up_to_date=not args and not params["always"],
+            skip_targets=not args and not params["always"],
+            skip_layers=not args and not params["always"],
             locked=params["locked"],
         )
         raise_file_limit()

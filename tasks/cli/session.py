@@ -9,9 +9,9 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cache.errors import CacheError, one_line
 from cache.records.memos import Memos
@@ -20,6 +20,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import ReadableSource
 from tasks.checkpoints.sources import folder_of
 from tasks.cli.failures import MENDABLE, as_invalid_dodo_file, message
+from tasks.cli.look import Look
 from tasks.cli.options import DEFAULT, Options
 from tasks.cli.untouched import Untouched
 from tasks.config.reader import Config
@@ -53,12 +54,12 @@ class Session:
         config: what models.toml says.
         options: what the command line says.
         store: the cache.
-        plans: by target.
-        refused: the targets that cannot be planned, by name. Each fails alone.
+        plans: by target, of those that are asked for.
+        refused: the targets of these that cannot be planned, by name. Each fails alone.
         lock: models.lock.
         remote: the remote store, if one is used.
         planner: plans targets.
-        untouched: the targets that need no look, where they may be skipped; ``plans`` lacks them.
+        untouched: the targets that are up to date, where they may be skipped; ``plans`` lacks them.
     """
 
     workspace: Workspace
@@ -116,20 +117,22 @@ class Session:
 
     @cached_property
     def all_plans(self) -> dict[str, Plan]:
-        """The plans by target, in the order of models.toml, also of those that are untouched."""
-        untouched = self.untouched.targets if self.untouched else {}
-        return {
-            name: self.plans[name] if name in self.plans else self.planner.plan(target)
-            for name, target in self.config.targets.items()
-            if name in self.plans or name in untouched
-        }
+        """The plans of all targets, in the order of models.toml, that can be planned."""
+        plans = {}
+        for name, target in self.config.targets.items():
+            if name in self.plans:
+                plans[name] = self.plans[name]
+            elif name not in self.refused:
+                with suppress(*MENDABLE):  # nobody asked for it
+                    plans[name] = _checked(target, self.planner, self.workspace, self.lock)
+        return plans
 
     @cached_property
     def acceptor(self) -> Acceptor:
         """Holds the targets' sources against models.lock."""
         from tasks.execution.accept import Acceptor
 
-        # What untouched targets read is a part of what is locked.
+        # What those read that are not asked for is a part of what is locked.
         plans = [*self.all_plans.values()]
         source_names = {name: target.source_name for name, target in self.config.targets.items()}
         return Acceptor(self.lock, self.builder, plans, source_names)
@@ -140,7 +143,7 @@ class Session:
         config: Config,
         options: Options = DEFAULT,
         makers: Mapping[Path, Callable[[Path], None]] | None = None,
-        saved: Callable[[str], str | None] = lambda _: None,
+        database: Any = None,
     ) -> Session:
         """Plan the targets of a models.toml that has been read.
 
@@ -148,7 +151,7 @@ class Session:
             config: what models.toml says.
             options: what the command line says.
             makers: what makes a checkpoint that this project makes itself, by its folder.
-            saved: returns a digest of what doit's database has saved of a target's tasks.
+            database: doit's dependency manager; needed where targets may be skipped.
 
         Raises:
             InvalidDodoFile: nothing that is asked for can be built; doit prints the message. Of
@@ -170,9 +173,13 @@ class Session:
             planner = _planner(store, lock, options, config.quality)
             workspace = Workspace(config.path.parent)
             untouched = None
-            if options.skip_untouched and not options.locked:
-                untouched = Untouched(workspace, lock, planner, saved)
-            plans, refused = _plan(planner, workspace, lock, config.targets.values(), untouched)
+            if options.skip_targets and not options.locked:
+                saved = partial(database.backend.saved, without=options.looked_at)
+                look = Look(workspace, lock, database).finds_nothing_to_do
+                untouched = Untouched(workspace, lock, planner, saved, look)
+            asked = config.targets if options.locked else options.targets(config.targets)
+            targets = [target for name, target in config.targets.items() if name in asked]
+            plans, refused = _plan(planner, workspace, lock, targets, untouched)
             if not (untouched and untouched.targets):
                 _check_any_is_planned(options, plans, refused)
             lock.check_plans(plans.values())
@@ -244,13 +251,20 @@ def _plan(
         try:
             if untouched and untouched.holds(target):
                 continue
-            plan = planner.plan(target)
-            model_card.check(plan, planner.memos)
-            place.check_is_ours(workspace, target.name, locked=target.name in lock.targets)
-            plans[target.name] = plan
+            plan = _checked(target, planner, workspace, lock)
+            if not (untouched and untouched.finds_nothing_to_do(plan)):
+                plans[target.name] = plan
         except MENDABLE as error:
             refused[target.name] = Refused(target, message(error))
     return plans, refused
+
+
+def _checked(target: Target, planner: Planner, workspace: Workspace, lock: Lock) -> Plan:
+    """Return a target's plan, once all is checked that can be before any work."""
+    plan = planner.plan(target)
+    model_card.check(plan, planner.memos)
+    place.check_is_ours(workspace, target.name, locked=target.name in lock.targets)
+    return plan
 
 
 def _check_any_is_planned(

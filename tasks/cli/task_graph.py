@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from cache.digest import digest_record
 from cache.errors import one_line, printable
-from tasks.cli.doit_adapter import is_up_to_date
 from tasks.cli.failures import as_invalid_dodo_file, values_or_failure
+from tasks.cli.look import Look
 from tasks.cli.refused_tasks import fails, refused_tasks
 from tasks.cli.session import Session
-from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck, is_unchanged, manifest_state
+from tasks.cli.up_to_date import manifest_state
 from tasks.core.errors import BuildError
 from tasks.core.task_names import LOCK, PACK, task_name
 from tasks.core.workspace import BUILD
 from tasks.execution import place
-from tasks.layouts.registry import LAYOUTS, weight_suffixes
+from tasks.layouts.registry import weight_suffixes
 from tasks.planning import bundle
 from tasks.planning.node import Node
 from tasks.planning.plan import Plan
-from tasks.stages import reasons, registry
-from tasks.stages.reasons import Reason
+from tasks.stages import registry
 from tasks.stages.stage import LeafStage, Stage
 
 
@@ -48,20 +44,16 @@ class TaskGraph:
     def skipped(self) -> frozenset[str]:
         """The targets whose layers are all up to date, in a run that may skip them.
 
-        They are packed, or not even that. doit would make a task of each of their layers, and then
-        find by the same look at its database that there is nothing to do.
+        They are to be packed; else they would not be in the session's plans.
         """
-        if not self.session.options.skip_up_to_date:
+        if not self.session.options.skip_layers:
             return frozenset()
-        return frozenset(
-            target
-            for target, plan in self.session.plans.items()
-            if all(
-                self._is_up_to_date(node)
-                for nodes in reversed(plan.stages.values())  # most settings change the last
-                for node in nodes
-            )
-        )
+        plans = self.session.plans.items()
+        return frozenset(name for name, plan in plans if self._look.finds_layers_up_to_date(plan))
+
+    @cached_property
+    def _look(self) -> Look:
+        return Look(self.session.workspace, self.session.lock, self.database)
 
     def stage_creators(self) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
         """Return what yields each stage's tasks, as doit names it in a dodo.py."""
@@ -129,11 +121,8 @@ class TaskGraph:
 
     def pack(self) -> Iterator[dict[str, Any]]:
         """Yield the tasks that write the built models' folders."""
-        for target, plan in self.session.plans.items():
-            task = self._pack_task(plan)
-            if self.session.untouched and target in self.skipped and self._is_packed(target, task):
-                self.session.untouched.note(target)
-            yield task
+        for plan in self.session.plans.values():
+            yield self._pack_task(plan)
         for target in self.session.refused:
             clean = [(self._clean_pack, [target])]
             task = fails(self.session, PACK, target)
@@ -156,40 +145,13 @@ class TaskGraph:
         for target in session.refused:
             yield {"basename": LOCK, "name": target, **fails(session, LOCK, target)}
 
-    def _is_up_to_date(self, node: Node) -> bool:
-        file_dep = {need.manifest_path(self.session.workspace) for need in node.needs}
-        return is_up_to_date(self.database, node.name, file_dep, self._layer_check(node))
-
-    def _is_packed(self, target: str, task: Mapping[str, Any]) -> bool:
-        (check,) = task["uptodate"]
-        return is_up_to_date(
-            self.database, task_name(PACK, target), {*task["file_dep"]}, check
-        ) and all(map(os.path.exists, task["targets"]))
-
-    def _layer_check(self, node: Node) -> UpToDateCheck:
-        path = node.manifest_path(self.session.workspace)
-
-        def changed_outputs(values: Mapping[str, Any]) -> list[Reason]:
-            # A build that was cut off changes manifests before doit's database, which then speaks
-            # of older ones.
-            if is_unchanged(path, values.get("left")):
-                return []
-            return [Reason(f"its manifest {NOT_LEFT}", (path,))]  # a name: one fact for all layers
-
-        def changed_params(values: Mapping[str, Any]) -> list[Reason]:
-            if not isinstance(node.stage, LeafStage):
-                return []  # the manifest that is there tells more
-            return node.stage.explain_watched(values.get("look"), node.stage.watched(node.spec))
-
-        return UpToDateCheck(node.spec.digest, path, changed_outputs, changed_params)
-
     def _layer_task(self, plan: Plan, node: Node) -> dict[str, Any]:
-        check = self._layer_check(node)
+        check = self._look.layer_check(node)
         return {
             "basename": task_name(node.stage.group, node.target),
             "name": node.layer,
             "actions": [check.action(lambda why: self._run_layer(plan, node, why))],
-            "file_dep": [need.manifest_path(self.session.workspace) for need in node.needs],
+            "file_dep": self._look.made_of(node),
             "targets": [check.output],
             "uptodate": [check],
             "clean": True,
@@ -218,27 +180,17 @@ class TaskGraph:
 
     def _pack_task(self, plan: Plan) -> dict[str, Any]:
         target = plan.target.name
-        folder = self._folder(plan)
-        manifest_path = self.session.workspace.packed(target)
         waits_for = [] if target in self.skipped else _large_first(plan)
         parts = bundle.params(plan)
-        check = UpToDateCheck(
-            digest_record(parts),
-            str(folder),
-            lambda values: self._changed_folder(plan, values),
-            lambda values: reasons.of_packing(values.get("parts"), parts),
-        )
+        check = self._look.pack_check(plan, parts)
         return {
             "basename": PACK,
             "name": target,
             "actions": [check.action(lambda why: {"parts": parts, **self._run_pack(plan, why)})],
-            "file_dep": [
-                *(node.manifest_path(self.session.workspace) for node in plan.last),
-                *(str(path) for path in LAYOUTS[plan.target.layout].sources(plan.checkpoint)),
-            ],
+            "file_dep": self._look.packed_of(plan),
             # In reverse: doit is made to run the newest ready task first.
             "task_dep": [node.name for node in reversed(waits_for)],
-            "targets": [str(manifest_path)],
+            "targets": [str(self.session.workspace.packed(target))],
             "uptodate": [check],
             "clean": [(self._clean_pack, [target])],
             "io": {"capture": False},
@@ -250,7 +202,6 @@ class TaskGraph:
         from tasks.execution.pack import Packing  # not where there is nothing to do
 
         session, target = self.session, plan.target.name
-        folder = self._folder(plan)
         with (
             session.builder.store.lock.using(),
             session.background_packer.taken(target) as begun,
@@ -266,7 +217,7 @@ class TaskGraph:
             if name.endswith(weight_suffixes())
         )
         return {
-            "outputs": place.stamps(str(folder), list(manifest.tensors)),
+            "outputs": place.stamps(str(session.workspace.built(target)), list(manifest.tensors)),
             "size": sum(tensor.nbytes for tensor in manifest.tensors.values()),
             "bits_per_weight": bits / plan.weights,
             "notes": [*manifest.notes, *acceptance.notes, *packing.notes],
@@ -290,21 +241,6 @@ class TaskGraph:
         """Return the stamps of a target's files when they were last built, if they are known."""
         values = self.database.get_values(task_name(PACK, target)) if self.database else {}
         return values.get("outputs") or {}
-
-    def _folder(self, plan: Plan) -> Path:
-        return self.session.workspace.built(plan.target.name)
-
-    def _changed_folder(self, plan: Plan, values: Mapping[str, Any]) -> list[Reason]:
-        """Say how a target's folder and its lines in models.lock are not as they were left."""
-        lock = self.session.lock
-        folder = str(self._folder(plan))
-        if not place.intact(
-            folder, values.get("outputs") or {}, LAYOUTS[plan.target.layout].loaded
-        ):
-            return [Reason(f"{folder} {NOT_LEFT}")]
-        if lock.state(plan) != values.get("locked", ""):
-            return [Reason(f"{lock.path.name} has another source or result than it built")]
-        return []
 
 
 def _large_first(plan: Plan) -> list[Node]:

@@ -30,7 +30,7 @@ from tasks.core.workspace import Workspace
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning import model_card
 from tasks.planning.lockfile import Lock
-from tasks.planning.plan import Planner, SharedPlan
+from tasks.planning.plan import Plan, Planner, SharedPlan
 from tasks.stages import registry
 
 FILE = "up-to-date.json"
@@ -47,13 +47,15 @@ class Untouched:
         lock: models.lock.
         planner: what several targets have in common.
         saved: returns a digest of what doit's database has saved of a target's tasks, or None.
-        targets: those that ``holds`` told to be untouched.
+        look: tells whether a look at a target finds nothing to do.
+        targets: those that need no tasks.
     """
 
     workspace: Workspace
     lock: Lock
     planner: Planner
     saved: Callable[[str], str | None]
+    look: Callable[[Plan], bool]
     targets: dict[str, Target] = field(default_factory=dict)
     _now: dict[str, str | None] = field(default_factory=dict)
     _shared: dict[int, bytes] = field(default_factory=dict)  # by id of what the planner keeps
@@ -83,10 +85,15 @@ class Untouched:
         self.targets[target.name] = target
         return True
 
-    def note(self, target: str) -> None:
-        """Take note that a look, after ``holds``, found a target up to date."""
-        if now := self._now.get(target):
-            self._noted[target] = now
+    def finds_nothing_to_do(self, plan: Plan) -> bool:
+        """Tell whether a target is up to date of which ``holds`` told nothing."""
+        name = plan.target.name
+        if self.saved(name) is None or not self.look(plan):
+            return False
+        if now := self._now[name]:
+            self._noted[name] = now
+        self.targets[name] = plan.target
+        return True
 
     def save(self) -> None:
         """Keep it for the next run."""

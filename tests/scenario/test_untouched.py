@@ -15,22 +15,28 @@ from cache.digest import canonical
 from support import projects
 from support.projects import FOUR_BIT, Project
 from tasks.cli.doit_database import Database
+from tasks.cli.look import Look
 from tasks.cli.options import Options
 from tasks.cli.session import Session
+from tasks.cli.untouched import Untouched
 from tasks.config import reader
 from tasks.stages import registry
 
 
+def no_look(*_: object) -> bool:
+    """A look that finds something to do."""
+    return False
+
+
 def skipped(project: Project) -> bool:
     """Whether a run would skip the target without a look."""
-    options = Options(requested_tasks=(), skip_untouched=True)
     saved = Database(str(project.state / "doit.json"), None).saved
     try:
-        session = Session.open(reader.load(project.folder / "models.toml"), options, saved=saved)
+        session = Session.open(reader.load(project.folder / "models.toml"))
     except InvalidDodoFile:  # a run would be an error
         return False
-    assert session.untouched
-    return "model" in session.untouched.targets
+    untouched = Untouched(session.workspace, session.lock, session.planner, saved, no_look)
+    return untouched.holds(session.config.targets["model"])
 
 
 def nothing_to_do(project: Project) -> bool:
@@ -180,6 +186,8 @@ def test_what_is_told_without_a_look(tmp_path: Path) -> None:
         told = [project.doit(*command, expect=None).stdout for command in commands]
         (project.state / "up-to-date.json").rename(tmp_path / "kept")
         assert [project.doit(*command, expect=None).stdout for command in commands] == told
+        with mock.patch.object(Look, "finds_nothing_to_do", no_look):  # so all tasks are made
+            assert [project.doit(*command, expect=None).stdout for command in commands] == told
         (tmp_path / "kept").rename(project.state / "up-to-date.json")
 
 
@@ -218,3 +226,23 @@ def test_what_is_kept_of_it_is_not_believed_damaged(tmp_path: Path) -> None:
         assert not skipped(project)
         assert "nothing to do" in project.doit().stdout
         assert skipped(project)
+
+
+def test_who_names_tasks_has_their_targets_planned_alone(tmp_path: Path) -> None:
+    project = projects.create(tmp_path, "huggingface", **FOUR_BIT)
+    project.configure("other", source="checkpoint", quantize={"bits": 8})
+    project.configure("refused", source="nowhere")
+    config = reader.load(project.folder / "models.toml")
+    every = {"model", "other"}
+    for names, planned, all_asked in (
+        (("pack:model",), {"model"}, False),
+        (("cast:model:layers.0", "pack:other"), every, False),
+        (("pack",), every, True),
+        (("cast:model:*",), every, True),
+        (("pack:nobody",), every, True),
+        ((), every, True),
+    ):
+        session = Session.open(config, Options(requested_tasks=names))
+        assert session.plans.keys() == planned
+        assert ("refused" in session.refused) == all_asked
+        assert session.all_plans.keys() == every

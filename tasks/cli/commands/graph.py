@@ -69,7 +69,7 @@ Without TARGET: all. Layers that a stage treats alike are one box. The states ar
 
     def execute(self, params: Any, args: list[str]) -> int:
         """Draw the targets."""
-        self.options = Options(skip_untouched=True)
+        self.options = Options(skip_targets=True)
         return int(super().execute(params, args))
 
     def _execute(self, form: str, outfile: Any, pos_args: list[str]) -> int:

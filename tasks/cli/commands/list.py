@@ -55,7 +55,7 @@ could be fetched is to run, too."""
     def execute(self, params: Any, args: list[str]) -> int:
         """List the tasks."""
         alone = not args and not any(map(params.get, ("subtasks", "list_deps", "status")))
-        self.options = Options(skip_untouched=alone, looked_at=NOT_IN_A_PLAIN_RUN)
+        self.options = Options(skip_targets=alone, looked_at=NOT_IN_A_PLAIN_RUN)
         gc.disable()  # as in run: thousands of tasks are made, and none goes
         status = int(super().execute(params, args))
         for target in [] if args else orphans(self.session):

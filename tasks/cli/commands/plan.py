@@ -53,7 +53,7 @@ it or a target cannot be planned."""
     def execute(self, params: Any, args: list[str]) -> int:
         """Load the tasks, and say what is asked."""
         # What nothing happened to is told in one line, but as JSON task by task.
-        self.options = Options(skip_untouched=not args and not params["as_json"])
+        self.options = Options(skip_targets=not args and not params["as_json"])
         return super().execute(params, args)
 
     def _execute(self, as_json: bool) -> int:
