@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
@@ -284,9 +285,12 @@ def _tokenizer_versions() -> list[str]:
 
 def _slow_note(cause: str) -> str:
     said = printable(" ".join(cause.split()))
+    library = f"transformers {version('transformers')}"
+    if re.match(r"\w+: ", cause):  # an exception, as mlx_lm.load will see it
+        return f"mlx_lm.load will refuse its tokenizer, as {library} does ({said})"
     return (
-        f"no {slow_tokenizer.FAST}, which clients in Swift need: transformers "
-        f"{version('transformers')} makes none of the tokenizer's files ({said})"
+        f"no {slow_tokenizer.FAST}, which clients in Swift need: {library} makes none of the "
+        f"tokenizer's files ({said})"
     )
 
 

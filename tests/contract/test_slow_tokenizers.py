@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from mlx_lm.utils import load_tokenizer
 
 from support import checkpoints, inside, meta, projects
@@ -51,7 +52,7 @@ def test_tokenizer_json_is_the_peers(tmp_path: Path) -> None:
             assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
         assert f"note: {name}: no tokenizer.json" not in done.stdout
     assert not (tmp_path / "build" / "broken" / "tokenizer.json").exists()
-    assert (
-        "note: broken: no tokenizer.json, which clients in Swift need: transformers" in done.stdout
-    )
+    assert "note: broken: mlx_lm.load will refuse its tokenizer, as transformers " in done.stdout
+    with pytest.raises(KeyError):
+        load_tokenizer(tmp_path / "build" / "broken")
     assert inside.doit(tmp_path).entries == []
