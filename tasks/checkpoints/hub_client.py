@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import Struct
 
 from tasks.checkpoints.hub_errors import answers_of_a_hub, errors_of_reading
 from tasks.checkpoints.hub_requests import page, patiently, program, silence_seconds
+from tasks.checkpoints.hub_session import MAX_LISTED, session
 from tasks.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -103,9 +105,7 @@ def describe(repository: str, revision: str | None = None) -> tuple[ModelInfo, d
             raise ValueError(f"it names no commit: {commit!r}")
         files = {sibling.rfilename: _hub_file(sibling) for sibling in info.siblings or ()}
         if None in files.values():  # a mirror may leave out what was asked for
-            tree = patiently(
-                lambda: [*api.list_repo_tree(repository, recursive=True, revision=commit)]
-            )
+            tree = patiently(lambda: _listed(api, repository, commit))
             files = {file.path: _hub_file(file) for file in tree if isinstance(file, RepoFile)}
     complete = {name: file for name, file in files.items() if file is not None}
     if len(complete) < len(files):
@@ -121,7 +121,21 @@ def client() -> HfApi:
     """Return the hub's client, which says that it is this program that asks."""
     from huggingface_hub import HfApi
 
+    session()
     return HfApi(**program())
+
+
+def _listed(api: HfApi, repository: str, commit: str) -> list[Any]:
+    """Return the files and folders of a repository.
+
+    Raises:
+        ValueError: there is no end of them.
+    """
+    entries = api.list_repo_tree(repository, recursive=True, revision=commit)
+    listed = list(islice(entries, MAX_LISTED + 1))
+    if len(listed) > MAX_LISTED:
+        raise ValueError(f"it lists over {MAX_LISTED:,} files")
+    return listed
 
 
 def _hub_file(file: RepoSibling | RepoFile) -> HubFile | None:
@@ -191,6 +205,7 @@ def download(repository: str, commit: str, names: Iterable[str]) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import disable_progress_bars
 
+    session()
     disable_progress_bars("huggingface_hub.http_get")  # doit's own display is on that line
 
     def fetch(name: str) -> None:

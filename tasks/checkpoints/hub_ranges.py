@@ -25,6 +25,7 @@ from tasks.checkpoints.hub_requests import (
     request_headers,
     silence_seconds,
 )
+from tasks.checkpoints.hub_session import BATCH, READ_BY_PIECES, session
 from tasks.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -80,11 +81,10 @@ class Ranges(Struct, frozen=True):
         Files that it says nothing of are asked for one by one, as they are read.
         """
         import httpx2
-        from huggingface_hub.utils import get_session
 
         files = [(self.files[name], name) for name in names if name not in self._addresses]
         large = {file.digest[7:]: (file, n) for file, n in files if file.digest[:7] == "sha256:"}
-        url = f"{page(self.repository)}.git/info/lfs/objects/batch"
+        url = f"{page(self.repository)}.git{BATCH}"
         for first in range(0, len(large), LOCATED):
             batch = list(large.items())[first : first + LOCATED]
             request = {
@@ -94,7 +94,7 @@ class Ranges(Struct, frozen=True):
                 "objects": [{"oid": oid, "size": file.size} for oid, (file, _) in batch],
             }
             try:
-                response = get_session().post(
+                response = session().post(
                     url, json=request, headers=request_headers(), timeout=silence_seconds()
                 )
                 answer = msgspec.json.decode(response.content, type=_Located)
@@ -217,11 +217,11 @@ class _Located(Struct, frozen=True):
 @contextmanager
 def _stream(address: str, place: str, start: int, end: int) -> Iterator[httpx2.Response]:
     """Request a range of what is at an address; who asks is for the hub alone to know."""
-    from huggingface_hub.utils import get_session
-
     headers = request_headers(None if origin(address) == origin(place) else False)
-    headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-    with get_session().stream(
-        "GET", address, headers=headers, follow_redirects=False, timeout=silence_seconds()
-    ) as response:
+    headers |= {"Range": f"bytes={start}-{end - 1}"}
+    marks = {READ_BY_PIECES: True}
+    with session().stream(
+        "GET", address, headers=headers, follow_redirects=False, timeout=silence_seconds(),
+        extensions=marks,
+    ) as response:  # fmt: skip
         yield response

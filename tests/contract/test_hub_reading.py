@@ -1,5 +1,6 @@
 """Reading from the hub: right, or an error that says what to do; the token goes nowhere else."""
 
+import gzip
 import hashlib
 import json
 import logging
@@ -31,7 +32,7 @@ from support.hub_server import (
 )
 from support.servers import Answer
 from tasks.checkpoints import hub as hub_source
-from tasks.checkpoints import hub_requests, loaders
+from tasks.checkpoints import hub_requests, hub_session, loaders
 from tasks.checkpoints.folder import FolderSource
 from tasks.checkpoints.hub import HubSource
 from tasks.checkpoints.hub_client import HubFile
@@ -132,6 +133,30 @@ NO_REPOSITORY = {
     "sha256": says(file={"lfs": {"sha256": "zz" * 32, "size": 1, "pointerSize": 1}}),
     "number": says(file={"lfs": {"sha256": 7, "size": 1, "pointerSize": 1}}),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("body", [b" " * 2_000_000, gzip.compress(b"[" * 50_000_000)])
+def test_an_answer_that_takes_the_memory(
+    body: bytes, hub: Hub, repository: Repository, open_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a repository, of where its files lie, and an error."""
+    monkeypatch.setattr(hub_session, "MAX_PARSED_BYTES", 1_000_000)
+    packed = {"Content-Encoding": "gzip"} if body[:2] == b"\x1f\x8b" else {}
+    hub.fault = lambda request: Answer(200, body, packed)
+    told = refusal(open_source())
+    assert "gives no answer of a hub" in told
+    assert "over 1,000,000 bytes" in told or "bytes encoded as gzip" in told
+    hub.fault = lambda request: Answer(500, body, packed)
+    assert len(refusal(open_source())) < 1000
+    hub.fault = lambda request: Answer(200, body, packed) if "/lfs/" in request.path else None
+    read(open_source())
+
+
+def test_an_answer_in_drips(
+    hub: Hub, repository: Repository, open_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_requests, "PROGRESS_SECONDS", -1.0)  # so that any is late
+    assert "bytes came in" in refusal(open_source())
 
 
 @pytest.mark.parametrize("body", NO_REPOSITORY.values(), ids=NO_REPOSITORY)
