@@ -15,7 +15,7 @@ from cache.records.memos import Memos
 from tasks.checkpoints import loaders
 from tasks.checkpoints.headers import headers
 from tasks.checkpoints.hub_name import HubName
-from tasks.checkpoints.small_files import is_pointer
+from tasks.checkpoints.small_files import first_line, is_pointer
 from tasks.checkpoints.source import HashedFile, Opening
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
@@ -63,9 +63,8 @@ def open_source(location: str, opening: Opening) -> FolderSource:
     main, snapshots = folder / "refs" / "main", folder / "snapshots"
     if folder.name.startswith("models--") and snapshots.is_dir():
         here = [path for path in snapshots.iterdir() if path.is_dir()]
-        if main.is_file():
-            commit = main.read_text().strip()
-            here = [path for path in here if path.name == commit] or here
+        commit = first_line(main)
+        here = [path for path in here if path.name == commit] or here
         if len(here) == 1:
             return FolderSource(here[0])
     return FolderSource(folder)
@@ -104,7 +103,7 @@ class FolderSource(Struct, frozen=True, dict=True):
             return real.name
         downloads = self.small_files / ".cache" / "huggingface" / "download"
         for path in sorted(downloads.glob("*.metadata")):
-            first = path.read_text(errors="replace").partition("\n")[0]
+            first = first_line(path)
             if re.fullmatch(r"[0-9a-f]{40}", first):
                 return first
         return None

@@ -14,6 +14,7 @@ from tasks.checkpoints.stored import WeightFile
 from tasks.core.errors import CheckpointError
 
 MAX_SMALL_BYTES = 512 << 20  # of a file read whole: the largest tokenizers have a tenth of it
+MAX_LINE_BYTES = 1000
 TEMPLATES_FOLDER = "additional_chat_templates"  # the one folder whose files are small files, too
 SHARED_BLOBS = (
     ".huggingface-shared-blobs"  # in the folder of blobs that a hub's cache has in common
@@ -109,8 +110,8 @@ def check_own(path: Path, folder: Path | None = None) -> None:
         blobs.append(real.parent.parent)
     if not any(real.is_relative_to(place.resolve()) for place in (folder, *blobs)):
         raise CheckpointError(
-            f"{path} is a link to {real}, outside of the checkpoint's folder, and would be copied "
-            "into what is built. If it is the checkpoint's own, put the file itself there."
+            f"{path} is a link to {real}, outside of {folder}, and would be copied into what is "
+            "built. If it belongs there, put the file itself there."
         )
 
 
@@ -133,6 +134,19 @@ def read_text(path: Path) -> str:
         return read_bytes(path).decode("utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Fetch it again.") from error
+
+
+def first_line(path: Path) -> str:
+    """Return the first line of a file that need not be there, nor be one of ours; "" if it is none.
+
+    For what other tools note beside a checkpoint: no pipe is waited for, and nothing read whole.
+    """
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            return file.readline(MAX_LINE_BYTES).decode(errors="replace").strip()
+    except (CheckpointError, OSError):
+        return ""
 
 
 def numbered(location: str, names: Iterable[str], pattern: str) -> list[str]:

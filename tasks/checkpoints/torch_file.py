@@ -9,6 +9,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -19,6 +20,8 @@ from tasks.core.errors import CheckpointError
 
 SUFFIXES: tuple[str, ...] = (".pth", ".bin")
 MAX_PICKLE_BYTES = 256 << 20  # of the largest checkpoints a shard's pickle has under one MiB
+MAX_EXPANSION = 4  # times the file's size: torch packs nothing, and tensors may share bytes
+SLACK_BYTES = 1 << 20
 MAX_DEPTH = 100  # of values within values; a state dict has six
 MAX_VALUES = 20_000_000  # written out, with what is repeated
 LEGACY_PICKLES = 5  # of a file older than torch 1.6, one after the other
@@ -79,6 +82,7 @@ class _Tensor(NamedTuple):
 
 def _read_zip(path: WeightFile, archive: zipfile.ZipFile) -> list[Stored]:
     members = _members(path, archive)
+    _check_size(path, sum(info.file_size for info in archive.infolist()))
     if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
         raise _NotPlain
     data = io.BytesIO(archive.read(members["data.pkl"]))
@@ -102,11 +106,27 @@ def _read_zip(path: WeightFile, archive: zipfile.ZipFile) -> list[Stored]:
             if plain and not 0 <= start <= info.file_size - stored.nbytes:
                 raise damaged(path, f"{name} reaches past the end of its storage")
             tensors.append(stored)
+    _check_expansion(path, tensors)
     if any(stored.offset == TORCH for stored in tensors):
         if not isinstance(path, Path):
             raise _NotPlain
         _torch(path)  # wanted as they are extracted: an error before any work
     return tensors
+
+
+def _check_expansion(path: WeightFile, tensors: Iterable[Stored]) -> None:
+    _check_size(path, sum(stored.nbytes for stored in tensors if stored.offset == TORCH))
+
+
+def _check_size(path: WeightFile, nbytes: int) -> None:
+    """Refuse a file of a few bytes that would be gigabytes: packed, or one number over and over.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    size = path.stat().st_size
+    if nbytes > MAX_EXPANSION * size + SLACK_BYTES:
+        raise damaged(path, f"its {size:,} bytes would be {nbytes:,}")
 
 
 def _members(path: WeightFile, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -256,14 +276,16 @@ def _read_with_torch(path: WeightFile) -> list[Stored]:
     for name, tensor in load_with_torch(path).items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         dtype = {"bool": "bool_"}.get(dtype, dtype)
-        if str(tensor.layout) != "torch.strided":
-            dtype = f"{dtype} ({tensor.layout})"
+        if str(tensor.layout) != "torch.strided" or tensor.is_nested:
+            dtype = f"{dtype} ({'nested' if tensor.is_nested else tensor.layout})"
         if dtype not in DTYPE_BYTES:
             raise CheckpointError(
                 f"{path}: {name} has dtype {dtype}, which MLX does not have. "
                 "Convert the checkpoint to one that it has: bfloat16, float16, float32."
             )
-        tensors.append(Stored(name, dtype, tuple(tensor.shape), path.name, TORCH))
+        stored = Stored(name, dtype, tuple(tensor.shape), path.name, TORCH)
+        tensors.append(stored)
+    _check_expansion(path, tensors)
     return tensors
 
 

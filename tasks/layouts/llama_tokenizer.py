@@ -17,10 +17,12 @@ import base64
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cache.errors import printable
 from tasks.checkpoints.small_files import check_regular, read_bytes
 from tasks.core.errors import CheckpointError
 
@@ -185,6 +187,7 @@ def _from_sentencepiece(model_file: Path) -> Tokenizer:
             f"{model_file}: begins as a sentencepiece model but cannot be read as one ({error}); "
             f"it is cut short or damaged; {_REPLACE}"
         ) from error
+    _refuse_damaged_pieces(model_file, [piece.piece for piece in proto.pieces])
     _refuse_unlike_llama(model_file, proto)
 
     vocab = {piece.piece: token for token, piece in enumerate(proto.pieces)}
@@ -205,6 +208,16 @@ def _from_sentencepiece(model_file: Path) -> Tokenizer:
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     return tokenizer
+
+
+def _refuse_damaged_pieces(model_file: Path, pieces: list[str | bytes]) -> None:
+    """Refuse pieces that are no text, as protobuf hands on what is no UTF-8, or are there twice."""
+    for piece, count in Counter(pieces).items():
+        if isinstance(piece, bytes) or count > 1:
+            fact = "is no text" if isinstance(piece, bytes) else "is there twice"
+            raise TokenizerError(
+                f"{model_file}: its piece {printable(repr(piece))} {fact}; {_REPLACE}"
+            )
 
 
 def _refuse_unlike_llama(model_file: Path, proto: Any) -> None:

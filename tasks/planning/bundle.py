@@ -15,6 +15,7 @@ from cache.blobs import Blobs
 from cache.digest import digest, digest_list, digest_record
 from cache.records.manifests import Action, Manifest, Tensor, TensorSpec
 from cache.records.memos import Memos
+from tasks.checkpoints.small_files import check_own
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.task_names import PACK
@@ -148,6 +149,7 @@ def overlay(plan: Plan) -> dict[str, bytes]:
                 f"{plan.target.name}: {path} has {size:,} bytes, more than {MAX_OVERLAY_BYTES:,}: "
                 "files = … is for small files. Put it into the built folder yourself: it stays."
             )
+        check_own(path, folder)
         contents[name] = path.read_bytes()
     return contents
 

@@ -16,8 +16,9 @@ from cache.records.manifests import Tensor
 from cache.records.memos import Memos
 from tasks.checkpoints import sources
 from tasks.checkpoints.hub_name import HubName
+from tasks.checkpoints.small_files import check_regular
 from tasks.core import text
-from tasks.core.errors import ConfigError
+from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import Quantize, Settings, Target
 from tasks.layouts import architecture, card
 from tasks.layouts.registry import LAYOUTS
@@ -170,10 +171,11 @@ def _template(target: Target) -> str:
     if target.card is None:
         return _default_template()
     try:
+        check_regular(target.card)
         return target.card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, CheckpointError) as error:
         raise ConfigError(
-            f"card is {target.card}, which cannot be read: {error}. Write the template, or drop "
+            f"card is {target.card}, which cannot be read: {error} Write the template, or drop "
             "the key."
         ) from error
 
@@ -189,11 +191,9 @@ def _rendered(template: str, variables: Mapping[str, Any], path: Path) -> str:
     Raises:
         ConfigError: it is wrong.
     """
-    from jinja2 import TemplateError  # 0.05 s
-
     try:
         return _compiled(template).render(variables)
-    except TemplateError as error:
+    except Exception as error:  # whatever a template leads to: 1 / 0, 'x' * 10**12
         line = getattr(error, "lineno", None)
         raise ConfigError(
             f"card {path}{f', line {line}' if line else ''}: {error}. A card's template is Jinja, "

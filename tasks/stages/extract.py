@@ -253,7 +253,7 @@ def _with_torch(context: Context, file: str) -> dict[str, str]:
         digest_of = {}
         for stored in context.checkpoint.stored.values():
             if (stored.file, stored.offset) == (file, TORCH):
-                flat = loaded[stored.name].contiguous().reshape(-1)
+                flat = loaded[stored.name].detach().contiguous().reshape(-1)
                 with context.blobs.writing(stored.nbytes) as writer:
                     writer.write(memoryview(flat.view(torch.uint8).numpy()))
                 digest_of[stored.name] = writer.digest

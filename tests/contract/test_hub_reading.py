@@ -550,7 +550,7 @@ def test_small_files_in_the_blobs_that_models_share(tmp_path: Path) -> None:
     config = cache / "models--org--model" / "snapshots" / ("cd" * 20) / "config.json"
     config.parent.mkdir(parents=True)
     config.symlink_to(link)
-    with pytest.raises(CheckpointError, match="outside of the checkpoint's folder"):
+    with pytest.raises(CheckpointError, match=r"is a link to .*, outside of "):
         read_bytes(config)
     (cache / "blobs" / ".huggingface-shared-blobs").write_text("1")
     assert read_bytes(config) == b"{}"

@@ -135,6 +135,8 @@ def test_a_card_of_one_s_own(project: Project) -> None:
         ("\n{{ nmae }}", "'nmae' is undefined"),
         ("\n{% if", "line 2"),
         ("{{ name.__class__ }}", "__class__"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% include 'x' %}", "no loader"),
         (None, "cannot be read"),
     ):
         project.configure(card="none" if wrong is None else "own.md.j2")

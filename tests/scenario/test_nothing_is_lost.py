@@ -252,6 +252,11 @@ def test_files_that_cannot_be_laid_over(built: Project) -> None:
     done = doit(built.folder, expect=None)
     assert done.returncode
     assert "model-mine.safetensors would be loaded as weights" in done.stdout + done.stderr
+    (built.folder / "secret").write_text("of somebody")
+    (built.folder / "extra" / "model-mine.safetensors").unlink()
+    (built.folder / "extra" / "notes.txt").symlink_to(built.folder / "secret")
+    done = doit(built.folder, expect=None)
+    assert f"is a link to {built.folder / 'secret'}, outside of" in done.stdout + done.stderr
     assert built.built() == before
 
 

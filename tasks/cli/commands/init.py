@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from doit.exceptions import InvalidCommand
 
 from cache.records.memos import Memos
 from tasks.checkpoints import hub_name, loaders, sources, transformers
+from tasks.checkpoints.small_files import read_json
 from tasks.checkpoints.source import Opening, ReadableSource
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import models_file
@@ -167,9 +167,7 @@ def _name(folder: str, taken: Iterable[str]) -> str:
 def _is_quantized(source: ReadableSource) -> bool:
     """Tell whether a checkpoint's config.json says that its weights are quantized."""
     try:
-        config = json.loads((source.small_files / "config.json").read_bytes())
-    except (OSError, ValueError):
+        config = read_json(source.small_files / "config.json", "what tells of its weights")
+    except CheckpointError:
         return False
-    return isinstance(config, dict) and not {"quantization", "quantization_config"}.isdisjoint(
-        config
-    )
+    return not {"quantization", "quantization_config"}.isdisjoint(config)

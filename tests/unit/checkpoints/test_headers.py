@@ -7,6 +7,7 @@ import pickle
 import socket
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import torch
 
 from cache.records.memos import Memos
 from tasks.checkpoints import headers, safetensors_file, small_files, torch_file
+from tasks.checkpoints.folder import FolderSource
 from tasks.core.errors import CheckpointError
 
 # Safetensors: what MLX loads, and no more.
@@ -211,3 +213,38 @@ def test_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"a": 1}', encoding="utf-8-sig")
     assert small_files.read_json(path, "") == {"a": 1}
+
+
+def packed(path: Path) -> None:
+    torch.save({"a": torch.zeros(3 << 20)}, path.with_suffix(".whole"))
+    with (
+        zipfile.ZipFile(path.with_suffix(".whole")) as whole,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file,
+    ):
+        for info in whole.infolist():
+            file.writestr(info.filename, whole.read(info))
+
+
+def over_and_over(path: Path) -> None:
+    torch.save({"a": torch.zeros(1, 1).expand(1 << 20, 1 << 20)}, path)
+
+
+def over_and_over_before_torch_1_6(path: Path) -> None:
+    tensors = {"a": torch.zeros(1, 1).expand(1 << 20, 1 << 20)}
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("write", [packed, over_and_over, over_and_over_before_torch_1_6])
+def test_a_few_bytes_that_would_be_many(write: Callable[[Path], None], tmp_path: Path) -> None:
+    write(tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"its [\d,]+ bytes would be [\d,]+\."):
+        torch_file.read(tmp_path / "a.pth")
+
+
+def test_a_pipe_in_place_of_what_a_download_notes(tmp_path: Path) -> None:
+    notes = tmp_path / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    os.mkfifo(notes / "a.metadata")
+    (notes / "b.metadata").symlink_to("/dev/zero")
+    (notes / "c.metadata").write_text("a" * 40 + "\n")
+    assert FolderSource(tmp_path).revision == "a" * 40

@@ -124,5 +124,5 @@ def test_a_license_elsewhere_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     (tmp_path / "secret").write_text("key")
     (folder / "LICENSE").symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match="outside of the checkpoint's folder"):
+    with pytest.raises(CheckpointError, match=r"is a link to .*, outside of "):
         card.source_files(folder)

@@ -302,6 +302,10 @@ def test_damage_is_an_error(llama2: Path, llama3: Path, tmp_path: Path) -> None:
     cut.write_bytes(llama2.read_bytes()[:-1000])
     with pytest.raises(llama_tokenizer.TokenizerError, match="cut short or damaged"):
         llama_tokenizer.files(cut)
+    for other, fact in ((b"<0x4\xff>", "is no text"), (b"<0x42>", "is there twice")):
+        cut.write_bytes(llama2.read_bytes().replace(b"<0x41>", other))
+        with pytest.raises(llama_tokenizer.TokenizerError, match=f"its piece .* {fact}"):
+            llama_tokenizer.files(cut)
 
     lines = llama3.read_bytes().splitlines(keepends=True)
     cut.write_bytes(b"".join([*lines[:100], *lines[101:]]))
