@@ -605,7 +605,7 @@ def folder_bytes(folder: Path) -> int:
 
 def safetensors_of(folder: Path) -> dict[str, tuple[str, list[int], memoryview]]:
     """Each tensor's dtype, shape and bytes, of all the folder's safetensors files."""
-    found = {}
+    tensors = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -615,8 +615,8 @@ def safetensors_of(folder: Path) -> dict[str, tuple[str, list[int], memoryview]]
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            found[name] = (entry["dtype"], entry["shape"], data[begin:end])
-    return found
+            tensors[name] = (entry["dtype"], entry["shape"], data[begin:end])
+    return tensors
 
 
 def check_equal_weights(one: Path, other: Path) -> None:
@@ -701,10 +701,10 @@ def machine(scratch: Path) -> str:
 
 def file_system(folder: Path) -> str:
     """What a folder lies on, such as ext4."""
-    told = subprocess.run(
+    done = subprocess.run(
         ["df", "--output=fstype", str(folder)], check=True, capture_output=True, text=True
     )
-    return told.stdout.split()[-1]
+    return done.stdout.split()[-1]
 
 
 def versions(python: str) -> str:

@@ -45,23 +45,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--checkpoint", action="store_true", help="the second machine has it")
     parser.add_argument("--signed", action="store_true", help="set a signing key")
-    told = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, servers.faulty() as server:
         os.environ["MLX_MAKE_CACHE_REMOTE"] = f"http://127.0.0.1:{server.port}/store"
-        if told.signed:
+        if arguments.signed:
             os.environ["MLX_MAKE_SIGNING_KEY"] = "a key"
         one = Path(folder) / "one"
-        checkpoints.make("llama", one / "checkpoint", num_hidden_layers=told.layers)
+        checkpoints.make("llama", one / "checkpoint", num_hidden_layers=arguments.layers)
         (one / "models.toml").write_text(MODELS)
         inside.doit(one, "-o", os.devnull)
         begin = time.monotonic()
-        found = flip_each(one, server, with_checkpoint=told.checkpoint)
+        outcomes_of = flip_each(one, server, with_checkpoint=arguments.checkpoint)
         seconds = time.monotonic() - begin
     print(f"| object | number | {' | '.join(OUTCOMES)} |\n|---|---|{'---|' * len(OUTCOMES)}")
-    for kind, outcomes in found.items():
+    for kind, outcomes in outcomes_of.items():
         counts = " | ".join(str(outcomes[name]) for name in OUTCOMES)
         print(f"| {kind} | {outcomes.total()} | {counts} |")
-    print(f"\n{sum(map(Counter.total, found.values()))} objects, {seconds:.0f} s")
+    print(f"\n{sum(map(Counter.total, outcomes_of.values()))} objects, {seconds:.0f} s")
 
 
 def flip_each(
@@ -73,7 +73,7 @@ def flip_each(
         BenchmarkError: a wrong output, or half of one.
     """
     expected, whole = contents(one), dict(server.objects)
-    found: dict[str, Counter[str]] = defaultdict(Counter)
+    outcomes_of: dict[str, Counter[str]] = defaultdict(Counter)
     for number, (path, data) in enumerate(sorted(whole.items())):
         bit = int(hashlib.sha256(path.encode()).hexdigest(), 16) % (8 * len(data))
         wrong = bytearray(data)
@@ -98,12 +98,12 @@ def flip_each(
         if not done.returncode and contents(two) != expected:
             raise BenchmarkError(f"{path}, bit {bit}: the output is wrong")
         asked = any(it.path == path and it.method == "GET" for it in server.requests)
-        made = any(not task.startswith("extract") for task in done.computed)
-        outcome = OUTCOMES[3 if done.returncode else 2 if made else 1 if asked else 0]
-        found["record" if "/records/" in path else "blob"][outcome] += 1
+        made_again = any(not task.startswith("extract") for task in done.computed)
+        outcome = OUTCOMES[3 if done.returncode else 2 if made_again else 1 if asked else 0]
+        outcomes_of["record" if "/records/" in path else "blob"][outcome] += 1
         shutil.rmtree(two)
         gc.collect()  # and with it connections
-    return found
+    return outcomes_of
 
 
 def contents(folder: Path) -> dict[str, bytes]:

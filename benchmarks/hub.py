@@ -133,8 +133,8 @@ class MostUsed(threading.Thread):
         for root, _, names in os.walk(self._folder):
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
-                    found = os.lstat(os.path.join(root, name))
-                    files[found.st_ino] = 512 * found.st_blocks
+                    info = os.lstat(os.path.join(root, name))
+                    files[info.st_ino] = 512 * info.st_blocks
         return sum(files.values())
 
 

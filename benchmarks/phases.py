@@ -70,23 +70,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[None])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
-    told = parser.parse_args()
-    found: dict[tuple[int, int | None], list[Phases]] = defaultdict(list)
+    arguments = parser.parse_args()
+    phases_of: dict[tuple[int, int | None], list[Phases]] = defaultdict(list)
     digests: dict[int, str] = {}
-    for _ in range(told.repeats):
-        for threads in told.threads:
+    for _ in range(arguments.repeats):
+        for threads in arguments.threads:
             # What a build replaced may still be on its way out of there.
             with tempfile.TemporaryDirectory(
-                dir=told.scratch, ignore_cleanup_errors=True
+                dir=arguments.scratch, ignore_cleanup_errors=True
             ) as folder:
                 for bits in BITS:
-                    phases, digest = build(Path(folder), told.checkpoint.resolve(), bits, threads)
-                    found[bits, threads].append(phases)
+                    phases, digest = build(
+                        Path(folder), arguments.checkpoint.resolve(), bits, threads
+                    )
+                    phases_of[bits, threads].append(phases)
                     if digests.setdefault(bits, digest) != digest:
                         raise BenchmarkError(f"{bits} bits in {threads} threads: other bytes")
     print("| what | threads | wall, s | start | layers | packing | end | sha256 |")
     print("|---|---|---|---|---|---|---|---|")
-    for (bits, threads), all_phases in sorted(found.items(), key=lambda item: item[0][0]):
+    for (bits, threads), all_phases in sorted(phases_of.items(), key=lambda item: item[0][0]):
         medians = [f"{statistics.median(each):.2f}" for each in zip(*all_phases, strict=True)]
         cells = [BITS[bits], threads or "doit's", *medians, digests[bits][:16]]
         print(f"| {' | '.join(map(str, cells))} |")

@@ -71,14 +71,16 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="default: a temporary folder")
-    told = parser.parse_args()
+    arguments = parser.parse_args()
     rows = {(keep, name): Row() for keep in KEEPS for name in MODES}
     with (
-        tempfile.TemporaryDirectory(dir=told.scratch) as scratch,
+        tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch,
         servers.s3(Path(scratch) / "s3") as server,
     ):
-        build(Path(scratch) / "build", told.checkpoint, {"MLX_MAKE_CACHE_MODE": "off"})  # warm-up
-        for _ in range(told.repeats):
+        build(
+            Path(scratch) / "build", arguments.checkpoint, {"MLX_MAKE_CACHE_MODE": "off"}
+        )  # warm-up
+        for _ in range(arguments.repeats):
             for (keep, name), row in rows.items():
                 shutil.rmtree(server.folder, ignore_errors=True)
                 environ = server.environ | {
@@ -86,12 +88,12 @@ def main() -> None:
                     "MLX_MAKE_CACHE_MODE": MODES[name],
                     "MLX_MAKE_CACHE_KEEP": KEEPS[keep],
                 }
-                seconds, cpu, said = build(Path(scratch) / "build", told.checkpoint, environ)
+                seconds, cpu, said = build(Path(scratch) / "build", arguments.checkpoint, environ)
                 row.seconds.append(seconds)
                 row.cpu.append(cpu)
-                if found := re.search(r"uploaded, ([\d.,]+) MB; the last ([\d.]+) s", said):
-                    row.uploaded = float(found[1].replace(",", ""))
-                    row.alone.append(float(found[2]))
+                if uploaded := re.search(r"uploaded, ([\d.,]+) MB; the last ([\d.]+) s", said):
+                    row.uploaded = float(uploaded[1].replace(",", ""))
+                    row.alone.append(float(uploaded[2]))
     print("| keep | remote | wall, s | min–max | CPU, s | uploads alone, s | uploaded, MB |")
     print("|---|---|---|---|---|---|---|")
     for (keep, name), row in rows.items():

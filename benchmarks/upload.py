@@ -14,12 +14,12 @@ def sent(files: list[Path], store: Path) -> list[int]:
     """Return the bytes that are sent for each file, in this order, to a store that begins empty."""
     import hf_xet  # type: ignore[import-untyped]
 
-    found = []
+    nbytes = []
     for path in files:
         commit = hf_xet.XetSession().new_upload_commit(endpoint=f"local://{store}")
         commit.start_upload_file(str(path), sha256=hf_xet.COMPUTE_SHA256)
-        found.append(int(commit.wait_to_finish().dedup_metrics.total_bytes_uploaded))
-    return found
+        nbytes.append(int(commit.wait_to_finish().dedup_metrics.total_bytes_uploaded))
+    return nbytes
 
 
 def main() -> None:

@@ -76,9 +76,9 @@ class FetchedBlobs:
             if begin + written != length:
                 raise WrongLength(length, begin + written)
             self.blobs.meter.written += written
-        found = state.hexdigest()
-        self.blobs.refer(found, [self.part(key, length)])
-        return found
+        blob_digest = state.hexdigest()
+        self.blobs.refer(blob_digest, [self.part(key, length)])
+        return blob_digest
 
     def drop(self, key: str, known: str | None) -> None:
         """Remove the bytes of ``key``; ``known`` is lost then, unless it lies elsewhere.

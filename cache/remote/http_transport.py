@@ -95,11 +95,11 @@ class HttpTransport(Transport):
 
     def _move(self, temporary: str, path: str) -> None:
         target = {"Destination": f"{self._url}/{path}", "Overwrite": "T"}
-        for again in reversed(range(_MOVES)):
+        for tries_left in reversed(range(_MOVES)):
             answer = self._request("MOVE", f"{self._url}/{temporary}", headers=target)
             if answer.ok:
                 return
-            if not again:
+            if not tries_left:
                 self._expect_ok(answer)
             # Servers that remove what is there first refuse it where two do so at once.
             time.sleep(random.uniform(0.01, 0.1))

@@ -21,15 +21,15 @@ def of_file(path: Path, kind: str, memos: Memos) -> str:
     """
     stamp = Stamp.of(path)
     question = [kind, str(path), *stamp]
-    found = memos.get("hub digests", question, str)
-    if found is None:
+    digest = memos.get("hub digests", question, str)
+    if digest is None:
         with path.open("rb") as file:
             if kind == SHA256:
-                found = hashlib.file_digest(file, SHA256).hexdigest()
+                digest = hashlib.file_digest(file, SHA256).hexdigest()
             else:
-                found = of_bytes(file.read(), kind)
-        memos.put("hub digests", question, found)
-    return found
+                digest = of_bytes(file.read(), kind)
+        memos.put("hub digests", question, digest)
+    return digest
 
 
 def of_bytes(data: bytes, kind: str) -> str:

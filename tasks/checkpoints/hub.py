@@ -162,13 +162,13 @@ class HubSource(Struct, frozen=True, dict=True):
         Raises:
             CheckpointError: it is not.
         """
-        found, said = self._digest(path), self._said(path)
-        if found != said:
+        actual, said = self._digest(path), self._said(path)
+        if actual != said:
             path = str(Path(self._snapshot.folder, path))
             raise CheckpointError(
                 f"{path} is not the file of {self.hub_name.repository} at {self.revision}: it is "
-                f"{found}, and is said to be {said}. Remove it: then it is fetched anew. If it was "
-                "edited on purpose, copy the folder, and name that."
+                f"{actual}, and is said to be {said}. Remove it: then it is fetched anew. If it "
+                "was edited on purpose, copy the folder, and name that."
             )
 
     def path(self, name: str) -> Path | None:

@@ -42,8 +42,10 @@ def message(error: Exception) -> str:
         if not space.is_full(error):
             where = f"{error.filename}: " if isinstance(error.filename, str) else ""
             mend = _MENDS.get(error.errno or 0, "Mend that")
-            again = f"run {COMMAND} again: what is already built is kept."
-            return one_line(f"{where}{error.strerror or error}. {mend}, and {again}")
+            return one_line(
+                f"{where}{error.strerror or error}. {mend}, and run {COMMAND} again: what is "
+                "already built is kept."
+            )
         error = space.no_room(Path(error.filename if isinstance(error.filename, str) else "."))
     if isinstance(error, NoRoom):
         return f"{error} Make room and run {COMMAND} again: what is already built is kept."

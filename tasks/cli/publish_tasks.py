@@ -58,15 +58,15 @@ def _task(publisher: Publisher, plan: Plan) -> dict[str, Any]:
     stages = (*registry.MEASURES, *registry.RUNNING)
     asked = {stage.name: task_name(stage.group, name) for stage in stages}
     asked = {stage: task for stage, task in asked.items() if options.requests(task)}
-    told = [task for stage, task in asked.items() if plan.nodes(stage)]
+    card_tasks = [task for stage, task in asked.items() if plan.nodes(stage)]
     report = task_name(REPORT, name)
-    told += [report] if options.requests(report) else []
+    card_tasks += [report] if options.requests(report) else []
     return {
         "basename": task,
         "doc": "Publish the target.",
         "actions": [lambda: values_or_failure(lambda: publisher.publish(plan))],
         # Not at once: the hub finds shared chunks only in what it already has.
-        "task_dep": [task_name(PACK, name), *told],
+        "task_dep": [task_name(PACK, name), *card_tasks],
         "io": {"capture": False},
         "meta": {"publisher": publisher, "plan": plan},
     }
@@ -231,25 +231,25 @@ def in_words(publication: Publication, difference: Difference, *, done: bool) ->
         parts.append(f"{plural(len(uploads), 'file')} {verb}, {size(difference.nbytes)}: {files}")
     if removes := difference.removes:
         parts.append(f"{'removed' if done else 'to remove'}: {some(removes, MAX_NAMES)}")
-    made = (
+    created = (
         ""
         if difference.there.commit
         else " (new, " + ("private)" if publication.private else "for all to see)")
     )
-    return f"{repository}{made}: {'; '.join(parts)}"
+    return f"{repository}{created}: {'; '.join(parts)}"
 
 
 def notes(publication: Publication, difference: Difference) -> list[str]:
     """Return what people should know of files that are left where they are."""
-    found = []
+    lines = []
     if difference.added:
-        found.append(
+        lines.append(
             f"{some(difference.added, MAX_NAMES)} in {BUILD}/{publication.target} was not built, "
             "and is not published: files = … lays files over a model"
         )
     if difference.others:
-        found.append(
+        lines.append(
             f"{some(difference.others, MAX_NAMES)} in {publication.repository} is not of the "
             "build, and stays"
         )
-    return found
+    return lines

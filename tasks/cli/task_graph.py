@@ -103,20 +103,20 @@ class TaskGraph:
         for plan in plans:
             target = plan.target
             task = task_name(stage.group, target.name)
-            told = (
+            message = (
                 f"{target.name} is not run: layout {target.layout!r} is of no library that can be "
                 'asked to. Name a variant of it with layout = "mlx-lm".'
             )
 
-            def fail(task: str = task, told: str = told) -> dict[str, Any]:
+            def fail(task: str = task, message: str = message) -> dict[str, Any]:
                 with self.session.builder.logged(task, "it cannot be run"):
-                    raise BuildError(told)
+                    raise BuildError(message)
 
             def act(fail: Callable[[], dict[str, Any]] = fail) -> Any:
                 return values_or_failure(fail)
 
             if stage.group in (self.session.options.requested_tasks or ()):
-                print(f"note: {told}", file=sys.stderr)
+                print(f"note: {message}", file=sys.stderr)
             yield {"basename": task, "actions": [act], "io": {"capture": False}}
 
     def pack(self) -> Iterator[dict[str, Any]]:
@@ -134,8 +134,8 @@ class TaskGraph:
         for target, plan in session.plans.items():
 
             def accept(plan: Plan = plan) -> dict[str, Any]:
-                if told := session.acceptor.accept(plan):
-                    print(one_line(told))
+                if change := session.acceptor.accept(plan):
+                    print(one_line(change))
                 return {}
 
             def act(accept: Any = accept) -> Any:

@@ -68,8 +68,8 @@ def _verify(session: Session, plan: Plan) -> dict[str, Any]:
         record["outcome"] = "computed"
     said = summary(shown, verification, target.source_name, verdicts)
     if verify.worst(verdicts) == DIFFERENT:
-        odd = [line for line in lines(verdicts) if line.startswith("  ")]
-        raise BuildError(said, *odd)
+        mismatches = [line for line in lines(verdicts) if line.startswith("  ")]
+        raise BuildError(said, *mismatches)
     more = f" ({COMMAND} verify --all {target.name} makes all)"
     return {"summary": said + more * (len(verification.layers) < verification.all_layers)}
 
@@ -83,8 +83,9 @@ def summary(model: str, verification: Verification, source: str, verdicts: list[
 def lines(verdicts: list[Verdict]) -> Iterator[str]:
     """Yield what is said of tensors, layer by layer."""
     for layer, group in groupby(verdicts, lambda verdict: verdict.layer):
-        found = list(group)
-        odd = [each for each in found if each.verdict != EQUAL]
+        of_layer = list(group)
+        mismatches = [each for each in of_layer if each.verdict != EQUAL]
         if layer:
-            yield f"{layer}: {len(found) - len(odd)} of {plural(len(found), 'tensor')} equal"
-        yield from (one_line(f"  {v.tensor}: {WORDS[v.verdict]}: {v.detail}") for v in odd)
+            equal = len(of_layer) - len(mismatches)
+            yield f"{layer}: {equal} of {plural(len(of_layer), 'tensor')} equal"
+        yield from (one_line(f"  {v.tensor}: {WORDS[v.verdict]}: {v.detail}") for v in mismatches)

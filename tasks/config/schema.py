@@ -198,8 +198,8 @@ def _section(heading: str, meaning: str, table: type[msgspec.Struct]) -> Iterato
     yield f"## {heading}"
     yield meaning
     # The section tells of variants, and of what a rule has in common with its target.
-    told = keys_of(Quantize).keys() if table is Rule else ()
-    keys = [key for key in keys_of(table).values() if key.change and key.name not in told]
+    described = keys_of(Quantize).keys() if table is Rule else ()
+    keys = [key for key in keys_of(table).values() if key.change and key.name not in described]
     changes = {key.change for key in keys}
     if len(changes) == 1 < len(keys):
         yield f"Each, when changed, redoes {changes.pop()}."

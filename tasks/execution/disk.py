@@ -133,8 +133,8 @@ def _used(*folders: Path) -> int:
         for root, _, names in os.walk(folder):
             for name in names:
                 try:
-                    found = os.lstat(os.path.join(root, name))
+                    info = os.lstat(os.path.join(root, name))
                 except FileNotFoundError:
                     continue
-                files[found.st_dev, found.st_ino] = found.st_blocks * 512
+                files[info.st_dev, info.st_ino] = info.st_blocks * 512
     return sum(files.values())

@@ -48,9 +48,9 @@ class HashedFiles:
         wrong = {}
         for name in _said(checkpoint, keys):
             if waits or self._is_hashed(checkpoint, name):
-                found = self._hash(checkpoint, name, memos).result()
-                if found != checkpoint.sha256(name):
-                    wrong[name] = found
+                actual = self._hash(checkpoint, name, memos).result()
+                if actual != checkpoint.sha256(name):
+                    wrong[name] = actual
         return wrong
 
     def _is_hashed(self, checkpoint: Checkpoint, name: str) -> bool:
@@ -72,13 +72,13 @@ class HashedFiles:
         while True:
             path, memos = self._queue.get()
             try:
-                found = file_digests.of_file(path, file_digests.SHA256, memos)
+                sha256 = file_digests.of_file(path, file_digests.SHA256, memos)
             except OSError as error:
                 self._found[path].set_exception(
                     CheckpointError(f"{path} cannot be read: {error.strerror}.")
                 )
             else:
-                self._found[path].set_result(found)
+                self._found[path].set_result(sha256)
 
 
 def _said(checkpoint: Checkpoint, keys: Iterable[str]) -> list[str]:

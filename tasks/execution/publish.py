@@ -194,10 +194,10 @@ class Publication(Struct, frozen=True):
         owner = self.repository.partition("/")[0]
         with errors_of_publishing(self.repository):
             api = hub_client.client()
-            made = api.create_collection(
+            collection = api.create_collection(
                 self.collection, namespace=owner, private=self.private, exists_ok=True
             )
-            api.add_collection_item(made.slug, self.repository, "model", exists_ok=True)
+            api.add_collection_item(collection.slug, self.repository, "model", exists_ok=True)
 
     def _read(self) -> Repository:
         """Return the repository as it is.

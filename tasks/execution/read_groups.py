@@ -85,29 +85,29 @@ def groups(reads: Reads) -> dict[Node, Group]:
             joined.copies |= group.copies
         joined.copies |= copies
         group_of |= dict.fromkeys(joined.copies, joined)
-    found = {node: group_of[next(iter(copies))] for node, copies in reads.items()}
-    order = _order(found)
+    by_node = {node: group_of[next(iter(copies))] for node, copies in reads.items()}
+    order = _order(by_node)
     latest: dict[Node, int] = {}  # of the groups that a node and what it needs are of
-    for node in _needs_first(found):
-        own = order[found[node]] if node in found else 0
+    for node in _needs_first(by_node):
+        own = order[by_node[node]] if node in by_node else 0
         latest[node] = max(own, *(latest[need] for need in node.needs), 0)
-    for node, group in found.items():
+    for node, group in by_node.items():
         group.stays |= latest[node] > order[group]
-    return {node: found[node] for node in sorted(found, key=latest.__getitem__)}
+    return {node: by_node[node] for node in sorted(by_node, key=latest.__getitem__)}
 
 
-def _order(found: Mapping[Node, Group]) -> dict[Group, int]:
+def _order(by_node: Mapping[Node, Group]) -> dict[Group, int]:
     """Return groups with their numbers; each knows those that are to have room before it."""
     first: dict[Group, int] = {}
-    for node, depth in _depths(found).items():
-        if group := found.get(node):
+    for node, depth in _depths(by_node).items():
+        if group := by_node.get(node):
             first[group] = min(first.get(group, depth), depth)
 
     def key(group: Group) -> tuple[Any, ...]:
         place = min(copy.place for copy in group.copies.values())
         return place[0], group not in first, first.get(group, 0), place
 
-    ordered = sorted(dict.fromkeys(found.values()), key=key)
+    ordered = sorted(dict.fromkeys(by_node.values()), key=key)
     chain = [group for group in ordered if group in first]
     for number, group in enumerate(chain):
         group.before = chain[:number]
@@ -129,11 +129,11 @@ def _depths(nodes: Iterable[Node]) -> dict[Node, int]:
 
 def _needs_first(nodes: Iterable[Node]) -> list[Node]:
     """Return nodes and all that they need, each behind what it needs itself."""
-    found: dict[Node, None] = {}
+    ordered: dict[Node, None] = {}
     pending = [*nodes]
     while pending:  # a chain of layers may be longer than Python's stack
-        if missing := [need for need in pending[-1].needs if need not in found]:
+        if missing := [need for need in pending[-1].needs if need not in ordered]:
             pending += missing
         else:
-            found[pending.pop()] = None
-    return [*found]
+            ordered[pending.pop()] = None
+    return [*ordered]

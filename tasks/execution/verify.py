@@ -168,15 +168,17 @@ class Verification(Struct, frozen=True):
 
     def verdicts(self) -> Iterator[Verdict]:
         """Yield a verdict on each tensor that is looked at; first on those that are amiss."""
-        made = {name: spec for node in self.plan.last for name, spec in node.output_specs().items()}
+        specs = {
+            name: spec for node in self.plan.last for name, spec in node.output_specs().items()
+        }
         claimed = self.claim.checkpoint.stored
-        for name in sorted(made.keys() | claimed.keys()):
+        for name in sorted(specs.keys() | claimed.keys()):
             if name not in claimed:
                 yield Verdict(name, "", DIFFERENT, "it is missing")
-            elif name not in made:
+            elif name not in specs:
                 yield Verdict(name, "", DIFFERENT, "nothing of the source becomes it")
-            elif (spec := (claimed[name].dtype, claimed[name].shape)) != tuple(made[name]):
-                detail = f"it is {_spec(*spec)}, and {_spec(*made[name])} of the source"
+            elif (spec := (claimed[name].dtype, claimed[name].shape)) != tuple(specs[name]):
+                detail = f"it is {_spec(*spec)}, and {_spec(*specs[name])} of the source"
                 yield Verdict(name, "", DIFFERENT, detail)
         for node in self.plan.last:
             if node.layer in self.layers:
@@ -214,8 +216,8 @@ class Verification(Struct, frozen=True):
 
     def _is_comparable(self, name: str, outputs: Inputs) -> bool:
         stored = self.claim.checkpoint.stored.get(name)
-        made = next(tensor for key, (_, tensor) in outputs.items() if key.name == name)
-        return stored is not None and (stored.dtype, stored.shape) == (made.dtype, made.shape)
+        ours = next(tensor for key, (_, tensor) in outputs.items() if key.name == name)
+        return stored is not None and (stored.dtype, stored.shape) == (ours.dtype, ours.shape)
 
     def _is_equal(self, builder: Builder, outputs: Inputs, key: Key) -> bool:
         # By a digest for which nobody can make other bytes.
@@ -241,12 +243,12 @@ class Verification(Struct, frozen=True):
         for start, stop in rows.spans(ours, rows.BLOCK_BYTES):
             one, other = (each.read(start, stop) for each in (ours, theirs))
             where = (one != other) & ~(mx.isnan(one) & mx.isnan(other))
-            found = int(mx.sum(where))
-            if found and first is None:
+            differing = int(mx.sum(where))
+            if differing and first is None:
                 first = start * columns + int(mx.argmax(where.reshape(-1)))
-            count += found
+            count += differing
             apart = mx.abs(one.astype(mx.float32) - other.astype(mx.float32))
-            most = max(most, float(mx.max(mx.where(where, apart, 0)))) if found else most
+            most = max(most, float(mx.max(mx.where(where, apart, 0)))) if differing else most
         if first is None:
             return DIFFERENT, "in bits that are no matter, such as a zero's sign"
         at = _place(first, ours.shape)
@@ -269,16 +271,16 @@ class Verification(Struct, frozen=True):
         count, first, most, is_tie = 0, None, 0.0, True
         columns = original.shape[-1]
         for start, stop in rows.spans(original, rows.BLOCK_BYTES):
-            found = _compared(
+            block = _compared(
                 original.read(start, stop),
                 [part.read(start, stop) for part in ours],
                 [part.read(start, stop) for part in theirs],
                 setting,
             )
-            if found.count and first is None:
-                first = start * columns + found.first
-            count, most = count + found.count, max(most, found.most)
-            is_tie = is_tie and found.is_tie
+            if block.count and first is None:
+                first = start * columns + block.first
+            count, most = count + block.count, max(most, block.most)
+            is_tie = is_tie and block.is_tie
         if first is None:
             return ROUNDING, "in scales or biases, and no weight is another for it"
         of = f"{count:,} of {prod(original.shape):,} weights"
@@ -353,8 +355,8 @@ def _blake3(pieces: Iterable[bytes | memoryview]) -> bytes:
 
 def worst(verdicts: Iterable[Verdict]) -> Word:
     """Return what is to be said of all together."""
-    found = {verdict.verdict for verdict in verdicts}
-    return next(word for word in (DIFFERENT, ROUNDING, EQUAL) if word in found or word == EQUAL)
+    words = {verdict.verdict for verdict in verdicts}
+    return next(word for word in (DIFFERENT, ROUNDING, EQUAL) if word in words or word == EQUAL)
 
 
 def _place(index: int, shape: Sequence[int]) -> list[int]:

@@ -384,7 +384,7 @@ def _ask(question: dict[str, Any], library: str, folder: Path) -> dict[str, Any]
     name = LIBRARIES[library].DISTRIBUTION
     config = json.loads(question["files"]["config.json"])
     release = f"{library} {versions(library)[name]}"
-    said = verdict.told(config, answer["kind"], answer["error"], release, name)
+    said = verdict.explained(config, answer["kind"], answer["error"], release, name)
     raise ArchitectureError(f"{folder}: {said}")
 
 

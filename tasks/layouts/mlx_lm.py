@@ -218,8 +218,8 @@ def files(
         copied = card.legal_files(checkpoint.folder)
     else:
         copied = sources(checkpoint)
-        made, _ = _fast_tokenizer(checkpoint, memos)
-        small = {slow_tokenizer.FAST: made.encode()} if made else {}
+        tokenizer_json, _ = _fast_tokenizer(checkpoint, memos)
+        small = {slow_tokenizer.FAST: tokenizer_json.encode()} if tokenizer_json else {}
     return {
         **small,
         **{path.relative_to(checkpoint.folder).as_posix(): read_bytes(path) for path in copied},

@@ -381,8 +381,8 @@ def inputs_reached(
     made_of: dict[str, list[str]] = {}
     factors: set[str] = set()
 
-    def look(names: Iterable[str], inputs: Sequence[str]) -> list[str]:
-        """Look at a graph of these; return those that are made of other inputs, too."""
+    def trace(names: Iterable[str], inputs: Sequence[str]) -> list[str]:
+        """Trace these in a graph; return those that are made of other inputs, too."""
         names = list(names)
         graph = ArrayGraph(mx, [*(given[i] for i in inputs), *(computed[n] for n in names)])
         input_of = dict(zip(graph.nodes, inputs, strict=False))
@@ -404,9 +404,9 @@ def inputs_reached(
     for name in computed:
         layers.setdefault(layer_of[name], []).append(name)
     # Most layers are made of themselves: a graph of all tensors is for the others alone.
-    others = [name for layer, names in layers.items() for name in look(names, own.get(layer, ()))]
+    others = [name for layer, names in layers.items() for name in trace(names, own.get(layer, ()))]
     if others:
-        look(others, [*given])
+        trace(others, [*given])
     return made_of, sorted(factors)
 
 

@@ -45,10 +45,10 @@ def make(files: Mapping[str, bytes]) -> tuple[str, str]:
         except subprocess.TimeoutExpired:
             return "", f"it took over {LIMIT_SECONDS} s"
     try:
-        made, cause = json.loads(done.stdout)
+        tokenizer_json, cause = json.loads(done.stdout)
     except ValueError:
         return "", f"exit status {done.returncode}"
-    return made, cause
+    return tokenizer_json, cause
 
 
 def main() -> None:
@@ -64,8 +64,8 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
         with tempfile.TemporaryDirectory() as name:
             tokenizer.save_pretrained(name)
-            made = (Path(name) / FAST).read_text(encoding="utf-8")
-        answer = [made, ""]
+            tokenizer_json = (Path(name) / FAST).read_text(encoding="utf-8")
+        answer = [tokenizer_json, ""]
     except FileNotFoundError:
         answer = ["", f"{type(tokenizer).__name__} has none"]
     except Exception as error:  # whatever it raises is its verdict on the files

@@ -11,7 +11,9 @@ from tasks.core.text import some
 MAX_NAMES = 3  # names of a list
 
 
-def told(config: Mapping[str, Any], kind: str, text: str, library: str, distribution: str) -> str:
+def explained(
+    config: Mapping[str, Any], kind: str, text: str, library: str, distribution: str
+) -> str:
     """Return a library's error with what config.json says about its cause, and the mend.
 
     Args:

@@ -208,7 +208,7 @@ class Forecast:
         elif saved.runs or others or changed:
             self._check(plan)
             if plan.checkpoint.source.available:  # models.lock scans it, and refers to all of it
-                scanned = self._made(plan.leaves).items()
+                scanned = self._known_outputs(plan.leaves).items()
                 fetched = plan.checkpoint.fetched
                 self._there |= {t.digest for key, (_, t) in scanned if key.name not in fetched}
             why = tuple(saved.why([*map(self._path, changed), *sorted(others)]))
@@ -285,7 +285,7 @@ class Forecast:
 
     def _pack(self, plan: Plan, step: Step, saved: TaskState) -> Step:
         last = plan.last
-        inputs = self._made(last)
+        inputs = self._known_outputs(last)
         in_place = self._written_in_place(plan)
         if not all(self._results[node].manifest for node in last):
             size = sum(total(node.output_specs().values()) for node in last)
@@ -416,7 +416,9 @@ class Forecast:
         if saved.runs or saved.changed - {*map(self._path, results)}:
             return True
         return any(
-            not self._as_it_was(saved, need) if result.manifest else self._differs(saved, need)
+            not self._as_it_was(saved, need)
+            if result.manifest
+            else self._has_other_outputs(saved, need)
             for need, result in results.items()
         )
 
@@ -427,7 +429,7 @@ class Forecast:
         manifest = result.manifest
         return manifest is not None and manifest.result == saved.read(self._path(need))
 
-    def _differs(self, saved: TaskState, need: Node) -> bool:
+    def _has_other_outputs(self, saved: TaskState, need: Node) -> bool:
         """Tell whether what a node will make has other names, dtypes or shapes than before."""
         old = Manifest.at(self._path(need))
         if not old or old.result != saved.read(self._path(need)):
@@ -464,7 +466,7 @@ class Forecast:
         manifest = self._results[node].manifest
         return manifest.tensors if manifest else _passed_on(node, self._inputs(node))
 
-    def _made(self, nodes: Iterable[Node]) -> Inputs:
+    def _known_outputs(self, nodes: Iterable[Node]) -> Inputs:
         """Return the tensors that some nodes make, of those whose manifests are known."""
         inputs: Inputs = {}
         for node in nodes:

@@ -181,8 +181,10 @@ class Lock:
         source = self.sources.get(target.source_name)
 
         def digests() -> Mapping[str, str]:
-            found = source and source.record and record.recall(store, source.record, source.nbytes)
-            return found.source.digests if found else {}
+            recalled = (
+                source and source.record and record.recall(store, source.record, source.nbytes)
+            )
+            return recalled.source.digests if recalled else {}
 
         locked = None
         if source and source.revision:

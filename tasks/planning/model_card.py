@@ -91,9 +91,9 @@ def check(plan: Plan, memos: Memos) -> None:
         ConfigError: it is.
     """
     if plan.target.card:
-        made = {name: Tensor("uint8", (), "") for name in plan.names}
-        render(plan, made, memos)
-        render(plan, made, memos, error=0.1, quality=SOME_QUALITY)
+        tensors = {name: Tensor("uint8", (), "") for name in plan.names}
+        render(plan, tensors, memos)
+        render(plan, tensors, memos, error=0.1, quality=SOME_QUALITY)
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
@@ -216,5 +216,5 @@ def _compiled(template: str) -> Template:
 @cache
 def _versions(*, computed: bool) -> dict[str, str]:
     """Return the versions of what made a model; MLX's only if anything was computed."""
-    found = architecture.versions() | {"mlx-make": version("mlx-make")}
-    return found if computed else {name: found[name] for name in found if name != "mlx"}
+    versions = architecture.versions() | {"mlx-make": version("mlx-make")}
+    return versions if computed else {name: versions[name] for name in versions if name != "mlx"}

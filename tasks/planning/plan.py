@@ -185,12 +185,12 @@ class Plan(Struct, frozen=True, dict=True):
     @cached_property
     def computer(self) -> dict[str, str] | None:
         """What computes it: MLX's version, device, machine; None if nothing does."""
-        found = {
+        computer = {
             key: str(record[key])
             for stage in self.stages.values() for node in stage
             for record in [node.params.record] for key in COMPUTER if key in record
         }  # fmt: skip
-        return found or None
+        return computer or None
 
     @cached_property
     def packed(self) -> frozenset[Node]:
@@ -329,13 +329,13 @@ def _nodes(
     before: Mapping[str, list[Node]],
 ) -> dict[str, list[Node]]:
     """Return the nodes of some stages, given those of the stages ``before``."""
-    made = {Need(name, node.layer): node for name, nodes in before.items() for node in nodes}
+    by_need = {Need(name, node.layer): node for name, nodes in before.items() for node in nodes}
     for stage, specs in by_stage.items():
         for layer, spec in specs.items():
-            needs = tuple(made[need] for need in spec.planned.needs)
-            made[Need(stage, layer)] = Node(spec, target, needs)
+            needs = tuple(by_need[need] for need in spec.planned.needs)
+            by_need[Need(stage, layer)] = Node(spec, target, needs)
     return {
-        stage: [made[Need(stage, layer)] for layer in specs] for stage, specs in by_stage.items()
+        stage: [by_need[Need(stage, layer)] for layer in specs] for stage, specs in by_stage.items()
     }
 
 

@@ -251,12 +251,12 @@ def evaluated(
 
 def _states(workspace: Workspace, target: str) -> dict[tuple[str, str], Manifest]:
     """Return what left each state of a target's models, by stage and digest."""
-    found = {}
+    left_by = {}
     for stage in registry.RUNNING:
         for path in Path(workspace.manifest(target, stage.name, LOGITS)).parent.glob("*.json"):
             if (manifest := Manifest.at(path)) and STATE in manifest.tensors:
-                found[stage.name, manifest.tensors[STATE].digest] = manifest
-    return found
+                left_by[stage.name, manifest.tensors[STATE].digest] = manifest
+    return left_by
 
 
 def _is_of(packed: Manifest, last: Manifest, states: Mapping[tuple[str, str], Manifest]) -> bool:

@@ -140,12 +140,12 @@ class Quantize(Stage[QuantizeParams]):
 
 def words(settings: Mapping[str, Setting]) -> str:
     """Return settings in a few words: bits, or the mode where that says them."""
-    found = []
+    words = []
     for group_size, bits, mode in sorted({*settings.values()}):
         short = f"{bits} bit" if mode == "affine" else mode
         is_default = group_size == MODES[mode][0][0]
-        found.append(short if is_default else f"{short} group {group_size}")
-    return ", ".join(found) or "as it is"
+        words.append(short if is_default else f"{short} group {group_size}")
+    return ", ".join(words) or "as it is"
 
 
 def setting_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:

@@ -71,27 +71,29 @@ def make(
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r}: one of {', '.join(FORMS)}")
-    made = replace(_ARCHITECTURES[arch], config={**_ARCHITECTURES[arch].config, **config})
+    architecture = replace(_ARCHITECTURES[arch], config={**_ARCHITECTURES[arch].config, **config})
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {}
-    for name, shape in made.shapes(made.config).items():
-        dtype = "float32" if name.endswith(made.float32) else made.dtype
+    for name, shape in architecture.shapes(architecture.config).items():
+        dtype = "float32" if name.endswith(architecture.float32) else architecture.dtype
         arrays[name] = random_array(name, shape, seed=seed, dtype=dtype)
     if form == "bin":
-        if made.config.get("tie_word_embeddings", False):
+        if architecture.config.get("tie_word_embeddings", False):
             arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
-        _write_bin(folder, arrays, files or made.files)
+        _write_bin(folder, arrays, files or architecture.files)
     else:
-        _write_safetensors(folder, arrays, files or made.files)
-    if made.stray:
-        stray = {name: random_array(name, shape, seed=seed) for name, shape in made.stray.items()}
+        _write_safetensors(folder, arrays, files or architecture.files)
+    if architecture.stray:
+        stray = {
+            name: random_array(name, shape, seed=seed) for name, shape in architecture.stray.items()
+        }
         mx.save_safetensors(str(folder / "consolidated.safetensors"), stray)
-    _write_json(folder / "config.json", made.config)
-    if made.generation is not None:
-        _write_json(folder / "generation_config.json", made.generation)
-    for name, text in made.leftovers.items():
+    _write_json(folder / "config.json", architecture.config)
+    if architecture.generation is not None:
+        _write_json(folder / "generation_config.json", architecture.generation)
+    for name, text in architecture.leftovers.items():
         (folder / name).write_text(text, encoding="utf-8")
-    write_tokenizer(folder, slow=made.slow_tokenizer)
+    write_tokenizer(folder, slow=architecture.slow_tokenizer)
     return folder
 
 

@@ -49,8 +49,8 @@ def call(function: Callable[..., Any], *args: Any, folder: Path, seconds: float 
         _run(function, args, output, result)
     end = time.monotonic() + seconds
     while True:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
             break
         if time.monotonic() > end:
             os.kill(process, signal.SIGKILL)

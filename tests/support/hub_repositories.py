@@ -177,8 +177,8 @@ class Repository:
 
     def add_folder(self, folder: Path, message: str = "a folder") -> str:
         """Commit all files of a folder, as they lie there while they are served."""
-        found = sorted(path for path in folder.rglob("*") if path.is_file())
-        named = {path.relative_to(folder).as_posix(): OnDisk(path) for path in found}
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        named = {path.relative_to(folder).as_posix(): OnDisk(path) for path in paths}
         return self.add(named, message)
 
     def commit(self, files: Mapping[str, File], message: str, branch: str = "main") -> str:

@@ -181,19 +181,19 @@ class Hub:
 
     def repository(self, name: str, **keys: bool) -> Repository:
         """Make a repository, private or gated if that is said, as the hub begins one."""
-        made = self.repositories[name] = Repository(name, **keys)
-        made.add({".gitattributes": ATTRIBUTES}, "initial commit")
-        return made
+        new = self.repositories[name] = Repository(name, **keys)
+        new.add({".gitattributes": ATTRIBUTES}, "initial commit")
+        return new
 
     def environ(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """The variables with which the client talks to this hub and to no other."""
-        found = {
+        variables = {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_XET": "1",  # whose own servers are not here
         }
-        return found | ({} if token is None else {"HF_TOKEN": token})
+        return variables | ({} if token is None else {"HF_TOKEN": token})
 
     @contextmanager
     def inside(
@@ -548,15 +548,15 @@ class _HubHandler(_Handler):
 
     def _repository(self, name: str, *, write: bool = False) -> Repository:
         account = self._account()
-        found = self.hub.repositories.get(name)
+        repository = self.hub.repositories.get(name)
         owner = name.partition("/")[0]
-        if found is None or (found.private and not (account and account.owns(owner))):
+        if repository is None or (repository.private and not (account and account.owns(owner))):
             if account is None:
                 raise Refused(401, "Invalid username or password.", "RepoNotFound")
             raise Refused(404, "Repository not found", "RepoNotFound")
         if write and not (account and account.owns(owner)):
             raise Refused(403 if account else 401, f"You have no right to write to {name}")
-        return found
+        return repository
 
     def _at(self, name: str, revision: str) -> tuple[Repository, Commit]:
         repository = self._repository(name)
@@ -641,7 +641,7 @@ class _HubHandler(_Handler):
     def _refs(self, name: str) -> None:
         repository = self._repository(name)
 
-        def told(kind: str, names: list[str]) -> list[dict]:
+        def refs_of(kind: str, names: list[str]) -> list[dict]:
             return [
                 {"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": repository.refs[n]}
                 for n in names
@@ -649,17 +649,21 @@ class _HubHandler(_Handler):
 
         branches = [ref for ref in repository.refs if ref not in repository.tags]
         tags = sorted(repository.tags)
-        said = {"branches": told("heads", branches), "converts": [], "tags": told("tags", tags)}
+        said = {
+            "branches": refs_of("heads", branches),
+            "converts": [],
+            "tags": refs_of("tags", tags),
+        }
         self._json(said | {"pullRequests": []})
 
     def _commits(self, name: str, revision: str) -> None:
         repository, commit = self._at(name, revision)
-        found, at = [], commit
+        commits, at = [], commit
         while at is not None:
-            found.append({"id": at.oid, "title": at.message, "message": "", "date": _DATE})
+            commits.append({"id": at.oid, "title": at.message, "message": "", "date": _DATE})
             at = repository.commits.get(at.parent)
         authors = [{"user": "somebody"}]
-        self._json([entry | {"authors": authors} for entry in found])
+        self._json([entry | {"authors": authors} for entry in commits])
 
     def _tree(self, name: str, revision: str, folder: str) -> None:
         _, commit = self._at(name, revision)
@@ -815,13 +819,13 @@ class _HubHandler(_Handler):
         account, asked = self._account(), self._asked()
         if account is None or not account.owns(slug.partition("/")[0]):
             raise Refused(403 if account else 401, "You have no right to change this collection")
-        found = self.hub.collections.get(slug)
-        if found is None or asked["item"]["id"] not in self.hub.repositories:
+        collection = self.hub.collections.get(slug)
+        if collection is None or asked["item"]["id"] not in self.hub.repositories:
             raise Refused(404, "There is no such collection, or repository")
-        if asked["item"]["id"] in found.items:
+        if asked["item"]["id"] in collection.items:
             raise Refused(409, "The collection has it")
-        found.items.append(asked["item"]["id"])
-        self._json(_told(found))
+        collection.items.append(asked["item"]["id"])
+        self._json(_told(collection))
 
 
 def _told(collection: Collection) -> dict:
@@ -854,18 +858,18 @@ def _sibling(name: str, file: File, blobs: bool) -> dict:
 
 def _entries(commit: Commit) -> list[dict]:
     """The files and folders of a commit, as its tree has them."""
-    found = []
+    entries = []
     folders = {
         parent.as_posix() for name in commit.files for parent in list(Path(name).parents)[:-1]
     }
     for folder in folders:
         oid = hashlib.sha1(folder.encode()).hexdigest()
-        found.append({"type": "directory", "oid": oid, "size": 0, "path": folder})
+        entries.append({"type": "directory", "oid": oid, "size": 0, "path": folder})
     for name, file in commit.files.items():
         size = file.content.size
         entry = {"type": "file", "oid": file.git_id, "size": size, "path": name}
         if file.large:
             pointer = {"size": size, "pointerSize": len(file.pointer)}
             entry["lfs"] = {"oid": file.content.sha256, **pointer}
-        found.append(entry)
-    return sorted(found, key=lambda entry: entry["path"])
+        entries.append(entry)
+    return sorted(entries, key=lambda entry: entry["path"])

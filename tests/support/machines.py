@@ -41,17 +41,17 @@ class Machine(Project):
 
 def machine(folder: Path, environ: dict[str, str]) -> Machine:
     folder.mkdir(parents=True)
-    made = Machine(folder, "huggingface")
-    made.environ = environ
-    return made
+    new = Machine(folder, "huggingface")
+    new.environ = environ
+    return new
 
 
 def first(folder: Path, environ: dict[str, str], arch: str = "llama", **keys: object) -> Machine:
     """The machine that builds first: it has the checkpoint."""
-    made = machine(folder / "one", environ)
-    checkpoints.make(arch, made.checkpoint, **keys.pop("config", {}))
-    made.configure(**keys)
-    return made
+    new = machine(folder / "one", environ)
+    checkpoints.make(arch, new.checkpoint, **keys.pop("config", {}))
+    new.configure(**keys)
+    return new
 
 
 def warnings(done: Finished) -> list[str]:

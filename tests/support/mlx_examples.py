@@ -143,7 +143,7 @@ def load(folder: Path) -> Llama:
         nn.quantize(model, **quantization)
     expected = {name: array.shape for name, array in tree_flatten(model.parameters())}
     if expected != {name: array.shape for name, array in weights.items()}:
-        odd = sorted(expected.items() ^ {n: a.shape for n, a in weights.items()}.items())
-        raise ValueError(f"{folder}: names or shapes are not the model's: {odd[:3]}")
+        mismatches = sorted(expected.items() ^ {n: a.shape for n, a in weights.items()}.items())
+        raise ValueError(f"{folder}: names or shapes are not the model's: {mismatches[:3]}")
     model.update(tree_unflatten(list(weights.items())))
     return model

@@ -14,15 +14,15 @@ def mutations(draw: st.DrawFn, data: bytes) -> bytes:
 
 def mutated(data: bytes, chance: random.Random) -> bytes:
     """Return bytes that ``data`` could become; never ``data`` itself."""
-    while (found := chance.choice(_WAYS)(data, chance)) == data:
+    while (other := chance.choice(_WAYS)(data, chance)) == data:
         pass
-    return found
+    return other
 
 
 def _flip(data: bytes, chance: random.Random) -> bytes:
-    found = bytearray(data or b"\0")
-    found[chance.randrange(len(found))] ^= 1 << chance.randrange(8)
-    return bytes(found)
+    flipped = bytearray(data or b"\0")
+    flipped[chance.randrange(len(flipped))] ^= 1 << chance.randrange(8)
+    return bytes(flipped)
 
 
 def _digit(data: bytes, chance: random.Random) -> bytes:

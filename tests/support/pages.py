@@ -12,5 +12,5 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
     """A page's fenced blocks in these languages, with their languages."""
-    found = FENCE.findall(page.read_text(encoding="utf-8"))
-    return [(language, text) for language, text in found if language in languages]
+    fenced = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [(language, text) for language, text in fenced if language in languages]

@@ -150,12 +150,12 @@ class Project:
     ) -> set[str]:
         """The names of a target's tasks, those of the mlx-lm layout."""
         kinds = {stage: STORED if stage == "extract" else LAYERS for stage in stages}
-        found = {
+        names = {
             f"{stage}:{target}:{layer}"
             for stage, layers in kinds.items()
             for layer in layers[self.kind]
         }
-        return found | ({f"pack:{target}"} if pack else set())
+        return names | ({f"pack:{target}"} if pack else set())
 
     def quantizing(self, target: str = "model") -> set[str]:
         """The tasks of a target that changed bits concern: all that quantizes, and pack."""
@@ -212,12 +212,12 @@ def create(folder: Path, kind: str, *, cache: Path | None = None, **keys) -> Pro
 
 def outcomes(done: front_door.Finished) -> dict[str, set[str]]:
     """The tasks that a call looked into, by outcome; none of them twice."""
-    found: dict[str, set[str]] = {}
+    by_outcome: dict[str, set[str]] = {}
     for entry in done.entries:
-        tasks = found.setdefault(entry["outcome"], set())
+        tasks = by_outcome.setdefault(entry["outcome"], set())
         assert entry["task"] not in tasks, f"{entry['task']} {entry['outcome']} twice"
         tasks.add(entry["task"])
-    return found
+    return by_outcome
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -229,12 +229,12 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def hooked(told: Mapping | None) -> dict[str, str]:
+def hooked(orders: Mapping | None) -> dict[str, str]:
     """The environment in which `hook/doit_hook.py` does what it is told."""
-    if told is None:
+    if orders is None:
         return {}
     path = os.pathsep.join(filter(None, [str(HOOK), os.environ.get("PYTHONPATH")]))
-    return {"PYTHONPATH": path, "MLX_MAKE_TEST_HOOK": json.dumps(dict(told))}
+    return {"PYTHONPATH": path, "MLX_MAKE_TEST_HOOK": json.dumps(dict(orders))}
 
 
 def touch(*paths: Path) -> None:

@@ -99,21 +99,21 @@ class Damaged:
 
     @classmethod
     def create(cls, folder: Path, kind: str = "llama") -> "Damaged":
-        made = cls(folder, kind)
+        project = cls(folder, kind)
         if kind in meta.RELEASES:
             meta.make(kind, folder / "checkpoint")
         else:
             checkpoints.make(kind, folder / "checkpoint", num_hidden_layers=1)
         (folder / "checkpoint" / "README.md").write_text("---\nlicense: mit\n---\n")
         for bits in (8, 4, 4):  # the last finds nothing to do
-            made.configure(bits)
+            project.configure(bits)
             assert _run(folder)[0] == 0
-            made.expected[bits] = made.built()
-        made.configure(4)
-        assert made.built() == made.expected[4]
-        for path in made._walk():
-            made._files[path] = (Path(path).read_bytes(), Stamp.of(path))
-        return made
+            project.expected[bits] = project.built()
+        project.configure(4)
+        assert project.built() == project.expected[4]
+        for path in project._walk():
+            project._files[path] = (Path(path).read_bytes(), Stamp.of(path))
+        return project
 
     def configure(self, bits: int) -> None:
         (self.folder / "models.toml").write_text(MODELS.format(bits=bits), encoding="utf-8")

@@ -55,7 +55,7 @@ class Job:
     def action(self, **inputs: str) -> None:
         """Run action.yml."""
         action = yaml.safe_load(ACTION.read_text(encoding="utf-8"))
-        defaults = {name: told.get("default") for name, told in action["inputs"].items()}
+        defaults = {name: given.get("default") for name, given in action["inputs"].items()}
         assert not inputs.keys() - defaults.keys()
         self.steps(action["runs"]["steps"], {**defaults, **inputs})
 
@@ -72,13 +72,13 @@ class Job:
                 condition = f"success() and ({condition})"
             if not evaluate(condition, context, failed=self.failed):
                 continue
-            found = outputs.setdefault(step.get("id"), {"outputs": {}})["outputs"]
+            outputs_of_step = outputs.setdefault(step.get("id"), {"outputs": {}})["outputs"]
             if "run" in step:
                 env = {key: fill(value, context) for key, value in step.get("env", {}).items()}
-                self.failed |= not self.bash(step["run"], env, found)
+                self.failed |= not self.bash(step["run"], env, outputs_of_step)
             elif "actions/cache/" in step["uses"]:
-                told = {key: fill(value, context) for key, value in step["with"].items()}
-                (self.save if "/save@" in step["uses"] else self.restore)(**told_as(told))
+                arguments = {key: fill(value, context) for key, value in step["with"].items()}
+                (self.save if "/save@" in step["uses"] else self.restore)(**as_arguments(arguments))
 
     def bash(self, script: str, env: dict[str, str], outputs: dict[str, str]) -> bool:
         """Run a step's script as it stands; tell whether it went well."""
@@ -133,22 +133,24 @@ class Job:
     def restore(self, path: str, key: str, restore_keys: str) -> None:
         saved = sorted(self.caches.glob("*"), key=lambda cache: cache.stat().st_mtime_ns)
         for wanted in (key, *restore_keys.split()):
-            if found := [cache for cache in saved if cache.name.startswith(wanted)]:
-                shutil.copytree(found[-1], self.workspace, dirs_exist_ok=True)
+            if fitting := [cache for cache in saved if cache.name.startswith(wanted)]:
+                shutil.copytree(fitting[-1], self.workspace, dirs_exist_ok=True)
                 return
 
 
-def told_as(told: dict[str, str]) -> dict[str, str]:
-    return {key.replace("-", "_"): value for key, value in told.items()}
+def as_arguments(inputs: dict[str, str]) -> dict[str, str]:
+    return {key.replace("-", "_"): value for key, value in inputs.items()}
 
 
 def fill(text: str, context: dict[str, Any]) -> str:
     """Replace the expressions in a text."""
 
     def value(match: re.Match[str]) -> str:
-        found = evaluate(match[1], context)
+        result = evaluate(match[1], context)
         return (
-            str(found).lower() if isinstance(found, bool) else str("" if found is None else found)
+            str(result).lower()
+            if isinstance(result, bool)
+            else str("" if result is None else result)
         )
 
     return re.sub(r"\$\{\{(.*?)\}\}", value, text)
@@ -158,10 +160,10 @@ def evaluate(expression: str, context: dict[str, Any], *, failed: bool = False) 
     """Evaluate an expression of those that action.yml has."""
 
     def look_up(match: re.Match[str]) -> str:
-        found: Any = context
+        value: Any = context
         for name in match[0].split("."):
-            found = found.get(name) if isinstance(found, dict) else None
-        return repr(found)
+            value = value.get(name) if isinstance(value, dict) else None
+        return repr(value)
 
     python = re.sub(r"\b(?:inputs|steps|github)(?:\.[\w-]+)+", look_up, expression)
     for word, meaning in {

@@ -69,5 +69,5 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 
 def temporary(folder: Path) -> list[str]:
     """What is left of files that were being written; what is being removed goes by itself."""
-    found = [path.relative_to(folder) for path in folder.rglob(".tmp-*")]
-    return [str(path) for path in found if "trash" not in path.parts]
+    paths = [path.relative_to(folder) for path in folder.rglob(".tmp-*")]
+    return [str(path) for path in paths if "trash" not in path.parts]

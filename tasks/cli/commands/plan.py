@@ -85,7 +85,7 @@ it or a target cannot be planned."""
 
     def _publishing(self, forecasted: Forecast) -> dict[str, _Publishing]:
         """Return what the requested tasks that publish would do, by target; the hub is asked."""
-        found = {}
+        publishing = {}
         tasks, requested = self.requested()
         for name in dict.fromkeys(requested):
             target = target_of(name)
@@ -93,7 +93,7 @@ it or a target cannot be planned."""
                 continue
             meta = tasks[name].meta
             if forecasted.steps[task_name(PACK, target)].state not in SETTLED:
-                found[target] = _Publishing(True, ["what differs once it is packed"])
+                publishing[target] = _Publishing(True, ["what differs once it is packed"])
                 continue
             try:
                 difference, said = meta["publisher"].forecast(meta["plan"])
@@ -102,8 +102,8 @@ it or a target cannot be planned."""
             else:
                 uploads = {**difference.uploads}
                 removes = [*difference.removes]
-                found[target] = _Publishing(difference.is_something, said, uploads, removes)
-        return found
+                publishing[target] = _Publishing(difference.is_something, said, uploads, removes)
+        return publishing
 
     def _disk_need(self, steps: list[Step]) -> DiskNeed | None:
         """Return what the run needs of the disk, where it fetches layers."""

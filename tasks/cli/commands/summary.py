@@ -80,12 +80,12 @@ def evaluations() -> dict[str, ModelQuality]:
         blobs = Store.at(reader.load(models_file()).cache.dir, read_only=True).blobs
     except (BuildError, CacheError):  # a summary is told whatever models.toml says now
         return {}
-    found = {}
+    qualities = {}
     for path in workspace.all_packed():
         name = path.parent.name
         if (packed := Manifest.at(path)) and (quality := evaluated(blobs, workspace, name, packed)):
-            found[name] = quality
-    return found
+            qualities[name] = quality
+    return qualities
 
 
 def markdown(

@@ -91,10 +91,10 @@ told."""
         verification = verify.Verification.of(claim, source, said, folder, whole=whole)
         verdicts = []
         for _, group in groupby(verification.verdicts(), lambda verdict: verdict.layer):
-            found = list(group)
-            verdicts += found
+            of_layer = list(group)
+            verdicts += of_layer
             if not options["as_json"]:
-                self.outstream.writelines(f"{line}\n" for line in verify_tasks.lines(found))
+                self.outstream.writelines(f"{line}\n" for line in verify_tasks.lines(of_layer))
                 self.outstream.flush()
         worst = verify.worst(verdicts)
         if options["as_json"]:

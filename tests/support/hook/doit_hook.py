@@ -38,9 +38,9 @@ WAIT_SECONDS = 60
 class Hook:
     """An audit hook that does what it is told."""
 
-    def __init__(self, told):
-        self.told = told
-        self.under = told.get("under", "/")
+    def __init__(self, orders):
+        self.orders = orders
+        self.under = orders.get("under", "/")
         self.opened = []
         self.count = 0
         self.inside = threading.local()  # what the hook does is no event
@@ -48,7 +48,7 @@ class Hook:
         self.meeting = threading.Barrier(2)
         self.meetings = collections.Counter()
         self.acts = [getattr(self, name) for name in ("kill", "fail", "full", "hold", "meet")
-                     if name in told]  # fmt: skip
+                     if name in orders]  # fmt: skip
 
     def __call__(self, event, args):
         if event not in EVENTS or getattr(self.inside, "hook", False):
@@ -71,22 +71,22 @@ class Hook:
             self.inside.hook = False
 
     def kill(self, number, event, path, args):
-        at, signal = self.told["kill"]
+        at, signal = self.orders["kill"]
         if number == at:
             os.kill(os.getpid(), signal)
 
     def fail(self, number, event, path, args):
-        at, cause = self.told["fail"]
+        at, cause = self.orders["fail"]
         if number == at:
             raise OSError(cause, os.strerror(cause), path)
 
     def full(self, number, event, path, args):
-        start, name = self.told["full"]
+        start, name = self.orders["full"]
         if number >= start and event == name and (event != "open" or args[2] & os.O_CREAT):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     def hold(self, number, event, path, args):
-        part, mark, file = self.told["hold"]
+        part, mark, file = self.orders["hold"]
         if part not in path or os.path.exists(file):
             return
         open(mark, "w").close()
@@ -95,7 +95,7 @@ class Hook:
             time.sleep(0.005)
 
     def meet(self, number, event, path, args):
-        part, seconds, times = self.told["meet"]
+        part, seconds, times = self.orders["meet"]
         thread = threading.current_thread()
         if part in path and thread is not threading.main_thread() and self.meetings[thread] < times:
             self.meetings[thread] += 1
@@ -104,19 +104,19 @@ class Hook:
 
     def record(self):
         self.inside.hook = True
-        told = {"opened": self.opened, "modules": sorted(sys.modules), "events": self.count}
-        with open(self.told["record"], "w", encoding="utf-8") as file:
-            json.dump(told, file)
+        facts = {"opened": self.opened, "modules": sorted(sys.modules), "events": self.count}
+        with open(self.orders["record"], "w", encoding="utf-8") as file:
+            json.dump(facts, file)
 
 
-def _replace(told):
+def _replace(orders):
     """Have the system say what it is told to."""
-    if "free" in told:
+    if "free" in orders:
         usage = shutil.disk_usage
-        shutil.disk_usage = lambda path: usage(path)._replace(free=told["free"])
-    if "cores" in told:
-        os.sched_getaffinity = lambda _: set(range(told["cores"]))
-    if "reflinks" in told:
+        shutil.disk_usage = lambda path: usage(path)._replace(free=orders["free"])
+    if "cores" in orders:
+        os.sched_getaffinity = lambda _: set(range(orders["cores"]))
+    if "reflinks" in orders:
 
         def share(new, _, old):
             os.copy_file_range(old, new.fileno(), os.fstat(old).st_size)
@@ -124,9 +124,9 @@ def _replace(told):
         fcntl.ioctl = share
 
 
-def install(told):
-    hook = Hook(told)
-    if "record" in told:
+def install(orders):
+    hook = Hook(orders)
+    if "record" in orders:
         atexit.register(hook.record)
-    _replace(told)
+    _replace(orders)
     sys.addaudithook(hook)

@@ -52,4 +52,4 @@ MANY = (
     ],
 )
 def test_what_is_told(config: dict, kind: str, text: str, said: str) -> None:
-    assert verdict.told(config, kind, text, "mlx-lm 1", "mlx-lm") == said
+    assert verdict.explained(config, kind, text, "mlx-lm 1", "mlx-lm") == said
