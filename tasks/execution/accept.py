@@ -17,7 +17,8 @@ from tasks.execution import place, whole_files
 from tasks.execution.builder import Builder
 from tasks.execution.place import Contents, Stamps
 from tasks.planning import source_record
-from tasks.planning.lockfile import Built, Lock
+from tasks.planning.lock_format import Built
+from tasks.planning.lockfile import Lock
 from tasks.planning.node import Node
 from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource

@@ -1,13 +1,4 @@
-"""lockfile: models.lock: what was built of what. For version control, beside models.toml.
-
-```json
-{
-  "version": 1,
-  "sources": {"checkpoints/llama-7b": {"files": {"config.json": [654, "ab…"], …}, "record": …}},
-  "targets": {"llama-7b": {"source": …, "settings": …, "action": …, "output": …, "blake3": …, …}}
-}
-```
-"""
+"""lockfile: what models.lock allows a build of its sources and targets to be."""
 
 from __future__ import annotations
 
@@ -16,12 +7,11 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
 from cache.digest import digest_record
-from cache.files import atomic
 from cache.records.manifests import Action, Manifest, Tensor
 from cache.records.memos import Memos
 from cache.store import Store
@@ -35,84 +25,13 @@ from tasks.core.spec import Target
 from tasks.core.text import some
 from tasks.layouts.card import is_document
 from tasks.layouts.registry import is_read
-from tasks.planning import bundle, source_record
+from tasks.planning import bundle, lock_format, source_record
+from tasks.planning.lock_format import Built
 from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource
 from tasks.stages.stage import COMPUTER
 
-VERSION = 1
 MAX_NAMES = 10  # names in a message
-
-
-_256_BITS = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-_RECORD = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
-_DIGEST = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
-_COUNT = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class _Version(msgspec.Struct, frozen=True):
-    version: int
-
-
-class _Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``LockedSource`` as the file has it."""
-
-    files: dict[str, tuple[_COUNT, _DIGEST]]
-    record: _RECORD
-    nbytes: _COUNT
-    revision: str | None = None
-    hashes: dict[str, tuple[_COUNT, str]] | None = None
-    unverified: tuple[str, ...] | None = None
-
-    def locked(self) -> LockedSource:
-        files: dict[str, list[Any]] = {name: list(of) for name, of in self.files.items()}
-        hashes: dict[str, list[Any]] = {n: list(of) for n, of in (self.hashes or {}).items()}
-        return LockedSource(
-            files, self.record, self.nbytes, self.revision, hashes or None, self.unverified
-        )
-
-
-class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A target as models.lock has it.
-
-    Attributes:
-        source: its source's record.
-        settings: digest of all that models.toml and the plan say of it.
-        computer: what computed it, if anything was: MLX's version, device, machine.
-        action: key of the action that packed it.
-        output: digest of the packed files' names and digests.
-        blake3: the same, by BLAKE3: the one that nobody can make other files for. None if no remote
-            store was set when it was locked.
-        sha256: of each packed file, by name, for who downloads it. None before a report or a
-            publishing worked it out.
-    """
-
-    source: _256_BITS
-    settings: _DIGEST
-    computer: dict[str, str] | None
-    action: _DIGEST
-    output: _DIGEST
-    blake3: _256_BITS | None = None
-    sha256: dict[str, _256_BITS] | None = None
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """It as the file has it."""
-        record = msgspec.structs.asdict(self)
-        if self.sha256 is None:
-            del record["sha256"]
-        return record
-
-    @property
-    def without_sha256(self) -> Built:
-        """It as it was before the SHA-256 of its files was known."""
-        return msgspec.structs.replace(self, sha256=None)
-
-
-class _LockFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    version: int
-    sources: dict[str, _Source]
-    targets: dict[str, Built]
 
 
 @dataclass
@@ -141,34 +60,15 @@ class Lock:
             ConfigError: it is damaged, or a newer version wrote it.
         """
         try:
-            data = path.read_bytes()
-            version = msgspec.json.decode(data, type=_Version).version
-            if version != VERSION:
-                raise ConfigError(
-                    f"{path} is of version {version}, this mlx-make reads {VERSION}: "
-                    "update mlx-make."
-                )
-            lock = msgspec.json.decode(data, type=_LockFile)
-            locked = {name: source.locked() for name, source in lock.sources.items()}
-            return cls(path, locked, lock.targets, strict)
+            locked, targets = lock_format.read(path)
         except FileNotFoundError as error:
-            if not strict:
-                return cls(path, {}, {}, strict)
-            raise ConfigError(
-                f"{path} does not exist, and --locked builds only what it says. Run "
-                f"{COMMAND} without --locked, and commit the file."
-            ) from error
-        except (msgspec.DecodeError, RecursionError) as error:
-            if b"<<<<<<<" in path.read_bytes():
+            if strict:
                 raise ConfigError(
-                    f"{path} holds a merge's conflict. Take either side of the whole file (git "
-                    f"checkout --ours {path.name}), then {COMMAND} lock and {COMMAND}: they "
-                    "write it anew."
+                    f"{path} does not exist, and --locked builds only what it says. Run "
+                    f"{COMMAND} without --locked, and commit the file."
                 ) from error
-            raise ConfigError(
-                f"{path} is no lock file: {error}. Take it from version control again, or remove "
-                "it: the next build writes it anew."
-            ) from error
+            locked, targets = {}, {}
+        return cls(path, locked, targets, strict)
 
     def open_source(self, store: Store, target: Target, *, newest: bool = False) -> ReadableSource:
         """Open a target's source as it is locked, if it is.
@@ -571,14 +471,11 @@ class Lock:
     def _save(self, source_names: Mapping[str, str]) -> None:
         """Write the file, without what models.toml does not have any more."""
         kept = set(source_names.values())
-        record = {
-            "version": VERSION,
-            "sources": {n: s.json for n, s in self.sources.items() if n in kept},
-            "targets": {n: b.json for n, b in self.targets.items() if n in source_names},
-        }
-        data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
-        if not self.path.exists() or self.path.read_bytes() != data:
-            atomic.write(self.path, data, durable=True)  # it is the user's, and nothing else has it
+        lock_format.write(
+            self.path,
+            {name: source for name, source in self.sources.items() if name in kept},
+            {name: built for name, built in self.targets.items() if name in source_names},
+        )
 
     def _another(self, plan: Plan, fact: str) -> BuildError:
         return BuildError(

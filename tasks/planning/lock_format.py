@@ -1,0 +1,137 @@
+"""lock_format: models.lock as a file. For version control, beside models.toml.
+
+```json
+{
+  "version": 1,
+  "sources": {"checkpoints/llama-7b": {"files": {"config.json": [654, "ab…"], …}, "record": …}},
+  "targets": {"llama-7b": {"source": …, "settings": …, "action": …, "output": …, "blake3": …, …}}
+}
+```
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from cache.files import atomic
+from tasks.core.errors import ConfigError
+from tasks.core.program import COMMAND
+from tasks.planning.source_record import LockedSource
+
+VERSION = 1
+
+_256_BITS = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_RECORD = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
+_DIGEST = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+_COUNT = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Version(msgspec.Struct, frozen=True):
+    version: int
+
+
+class _Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``LockedSource`` as the file has it."""
+
+    files: dict[str, tuple[_COUNT, _DIGEST]]
+    record: _RECORD
+    nbytes: _COUNT
+    revision: str | None = None
+    hashes: dict[str, tuple[_COUNT, str]] | None = None
+    unverified: tuple[str, ...] | None = None
+
+    def locked(self) -> LockedSource:
+        files: dict[str, list[Any]] = {name: list(of) for name, of in self.files.items()}
+        hashes: dict[str, list[Any]] = {n: list(of) for n, of in (self.hashes or {}).items()}
+        return LockedSource(
+            files, self.record, self.nbytes, self.revision, hashes or None, self.unverified
+        )
+
+
+class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A target as models.lock has it.
+
+    Attributes:
+        source: its source's record.
+        settings: digest of all that models.toml and the plan say of it.
+        computer: what computed it, if anything was: MLX's version, device, machine.
+        action: key of the action that packed it.
+        output: digest of the packed files' names and digests.
+        blake3: the same, by BLAKE3: the one that nobody can make other files for. None if no remote
+            store was set when it was locked.
+        sha256: of each packed file, by name, for who downloads it. None before a report or a
+            publishing worked it out.
+    """
+
+    source: _256_BITS
+    settings: _DIGEST
+    computer: dict[str, str] | None
+    action: _DIGEST
+    output: _DIGEST
+    blake3: _256_BITS | None = None
+    sha256: dict[str, _256_BITS] | None = None
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """It as the file has it."""
+        record = msgspec.structs.asdict(self)
+        if self.sha256 is None:
+            del record["sha256"]
+        return record
+
+    @property
+    def without_sha256(self) -> Built:
+        """It as it was before the SHA-256 of its files was known."""
+        return msgspec.structs.replace(self, sha256=None)
+
+
+class _LockFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    sources: dict[str, _Source]
+    targets: dict[str, Built]
+
+
+def read(path: Path) -> tuple[dict[str, LockedSource], dict[str, Built]]:
+    """Return the sources, by their names in models.toml, and the targets, by name.
+
+    Raises:
+        ConfigError: the file is damaged, or a newer version wrote it.
+        FileNotFoundError: there is none.
+    """
+    data = path.read_bytes()
+    try:
+        version = msgspec.json.decode(data, type=_Version).version
+        if version != VERSION:
+            raise ConfigError(
+                f"{path} is of version {version}, this mlx-make reads {VERSION}: update mlx-make."
+            )
+        lock = msgspec.json.decode(data, type=_LockFile)
+    except (msgspec.DecodeError, RecursionError) as error:
+        if b"<<<<<<<" in data:
+            raise ConfigError(
+                f"{path} holds a merge's conflict. Take either side of the whole file (git "
+                f"checkout --ours {path.name}), then {COMMAND} lock and {COMMAND}: they "
+                "write it anew."
+            ) from error
+        raise ConfigError(
+            f"{path} is no lock file: {error}. Take it from version control again, or remove "
+            "it: the next build writes it anew."
+        ) from error
+    return {name: source.locked() for name, source in lock.sources.items()}, lock.targets
+
+
+def write(path: Path, sources: Mapping[str, LockedSource], targets: Mapping[str, Built]) -> None:
+    """Write the file, unless it says just that."""
+    record = {
+        "version": VERSION,
+        "sources": {name: source.json for name, source in sources.items()},
+        "targets": {name: built.json for name, built in targets.items()},
+    }
+    data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
+    if not path.exists() or path.read_bytes() != data:
+        atomic.write(path, data, durable=True)  # it is the user's, and nothing else has it
