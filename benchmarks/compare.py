@@ -824,10 +824,10 @@ def main() -> None:
     for name in arguments.scenarios or SCENARIOS:
         try:
             scenario = SCENARIOS[name](bench)
-            found = run(scenario, repeats=arguments.repeats, only=arguments.only)
-            if len(found) == len(scenario.sides):
-                goals += [(goal, goal.reached(found)) for goal in scenario.goals]
-            results += found
+            results_here = run(scenario, repeats=arguments.repeats, only=arguments.only)
+            if len(results_here) == len(scenario.sides):
+                goals += [(goal, goal.reached(results_here)) for goal in scenario.goals]
+            results += results_here
         # The other scenarios' minutes are not lost. CalledProcessError: of checkpoint.py.
         except (BenchmarkError, OSError, subprocess.CalledProcessError) as error:
             failures.append(f"compare.py: {name}: {error}")

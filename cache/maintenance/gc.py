@@ -80,24 +80,24 @@ def collect(
     filled = {key for digest in survey.parts for key in survey.pinned(digest)}
     records = {"action": wanted.actions, "memo": frozenset[str]()}
     records |= dict.fromkeys(survey.others, wanted.others)
-    made = Collection({}, 0, survey.size)
+    collected = Collection({}, 0, survey.size)
     seen: set[File] = set()  # of those that are in several groups
     for file in survey.files:
         if _is_garbage(file, records, filled, now):
             seen.add(file)
-            made.remove(file, GARBAGE)
+            collected.remove(file, GARBAGE)
             remove(file)
     for group in chain(_blobs(survey, stays), _records(survey, wanted)):
         # What lies in two files is in both groups, and goes with the first.
         new = [file for file in group if file not in seen]
         seen.update(file for file in new if file.kind == "reference")
-        if max_bytes is not None and made.size > max_bytes:
+        if max_bytes is not None and collected.size > max_bytes:
             for file in new:
-                made.remove(file, EVICTED)
+                collected.remove(file, EVICTED)
                 remove(file)
         else:
-            made.spare += sum(file.size for file in new)
-    return made
+            collected.spare += sum(file.size for file in new)
+    return collected
 
 
 def _is_garbage(

@@ -25,14 +25,14 @@ def session() -> httpx2.Client:
     """
     from huggingface_hub.utils import get_session
 
-    found = get_session()
-    hooks = found.event_hooks
+    session = get_session()
+    hooks = session.event_hooks
     if _bound not in hooks["response"]:
-        found.event_hooks = {
+        session.event_hooks = {
             "request": [*hooks["request"], _ask_for_plain_bytes],
             "response": [*hooks["response"], _bound],
         }
-    return found
+    return session
 
 
 def _ask_for_plain_bytes(request: httpx2.Request) -> None:

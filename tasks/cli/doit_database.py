@@ -67,14 +67,14 @@ def _content_digest(path: Path) -> str:
 Left = tuple[int, int, int, str]  # a manifest as its task left it: its stamp, and its digest
 
 
-class _Kept(msgspec.Struct, frozen=True):
+class _LeftState(msgspec.Struct, frozen=True):
     left: Left | None = None  # see up_to_date.manifest_state
 
 
 class _Values(msgspec.Struct, frozen=True):
     """Of what is known of a task, what it left."""
 
-    values: _Kept = msgspec.field(name="_values_:", default=_Kept())
+    values: _LeftState = msgspec.field(name="_values_:", default=_LeftState())
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -84,7 +84,7 @@ class _Head(msgspec.Struct, frozen=True):
     targets: dict[str, tuple[int, int]] = {}  # start, length
 
 
-class _Saved:
+class _StoredTasks:
     """What the file holds, of which a target's tasks are read when they are asked for.
 
     Attributes:
@@ -157,7 +157,7 @@ class Database:
 
     def __init__(self, name: str, codec: Any, *, module_name: str | None = None) -> None:
         self.name = name
-        self._saved = _Saved(Path(name))
+        self._saved = _StoredTasks(Path(name))
         self._parts: dict[str, _Tasks] = {}  # those that were read, by target; "": of none
         self._changed: set[str] = set(self._saved.older)  # to be written as it is written now
 
@@ -186,7 +186,7 @@ class Database:
 
     def remove_all(self) -> None:
         """Forget all tasks."""
-        self._saved = _Saved()
+        self._saved = _StoredTasks()
         self._parts = {}
         self._changed = {""}
 
@@ -244,7 +244,7 @@ class Database:
                 new.rename(Path(self.name))
         except (NoRoom, OSError) as error:  # the action cache remembers what was built
             print(f"warning: {failures.message(error)}", file=sys.stderr)
-        self._saved = _Saved(Path(self.name))
+        self._saved = _StoredTasks(Path(self.name))
         self._changed = set()
 
     def _part(self, task_id: str) -> _Tasks:

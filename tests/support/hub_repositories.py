@@ -219,9 +219,9 @@ def front_matter(text: str) -> dict[str, object]:
     if first.strip() != "---" or not end:
         return {}
     try:
-        found = yaml.safe_load(said)
+        fields = yaml.safe_load(said)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise ValueError("it is no mapping")
-    return found
+    return fields

@@ -806,9 +806,9 @@ class _HubHandler(_Handler):
         with self.hub.lock:
             if slug in self.hub.collections:
                 raise Refused(409, "This collection exists", slug=slug)
-            made = Collection(slug, asked["title"], bool(asked.get("private")))
-            self.hub.collections[slug] = made
-        self._json(_told(made))
+            new = Collection(slug, asked["title"], bool(asked.get("private")))
+            self.hub.collections[slug] = new
+        self._json(_told(new))
 
     def _collection(self, slug: str) -> None:
         if slug not in self.hub.collections:
