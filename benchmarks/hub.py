@@ -2,7 +2,8 @@
 
     python benchmarks/hub.py                                      # TinyLlama's shape, 2.2 GB
     python benchmarks/hub.py --shape 8b --disk 7GB --scratch /mnt/7g --cases build variants
-    python benchmarks/hub.py --cases kills --kills 30
+    python benchmarks/hub.py --shape 3b --cases kills --kills 30
+    python benchmarks/hub.py --cases beside --rate 200 --repeats 3
 
 The tests' hub on loopback serves the checkpoint through huggingface_hub's own client; a generator
 makes its bytes as they are asked for. Each case begins with an empty folder in ``--scratch``. To
@@ -15,6 +16,8 @@ have a disk that is no larger than that, give it a file system of its own:
 - variants: 4 and 8 bits, mxfp4, and 4 bits of float16, in one run.
 - kills: a build that is killed (SIGKILL) at random moments and begun again each time; moments are
   told by the bytes that the storage has sent, whatever the speed.
+- beside: the first case, and ``hf download`` with ``mlx_lm.convert`` behind it, in turn, from a
+  storage that sends no faster than ``--rate``; medians, and their ratio.
 
 The weight files of "kills" must be those of "build".
 """
@@ -28,6 +31,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -150,10 +154,10 @@ def write_models(folder: Path, targets: dict[str, str], disk: str | None) -> lis
     return [sys.executable, "-m", "doit", f"models={models}"]
 
 
-def digest(folder: Path, target: str) -> str:
-    """The SHA-256 of a built model's weight files, one after the other."""
+def digest(folder: Path) -> str:
+    """The SHA-256 of a model's weight files, one after the other."""
     state = hashlib.sha256()
-    for path in sorted((folder / "build" / target).glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             while data := file.read(PIECE):
                 state.update(data)
@@ -169,6 +173,7 @@ class Benchmark:
         self.scratch: Path = arguments.scratch
         self.disk: str | None = arguments.disk
         self.times: int = arguments.kills
+        self.repeats: int = arguments.repeats
         self.environ = hub.environ(home)
         self.digest = ""
 
@@ -186,7 +191,7 @@ class Benchmark:
         """One target."""
         command = write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
         cells = self._measured("build, 4 bit", command)
-        self.digest = digest(self.scratch, "four")
+        self.digest = digest(self.scratch / "build" / "four")
         return cells
 
     def variants(self) -> list[str]:
@@ -205,6 +210,29 @@ class Benchmark:
     def _row(self, what: str, seconds: float, memory: int, disk: int) -> list[str]:
         ratio = f"{self.sent() / self.size:.4f}"
         return [what, f"{seconds:.1f}", ratio, f"{memory / 2**20:,.0f}", f"{disk / 1e9:.2f}"]
+
+    def beside(self) -> list[str]:
+        """One target, and what else makes the same, in turn."""
+        ours: list[float] = []
+        theirs: list[float] = []
+        online = {"HF_HUB_OFFLINE": "0", **self.environ}
+        home = Path(self.environ["HF_HOME"])
+        download, made = self.scratch / "download", self.scratch / "made"
+        hf = [str(Path(sys.executable).with_name("hf")), "download", "bench/model"]
+        convert = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(download), "-q"]
+        for _ in range(self.repeats):
+            shutil.rmtree(home, ignore_errors=True)
+            command = write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
+            ours.append(measure(command, **online).seconds)
+            shutil.rmtree(home, ignore_errors=True)
+            write_models(self.scratch, {}, None)
+            begin = time.perf_counter()
+            measure([*hf, "--local-dir", str(download)], **online)
+            measure([*convert, "--mlx-path", str(made)], **online)
+            theirs.append(time.perf_counter() - begin)
+        mine, other = statistics.median(ours), statistics.median(theirs)
+        print(f"download and convert: {other:.1f} s; ratio {mine / other:.2f}")
+        return self._row("beside", mine, 0, 0)
 
     def kills(self) -> list[str]:
         """One target, killed again and again."""
@@ -230,7 +258,7 @@ class Benchmark:
             process.wait()
         subprocess.run(command, cwd=ROOT, env=environ, check=True, stdout=subprocess.DEVNULL)
         used.stop()
-        if digest(self.scratch, "four") != self.digest:
+        if digest(self.scratch / "build" / "four") != self.digest:
             raise BenchmarkError("a build that was killed has other bytes")
         return self._row(f"killed {self.times} times", time.perf_counter() - begin, 0, used.most)
 
@@ -246,6 +274,8 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="an empty folder (default: a temporary one)")
     parser.add_argument("--cases", nargs="+", default=["build", "variants", "kills"])
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rate", type=float, help="MB a second that the storage sends at most")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments.scratch = (arguments.scratch or Path(folder, "scratch")).resolve()
@@ -254,6 +284,7 @@ def main() -> None:
         small = Path(folder, "small")
         checkpoint.write_config(small, shape, dtype=DTYPE)
         with hub_server.serve(Path(folder, "uploaded")) as hub:
+            hub.rate = arguments.rate and arguments.rate * 1e6
             files = weight_files(shape, arguments.files)
             repository = hub.repository("bench/model")
             repository.add_folder(small)
