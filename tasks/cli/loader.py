@@ -31,6 +31,18 @@ def _make_example(folder: Path) -> None:
     example.make(folder)
 
 
+class SensitivitiesFirst(Exception):
+    """What a run is to build is yet to be chosen: of sensitivities that are not on record.
+
+    Attributes:
+        targets: those that it is so of.
+    """
+
+    def __init__(self, targets: tuple[str, ...]) -> None:
+        super().__init__(", ".join(targets))
+        self.targets = targets
+
+
 class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
     """Calls the task creators of mlx-make's dodo.py with the task graph of a Session.
 
@@ -97,6 +109,9 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
                 options = cmd.options.requesting(pos_args)
             makers = {EXAMPLE: _make_example} if IS_CHECKOUT else {}
             self.session = Session.open(self._config, options, makers, cmd.dep_manager)
+            if cmd.name == "run" and self.session.undecided:
+                self.session.close()
+                raise SensitivitiesFirst(self.session.undecided)
             for group in {REPORT, PUBLISH}.intersection(pos_args):  # of what can be planned
                 pos_args += [task_name(group, target) for target in self.session.refused]
             running = {stage.group for stage in registry.RUNNING}

@@ -10,11 +10,14 @@ from doit.exceptions import InvalidCommand
 
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import is_given, models_file, our_control
+from tasks.cli.loader import SensitivitiesFirst
 from tasks.cli.options import Options
 from tasks.cli.process import interruptible
 from tasks.cli.state_lock import alone
 from tasks.core.program import COMMAND
+from tasks.core.task_names import task_name
 from tasks.execution.resources import raise_file_limit
+from tasks.stages import registry
 from tasks.tensors import cuda
 
 LOCKED = {
@@ -59,11 +62,26 @@ class Run(Command, DoitRun):  # type: ignore[misc]
         kept = f"layers that are done are kept; run {COMMAND} again to go on"
         with interruptible(kept), alone(models_file()), our_control():
             try:
-                status = int(super().execute(params, args))
-            except BaseException:
-                if self.loader.session:
-                    self.loader.session.abandon()
-                raise
+                return self._run(params, args)
+            except SensitivitiesFirst as first:
+                tasks = [task_name(registry.SENSITIVITY.group, name) for name in first.targets]
+            options = self.options
+            self.options = Options(requested_tasks=tuple(tasks), locked=options.locked)
+            if status := self._run(params, tasks):
+                return status
+            self.session.close()
+            self.options = options
+            return self._run(params, args)
+
+    def _run(self, params: Any, args: list[str]) -> int:
+        """Run tasks."""
+        self.dep_manager = None  # that of a run before is closed
+        try:
+            status = int(super().execute(params, [*args]))
+        except BaseException:
             if self.loader.session:
-                self.loader.session.finish()
-            return status
+                self.loader.session.abandon()
+            raise
+        if self.loader.session:
+            self.loader.session.finish()
+        return status

@@ -25,7 +25,8 @@ from tasks.cli.options import DEFAULT, Options
 from tasks.cli.untouched import Untouched
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError, CheckpointError
-from tasks.core.spec import Quality, Target
+from tasks.core.program import COMMAND
+from tasks.core.spec import Target
 from tasks.core.task_names import LOCK, task_name
 from tasks.core.text import plural
 from tasks.core.workspace import Workspace
@@ -33,7 +34,7 @@ from tasks.execution import place
 from tasks.execution.log import Log
 from tasks.planning import model_card
 from tasks.planning.lockfile import Lock
-from tasks.planning.plan import Plan, Planner
+from tasks.planning.plan import Plan, Planner, Sensitivities
 from tasks.planning.refused import Refused, messages
 from tasks.stages import registry
 
@@ -60,6 +61,8 @@ class Session:
         remote: the remote store, if one is used.
         planner: plans targets.
         untouched: the targets that are up to date, where they may be skipped; ``plans`` lacks them.
+        undecided: the targets that a run is to build whose modules' settings are yet to be chosen:
+            ``refused``, until their sensitivities are on record.
     """
 
     workspace: Workspace
@@ -72,32 +75,17 @@ class Session:
     planner: Planner
     remote: Remote | None = None
     untouched: Untouched | None = None
+    undecided: tuple[str, ...] = ()
 
     @cached_property
     def log(self) -> Log:
         """The build log."""
-        return Log(self.workspace.state / "log.jsonl")
+        return _log(self.workspace)
 
     @cached_property
     def builder(self) -> Builder:
         """Runs the tasks."""
-        from tasks.execution.builder import Builder
-        from tasks.execution.draft import Drafts
-        from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
-        from tasks.execution.streaming import Streaming
-
-        keep = frozenset(self.config.cache.keep)
-        passes = registry.leaves().isdisjoint(keep)
-        return Builder(
-            self.store,
-            self.workspace,
-            self.log,
-            f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}",
-            keep,
-            MemoryBudget(self.config.build.memory_bytes or machine_memory() // 2),
-            Drafts(self.store.blobs, self.options.packs, self.workspace.drafts),
-            Streaming(self.store, DiskBudget(), drops=passes),
-        )
+        return _builder(self.config, self.options, self.store, self.workspace, self.log)
 
     @cached_property
     def schedule(self) -> StreamingSchedule | None:
@@ -170,8 +158,8 @@ class Session:
                 folder = folder_of(target.source)
                 if folder and makers and folder in makers:
                     makers[folder](folder)
-            planner = _planner(store, lock, options, config.quality)
             workspace = Workspace(config.path.parent)
+            planner = _planner(store, lock, options, config, workspace)
             untouched = None
             if options.skip_targets and not options.locked:
                 saved = partial(database.backend.saved, without=options.looked_at)
@@ -180,13 +168,18 @@ class Session:
             asked = config.targets if options.locked else options.targets(config.targets)
             targets = [target for name, target in config.targets.items() if name in asked]
             plans, refused = _plan(planner, workspace, lock, targets, untouched)
-            if not (untouched and untouched.targets):
+            undecided = [
+                name for name in plans if plans[name].undecided and not _only_runs(options, name)
+            ]
+            refused |= {name: _undecided(plans.pop(name)) for name in undecided}
+            if not (untouched and untouched.targets) and not undecided:
                 _check_any_is_planned(options, plans, refused)
             lock.check_plans(plans.values())
             if_it_fails.pop_all()
         return cls(
-            workspace, config, options, store, plans, refused, lock, planner, remote, untouched
-        )
+            workspace, config, options, store, plans, refused, lock, planner, remote, untouched,
+            tuple(name for name in undecided if _is_asked(options, name)),
+        )  # fmt: skip
 
     def abandon(self) -> None:
         """Have all that goes on behind the tasks stop before long; wait for nothing."""
@@ -225,7 +218,31 @@ class Session:
             self.remote.close()
 
 
-def _planner(store: Store, lock: Lock, options: Options, quality: Quality) -> Planner:
+def _builder(
+    config: Config, options: Options, store: Store, workspace: Workspace, log: Log
+) -> Builder:
+    from tasks.execution.builder import Builder
+    from tasks.execution.draft import Drafts
+    from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
+    from tasks.execution.streaming import Streaming
+
+    keep = frozenset(config.cache.keep)
+    passes = registry.leaves().isdisjoint(keep)
+    return Builder(
+        store,
+        workspace,
+        log,
+        f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}",
+        keep,
+        MemoryBudget(config.build.memory_bytes or machine_memory() // 2),
+        Drafts(store.blobs, options.packs, workspace.drafts),
+        Streaming(store, DiskBudget(), drops=passes),
+    )
+
+
+def _planner(
+    store: Store, lock: Lock, options: Options, config: Config, workspace: Workspace
+) -> Planner:
     """Return what plans targets of their sources as they are locked, unless asked to lock anew."""
 
     def open_source(target: Target) -> ReadableSource:
@@ -235,7 +252,17 @@ def _planner(store: Store, lock: Lock, options: Options, quality: Quality) -> Pl
     def recall(target: Target, source: ReadableSource) -> Checkpoint | None:
         return lock.recall(store, target, source)
 
-    return Planner(store.memos, open_source, recall, quality)
+    def sensitivities(plan: Plan) -> Sensitivities | None:
+        from tasks.execution.recorded import sensitivities  # only where there is a budget
+
+        builder = _builder(config, options, store, workspace, _log(workspace))
+        return sensitivities(builder, plan)
+
+    return Planner(store.memos, open_source, recall, config.quality, sensitivities)
+
+
+def _log(workspace: Workspace) -> Log:
+    return Log(workspace.state / "log.jsonl")
 
 
 def _plan(
@@ -275,19 +302,36 @@ def _check_any_is_planned(
     Raises:
         BuildError: that is so.
     """
-
-    def asked(target: str) -> bool:
-        tasks = [task_name(group, target) for group in registry.groups()]
-        return not options.requested_tasks or any(map(options.requests, tasks))
-
     if options.locked:
         wanted = [*refused.values()]
-    elif any(map(asked, plans)):
+    elif any(_is_asked(options, target) for target in plans):
         wanted = []
     else:
-        wanted = [each for target, each in refused.items() if asked(target)]
+        wanted = [each for target, each in refused.items() if _is_asked(options, target)]
     if wanted:
         raise BuildError(*messages(wanted))
+
+
+def _is_asked(options: Options, target: str) -> bool:
+    """Tell whether a command is for a target, by any of its tasks."""
+    tasks = [task_name(group, target) for group in registry.groups()]
+    return not options.requested_tasks or any(map(options.requests, tasks))
+
+
+def _only_runs(options: Options, target: str) -> bool:
+    """Tell whether a run asks of a target for no more than what comes of running its model."""
+    running = {stage.group for stage in registry.RUNNING}
+    building = [task_name(group, target) for group in registry.groups() if group not in running]
+    return bool(options.requested_tasks) and not any(map(options.requests, building))
+
+
+def _undecided(plan: Plan) -> Refused:
+    task = task_name(registry.SENSITIVITY.group, plan.target.name)
+    return Refused(
+        plan.target,
+        "how its modules are quantized is chosen once it is known what each setting would cost. "
+        f"{COMMAND} {task} finds out, and so does a build of it.",
+    )
 
 
 def _open_remote(config: Config, memos: Memos, *, read_only: bool) -> Remote | None:

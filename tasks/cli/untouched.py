@@ -107,6 +107,8 @@ class Untouched:
         """Return the digest of all that a look depends on; None if that is not to be told."""
         if target.files or target.card:  # it reads them all
             return None
+        if target.quantize and target.quantize.chooses:  # by what is on record of running it
+            return None
         shared = self.planner.share(target)
         saved = self.saved(target.name)
         if saved is None:

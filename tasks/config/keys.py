@@ -16,7 +16,7 @@ from tasks.core.text import toml
 
 Kind = Literal[
     "folder", "file", "files", "text", "texts", "size", "URL", "repository", "switch",
-    "word", "words", "number", "numbers", "count", "table", "tables", "named",
+    "word", "words", "number", "numbers", "count", "decimal", "table", "tables", "named",
 ]  # fmt: skip
 _KINDS: dict[Any, Kind] = {
     Path: "folder",
@@ -28,6 +28,7 @@ _KINDS: dict[Any, Kind] = {
     tables.RemoteURL: "URL",
     str: "text",
     int: "number",
+    float: "decimal",
     bool: "switch",
 }
 _LISTS: dict[Kind, Kind] = {
@@ -116,5 +117,7 @@ def _kind(declared: Any) -> tuple[Kind, tuple[str, ...] | type[Struct]]:
 
 def least(declared: Any) -> int | None:
     """Return the least that a number may be, where its type says one."""
-    limits = [meta.ge for meta in get_args(declared)[1:] if isinstance(meta, Meta)]
+    of_a_union = get_args(get_args(declared)[0]) if get_args(declared) else ()
+    metas = [*get_args(declared)[1:], *(meta for each in of_a_union for meta in get_args(each)[1:])]
+    limits = [meta.ge for meta in metas if isinstance(meta, Meta)]
     return next((int(limit) for limit in limits if limit is not None), None)

@@ -12,7 +12,7 @@ from tasks.config.lines import Text, spelled
 from tasks.config.tables import Build, Cache, Document, Model
 from tasks.config.values import nearest, show
 from tasks.core.errors import ConfigError
-from tasks.core.spec import At, Mistake, Mistakes, Quality, Quantize, Rule, Settings
+from tasks.core.spec import At, Candidate, Mistake, Mistakes, Quality, Quantize, Rule, Settings
 from tasks.core.text import toml
 
 MAX_MISTAKES = 20  # of one file
@@ -20,6 +20,7 @@ MAX_MISTAKES = 20  # of one file
 HOMES: dict[type[Struct], str] = {
     Quantize: "quantize",
     Rule: "a rule of quantize.rules",
+    Candidate: "a candidate of quantize.candidates",
     Settings: "[models.NAME]",
     Cache: "[cache]",
     Build: "[build]",
@@ -213,6 +214,7 @@ def _expected(key: Key) -> str:
         "size": f"bytes or a size such as {example}",
         "number": "a whole number",
         "count": f"a whole number, at least {least(key.type)}",
+        "decimal": "a number above 0",
         "files": f"a file or a list of files, such as {example}",
         "switch": "true or false",
         "table": f"a table such as {example}" if key.example else "a table",

@@ -17,6 +17,7 @@ from tasks.config.tables import Build, Cache, Document, Matrix, Model, RemoteURL
 from tasks.config.values import REMOTE, REMOTES, words
 from tasks.core.spec import (
     MODES,
+    Candidate,
     Quality,
     Quantize,
     RepositoryName,
@@ -66,7 +67,7 @@ def schema() -> Schema:
     """
     whole = _without_null(msgspec.json.schema(Document, schema_hook=_custom))
     tables: dict[str, Schema] = whole["$defs"]
-    for table in (Cache, Build, Quality, Settings, Model, Matrix, Quantize, Rule):
+    for table in (Cache, Build, Quality, Settings, Model, Matrix, Quantize, Rule, Candidate):
         for key in keys_of(table).values():
             if key.change:
                 _describe_default(tables[table.__name__]["properties"][key.name], key)
@@ -84,6 +85,7 @@ def schema() -> Schema:
     tables["Matrix"]["properties"]["bits"]["items"] = {"enum": sorted(bits)}
     tables["Quantize"] |= _quantize()
     tables["Rule"] |= _rule()
+    tables["Candidate"] |= {"allOf": _by_mode()}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "models.toml",
@@ -129,30 +131,57 @@ def _describe_default(schema: Schema, key: Key) -> None:
     schema["description"] = f"{key.meaning} Default: {key.default}."
     if value := re.fullmatch(r"`([^`]*)`", key.default):  # a single one, as TOML spells it
         schema["default"] = tomllib.loads(f"value = {value[1]}")["value"]
+    else:
+        schema.pop("default", None)
 
 
 def _quantize() -> Schema:
     """Return which keys of ``quantize`` go together."""
     return {
-        "dependentSchemas": {"recipe": {"properties": {"mode": {"const": "affine"}}}},
+        "dependentSchemas": {
+            "recipe": {"properties": {"mode": {"const": "affine"}}},
+            "target_bpw": _without("bits", "recipe", "fit"),
+            "fit": _without("bits", "recipe", "target_bpw"),
+            "min_bits": _with("target_bpw", "fit"),
+            "context": _with("fit"),
+            "candidates": {"if": {"properties": {"candidates": {"minItems": 1}}}}
+            | {"then": _with("target_bpw", "fit")},
+        },
         "allOf": [
             {
                 "if": _mode_is(mode, by_default=mode == "affine"),
-                "then": {"properties": {**_numbers(mode), "rules": {"items": _of_target(mode)}}},
+                "then": {
+                    "properties": {
+                        **_numbers(mode),
+                        **{key: {"items": _of_target(mode)} for key in ("rules", "candidates")},
+                    }
+                },
             }
             for mode in MODES
         ],
     }
 
 
+def _with(*keys: str) -> Schema:
+    return {"anyOf": [{"required": [key]} for key in keys]}
+
+
+def _without(*keys: str) -> Schema:
+    return {"not": _with(*keys)}
+
+
 def _rule() -> Schema:
     """Return which keys of an exception go together: either it skips, or it says how."""
     return {
-        "allOf": [{"if": _mode_is(mode), "then": {"properties": _numbers(mode)}} for mode in MODES],
+        "allOf": _by_mode(),
         "if": {"properties": {"skip": {"const": True}}, "required": ["skip"]},
         "then": {"properties": {"bits": False, "group_size": False, "mode": False}},
         "else": {"anyOf": [{"required": [name]} for name in ("bits", "group_size", "mode")]},
     }
+
+
+def _by_mode() -> list[Schema]:
+    return [{"if": _mode_is(mode), "then": {"properties": _numbers(mode)}} for mode in MODES]
 
 
 def _of_target(mode: str) -> Schema:
@@ -180,6 +209,7 @@ def page() -> str:
             *_section("Quantization", QUANTIZE, Quantize),
             _modes(),
             *_section("Exceptions", RULES, Rule),
+            *_section("Candidates", CANDIDATES, Candidate),
             *_section("`[cache]`", CACHE, Cache),
             *_section("`[build]`", "How the work is done.", Build),
             *_section("`[quality]`", QUALITY, Quality),
@@ -232,12 +262,15 @@ def _kind(key: Key) -> str:
         "URL": "a [URL](#remotes)",
         "number": "a whole number that the [mode](#modes) takes",
         "count": f"a whole number, at least {least(key.type)}",
+        "decimal": "a number above 0",
         "switch": "`true` or `false`",
         "numbers": "a list of whole numbers that the [mode](#modes) takes",
         "table": "`false`, or a table of [these keys](#quantization)"
         if key.table is Quantize
         else "a table of " + ", ".join(f"`{name}`" for name in keys_of(key.table or Model)),
-        "tables": "a list of tables of [these keys](#exceptions)",
+        "tables": "a list of tables of [these keys](#exceptions)"
+        if key.table is Rule
+        else "a list of tables of [these keys](#candidates)",
     }[key.kind]
 
 
@@ -313,6 +346,10 @@ RULES = """\
 The keys of each element of `quantize.rules`, beside `bits`, `group_size` and `mode`: what of
 these a rule does not say is the target's, or its own mode's. One that matches no module is an
 error."""
+
+CANDIDATES = """\
+The keys of each element of `quantize.candidates`, which `target_bpw` and `fit` choose of, module by
+module. See [quality.md](quality.md#a-budget)."""
 
 CACHE = """\
 Where [results](caching.md) are kept, here and on a store shared with other machines."""

@@ -14,6 +14,7 @@ from tasks.core.paths import path_of
 from tasks.core.spec import (
     MODES,
     At,
+    Candidate,
     LayoutName,
     LoaderName,
     Mistake,
@@ -175,9 +176,12 @@ def wrong_numbers(quantize: Quantize) -> Iterator[Mistake]:
     yield from _wrong_numbers(quantize, quantize.mode, ())
     for i, rule in enumerate(quantize.rules):
         yield from _wrong_numbers(rule, rule.mode or quantize.mode, ("rules", i))
+    for i, candidate in enumerate(quantize.candidates):
+        mode = candidate.mode or quantize.mode
+        yield from _wrong_numbers(candidate, mode, ("candidates", i))
 
 
-def _wrong_numbers(table: Quantize | Rule, mode: str, at: At) -> Iterator[Mistake]:
+def _wrong_numbers(table: Quantize | Rule | Candidate, mode: str, at: At) -> Iterator[Mistake]:
     for i, (name, number) in enumerate([("group_size", table.group_size), ("bits", table.bits)]):
         if number is None or number in MODES[mode][i]:  # which need not be asked
             continue

@@ -129,6 +129,7 @@ def key(meaning: str, *, change: str, example: Any, default: str = "") -> Meta:
 
 _CALIBRATED = "tokens, activations and all that comes of them"
 _RUN = "tokens, teacher, forward and evaluate; and activations"
+_CHOSEN = "sensitivity, for what was not tried; quantize, for modules that change; and pack"
 _QUANTIZED = "quantize, for the layers that it concerns, and pack"
 
 
@@ -190,6 +191,32 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
             raise Mistakes(Mistake(f"({self.match!r}) changes nothing", mend))
 
 
+class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
+    """A way to quantize a module, of which a budget's are chosen."""
+
+    bits: Annotated[
+        int | None, key("Bits per weight.", default="the mode's", change=_CHOSEN, example=5)
+    ] = None
+    group_size: Annotated[
+        int | None,
+        key(
+            "Weights that share a scale.",
+            default="the target's, where the mode is its own; else the mode's",
+            change=_CHOSEN,
+            example=32,
+        ),
+    ] = None
+    mode: Annotated[
+        Mode | None,
+        key(
+            "The format of the quantized weights.",
+            default="the target's",
+            change=_CHOSEN,
+            example="mxfp4",
+        ),
+    ] = None
+
+
 class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
     """How a model is quantized."""
 
@@ -218,6 +245,53 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
             example="mixed_3_6",
         ),
     ] = None
+    target_bpw: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        key(
+            "Bits per weight of the whole model, as mlx-lm counts them, in place of `bits`: each "
+            "module's are chosen, so that what the model makes is changed least.",
+            default="none",
+            change=_CHOSEN,
+            example=4.5,
+        ),
+    ] = None
+    fit: Annotated[
+        Size | None,
+        key(
+            "The same, by the size of the whole model in memory, with its cache of `context` "
+            "tokens.",
+            default="none",
+            change=_CHOSEN,
+            example="16GB",
+        ),
+    ] = None
+    context: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        key(
+            "Tokens of the cache that `fit` leaves room for.",
+            default="4096, with `fit`",
+            change=_CHOSEN,
+            example=32768,
+        ),
+    ] = None
+    candidates: Annotated[
+        tuple[Candidate, ...],
+        key(
+            "What `target_bpw` and `fit` choose of.",
+            default="all bits of the mode, in groups of `group_size`",
+            change=_CHOSEN + "; what was tried before is not tried again",
+            example=[{"bits": 4}, {"bits": 4, "group_size": 32}, {"bits": 6}],
+        ),
+    ] = ()
+    min_bits: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        key(
+            "The fewest bits per weight that are chosen of the candidates.",
+            default="none",
+            change=_CHOSEN,
+            example=3,
+        ),
+    ] = None
     rules: Annotated[
         tuple[Rule, ...],
         key(
@@ -239,6 +313,22 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
         if self.recipe and self.mode != "affine":
             fact = f"has recipe {self.recipe!r} with mode {self.mode!r}"
             raise Mistakes(Mistake(fact, "drop one: mlx-lm's recipes are for mode 'affine'"))
+        given = [name for name in ("target_bpw", "fit") if getattr(self, name) is not None]
+        fixed = [name for name in ("bits", "recipe") if getattr(self, name) is not None]
+        if len(given) > 1 or (given and fixed):
+            both = " and ".join([*given, *fixed][:2])
+            raise Mistakes(Mistake(f"has {both}, which both say how many bits", "drop one"))
+        budget = [name for name in ("candidates", "min_bits") if getattr(self, name)]
+        if budget and not given:
+            mend = "add target_bpw or fit, or drop it"
+            raise Mistakes(Mistake(f"has {budget[0]}, but nothing to choose for", mend))
+        if self.context and self.fit is None:
+            raise Mistakes(Mistake("has context, which is fit's", "add fit, or drop it"))
+
+    @property
+    def chooses(self) -> bool:
+        """Whether each module's setting is chosen within a budget."""
+        return self.target_bpw is not None or self.fit is not None
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -445,6 +445,11 @@ class Builder:
         """Tell whether it is on record here what a node makes of the checkpoint as it is now."""
         return self._on_record(plan, node, {}) is not None
 
+    def on_record(self, plan: Plan, nodes: Iterable[Node]) -> list[Manifest | None]:
+        """Return what is on record here of nodes, for the checkpoint as it is now."""
+        known: dict[Node, Manifest | None] = {}
+        return [self._on_record(plan, node, known) for node in nodes]
+
     def _on_record(
         self, plan: Plan, node: Node, known: dict[Node, Manifest | None]
     ) -> Manifest | None:

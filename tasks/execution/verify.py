@@ -151,7 +151,9 @@ class Verification(Struct, frozen=True):
         def open_source(target: Target) -> ReadableSource:
             return sources.open_source(target.source, Opening(is_read, memos, str(folder)))
 
-        planner = Planner(memos, open_source, lambda target, opened: None, Quality())
+        planner = Planner(
+            memos, open_source, lambda target, opened: None, Quality(), lambda _: None
+        )
         plan = planner.plan(_target(claim, source, source_name, planner))
         layers = [node.layer for node in plan.last]
         if not whole and len(layers) > SOME:

@@ -45,6 +45,9 @@ class Library(Protocol):
     ) -> dict[str, dict[str, int] | str]:
         """Return each mixed recipe's bits by module path, or why it does not fit the model."""
 
+    def prompt_cache(self, model: Any) -> list[Any]:
+        """Return an empty cache for a model to go on with a text, a part a layer."""
+
     def encode_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return a configuration as JSON has it."""
 

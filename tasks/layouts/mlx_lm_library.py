@@ -57,6 +57,11 @@ def recipes(model: Any, leaves: Iterable[tuple[str, Any]]) -> dict[str, dict[str
     return bits
 
 
+def prompt_cache(model: Any) -> list[Any]:
+    """Return an empty cache for a model to go on with a text, a part a layer."""
+    return list(importlib.import_module("mlx_lm.models.cache").make_prompt_cache(model))
+
+
 def encode_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration as JSON has it: infinities are tagged."""
     encode = getattr(_utils(), "_encode_tagged_floats", None)

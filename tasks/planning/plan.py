@@ -14,13 +14,13 @@ from tasks.checkpoints import loaders
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import ReadableSource
 from tasks.core.errors import BuildError, ConfigError
-from tasks.core.spec import Quality, SourceSpec, Target
+from tasks.core.spec import Quality, Quantize, SourceSpec, Target
 from tasks.layouts import architecture
 from tasks.layouts.model import Model, Parameter, layer_names
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.node import Node
 from tasks.stages import quantize_scheme, registry
-from tasks.stages.quantize_scheme import Schemes, Setting
+from tasks.stages.quantize_scheme import Scheme, Schemes, Setting
 from tasks.stages.stage import (
     COMPUTER,
     ActionSpec,
@@ -129,6 +129,10 @@ class SharedPlan(Struct, frozen=True, dict=True):
         return self._specs.setdefault(key, ActionSpec(stage, layer, planned))
 
 
+# How much each weight is hurt by each way of quantizing it, by its name.
+Sensitivities = Mapping[str, Mapping[Setting, float]]
+
+
 class Plan(Struct, frozen=True, dict=True):
     """A target, worked out.
 
@@ -141,6 +145,8 @@ class Plan(Struct, frozen=True, dict=True):
         config: config.json.
         weights: how many the model has, as mlx-lm counts them.
         notes: what people should know.
+        undecided: whether its modules' settings are yet to be chosen, of sensitivities that are not
+            on record; then it is planned as if it were not quantized.
     """
 
     target: Target
@@ -151,6 +157,7 @@ class Plan(Struct, frozen=True, dict=True):
     config: dict[str, Any]
     weights: int
     notes: tuple[str, ...] = field(default=())
+    undecided: bool = False
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -233,6 +240,7 @@ class Planner:
         open_source: Callable[[Target], ReadableSource],
         recall: Callable[[Target, ReadableSource], Checkpoint | None],
         quality: Quality,
+        sensitivities: Callable[[Plan], Sensitivities | None],
     ) -> None:
         """Make a planner.
 
@@ -242,11 +250,14 @@ class Planner:
             recall: returns a checkpoint that is not here itself, or None if its source is to be
                 read.
             quality: on what text models are run.
+            sensitivities: returns those of a target that is not quantized, by the weight's name, or
+                None if they are not all on record.
         """
         self.memos = memos
         self._open_source = open_source
         self.quality = quality
         self._recall = recall
+        self._sensitivities = sensitivities
         self._checkpoints: dict[tuple[SourceSpec, str | None], Checkpoint] = {}
         self._shared: dict[tuple[SourceSpec, str | None, str, str], SharedPlan | BuildError] = {}
 
@@ -262,13 +273,35 @@ class Planner:
         layout.check(target, model)
         if target.files and not target.files.is_dir():
             raise ConfigError(f"files is {target.files}, which is no folder. Make it, or name one.")
-        scheme = shared.schemes.plan(target.quantize or None)
+        quantize = target.quantize or None
+        if quantize and quantize.chooses:
+            return self._choose(target, quantize, shared)
+        return self._assemble(target, shared, shared.schemes.plan(quantize))
+
+    def _choose(self, target: Target, quantize: Quantize, shared: SharedPlan) -> Plan:
+        """Work a target out whose modules' settings are chosen within a budget.
+
+        Raises:
+            BuildError: no choice is within it, or the model cannot be run.
+        """
+        base = self._assemble(target, shared, Scheme({}, None))
+        sensitivities = self._sensitivities(base)
+        if sensitivities is None:
+            return structs.replace(base, undecided=True)
+        from tasks.planning import budget  # which is of plans
+
+        chosen = budget.choose(base, quantize, sensitivities)
+        return self._assemble(target, shared, shared.schemes.plan(quantize, chosen))
+
+    def _assemble(self, target: Target, shared: SharedPlan, scheme: Scheme) -> Plan:
+        layout, checkpoint, model = LAYOUTS[target.layout], shared.checkpoint, shared.model
         config = layout.config(target, model, scheme.config)
         dtype = target.dtype or layout.default_dtype(checkpoint, model)
         settings = {quantize_scheme.weight_name(path): s for path, s in scheme.settings.items()}
         asked = TargetModel(
             checkpoint, model, shared.stored_layers, shared.layers, dtype, settings,
-            shared.computer, target.layout, config, self.quality, self.memos, registry.roles(),
+            shared.computer, target.layout, config, self.quality,
+            quantize_scheme.candidates(target.quantize or None), self.memos, registry.roles(),
         )  # fmt: skip
         specs = _specs(shared, asked, registry.PIPELINE, {})
         names, weights = shared.names(scheme.settings), shared.weights(scheme.settings)

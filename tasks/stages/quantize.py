@@ -190,7 +190,7 @@ def _quantize_rows(
         for start, stop in rows.spans(weight, BLOCK_BYTES[device]):
             block = _read(context, weight, start, stop, device)
             with mx.stream(stream):
-                packed, pieces, all_finite = _quantize_block(block, setting, device)
+                packed, pieces, all_finite = quantize_block(block, setting, device)
             for writer, data in zip(writers, pieces, strict=True):
                 writer.write(data)
             finite = finite and all_finite
@@ -200,7 +200,7 @@ def _quantize_rows(
     }, finite
 
 
-def _quantize_block(
+def quantize_block(
     block: mx.array, setting: Setting, device: str
 ) -> tuple[tuple[mx.array, ...], list[memoryview], bool]:
     """Quantize rows; return their parts, the bytes of these, and whether all rows were finite."""

@@ -27,6 +27,9 @@ class Setting(NamedTuple):
     mode: str
 
 
+_NOTHING: Mapping[str, Setting] = {}
+
+
 class Scheme(Struct, frozen=True):
     """What is quantized, and what config.json says of it.
 
@@ -86,10 +89,22 @@ class Schemes:
         self._model = model
         self._without_rules: dict[Quantize, _WithoutRules] = {}
 
-    def plan(self, quantize: Quantize | None) -> Scheme:
+    def choosable(self, quantize: Quantize) -> list[str]:
+        """Return the paths of the modules whose settings are to be chosen within a budget.
+
+        Those are the modules that the model has no word of its own on, and no rule.
+
+        Raises:
+            ConfigError: a rule matches nothing.
+        """
+        ruled = _ruled(self._model, quantize.rules)
+        verdicts = _verdicts(self._model, quantize)
+        return [m.path for m, word in verdicts if word is True and m.path not in ruled]
+
+    def plan(self, quantize: Quantize | None, chosen: Mapping[str, Setting] = _NOTHING) -> Scheme:
         """Decide how each module is quantized, as ``mlx_lm.utils.quantize_model`` does.
 
-        On top of mlx-lm's verdict (the model's own or the recipe's) the first rule that matches a
+        Within a budget, as it was ``chosen``, by path: it is written as a recipe's would be. On top of mlx-lm's verdict (the model's own or the recipe's) the first rule that matches a
         module's path wins. A rule that matches none may have the checkpoint's own names instead.
 
         Raises:
@@ -100,6 +115,8 @@ class Schemes:
         given = self._model.config.get("quantization")
         default = _default(quantize)
         outcomes, skipped = self._outcomes(quantize)
+        if quantize.chooses:
+            outcomes |= self._chosen(quantize, chosen)
         settings = {path: o.setting for path, o in outcomes.items() if o.setting}
         narrow: dict[tuple[int, int], list[str]] = {}
         for misfit, path in [(o.misfit, path) for path, o in outcomes.items() if o.misfit]:
@@ -109,6 +126,17 @@ class Schemes:
         config |= {path: o.config for path, o in outcomes.items() if o.config is not None}
         already = _already(self._model, given, default)
         return Scheme(settings, config, _notes(already, settings, narrow, skipped))
+
+    def _chosen(self, quantize: Quantize, chosen: Mapping[str, Setting]) -> dict[str, _Outcome]:
+        """Return what is done with the modules that a choice is for; what fits no candidate stays."""
+        outcomes = {}
+        for path in self.choosable(quantize):
+            width = self._model.parameters[weight_name(path)].shape[-1]
+            if setting := chosen.get(path):
+                outcomes[path] = _Outcome(setting, setting._asdict())
+            else:
+                outcomes[path] = _Outcome(misfit=(width, candidates(quantize)[0].group_size))
+        return outcomes
 
     def float32_scales(self, settings: Mapping[str, Setting], dtype: str | None) -> list[str]:
         """Return the note on scales that are as large as float32 has them.
@@ -162,6 +190,34 @@ class Schemes:
             if not module.quantized_names and module.path in outcomes:
                 _check_known(module, outcomes[module.path])
         return outcomes, sum(rule.skip for rule in ruled.values())
+
+
+def candidates(quantize: Quantize | None) -> tuple[Setting, ...]:
+    """Return the ways to quantize a module of which those of a budget are chosen.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    quantize = quantize or Quantize()
+    if quantize.candidates:
+        found = [
+            _complete(
+                mode := each.mode or quantize.mode,
+                each.group_size or (quantize.group_size if mode == quantize.mode else None),
+                each.bits,
+            )
+            for each in quantize.candidates
+        ]
+    else:
+        all_bits = MODES[quantize.mode][1]
+        found = [_complete(quantize.mode, quantize.group_size, bits) for bits in all_bits]
+    kept = sorted({each for each in found if each.bits >= (quantize.min_bits or 0)})
+    if not kept:
+        raise ConfigError(
+            f"min_bits = {quantize.min_bits} leaves none of the candidates, which have at most "
+            f"{max(each.bits for each in found)} bits. Lower it, or add candidates."
+        )
+    return tuple(kept)
 
 
 def _default(quantize: Quantize) -> Setting:

@@ -11,6 +11,7 @@ from tasks.stages.extract import Extract
 from tasks.stages.forward import Evaluate, Forward, Teacher
 from tasks.stages.measure import Measure
 from tasks.stages.quantize import Quantize
+from tasks.stages.sensitivity import Sensitivity
 from tasks.stages.stage import Keep, LeafStage, Roles, Stage
 from tasks.stages.tokens import Tokens
 from tasks.stages.unshard import Unshard
@@ -20,7 +21,8 @@ PIPELINE: tuple[Stage[Any], ...] = (Extract(), Unshard(), Cast(), Quantize())
 # What is told of a built model, and is no part of it.
 MEASURES: tuple[Stage[Any], ...] = (Measure(),)
 # What people ask for that runs a model, and all that it takes, which is planned only then.
-ASKED_FOR: tuple[Stage[Any], ...] = (Evaluate(), Activations())
+SENSITIVITY = Sensitivity()
+ASKED_FOR: tuple[Stage[Any], ...] = (Evaluate(), Activations(), SENSITIVITY)
 RUNNING: tuple[Stage[Any], ...] = (Tokens(), Teacher(), Forward(), *ASKED_FOR)
 
 

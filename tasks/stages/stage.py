@@ -191,6 +191,7 @@ class TargetModel(Struct, frozen=True):
         layout: its layout's name.
         config: config.json of the built model.
         quality: on what text models are run, and how much of it.
+        candidates: the ways to quantize a module that are tried, where that is asked for.
         memos: where answers are kept that are worth remembering.
         roles: which stages do what.
         planned: what the stages before planned, by stage and layer.
@@ -207,6 +208,7 @@ class TargetModel(Struct, frozen=True):
     layout: str
     config: Mapping[str, Any]
     quality: Quality
+    candidates: tuple[Any, ...]
     memos: Memos
     roles: Roles
     planned: Mapping[str, Mapping[str, ActionSpec[Any]]] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from tasks.core.errors import ConfigError
 from tasks.core.spec import Quantize, Rule
 
 VALIDATOR = Draft202012Validator(schema.schema())
+BUDGETED = "[defaults.quantize]\ntarget_bpw = 4.5\n[[defaults.quantize.candidates]]"
 TABLES = {
     "[cache]": documents.CACHE,
     "[build]": documents.BUILD,
@@ -28,11 +29,18 @@ TABLES = {
     "[defaults]": documents.MODEL,
     "[defaults.quantize]": documents.QUANTIZE,
     "[[defaults.quantize.rules]]": documents.RULE,
+    BUDGETED: documents.CANDIDATE,
 }
 TABLES["[models.m]"] = {"matrix": keys_of(Model)["matrix"]}
 OTHERS = {
     "[[defaults.quantize.rules]]": {"match": '"*"', "bits": "8"},
     "[models.m]": {"source": '"b"'},
+}
+# What a key needs beside it.
+PARTNERS = {
+    "candidates": {"target_bpw": "4.5"},
+    "min_bits": {"target_bpw": "4.5"},
+    "context": {"fit": '"16GB"'},
 }
 every_key = pytest.mark.parametrize(
     ("header", "key"),
@@ -99,7 +107,7 @@ def test_examples_of_the_documentation(folder: Path, page: str) -> None:
 @every_key
 def test_each_key_s_example_and_default(folder: Path, header: str, key: Key) -> None:
     """The example is accepted; the default, where it is one value, is what holds without it."""
-    others = OTHERS.get(header, {})
+    others = {**OTHERS.get(header, {}), **PARTNERS.get(key.name, {})}
     example = {**others, key.name: toml(key.example)}
     if key.name == "skip":
         del example["bits"]
@@ -128,8 +136,9 @@ def test_the_page_tells_every_key() -> None:
 @every_key
 def test_each_key_s_mistakes(folder: Path, header: str, key: Key) -> None:
     """Both refuse them."""
-    others = OTHERS.get(header, {})
-    wrong = [{key.name: documents.spelled(value)} for value in documents.WRONG[key.kind]]
+    others = {**OTHERS.get(header, {}), **PARTNERS.get(key.name, {})}
+    values = documents.wrong_values(key)
+    wrong = [{key.name: documents.spelled(value)} for value in values]
     for values in (*wrong, {f"{key.name}s": "5"}):
         text = saying(header, {**others, **values})
         assert read(folder, text) is None, text

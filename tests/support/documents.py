@@ -24,6 +24,7 @@ QUALITY = keys_of(spec.Quality)
 MODEL = keys_of(spec.Settings)
 QUANTIZE = keys_of(spec.Quantize)
 RULE = keys_of(spec.Rule)
+CANDIDATE = keys_of(spec.Candidate)
 MATRIX = keys_of(Matrix)
 
 # With a key on each line.
@@ -102,9 +103,22 @@ def _quantize(draw: st.DrawFn) -> Table:
     table = draw(st.fixed_dictionaries({}, optional={**_numbers(mode), **rules}))
     if own:
         table["mode"] = own
+    if "bits" not in table and draw(st.booleans()):
+        return table | draw(_budget(mode))
     if mode == "affine" and draw(st.booleans()):
         table["recipe"] = draw(st.sampled_from(spec.RECIPES))
     return table
+
+
+@st.composite
+def _budget(draw: st.DrawFn, mode: str) -> Table:
+    candidates = st.lists(st.fixed_dictionaries({}, optional=_numbers(mode)), max_size=2)
+    table = draw(
+        st.fixed_dictionaries({}, optional={"candidates": candidates, "min_bits": st.just(3)})
+    )
+    if draw(st.booleans()):
+        return {**table, "target_bpw": draw(st.sampled_from([4, 4.5]))}
+    return {**table, "fit": draw(_right(QUANTIZE["fit"])), "context": draw(st.just(8192))}
 
 
 def _right(key: Key) -> st.SearchStrategy[Any]:
@@ -122,6 +136,7 @@ def _right(key: Key) -> st.SearchStrategy[Any]:
         "text": ["a b", "ß"],
         "texts": [[], ["a", "b c"]],
         "switch": [True, False],
+        "decimal": [4, 4.5],
         "size": [1, 10**9, "5GiB", "1 MB", "7", "0.5kB"],
         "URL": ["s3://b/c", "gs://b", "az://c/ß/", "https://h:8443/a%20b", "http://[::1]/a@b",
                 "file:///a"],
@@ -189,6 +204,7 @@ WRONG: dict[str, list[Any]] = {
     "URL": [5, [], "", "bucket/a", "ftp://host", "S3://b", "s3://", "https:///a", "https://u:p@h",
             "https://h:port", "s3://k@b", "az://c/a?sig=s", "gs://b/#", "file://a/b", "s3://b/a c"],
     "count": [-1, 5.5, "4", True, []],
+    "decimal": [0, -1.5, "4", True, []],
     "number": [0, 7, 5.5, "4", True, []],
     "numbers": [4, [0], [4, 7], [5.5], ["4"], [True], {}],
     "text": [5, "", [], True],
@@ -203,6 +219,14 @@ WRONG: dict[str, list[Any]] = {
               [{"match": "*", "skip": True, "mode": "affine"}],
               [{"match": "*", "mode": "nvfp4", "bits": 8}]],
 }  # fmt: skip
+WRONG_CANDIDATES = [{}, "x", [8], [{"bits": 7}], [{"mode": "nvfp4", "bits": 8}]]
+
+
+def wrong_values(key: Key) -> list[Any]:
+    """What a key cannot be."""
+    return WRONG_CANDIDATES if key.name == "candidates" else WRONG[key.kind]
+
+
 NO_NAMES = ("a/b", "/", "..", "a b", "a:b", "a=b", "a.", "\x7f", "a\0b", "a" * 201)
 
 
@@ -233,7 +257,7 @@ def wrong(draw: st.DrawFn) -> Table:
         if kind == "key":
             table[f"{key.name}s"] = draw(_right(MODEL["source"]))
         else:
-            table[key.name] = draw(st.sampled_from(WRONG[key.kind]))
+            table[key.name] = draw(st.sampled_from(wrong_values(key)))
     elif kind == "name":
         model = draw(st.sampled_from(list(document["models"].values())))
         names = draw(st.sampled_from([document["models"], model.setdefault("variants", {})]))
