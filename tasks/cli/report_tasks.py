@@ -47,7 +47,7 @@ def report(session: Session) -> Iterator[dict[str, Any]]:
 
 def _asked(target: Target) -> dict[str, Any]:
     """Return what a target is told, but for where it lies and where that is said."""
-    quantize = to_builtins(target.quantize or None)
+    quantize = to_builtins(target.quantize or None, enc_hook=int)
     return {**structs.asdict(target), "quantize": quantize, "source": "", "where": ""}
 
 

@@ -26,7 +26,7 @@ from tasks.cli.untouched import Untouched
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError, CheckpointError
 from tasks.core.program import COMMAND
-from tasks.core.spec import Target
+from tasks.core.spec import Quantize, Target
 from tasks.core.task_names import LOCK, task_name
 from tasks.core.text import plural
 from tasks.core.workspace import Workspace
@@ -34,9 +34,10 @@ from tasks.execution import place
 from tasks.execution.log import Log
 from tasks.planning import model_card
 from tasks.planning.lockfile import Lock
-from tasks.planning.plan import Plan, Planner, Sensitivities
+from tasks.planning.plan import Plan, Planner
 from tasks.planning.refused import Refused, messages
 from tasks.stages import registry
+from tasks.stages.quantize_scheme import Setting
 
 if TYPE_CHECKING:  # imported where they are wanted: a run with nothing to do wants none
     from cache.remote.remote import Remote
@@ -252,13 +253,15 @@ def _planner(
     def recall(target: Target, source: ReadableSource) -> Checkpoint | None:
         return lock.recall(store, target, source)
 
-    def sensitivities(plan: Plan) -> Sensitivities | None:
-        from tasks.execution.recorded import sensitivities  # only where there is a budget
+    def choose(plan: Plan, asked: Quantize) -> Mapping[str, Setting] | None:
+        from tasks.execution import recorded  # only where there is a budget
+        from tasks.planning import budget
 
         builder = _builder(config, options, store, workspace, _log(workspace))
-        return sensitivities(builder, plan)
+        known = recorded.sensitivities(builder, plan)
+        return None if known is None else budget.choose(plan, asked, known)
 
-    return Planner(store.memos, open_source, recall, config.quality, sensitivities)
+    return Planner(store.memos, open_source, recall, config.quality, choose)
 
 
 def _log(workspace: Workspace) -> Log:

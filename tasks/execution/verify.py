@@ -152,7 +152,7 @@ class Verification(Struct, frozen=True):
             return sources.open_source(target.source, Opening(is_read, memos, str(folder)))
 
         planner = Planner(
-            memos, open_source, lambda target, opened: None, Quality(), lambda _: None
+            memos, open_source, lambda target, opened: None, Quality(), lambda plan, asked: None
         )
         plan = planner.plan(_target(claim, source, source_name, planner))
         layers = [node.layer for node in plan.last]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cache.records.manifests import TensorSpec
 from tasks.core.errors import ConfigError
 from tasks.core.spec import Quantize
@@ -10,7 +12,7 @@ from tasks.layouts.model import Parameter
 from tasks.planning import knapsack
 from tasks.planning.knapsack import Option
 from tasks.planning.node import total
-from tasks.planning.plan import Plan, Sensitivities
+from tasks.planning.plan import Plan
 from tasks.quality import cache_size
 from tasks.stages import quantize
 from tasks.stages.cast import dtype_after
@@ -20,13 +22,15 @@ from tasks.stages.running import skeleton_of
 CONTEXT = 4096  # tokens, where nobody says how many
 
 
-def choose(plan: Plan, asked: Quantize, sensitivities: Sensitivities) -> dict[str, Setting]:
+def choose(
+    plan: Plan, asked: Quantize, sensitivities: Mapping[str, Mapping[Setting, float]]
+) -> dict[str, Setting]:
     """Return the setting of each module that is chosen, by path.
 
     Args:
         plan: the target, as if it were not quantized.
         asked: its budget, and what there is to choose of.
-        sensitivities: what each setting would cost each weight.
+        sensitivities: what each setting would cost each weight, by its name.
 
     Raises:
         ConfigError: the budget is too small.

@@ -66,6 +66,7 @@ class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             store was set when it was locked.
         sha256: of each packed file, by name, for who downloads it. None before a report or a
             publishing worked it out.
+        chosen: where a budget chose how modules are quantized: group size, bits and mode, by path.
     """
 
     source: _256_BITS
@@ -75,13 +76,15 @@ class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output: _DIGEST
     blake3: _256_BITS | None = None
     sha256: dict[str, _256_BITS] | None = None
+    chosen: dict[str, tuple[int, int, str]] | None = None
 
     @property
     def json(self) -> dict[str, Any]:
         """It as the file has it."""
         record = msgspec.structs.asdict(self)
-        if self.sha256 is None:
-            del record["sha256"]
+        for name in ("sha256", "chosen"):
+            if record[name] is None:
+                del record[name]
         return record
 
     @property

@@ -385,7 +385,7 @@ class Lock:
         sha256 = locked.sha256 if locked and locked.output == packed.result else None
         built = Built(
             source.record, settings(plan), plan.computer, packed.action.key, packed.result, blake3,
-            sha256,
+            sha256, _chosen(plan),
         )  # fmt: skip
         if locked and locked.output != built.output:
             fact = f"was built as {built.output}, and is {locked.output} in {self.path.name}"
@@ -489,6 +489,13 @@ class Lock:
             f"{some(differences, MAX_NAMES, '; ')}. If the new one is wanted, accept it: "
             f"{COMMAND} lock, then {COMMAND}."
         )
+
+
+def _chosen(plan: Plan) -> dict[str, tuple[int, int, str]] | None:
+    if not (plan.target.quantize and plan.target.quantize.chooses):
+        return None
+    paths = {name: name.removesuffix("weight").removesuffix(".") for name in plan.model.settings}
+    return {paths[name]: tuple(setting) for name, setting in plan.model.settings.items()}
 
 
 def settings(plan: Plan) -> str:

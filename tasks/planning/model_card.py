@@ -156,7 +156,7 @@ def _toml(plan: Plan, base: HubName | None) -> str:
 def _said(quantize: Quantize) -> dict[str, Any]:
     """Return what a table says that is not its default."""
     usual = to_builtins(Quantize())
-    said = {k: v for k, v in to_builtins(quantize).items() if v != usual[k]}
+    said = {k: v for k, v in to_builtins(quantize, enc_hook=int).items() if v != usual[k]}
     if rules := said.get("rules"):
         said["rules"] = [{k: v for k, v in r.items() if v not in (None, False)} for r in rules]
     return said

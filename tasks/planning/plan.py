@@ -129,10 +129,6 @@ class SharedPlan(Struct, frozen=True, dict=True):
         return self._specs.setdefault(key, ActionSpec(stage, layer, planned))
 
 
-# How much each weight is hurt by each way of quantizing it, by its name.
-Sensitivities = Mapping[str, Mapping[Setting, float]]
-
-
 class Plan(Struct, frozen=True, dict=True):
     """A target, worked out.
 
@@ -240,7 +236,7 @@ class Planner:
         open_source: Callable[[Target], ReadableSource],
         recall: Callable[[Target, ReadableSource], Checkpoint | None],
         quality: Quality,
-        sensitivities: Callable[[Plan], Sensitivities | None],
+        choose: Callable[[Plan, Quantize], Mapping[str, Setting] | None],
     ) -> None:
         """Make a planner.
 
@@ -250,14 +246,14 @@ class Planner:
             recall: returns a checkpoint that is not here itself, or None if its source is to be
                 read.
             quality: on what text models are run.
-            sensitivities: returns those of a target that is not quantized, by the weight's name, or
-                None if they are not all on record.
+            choose: returns the settings of modules, by path, that are chosen within a budget, given
+                the target as if it were not quantized; None if what decides is not on record.
         """
         self.memos = memos
         self._open_source = open_source
         self.quality = quality
         self._recall = recall
-        self._sensitivities = sensitivities
+        self._chosen = choose
         self._checkpoints: dict[tuple[SourceSpec, str | None], Checkpoint] = {}
         self._shared: dict[tuple[SourceSpec, str | None, str, str], SharedPlan | BuildError] = {}
 
@@ -269,8 +265,7 @@ class Planner:
         """
         layout = LAYOUTS[target.layout]
         shared = self.share(target)
-        checkpoint, model = shared.checkpoint, shared.model
-        layout.check(target, model)
+        layout.check(target, shared.model)
         if target.files and not target.files.is_dir():
             raise ConfigError(f"files is {target.files}, which is no folder. Make it, or name one.")
         quantize = target.quantize or None
@@ -285,12 +280,9 @@ class Planner:
             BuildError: no choice is within it, or the model cannot be run.
         """
         base = self._assemble(target, shared, Scheme({}, None))
-        sensitivities = self._sensitivities(base)
-        if sensitivities is None:
+        chosen = self._chosen(base, quantize)
+        if chosen is None:
             return structs.replace(base, undecided=True)
-        from tasks.planning import budget  # which is of plans
-
-        chosen = budget.choose(base, quantize, sensitivities)
         return self._assemble(target, shared, shared.schemes.plan(quantize, chosen))
 
     def _assemble(self, target: Target, shared: SharedPlan, scheme: Scheme) -> Plan:

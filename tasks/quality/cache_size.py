@@ -1,4 +1,4 @@
-"""cache_size: what the cache of a model takes that goes on with a text, told by running it hollow."""
+"""cache_size: what the cache of a model takes, told by running it without its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tasks.quality.segments import Skeleton
 from tasks.tensors import mx
 
 SCHEMA = 1  # of what is remembered
-LENGTHS = 64, 128  # of the texts that tell how it grows
+LENGTHS = 256, 512  # of the texts that tell how it grows: caches grow by 256 tokens at a time
 
 
 def cache_bytes(memos: Memos, skeleton: Skeleton, tokens: int) -> int:
@@ -41,7 +41,8 @@ def cache_bytes(memos: Memos, skeleton: Skeleton, tokens: int) -> int:
         answer = 0
         for (few, _), (more, window) in zip(short, long, strict=True):
             growth = (more - few) / (LENGTHS[1] - LENGTHS[0])
-            answer += round(few + growth * (min(tokens, window or tokens) - LENGTHS[0]))
+            held = min(tokens, window or tokens)
+            answer += round(few + growth * max(held - LENGTHS[0], 0))
         memos.put("cache size", question, answer)
     return answer
 

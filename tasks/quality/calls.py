@@ -53,8 +53,16 @@ class Seen(NamedTuple):
     inputs: mx.array
     experts: mx.array | None = None
 
+    def aligned(self, made: mx.array) -> mx.array:
+        """Return what a module makes, or a gradient by it, as the inputs: (…, tokens, width)."""
+        width = made.shape[-1]
+        if self.inputs.ndim < 3:
+            return made.reshape(-1, width)
+        return mx.moveaxis(made, -3, 0).reshape(*self.inputs.shape[:-1], width)
+
 
 See = Callable[[Seen], None]
+Pass = Callable[[int, mx.array], mx.array]
 
 
 class Watch:
@@ -62,28 +70,36 @@ class Watch:
 
     def __init__(self, model: Any) -> None:
         self._see: See | None = None
+        self._pass: Pass | None = None
         self._number = 0
         for path, module in model.named_modules():
             if hasattr(module, "to_quantized") and "weight" in module:
                 self._watch(path, module)
 
     @contextmanager
-    def seeing(self, see: See) -> Iterator[None]:
-        """Have ``see`` called with what each module is given in the block."""
-        self._see, self._number = see, 0
+    def seeing(self, see: See, through: Pass | None = None) -> Iterator[None]:
+        """Have ``see`` called with what each module is given in the block.
+
+        Args:
+            see: called with that.
+            through: what each module makes goes through it: called with the call's number.
+        """
+        self._see, self._pass, self._number = see, through, 0
         try:
             yield
         finally:
-            self._see = None
+            self._see = self._pass = None
 
     def _watch(self, path: str, module: Any) -> None:
         kind = type(module)
 
         def watched(method: Callable[..., Any]) -> Callable[..., Any]:
             def call(module: Any, x: mx.array, *args: Any, **named: Any) -> Any:
+                number, self._number = self._number, self._number + 1
                 if self._see:
-                    self._note(path, module.weight, x, args, named)
-                return method(module, x, *args, **named)
+                    self._note(number, path, module.weight, x, args, named)
+                made = method(module, x, *args, **named)
+                return self._pass(number, made) if self._pass else made
 
             return call
 
@@ -93,13 +109,13 @@ class Watch:
 
     def _note(
         self,
+        number: int,
         path: str,
         weight: mx.array,
         x: mx.array,
         args: tuple[Any, ...],
         named: Mapping[str, Any],
     ) -> None:
-        number, self._number = self._number, self._number + 1
         assert self._see
         *lead, rows, channels = weight.shape
         call = Call(number, path, (*lead, channels))

@@ -104,8 +104,9 @@ class Schemes:
     def plan(self, quantize: Quantize | None, chosen: Mapping[str, Setting] = _NOTHING) -> Scheme:
         """Decide how each module is quantized, as ``mlx_lm.utils.quantize_model`` does.
 
-        Within a budget, as it was ``chosen``, by path: it is written as a recipe's would be. On top of mlx-lm's verdict (the model's own or the recipe's) the first rule that matches a
-        module's path wins. A rule that matches none may have the checkpoint's own names instead.
+        Within a budget, as it was ``chosen``, by path: it is written as a recipe's would be. On top
+        of mlx-lm's verdict (the model's own or the recipe's) the first rule that matches a module's
+        path wins. A rule that matches none may have the checkpoint's own names instead.
 
         Raises:
             ConfigError: the recipe does not fit the model, or a rule matches nothing.
@@ -128,7 +129,7 @@ class Schemes:
         return Scheme(settings, config, _notes(already, settings, narrow, skipped))
 
     def _chosen(self, quantize: Quantize, chosen: Mapping[str, Setting]) -> dict[str, _Outcome]:
-        """Return what is done with the modules that a choice is for; what fits no candidate stays."""
+        """Return what is done with modules that a choice is for; what fits no candidate stays."""
         outcomes = {}
         for path in self.choosable(quantize):
             width = self._model.parameters[weight_name(path)].shape[-1]

@@ -9,6 +9,7 @@ from tasks.stages.activations import Activations
 from tasks.stages.cast import Cast
 from tasks.stages.extract import Extract
 from tasks.stages.forward import Evaluate, Forward, Teacher
+from tasks.stages.gradients import Gradients
 from tasks.stages.measure import Measure
 from tasks.stages.quantize import Quantize
 from tasks.stages.sensitivity import Sensitivity
@@ -20,10 +21,12 @@ from tasks.stages.unshard import Unshard
 PIPELINE: tuple[Stage[Any], ...] = (Extract(), Unshard(), Cast(), Quantize())
 # What is told of a built model, and is no part of it.
 MEASURES: tuple[Stage[Any], ...] = (Measure(),)
+EVALUATE, ACTIVATIONS, SENSITIVITY = Evaluate(), Activations(), Sensitivity()
 # What people ask for that runs a model, and all that it takes, which is planned only then.
-SENSITIVITY = Sensitivity()
-ASKED_FOR: tuple[Stage[Any], ...] = (Evaluate(), Activations(), SENSITIVITY)
-RUNNING: tuple[Stage[Any], ...] = (Tokens(), Teacher(), Forward(), *ASKED_FOR)
+ASKED_FOR: tuple[Stage[Any], ...] = (EVALUATE, ACTIVATIONS, SENSITIVITY)
+RUNNING: tuple[Stage[Any], ...] = (
+    Tokens(), Teacher(), Forward(), EVALUATE, ACTIVATIONS, Gradients(), SENSITIVITY
+)  # fmt: skip
 
 
 def stages() -> tuple[Stage[Any], ...]:

@@ -198,7 +198,7 @@ class SegmentRunner:
     def run(self, index: int) -> mx.array:
         """Return the state, or the logits, that the segment leads to: (1, tokens, …)."""
         with self._computing():
-            result = self._begin(index)
+            result = self._begin(index, self._state_of(index))
             mx.eval(result)
         return result
 
@@ -220,16 +220,68 @@ class SegmentRunner:
 
         with self._computing():
             with self._watch.seeing(seen):
-                result = self._begin(index)
+                result = self._begin(index, self._state_of(index))
             mx.eval(wanted if self.is_last else [*wanted, result])
         return result
 
-    def _begin(self, index: int) -> mx.array:
+    def differentiate(
+        self,
+        index: int,
+        after: mx.array | None,
+        see: Callable[[Seen, mx.array], Iterable[mx.array]],
+    ) -> mx.array | None:
+        """Return the gradient by the state that the segment begins with, None of the first.
+
+        Args:
+            index: of the sequence.
+            after: the gradient by the state that it leads to, (tokens, …); None of the last, which
+                begins: with the likelihood of tokens that are drawn as the model itself says.
+            see: called for each of the segment's calls with what the module is given, and the
+                gradient by what it makes; what it returns is evaluated.
+        """
+        self._model.train()  # some have kernels that have no gradient, and use others then
+        calls = {call.number for call in self._params.calls}
+        state = self._state_of(index)
+        zeros: dict[int, mx.array] = {}
+        given: list[Seen] = []
+
+        def note(number: int, made: mx.array) -> mx.array:
+            if number in calls:
+                zeros[number] = mx.zeros(made.shape, made.dtype)
+            return made
+
+        def run(*primals: mx.array) -> mx.array:
+            given.clear()
+            added = dict(zip(zeros, primals, strict=False))
+            before = None if state is None else primals[-1]
+            with self._watch.seeing(given.append, lambda n, y: y + added[n] if n in added else y):
+                result = self._begin(index, before)
+            return result if after is not None else _surprise(result, index)
+
+        with self._computing():
+            with self._watch.seeing(given.append, note):
+                result = self._begin(index, state)
+            toward = mx.array(1.0) if after is None else after[None].astype(result.dtype)
+            primals = [*zeros.values(), *([] if state is None else [state])]
+            _, gradients = mx.vjp(run, primals, [toward])
+            seen = {each.call.number: each for each in given}
+            wanted = [
+                array
+                for number, gradient in zip(zeros, gradients, strict=False)
+                for array in see(seen[number], gradient)
+            ]
+            before = None if state is None else gradients[-1][0].astype(mx.float32)
+            mx.eval(wanted, *([] if before is None else [before]))
+        return before
+
+    def _state_of(self, index: int) -> mx.array | None:
+        return None if self._state is None else self.read(self._state, index)[None]
+
+    def _begin(self, index: int, state: mx.array | None) -> mx.array:
         tokens = self.read(self._tokens, index)[None, :-1]
         if self._params.whole:
             logits: mx.array = self._model(tokens)
             return logits
-        state = None if self._state is None else self.read(self._state, index)[None]
         return self._run.segment(self._number, tokens, state)
 
     @contextmanager
@@ -343,6 +395,21 @@ def skeleton_of(target: TargetModel, settings: Mapping[str, Setting]) -> Skeleto
             tensors[parameter.name] = spec
     config = target.config if settings else target.model.config
     return Skeleton(target.model.library, config, tensors)
+
+
+def _surprise(logits: mx.array, index: int) -> mx.array:
+    """Return how unlikely tokens are that are drawn by logits.
+
+    The squares of its gradients are, on average, the curvature of the divergence from the logits.
+
+    Args:
+        logits: (1, tokens, vocabulary).
+        index: of the sequence, for which the same tokens are drawn each time.
+    """
+    wide = logits.astype(mx.float32)
+    drawn = mx.random.categorical(mx.stop_gradient(wide), key=mx.random.key(index))
+    scores = mx.take_along_axis(wide, drawn[..., None], -1).squeeze(-1)
+    return mx.sum(mx.logsumexp(wide, axis=-1) - scores)
 
 
 def specs_of(inputs: Inputs) -> dict[Key, TensorSpec]:

@@ -1,9 +1,9 @@
-"""sensitivity: what each way of quantizing a module would take from what it makes.
+"""sensitivity: what each way of quantizing a module would cost: divergence, in nats by the token.
 
-Of a weight that is quantized in a way, it is the energy of the error in what the module makes, as
-part of the energy of all that it makes: with what the module is given, on average, on calibration
-text. Channels count by their mean squares, rows of an embedding by how often they are looked up. No
-weight is written.
+Of a weight that is quantized in a way, it is half of the sum of the squares of what that changes,
+each as much as the channel matters: see ``gradients``. That is, to the second order and as if
+weights changed what the model says each by itself, the Kullback-Leibler divergence from what it said
+before. No weight is written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 from cache.records.manifests import Manifest, Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.stages import quantize
-from tasks.stages.activations import COUNT, LOOKUPS, MEAN_SQUARE, Activations
+from tasks.stages.gradients import IMPORTANCE, ROW_IMPORTANCE, Gradients
 from tasks.stages.measure import dequantize
 from tasks.stages.quantize_scheme import Setting, weight_name
 from tasks.stages.reasons import Reason, changed_values
@@ -39,7 +39,6 @@ from tasks.tensors.device import BLOCK_BYTES, device_of
 from tasks.tensors.rows import Rows
 
 SENSITIVITY = "sensitivity"
-_TOLD = (MEAN_SQUARE, COUNT, LOOKUPS)  # of activations, what is read
 
 
 class SensitivityParams(Params, frozen=True):
@@ -61,7 +60,7 @@ class SensitivityParams(Params, frozen=True):
 
 
 class Sensitivity(Stage[SensitivityParams]):
-    """Tell what each way of quantizing each module would take from what it makes.
+    """Tell what each way of quantizing each module would cost: divergence, in nats.
 
     A node is one candidate in one layer. It makes a vector of one number a weight, in the order of
     the sorted names.
@@ -75,7 +74,7 @@ class Sensitivity(Stage[SensitivityParams]):
     def plan(self, target: TargetModel) -> Mapping[str, Planned[SensitivityParams]]:
         """Plan a node for each layer and candidate; none where the model cannot be run."""
         segments_of: dict[str, list[str]] = {}
-        for segment, spec in target.planned[Activations.name].items():
+        for segment, spec in target.planned[Gradients.name].items():
             for path in {call.path for call in spec.params.calls}:
                 segments_of.setdefault(path, []).append(segment)
         can = {weight_name(m.path): m.path for m in target.model.modules if m.quantized_names}
@@ -89,8 +88,8 @@ class Sensitivity(Stage[SensitivityParams]):
                 paths = [can[name] for name in weights]
                 segments = dict.fromkeys(s for path in paths for s in segments_of.get(path, ()))
                 needs = [Need(target.roles.unquantized, layer)]
-                needs += [Need(Activations.name, segment) for segment in segments]
-                told = (f"{path}.{kind}" for path in paths for kind in _TOLD)
+                needs += [Need(Gradients.name, segment) for segment in segments]
+                told = (f"{path}.{kind}" for path in paths for kind in (IMPORTANCE, ROW_IMPORTANCE))
                 params = SensitivityParams(setting, tuple(weights), **target.computer._asdict())
                 planned[node_name(layer, setting)] = Planned(
                     params, tuple(needs), frozenset((*weights, *told))
@@ -116,7 +115,7 @@ class Sensitivity(Stage[SensitivityParams]):
         for name in params.weights:
             weight = context.rows(Key(unquantized, name))
             importances = _importances(context, inputs, name.removesuffix("weight").strip("."))
-            numbers.append(_relative_error(context, weight, importances, params))
+            numbers.append(_error(context, weight, importances, params))
         data = memoryview(struct.pack(f"<{len(numbers)}f", *numbers))
         with context.writer(SENSITIVITY, data.nbytes) as writer:
             writer.write(data)
@@ -176,56 +175,47 @@ class _Importance(NamedTuple):
             matrices = mx.arange(start, stop) // height
             by_channel = self.channels[matrices] if len(self.channels) > 1 else self.channels
             return mx.sum(squares * by_channel, axis=-1)
-        sums = mx.sum(squares, axis=-1)
-        return sums if self.rows is None else sums * self.rows[start:stop]
+        assert self.rows is not None
+        return mx.sum(squares, axis=-1) * self.rows[start:stop]
 
 
 def _importances(context: Context, inputs: Inputs, path: str) -> list[_Importance]:
-    """Return how a module's weight counts, in each way that it is used; if none is known, evenly."""
+    """Return how a module's weight counts, in each way that it is used; where it is not, none."""
 
     def read(kind: str) -> mx.array | None:
-        key = Key(Activations.name, f"{path}.{kind}")
+        key = Key(Gradients.name, f"{path}.{kind}")
         if key not in inputs:
             return None
         source = context.rows(key)
-        return source.read(0, rows.count(source)).reshape(source.shape).astype(mx.float32)
+        return source.read(0, rows.count(source)).reshape(-1, source.shape[-1])
 
-    found = []
-    mean_square, count, lookups = map(read, (MEAN_SQUARE, COUNT, LOOKUPS))
-    if mean_square is not None and count is not None:
-        by_matrix = mean_square.reshape(len(count), -1)
-        found.append(_Importance(channels=by_matrix * count[:, None]))
-    if lookups is not None:
-        found.append(_Importance(rows=lookups))
-    return found or [_Importance()]
+    channels, by_row = read(IMPORTANCE), read(ROW_IMPORTANCE)
+    found = [] if channels is None else [_Importance(channels=channels)]
+    if by_row is not None:
+        found.append(_Importance(rows=by_row.reshape(-1)))
+    return found
 
 
-def _relative_error(
+def _error(
     context: Context, weight: Rows, importances: Sequence[_Importance], params: SensitivityParams
 ) -> float:
-    """Return the energy of what quantizing changes, as part of all; the sum of several uses."""
+    """Return the sum of squares of what quantizing changes, as it counts; of several uses, of all."""
     device = device_of(params.device)
-    height = weight.shape[-2]
-    energies, errors = [0.0] * len(importances), [0.0] * len(importances)
+    error = 0.0
     for start, stop in rows.spans(weight, BLOCK_BYTES[device]):
         block = weight.read(start, stop)
         if device == "gpu":
             arrays.share(block)
         with mx.stream(context.streams.get(device)):
             packed, _, _ = quantize.quantize_block(block, params.setting, device)
-            restored = dequantize(packed, params.setting)
-            wide = block.astype(mx.float32)
-            squares, error_squares = mx.square(wide), mx.square(wide - restored.astype(mx.float32))
-            sums = [
-                [each.weigh(array, start, height) for array in (squares, error_squares)]
-                for each in importances
-            ]
+            change = block.astype(mx.float32) - dequantize(packed, params.setting).astype(
+                mx.float32
+            )
+            squares = mx.square(change)
+            sums = [each.weigh(squares, start, weight.shape[-2]) for each in importances]
             mx.eval(sums)
-        for at, (energy, error) in enumerate(sums):
-            energies[at] += _sum(energy)
-            errors[at] += _sum(error)
-    parts = [error / energy for error, energy in zip(errors, energies, strict=True) if energy]
-    return sum(parts) if isfinite(sum(parts)) else inf
+        error += sum(map(_sum, sums))
+    return error / 2 if isfinite(error) else inf
 
 
 def _sum(numbers: mx.array) -> float:

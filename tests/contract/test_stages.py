@@ -45,7 +45,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     project.configure("model", source="checkpoint", device="cpu", **MODELS[kind])
     with toy_stage.registered():
         # MLX runs experts, and packed weights of float16, on a CPU not at all or for minutes.
-        runs = ["evaluate", "activations"] if kind == "huggingface" else []
+        runs = ["evaluate", "activations", "sensitivity"] if kind == "huggingface" else []
         inside.doit(folder, "pack", "measure", *runs)
         yield inside.session(folder)
 

@@ -6,7 +6,7 @@ from support import projects
 from support.projects import LAYERS, STAGES
 
 KIND = "huggingface"
-OTHERS = ["report", "lock", "lint", "test", "bench", "evaluate", "activations"]
+OTHERS = ["report", "lock", "lint", "test", "bench", "evaluate", "activations", "sensitivity"]
 
 
 def said(done: projects.front_door.Finished) -> dict[str, str]:

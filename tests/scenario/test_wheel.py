@@ -134,6 +134,7 @@ def test_builds_in_a_folder_of_ones_own(installed: Environment, tmp_path: Path) 
         "report",
         "evaluate",
         "activations",
+        "sensitivity",
         "lock",
         *(f"{s}:model" for s in [*projects.STAGES, "pack", "measure", "report"]),
     }

@@ -103,7 +103,7 @@ def test_all_that_can_be_said(folder: Path) -> None:
         Rule("*.mlp.*", mode="mxfp4"),
         Rule("*", bits=6, group_size=128),
     )
-    quantize = Quantize(3, 32, "affine", None, rules)
+    quantize = Quantize(3, 32, "affine", rules=rules)
     assert found == Target(
         name="a",
         source=SourceSpec("", str(folder / "b")),

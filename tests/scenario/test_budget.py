@@ -1,0 +1,223 @@
+"""A budget in place of bits: each module's setting is chosen, to least total sensitivity."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from unittest import mock
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.utils import compute_bits_per_weight, load_model
+from transformers import AutoTokenizer
+
+from support import inside, projects
+from support.projects import Project
+from tasks.core.spec import Quality
+from tasks.execution import recorded
+from tasks.planning import knapsack
+from tasks.planning.knapsack import Option
+from tasks.quality import text
+from tasks.stages.quantize_scheme import Setting
+
+QUALITY = {"samples": 3, "sequence_length": 24, "seed": 1, "top_logits": 16}
+LOOKS = {"tokens", "activations", "gradients", "sensitivity"}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    made = projects.create(tmp_path, "huggingface", dtype="float32", device="cpu")
+    made.quality = QUALITY
+    return made
+
+
+def groups(tasks: set[str]) -> set[str]:
+    return {task.split(":")[0] for task in tasks}
+
+
+def settings_of(project: Project) -> dict[str, dict]:
+    config = json.loads((project.folder / "build" / "model" / "config.json").read_text())
+    return {k: v for k, v in config["quantization"].items() if isinstance(v, dict)}
+
+
+def test_another_budget_looks_at_nothing_again(project: Project) -> None:
+    """And quantizes the layers whose modules' settings changed; a new candidate is all that is new."""
+    project.configure(quantize={"target_bpw": 5.0, "group_size": 32})
+    first = project.doit()
+    assert groups(first.computed) >= LOOKS | {"quantize", "pack"}
+    chosen = settings_of(project)
+    assert len({tuple(each.values()) for each in chosen.values()}) > 1
+    locked = json.loads((project.folder / "models.lock").read_bytes())["targets"]["model"]
+    assert locked["chosen"] == {path: [*each.values()] for path, each in chosen.items()}
+    model, _ = load_model(project.folder / "build" / "model")
+    assert 4.7 < compute_bits_per_weight(model) <= 5.0
+    mx.eval(model(mx.array([[1, 2, 3]])))
+    assert not project.doit().computed
+    assert "up to date: model" in project.doit("plan").stdout
+
+    project.configure(quantize={"target_bpw": 4.5, "group_size": 32})
+    assert "quantize.bits" in project.doit("why", "quantize:model:layers.0").stdout
+    second = project.doit()
+    assert groups(second.computed) == {"quantize", "pack"}
+    changed = {p for p, each in settings_of(project).items() if each != chosen[p]}
+    layers = {path.split(".")[2] for path in changed if ".layers." in path}
+    ran = {task.split(":")[2] for task in second.computed if task.startswith("quantize")}
+    assert {name.removeprefix("layers.") for name in ran if "layers" in name} == layers
+
+    candidates = [{"bits": bits} for bits in (2, 3, 4, 5, 6, 8)]
+    project.configure(
+        quantize={
+            "target_bpw": 4.5,
+            "group_size": 32,
+            "candidates": [*candidates, {"mode": "mxfp4"}],
+        }
+    )
+    third = project.doit("sensitivity:model")
+    assert {task.split(".")[-1] for task in third.computed} == {"4bit-32-mxfp4"}
+
+
+def test_rules_and_least_bits_stand(project: Project) -> None:
+    rules = [
+        {"match": "*.down_proj", "bits": 8, "group_size": 32},
+        {"match": "lm_head", "skip": True},
+    ]
+    project.configure(
+        quantize={"fit": "1114kB", "context": 64, "group_size": 32, "min_bits": 3, "rules": rules}
+    )
+    project.doit()
+    chosen = settings_of(project)
+    assert "lm_head" not in chosen
+    assert {e["bits"] for p, e in chosen.items() if p.endswith("down_proj")} == {8}
+    assert min(each["bits"] for each in chosen.values()) == 3
+    weights = sum(
+        a.nbytes for a in mx.load(str(project.folder / "build/model/model.safetensors")).values()
+    )
+    config = json.loads((project.checkpoint / "config.json").read_text())
+    heads = config["num_key_value_heads"] * config["hidden_size"] // config["num_attention_heads"]
+    cache = 2 * 4 * 256 * heads * 4  # keys and values, layers, tokens, heads' width, float32
+    assert 1_080_000 < weights + cache <= 1_114_000
+
+
+def importances(folder: Path, tokens: mx.array) -> dict[str, np.ndarray]:
+    """What `gradients` says of linear layers, as mlx-lm's model runs whole."""
+    model, _ = load_model(folder)
+    model.train()
+    paths = {id(module): path for path, module in model.named_modules()}
+    linear, given, found = nn.Linear.__call__, {}, {}
+    added: dict[str, mx.array] = {}
+
+    def watch(module: nn.Linear, x: mx.array) -> mx.array:
+        path = paths[id(module)]
+        given[path] = x
+        y = linear(module, x)
+        return y + added.setdefault(path, mx.zeros(y.shape))
+
+    with mock.patch.object(nn.Linear, "__call__", watch):
+        for index, row in enumerate(tokens):
+            added.clear()
+            logits = model(row[None, :-1])
+            drawn = mx.random.categorical(logits, key=mx.random.key(index))
+            zeros = dict(added)
+
+            def loss(perturbed: dict[str, mx.array], row=row, drawn=drawn) -> mx.array:
+                added.update(perturbed)
+                return nn.losses.cross_entropy(model(row[None, :-1]), drawn).sum()
+
+            for path, gradient in mx.grad(loss)(zeros).items():
+                squares = np.square(np.array(gradient[0]).astype(np.float64)).mean(-1)
+                x = np.square(np.array(given[path][0]).astype(np.float64))
+                found[path] = found.get(path, 0) + (squares[:, None] * x).sum(0)
+    return {path: total / (len(tokens) * (tokens.shape[1] - 1)) for path, total in found.items()}
+
+
+def test_sensitivities_are_the_divergence(project: Project) -> None:
+    """To the second order: by gradients of the whole model, and by the real divergence."""
+    project.configure("plain", source="checkpoint", device="cpu", dtype="float32", quantize=False)
+    project.configure(quantize={"target_bpw": 11.0, "group_size": 32, "candidates": [{"bits": 8}]})
+    project.doit("pack:plain", "sensitivity:model")
+    session = inside.session(project.folder)
+    plan = session.plans["model"]
+    contents = {
+        name: (np.frombuffer(read[name], np.float32), each.shape)
+        for node in plan.nodes("gradients")
+        for manifest in [session.builder.manifest(plan, node)]
+        for read in [session.builder.contents(plan, node, manifest)]
+        for name, each in manifest.tensors.items()
+        if name != "gradient"
+    }
+    built = project.folder / "build" / "plain"
+    tokenizer = AutoTokenizer.from_pretrained(built)
+    documents = text.calibration(Quality())
+    tokens = mx.array(text.windows(documents, tokenizer, samples=3, length=24, seed=1))
+    expected = importances(built, tokens)
+    assert len(expected) == 4 * 7 + 1
+    for path, wanted in expected.items():
+        found, _ = contents[f"{path}.importance"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, err_msg=path)
+
+    found = recorded.sensitivities(session.builder, plan)
+    assert found is not None
+    weights = mx.load(str(built / "model.safetensors"))
+    for name in ("model.layers.1.mlp.down_proj", "model.embed_tokens"):
+        weight = weights[f"{name}.weight"]
+        change = np.array(mx.dequantize(*mx.quantize(weight, 32, 8), 32, 8) - weight)
+        squares = np.square(change.astype(np.float64))
+        by_channel, _ = contents.get(f"{name}.importance", (None, None))
+        if by_channel is not None:
+            wanted = (squares @ by_channel).sum() / 2
+        else:
+            wanted = squares.sum(-1) @ contents[f"{name}.row_importance"][0] / 2
+        assert found[f"{name}.weight"] == {
+            Setting(32, 8, "affine"): pytest.approx(wanted, rel=1e-3)
+        }
+
+
+@pytest.mark.parametrize(
+    ("quantize", "said"),
+    [
+        ({"target_bpw": 2.0, "group_size": 32}, "target_bpw = 2.0 cannot be"),
+        ({"fit": "100kB", "group_size": 32}, "fit = 100 kB"),
+        ({"target_bpw": 4.5, "min_bits": 9}, "min_bits = 9 leaves none"),
+        ({"target_bpw": 4.5, "bits": 4}, "which both say how many bits"),
+        ({"bits": 4, "candidates": [{"bits": 4}]}, "nothing to choose for"),
+    ],
+)
+def test_what_cannot_be_is_said(project: Project, quantize: dict, said: str) -> None:
+    project.configure(quantize=quantize)
+    status, out, err = inside.run(project.folder)
+    assert status
+    assert said in out + err
+
+
+def test_before_it_is_known_what_to_choose(project: Project) -> None:
+    project.configure(quantize={"target_bpw": 4.5, "group_size": 32})
+    for command in ("plan", "list"):
+        done = project.doit(command, expect=None)
+        assert "sensitivity:model finds out" in done.stdout + done.stderr
+    assert not (project.folder / "build").exists()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_choice_is_the_best_to_a_thousandth(seed: int) -> None:
+    chance = random.Random(seed)
+    items = []
+    for _ in range(7):
+        size, loss = chance.choice([64, 64, 256, 1024]), chance.lognormvariate(0, 2)
+        bits = chance.sample([2, 3, 4, 5, 6, 8], chance.randint(1, 5))
+        items.append([Option(size * b, loss * 4.0**-b * chance.uniform(0.5, 2)) for b in bits])
+    least, most = (sum(pick(o.nbytes for o in each) for each in items) for pick in (min, max))
+    budget = chance.randint(least - 100, most)
+    ways = (
+        way for way in itertools.product(*items) if sum(option.nbytes for option in way) <= budget
+    )
+    best = min((sum(option.loss for option in way) for way in ways), default=None)
+    chosen = knapsack.choose(items, budget)
+    if best is None:
+        assert chosen is None
+        return
+    assert chosen is not None
+    taken = [each[at] for each, at in zip(items, chosen, strict=True)]
+    assert sum(option.nbytes for option in taken) <= budget
+    assert sum(option.loss for option in taken) <= best * (1 + knapsack.TOLERANCE)
