@@ -66,7 +66,7 @@ class Run(Command, DoitRun):  # type: ignore[misc]
             except SensitivitiesFirst as first:
                 tasks = [task_name(registry.SENSITIVITY.group, name) for name in first.targets]
             options = self.options
-            self.options = Options(requested_tasks=tuple(tasks), locked=options.locked)
+            self.options = Options(requested_tasks=tuple(tasks))  # what is locked is checked below
             if status := self._run(params, tasks):
                 return status
             self.session.close()

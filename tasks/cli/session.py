@@ -175,7 +175,8 @@ class Session:
             refused |= {name: _undecided(plans.pop(name)) for name in undecided}
             if not (untouched and untouched.targets) and not undecided:
                 _check_any_is_planned(options, plans, refused)
-            lock.check_plans(plans.values())
+            if not undecided:
+                lock.check_plans(plans.values())
             if_it_fails.pop_all()
         return cls(
             workspace, config, options, store, plans, refused, lock, planner, remote, untouched,

@@ -1,9 +1,9 @@
 """sensitivity: what each way of quantizing a module would cost: divergence, in nats by the token.
 
 Of a weight that is quantized in a way, it is half of the sum of the squares of what that changes,
-each as much as the channel matters: see ``gradients``. That is, to the second order and as if
-weights changed what the model says each by itself, the Kullback-Leibler divergence from what it said
-before. No weight is written.
+each as much as the channel matters: see ``gradients``. To the second order, and as if no other
+weight changed, that is the Kullback-Leibler divergence from what the model said before. No weight
+is written.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _importances(context: Context, inputs: Inputs, path: str) -> list[_Importanc
 def _error(
     context: Context, weight: Rows, importances: Sequence[_Importance], params: SensitivityParams
 ) -> float:
-    """Return the sum of squares of what quantizing changes, as it counts; of several uses, of all."""
+    """Return half the sum of squares of what quantizing changes, as it counts in each use."""
     device = device_of(params.device)
     error = 0.0
     for start, stop in rows.spans(weight, BLOCK_BYTES[device]):

@@ -43,7 +43,7 @@ def settings_of(project: Project) -> dict[str, dict]:
 
 
 def test_another_budget_looks_at_nothing_again(project: Project) -> None:
-    """And quantizes the layers whose modules' settings changed; a new candidate is all that is new."""
+    """And quantizes the layers whose modules' settings changed; a new candidate alone is tried."""
     project.configure(quantize={"target_bpw": 5.0, "group_size": 32})
     first = project.doit()
     assert groups(first.computed) >= LOOKS | {"quantize", "pack"}
