@@ -46,7 +46,8 @@ def tasks(session: Session, database: Any) -> Iterator[dict[str, Any]]:
         if plan.target.repository or task_name(PUBLISH, plan.target.name) in named:
             yield _task(publisher, plan)
     yield from refused_tasks(session, PUBLISH)
-    wanted = [name for name, target in session.config.targets.items() if target.repository]
+    known = session.plans.keys() | session.refused.keys()  # who names tasks has those alone
+    wanted = [n for n, target in session.config.targets.items() if target.repository and n in known]
     if wanted or PUBLISH in named:
         yield _group(session, wanted)
 
