@@ -1,14 +1,14 @@
 """records: damages records of a small project; prints a Markdown table of outcomes.
 
     python benchmarks/records.py              # 100 of each kind, one at a time
-    python benchmarks/records.py --count 10000 --together
+    python benchmarks/records.py --count 10000 --together --minutes 30
     python benchmarks/records.py --checkpoint llama-2 --kinds "memo tokenizers"
 
 A record is a memo, a reference, an action, a manifest, models.lock, doit's database, the build log
 or a source's record. After each, doit builds the project: it must come out equal to the byte, or,
 of models.lock, or of the record by which build/ is known to be ours, be refused with a message. A
 traceback is wrong in any case. Damaged together, a build meets most of the kinds at once,
-models.lock excepted, since nothing is built without it. Interrupted, it prints what it has.
+models.lock excepted, since nothing is built without it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import tally
@@ -38,7 +40,9 @@ def main() -> None:
     parser.add_argument("--together", action="store_true", help="several kinds in each build")
     parser.add_argument("--checkpoint", default="llama", help="the kind of checkpoint")
     parser.add_argument("--kinds", nargs="*", help=", ".join(records.KINDS))
+    parser.add_argument("--minutes", type=float, default=1e9, help="after which it ends")
     arguments = parser.parse_args()
+    end = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as folder:
         project = records.Damaged.create(Path(folder), arguments.checkpoint)
 
@@ -47,6 +51,7 @@ def main() -> None:
             return outcome.outcome, outcome.detail
 
         rounds = _rounds([*(arguments.kinds or project.kinds())], arguments)
+        rounds = takewhile(lambda _: time.monotonic() < end, rounds)
         tally.run(
             rounds, attempt, records.OUTCOMES, heading="record | damaged", show=arguments.show
         )

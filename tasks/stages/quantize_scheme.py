@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
-from msgspec import Struct, structs
+from msgspec import Struct, ValidationError, convert, structs
 
-from tasks.core.errors import ConfigError
+from cache.errors import printable
+from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import MODES, Quantize, Rule
 from tasks.core.text import listed, plural
 from tasks.layouts.model import Model, Module
@@ -110,10 +111,11 @@ class Schemes:
 
         Raises:
             ConfigError: the recipe does not fit the model, or a rule matches nothing.
+            CheckpointError: its config.json says that it is quantized as nothing can be.
         """
         if quantize is None:
             return Scheme({}, None)
-        given = self._model.config.get("quantization")
+        given = _given(self._model.config)
         default = _default(quantize)
         outcomes, skipped = self._outcomes(quantize)
         if quantize.chooses:
@@ -332,6 +334,33 @@ def _unmatched(model: Model, rule: Rule) -> str:
         + (f"near is {near[0]!r}; " if near else "")
         + "'*' matches any run of characters."
     )
+
+
+def _given(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how a checkpoint is quantized already, by its config.json.
+
+    Raises:
+        CheckpointError: nothing can be quantized so.
+    """
+    given = config.get("quantization")
+    if not given:
+        return None
+    try:
+        said = convert(given, _Given)
+        if said.mode in MODES:
+            return dict(given)
+        cause = f"mode is none of {', '.join(MODES)}"
+    except ValidationError as error:
+        cause = str(error)
+    raise CheckpointError(
+        f"config.json has quantization = {printable(repr(given))}: {cause}. Fetch it again."
+    )
+
+
+class _Given(Struct):
+    mode: str = "affine"
+    group_size: int | None = None
+    bits: int | None = None
 
 
 def _already(model: Model, given: Mapping[str, Any] | None, default: Setting) -> list[str]:

@@ -8,6 +8,7 @@ import mlx_lm
 import pytest
 import torch
 from mlx_lm.utils import load_model
+from msgspec import structs
 from safetensors.torch import load_file, save_file
 
 from cache.store import Store
@@ -68,6 +69,13 @@ def test_a_checkpoint_that_is_quantized_already(tmp_path: Path) -> None:
     assert "stay so: to 8 bits in groups of 64 is only for those that are not" in first
     same = Schemes(model).plan(Quantize(bits=4, group_size=32))
     assert same.notes == ("nothing is quantized: the checkpoint has no module that can be",)
+
+
+@pytest.mark.parametrize("said", [{"mode": "afdine"}, {"mode": []}, {"bits": "4"}, [1], "x"])
+def test_a_checkpoint_that_is_quantized_as_nothing_is(said: object, experts: Model) -> None:
+    model = structs.replace(experts, config={**experts.config, "quantization": said})
+    with pytest.raises(CheckpointError, match=r"config\.json has quantization = "):
+        Schemes(model).plan(Quantize(bits=8))
 
 
 def test_scales_that_are_float32(tmp_path: Path) -> None:
