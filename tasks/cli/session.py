@@ -228,8 +228,8 @@ def _builder(
     from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
     from tasks.execution.streaming import Streaming
 
-    keep = frozenset(config.cache.keep)
-    passes = registry.leaves().isdisjoint(keep)
+    keep = None if config.cache.keep is None else frozenset(config.cache.keep)
+    passes = registry.leaves().isdisjoint(keep or ())
     return Builder(
         store,
         workspace,

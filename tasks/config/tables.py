@@ -28,15 +28,16 @@ class Cache(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = field(default_factory=lambda: Path(CACHE_DIR))
     keep: Annotated[
-        tuple[StageName, ...],
+        tuple[StageName, ...] | None,
         key(
             "The stages whose intermediate results are kept; those of quantize always are. Of a "
             "checkpoint that comes from a hub none are, unless `extract` is named: its own bytes "
             "are kept then, too.",
+            default='`["cast"]`, unless that is larger than what of the checkpoint it is made of',
             change="nothing at once; what was not kept is made again when it is wanted",
             example=["unshard", "cast"],
         ),
-    ] = field(default_factory=lambda: (StageName("cast"),))
+    ] = None
     remote: Annotated[
         RemoteURL | None,
         key(

@@ -160,7 +160,7 @@ class Builder:
         workspace: where things lie beside models.toml.
         log: the build log.
         run_id: of this invocation.
-        keep: stages whose results are kept, besides those that always are.
+        keep: stages whose results are kept, besides those that always are; None, by default.
         memory: the limit on what actions hold at once.
         drafts: weight files of what is to be packed.
         streaming: fetches what comes from elsewhere, and drops it.
@@ -175,7 +175,7 @@ class Builder:
     workspace: Workspace
     log: Log
     run_id: str
-    keep: frozenset[str]
+    keep: frozenset[str] | None
     memory: MemoryBudget
     drafts: Drafts
     streaming: Streaming
@@ -424,7 +424,7 @@ class Builder:
 
     def kept(self, plan: Plan) -> frozenset[str]:
         """Return the stages whose results are kept of a target, besides those that always are."""
-        return sizes.kept(plan.checkpoint, self.keep)
+        return sizes.kept(plan, self.keep)
 
     def begin_draft(self, plan: Plan) -> WeightFileDraft | None:
         """Return the draft of a target's weight files, begun unless it is already.

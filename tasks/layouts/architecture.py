@@ -9,18 +9,23 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from cache.blobs import Part
 from cache.digest import digest_record
 from cache.records.memos import Memos
-from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
 from tasks.checkpoints.stored import TORCH
 from tasks.core.errors import ArchitectureError, BuildError, CheckpointError
 from tasks.core.text import listed, plural
@@ -28,7 +33,10 @@ from tasks.layouts import verdict
 from tasks.layouts.libraries import LIBRARIES, MLX_LM
 from tasks.layouts.llama_names import rope
 from tasks.layouts.model import Model, Module, Parameter
+from tasks.unpack import registry as unpack
+from tasks.unpack.packed import Found
 
+KEPT_SETTINGS = ("quantization_config", "text_config")  # what libraries leave there
 SCHEMA = 3  # of the probe's answers; raised when they change
 SCALES = re.compile(r"(weight_scale(_inv|_2)?|scale_inv|\.scales|\.qzeros)$")  # of packed weights
 # Where a question has no more, it is asked in this process; else within limits in one of its own.
@@ -89,27 +97,103 @@ def versions(library: str = MLX_LM) -> dict[str, str]:
 def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
     """Return what a library makes of a checkpoint with Hugging Face's names.
 
-    It is asked once for a checkpoint: ``memos`` keeps the answer.
+    It is asked once for a checkpoint: ``memos`` keeps the answer. What it does not read as it is,
+    is unpacked if that can be.
 
     Raises:
         ArchitectureError: it does not know the architecture or refuses the checkpoint.
     """
-    answer, values, left_out = _fitting_answer(checkpoint, memos, library)
+    try:
+        found = unpack.found(checkpoint)
+    except CheckpointError:
+        found = None
+        with suppress(ArchitectureError):  # a library may have more to say of it
+            return _model(checkpoint, checkpoint, memos, library)
+        raise
+    if found is None:
+        return _model(checkpoint, checkpoint, memos, library)
+    reads = _reads(checkpoint, found, memos, library)
+    if reads.as_it_is:
+        return _model(checkpoint, checkpoint, memos, library)
+    told = unpack.unpacked(checkpoint, found, reads.dtype)
+    made = _model(checkpoint, told, memos, library)
+    if reads.config is None:
+        notes = (*made.notes, _unpacked_note(checkpoint, found, library))
+        return structs.replace(made, notes=notes, told=told)
+    config = {key: value for key, value in reads.config.items() if key in KEPT_SETTINGS}
+    return structs.replace(made, config={**made.config, **config}, told=told)
+
+
+class Reads(msgspec.Struct, frozen=True):
+    """How a library takes a checkpoint that could be unpacked.
+
+    Attributes:
+        as_it_is: whether it is to be left to the library.
+        dtype: otherwise, what is to be made of it.
+        config: the library's configuration, where what it makes of it is known to be the same.
+    """
+
+    as_it_is: bool
+    dtype: str = "float32"
+    config: dict[str, Any] | None = None
+
+
+def _reads(checkpoint: Checkpoint, found: Found, memos: Memos, library: str) -> Reads:
+    """Tell how a library takes a checkpoint, which is remembered."""
+    question = {"packed": _question(checkpoint, library, {}, ()), "format": found.format}
+    remembered = memos.get("architectures", question, Reads)
+    if remembered is not None:
+        return remembered
+    reads = _try(checkpoint, found, memos, library)
+    memos.put("architectures", question, msgspec.to_builtins(reads))
+    return reads
+
+
+def _try(checkpoint: Checkpoint, found: Found, memos: Memos, library: str) -> Reads:
+    """Have a library read a checkpoint as it is.
+
+    Where it unpacks a weight of each shape of its own accord as we do, to the bit, we do: block by
+    block, where it would make whole layers at once.
+    """
+    if trial := unpack.trial(found):
+        for left_out in dict.fromkeys(((), _predictors(checkpoint))):
+            question = {**_question(checkpoint, library, {}, left_out), "trial": trial}
+            with suppress(ArchitectureError):
+                said = _ask(question, library, checkpoint)
+                if said["dtype"]:
+                    return Reads(False, said["dtype"], said["config"])
+                break
+    try:
+        made = _model(checkpoint, checkpoint, memos, library)
+    except (ArchitectureError, CheckpointError):
+        return Reads(False)
+    used = {key for parameter in made.parameters.values() for key in parameter.inputs}
+    packed = (checkpoint.tensors[part] for each in found.packed.values() for part in each.inputs)
+    return Reads(as_it_is=used.issuperset(key for tensor in packed for key in tensor.inputs))
+
+
+def _unpacked_note(checkpoint: Checkpoint, found: Found, library: str) -> str:
+    method = unpack.settings_of(checkpoint).get("quant_method")
+    return (
+        f"{plural(len(found.packed), 'weight')} unpacked, of {found.format}: config.json has "
+        f"quant_method = {method!r}, for which {library}'s class of this model has no code"
+    )
+
+
+def _model(checkpoint: Checkpoint, told: Checkpoint, memos: Memos, library: str) -> Model:
+    """Return what a library makes of a checkpoint that it is ``told`` of in this way."""
+    answer, values, left_out = _fitting_answer(told, memos, library)
     parameters = {}
     for name, dtype, shape, cast, inputs, steps in answer.parameters:
-        tensors = [checkpoint.tensors[i] for i in inputs]
-        if len(tensors) > 1 and any(tensor.steps for tensor in tensors):
-            raise ArchitectureError(
-                f"{checkpoint.folder}: {name} joins tensors that are themselves made of shards, "
-                "which is not supported. Use the model's Hugging Face checkpoint."
-            )
+        tensors = [told.tensors[i] for i in inputs]
+        computed = bool(steps) and steps[0][0] == "sanitize"
         name = sys.intern(name)  # as in the checkpoint, in manifests, and of what is quantized
         parameters[name] = Parameter(
             name,
             sys.intern(dtype),
             shape,
             tuple(key for tensor in tensors for key in tensor.inputs),
-            (*tensors[0].steps, *steps),
+            (*_own_steps(told, name, tensors, computed=computed), *steps),
             cast,
         )
     modules = tuple(
@@ -121,12 +205,34 @@ def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
     if not answer.keep_vision_config:
         config.pop("vision_config", None)
     notes = (
-        *checkpoint.notes,
-        *_written_out(checkpoint.config, rope(checkpoint.config)),
+        *told.notes,
+        *_written_out(told.config, rope(told.config)),
         *_predictors_note(left_out, library),
         *_dropped(answer.dropped, library),
     )
     return Model(parameters, modules, config, answer.recipes, notes, library, values, left_out)
+
+
+def _own_steps(
+    told: Checkpoint, name: str, tensors: Sequence[LogicalTensor], *, computed: bool
+) -> tuple[Any, ...]:
+    """Return the steps that make the tensors that a parameter is made of.
+
+    Raises:
+        ArchitectureError: they are not made alike.
+    """
+    if computed and any(step[0] == "unpack" for tensor in tensors for step in tensor.steps):
+        return ()  # done to each before the library is given it
+    if len(tensors) == 1:
+        return tensors[0].steps
+    try:
+        step = unpack.joined(tensors)
+    except ValueError:
+        raise ArchitectureError(
+            f"{told.folder}: {name} joins tensors that are themselves made of shards, or only some "
+            "of which are packed, which is not supported. Use the model's checkpoint in bfloat16."
+        ) from None
+    return () if step is None else (step,)
 
 
 def _fitting_answer(
@@ -204,7 +310,7 @@ def _answer(
         if answer is None:
             if not ask:
                 return None
-            asked = _ask(question, library, checkpoint.folder)
+            asked = _ask(question, library, checkpoint)
             memos.put("architectures", known, asked)
             if "looked_at" in asked:
                 answer = msgspec.convert(asked, LookedAt)
@@ -248,38 +354,135 @@ def identity(checkpoint: Checkpoint, model: Model) -> str:
 
     The values that it was decided by are part of it.
     """
-    return digest_record(_question(checkpoint, model.library, model.values, model.left_out))
+    told = model.told or checkpoint
+    return digest_record(_question(told, model.library, model.values, model.left_out))
 
 
-def compute(
-    checkpoint: Checkpoint,
-    model: Model,
-    device: str,
-    inputs: Mapping[str, Sequence[Part]],
-    outputs: Mapping[str, Path],
-) -> None:
-    """Have a model's ``sanitize`` compute parameters that are no plain tensors.
+class Sanitizer:
+    """A process that has a library's ``sanitize`` make parameters that are no plain tensors.
 
-    Args:
-        checkpoint: with Hugging Face's names.
-        model: the model, as ``model`` returned it.
-        device: ``cpu`` or ``gpu``: what is to be MLX's default, as it is for mlx_lm.convert.
-        inputs: where the tensors lie that the parameters are made of, by name.
-        outputs: files to write the parameters' bytes into, by the parameter's name.
-
-    Raises:
-        ArchitectureError: the library failed.
+    It begins with the first request, and ends with whoever asks it. Safe in threads.
     """
-    work = {
-        "device": device,
-        "inputs": {
-            name: [[p.path, p.offset, p.length, *(p.stamp or ())] for p in parts]
-            for name, parts in inputs.items()
-        },
-        "outputs": {name: str(path) for name, path in outputs.items()},
-    }
-    question = _question(checkpoint, model.library, model.values, model.left_out)
-    _ask({**question, "compute": work}, model.library, checkpoint.folder)
+
+    def __init__(self, checkpoint: Checkpoint, model: Model, device: str) -> None:
+        """Begin nothing yet.
+
+        Args:
+            checkpoint: with Hugging Face's names.
+            model: the model, as ``model`` returned it.
+            device: ``cpu`` or ``gpu``: what is to be MLX's default, as it is for mlx_lm.convert.
+        """
+        self._told = model.told or checkpoint
+        self._model = model
+        self._device = device
+        self._lock = threading.Lock()
+        self._process: _Process | None = None
+        self._done: set[str] = set()
+        names = {key: name for name, t in self._told.tensors.items() for key in t.inputs}
+        computed = [p for p in model.parameters.values() if _is_computed(p)]
+        read = dict.fromkeys(key for parameter in computed for key in parameter.inputs)
+        self._names = {key: names[key] for key in read}
+
+    def compute(
+        self, inputs: Mapping[str, Sequence[Part]], outputs: Mapping[str, Path], folder: Path
+    ) -> None:
+        """Have parameters computed.
+
+        Args:
+            inputs: where the tensors lie that the parameters are made of, by key.
+            outputs: files to write the parameters' bytes into, by the parameter's name.
+            folder: where there is room for these inputs, unpacked.
+
+        Raises:
+            ArchitectureError: the library failed.
+            BuildError: what it reads is not there, or not as it was.
+        """
+        given = {}
+        for name in dict.fromkeys(self._names[key] for key in inputs):
+            tensor = self._told.tensors[name]
+            stored = [self._told.stored[key] for key in tensor.inputs]
+            parts = [inputs[key] for key in tensor.inputs]
+            given[name] = {
+                "stored": [
+                    [s.dtype, s.shape, [[p.path, p.offset, p.length, *(p.stamp or ())] for p in at]]
+                    for s, at in zip(stored, parts, strict=True)
+                ],
+                "steps": tensor.steps,
+            }
+        request = {"inputs": given, "outputs": {name: str(path) for name, path in outputs.items()}}
+        with self._lock:
+            if self._done & outputs.keys():  # it has each but once
+                self._end()
+            process = self._process or self._begin(folder)
+            said = process.say(request)
+            if "error" in said:
+                self._end()
+                _fail(said, self._told, self._model.library)
+            self._done |= outputs.keys()
+
+    def _begin(self, folder: Path) -> _Process:
+        """Begin a process that has loaded the model."""
+        model = self._model
+        question = _question(self._told, model.library, model.values, model.left_out)
+        tensors = sorted({*self._names.values()})
+        compute = {"device": self._device, "tensors": tensors, "folder": str(folder)}
+        said: dict[str, Any] = {}
+        for light in (True, False):
+            process = _Process(model.library)
+            weakref.finalize(self, process.end)
+            self._process, self._done = process, set()
+            said = process.say({**question, "light": light, "compute": compute})
+            if "error" not in said:
+                return process
+            self._end()
+            if said["kind"] in ("ValueError", "SystemExit"):
+                break
+        _fail(said, self._told, model.library)
+        raise AssertionError("an error was raised")
+
+    def _end(self) -> None:
+        if self._process:
+            self._process.end()
+        self._process = None
+
+
+def _is_computed(parameter: Parameter) -> bool:
+    return any(step[0] == "sanitize" for step in parameter.steps)
+
+
+class _Process:
+    """A process that answers line by line."""
+
+    def __init__(self, library: str) -> None:
+        command, environment = _command(library)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by ``end``
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment
+        )
+
+    def say(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Return what it answers to a line."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(line) + "\n")
+            self._process.stdin.flush()
+        if answered := self._process.stdout.readline():
+            return dict(json.loads(answered))
+        status = self._process.wait()
+        self._errors.seek(0)
+        said = f"it ended (exit status {status}):\n{self._errors.read()[-2000:]}"
+        return {"error": said, "kind": "Process"}
+
+    def end(self) -> None:
+        """End it, whatever it is at."""
+        self._process.kill()
+        self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._errors):
+            with suppress(OSError):
+                if file:
+                    file.close()
 
 
 def _question(
@@ -364,28 +567,39 @@ def _dropped(names: list[str], library: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _ask(question: dict[str, Any], library: str, folder: Path) -> dict[str, Any]:
+def _ask(question: dict[str, Any], library: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    answer: dict[str, Any] = {}
     for light in (True, False):
         asked = {**question, "light": light}
         # Starting a process costs more than the answer, most of all where MLX brings up a GPU.
-        if light and "compute" not in question and _is_small(question):
+        if light and _is_small(question):
             from tasks.layouts import probe  # once for a checkpoint
 
             answer = json.loads(json.dumps(probe.answer(asked, LIBRARIES[library])))
         else:
-            answer = _ask_process(asked, library, folder)
+            answer = _ask_process(asked, library, checkpoint.folder)
         if "error" not in answer:
             return dict(answer)
-        if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict
-            raise BuildError(f"{folder}: {answer['error']}")
         # A library's own verdicts are ValueErrors; left-out modules can show as any other.
         if answer["kind"] in ("ValueError", "SystemExit"):
             break
+    _fail(answer, checkpoint, library)
+    raise AssertionError("an error was raised")
+
+
+def _fail(answer: Mapping[str, str], checkpoint: Checkpoint, library: str) -> None:
+    """Say that a library failed.
+
+    Raises:
+        ArchitectureError: that is its verdict on the checkpoint.
+        BuildError: it could not read it.
+    """
+    if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict
+        raise BuildError(f"{checkpoint.folder}: {answer['error']}")
     name = LIBRARIES[library].DISTRIBUTION
-    config = json.loads(question["files"]["config.json"])
     release = f"{library} {versions(library)[name]}"
-    said = verdict.explained(config, answer["kind"], answer["error"], release, name)
-    raise ArchitectureError(f"{folder}: {said}")
+    said = verdict.explained(checkpoint.config, answer["kind"], answer["error"], release, name)
+    raise ArchitectureError(f"{checkpoint.folder}: {said}")
 
 
 def _is_small(question: Mapping[str, Any]) -> bool:
@@ -411,19 +625,25 @@ def _whole(config: Any) -> Iterator[tuple[str, int]]:
             left += ((key, each) for each in value)
 
 
-def _ask_process(question: dict[str, Any], library: str, folder: Path) -> Any:
+def _command(library: str) -> tuple[list[str], dict[str, str]]:
+    """Return how the probe is started, and in which environment."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    limits = {} if "compute" in question else {"limit_bytes": ASK_BYTES}
+    # -P: the current folder may have a tasks/ of its own.
+    command = [sys.executable, "-P", "-m", "tasks.layouts.probe", library]
+    return command, {**os.environ, "PYTHONPATH": path}
+
+
+def _ask_process(question: dict[str, Any], library: str, folder: Path) -> Any:
+    command, environment = _command(library)
     try:
         done = subprocess.run(
-            # -P: the current folder may have a tasks/ of its own.
-            [sys.executable, "-P", "-m", "tasks.layouts.probe", library],
-            input=json.dumps({**question, **limits}),
+            command,
+            input=json.dumps({**question, "limit_bytes": ASK_BYTES}),
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
-            timeout=ASK_SECONDS if limits else None,
+            env=environment,
+            timeout=ASK_SECONDS,
         )
     except subprocess.TimeoutExpired:
         raise ArchitectureError(

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from msgspec import Struct, field
 
+from tasks.checkpoints.checkpoint import Checkpoint
+
 
 class Parameter(NamedTuple):
     """A parameter of the model, and what it is made from.
@@ -67,6 +69,7 @@ class Model(Struct, frozen=True):
             empty if there can be no such parameter.
         values: of tensors that the library decided by, by name, in base64.
         left_out: tensors of the checkpoint that the library is not told of.
+        told: the checkpoint as the library was told of it; None, as it is.
     """
 
     parameters: dict[str, Parameter]
@@ -77,6 +80,7 @@ class Model(Struct, frozen=True):
     library: str = ""
     values: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    told: Checkpoint | None = None
 
 
 def layer_names(names: list[str]) -> dict[str, str]:

@@ -123,7 +123,7 @@ class Build(Protocol):
 
     store: Store
     workspace: Workspace
-    keep: frozenset[str]
+    keep: frozenset[str] | None
 
     def recall(self, plan: Plan, node: Node) -> Manifest | None:
         """Return what a leaf found in such files before, without reading them."""
@@ -400,7 +400,7 @@ class Forecast:
         self._put(node, RUN, why, moved=traffic)
 
     def _kept(self, plan: Plan) -> frozenset[str]:
-        return sizes.kept(plan.checkpoint, self._build.keep)
+        return sizes.kept(plan, self._build.keep)
 
     def _reads(self, plan: Plan, node: Node) -> set[Key]:
         return sizes.reads(node, self._kept(plan))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct, field, structs
 
@@ -18,7 +18,7 @@ from tasks.core.spec import Quality, Quantize, SourceSpec, Target
 from tasks.layouts import architecture
 from tasks.layouts.model import Model, Parameter, layer_names
 from tasks.layouts.registry import LAYOUTS
-from tasks.planning.node import Node
+from tasks.planning.node import Known, Node
 from tasks.stages import quantize_scheme, registry
 from tasks.stages.quantize_scheme import Scheme, Schemes, Setting
 from tasks.stages.stage import (
@@ -26,6 +26,7 @@ from tasks.stages.stage import (
     ActionSpec,
     Computer,
     Need,
+    Origin,
     Planned,
     Stage,
     TargetModel,
@@ -129,6 +130,18 @@ class SharedPlan(Struct, frozen=True, dict=True):
         return self._specs.setdefault(key, ActionSpec(stage, layer, planned))
 
 
+class Growth(NamedTuple):
+    """How much larger results are than what they are made of.
+
+    Attributes:
+        made: their bytes.
+        made_of: those of the checkpoint's tensors that they are made of.
+    """
+
+    made: int
+    made_of: int
+
+
 class Plan(Struct, frozen=True, dict=True):
     """A target, worked out.
 
@@ -174,6 +187,25 @@ class Plan(Struct, frozen=True, dict=True):
     def measure_specs(self) -> dict[str, dict[str, ActionSpec[Any]]]:
         """What each stage is asked that tells something of the built model, by layer."""
         return _specs(self.shared, self.model, registry.MEASURES, self.specs)
+
+    @cached_property
+    def growth(self) -> dict[str, Growth]:
+        """What stages need not keep that make more of the checkpoint than it has, by stage."""
+        growth = {}
+        for stage in registry.KEPT:
+            known: Known = {}
+            outputs = [(node, name) for node in self.stages[stage] for name in node.outputs(known)]
+            made = [(node, name) for node, name in outputs if _is_made(node, name, known)]
+            views = {name: node.outputs(known)[name].spec.nbytes for node, name in made}
+            made_of = {
+                key: self.checkpoint.stored[key].nbytes
+                for name in views.keys() & self.shared.model.parameters.keys()
+                for key in self.shared.model.parameters[name].inputs
+            }
+            found = Growth(sum(views.values()), sum(made_of.values()))
+            if found.made > found.made_of:
+                growth[stage] = found
+        return growth
 
     @property
     def leaves(self) -> list[Node]:
@@ -331,6 +363,16 @@ class Planner:
         model = layout.model(checkpoint, self.memos)
         layout.sources(checkpoint)  # refuses a checkpoint without tokenizer
         return SharedPlan.of(checkpoint, model, backend)
+
+
+def _is_made(node: Node, name: str, known: Known) -> bool:
+    """Tell whether a tensor is made as it is read, by this node or by one before."""
+    output = node.outputs(known)[name]
+    if output.origin is not Origin.PASSED_ON:
+        return output.origin is Origin.VIEW
+    (key,) = output.inputs
+    makers = [n for n in node.needs if n.stage.name == key.stage and key.name in n.outputs(known)]
+    return _is_made(makers[0], key.name, known)
 
 
 def _specs(

@@ -39,18 +39,25 @@ def keeps(stage: Stage, keep: Collection[str]) -> bool:  # type: ignore[type-arg
     return stage.keep is Keep.ALWAYS or stage.name in keep
 
 
-def kept(checkpoint: Checkpoint, keep: Collection[str]) -> frozenset[str]:
-    """Return the stages whose results are kept of a checkpoint, given models.toml's ``keep``.
+def kept(plan: Plan, keep: Collection[str] | None) -> frozenset[str]:
+    """Return the stages whose results are kept of a target, given models.toml's ``keep``.
 
     Where its bytes come from elsewhere and pass, as on a disk that is smaller than it, what is made
-    of them on the way passes, too.
+    of them on the way passes, too. By default, nothing is kept that is larger than the checkpoint's
+    tensors that it is made of, and can be made again.
+
+    Args:
+        plan: the target.
+        keep: what models.toml says; None, nothing.
     """
-    return frozenset() if passes(checkpoint, keep) else frozenset(keep)
+    if passes(plan.checkpoint, keep):
+        return frozenset()
+    return frozenset(keep) if keep is not None else registry.KEPT - plan.growth.keys()
 
 
-def passes(checkpoint: Checkpoint, keep: Collection[str]) -> bool:
+def passes(checkpoint: Checkpoint, keep: Collection[str] | None) -> bool:
     """Tell whether a checkpoint's bytes come from elsewhere, and are dropped once they are used."""
-    return bool(checkpoint.fetched) and LEAVES.isdisjoint(keep)
+    return bool(checkpoint.fetched) and LEAVES.isdisjoint(keep or ())
 
 
 def reads(node: Node, keep: Collection[str], known: Known | None = None) -> set[Key]:

@@ -19,6 +19,8 @@ from tasks.stages.unshard import Unshard
 
 # From the checkpoint to what is packed: each reads the one before.
 PIPELINE: tuple[Stage[Any], ...] = (Extract(), Unshard(), Cast(), Quantize())
+# Of these, whose results are kept where models.toml does not say.
+KEPT = frozenset({"cast"})
 # What is told of a built model, and is no part of it.
 MEASURES: tuple[Stage[Any], ...] = (Measure(),)
 EVALUATE, ACTIVATIONS, SENSITIVITY = Evaluate(), Activations(), Sensitivity()

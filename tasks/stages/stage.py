@@ -157,6 +157,11 @@ class ActionSpec(Struct, Generic[P], frozen=True, dict=True):
         return self.planned.fingerprint
 
     @cached_property
+    def outputs_of_leaf(self) -> dict[str, Output]:
+        """What a leaf makes, which depends on its parameters alone: thousands of tensors."""
+        return self.stage.outputs(self.params, {})
+
+    @cached_property
     def digest(self) -> str:
         """Digest of the stage's version, the parameters and the fingerprint."""
         params = msgspec.to_builtins(self.params)  # tuples: in JSON, lists

@@ -32,10 +32,12 @@ from tasks.stages.stage import (
 from tasks.tensors import device, rows, steps
 from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
 from tasks.tensors.steps import Same, Step
+from tasks.unpack import registry as unpack
 
 SANITIZE_BYTES = 256 << 20  # what a library is given and makes at once, unless one takes more
 WORDS = {
     "same": "copies compared",
+    "unpack": "unpacked",
     "concatenate": "shards joined",
     "stack": "experts stacked",
     "half_split": "rows of wq and wk reordered",
@@ -208,7 +210,7 @@ def _recipe(parameter: Parameter) -> Recipe:
 
 def _rows(recipe: Recipe, keys: Mapping[str, Key], context: Context) -> Rows:
     """Return a parameter, joined as it is read."""
-    return steps.apply([context.rows(keys[key]) for key in recipe.inputs], recipe.steps)
+    return unpack.apply([context.rows(keys[key]) for key in recipe.inputs], recipe.steps)
 
 
 def _batches(checkpoint: Checkpoint, params: UnshardParams) -> list[list[str]]:
@@ -240,13 +242,16 @@ def _sanitize(
     if params.sanitize is None:
         return tensors
     computes_on = device.device_of(params.sanitize.device)
+    sanitizer = context.once(
+        ("sanitizer", params.sanitize),
+        lambda: architecture.Sanitizer(context.checkpoint, context.model, computes_on),
+    )
     for batch in _batches(context.checkpoint, params):
         read = dict.fromkeys(key for name in batch for key in params.tensors[name].inputs)
         inputs = {key: context.parts(keys[key]) for key in read}
-        need = sum(params.tensors[name].spec.nbytes for name in batch)
-        with context.blobs.scratch(need) as folder:
+        with context.blobs.scratch(_nbytes(context.checkpoint, params, batch)) as folder:
             outputs = {name: folder / str(number) for number, name in enumerate(batch)}
-            architecture.compute(context.checkpoint, context.model, computes_on, inputs, outputs)
+            sanitizer.compute(inputs, outputs, context.blobs.root)
             for name, path in outputs.items():
                 tensor = Tensor(*params.tensors[name].spec, "")
                 tensors[name] = replace(tensor, digest=context.blobs.adopt(path))

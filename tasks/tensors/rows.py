@@ -6,8 +6,10 @@ time, so working block by block gives the same bits as working on the whole.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 from typing import Protocol
 
@@ -145,6 +147,28 @@ class Stored(Struct, frozen=True):
             yield data
 
 
+class Held(Struct, frozen=True):
+    """A tensor in memory."""
+
+    array: mx.array
+    unit: int = 1
+
+    @property
+    def dtype(self) -> str:
+        """As MLX spells it."""
+        return arrays.dtype_name(self.array)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self.array.shape)
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        columns = self.shape[-1] if self.shape else 1
+        return self.array.reshape(-1, columns)[start:stop]
+
+
 class Joined(Struct, frozen=True):
     """Matrices with the same number of rows, joined on the last axis."""
 
@@ -164,6 +188,34 @@ class Joined(Struct, frozen=True):
     def read(self, start: int, stop: int) -> mx.array:
         """Return rows ``start`` to ``stop``."""
         return mx.concatenate([source.read(start, stop) for source in self.sources], axis=-1)
+
+
+class Chained(Struct, frozen=True, dict=True):
+    """Tensors of one dtype and width, their rows one after another, as ``shape``."""
+
+    sources: Sequence[Rows]
+    shape: tuple[int, ...]
+    unit: int = 1
+
+    @property
+    def dtype(self) -> str:
+        """As MLX spells it."""
+        return self.sources[0].dtype
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(count(source) for source in self.sources))
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        pieces = []
+        for at in range(bisect_right(self._ends, start), len(self.sources)):
+            source, end = self.sources[at], self._ends[at]
+            begin = end - count(source)
+            pieces.append(source.read(max(start, begin) - begin, min(stop, end) - begin))
+            if end >= stop:
+                break
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
 
 
 class Cast(Struct, frozen=True):

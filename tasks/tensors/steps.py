@@ -36,13 +36,43 @@ class HalfSplit(msgspec.Struct, frozen=True, array_like=True, tag="half_split"):
     heads: int
 
 
+class Packing(msgspec.Struct, frozen=True, array_like=True):
+    """How tensors of one kind are packed, that follow each other.
+
+    Attributes:
+        count: how many they are.
+        shape: of each, unpacked.
+        inputs: how many stored tensors make one.
+        settings: of the format.
+    """
+
+    count: int
+    shape: tuple[int, ...]
+    inputs: int
+    settings: dict[str, Any]
+
+
+class Unpack(msgspec.Struct, frozen=True, array_like=True, tag="unpack"):
+    """Numbers that were packed in a format of ``tasks.unpack``, back to floats.
+
+    Attributes:
+        format: its name.
+        dtype: of the floats.
+        tensors: what is unpacked, in order.
+    """
+
+    format: str
+    dtype: str
+    tensors: tuple[Packing, ...]
+
+
 class Sanitize(msgspec.Struct, frozen=True, array_like=True, tag="sanitize"):
     """What a library's own ``sanitize`` computes for the parameter of this name."""
 
     name: str
 
 
-Step = Same | Concatenate | Stack | HalfSplit | Sanitize
+Step = Same | Concatenate | Stack | HalfSplit | Unpack | Sanitize
 
 
 def read(steps: Iterable[Sequence[Any]]) -> tuple[Step, ...]:
@@ -76,17 +106,23 @@ def apply(sources: Sequence[Rows], steps: Iterable[Step]) -> Rows:
                 tensors = [rows.Joined(tensors)]
             case Concatenate(0):
                 length = sum(source.shape[0] for source in tensors)
-                tensors = [rows.end_to_end(tensors, (length, *tensors[0].shape[1:]))]
+                tensors = [_end_to_end(tensors, (length, *tensors[0].shape[1:]))]
             case Stack(0):
-                tensors = [rows.end_to_end(tensors, (len(tensors), *tensors[0].shape))]
+                tensors = [_end_to_end(tensors, (len(tensors), *tensors[0].shape))]
             case Concatenate(axis):
                 tensors = [rows.JoinedInMemory(tensors, "concatenate", axis)]
             case Stack(axis):
                 tensors = [rows.JoinedInMemory(tensors, "stack", axis)]
-            case Sanitize(name):
-                raise ValueError(f"{name} is made by a library, not by rows")
+            case Unpack() | Sanitize():
+                raise ValueError(f"{step} is made of whole tensors elsewhere, not by rows")
     (result,) = tensors
     return result
+
+
+def _end_to_end(tensors: Sequence[Rows], shape: tuple[int, ...]) -> Rows:
+    if all(isinstance(tensor, rows.Stored) for tensor in tensors):
+        return rows.end_to_end(tensors, shape)
+    return rows.Chained(tensors, shape)
 
 
 def lies_in_inputs(steps: Iterable[Step]) -> bool:

@@ -20,6 +20,7 @@ from tasks.core.text import duration, plural, size
 from tasks.execution.disk import DiskNeed
 from tasks.execution.resources import threads
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step
+from tasks.planning.plan import Plan
 from tasks.planning.sizes import Traffic
 from tasks.stages import registry
 
@@ -139,6 +140,8 @@ it or a target cannot be planned."""
         if session.lock.sources and leaf:
             yield from indented(MAY_BE_REFUSED, 0)
         moved, cached, packed = _totals(todo, need)
+        for target in dict.fromkeys(step.target for step in todo if step.target in session.plans):
+            yield from indented(self._not_kept(session.plans[target]), 0)
         tasks = len(steps) + sum(session.all_plans[target].tasks for target in untouched)
         yield f"{len(todo)} of {plural(tasks, 'task')}"
         fetched = f", fetches {size(moved.fetched)}" if moved.fetched else ""
@@ -153,6 +156,20 @@ it or a target cannot be planned."""
         if need:
             yield from indented(_policy(need), 0)
         yield f"time {_seconds(seconds)}"
+
+    def _not_kept(self, plan: Plan) -> str:
+        """Say what is made again where it is larger than what it is made of, and at what cost."""
+        builder = self.session.builder
+        left = [stage for stage in registry.KEPT if stage in plan.growth]
+        if builder.keep is not None or builder.passes(plan) or not left:
+            return ""
+        (stage,) = left
+        made, made_of = plan.growth[stage]
+        return (
+            f"{plan.target.name}: what {stage} makes is not kept, since it is {size(made)} of "
+            f"{size(made_of)}; changed bits will read those {size(made_of)} again, unless "
+            f'[cache] keep names "{stage}"'
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,91 @@
+"""block_fp8: 8-bit floats (E4M3) with a scale for each block, as DeepSeek and Qwen ship them.
+
+``weight`` (rows, columns) and ``weight_scale_inv`` (rows / 128, columns / 128), by which it is
+multiplied; blocks at the edges may be cut off. The same arithmetic as ``FineGrainedFP8Config``'s
+dequantization in transformers (``integrations/finegrained_fp8.py``): both in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from msgspec import Struct
+
+from tasks.checkpoints.checkpoint import LogicalTensor
+from tasks.tensors import mx
+from tasks.tensors.rows import Rows, count
+from tasks.unpack.packed import Found, Packed, Tensors, require
+
+METHODS: tuple[str, ...] = ("fp8",)
+NAME = "block_fp8"
+SCALES = "_scale_inv"
+ACTIVATIONS = (".input_scale", ".activation_scale", "_activation_scale")
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def found(settings: Mapping[str, Any], tensors: Tensors) -> Found | None:
+    """Return the weights that have ``…_scale_inv`` beside them."""
+    block = settings.get("weight_block_size")
+    packed = {}
+    for scale in tensors:
+        name = scale.removesuffix(SCALES)
+        if name == scale or name not in tensors or tensors[name].dtype != "uint8":
+            continue
+        shape = tensors[name].shape
+        sides = _block(tensors[scale], shape, block)
+        blocks = tuple(-(-n // b) for n, b in zip(shape[-2:], sides, strict=False))
+        if tensors[scale].shape not in ((), (1,)):
+            require(scale, tensors, (*shape[:-2], *blocks), *FLOATS)
+        packed[name] = Packed(shape, (name, scale), {"block": list(sides)})
+    if not packed:
+        return None
+    left_out = tuple(name for name in tensors if name.endswith(ACTIVATIONS))
+    return Found(NAME, packed, left_out)
+
+
+def _block(scale: LogicalTensor, shape: tuple[int, ...], said: Any) -> tuple[int, int]:
+    """Return the rows and columns of a block: all, where there is one scale."""
+    if prod(scale.shape) == 1:
+        return shape[-2], shape[-1]
+    match said:
+        case [int() as height, int() as width] if height > 0 and width > 0:
+            return height, width
+    return 128, 128
+
+
+def rows(sources: Sequence[Rows], shape: tuple[int, ...], settings: Any) -> Rows:
+    """Return the product of a weight and its scales."""
+    weight, scale = sources
+    return BlockFp8(weight, scale, shape, *settings["block"])
+
+
+class BlockFp8(Struct, frozen=True, dict=True):
+    """A weight of E4M3, (…, rows, columns), times a scale for each block of it."""
+
+    weight: Rows
+    scale: Rows
+    shape: tuple[int, ...]
+    block_rows: int
+    block_columns: int
+    dtype: str = "float32"
+    unit: int = 1
+
+    @cached_property
+    def _scales(self) -> mx.array:
+        scales = self.scale.read(0, count(self.scale)).astype(mx.float32)
+        return scales.reshape(-1, -(-self.shape[-1] // self.block_columns))
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        numbers = mx.from_fp8(self.weight.read(start, stop), dtype=mx.float32)
+        at = mx.arange(start, stop)
+        height = self.shape[-2]
+        blocks = -(-height // self.block_rows)
+        of_row = self._scales[at // height * blocks + at % height // self.block_rows]
+        if self._scales.shape[1] == 1:
+            return numbers * of_row
+        wide = mx.repeat(of_row, self.block_columns, axis=1)
+        return numbers * wide[:, : numbers.shape[1]]

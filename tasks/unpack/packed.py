@@ -1,0 +1,107 @@
+"""packed: the contract of a format, and what a checkpoint holds in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from tasks.checkpoints.checkpoint import LogicalTensor
+from tasks.core.errors import CheckpointError
+from tasks.tensors.rows import Rows
+
+Tensors = Mapping[str, LogicalTensor]
+
+
+class Packed(NamedTuple):
+    """A weight that is stored in several tensors.
+
+    Attributes:
+        shape: of the weight.
+        inputs: the names of the tensors that it is made of, in the format's order.
+        settings: what else it takes to unpack it, JSON.
+    """
+
+    shape: tuple[int, ...]
+    inputs: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+class Found(NamedTuple):
+    """What a checkpoint holds in a format.
+
+    Attributes:
+        format: its name, a key of ``registry.FORMATS``.
+        packed: the weights, by the name that each has once it is unpacked.
+        left_out: tensors that are of no weight, such as scales of activations.
+    """
+
+    format: str
+    packed: dict[str, Packed]
+    left_out: tuple[str, ...] = ()
+
+
+class Format(Protocol):
+    """What a format's module has.
+
+    Attributes:
+        METHODS: the values of ``quant_method`` that it may be of.
+    """
+
+    METHODS: tuple[str, ...]
+
+    def found(self, settings: Mapping[str, Any], tensors: Tensors) -> Found | None:
+        """Return what a checkpoint holds in the format; None if that is another.
+
+        Args:
+            settings: what config.json says of its quantization.
+            tensors: the checkpoint's.
+
+        Raises:
+            CheckpointError: it is of a variant that is not unpacked, or its tensors do not fit.
+        """
+
+    def rows(self, sources: Sequence[Rows], shape: tuple[int, ...], settings: Any) -> Rows:
+        """Return a weight, float32, that is unpacked as it is read.
+
+        Args:
+            sources: the tensors that it is made of.
+            shape: of the weight.
+            settings: as of ``Packed``.
+        """
+
+
+def of_each(
+    tensors: Tensors, suffix: str, parts: Iterable[str]
+) -> dict[str, tuple[str | None, ...]]:
+    """Return, by the path of each module with a tensor of ``suffix``, the names of its parts.
+
+    Args:
+        tensors: the checkpoint's.
+        suffix: of the tensor that tells a module of this format, such as ``.qweight``.
+        parts: suffixes of the others; of one that is not there, the name is None.
+    """
+    parts = tuple(parts)
+    found = {}
+    for name in tensors:
+        if name.endswith(suffix):
+            path = name.removesuffix(suffix)
+            others = (path + part for part in parts)
+            found[path] = (name, *(other if other in tensors else None for other in others))
+    return found
+
+
+def require(name: str, tensors: Tensors, shape: Sequence[int], *dtypes: str) -> None:
+    """Refuse a tensor that is not what its format has in its place.
+
+    Raises:
+        CheckpointError: it is missing, or of another shape or dtype.
+    """
+    if name not in tensors:
+        raise CheckpointError(f"{name} is missing. Fetch the checkpoint again.")
+    tensor = tensors[name]
+    if tuple(tensor.shape) != tuple(shape) or (dtypes and tensor.dtype not in dtypes):
+        wanted = f"{' or '.join(dtypes)} {tuple(shape)}"
+        raise CheckpointError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}, and not {wanted}, which its format "
+            "has in this place. Fetch the checkpoint again, or get it in bfloat16."
+        )

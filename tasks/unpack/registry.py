@@ -1,0 +1,143 @@
+"""registry: the formats, and checkpoints without them. A new one is a module and a line here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
+from tasks.core.errors import CheckpointError
+from tasks.core.text import listed, plural
+from tasks.tensors import rows, steps
+from tasks.tensors.rows import Rows
+from tasks.unpack import block_fp8
+from tasks.unpack.packed import Format, Found
+
+FORMATS: dict[str, Format] = {block_fp8.NAME: block_fp8}
+TRIED = (block_fp8.NAME,)  # formats that classes of libraries unpack by themselves
+MOST_TRIED = 4  # weights of a shape and a depth: a library may have some under other names
+SETTINGS = "quantization_config"
+
+
+def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint says of how it is quantized; nothing if it says nothing."""
+    config = checkpoint.config
+    for table in (config, config.get("text_config")):
+        if isinstance(table, dict):
+            for key in (SETTINGS, "compression_config"):
+                if isinstance(table.get(key), dict):
+                    return dict(table[key])
+    try:
+        said = json.loads(checkpoint.files.get("hf_quant_config.json", "{}"))
+    except ValueError:
+        return {}
+    return {"quant_method": "modelopt", **said} if isinstance(said, dict) and said else {}
+
+
+def found(checkpoint: Checkpoint) -> Found | None:
+    """Return what a checkpoint holds in a format that can be unpacked, if it does.
+
+    Raises:
+        CheckpointError: it is in one, of a variant that cannot.
+    """
+    settings = settings_of(checkpoint)
+    method = settings.get("quant_method")
+    for module in FORMATS.values():
+        if method in module.METHODS:
+            try:
+                if one := module.found(settings, checkpoint.tensors):
+                    return one
+            except CheckpointError as error:
+                raise CheckpointError(f"{checkpoint.folder}: {error}") from error
+    return None
+
+
+def trial(found: Found) -> dict[str, Any] | None:
+    """Return what to try a library by: whether it unpacks a format as we do; None if none does."""
+    if found.format not in TRIED:
+        return None
+    weights: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for name, (shape, inputs, settings) in found.packed.items():
+        edges = [n % side > 0 for n, side in zip(shape[-2:], settings["block"], strict=True)]
+        kind = f"{len(shape)} {edges} {list(shape[-2:]) == settings['block']}"
+        alike = weights.setdefault((kind, name.rpartition(".layers.")[2].count("."), shape), [])
+        if len(alike) < MOST_TRIED:
+            alike.append(
+                {"name": name, "kind": kind, "shape": shape, "inputs": inputs, "settings": settings}
+            )
+    tried = [each for alike in weights.values() for each in alike]
+    return {"format": found.format, "weights": tried}
+
+
+def unpacked(checkpoint: Checkpoint, found: Found, dtype: str = "float32") -> Checkpoint:
+    """Return a checkpoint as the plain model that it stands for."""
+    gone = {name for each in found.packed.values() for name in each.inputs} | {*found.left_out}
+    tensors = {name: t for name, t in checkpoint.tensors.items() if name not in gone}
+    for name, each in found.packed.items():
+        inputs = [checkpoint.tensors[part] for part in each.inputs]
+        if any(part.steps for part in inputs):
+            raise CheckpointError(f"{checkpoint.folder}: {name} is both packed and sharded.")
+        keys = tuple(key for part in inputs for key in part.inputs)
+        packing = [1, list(each.shape), len(keys), each.settings]
+        step = ["unpack", found.format, dtype, [packing]]
+        tensors[name] = LogicalTensor(dtype, each.shape, keys, (step,))
+    config = _without_settings(checkpoint.config)
+    files = {n: text for n, text in checkpoint.files.items() if n != "hf_quant_config.json"}
+    files["config.json"] = json.dumps(config)
+    notes = checkpoint.notes
+    if found.left_out:
+        notes = (
+            *notes,
+            f"{plural(len(found.left_out), 'tensor')} that scale activations left out, which MLX "
+            f"does not quantize ({listed(found.left_out)})",
+        )
+    return replace(checkpoint, config=config, files=files, tensors=tensors, notes=notes)
+
+
+def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {k: v for k, v in config.items() if k not in (SETTINGS, "compression_config")}
+    inner = plain.get("text_config")
+    return {**plain, "text_config": _without_settings(inner)} if isinstance(inner, dict) else plain
+
+
+def joined(tensors: Sequence[LogicalTensor]) -> list[Any] | None:
+    """Return the step that unpacks all of these tensors, of one format; None if none is packed.
+
+    Raises:
+        ValueError: it takes several, or other steps as well.
+    """
+    made_by = [tensor.steps for tensor in tensors]
+    if not any(made_by):
+        return None
+    packings: list[list[Any]] = []
+    for own in made_by:
+        if len(own) != 1 or own[0][:3] != made_by[0][0][:3] or own[0][0] != "unpack":
+            raise ValueError("tensors that are not made alike")
+        for count, *packing in own[0][3]:
+            if packings and packings[-1][1:] == packing:
+                packings[-1][0] += count
+            else:
+                packings.append([count, *packing])
+    return [*made_by[0][0][:3], packings]
+
+
+def apply(sources: Sequence[Rows], made_by: Sequence[steps.Step]) -> Rows:
+    """Return the tensor that steps make of ``sources``, unpacked first where they say so.
+
+    Raises:
+        ValueError: a library has to make it.
+    """
+    if made_by and isinstance(made_by[0], steps.Unpack):
+        sources, made_by = list(_unpack(sources, made_by[0])), made_by[1:]
+    return steps.apply(sources, made_by)
+
+
+def _unpack(sources: Sequence[Rows], step: steps.Unpack) -> Iterator[Rows]:
+    left = iter(sources)
+    for packing in step.tensors:
+        for _ in range(packing.count):
+            parts = [next(left) for _ in range(packing.inputs)]
+            made = FORMATS[step.format].rows(parts, packing.shape, packing.settings)
+            yield made if made.dtype == step.dtype else rows.Cast(made, step.dtype)
