@@ -373,6 +373,15 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             example="bfloat16",
         ),
     ] = None
+    dequantize: Annotated[
+        bool,
+        key(
+            "Whether a checkpoint that is quantized goes back to floats, as with "
+            "`mlx_lm.convert -d`; beside `quantize`, before that.",
+            change="unshard and the later stages",
+            example=True,
+        ),
+    ] = False
     quantize: Annotated[
         Quantize | Literal[False],
         key(

@@ -32,6 +32,7 @@ from tasks.stages.stage import (
     TargetModel,
 )
 from tasks.tensors import device
+from tasks.unpack import registry as unpack
 
 # A layer is large if it has so many times the weights of the third largest.
 LARGE_LAYER_RATIO = 1.25
@@ -287,7 +288,7 @@ class Planner:
         self._recall = recall
         self._chosen = choose
         self._checkpoints: dict[tuple[SourceSpec, str | None], Checkpoint] = {}
-        self._shared: dict[tuple[SourceSpec, str | None, str, str], SharedPlan | BuildError] = {}
+        self._shared: dict[tuple[Hashable, ...], SharedPlan | BuildError] = {}
 
     def plan(self, target: Target) -> Plan:
         """Work a target out.
@@ -340,7 +341,8 @@ class Planner:
             BuildError: the checkpoint or the model makes it impossible.
         """
         backend = device.backend(target.device)
-        key = (target.source, target.loader, target.layout, backend)
+        floats = (target.dtype, bool(target.quantize)) if target.dequantize else None
+        key = (target.source, target.loader, target.layout, backend, floats)
         if key not in self._shared:
             try:
                 self._shared[key] = self._read(target, backend)
@@ -360,7 +362,13 @@ class Planner:
             )
         checkpoint = self._checkpoints[source]
         layout = LAYOUTS[target.layout]
+        if target.dequantize:
+            bare = Model({}, (), checkpoint.config, {})
+            dtype = target.dtype or layout.default_dtype(checkpoint, bare)
+            checkpoint = unpack.dequantized(checkpoint, dtype)
         model = layout.model(checkpoint, self.memos)
+        if target.dequantize and not target.quantize:
+            model = _as_dequantized(model)
         layout.sources(checkpoint)  # refuses a checkpoint without tokenizer
         return SharedPlan.of(checkpoint, model, backend)
 
@@ -373,6 +381,27 @@ def _is_made(node: Node, name: str, known: Known) -> bool:
     (key,) = output.inputs
     makers = [n for n in node.needs if n.stage.name == key.stage and key.name in n.outputs(known)]
     return _is_made(makers[0], key.name, known)
+
+
+def _as_dequantized(model: Model) -> Model:
+    """Return a model whose weights stay in the dtype that they are dequantized to.
+
+    As mlx_lm.convert has it, which casts before, what it makes of modes of floats is not cast.
+    """
+    parameters = {
+        name: parameter._replace(castable=parameter.castable and not _is_of_floats(parameter))
+        for name, parameter in model.parameters.items()
+    }
+    return structs.replace(model, parameters=parameters)
+
+
+def _is_of_floats(parameter: Parameter) -> bool:
+    return any(
+        packing[-1].get("mode", "affine") != "affine"
+        for step in parameter.steps
+        if step[0] == "unpack"
+        for packing in step[3]
+    )
 
 
 def _specs(

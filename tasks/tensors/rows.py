@@ -147,6 +147,18 @@ class Stored(Struct, frozen=True):
             yield data
 
 
+class Header(Struct, frozen=True):
+    """A tensor of which no more is known than its header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    unit: int = 1
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Refuse to be read."""
+        raise ValueError("there is nothing behind a header")
+
+
 class Held(Struct, frozen=True):
     """A tensor in memory."""
 

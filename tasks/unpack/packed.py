@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tasks.checkpoints.checkpoint import LogicalTensor
@@ -70,24 +70,9 @@ class Format(Protocol):
         """
 
 
-def of_each(
-    tensors: Tensors, suffix: str, parts: Iterable[str]
-) -> dict[str, tuple[str | None, ...]]:
-    """Return, by the path of each module with a tensor of ``suffix``, the names of its parts.
-
-    Args:
-        tensors: the checkpoint's.
-        suffix: of the tensor that tells a module of this format, such as ``.qweight``.
-        parts: suffixes of the others; of one that is not there, the name is None.
-    """
-    parts = tuple(parts)
-    found = {}
-    for name in tensors:
-        if name.endswith(suffix):
-            path = name.removesuffix(suffix)
-            others = (path + part for part in parts)
-            found[path] = (name, *(other if other in tensors else None for other in others))
-    return found
+def paths(tensors: Tensors, suffix: str) -> list[str]:
+    """Return the paths of the modules that have a tensor of ``suffix``, such as ``.qweight``."""
+    return [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
 
 
 def require(name: str, tensors: Tensors, shape: Sequence[int], *dtypes: str) -> None:

@@ -12,13 +12,14 @@ from tasks.core.errors import CheckpointError
 from tasks.core.text import listed, plural
 from tasks.tensors import rows, steps
 from tasks.tensors.rows import Rows
-from tasks.unpack import block_fp8
-from tasks.unpack.packed import Format, Found
+from tasks.unpack import block_fp8, mlx_packed
+from tasks.unpack.packed import Format, Found, Packed
 
-FORMATS: dict[str, Format] = {block_fp8.NAME: block_fp8}
+FORMATS: dict[str, Format] = {block_fp8.NAME: block_fp8, mlx_packed.NAME: mlx_packed}
 TRIED = (block_fp8.NAME,)  # formats that classes of libraries unpack by themselves
 MOST_TRIED = 4  # weights of a shape and a depth: a library may have some under other names
 SETTINGS = "quantization_config"
+ALL_SETTINGS = (SETTINGS, "compression_config", "quantization")
 
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -71,8 +72,50 @@ def trial(found: Found) -> dict[str, Any] | None:
     return {"format": found.format, "weights": tried}
 
 
+def dequantized(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
+    """Return a checkpoint that MLX quantized, or another format, as the plain model.
+
+    Args:
+        checkpoint: the checkpoint.
+        dtype: what the target casts to.
+
+    Raises:
+        CheckpointError: it is quantized in a way that is not unpacked.
+    """
+    settings = checkpoint.config.get("quantization")
+    if isinstance(settings, dict) and isinstance(settings.get("group_size"), int):
+        try:
+            one = mlx_packed.found(settings, checkpoint.tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.folder}: {error}") from error
+        if one:
+            packed = {
+                name: each._replace(settings={**each.settings, "dtype": dtype})
+                for name, each in one.packed.items()
+            }
+            return unpacked(checkpoint, one._replace(packed=packed), "")
+    if one := found(checkpoint):
+        return unpacked(checkpoint, one)
+    if settings := settings_of(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.folder}: dequantize = true, but its quantization (quant_method = "
+            f"{settings.get('quant_method')!r}) is none that is unpacked here. "
+            "Build from the checkpoint that was not quantized."
+        )
+    return replace(
+        checkpoint,
+        notes=(*checkpoint.notes, "dequantize has nothing to do: the checkpoint is not quantized"),
+    )
+
+
 def unpacked(checkpoint: Checkpoint, found: Found, dtype: str = "float32") -> Checkpoint:
-    """Return a checkpoint as the plain model that it stands for."""
+    """Return a checkpoint as the plain model that it stands for.
+
+    Args:
+        checkpoint: the checkpoint.
+        found: what it holds.
+        dtype: of the floats; "" for the format's own, which may be another for each.
+    """
     gone = {name for each in found.packed.values() for name in each.inputs} | {*found.left_out}
     tensors = {name: t for name, t in checkpoint.tensors.items() if name not in gone}
     for name, each in found.packed.items():
@@ -81,8 +124,9 @@ def unpacked(checkpoint: Checkpoint, found: Found, dtype: str = "float32") -> Ch
             raise CheckpointError(f"{checkpoint.folder}: {name} is both packed and sharded.")
         keys = tuple(key for part in inputs for key in part.inputs)
         packing = [1, list(each.shape), len(keys), each.settings]
-        step = ["unpack", found.format, dtype, [packing]]
-        tensors[name] = LogicalTensor(dtype, each.shape, keys, (step,))
+        own = dtype or _dtype(found.format, each, inputs)
+        step = ["unpack", found.format, own, [packing]]
+        tensors[name] = LogicalTensor(own, each.shape, keys, (step,))
     config = _without_settings(checkpoint.config)
     files = {n: text for n, text in checkpoint.files.items() if n != "hf_quant_config.json"}
     files["config.json"] = json.dumps(config)
@@ -96,8 +140,16 @@ def unpacked(checkpoint: Checkpoint, found: Found, dtype: str = "float32") -> Ch
     return replace(checkpoint, config=config, files=files, tensors=tensors, notes=notes)
 
 
+def _dtype(name: str, each: Packed, inputs: Sequence[LogicalTensor]) -> str:
+    """Return the dtype that a format itself makes of a weight."""
+    headers = [rows.Header(tensor.dtype, tensor.shape) for tensor in inputs]
+    return FORMATS[name].rows(headers, each.shape, each.settings).dtype
+
+
 def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {k: v for k, v in config.items() if k not in (SETTINGS, "compression_config")}
+    plain = {
+        k: v for k, v in config.items() if k not in (SETTINGS, "compression_config", "quantization")
+    }
     inner = plain.get("text_config")
     return {**plain, "text_config": _without_settings(inner)} if isinstance(inner, dict) else plain
 

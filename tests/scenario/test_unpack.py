@@ -41,3 +41,27 @@ def test_block_fp8(arch: str, tmp_path: Path) -> None:
     settings = 'dtype = "float32"'
     reference = peer.convert(plain, tmp_path / "peer", dtype="float32")
     assert [*weight_differences(build(tmp_path / "project", source, settings), reference)] == []
+
+
+@pytest.mark.parametrize(
+    ("arch", "made", "asked"),
+    [
+        ("qwen3-moe", {"q_bits": 4}, {}),
+        ("llama", {"q_bits": 3, "q_group_size": 32}, {"dtype": "float16"}),
+        ("gemma3", {"q_mode": "mxfp4"}, {"dtype": "float16"}),
+    ],
+)
+def test_dequantize(arch: str, made: dict, asked: dict, tmp_path: Path) -> None:
+    """As mlx_lm.convert does, alone and before another quantization."""
+    plain = checkpoints.make(arch, tmp_path / "checkpoint")
+    source = peer.convert(plain, tmp_path / "mlx", quantize=True, **made)
+    floats = peer.convert(source, tmp_path / "floats", dequantize=True, **asked)
+    again = peer.convert(floats, tmp_path / "again", quantize=True, q_bits=6, **asked)
+    lines = "".join(f'{key} = "{value}"\n' for key, value in asked.items())
+    variants = "[models.model.variants.six]\nquantize = { bits = 6 }"
+    built = build(tmp_path / "project", source, f"dequantize = true\n{lines}{variants}")
+    six = built.with_name("model-six")
+    for ours, theirs in ((built, floats), (six, again)):
+        assert [*weight_differences(ours, theirs)] == []
+        configs = [json.loads((each / "config.json").read_text()) for each in (ours, theirs)]
+        assert configs[0] == configs[1]
