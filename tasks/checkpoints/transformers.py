@@ -99,8 +99,7 @@ def _refuse_adapter(source: ReadableSource) -> None:
     base = settings.get("base_model_name_or_path") or settings.get("model") or "its base model"
     raise CheckpointError(
         f"{source.location} is a LoRA adapter ({', '.join(adapters) or path.name}) and no model. "
-        f"Fuse it with {base} "
-        "(mlx_lm.fuse, or peft's merge_and_unload), and name the folder that this makes."
+        f"Name {base} as source, and this as adapter: it is then fused with the model."
     )
 
 
@@ -181,7 +180,7 @@ def _weight_files(
         names = [name for name in source.names(pattern) if name not in adapters]
         if not names:
             continue
-        notes = [f"{name} left out: a LoRA adapter, until it is fused" for name in adapters]
+        notes = [f"{name} left out: a LoRA adapter, which adapter = … fuses" for name in adapters]
         weight_map: Mapping[str, str] = {}
         try:
             weight_map = _weight_map(source, index)

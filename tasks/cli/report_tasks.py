@@ -48,7 +48,8 @@ def report(session: Session) -> Iterator[dict[str, Any]]:
 def _asked(target: Target) -> dict[str, Any]:
     """Return what a target is told, but for where it lies and where that is said."""
     quantize = to_builtins(target.quantize or None, enc_hook=int)
-    return {**structs.asdict(target), "quantize": quantize, "source": "", "where": ""}
+    names = {"source": "", "adapter": "", "where": ""}  # what they are called is there, too
+    return {**structs.asdict(target), "quantize": quantize, **names}
 
 
 def _target_task(

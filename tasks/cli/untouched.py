@@ -105,7 +105,7 @@ class Untouched:
 
     def _digest(self, target: Target) -> str | None:
         """Return the digest of all that a look depends on; None if that is not to be told."""
-        if target.files or target.card:  # it reads them all
+        if target.files or target.card or target.adapter:  # it reads them all
             return None
         if target.quantize and target.quantize.chooses:  # by what is on record of running it
             return None
@@ -160,9 +160,11 @@ def _stamps(folder: str) -> list[tuple[str, int, int, int]]:
     """Return the names and stamps of a folder's files, links followed.
 
     Raises:
-        OSError: it is not there, a link leads nowhere, or it has folders.
+        OSError: a link leads nowhere, or it has folders.
     """
-    stamps = []
+    stamps: list[tuple[str, int, int, int]] = []
+    if not os.path.lexists(folder):  # of a stage that the target has not, or has lost
+        return stamps
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # a path to each takes a tenth more
     try:
         with os.scandir(descriptor) as entries:

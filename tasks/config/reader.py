@@ -208,6 +208,8 @@ class _Reader:
                 "max_shard_bytes": settings.max_shard_bytes
                 or Size(LAYOUTS[settings.layout].default_shard_bytes),
                 "files": settings.files and self.folder / settings.files,
+                "adapter": settings.adapter_name
+                and sources.spec(settings.adapter_name, self.folder),
                 "card": settings.card_name and self.folder / settings.card_name,
             },
             name=name,

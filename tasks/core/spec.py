@@ -373,6 +373,17 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             example="bfloat16",
         ),
     ] = None
+    adapter_name: Annotated[
+        SourceName | None,
+        key(
+            "What was trained on top of the model, and is fused with it: the folder of an adapter "
+            "of mlx-lm (`adapters.safetensors`) or PEFT (`adapter_model.safetensors`), or such a "
+            "folder on the hub, `hf:ORG/NAME`.",
+            default="none",
+            change="fuse, quantize for the layers that it changes, and pack",
+            example="adapters/mine",
+        ),
+    ] = field(name="adapter", default=None)
     dequantize: Annotated[
         bool,
         key(
@@ -546,6 +557,7 @@ class Target(Settings, frozen=True, kw_only=True):
         name: name of its folder under build/.
         source: where the checkpoint is to be had.
         source_name: what models.toml calls it, with the loader if it names one.
+        adapter: where its adapter is to be had, if it has one.
         max_shard_bytes: largest size of a weight file's tensors together, in bytes.
         card: the template of README.md, if it is the project's own.
         where: what in the file asks for it, for messages.
@@ -554,6 +566,7 @@ class Target(Settings, frozen=True, kw_only=True):
     name: str
     source: SourceSpec = field(name="source_spec")  # no key: "source" is what the file says
     source_name: SourceName
+    adapter: SourceSpec | None = field(name="adapter_spec", default=None)
     max_shard_bytes: Size
     card: Path | None = field(name="card_path", default=None)
     where: object

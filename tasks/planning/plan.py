@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from msgspec import Struct, field, structs
 
 from cache.records.memos import Memos
+from tasks.checkpoints import adapter as adapters
 from tasks.checkpoints import loaders
+from tasks.checkpoints.adapter import Adapter
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import ReadableSource
 from tasks.core.errors import BuildError, ConfigError
@@ -287,6 +289,7 @@ class Planner:
         self.quality = quality
         self._recall = recall
         self._chosen = choose
+        self._adapters: dict[SourceSpec, Adapter] = {}
         self._checkpoints: dict[tuple[SourceSpec, str | None], Checkpoint] = {}
         self._shared: dict[tuple[Hashable, ...], SharedPlan | BuildError] = {}
 
@@ -326,13 +329,27 @@ class Planner:
         asked = TargetModel(
             checkpoint, model, shared.stored_layers, shared.layers, dtype, settings,
             shared.computer, target.layout, config, self.quality,
-            quantize_scheme.candidates(target.quantize or None), self.memos, registry.roles(),
+            quantize_scheme.candidates(target.quantize or None), self.memos,
+            registry.roles(fuses=target.adapter is not None), self._adapter(target),
         )  # fmt: skip
         specs = _specs(shared, asked, registry.PIPELINE, {})
         names, weights = shared.names(scheme.settings), shared.weights(scheme.settings)
         wide = shared.schemes.float32_scales(scheme.settings, dtype)
         notes = (*model.notes, *scheme.notes, *wide)
         return Plan(target, shared, asked, specs, names, config, weights, notes)
+
+    def _adapter(self, target: Target) -> Adapter | None:
+        """Return a target's adapter, read once for all that have it.
+
+        Raises:
+            CheckpointError: it is none, or damaged.
+        """
+        if target.adapter is None:
+            return None
+        if target.adapter not in self._adapters:
+            opened = self._open_source(structs.replace(target, source=target.adapter))
+            self._adapters[target.adapter] = adapters.read(opened, self.memos)
+        return self._adapters[target.adapter]
 
     def share(self, target: Target) -> SharedPlan:
         """Return what a target has in common with others, worked out once.
@@ -413,7 +430,7 @@ def _specs(
     """Return what ``stages`` are asked to do, given the same of the stages ``before``."""
     planned = {**before}
     for stage in stages:
-        previous = next(reversed(planned), "")
+        previous = next((name for name in reversed(planned) if planned[name]), "")
         asked = structs.replace(model, planned={**planned}, previous=previous)
         planned[stage.name] = shared.specs(stage, asked)
     return {name: specs for name, specs in planned.items() if name not in before}

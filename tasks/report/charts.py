@@ -453,7 +453,8 @@ class Row(_OfStage, frozen=True):
 def rows(build: Timeline, plan: Plan) -> list[Row]:
     """Return the outcomes of each stage's tasks in a build of a target."""
     rows = []
-    tasks = {stage.group: len(plan.nodes(stage.name)) for stage in registry.PIPELINE} | {PACK: 1}
+    stages = [stage for stage in registry.PIPELINE if plan.nodes(stage.name)]
+    tasks = {stage.group: len(plan.nodes(stage.name)) for stage in stages} | {PACK: 1}
     for stage, total in tasks.items():
         entries = [entry for entry in build.mine if entry.group == stage]
         counts = {o: sum(e.outcome == o for e in entries) for o in log.OUTCOMES}

@@ -9,6 +9,7 @@ from tasks.stages.activations import Activations
 from tasks.stages.cast import Cast
 from tasks.stages.extract import Extract
 from tasks.stages.forward import Evaluate, Forward, Teacher
+from tasks.stages.fuse import Fuse
 from tasks.stages.gradients import Gradients
 from tasks.stages.measure import Measure
 from tasks.stages.quantize import Quantize
@@ -18,7 +19,7 @@ from tasks.stages.tokens import Tokens
 from tasks.stages.unshard import Unshard
 
 # From the checkpoint to what is packed: each reads the one before.
-PIPELINE: tuple[Stage[Any], ...] = (Extract(), Unshard(), Cast(), Quantize())
+PIPELINE: tuple[Stage[Any], ...] = (Extract(), Unshard(), Cast(), Fuse(), Quantize())
 # Of these, whose results are kept where models.toml does not say.
 KEPT = frozenset({"cast"})
 # What is told of a built model, and is no part of it.
@@ -56,10 +57,11 @@ def leaves() -> frozenset[str]:
     return frozenset(stage.group for stage in PIPELINE if isinstance(stage, LeafStage))
 
 
-def roles() -> Roles:
-    """Return which stages do what for a built model."""
-    at = next(i for i, stage in enumerate(PIPELINE) if isinstance(stage, Quantize))
-    return Roles(PIPELINE[at - 1].name, PIPELINE[at].name, PIPELINE[-1].name)
+def roles(*, fuses: bool = False) -> Roles:
+    """Return which stages do what for a built model, that has an adapter or has none."""
+    stages = [stage for stage in PIPELINE if fuses or not isinstance(stage, Fuse)]
+    at = next(i for i, stage in enumerate(stages) if isinstance(stage, Quantize))
+    return Roles(stages[at - 1].name, stages[at].name, stages[-1].name)
 
 
 def configurable() -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from cache.blobs import Blobs, Part, Writer
 from cache.digest import digest_record
 from cache.records.manifests import Tensor, TensorSpec
 from cache.records.memos import Memos
+from tasks.checkpoints.adapter import Adapter
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.spec import Quality, Target
 from tasks.layouts.model import Model, Parameter
@@ -199,6 +200,7 @@ class TargetModel(Struct, frozen=True):
         candidates: the ways to quantize a module that are tried, where that is asked for.
         memos: where answers are kept that are worth remembering.
         roles: which stages do what.
+        adapter: what is fused with the weights, if anything is.
         planned: what the stages before planned, by stage and layer.
         previous: the name of the stage before, "" for the first.
     """
@@ -216,6 +218,7 @@ class TargetModel(Struct, frozen=True):
     candidates: tuple[Any, ...]
     memos: Memos
     roles: Roles
+    adapter: Adapter | None = None
     planned: Mapping[str, Mapping[str, ActionSpec[Any]]] = field(default_factory=dict)
     previous: str = ""
 
@@ -323,7 +326,7 @@ class Stage(ABC, Generic[P]):
 
     @abstractmethod
     def plan(self, target: TargetModel) -> Mapping[str, Planned[P]]:
-        """Return what is to be done, by layer.
+        """Return what is to be done, by layer: of a target that the stage is nothing for, nothing.
 
         Raises:
             BuildError: the target cannot be made.

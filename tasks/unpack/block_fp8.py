@@ -17,16 +17,15 @@ from msgspec import Struct
 from tasks.checkpoints.checkpoint import LogicalTensor
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, count
-from tasks.unpack.packed import Found, Packed, Tensors, require
+from tasks.unpack.packed import Found, Packed, Read, Tensors, activations, require
 
 METHODS: tuple[str, ...] = ("fp8",)
 NAME = "block_fp8"
 SCALES = "_scale_inv"
-ACTIVATIONS = (".input_scale", ".activation_scale", "_activation_scale")
 FLOATS = ("float32", "bfloat16", "float16")
 
 
-def found(settings: Mapping[str, Any], tensors: Tensors) -> Found | None:
+def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
     """Return the weights that have ``…_scale_inv`` beside them."""
     block = settings.get("weight_block_size")
     packed = {}
@@ -42,8 +41,7 @@ def found(settings: Mapping[str, Any], tensors: Tensors) -> Found | None:
         packed[name] = Packed(shape, (name, scale), {"block": list(sides)})
     if not packed:
         return None
-    left_out = tuple(name for name in tensors if name.endswith(ACTIVATIONS))
-    return Found(NAME, packed, left_out)
+    return Found(NAME, packed, activations(tensors))
 
 
 def _block(scale: LogicalTensor, shape: tuple[int, ...], said: Any) -> tuple[int, int]:

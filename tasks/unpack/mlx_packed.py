@@ -15,19 +15,20 @@ from msgspec import Struct
 from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows
-from tasks.unpack.packed import Found, Packed, Tensors, paths
+from tasks.unpack.packed import Found, Packed, Read, Tensors, paths
 
 METHODS: tuple[str, ...] = ()  # MLX reads it: only where somebody asks for floats
 NAME = "mlx"
 MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
-def found(settings: Mapping[str, Any], tensors: Tensors) -> Found | None:
+def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
     """Return the weights that have ``scales`` beside them.
 
     Args:
         settings: the table ``quantization`` of config.json.
         tensors: the checkpoint's.
+        read: of no use here.
     """
     packed = {}
     for path in paths(tensors, ".scales"):

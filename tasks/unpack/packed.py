@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tasks.checkpoints.checkpoint import LogicalTensor
@@ -10,6 +10,11 @@ from tasks.core.errors import CheckpointError
 from tasks.tensors.rows import Rows
 
 Tensors = Mapping[str, LogicalTensor]
+Read = Callable[[str], bytes]
+ACTIVATIONS = (
+    ".input_scale", ".activation_scale", "_activation_scale", ".output_scale", ".k_scale",
+    ".v_scale", ".q_scale", ".input_global_scale", ".input_zero_point", ".input_scale_ub",
+)  # fmt: skip
 
 
 class Packed(NamedTuple):
@@ -33,11 +38,13 @@ class Found(NamedTuple):
         format: its name, a key of ``registry.FORMATS``.
         packed: the weights, by the name that each has once it is unpacked.
         left_out: tensors that are of no weight, such as scales of activations.
+        used_up: others that say no more than headers do.
     """
 
     format: str
     packed: dict[str, Packed]
     left_out: tuple[str, ...] = ()
+    used_up: tuple[str, ...] = ()
 
 
 class Format(Protocol):
@@ -49,12 +56,13 @@ class Format(Protocol):
 
     METHODS: tuple[str, ...]
 
-    def found(self, settings: Mapping[str, Any], tensors: Tensors) -> Found | None:
+    def found(self, settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
         """Return what a checkpoint holds in the format; None if that is another.
 
         Args:
             settings: what config.json says of its quantization.
             tensors: the checkpoint's.
+            read: returns a small tensor's bytes, by its name.
 
         Raises:
             CheckpointError: it is of a variant that is not unpacked, or its tensors do not fit.
@@ -68,6 +76,18 @@ class Format(Protocol):
             shape: of the weight.
             settings: as of ``Packed``.
         """
+
+
+def activations(tensors: Tensors) -> tuple[str, ...]:
+    """Return the tensors that are for quantizing what a model computes, and not its weights."""
+    return tuple(name for name in tensors if name.endswith(ACTIVATIONS))
+
+
+def groups(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what compressed-tensors says of the weights of each of its groups."""
+    tables = settings.get("config_groups")
+    found = [table.get("weights") for table in tables.values()] if isinstance(tables, dict) else []
+    return [weights for weights in found if isinstance(weights, dict)]
 
 
 def paths(tensors: Tensors, suffix: str) -> list[str]:

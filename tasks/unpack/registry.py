@@ -5,18 +5,39 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
+from tasks.checkpoints.stored import TORCH
 from tasks.core.errors import CheckpointError
 from tasks.core.text import listed, plural
 from tasks.tensors import rows, steps
 from tasks.tensors.rows import Rows
-from tasks.unpack import block_fp8, mlx_packed
+from tasks.unpack import (
+    awq,
+    bitsandbytes,
+    block_fp8,
+    compressed_integers,
+    gptq,
+    mlx_packed,
+    nvfp4,
+    scaled_fp8,
+)
 from tasks.unpack.packed import Format, Found, Packed
 
-FORMATS: dict[str, Format] = {block_fp8.NAME: block_fp8, mlx_packed.NAME: mlx_packed}
+FORMATS: dict[str, Format] = {
+    block_fp8.NAME: block_fp8,
+    nvfp4.NAME: nvfp4,
+    scaled_fp8.NAME: scaled_fp8,
+    compressed_integers.NAME: compressed_integers,
+    gptq.NAME: gptq,
+    awq.NAME: awq,
+    bitsandbytes.NAME: bitsandbytes,
+    mlx_packed.NAME: mlx_packed,
+}
 TRIED = (block_fp8.NAME,)  # formats that classes of libraries unpack by themselves
+MAX_READ_BYTES = 1 << 20  # of a tensor that says how another is packed
 MOST_TRIED = 4  # weights of a shape and a depth: a library may have some under other names
 SETTINGS = "quantization_config"
 ALL_SETTINGS = (SETTINGS, "compression_config", "quantization")
@@ -48,11 +69,24 @@ def found(checkpoint: Checkpoint) -> Found | None:
     for module in FORMATS.values():
         if method in module.METHODS:
             try:
-                if one := module.found(settings, checkpoint.tensors):
+                if one := module.found(settings, checkpoint.tensors, partial(_read, checkpoint)):
                     return one
             except CheckpointError as error:
                 raise CheckpointError(f"{checkpoint.folder}: {error}") from error
     return None
+
+
+def _read(checkpoint: Checkpoint, name: str) -> bytes:
+    """Return a small tensor's bytes.
+
+    Raises:
+        CheckpointError: it is large, or no plain bytes of a file.
+    """
+    (key,) = checkpoint.tensors[name].inputs
+    stored = checkpoint.stored[key]
+    if stored.offset == TORCH or stored.nbytes > MAX_READ_BYTES:
+        raise CheckpointError(f"{name} cannot be read while a build is planned.")
+    return b"".join(checkpoint.source.read(stored.file, stored.offset, stored.nbytes))
 
 
 def trial(found: Found) -> dict[str, Any] | None:
@@ -85,7 +119,7 @@ def dequantized(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     settings = checkpoint.config.get("quantization")
     if isinstance(settings, dict) and isinstance(settings.get("group_size"), int):
         try:
-            one = mlx_packed.found(settings, checkpoint.tensors)
+            one = mlx_packed.found(settings, checkpoint.tensors, partial(_read, checkpoint))
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.folder}: {error}") from error
         if one:
@@ -116,7 +150,8 @@ def unpacked(checkpoint: Checkpoint, found: Found, dtype: str = "float32") -> Ch
         found: what it holds.
         dtype: of the floats; "" for the format's own, which may be another for each.
     """
-    gone = {name for each in found.packed.values() for name in each.inputs} | {*found.left_out}
+    gone = {*found.left_out, *found.used_up}
+    gone |= {name for each in found.packed.values() for name in each.inputs}
     tensors = {name: t for name, t in checkpoint.tensors.items() if name not in gone}
     for name, each in found.packed.items():
         inputs = [checkpoint.tensors[part] for part in each.inputs]

@@ -271,10 +271,10 @@ def test_what_is_no_model(plain: Path, tmp_path: Path) -> None:
     adapter.mkdir()
     mx.save_safetensors(str(adapter / "adapters.safetensors"), {"lora_a": mx.zeros((2, 2))})
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
-    with pytest.raises(CheckpointError, match=r"is a LoRA adapter .*Fuse it with org/base"):
+    with pytest.raises(CheckpointError, match=r"is a LoRA adapter .*Name org/base as source"):
         read(adapter, tmp_path / "cache")
     shutil.copy(plain / "config.json", adapter)  # as trainers save it
-    with pytest.raises(CheckpointError, match=r"is a LoRA adapter .*Fuse it with org/base"):
+    with pytest.raises(CheckpointError, match=r"is a LoRA adapter .*Name org/base as source"):
         read(adapter, tmp_path / "cache")
     mistral = tmp_path / "mistral"
     mistral.mkdir()

@@ -37,6 +37,7 @@ def repack(source: Path, folder: Path, pack: Packer, settings: dict) -> Path:
             continue
         parts, floats[name] = pack(name.removesuffix(".weight"), tensor.float())
         packed |= parts
+    packed = {name: tensor.contiguous().clone() for name, tensor in packed.items()}
     save_file(packed, folder / "model.safetensors", {"format": "pt"})
     save_file(floats, plain / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
@@ -62,6 +63,197 @@ def block_fp8(block: int = 128, *, scale_dtype: torch.dtype = torch.float32) -> 
         return parts, floats[:rows, :columns].contiguous()
 
     return pack
+
+
+def scaled_fp8(*, whole: bool = False) -> Packer:
+    """As FBGEMM and compressed-tensors: E4M3, and a scale for each row, or for all."""
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        largest = weight.abs().amax() if whole else weight.abs().amax(1, keepdim=True)
+        scale = largest / 448
+        octets = (weight / scale).to(torch.float8_e4m3fn)
+        parts = {
+            f"{path}.weight": octets,
+            f"{path}.weight_scale": scale,
+            f"{path}.input_scale": scale,
+        }
+        return parts, octets.float() * scale
+
+    return pack
+
+
+def nvfp4(*, modelopt: bool = False) -> Packer:
+    """As compressed-tensors and ModelOpt: E2M1 in groups of 16, scales of E4M3, and one of all."""
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        numbers = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+        groups = weight.reshape(len(weight), -1, 16)
+        whole = weight.abs().amax() / (448 * 6)
+        scale = (groups.abs().amax(-1) / 6 / whole).to(torch.float8_e4m3fn)
+        each = (scale.float() * whole)[..., None]
+        index = ((groups / each).abs()[..., None] - numbers).abs().argmin(-1)
+        codes = (index + 8 * (groups < 0)).reshape(len(weight), -1).to(torch.uint8)
+        octets = codes[:, ::2] | codes[:, 1::2] << 4
+        signed = torch.cat([numbers, -numbers])[codes.long()].reshape(groups.shape)
+        if modelopt:
+            parts = {"weight": octets, "weight_scale": scale, "weight_scale_2": whole}
+            floats = signed * each
+        else:
+            whole = (1 / whole).reshape(1)
+            parts = {"weight_packed": octets, "weight_scale": scale, "weight_global_scale": whole}
+            floats = signed * (scale.float() / whole)[..., None]
+        return {f"{path}.{name}": part for name, part in parts.items()}, floats.reshape(
+            weight.shape
+        )
+
+    return pack
+
+
+def _affine(weight: torch.Tensor, bits: int, size: int) -> tuple[torch.Tensor, ...]:
+    """Numbers, zero points and scales (float16) of groups of columns."""
+    groups = weight.reshape(len(weight), -1, size)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = ((high - low) / (2**bits - 1)).half()
+    zero = (-low / scale.float()).round().clamp(0, 2**bits - 1)
+    numbers = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, 2**bits - 1)
+    return numbers.reshape(weight.shape).long(), zero.long(), scale
+
+
+def _stream(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Numbers as a stream of bits down each column, in words: (words, columns)."""
+    each = (numbers[:, None] >> torch.arange(bits)[:, None]) & 1  # numbers, bits, columns
+    words = each.reshape(-1, 32, numbers.shape[1]) << torch.arange(32)[:, None]
+    return words.sum(1).to(torch.uint32).view(torch.int32)
+
+
+def gptq(bits: int, *, size: int = 32, shuffled: bool = False, v2: bool = False) -> Packer:
+    """As AutoGPTQ and GPTQModel."""
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        columns = weight.shape[1]
+        order = torch.randperm(columns, generator=torch.Generator().manual_seed(1))
+        order = order if shuffled else torch.arange(columns)
+        numbers, zero, scale = _affine(weight[:, order], bits, size)
+        group_of = torch.empty(columns, dtype=torch.int32)
+        group_of[order] = torch.arange(columns, dtype=torch.int32) // size
+        back = torch.argsort(order)
+        numbers = numbers[:, back]
+        zero = zero.clamp_min(0 if v2 else 1)
+        at = group_of.long()
+        floats = (numbers - zero[:, at]).float() * scale.float()[:, at]
+        parts = {
+            "qweight": _stream(numbers.T, bits),
+            "qzeros": _stream(zero - (0 if v2 else 1), bits).T.contiguous(),
+            "scales": scale.T.contiguous(),
+            "g_idx": group_of,
+        }
+        return {f"{path}.{name}": part for name, part in parts.items()}, floats
+
+    return pack
+
+
+def awq(size: int = 32) -> Packer:
+    """As AutoAWQ's gemm."""
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def words(numbers: torch.Tensor) -> torch.Tensor:
+        each = numbers.reshape(len(numbers), -1, 8)[..., order] << (4 * torch.arange(8))
+        return each.sum(-1).to(torch.uint32).view(torch.int32)
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        numbers, zero, scale = _affine(weight, 4, size)
+        at = torch.arange(weight.shape[1]) // size
+        parts = {
+            "qweight": words(numbers.T.contiguous()),
+            "qzeros": words(zero.T.contiguous()),
+            "scales": scale.T.contiguous(),
+        }
+        floats = (numbers - zero[:, at]).float() * scale.float()[:, at]
+        return {f"{path}.{name}": part for name, part in parts.items()}, floats
+
+    return pack
+
+
+def compressed_integers(bits: int, *, packs: bool, zeros: bool, size: int = 32) -> Packer:
+    """As compressed-tensors' pack-quantized and int-quantized."""
+
+    def words(numbers: torch.Tensor) -> torch.Tensor:
+        each = numbers.reshape(len(numbers), -1, 32 // bits) << (bits * torch.arange(32 // bits))
+        return each.sum(-1).to(torch.uint32).view(torch.int32)
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        half = 2 ** (bits - 1)
+        numbers, zero, scale = _affine(weight, bits, size)
+        zero = zero if zeros else torch.full_like(zero, half)
+        at = torch.arange(weight.shape[1]) // size
+        floats = (numbers - zero[:, at]).float() * scale.float()[:, at]
+        parts = {"weight_scale": scale}
+        if packs:
+            parts["weight_packed"] = words(numbers)
+            parts["weight_shape"] = torch.tensor(weight.shape)
+        else:
+            parts["weight"] = (numbers - half).to(torch.int8)
+        if zeros and packs:
+            parts["weight_zero_point"] = words(zero.T.contiguous()).T.contiguous()
+        elif zeros:
+            parts["weight_zero_point"] = (zero - half).to(torch.int8)
+        return {f"{path}.{name}": part for name, part in parts.items()}, floats
+
+    return pack
+
+
+def bitsandbytes(kind: str, *, nested: bool = False, block: int = 64) -> Packer:
+    """As bitsandbytes' NF4 and FP4, and its 8 bits."""
+    codes = torch.linspace(-1, 1, 16) ** 3 if kind == "nf4" else torch.linspace(-1, 1, 16)
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        if kind == "int8":
+            largest = weight.abs().amax(1)
+            numbers = (weight * 127 / largest[:, None]).round().to(torch.int8)
+            floats = numbers.float() * largest[:, None] * (1 / 127)
+            return {f"{path}.weight": numbers, f"{path}.SCB": largest}, floats
+        blocks = weight.reshape(-1, block)
+        absmax = blocks.abs().amax(1)
+        parts = {"quant_map": codes}
+        state = {
+            "quant_type": kind,
+            "blocksize": block,
+            "shape": [*weight.shape],
+            "dtype": "bfloat16",
+        }
+        if nested:
+            steps = torch.linspace(-1, 1, 256)
+            offset = float(absmax.mean())
+            rest = absmax - offset
+            padded = torch.nn.functional.pad(rest, (0, -len(rest) % 256)).reshape(-1, 256)
+            largest = padded.abs().amax(1)
+            at = torch.arange(len(rest)) // 256
+            octets = ((rest / largest[at])[:, None] - steps).abs().argmin(1).to(torch.uint8)
+            absmax = steps[octets.long()] * largest[at] + offset
+            parts |= {"absmax": octets, "nested_absmax": largest, "nested_quant_map": steps}
+            state |= {"nested_blocksize": 256, "nested_offset": offset, "nested_dtype": "float32"}
+        else:
+            parts["absmax"] = absmax
+        index = ((blocks / absmax[:, None])[..., None] - codes).abs().argmin(-1).to(torch.uint8)
+        floats = (codes[index.long()] * absmax[:, None]).reshape(weight.shape)
+        flat = index.reshape(-1)
+        text = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        parts[f"quant_state.bitsandbytes__{kind}"] = text
+        tensors = {f"{path}.weight.{name}": part for name, part in parts.items()}
+        tensors[f"{path}.weight"] = (flat[::2] << 4 | flat[1::2])[:, None]
+        return tensors, floats
+
+    return pack
+
+
+def compressed(form: str, **weights: object) -> dict:
+    """What `config.json` says of compressed-tensors."""
+    group = {"targets": ["Linear"], "weights": weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+    }
 
 
 BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],

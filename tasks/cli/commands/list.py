@@ -116,7 +116,8 @@ could be fetched is to run, too."""
             looked_at = target in self.session.plans
             layers: dict[str, list[str]] = {}
             for stage in registry.PIPELINE:
-                layers[stage.group] = [*plan.specs[stage.name]]
+                if specs := plan.specs[stage.name]:
+                    layers[stage.group] = [*specs]
             layers[PACK] = [""]
             for stage in registry.MEASURES:
                 layers[stage.group] = [*plan.measure_specs[stage.name]]

@@ -72,7 +72,7 @@ def test_what_is_not_said(folder: Path) -> None:
     )
     cache = Cache(
         dir=folder / ".mlx-make/cache",
-        keep=("cast",),
+        keep=None,
         remote=None,
         mode="read-write",
         max_bytes=None,
@@ -275,11 +275,17 @@ def test_what_is_no_remote(folder: Path, url: str, fact: str, mend: str) -> None
     ("line", "words"),
     [
         ('keep = "cast"', 'keep is \'cast\', must be a list such as ["unshard", "cast"]'),
-        ("keep = [1]", "keep[0] is 1; valid: extract, unshard, cast"),
-        ('keep = ["cast", "Unshard"]', "keep[1] is 'Unshard'; valid: extract, unshard, cast. Did"),
-        ('keep = ["castt", 5]', "keep[0] is 'castt'; valid: extract, unshard, cast. Did you mean"),
-        ('keep = ["castt", 5]', "keep[1] is 5; valid: extract, unshard, cast"),
-        ('keep = ["quantize"]', "keep[0] is 'quantize'; valid: extract, unshard, cast"),
+        ("keep = [1]", "keep[0] is 1; valid: extract, unshard, cast, fuse"),
+        (
+            'keep = ["cast", "Unshard"]',
+            "keep[1] is 'Unshard'; valid: extract, unshard, cast, fuse. Did",
+        ),
+        (
+            'keep = ["castt", 5]',
+            "keep[0] is 'castt'; valid: extract, unshard, cast, fuse. Did you mean",
+        ),
+        ('keep = ["castt", 5]', "keep[1] is 5; valid: extract, unshard, cast, fuse"),
+        ('keep = ["quantize"]', "keep[0] is 'quantize'; valid: extract, unshard, cast, fuse"),
         ('remote = ["https://u:secret@h"]', 'remote is no string. Write "s3://BUCKET/PREFIX"'),
         ('mode = "readonly"', "mode is 'readonly'; valid: read-write, read-only, off. Did you"),
         ("max_size = 0", "max_size is 0: no room for a tensor"),
@@ -341,7 +347,7 @@ def test_an_empty_variable_says_nothing(folder: Path, monkeypatch: pytest.Monkey
         (
             "MLX_MAKE_CACHE_KEEP",
             "cast,caste",
-            "cache.keep[1] is 'caste'; valid: extract, unshard, cast. ",
+            "cache.keep[1] is 'caste'; valid: extract, unshard, cast, fuse. ",
         ),
         ("MLX_MAKE_CACHE_REMOTE", "s3://u:secret@b", "cache.remote holds credentials. Take"),
         ("MLX_MAKE_CACHE_MODE", "of", "cache.mode is 'of'; valid: read-write, read-only, off. Did"),
@@ -397,7 +403,7 @@ def test_all_mistakes_are_told_each_with_its_line(folder: Path) -> None:
     assert message is not None
     told = [line.removeprefix(f"{folder}/models.toml:") for line in message.splitlines()]
     starts = [
-        "2: cache.keep[1] is 'x'; valid: extract, unshard, cast",
+        "2: cache.keep[1] is 'x'; valid: extract, unshard, cast, fuse",
         "3: cache.size is an unknown key; valid: dir,",
         "5: defaults.dtype is 'bf16'; valid: ",
         "6: models.a has no source. Add source = ",

@@ -1,0 +1,265 @@
+"""fuse: an adapter's weights, added to the model's that they were trained on.
+
+The arithmetic is that of ``mlx_lm.fuse`` (``LoRALinear.fuse`` and the like) for what mlx-lm
+trained, in its order and dtypes, a whole weight at once: so that bits agree. What PEFT trained is
+added as its ``merge`` does on a CPU, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from math import prod
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from cache.digest import digest_record
+from cache.records.manifests import DTYPE_BYTES, TensorSpec
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.layouts import fusions
+from tasks.layouts.fusions import Delta
+from tasks.stages.reasons import Reason, changed_values
+from tasks.stages.stage import (
+    Context,
+    Inputs,
+    Keep,
+    Key,
+    Origin,
+    Output,
+    Params,
+    Planned,
+    Result,
+    Stage,
+    TargetModel,
+)  # fmt: skip
+from tasks.tensors import arrays, mx, rows
+from tasks.tensors.device import device_of
+from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
+
+
+class FuseParams(Params, frozen=True):
+    """What is fused.
+
+    Attributes:
+        deltas: what the adapter does to each weight, by its name.
+        shapes: of these weights.
+        dtype: what they are cast to then, where something is to be made of them.
+        mlx: MLX's version; this and the next two are empty if nothing is computed.
+        device: what computes: ``cpu``, ``metal``, ``cuda``.
+        machine: the processor.
+    """
+
+    deltas: dict[str, list[Delta]]
+    shapes: dict[str, tuple[int, ...]]
+    dtype: str | None = None
+    mlx: str = ""
+    device: str = ""
+    machine: str = ""
+
+
+class Fuse(Stage[FuseParams]):
+    """Add an adapter to each layer."""
+
+    name = "fuse"
+    version = 1
+    keep = Keep.CONFIGURED
+    params = FuseParams
+
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[FuseParams]]:
+        """Plan what the target's adapter does; nothing if it has none.
+
+        Raises:
+            CheckpointError: the adapter is not of this model.
+        """
+        if target.adapter is None:
+            return {}
+        deltas = fusions.deltas(target.adapter, target.model, target.checkpoint)
+        planned = {}
+        for layer, parameters in target.layers.items():
+            own = {p.name: deltas[p.name] for p in parameters if p.name in deltas}
+            shapes = {p.name: tuple(p.shape) for p in parameters if p.name in own}
+            computer = target.computer._asdict() if own else {}
+            dtype = target.dtype if own and target.settings else None
+            params = FuseParams(own, shapes, dtype, **computer)
+            planned[layer] = Planned(params, target.same_layer(layer))
+        return planned
+
+    def plan_key(self, target: TargetModel) -> Hashable:
+        """Return what tells adapters apart, and what is made of the weights then."""
+        if target.adapter is None:
+            return None
+        adapter = target.adapter
+        identity = digest_record([adapter.file, adapter.config, dict(adapter.digests)])
+        return identity, target.dtype, bool(target.settings)
+
+    def outputs(self, params: FuseParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+        """Return tensors of the same names and shapes."""
+        outputs = {}
+        for key, spec in inputs.items():
+            deltas = params.deltas.get(key.name)
+            made = (
+                TensorSpec(_dtype(spec.dtype, deltas, params.dtype), spec.shape) if deltas else spec
+            )
+            origin = Origin.VIEW if deltas else Origin.PASSED_ON
+            outputs[key.name] = Output(made, origin, (key,))
+        return outputs
+
+    def run(self, params: FuseParams, inputs: Inputs, context: Context) -> Result:
+        """Fuse a layer."""
+        tensors = {}
+        for key, tensor in inputs.items():
+            if key.name in params.deltas:
+                view = self.view(params, inputs, context, key.name)
+                tensors[key.name] = rows.digest(context.blobs, view, keep=context.keeps)
+            else:
+                tensors[key.name] = context.pass_on(key) if context.keeps else tensor
+        return Result(tensors)
+
+    def view(self, params: FuseParams, inputs: Inputs, context: Context, name: str) -> Rows:
+        """Return a weight, fused as it is read."""
+        source = context.rows(next(key for key in inputs if key.name == name))
+        deltas = params.deltas.get(name)
+        if not deltas:
+            return source
+        adapter = context.planned.adapter
+        assert adapter is not None
+        stream = context.streams.get(device_of(params.device))
+        fused = {}
+        for delta in deltas:
+            tensors = {
+                role: _array(adapter.read(part), dtype, shape)
+                for role, (part, dtype, shape, _) in delta.tensors.items()
+            }
+            fused[delta.expert] = partial(_fuse, delta, tensors, stream)
+        dtype = _dtype(source.dtype, deltas, params.dtype)
+        return Fused(source, dtype, fused)
+
+    def memory(self, params: FuseParams, checkpoint: Checkpoint) -> int:
+        """Return the size of the largest weight, and of what is made of it, in float32."""
+        return IN_FLIGHT_BYTES + self.view_memory(params, checkpoint)
+
+    def view_memory(self, params: FuseParams, checkpoint: Checkpoint) -> int:
+        """Return the size of the largest piece, four times in float32."""
+        sizes = [
+            prod(shape if params.deltas[name][0].expert is None else shape[1:])
+            for name, shape in params.shapes.items()
+        ]
+        return 4 * DTYPE_BYTES["float32"] * max(sizes, default=0)
+
+    def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+        """Compare what is done to each weight, and what computes."""
+        was, now = old.get("deltas") or {}, new.get("deltas") or {}
+        others = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+        changed = [Reason("the adapter changed", tuple(others))] if others else []
+        return changed + changed_values(
+            old, new, but=("deltas", "shapes") if others else ("deltas",)
+        )
+
+    def describe(self, params: FuseParams) -> str:
+        """Return how many weights are changed."""
+        return f"{len(params.deltas)} changed" if params.deltas else "as it is"
+
+
+def _dtype(dtype: str, deltas: list[Delta], wanted: str | None) -> str:
+    """Return the dtype of a weight that was fused: mlx-lm's DoRA multiplies by float32."""
+    if wanted:
+        return wanted
+    for delta in deltas:
+        if delta.kind == "replace":
+            dtype = delta.tensors["weight"][1]
+        elif delta.kind == "dora" and delta.tensors["m"][1] != dtype:
+            dtype = "float32"
+    return dtype
+
+
+def _array(data: bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
+    memory = arrays.blank(len(data))
+    if data:
+        memoryview(memory)[:] = data  # type: ignore[arg-type]
+    return memory.view(getattr(mx, dtype)).reshape(shape)
+
+
+def _fuse(
+    delta: Delta, tensors: Mapping[str, mx.array], stream: mx.Stream, weight: mx.array
+) -> mx.array:
+    """Return a weight, (rows, columns) or of experts, with what an adapter does to it."""
+    with mx.stream(stream):
+        if delta.kind == "replace":
+            return tensors["weight"]
+        a, b, scale = tensors["a"], tensors["b"], delta.scale
+        if delta.kind.startswith("peft_"):
+            return _fuse_peft(delta, tensors, weight)
+        if weight.ndim == 3:
+            product = (scale * b) @ a.reshape(len(weight), -1, weight.shape[-1])
+        elif delta.transposed:
+            product = (scale * b.T) @ a.T
+        else:
+            product = (scale * a) @ b
+        weight = weight + product.astype(weight.dtype)
+        if delta.kind == "dora":
+            weight = (tensors["m"] / mx.linalg.norm(weight, axis=1))[:, None] * weight
+        return weight
+
+
+def _fuse_peft(delta: Delta, tensors: Mapping[str, mx.array], weight: mx.array) -> mx.array:
+    a, b = (tensors[role].astype(mx.float32) for role in ("a", "b"))
+    product = b @ a
+    product = (product.T if delta.transposed else product) * delta.scale
+    product = product.astype(tensors["a"].dtype).astype(mx.float32)
+    wide = weight.astype(mx.float32) + product
+    if delta.kind == "peft_dora":
+        magnitude = tensors["m"].astype(mx.float32).reshape(-1)
+        axis = 0 if delta.transposed else 1
+        factor = magnitude / mx.linalg.norm(wide, axis=axis)
+        wide = (factor[None] if delta.transposed else factor[:, None]) * wide
+    return wide.astype(weight.dtype)
+
+
+class Fused(Struct, frozen=True):
+    """A weight with what an adapter does to it: made as a whole, or an expert at a time.
+
+    Attributes:
+        source: the weight.
+        dtype: of the result.
+        deltas: what makes the result of a piece, by the expert's number; None, of all.
+    """
+
+    source: Rows
+    dtype: str
+    deltas: Mapping[int | None, Callable[[mx.array], mx.array]]
+    unit: int = 1
+    _made: dict[int, mx.array] = msgspec.field(default_factory=dict)  # the piece that is read
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self.source.shape
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        height = rows.count(self.source) if None in self.deltas else self.shape[-2]
+        pieces = []
+        for number in range(start // height, -(-stop // height)):
+            first = number * height
+            last = min(stop, first + height)
+            if number in self.deltas or None in self.deltas:
+                made = self._piece(number, height)
+                pieces.append(made[max(start, first) - first : last - first])
+            else:
+                plain = self.source.read(max(start, first), last)
+                pieces.append(plain.astype(getattr(mx, self.dtype)))
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
+
+    def _piece(self, number: int, height: int) -> mx.array:
+        if number not in self._made:
+            self._made.clear()
+            whole = None in self.deltas
+            weight = self.source.read(number * height, (number + 1) * height)
+            fuse = self.deltas[None if whole else number]
+            made = fuse(weight.reshape(self.shape) if whole else weight)
+            made = made.astype(getattr(mx, self.dtype)).reshape(height, -1)
+            mx.eval(made)
+            self._made[number] = made
+        return self._made[number]

@@ -1,0 +1,49 @@
+"""bits: whole numbers of a few bits, packed into words."""
+
+from __future__ import annotations
+
+from tasks.tensors import mx
+
+
+def stream(words: mx.array, bits: int, count: int) -> mx.array:
+    """Return numbers that follow each other without a gap, from the first word's lowest bit on.
+
+    Args:
+        words: (words, columns), 32 bits each.
+        bits: of a number; one may lie in two words.
+        count: how many there are in a column.
+
+    Returns:
+        (count, columns), uint32.
+    """
+    words = words.view(mx.uint32)
+    at = mx.arange(count, dtype=mx.uint32) * bits
+    word, shift = at // 32, (at % 32)[:, None]
+    low = words[word] >> shift
+    if 32 % bits:
+        following = words[mx.minimum(word + 1, words.shape[0] - 1)]
+        crosses = shift + bits > 32
+        low = mx.where(crosses, low | (following << (32 - shift) % 32), low)
+    return low & ((1 << bits) - 1)
+
+
+def fields(words: mx.array, bits: int) -> mx.array:
+    """Return numbers of which each word holds as many as it can, the first lowest.
+
+    Args:
+        words: (rows, words), 32 bits each.
+        bits: of a number.
+
+    Returns:
+        (rows, words · (32 // bits)), uint32.
+    """
+    shifts = mx.arange(32 // bits, dtype=mx.uint32) * bits
+    numbers = (words.view(mx.uint32)[..., None] >> shifts) & ((1 << bits) - 1)
+    return numbers.reshape(words.shape[0], -1)
+
+
+def grouped(values: mx.array, group_size: int, columns: int) -> mx.array:
+    """Return values of groups, (rows, groups), as those of each column: (rows, columns)."""
+    if values.shape[1] == 1:
+        return values
+    return mx.repeat(values, group_size, axis=1)[:, :columns]

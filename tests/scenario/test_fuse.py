@@ -1,0 +1,149 @@
+"""Adapters, fused with the models that they were trained on."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.utils import load_model
+
+from support import checkpoints, inside, peer
+from support.differences import weight_differences
+
+KEYS = {
+    "lora": ["self_attn.q_proj", "mlp.down_proj", "model.embed_tokens"],
+    "dora": ["self_attn.q_proj", "self_attn.o_proj"],
+    "experts": ["mlp.switch_mlp.up_proj", "mlp.gate"],
+}
+
+
+def mlx_lm_adapter(source: Path, folder: Path, kind: str, seed: int = 0) -> Path:
+    """Write an adapter of random weights as `mlx_lm.lora` saves it."""
+    folder.mkdir()
+    model, _ = load_model(source)
+    settings = {"rank": 4, "scale": 7.5, "dropout": 0.0, "keys": KEYS[kind]}
+    linear_to_lora_layers(model, 2, settings, use_dora=kind == "dora")
+    weights = {
+        name: checkpoints.random_array(name, array.shape, seed=seed, dtype="float32")
+        for name, array in tree_flatten(model.parameters())
+        if name.endswith((".lora_a", ".lora_b", ".m"))
+    }
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    config = {
+        "fine_tune_type": "dora" if kind == "dora" else "lora",
+        "num_layers": 2,
+        "lora_parameters": settings,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def fused(source: Path, adapter: Path) -> dict[str, mx.array]:
+    """What `mlx_lm.fuse` makes."""
+    model, _ = load_model(source)
+    model = load_adapters(model, str(adapter))
+    new = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
+    model.update_modules(tree_unflatten(new))
+    return dict(tree_flatten(model.parameters()))
+
+
+def weights(folder: Path) -> dict[str, mx.array]:
+    return {k: v for p in folder.glob("model*.safetensors") for k, v in mx.load(str(p)).items()}
+
+
+@pytest.mark.parametrize(
+    ("arch", "kind"), [("llama", "lora"), ("llama", "dora"), ("qwen3-moe", "experts")]
+)
+def test_what_mlx_lm_trained(arch: str, kind: str, tmp_path: Path) -> None:
+    """To the bit as mlx_lm.fuse; of another adapter, only what it changes is made."""
+    source = checkpoints.make(arch, tmp_path / "checkpoint")
+    adapter = mlx_lm_adapter(source, tmp_path / "first", kind)
+    other = mlx_lm_adapter(source, tmp_path / "second", kind, seed=1)
+    toml = tmp_path / "models.toml"
+    lines = '[models.model]\nsource = "checkpoint"\nadapter = "first"\n'
+    toml.write_text(lines)
+    inside.doit(tmp_path)
+    expected = fused(source, adapter)
+    found = weights(tmp_path / "build" / "model")
+    assert found.keys() == expected.keys()
+    assert all(
+        found[n].dtype == e.dtype and mx.array_equal(found[n], e) for n, e in expected.items()
+    )
+    toml.write_text(f'{lines}[models.model.variants.other]\nadapter = "{other}"\nquantize = {{}}\n')
+    done = inside.doit(tmp_path)
+    stages = {task.split(":")[0] for task in done.computed}
+    assert stages == {"fuse", "quantize", "pack"}
+
+
+def test_a_checkpoint_quantized_after_fusing(tmp_path: Path) -> None:
+    source = checkpoints.make("llama", tmp_path / "checkpoint")
+    adapter = mlx_lm_adapter(source, tmp_path / "adapter", "lora")
+    plain = checkpoints.make("llama", tmp_path / "fused")
+    for path in plain.glob("model*"):
+        path.unlink()
+    mx.save_safetensors(str(plain / "model.safetensors"), fused(source, adapter), {"format": "mlx"})
+    reference = peer.convert(plain, tmp_path / "peer", quantize=True, q_bits=4)
+    (tmp_path / "models.toml").write_text(
+        '[models.model]\nsource = "checkpoint"\nadapter = "adapter"\nquantize = { bits = 4 }\n'
+    )
+    inside.doit(tmp_path)
+    assert [*weight_differences(tmp_path / "build" / "model", reference)] == []
+
+
+PEFT = {
+    "lora": {"r": 4, "lora_alpha": 6},
+    "patterns": {"r": 4, "rank_pattern": {"q_proj": 2}, "use_rslora": True,
+                 "alpha_pattern": {"layers.1.mlp.up_proj": 5}, "modules_to_save": ["lm_head"]},
+    "dora": {"r": 4, "use_dora": True},
+    "embedding": {"r": 4, "target_modules": ["embed_tokens", "k_proj"]},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's and transformers', of each other
+@pytest.mark.parametrize("kind", PEFT)
+def test_what_peft_trained(kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    source = checkpoints.make("llama", tmp_path / "checkpoint")
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    settings = {"target_modules": ["q_proj", "up_proj"], **PEFT[kind]}
+    model = peft.get_peft_model(base, peft.LoraConfig(**settings))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload().state_dict()
+    (tmp_path / "models.toml").write_text(
+        '[models.model]\nsource = "checkpoint"\nadapter = "adapter"\ndtype = "float32"\n'
+    )
+    inside.doit(tmp_path)
+    found = weights(tmp_path / "build" / "model")
+    plain = weights(source)
+    for name, array in found.items():
+        expected = mx.array(merged[name].numpy())
+        assert mx.allclose(array, expected, rtol=1e-5, atol=1e-6), name
+    changed = {n for n in found if not mx.array_equal(found[n], plain[n].astype(mx.float32))}
+    assert len(changed) >= 2
+
+
+def test_an_adapter_of_another_model(tmp_path: Path) -> None:
+    source = checkpoints.make("llama", tmp_path / "checkpoint")
+    adapter = mlx_lm_adapter(source, tmp_path / "adapter", "lora")
+    name = "model.layers.9.self_attn.q_proj.lora_a"
+    path = adapter / "adapters.safetensors"
+    mx.save_safetensors(str(path), {**mx.load(str(path)), name: mx.zeros((4, 4))})
+    toml = tmp_path / "models.toml"
+    toml.write_text('[models.model]\nsource = "checkpoint"\nadapter = "adapter"\n')
+    done = inside.doit(tmp_path, "plan", expect=3)
+    said = done.stdout + done.stderr
+    assert f"1 tensor of it fit nowhere in the model ({name})" in " ".join(said.split())
+    toml.write_text('[models.model]\nsource = "adapter"\n')
+    done = inside.doit(tmp_path, "plan", expect=3)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "is a LoRA adapter (adapters.safetensors) and no model" in said
