@@ -57,7 +57,12 @@ class TaskGraph:
 
     def stage_creators(self) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
         """Return what yields each stage's tasks, as doit names it in a dodo.py."""
-        stages = list(registry.PIPELINE)
+        plans, refused = self.session.plans.values(), self.session.refused
+        stages = [
+            stage  # where none has an adapter, there is nothing to fuse
+            for stage in registry.PIPELINE
+            if refused or not plans or any(plan.nodes(stage.name) for plan in plans)
+        ]
         if not self.session.options.builds_all:  # of a plain doit's tasks, a fifth would be unused
             stages += registry.MEASURES
         if self.runs_models:
