@@ -67,6 +67,9 @@ class TaskGraph:
             stages += registry.MEASURES
         if self.runs_models:
             stages += registry.RUNNING
+        used = {name for plan in self.session.plans.values() for name in plan.specs}
+        known = {stage.name for stage in stages}
+        stages += [s for s in registry.stages() if s.name in used - known]
         named = {f"task_{stage.group}": self._named(stage) for stage in registry.ASKED_FOR}
         return named | {f"task_{stage.group}": self._stage_creator(stage) for stage in stages}
 
@@ -90,18 +93,25 @@ class TaskGraph:
     def stage(self, stage: Stage[Any]) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""
         plans = [p for target, p in self.session.plans.items() if target not in self.skipped]
+        nodes = {plan.target.name: self._nodes(plan, stage) for plan in plans}
         for plan in plans:
-            for node in plan.nodes(stage.name):
+            for node in nodes[plan.target.name]:
                 yield self._layer_task(plan, node)
         yield from refused_tasks(self.session, stage.group)
-        if stage in registry.ASKED_FOR:
-            cannot = (plan for plan in plans if not plan.nodes(stage.name))
+        if self.runs_models and stage in registry.ASKED_FOR:
+            cannot = (plan for plan in plans if not nodes[plan.target.name])
             yield from self._cannot_run(stage, cannot)
-        targets = [plan.target.name for plan in plans if plan.nodes(stage.name)]
+        targets = [target for target, of_target in nodes.items() if of_target]
         groups = [task_name(stage.group, target) for target in (*targets, *self.session.refused)]
         # The reporter finds the session here: doit hands it tasks, and nothing else.
         meta = {"session": self.session}
         yield {"basename": stage.group, "actions": None, "task_dep": groups, "meta": meta}
+
+    def _nodes(self, plan: Plan, stage: Stage[Any]) -> list[Node]:
+        """Return a stage's nodes that a run may ask for."""
+        if self.runs_models or stage.name in (*plan.specs, *(s.name for s in registry.MEASURES)):
+            return plan.nodes(stage.name)
+        return []
 
     def _cannot_run(self, stage: Stage[Any], plans: Iterable[Plan]) -> Iterator[dict[str, Any]]:
         """Yield tasks that fail, of targets whose models no library runs; they are in no group."""

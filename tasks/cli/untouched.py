@@ -109,6 +109,8 @@ class Untouched:
             return None
         if target.quantize and target.quantize.chooses:  # by what is on record of running it
             return None
+        if target.quantize and target.quantize.method:  # it reads the text
+            return None
         shared = self.planner.share(target)
         saved = self.saved(target.name)
         if saved is None:

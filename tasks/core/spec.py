@@ -14,6 +14,7 @@ Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 Recipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Device = Literal["cpu", "gpu"]
+Method = Literal["gptq"]
 
 # What mx.quantize takes: mode -> (group sizes, bits), the first of each being MLX's default. The
 # installed MLX may take more: ``tasks.tensors.modes``.
@@ -292,6 +293,16 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
             example=3,
         ),
     ] = None
+    method: Annotated[
+        Method | None,
+        key(
+            "How weights are rounded: `gptq`, so that what the model makes of calibration text "
+            "changes least (mode affine). Embeddings are rounded to nearest.",
+            default="each to nearest",
+            change=_QUANTIZED,
+            example="gptq",
+        ),
+    ] = None
     rules: Annotated[
         tuple[Rule, ...],
         key(
@@ -324,6 +335,13 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
             raise Mistakes(Mistake(f"has {budget[0]}, but nothing to choose for", mend))
         if self.context and self.fit is None:
             raise Mistakes(Mistake("has context, which is fit's", "add fit, or drop it"))
+        modes = {self.mode, *(r.mode for r in self.rules), *(c.mode for c in self.candidates)}
+        for mode in sorted(filter(None, modes)):
+            if self.method and mode != "affine":
+                fact = f"has method {self.method!r} with mode {mode!r}"
+                raise Mistakes(
+                    Mistake(fact, "drop one: it rounds to integers, as 'affine' has them")
+                )
 
     @property
     def chooses(self) -> bool:

@@ -30,6 +30,7 @@ from tasks.stages.stage import (
     Need,
     Origin,
     Planned,
+    Roles,
     Stage,
     TargetModel,
 )
@@ -56,7 +57,9 @@ class SharedPlan(Struct, frozen=True, dict=True):
     computer: Computer
     stored_layers: dict[str, list[str]]
     layers: dict[str, list[Parameter]]
-    _planned: dict[tuple[str, Hashable], dict[str, ActionSpec[Any]]] = field(default_factory=dict)
+    _planned: dict[tuple[str, Roles, Hashable], dict[str, ActionSpec[Any]]] = field(
+        default_factory=dict
+    )
     _specs: dict[Hashable, ActionSpec[Any]] = field(default_factory=dict)
     _names: dict[Hashable, list[str]] = field(default_factory=dict)
 
@@ -122,7 +125,7 @@ class SharedPlan(Struct, frozen=True, dict=True):
 
     def specs(self, stage: Stage[Any], target: TargetModel) -> dict[str, ActionSpec[Any]]:
         """Return what a stage is asked to do, by layer: one object for all targets alike."""
-        key = (stage.name, stage.plan_key(target))
+        key = (stage.name, target.roles, stage.plan_key(target))
         if key not in self._planned:
             planned = stage.plan(target)
             self._planned[key] = {n: self._spec(stage, n, each) for n, each in planned.items()}
@@ -247,7 +250,8 @@ class Plan(Struct, frozen=True, dict=True):
         Raises:
             BuildError: the text that it is run on cannot be read.
         """
-        specs = _specs(self.shared, self.model, registry.RUNNING, self.specs)
+        stages = [stage for stage in registry.RUNNING if stage.name not in self.specs]
+        specs = _specs(self.shared, self.model, stages, self.specs)
         return _nodes(self.target.name, specs, self.stages)
 
     @property
@@ -259,7 +263,7 @@ class Plan(Struct, frozen=True, dict=True):
         """Return the nodes of a stage."""
         if stage in self.stages:
             return self.stages[stage]
-        return self.measures[stage] if stage in self.measures else self.running[stage]
+        return self.measures[stage] if stage in self.measures else self.running.get(stage, [])
 
 
 class Planner:
@@ -332,7 +336,8 @@ class Planner:
             quantize_scheme.candidates(target.quantize or None), self.memos,
             registry.roles(fuses=target.adapter is not None), self._adapter(target),
         )  # fmt: skip
-        specs = _specs(shared, asked, registry.PIPELINE, {})
+        method = target.quantize.method if target.quantize else None
+        specs = _specs(shared, asked, registry.pipeline(method), {})
         names, weights = shared.names(scheme.settings), shared.weights(scheme.settings)
         wide = shared.schemes.float32_scales(scheme.settings, dtype)
         notes = (*model.notes, *scheme.notes, *wide)

@@ -93,7 +93,7 @@ def traffic(node: Node, keep: Collection[str], checkpoint: Checkpoint) -> Traffi
         )
     kept = keeps(node.stage, keep)
     written = {Origin.STORED, Origin.VIEW} if kept else {Origin.STORED}
-    moves = passes(checkpoint, keep) and node.stage is registry.PIPELINE[-1]
+    moves = passes(checkpoint, keep) and node.stage.name == registry.PIPELINE[-1].name
     new = [o for o in outputs.values() if moves or o.origin is not Origin.PASSED_ON]
     written |= {Origin.PASSED_ON}  # of these, what is moved to its place in a weight file
     work = {key for output in new for key in output.inputs}

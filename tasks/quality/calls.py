@@ -26,12 +26,14 @@ class Call(msgspec.Struct, frozen=True):
         shape: the module's weight, (…, rows, channels), without its rows: (…, channels). Of an
             embedding that is looked up, which reads rows by their number: (rows,).
         is_lookup: whether it is that.
+        same_as: the number of the first call that is given the very same, if it is not this one.
     """
 
     number: int
     path: str
     shape: tuple[int, ...]
     is_lookup: bool = False
+    same_as: int | None = None
 
     @property
     def matrices(self) -> int:
@@ -62,7 +64,7 @@ class Seen(NamedTuple):
 
 
 See = Callable[[Seen], None]
-Pass = Callable[[int, mx.array], mx.array]
+Pass = Callable[[int, "mx.array"], "mx.array"]
 
 
 class Watch:
@@ -72,6 +74,7 @@ class Watch:
         self._see: See | None = None
         self._pass: Pass | None = None
         self._number = 0
+        self._first: dict[tuple[int, ...], tuple[int, tuple[Any, ...]]] = {}
         for path, module in model.named_modules():
             if hasattr(module, "to_quantized") and "weight" in module:
                 self._watch(path, module)
@@ -89,6 +92,7 @@ class Watch:
             yield
         finally:
             self._see = self._pass = None
+            self._first.clear()
 
     def _watch(self, path: str, module: Any) -> None:
         kind = type(module)
@@ -118,7 +122,10 @@ class Watch:
     ) -> None:
         assert self._see
         *lead, rows, channels = weight.shape
-        call = Call(number, path, (*lead, channels))
+        given = (x, *args, *named.values())  # held, so that no other has its number
+        first, _ = self._first.setdefault(tuple(map(id, given)), (number, given))
+        same_as = None if first == number else first
+        call = Call(number, path, (*lead, channels), same_as=same_as)
         if mx.issubdtype(x.dtype, mx.integer):
             self._see(Seen(Call(number, path, (rows,), is_lookup=True), x.reshape(-1)))
         elif x.shape[-1] != channels:

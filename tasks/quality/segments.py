@@ -33,7 +33,7 @@ from tasks.layouts.safetensors_format import DTYPES
 from tasks.quality.calls import Call, Seen, Watch
 from tasks.tensors import arrays, mx
 
-SCHEMA = 2  # of what is remembered of a model's segments
+SCHEMA = 3  # of what is remembered of a model's segments
 EMBEDDINGS, LOGITS = "embeddings", "logits"  # the names of the first segment and the last
 STATE, PLACEHOLDER = "<state>", "<placeholder>"  # no parameter is called so
 

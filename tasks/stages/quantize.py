@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from math import prod
 from typing import Any
@@ -15,10 +15,12 @@ from tasks.stages import quantize_scheme
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.reasons import Reason, changed_values, changes, come_and_gone
 from tasks.stages.stage import (
+    COMPUTER,
     Context,
     Inputs,
     Keep,
     Key,
+    Need,
     Origin,
     Output,
     Params,
@@ -79,7 +81,7 @@ class Quantize(Stage[QuantizeParams]):
             settings = {name: target.settings[name] for name in names}
             computer = target.computer._asdict() if settings else {}
             params = QuantizeParams(settings, **computer)
-            planned[layer] = Planned(params, target.same_layer(layer))
+            planned[layer] = Planned(params, (Need(target.roles.unquantized, layer),))
         return planned
 
     def plan_key(self, target: TargetModel) -> Hashable:
@@ -108,8 +110,7 @@ class Quantize(Stage[QuantizeParams]):
             if setting is None:
                 tensors[key.name] = context.pass_on(key)
                 continue
-            weight = context.rows(key)
-            packed, finite = _quantize_rows(context, key.name, weight, setting, params.device)
+            packed, finite = self.quantize(key, setting, params, context)
             if not finite:
                 notes.append(
                     f"{key.name} holds NaN or infinity, which no quantized weight can show"
@@ -124,6 +125,13 @@ class Quantize(Stage[QuantizeParams]):
             tensors |= packed
         return Result(tensors, tuple(notes))
 
+    def quantize(
+        self, key: Key, setting: Setting, params: QuantizeParams, context: Context
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Quantize a weight; return its parts by name, and whether all of it was finite."""
+        blocks = _blocks(context, context.rows(key), setting, params.device)
+        return write_parts(context, key, setting, blocks)
+
     def memory(self, params: QuantizeParams, checkpoint: Checkpoint) -> int:
         """Return the size of a few blocks."""
         return memory(params.device) if params.device else IN_FLIGHT_BYTES
@@ -135,7 +143,11 @@ class Quantize(Stage[QuantizeParams]):
     def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
         """Compare settings by name, and what computes."""
         changed = setting_changes(old.get("settings") or {}, new.get("settings") or {})
-        return changed + changed_values(old, new, but=("settings",))
+        was, now = (each.get("method") or "rounding to nearest" for each in (old, new))
+        if was != now:
+            changed.append(Reason(f"quantize.method {was} → {now}"))
+        computer = {key: new[key] for key in COMPUTER if key in new}
+        return changed + changed_values(old, computer)
 
 
 def words(settings: Mapping[str, Setting]) -> str:
@@ -175,34 +187,47 @@ def _is_zero(tensor: Tensor) -> bool:
     return digest_parts(zeros[: tensor.nbytes - at] for at in spans) == tensor.digest
 
 
-def _quantize_rows(
-    context: Context, name: str, weight: Rows, setting: Setting, backend: str
+Quantized = tuple[tuple[mx.array, ...], list[memoryview], bool]  # of rows: see quantize_block
+
+
+def write_parts(
+    context: Context, key: Key, setting: Setting, blocks: Iterable[Quantized]
 ) -> tuple[dict[str, Tensor], bool]:
-    """Quantize a weight; return its parts by name, and whether all of it was finite."""
-    device = device_of(backend)
-    stream = context.streams.get(device)
-    names = quantize_scheme.parts(name, setting)
+    """Write what a weight is quantized to; return it by name, and whether the weight was finite.
+
+    Args:
+        context: what it is written to.
+        key: the weight's.
+        setting: how it is quantized.
+        blocks: of its rows, in order.
+    """
+    shape = context.rows(key).shape
+    names = quantize_scheme.parts(key.name, setting)
     finite = True
     packed: tuple[mx.array, ...] = ()
     with ExitStack() as stack:
-        packed_bytes = prod(weight.shape) * setting.bits // 8
+        packed_bytes = prod(shape) * setting.bits // 8
         writers = [stack.enter_context(context.writer(part, packed_bytes)) for part in names]
-        for start, stop in rows.spans(weight, BLOCK_BYTES[device]):
-            block = _read(context, weight, start, stop, device)
-            with mx.stream(stream):
-                packed, pieces, all_finite = quantize_block(block, setting, device)
+        for packed, pieces, all_finite in blocks:  # noqa: B007
             for writer, data in zip(writers, pieces, strict=True):
                 writer.write(data)
             finite = finite and all_finite
     return {
-        name: Tensor(arrays.dtype_name(part), (*weight.shape[:-1], part.shape[-1]), writer.digest)
+        name: Tensor(arrays.dtype_name(part), (*shape[:-1], part.shape[-1]), writer.digest)
         for name, part, writer in zip(names, packed, writers, strict=True)
     }, finite
 
 
-def quantize_block(
-    block: mx.array, setting: Setting, device: str
-) -> tuple[tuple[mx.array, ...], list[memoryview], bool]:
+def _blocks(context: Context, weight: Rows, setting: Setting, backend: str) -> Iterator[Quantized]:
+    device = device_of(backend)
+    for start, stop in rows.spans(weight, BLOCK_BYTES[device]):
+        block = _read(context, weight, start, stop, device)
+        with mx.stream(context.streams.get(device)):
+            quantized = quantize_block(block, setting, device)
+        yield quantized
+
+
+def quantize_block(block: mx.array, setting: Setting, device: str) -> Quantized:
     """Quantize rows; return their parts, the bytes of these, and whether all rows were finite."""
     options = setting._asdict()
     if device == "cpu" and kernels.agrees(block.dtype, **options):

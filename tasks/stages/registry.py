@@ -10,7 +10,10 @@ from tasks.stages.cast import Cast
 from tasks.stages.extract import Extract
 from tasks.stages.forward import Evaluate, Forward, Teacher
 from tasks.stages.fuse import Fuse
+from tasks.stages.gptq import METHOD as GPTQ
+from tasks.stages.gptq import Gptq
 from tasks.stages.gradients import Gradients
+from tasks.stages.hessians import Hessians
 from tasks.stages.measure import Measure
 from tasks.stages.quantize import Quantize
 from tasks.stages.sensitivity import Sensitivity
@@ -22,6 +25,10 @@ from tasks.stages.unshard import Unshard
 PIPELINE: tuple[Stage[Any], ...] = (Extract(), Unshard(), Cast(), Fuse(), Quantize())
 # Of these, whose results are kept where models.toml does not say.
 KEPT = frozenset({"cast"})
+# In place of the stage that quantizes, by the method's name: what it takes, and the stage last.
+METHODS: dict[str, tuple[Stage[Any], ...]] = {
+    GPTQ: (Tokens(), Activations(), Hessians(), Gptq()),
+}
 # What is told of a built model, and is no part of it.
 MEASURES: tuple[Stage[Any], ...] = (Measure(),)
 EVALUATE, ACTIVATIONS, SENSITIVITY = Evaluate(), Activations(), Sensitivity()
@@ -34,7 +41,23 @@ RUNNING: tuple[Stage[Any], ...] = (
 
 def stages() -> tuple[Stage[Any], ...]:
     """Return all stages."""
-    return (*PIPELINE, *MEASURES, *RUNNING)
+    stages = (*PIPELINE, *MEASURES, *RUNNING, *(s for each in METHODS.values() for s in each))
+    return tuple(
+        {stage.name: stage for stage in reversed(stages)}[name]
+        for name in dict.fromkeys(stage.name for stage in stages)
+    )
+
+
+def pipeline(method: str | None) -> tuple[Stage[Any], ...]:
+    """Return the stages from the checkpoint to what is packed, as a method has them."""
+    if method is None:
+        return PIPELINE
+    quantized = roles().quantized
+    return tuple(
+        each
+        for stage in PIPELINE
+        for each in (METHODS[method] if stage.name == quantized else (stage,))
+    )
 
 
 def names() -> tuple[str, ...]:

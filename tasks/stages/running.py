@@ -43,7 +43,7 @@ from tasks.stages.stage import (
 )  # fmt: skip
 from tasks.stages.tokens import EVALUATION_TEXT, TOKENS, Tokens
 from tasks.tensors import arrays, mx, rows
-from tasks.tensors.device import device_of
+from tasks.tensors.device import alone, device_of
 from tasks.tensors.rows import IN_FLIGHT_BYTES
 
 STATE = "state"
@@ -154,7 +154,7 @@ class SegmentRunner:
         skeleton = skeleton_of(context.planned, stage.settings(context.planned))
         split = segments.split(context.planned.memos, skeleton, params.shape[1])
         self.notes = _notes(split)
-        with self._stream:
+        with self.stream():
             if params.whole:
                 every = [weights[name] for name in skeleton.tensors]
                 self._model = skeleton.load(lambda file, start: self._fill(file, start, every))
@@ -173,9 +173,11 @@ class SegmentRunner:
         """How many sequences there are."""
         return self._rows[self._tokens].shape[0]
 
-    @property
-    def _stream(self) -> Any:
-        return mx.stream(self._context.streams.get(self._device))
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Compute on the stream that it runs on."""
+        with alone(self._device), mx.stream(self._context.streams.get(self._device)):
+            yield
 
     def write(
         self, outputs: Mapping[str, Output], make: Callable[[int], Iterable[mx.array]]
@@ -187,7 +189,7 @@ class SegmentRunner:
                 for name, output in outputs.items()
             ]
             for index in range(self.samples):
-                with self._stream:
+                with self.stream():
                     for writer, array in zip(writers, make(index), strict=True):
                         writer.write(arrays.view(array))
         return {

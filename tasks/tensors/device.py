@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
+
 from tasks.core.errors import ConfigError
 from tasks.tensors import mx
 
@@ -34,3 +37,14 @@ def backend(device: str | None) -> str:
 def device_of(backend: str) -> str:
     """Return the device, ``cpu`` or ``gpu``, of a backend."""
     return "cpu" if backend == "cpu" else "gpu"
+
+
+def alone(device: str) -> AbstractContextManager[object]:
+    """Keep other threads' matrix products off a GPU meanwhile; may be entered again.
+
+    MLX's CUDA backend returns wrong numbers where several threads multiply at once.
+    """
+    return _one_at_a_time if device == "gpu" else nullcontext()
+
+
+_one_at_a_time = threading.RLock()

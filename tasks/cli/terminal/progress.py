@@ -174,10 +174,11 @@ def works(
     for target, plan in plans.items():
         weights: dict[str, int] = {}
         last = ""
-        for stage in registry.stages() if measured else registry.PIPELINE:
-            asked = {n.name: _weight(n) for n in plan.nodes(stage.name) if n.name in run}
+        names = [stage.name for stage in registry.stages()] if measured else [*plan.specs]
+        for stage in names:
+            asked = {n.name: _weight(n) for n in plan.nodes(stage) if n.name in run}
             weights |= asked
-            last = stage.group if asked else last
+            last = next(iter(plan.nodes(stage))).stage.group if asked else last
         if (packing := task_name(PACK, target)) in run:
             weights[packing] = sum(map(_weight, plan.last))
         if weights:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from cache.blobs import Blobs, Part
 from cache.store import Store
 from tasks.stages.measure import dequantize
-from tasks.stages.quantize import _quantize_block, _quantize_rows, memory
+from tasks.stages.quantize import Quantize, QuantizeParams, memory, quantize_block
 from tasks.stages.quantize_scheme import Setting
+from tasks.stages.stage import Key
 from tasks.tensors import arrays, rows
 from tasks.tensors.device import BLOCK_BYTES
 from tasks.tensors.kernels import quantize
@@ -85,8 +86,10 @@ def test_block_by_block(
         blobs=store.blobs,
         streams=arrays.Streams(),
         writer=lambda _, size: store.blobs.writing(size),
+        rows=lambda _: read,
     )
-    made, finite = _quantize_rows(context, "weight", read, setting, "cpu")
+    params = QuantizeParams({"weight": setting}, device="cpu")
+    made, finite = Quantize().quantize(Key("cast", "weight"), setting, params, context)
     assert finite
     wanted = quantize(whole.astype(getattr(mx, read.dtype)), **setting._asdict())
     for tensor, array in zip(made.values(), wanted, strict=True):
@@ -106,7 +109,7 @@ def test_memory_of_a_block(number: float) -> None:
         mx.eval(block, expected)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        _, views, finite = _quantize_block(block, setting, "cpu")
+        _, views, finite = quantize_block(block, setting, "cpu")
         taken = mx.get_peak_memory() - before
     assert finite is (number == 1)
     assert [bytes(view) for view in views] == [raw(array) for array in expected]
@@ -122,7 +125,7 @@ def test_an_odd_number_of_nvfp4_groups(number: float, count: int) -> None:
         whole = mx.random.normal((count + 1, 48)).astype(mx.bfloat16)
         whole[1, 7] = number
         expected = [part[:count] for part in quantize(whole, **setting._asdict())]
-        packed, views, finite = _quantize_block(whole[:count], setting, "cpu")
+        packed, views, finite = quantize_block(whole[:count], setting, "cpu")
         if finite:  # of the other one, some of a group is NaN
             wanted = mx.dequantize(*quantize(whole, **setting._asdict()), None, **setting._asdict())
             assert mx.array_equal(dequantize(packed, setting), wanted[:count])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.core.spec import MODES
-from tasks.stages.quantize import _quantize_block
+from tasks.stages.quantize import quantize_block
 from tasks.stages.quantize_scheme import Setting
 from tasks.tensors import kernels, modes
 from tasks.tensors.kernels import agrees, not_finite, quantize, quantize_fast
@@ -79,7 +79,7 @@ def test_blocks_are_quantized_as_mlx_does(dtype: mx.Dtype) -> None:
         with mx.stream(mx.cpu):
             weight = mx.array(data).view(dtype)
             expected = quantize(weight, **setting._asdict())
-            found, views, finite = _quantize_block(weight, setting, "cpu")
+            found, views, finite = quantize_block(weight, setting, "cpu")
             assert finite is mx.isfinite(weight).all().item()
         assert [(a.dtype, a.shape) for a in found] == [(a.dtype, a.shape) for a in expected]
         assert [bytes(view) for view in views] == [raw(array) for array in expected]
@@ -158,7 +158,7 @@ def test_another_mlx(monkeypatch: pytest.MonkeyPatch, mode: str, part: int) -> N
     monkeypatch.setattr(mx, "quantize", other)
     with mx.stream(mx.cpu):
         weight = mx.random.normal((37, 128)).astype(mx.float16)
-        found, _, _ = _quantize_block(weight, setting, "cpu")
+        found, _, _ = quantize_block(weight, setting, "cpu")
         expected = other(weight, **setting._asdict())
         assert [raw(array) for array in found] == [raw(array) for array in expected]
 
@@ -169,7 +169,7 @@ def test_bits_that_only_mlx_takes() -> None:
     with mx.stream(mx.cpu):
         weight = mx.random.normal((37, 128)).astype(mx.bfloat16)
         for bits in others:
-            found, _, _ = _quantize_block(weight, Setting(64, bits, "affine"), "cpu")
+            found, _, _ = quantize_block(weight, Setting(64, bits, "affine"), "cpu")
             assert [raw(array) for array in found] == [
                 raw(a) for a in mx.quantize(weight, 64, bits)
             ]
@@ -179,7 +179,7 @@ def test_a_gpu_quantizes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "agrees", None)
     with mx.stream(mx.cpu):
         weight = mx.random.normal((2, 128))
-        found, _, _ = _quantize_block(weight, Setting(64, 4, "affine"), "gpu")
+        found, _, _ = quantize_block(weight, Setting(64, 4, "affine"), "gpu")
         assert [raw(array) for array in found] == [raw(a) for a in mx.quantize(weight, 64, 4)]
 
 

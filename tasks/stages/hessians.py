@@ -1,0 +1,194 @@
+"""hessians: the sum of the products of the input channels of each linear layer, for GPTQ.
+
+As the model before quantizing runs on calibration text. Layers that are given the very same have
+one together; an expert has one by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from msgspec import structs
+
+from cache.records.manifests import Tensor, TensorSpec
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.quality.calls import Call, Seen
+from tasks.quality.segments import weight_of
+from tasks.stages.activations import Activations
+from tasks.stages.quantize_scheme import Setting
+from tasks.stages.running import (
+    ForwardParams,
+    ModelStage,
+    SegmentRunner,
+    calls_of,
+    plan_segments,
+    stored,
+)
+from tasks.stages.stage import Context, Inputs, Key, Output, Planned, Result, TargetModel
+from tasks.stages.tokens import CALIBRATION_TEXT
+from tasks.tensors import arrays, mx
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HESSIAN = "hessian"
+
+
+def names(calls: Iterable[Call]) -> dict[int, str]:
+    """Return the name of the Hessian that each call of a segment adds to, by the call's number.
+
+    It goes by the first of the modules that are given the same, each called once.
+    """
+    paths: dict[str, list[int]] = {}
+    for call in calls:
+        paths.setdefault(call.path, []).append(call.number)
+    once = {numbers[0]: path for path, numbers in paths.items() if len(numbers) == 1}
+    first = {
+        call.number: call.number if call.same_as is None else call.same_as
+        for call in calls
+        if call.number in once
+    }
+    return {
+        call.number: f"{once.get(first.get(call.number, -1), call.path)}.{HESSIAN}"
+        for call in calls
+    }
+
+
+def by_weight(planned: Mapping[str, ForwardParams]) -> dict[str, tuple[str, str]]:
+    """Return the segment and the name of each weight's Hessian, by the weight's name.
+
+    Of a weight that several segments use there is none.
+
+    Args:
+        planned: what the stage is asked to do, by segment.
+    """
+    found: dict[str, set[tuple[str, str]]] = {}
+    for segment, params in planned.items():
+        name_of = names(params.calls)
+        for call in params.calls:
+            found.setdefault(weight_of(call.path), set()).add((segment, name_of[call.number]))
+    return {weight: next(iter(each)) for weight, each in found.items() if len(each) == 1}
+
+
+class Hessians(ModelStage):
+    """Tell how the input channels of each linear layer go together."""
+
+    name = "hessians"
+    text = CALIBRATION_TEXT
+
+    def settings(self, target: TargetModel) -> Mapping[str, Setting]:
+        """Return none."""
+        return {}
+
+    def maker(self, target: TargetModel) -> str:
+        """Return the stage that makes what is quantized."""
+        return target.roles.unquantized
+
+    def plan_key(self, target: TargetModel) -> Hashable:
+        """Return what is run, on what, and which weights matter."""
+        return target.dtype, tuple(target.settings), target.quality
+
+    def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
+        """Plan the segments that weights to be quantized are used in."""
+        planned = plan_segments(self, target, before=Activations.name)
+        calls = calls_of(target) if planned else {}
+        looked_up = {call.path for each in calls.values() for call in each if call.is_lookup}
+        wanted = {
+            name: tuple(
+                call
+                for call in each
+                if weight_of(call.path) in target.settings and call.path not in looked_up
+            )
+            for name, each in calls.items()
+        }
+        return {
+            name: structs.replace(
+                each, params=structs.replace(each.params, top_logits=0, calls=wanted[name])
+            )
+            for name, each in planned.items()
+            if wanted[name]
+        }
+
+    def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
+        """Return the Hessians: (channels, channels), of experts (experts, channels, channels)."""
+        name_of = names(params.calls)
+        specs = {
+            name_of[call.number]: TensorSpec("float32", (*call.shape, call.shape[-1]))
+            for call in params.calls
+        }
+        return stored(specs, inputs)
+
+    def run(self, params: ForwardParams, inputs: Inputs, context: Context) -> Result:
+        """Run a segment on one sequence after another, and add up."""
+        runner = SegmentRunner(self, params, inputs, context)
+        specs = {name: each.spec for name, each in self.outputs(params, {}).items()}
+        sums = _Sums(params.calls, specs)
+        for index in range(runner.samples):
+            with runner.stream():
+                runner.look(index, sums.see)
+                sums.add()
+        tensors = {}
+        for name, spec in specs.items():
+            with context.writer(name, spec.nbytes) as writer, runner.stream():
+                writer.write(arrays.view(sums.take(name)))
+            tensors[name] = Tensor(*spec, writer.digest)
+        return Result(tensors, runner.notes)
+
+    def memory(self, params: ForwardParams, checkpoint: Checkpoint) -> int:
+        """Return the size of the segment's weights, of states, and of the Hessians, twice."""
+        hessians = sum(each.spec.nbytes for each in self.outputs(params, {}).values())
+        return super().memory(params, checkpoint) + 2 * hessians
+
+
+class _Sums:
+    """Adds up products of channels, in float32, a sequence at a time."""
+
+    def __init__(self, calls: Iterable[Call], specs: Mapping[str, TensorSpec]) -> None:
+        self._names = names(calls)
+        self._once = {call.number for call in calls if self._own(call)}
+        self._specs = specs
+        self._ahead: list[Seen] = []
+        self._totals: dict[str, list[mx.array | None]] = {
+            name: [None] * (spec.shape[0] if len(spec.shape) > 2 else 1)
+            for name, spec in specs.items()
+        }
+
+    def _own(self, call: Call) -> bool:
+        return self._names[call.number] == f"{call.path}.{HESSIAN}"
+
+    def see(self, seen: Seen) -> list[mx.array]:
+        """Take note of a call, but of one that is given what another was."""
+        if seen.call.number not in self._once:
+            return []
+        self._ahead.append(seen)
+        return [seen.inputs] if seen.experts is None else [seen.inputs, seen.experts]
+
+    def add(self) -> None:
+        """Add the calls of one sequence, which are evaluated, to those of others."""
+        import numpy as np
+
+        for call, inputs, experts in self._ahead:
+            totals = self._totals[self._names[call.number]]
+            if experts is not None:
+                chosen: np.ndarray = np.array(experts)
+                given = {
+                    int(e): inputs[mx.array(np.flatnonzero(chosen == e))] for e in np.unique(chosen)
+                }
+            elif inputs.ndim > 2:
+                given = dict(enumerate(inputs))
+            else:
+                given = {0: inputs}
+            for number, rows in given.items():
+                rows = rows.astype(mx.float32)
+                product = rows.T @ rows
+                total = totals[number]
+                totals[number] = product if total is None else total + product
+                mx.eval(totals[number])
+        self._ahead.clear()
+
+    def take(self, name: str) -> mx.array:
+        """Return a total, which is forgotten."""
+        spec = self._specs[name]
+        zero = mx.zeros(spec.shape[-2:])
+        return mx.stack([zero if t is None else t for t in self._totals.pop(name)])

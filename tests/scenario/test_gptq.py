@@ -1,0 +1,79 @@
+"""method = "gptq": weights that are rounded by what the model's layers are given."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+from transformers import AutoTokenizer
+
+from tasks.core.spec import Quality
+from tasks.quality import text
+from tests.support import checkpoints, projects
+from tests.support.projects import Project
+
+QUALITY = {"samples": 4, "sequence_length": 32, "seed": 1}
+SETTING = {"bits": 4, "group_size": 32}
+GPTQ = {**SETTING, "method": "gptq"}
+MODEL = {"source": "checkpoint", "device": "cpu", "dtype": "float32"}
+
+
+def create(folder: Path, architecture: str | None = None) -> Project:
+    made = projects.create(folder, "huggingface", dtype="float32", device="cpu")
+    if architecture:
+        shutil.rmtree(made.checkpoint)
+        checkpoints.make(architecture, made.checkpoint)
+    made.quality = QUALITY
+    made.configure(quantize=GPTQ)
+    return made
+
+
+def groups(tasks: set[str]) -> set[str]:
+    return {":".join(task.split(":")[:2]) for task in tasks}
+
+
+def test_the_model_changes_less_and_what_it_takes_is_made_once(tmp_path: Path) -> None:
+    project = create(tmp_path)
+    project.configure("nearest", **MODEL, quantize=SETTING)
+    project.configure("plain", **MODEL, quantize=False)
+    project.doit()
+    tokenizer = AutoTokenizer.from_pretrained(project.folder / "build" / "model")
+    cut = text.windows(text.calibration(Quality()), tokenizer, samples=4, length=32, seed=1)
+    tokens = mx.array(cut)
+    logits = {
+        name: mlx_lm.load(str(project.folder / "build" / name))[0](tokens)
+        for name in ("model", "nearest", "plain")
+    }
+    changed = {name: mx.linalg.norm(each - logits["plain"]).item() for name, each in logits.items()}
+    assert 0 < changed["model"] < 0.8 * changed["nearest"]
+    assert not project.doit().computed
+    project.configure(quantize={**GPTQ, "bits": 3})
+    done = project.doit()
+    assert groups(done.computed) == {"quantize:model", "pack:model"}
+    project.configure(quantize=SETTING)
+    assert not project.doit().computed  # it is what "nearest" is
+    said = project.doit("why", "quantize:model").stdout
+    assert "quantize.method gptq → rounding to nearest" in said
+
+
+def test_experts_have_their_own(tmp_path: Path) -> None:
+    """Bytes are the same whatever runs beside."""
+    one, other = create(tmp_path / "one", "qwen3-moe"), create(tmp_path / "other", "qwen3-moe")
+    one.doit("pack:model")
+    other.doit("-n", "1", "pack:model")
+    assert one.built() == other.built()
+    manifest = json.loads(one.manifest("hessians", "layers.0").read_bytes())
+    shapes = {name: shape for name, _, shape, _ in manifest["tensors"]}
+    experts = shapes["model.layers.0.mlp.switch_mlp.down_proj.hessian"]
+    assert experts == [4, 64, 64]
+    mlx_lm.load(str(one.folder / "build" / "model"))
+
+
+def test_what_does_not_go_together(tmp_path: Path) -> None:
+    project = create(tmp_path)
+    project.configure(quantize={"mode": "mxfp4", "method": "gptq"})
+    done = project.doit("plan", expect=3)
+    assert "has method 'gptq' with mode 'mxfp4'" in done.stderr
