@@ -18,6 +18,7 @@ from tasks.cli.refused_tasks import refused_tasks
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
+from tasks.core.spec import Target
 from tasks.core.task_names import PACK, VERIFY, task_name
 from tasks.core.text import plural
 from tasks.core.workspace import BUILD
@@ -54,6 +55,7 @@ def _verify(session: Session, plan: Plan) -> dict[str, Any]:
     """
     target = plan.target
     shown = f"{BUILD}/{target.name}"
+    _check_files_say_all(target, shown)
     with (
         tempfile.TemporaryDirectory(prefix="mlx-make-") as name,
         session.builder.logged(task_name(VERIFY, target.name), "it was asked for") as record,
@@ -72,6 +74,23 @@ def _verify(session: Session, plan: Plan) -> dict[str, Any]:
         raise BuildError(said, *mismatches)
     more = f" ({COMMAND} verify --all {target.name} makes all)"
     return {"summary": said + more * (len(verification.layers) < verification.all_layers)}
+
+
+def _check_files_say_all(target: Target, shown: str) -> None:
+    """Refuse a target that is made of more than its own files speak of.
+
+    Raises:
+        BuildError: it is.
+    """
+    more = ["an adapter"] * (target.adapter is not None)
+    if target.quantize and target.quantize.method:
+        more.append(f"method = {target.quantize.method!r}")
+    if more:
+        raise BuildError(
+            f"{shown} cannot be verified: it is made with {' and '.join(more)}, of which its files "
+            f"say nothing, and verify goes by those. {COMMAND} --locked with an empty cache "
+            "(MLX_MAKE_CACHE_DIR) makes it anew, and compares it to models.lock."
+        )
 
 
 def summary(model: str, verification: Verification, source: str, verdicts: list[Verdict]) -> str:

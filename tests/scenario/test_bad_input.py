@@ -128,7 +128,7 @@ class Case:
 
 
 MODEL = '[models.a]\nsource = "@llama"\n'
-KEYS = "valid: source, loader, layout, dtype, quantize, device, max_shard_size"
+KEYS = "valid: source, loader, layout, dtype, adapter, dequantize, quantize, device, max_shard_size"
 
 
 def setting(wrong: str, *words: str, right: str = "") -> Case:
@@ -188,7 +188,8 @@ TOML = {
     ),
     "unknown in quantize": setting(
         "quantize = { bit = 4 }", "quantize.bit is an unknown key",
-        "valid: bits, group_size, mode, recipe, rules. Did you mean 'bits'?",
+        "valid: bits, group_size, mode, recipe, target_bpw, fit, context, candidates, min_bits, "
+        "method, rules. Did you mean 'bits'?",
         right="quantize = { bits = 4 }",
     ),
     "unknown in quantize, a table": Case(

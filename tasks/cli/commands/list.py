@@ -74,11 +74,15 @@ could be fetched is to run, too."""
             names |= dict.fromkeys([line, *layers] if include_subtasks else [line])
         yield from (tasks.get(name) or group_task(name) for name in names)
         # Stages, of all targets; it may be that none has errors.
-        groups = {stage.group for stage in (*registry.PIPELINE, *registry.MEASURES)}
+        groups = {stage.group for stage in registry.stages()}
+        groups -= {stage.group for stage in registry.ASKED_FOR}
         groups |= {PUBLISH, *(group_of(line) for line in self._lines)}
+        unused = {stage.group for stage in registry.PIPELINE} if self.session.all_plans else set()
+        unused -= {group_of(line) for line in self._lines}
         for task in self.task_list:
-            listed = include_subtasks or not (
-                task.subtask_of or (task.name in groups and not task.actions)
+            listed = task.name not in unused and (
+                include_subtasks
+                or not (task.subtask_of or (task.name in groups and not task.actions))
             )
             if listed and task.name not in names and not refused_of(task):
                 yield task
@@ -112,12 +116,13 @@ could be fetched is to run, too."""
     def _lines(self) -> dict[str, list[str]]:
         """The tasks that each line of a target and stage stands for; none, if it is untouched."""
         lines: dict[str, list[str]] = {}
+        group_of_stage = {stage.name: stage.group for stage in registry.stages()}
         for target, plan in self.session.all_plans.items():
             looked_at = target in self.session.plans
             layers: dict[str, list[str]] = {}
-            for stage in registry.PIPELINE:
-                if specs := plan.specs[stage.name]:
-                    layers[stage.group] = [*specs]
+            for name, specs in plan.specs.items():
+                if specs:
+                    layers[group_of_stage[name]] = [*specs]
             layers[PACK] = [""]
             for stage in registry.MEASURES:
                 layers[stage.group] = [*plan.measure_specs[stage.name]]

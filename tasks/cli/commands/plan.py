@@ -242,11 +242,12 @@ def _of_target(target: str, steps: list[Step]) -> Iterator[str]:
         groups.setdefault(_Group.of(step), []).append(step.layer)
     yield target or OVERVIEW
     said: tuple[str, ...] = ()
+    width = max(9, *(len(group.stage) + 1 for group in groups))
     for group, layers in groups.items():
-        head = f"  {group.stage:<9}{group.state:<11}"
-        yield from indented(head + _folded(layers), 0, 22)
+        head = f"  {group.stage:<{width}}{group.state:<11}"
+        yield from indented(head + _folded(layers), 0, len(head))
         for fact in group.facts if group.facts != said else ():
-            yield from indented(fact, 22)
+            yield from indented(fact, len(head))
         said = group.facts
 
 
