@@ -148,13 +148,20 @@ def _check_tokenizer(checkpoint: Checkpoint, memos: Memos) -> None:
     for path in sources(checkpoint):
         if path.name not in READ:
             continue
-        question = [str(path), *Stamp.of(path)]
+        question = _state(checkpoint, path)
         cause = memos.get("tokenizer_files", question, str)
         if cause is None:
             cause = _unreadable(path)
             memos.put("tokenizer_files", question, cause)
         if cause:
             raise damaged(path, cause)
+
+
+def _state(checkpoint: Checkpoint, path: Path) -> list[Any]:
+    """Return JSON that is another wherever a small file may have other content."""
+    if checkpoint.source.available:
+        return [str(path), *Stamp.of(path)]
+    return [path.name, digest(read_bytes(path))]  # a record's files may lie elsewhere in each run
 
 
 def _unreadable(path: Path) -> str:
@@ -239,7 +246,7 @@ def tokenizer_files(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
 def _token_ids(checkpoint: Checkpoint, memos: Memos) -> dict[str, Any]:
     path = tokenizer_model(checkpoint.folder)
     release = llama_tokenizer.release_of(checkpoint.config)
-    question = [llama_tokenizer.VERSION, str(path), *Stamp.of(path), release]
+    question = [llama_tokenizer.VERSION, *_state(checkpoint, path), release]
     answer = memos.get("token_ids", question, dict[str, int | list[int]])
     if answer is None:
         answer = llama_tokenizer.token_ids(path, release=release)

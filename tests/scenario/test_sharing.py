@@ -230,14 +230,19 @@ def test_read_only(tmp_path: Path) -> None:
     assert {path: Stamp.of(path) for path in remote.rglob("*")} == before
 
 
-def test_a_plan_writes_nothing(tmp_path: Path) -> None:
-    """Not even what it has to fetch."""
+def test_a_plan_writes_nothing_but_memos(tmp_path: Path) -> None:
+    """Not even what it has to fetch. What it asked, it need not ask again."""
     one = first(tmp_path, {REMOTE: (tmp_path / "remote").as_uri()}, config=SMALL, **FOUR_BIT)
     one.doit()
     two = one.beside("two")
-    before = contents(two.folder)
+    before, remote = contents(two.folder), contents(tmp_path / "remote")
     assert "fetch" in two.doit("plan", expect=1).stdout
-    assert contents(two.folder) == before
+    after = contents(two.folder)
+    assert after.items() >= before.items()
+    assert all(name.startswith(".mlx-make/cache/memos/") for name in after.keys() - before.keys())
+    assert "fetch" in two.doit("plan", expect=1).stdout
+    assert contents(two.folder) == after
+    assert contents(tmp_path / "remote") == remote
 
 
 def test_a_plan_of_what_is_nowhere(tmp_path: Path) -> None:
