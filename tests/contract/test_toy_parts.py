@@ -1,8 +1,8 @@
 """A source, a loader, a layout and a library that are registered from one file each, and built."""
 
 import json
+import os
 import tarfile
-import threading
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ from support.projects import FOUR_BIT, Project
 from tasks.checkpoints import headers
 from tasks.checkpoints.loaders import LOADERS
 from tasks.checkpoints.sources import SOURCES
-from tasks.layouts import architecture, probe
+from tasks.layouts import architecture
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.registry import LAYOUTS
 
@@ -249,13 +249,16 @@ def test_a_library_with_its_own_models(toy_model: Path) -> None:
 
 def test_a_library_that_decides_by_values(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it computes depends on them: another sign, other weights, and nothing else anew."""
-    lock = threading.Lock()
-
-    def answer(question: dict, library: str, folder: Path) -> dict:
-        with lock:  # in this process, which alone knows the library
-            return probe.answer({**question, "light": True}, LIBRARIES[library])
-
-    monkeypatch.setattr(architecture, "_ask_process", answer)
+    command, environment = architecture._command("toy-lm")
+    # Of that process, which knows of no other libraries than its own.
+    told = (
+        "from support import toy_library; from tasks.layouts import libraries, probe; "
+        "libraries.LIBRARIES['toy-lm'] = toy_library; probe.main()"
+    )
+    start = [*command[: command.index("-m")], "-c", told, "toy-lm"]
+    folders = [str(Path(toy_library.__file__).parents[1]), str(toy_model / "site")]
+    environment["PYTHONPATH"] += os.pathsep + os.pathsep.join(folders)
+    monkeypatch.setattr(architecture, "_command", lambda library: (start, environment))
     path, weights = toy_model / "site" / "toy_lm" / "models.py", toy_model / "checkpoint"
     text = path.read_text()
     looks = """

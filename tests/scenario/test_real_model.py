@@ -24,6 +24,7 @@ from support import peer, real_model
 from support.differences import json_differences, read_json, weight_differences
 from support.front_door import doit
 from support.pages import DOCS, blocks
+from tasks.core.spec import Quality
 from tasks.quality import text as quality_text
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]
@@ -105,7 +106,7 @@ def test_quality_is_what_mlx_lm_says_and_falls_with_bits(folder: Path) -> None:
     nats = dict(re.findall(r"^(\S+): .*KL divergence mean ([\d.]+),", done.stdout, re.M))
     assert 0 < float(nats["smollm2"]) < 0.02 < float(nats["smollm2-3bit"])
     model, tokenizer = mlx_lm.load(str(folder / "build" / "smollm2"))
-    documents = quality_text.read(None)
+    documents = quality_text.evaluation(Quality())
     cut = quality_text.windows(documents, tokenizer._tokenizer, samples=2, length=32, seed=0)
     with redirect_stdout(StringIO()):
         expected, _ = eval_ppl(model, mx.array(cut), batch_size=1)

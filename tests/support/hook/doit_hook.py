@@ -11,6 +11,7 @@ What it does is told, as JSON, by the environment variable MLX_MAKE_TEST_HOOK:
     {"free": BYTES}                     what shutil.disk_usage says is free
     {"cores": COUNT}                    how many cores the process may use, as os says
     {"reflinks": true}                  files can share blocks (FICLONE); here, they get a copy
+    {"ctimes": {PATH: NS}}              what os.stat says of when a file was changed
     {"hold": [PART, MARK, FILE]}        at an event whose path has PART: make MARK, then wait until
                                         FILE exists, in each thread that comes there
     {"meet": [PART, SECONDS, COUNT]}    two threads of tasks that open paths with PART first meet,
@@ -122,6 +123,20 @@ def _replace(orders):
             os.copy_file_range(old, new.fileno(), os.fstat(old).st_size)
 
         fcntl.ioctl = share
+    if "ctimes" in orders:
+        stat, ctimes = os.stat, orders["ctimes"]
+
+        def told(path, **how):
+            found = stat(path, **how)
+            changed = ctimes.get(str(path))
+            facts = {} if changed is None else {"st_ctime_ns": changed}
+            return os.stat_result(found, {**_by_name(found), **facts})
+
+        os.stat = told
+
+
+def _by_name(stat):
+    return {name: getattr(stat, name) for name in dir(stat) if name.startswith("st_")}
 
 
 def install(orders):
