@@ -30,6 +30,15 @@ def pytest_xdist_auto_num_workers() -> int:
     return (os.cpu_count() or 1) + 1
 
 
+@pytest.fixture(params=[True, False], ids=["ctime", "no ctime"])
+def has_ctime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the disk tells when the system last saw a checkpoint's file change."""
+    if not request.param:
+        for module in ("headers", "checkpoint"):
+            monkeypatch.setattr(f"tasks.checkpoints.{module}.changed_at", lambda _: 0)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def reaped() -> Iterator[None]:
     """No process outlives the test that started it."""

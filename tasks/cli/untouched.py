@@ -152,7 +152,7 @@ def _of_shared(target: Target, shared: SharedPlan) -> list[Any]:
     return [
         [source.location, source.identity, source.available],
         [checkpoint.names, checkpoint.config, checkpoint.files, checkpoint.stored],
-        [checkpoint.tensors, checkpoint.stamps, checkpoint.notes],
+        [checkpoint.tensors, checkpoint.stamps, checkpoint.changed_at, checkpoint.notes],
         [shared.model, shared.computer],
         [(str(path), *Stamp.of(path)) for path in files],
     ]

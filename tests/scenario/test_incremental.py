@@ -7,6 +7,7 @@ build from nothing of the same.
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -661,20 +662,26 @@ def test_a_lost_blob_that_torch_extracted(tmp_path: Path) -> None:
     assert project.built() == plain.built()
 
 
+@pytest.mark.parametrize(
+    ("harm", "has_ctime"),
+    [(Path.unlink, True), (spoil, True), (spoil, False)],
+    ids=["removed", "seen", "unseen"],
+    indirect=["has_ctime"],
+)
 def test_a_lost_blob_whose_checkpoint_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harm: Callable[[Path], None], has_ctime: bool, tmp_path: Path
 ) -> None:
-    """Unseen, on a disk that does not tell when a file was changed."""
-    for module in ("headers", "checkpoint"):
-        monkeypatch.setattr(f"tasks.checkpoints.{module}.changed_at", lambda _: 0)
     project = built(tmp_path, "meta", **FOUR_BIT)
     before = project.built()
     project.blob("cast", "layers.1", "model.layers.1.mlp.down_proj.weight").unlink()
-    for path in weight_files(project.checkpoint):
-        spoil(path)
+    weights = weight_files(project.checkpoint)
+    for path in weights:
+        harm(path)
     project.configure(quantize={"bits": 8})
-    done = project.doit(expect=1)
-    assert "layers.1" in done.stdout + done.stderr
+    seen = harm is spoil and has_ctime  # before anything is planned
+    done = project.doit(expect=3 if seen else 1)
+    fact = f"{weights[0]} is damaged or incomplete" if seen else "layers.1"
+    assert fact in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert project.built() == before
 

@@ -1,6 +1,7 @@
 """`[cache] keep`: whatever it says, the same models; what it says, and no more, is written."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -205,7 +206,7 @@ def test_a_checkpoint_that_goes_while_it_is_needed(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=take_away)
     thread.start()
-    hold = {"hold": ["manifests/model/quantize", str(mark), str(go)]}
+    hold = {"hold": [f"{os.sep}actions{os.sep}", str(mark), str(go)]}
     done = project.doit(hook=hold, expect=1)
     thread.join()
     assert str(shard) in done.stdout
