@@ -16,7 +16,7 @@ from tasks.core.program import COMMAND
 from tasks.execution import place, whole_files
 from tasks.execution.builder import Builder
 from tasks.execution.place import Contents, Stamps
-from tasks.planning import source_record
+from tasks.planning import bundle, source_record
 from tasks.planning.lock_format import Built
 from tasks.planning.lockfile import Lock
 from tasks.planning.node import Node
@@ -179,8 +179,7 @@ class TargetAcceptance:
 
     def contradicted(self, action: Action) -> bool:
         """Tell whether models.lock knows better what the target is packed of."""
-        lock, recorded = self.acceptor.lock, self.acceptor.builder.recorded
-        return lock.contradicts(self.plan, self.source, action, recorded)
+        return self.acceptor.lock.contradicts(self.plan, self.source, action, self._recorded)
 
     def output(self, action: Action) -> str | None:
         """Return the digest of what ``action`` packs, if models.lock knows it."""
@@ -198,8 +197,13 @@ class TargetAcceptance:
         Raises:
             BuildError: it differs from what is locked, and that is an error.
         """
-        lock, recorded = self.acceptor.lock, self.acceptor.builder.recorded
-        self.notes += lock.check_target(self.plan, self.source, action, recorded)
+        lock = self.acceptor.lock
+        self.notes += lock.check_target(self.plan, self.source, action, self._recorded)
+
+    def _recorded(self, key: str) -> Manifest | None:
+        builder = self.acceptor.builder
+        last = builder.workspace.packed(self.plan.target.name)
+        return bundle.recorded(builder.store, last, key)
 
     def accept(self, packed: Manifest, blake3: str | None) -> None:
         """Refuse what is not to take the folder's place.

@@ -342,13 +342,6 @@ class Builder:
             if self.store.sharing and not self.store.sharing.agrees(manifest):
                 self.store.sharing.push(manifest, self.shared(plan, node))
 
-    def recorded(self, key: str) -> Manifest | None:
-        """Return what the action of ``key`` made, if that is on record."""
-        manifest = self.store.actions.read(key)
-        if manifest is None and self.store.sharing:
-            manifest = self.store.sharing.read(key)
-        return manifest
-
     def shared(self, plan: Plan, node: Node) -> Locate | None:
         """Return what locates a node's tensors, or None if their bytes are not shared."""
         if node.is_leaf or not self.keeps(plan, node.stage):

@@ -29,6 +29,7 @@ from tasks.execution.place import Contents, Stamps
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning import bundle
 from tasks.planning.bundle import Bundle
+from tasks.planning.lockfile import LOCKED_OTHERWISE
 from tasks.planning.node import Inputs
 from tasks.planning.plan import Plan
 
@@ -185,7 +186,7 @@ class Packing:
         """
         target = self.plan.target.name
         try:
-            self.builder.make_again(self.plan, "another result of it is locked")
+            self.builder.make_again(self.plan, LOCKED_OTHERWISE)
         except BuildError as error:
             raise BuildError(
                 f"{target}: what is on record of its layers, perhaps fetched, is not what is "

@@ -15,6 +15,7 @@ from cache.blobs import Blobs
 from cache.digest import digest, digest_list, digest_record
 from cache.records.manifests import Action, Manifest, Tensor, TensorSpec
 from cache.records.memos import Memos
+from cache.store import Store
 from tasks.checkpoints.small_files import check_own
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
@@ -189,6 +190,23 @@ def whole_files(blobs: Blobs, bundle: Bundle, known: Mapping[str, Tensor]) -> di
         and (path := blobs.whole_container(tensor.digest, tensor.nbytes))
     }
     return paths if len(paths) == len(bundle.weights) else {}
+
+
+def recorded(store: Store, last: Path, key: str) -> Manifest | None:
+    """Return what the action of ``key`` packed, if that is on record.
+
+    Args:
+        store: the cache.
+        last: the manifest of what the target was last packed to: it outlasts the cache's record.
+        key: of the action.
+    """
+    manifest = Manifest.at(last)
+    if manifest and manifest.action.key == key:
+        return manifest
+    manifest = store.actions.read(key)
+    if manifest is None and store.sharing:
+        manifest = store.sharing.read(key)
+    return manifest
 
 
 def same_weights(packed: Manifest | None, action: Action) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from tasks.core.workspace import Workspace
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning import bundle, sizes
 from tasks.planning.bundle import Bundle
-from tasks.planning.lockfile import Lock
+from tasks.planning.lockfile import LOCKED_OTHERWISE, Lock
 from tasks.planning.node import Inputs, Node, total
 from tasks.planning.plan import Plan
 from tasks.planning.sizes import Traffic
@@ -38,6 +38,7 @@ SETTLED = (UP_TO_DATE, IGNORED)
 UNKNOWN = Reason("what it reads may come out differently")
 CONTENTS = Reason(reasons.CONTENTS)
 REPORT_CHANGES = Reason("what it shows changes")
+OTHERWISE = Reason(LOCKED_OTHERWISE)
 LOST = Reason("bytes of it that are wanted are not in the cache any more")
 NOTHING = Traffic()
 
@@ -297,6 +298,9 @@ class Forecast:
             return replace(step, state=REUSE if shared else RUN, certain=certain, moved=traffic)
         tensors = {key.name: tensor for key, (_, tensor) in inputs.items()}
         wanted = Bundle.of(plan, tensors, self._store.memos)
+        if self._lock.will_contradict(plan, wanted.action, partial(self._packed_before, plan)):
+            self._make_again(plan)
+            step = replace(step, certain=False)
         packed, state = self._recorded(wanted.action)
         if packed and self._holds(plan, packed):
             return replace(step, state=state)
@@ -309,7 +313,21 @@ class Forecast:
         else:
             fetched = self._want(plan, inputs, inputs)
             traffic = Traffic(size, wanted.nbytes - in_place, fetched)
-        return replace(step, state=REUSE if shared else state, certain=not shared, moved=traffic)
+        certain = step.certain and not shared
+        return replace(step, state=REUSE if shared else state, certain=certain, moved=traffic)
+
+    def _packed_before(self, plan: Plan, key: str) -> Manifest | None:
+        last = self._build.workspace.packed(plan.target.name)
+        return bundle.recorded(self._store, last, key)
+
+    def _make_again(self, plan: Plan) -> None:
+        """Have a target's layers made, whatever is on record, unless this run makes them."""
+        for node in (node for nodes in plan.stages.values() for node in nodes if not node.is_leaf):
+            inputs = self._inputs(node)
+            if not self._runs(node.action(inputs).key):
+                fetched = self._want(plan, inputs, self._reads(plan, node))
+                traffic = self._traffic(plan, node) + Traffic(fetched=fetched)
+                self._put(node, RUN, [OTHERWISE], moved=traffic)
 
     @cached_property
     def _links(self) -> bool:

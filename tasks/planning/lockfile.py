@@ -32,6 +32,7 @@ from tasks.planning.source_record import LockedSource
 from tasks.stages.stage import COMPUTER
 
 MAX_NAMES = 10  # names in a message
+LOCKED_OTHERWISE = "another result of it is locked"  # why all of a target is made again
 
 
 @dataclass
@@ -371,6 +372,23 @@ class Lock:
             return False
         then = recorded(locked.action)
         return then is None or then.action.inputs != action.inputs
+
+    def will_contradict(
+        self, plan: Plan, action: Action, recorded: Callable[[str], Manifest | None]
+    ) -> bool:
+        """Tell whether it ``contradicts`` once a source that is not refused is read.
+
+        Args:
+            plan: the target.
+            action: that packs it.
+            recorded: as for ``check_target``.
+        """
+        source = self.sources.get(plan.target.source_name)
+        return (
+            source is not None
+            and self.contradicts(plan, source, action, recorded)
+            and not source_record.mismatched_files(plan.checkpoint.folder, source)
+        )
 
     def check_output(
         self, plan: Plan, source: LockedSource, packed: Manifest, blake3: str | None

@@ -31,6 +31,7 @@ QUANTIZE = (
 )
 REST = 50_000  # bytes in build/ that are no tensors: not foretold where these are not known
 STAGES = ("extract", "unshard", "cast", "quantize", "pack")
+LAYERS = ("embed_tokens", "layers.0", "layers.1", "norm", "lm_head")
 
 
 # What doit plan says is what doit does
@@ -269,6 +270,25 @@ def test_a_task_that_may_run_and_another_that_shares_its_action(
     assert not steps["cast:a:layers.1"]["certain"]
     assert not steps["cast:b:layers.1"]["certain"]
     assert steps["cast:b:layers.0"]["certain"]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_another_card_of_what_is_not_on_record(
+    packed: bool, tmp_path: Path, checkpoint: Path
+) -> None:
+    """What models.lock has may be another result, unless the last packing is known."""
+    world = World(tmp_path / "world")
+    world.begin(checkpoint)
+    compare(world)
+    for path in (world.store / "actions").rglob("*.json"):
+        path.unlink()
+    if not packed:
+        (world.mine / ".mlx-make" / "manifests" / "a" / "pack.json").unlink()
+    world.models["a"]["dtype"] = "bfloat16"  # which it is: of the card alone another
+    world.configure(world.mine)
+    to_run = {task for task, step in compare(world).items() if step["state"] == "run"}
+    made_again = {f"{stage}:a:{layer}" for stage in STAGES[1:4] for layer in LAYERS}
+    assert to_run == {"pack:a"} | (set() if packed else made_again)
 
 
 def everything(folder: Path) -> dict[str, tuple[int, int]]:
