@@ -21,7 +21,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import repeat
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
@@ -165,7 +165,7 @@ class Blobs:
 
     def _read_reference(self, digest: str, path: Path | str) -> tuple[list[Part], bool]:
         """Return a reference's parts, and whether it is sealed: older versions sealed none."""
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             data = file.read()
         try:
             return self._parts(unseal(digest, data, _Parts)), True
@@ -311,14 +311,35 @@ class Blobs:
         return digest
 
     def refer(self, digest: str, parts: Sequence[Part]) -> None:
-        """Keep where ``digest`` lies, unless the store holds the bytes themselves."""
+        """Keep where ``digest`` lies, unless the store holds the bytes themselves.
+
+        Of several places in the same files, not of the store, the first is kept: checkpoints have
+        many tensors of the same bytes, and to replace a file takes longer than to read it.
+        """
         if self._read_only:
             return
-        path = self.path(digest)
         length = sum(part.length for part in parts)
-        if not path.exists() or path.stat().st_size != length:
+        try:
+            is_here = os.stat(self._file(digest)).st_size == length
+        except FileNotFoundError:
+            is_here = False
+        if not is_here and not self._refers(digest, parts):
             record = [[self._relative(p.path), p.offset, p.length, *(p.stamp or ())] for p in parts]
             atomic.write(self.reference_path(digest), seal(digest, record))
+
+    def _refers(self, digest: str, parts: Sequence[Part]) -> bool:
+        """Tell whether a reference to as many bytes of the same files is there; it is used then."""
+        if not all(part.stamp for part in parts):
+            return False
+        reference = self._reference_file(digest)
+        try:
+            old, sealed = self._read_reference(digest, reference)
+            same = sealed and _extent(old) == _extent(parts)
+            if same:
+                self._touch(reference, Stamp.of(reference))
+            return same
+        except (FileNotFoundError, Damaged):
+            return False
 
     def read_into(self, parts: Sequence[Part], buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of ``parts``, one after another.
@@ -327,11 +348,12 @@ class Blobs:
             FileChanged: a file is not, or no longer, the one that the part was found in.
         """
         start = 0
-        for part in parts:
-            with naming(part.path), open(part.path, "rb", buffering=0) as file:
-                self.fill(file.fileno(), part, buffer[start : start + part.length])
+        for (path, _), run in groupby(parts, key=lambda part: (part.path, part.stamp)):
+            with naming(path), open(path, "rb", buffering=0) as file:
+                for part in run:
+                    self.fill(file.fileno(), part, buffer[start : start + part.length])
+                    start += part.length
                 part.check(file.fileno())
-            start += part.length
         self.meter.read += start
 
     @staticmethod
@@ -414,3 +436,8 @@ class Blobs:
     def _touch(self, path: str, stamp: Stamp) -> None:
         if not self._read_only:
             atomic.touch(path, stamp.mtime_ns)
+
+
+def _extent(parts: Sequence[Part]) -> tuple[int, set[tuple[str, Stamp | None]]]:
+    """Return how many bytes there are together, and of which files, as they were then."""
+    return sum(part.length for part in parts), {(part.path, part.stamp) for part in parts}

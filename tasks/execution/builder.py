@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,11 +61,19 @@ def _not_kept(builder: Builder, plan: Plan, node: Node) -> Iterator[Node]:
 class NodeContext:
     """What a stage may do while one node runs: see ``stages.stage.Context``."""
 
-    def __init__(self, builder: Builder, plan: Plan, node: Node, inputs: Inputs) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        plan: Plan,
+        node: Node,
+        inputs: Inputs,
+        makers: dict[Node, NodeContext] | None = None,
+    ) -> None:
         self._builder = builder
         self._plan = plan
         self._node = node
         self._inputs = inputs
+        self._makers = {} if makers is None else makers
         self.target: Target = plan.target
         self.checkpoint: Checkpoint = plan.checkpoint
         self.model: Model = plan.shared.model
@@ -74,9 +83,14 @@ class NodeContext:
         self.streams: arrays.Streams = builder.streams
         self.keeps: bool = builder.keeps(plan, node.stage)
 
+    @cached_property
+    def tensors(self) -> dict[Key, Tensor]:
+        """What the node reads."""
+        return {key: tensor for key, (_, tensor) in self._inputs.items()}
+
     def rows(self, key: Key) -> Rows:
         """Return an input to read."""
-        return self._builder.rows(self._plan, self._inputs, key)
+        return self._builder.rows(self._plan, self._inputs, key, self._makers)
 
     def parts(self, key: Key) -> list[Part]:
         """Return where the bytes of an input lie, checked; it is made again first if it is lost.
@@ -383,11 +397,11 @@ class Builder:
         return None if tensors is None else Manifest(node.action(node.as_inputs(tensors)), tensors)
 
     def _make(self, plan: Plan, node: Node, inputs: Inputs) -> Manifest:
-        tensors = {key: tensor for key, (_, tensor) in inputs.items()}
         for _ in range(MOST_LOST):
+            context = self.context(plan, node, inputs)
             try:
                 with mx.stream(self.streams.get("cpu")):
-                    result = node.stage.run(node.params, tensors, self.context(plan, node, inputs))
+                    result = node.stage.run(node.params, context.tensors, context)
                 manifest = Manifest(node.action(inputs), result.tensors, result.notes)
                 self.computed.add(manifest.action.key)
                 return manifest
@@ -469,8 +483,21 @@ class Builder:
         """Return the bytes of what a node made, by name, each read as it is asked for."""
         return _Contents(self, plan, node.as_inputs(manifest.tensors))
 
-    def rows(self, plan: Plan, inputs: Inputs, key: Key) -> Rows:
+    def rows(
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        key: Key,
+        makers: dict[Node, NodeContext] | None = None,
+    ) -> Rows:
         """Return a tensor to read: from the store, or made again from what it was made of.
+
+        Args:
+            plan: the target.
+            inputs: tensors, and the nodes that made them.
+            key: which of these.
+            makers: the contexts of nodes whose tensors were made again before; extended. The
+                manifests of what a node reads may hold thousands of tensors.
 
         Raises:
             BuildError: it is lost for good, e.g. the checkpoint changed under it.
@@ -478,10 +505,11 @@ class Builder:
         maker, tensor = inputs[key]
         blobs = self.store.blobs
         if not self.keeps(plan, maker.stage) and not blobs.has(tensor.digest, tensor.nbytes):
-            read = self.inputs(plan, maker)
-            tensors = {key: tensor for key, (_, tensor) in read.items()}
-            context = self.context(plan, maker, read)
-            view = maker.stage.view(maker.params, tensors, context, key.name)
+            makers = {} if makers is None else makers
+            if maker not in makers:
+                makers[maker] = NodeContext(self, plan, maker, self.inputs(plan, maker), makers)
+            context = makers[maker]
+            view = maker.stage.view(maker.params, context.tensors, context, key.name)
             if view is not None:
                 return view
         parts = self.locate(plan, inputs, key)

@@ -16,6 +16,7 @@ from tasks.stages.quantize import Quantize, Quantized, QuantizeParams, write_par
 from tasks.stages.quantize_scheme import Setting, parts
 from tasks.stages.stage import Context, Inputs, Key, Need, Output, Planned, Result, TargetModel
 from tasks.tensors import arrays, kernels, rows
+from tasks.tensors.rows import Rows
 
 METHOD = "gptq"
 BLOCK_BYTES = 16 << 20  # of rows that are rounded together, in float32
@@ -112,8 +113,9 @@ class Gptq(Quantize):
         if not isinstance(params, GptqParams) or key.name not in params.hessians:
             return super().quantize(key, setting, params, context)
         of = Key(Hessians.name, params.hessians[key.name])
-        blocks = _blocks(context, key, of, setting)
-        return write_parts(context, key, setting, blocks)
+        weight = context.rows(key)
+        blocks = _blocks(weight, context.rows(of), setting)
+        return write_parts(context, key.name, weight.shape, setting, blocks)
 
     def memory(self, params: QuantizeParams, checkpoint: Checkpoint) -> int:
         """Return the size of a few blocks, and of a Hessian that is factored."""
@@ -131,12 +133,11 @@ def _is_weight(key: Key) -> bool:
     return key.stage != Hessians.name
 
 
-def _blocks(context: Context, key: Key, of: Key, setting: Setting) -> Iterator[Quantized]:
+def _blocks(weight: Rows, given: Rows, setting: Setting) -> Iterator[Quantized]:
     """Yield a weight's rows, quantized: of each of its matrices by its own Hessian.
 
     By the CPU, where MLX factors matrices: for a GPU there is too little to do at once.
     """
-    weight, given = context.rows(key), context.rows(of)
     channels = weight.shape[-1]
     matrices = rows.count(given) // channels
     per_matrix = rows.count(weight) // matrices

@@ -129,8 +129,9 @@ class Quantize(Stage[QuantizeParams]):
         self, key: Key, setting: Setting, params: QuantizeParams, context: Context
     ) -> tuple[dict[str, Tensor], bool]:
         """Quantize a weight; return its parts by name, and whether all of it was finite."""
-        blocks = _blocks(context, context.rows(key), setting, params.device)
-        return write_parts(context, key, setting, blocks)
+        weight = context.rows(key)
+        blocks = _blocks(context, weight, setting, params.device)
+        return write_parts(context, key.name, weight.shape, setting, blocks)
 
     def memory(self, params: QuantizeParams, checkpoint: Checkpoint) -> int:
         """Return the size of a few blocks."""
@@ -191,18 +192,22 @@ Quantized = tuple[tuple[mx.array, ...], list[memoryview], bool]  # of rows: see 
 
 
 def write_parts(
-    context: Context, key: Key, setting: Setting, blocks: Iterable[Quantized]
+    context: Context,
+    name: str,
+    shape: tuple[int, ...],
+    setting: Setting,
+    blocks: Iterable[Quantized],
 ) -> tuple[dict[str, Tensor], bool]:
     """Write what a weight is quantized to; return it by name, and whether the weight was finite.
 
     Args:
         context: what it is written to.
-        key: the weight's.
+        name: the weight's.
+        shape: the weight's.
         setting: how it is quantized.
         blocks: of its rows, in order.
     """
-    shape = context.rows(key).shape
-    names = quantize_scheme.parts(key.name, setting)
+    names = quantize_scheme.parts(name, setting)
     finite = True
     packed: tuple[mx.array, ...] = ()
     with ExitStack() as stack:

@@ -36,6 +36,7 @@ FORMATS: dict[str, Format] = {
     bitsandbytes.NAME: bitsandbytes,
     mlx_packed.NAME: mlx_packed,
 }
+STACKED = (block_fp8.NAME, scaled_fp8.NAME, mlx_packed.NAME)  # take axes before the last two
 TRIED = (block_fp8.NAME,)  # formats that classes of libraries unpack by themselves
 MAX_READ_BYTES = 1 << 20  # of a tensor that says how another is packed
 MOST_TRIED = 4  # weights of a shape and a depth: a library may have some under other names
@@ -217,8 +218,36 @@ def apply(sources: Sequence[Rows], made_by: Sequence[steps.Step]) -> Rows:
         ValueError: a library has to make it.
     """
     if made_by and isinstance(made_by[0], steps.Unpack):
+        if made_by[1:] == (steps.Stack(0),) and (stack := _unpack_stack(sources, made_by[0])):
+            return stack
         sources, made_by = list(_unpack(sources, made_by[0])), made_by[1:]
     return steps.apply(sources, made_by)
+
+
+def _unpack_stack(sources: Sequence[Rows], step: steps.Unpack) -> Rows | None:
+    """Return a stack of weights that are packed alike, unpacked in one go; None if they are not.
+
+    A mixture of experts has hundreds in a layer: each by itself takes longer than its numbers.
+    """
+    if step.format not in STACKED or len(step.tensors) != 1:
+        return None
+    (packing,) = step.tensors
+    joined: list[Rows] = []
+    for number in range(packing.inputs):
+        parts = sources[number :: packing.inputs]
+        if len({(part.dtype, part.shape) for part in parts}) != 1:
+            return None
+        if not all(isinstance(part, rows.Stored) for part in parts):
+            return None
+        joined.append(rows.end_to_end(parts, (len(parts), *parts[0].shape)))
+    return _as(step, packing, joined, (packing.count, *packing.shape))
+
+
+def _as(
+    step: steps.Unpack, packing: steps.Packing, parts: Sequence[Rows], shape: tuple[int, ...]
+) -> Rows:
+    made = FORMATS[step.format].rows(parts, shape, packing.settings)
+    return made if made.dtype == step.dtype else rows.Cast(made, step.dtype)
 
 
 def _unpack(sources: Sequence[Rows], step: steps.Unpack) -> Iterator[Rows]:
@@ -226,5 +255,4 @@ def _unpack(sources: Sequence[Rows], step: steps.Unpack) -> Iterator[Rows]:
     for packing in step.tensors:
         for _ in range(packing.count):
             parts = [next(left) for _ in range(packing.inputs)]
-            made = FORMATS[step.format].rows(parts, packing.shape, packing.settings)
-            yield made if made.dtype == step.dtype else rows.Cast(made, step.dtype)
+            yield _as(step, packing, parts, packing.shape)
