@@ -188,7 +188,8 @@ def _is_zero(tensor: Tensor) -> bool:
     return digest_parts(zeros[: tensor.nbytes - at] for at in spans) == tensor.digest
 
 
-Quantized = tuple[tuple[mx.array, ...], list[memoryview], bool]  # of rows: see quantize_block
+# Of rows: see quantize_block. In quotes, since MLX is not to be imported for this.
+Quantized = tuple[tuple["mx.array", ...], list[memoryview], bool]
 
 
 def write_parts(
