@@ -10,9 +10,12 @@ groups before have left of it, and in the precision in which they are stored.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.tensors import kernels, mx
+from tasks.tensors import mx
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DAMPING = 0.01  # of the diagonal's mean, added to it, as the paper has it
 
@@ -27,35 +30,31 @@ class Order(NamedTuple):
             channels), float32.
     """
 
-    channels: mx.array
-    groups: mx.array
-    factor: mx.array
+    channels: np.ndarray
+    groups: np.ndarray
+    factor: np.ndarray
 
 
-def order(hessian: mx.array, group_size: int) -> Order:
-    """Return the order in which channels are rounded; on a stream of the CPU.
-
-    MLX factors matrices there alone, and has float64.
+def order(hessian: np.ndarray, group_size: int) -> Order:
+    """Return the order in which channels are rounded.
 
     Args:
         hessian: the sum over inputs x of xxᵀ: (channels, channels). If all of it is zero, errors
             are not handed on.
         group_size: how many channels share a scale.
     """
-    hessian = hessian.astype(mx.float64)
-    diagonal = mx.diag(hessian)
+    import numpy as np
+
+    diagonal = np.diag(hessian).astype(np.float64)
     given = diagonal.reshape(-1, group_size)
-    groups = mx.argsort(-given.sum(axis=1))
-    inside = mx.argsort(-given, axis=1)
-    channels = (inside + mx.arange(0, diagonal.size, group_size)[:, None])[groups].reshape(-1)
-    damping = DAMPING * diagonal.mean()
-    damping = mx.where(damping > 0, damping, mx.array(1.0, mx.float64))
-    hessian = hessian[channels][:, channels] + damping * mx.eye(diagonal.size, dtype=mx.float64)
+    groups = np.argsort(-given.sum(axis=1), kind="stable")
+    inside = np.argsort(-given, axis=1, kind="stable")
+    channels = (inside + np.arange(0, diagonal.size, group_size)[:, None])[groups].reshape(-1)
+    hessian = hessian[channels][:, channels].astype(np.float64)
+    hessian[np.diag_indices_from(hessian)] += DAMPING * diagonal.mean() or 1.0
     # Of the reversed matrix, the lower factor is the upper one of the matrix, reversed.
-    upper = mx.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    factor = mx.linalg.tri_inv(upper, upper=True).astype(mx.float32)
-    mx.eval(channels, groups, factor)
-    return Order(channels, groups, factor)
+    upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
+    return Order(channels, groups, np.triu(np.linalg.inv(upper)).astype(np.float32))
 
 
 def quantize(
@@ -72,43 +71,53 @@ def quantize(
     Returns:
         The packed weight, uint32, the scales and the biases: (rows, …).
     """
-    left = weight.astype(mx.float32).T[order.channels]
-    codes, scales, biases = [], [], []
-    for start in range(0, weight.shape[1], group_size):
-        group, left = left[:group_size], left[group_size:]
-        given = group.T.astype(weight.dtype)
-        _, scale, bias = kernels.quantize(given, group_size=group_size, bits=bits, mode="affine")
-        factor = order.factor[start : start + group_size, start:]
-        code, errors = _round_group(
-            2**bits - 1,
-            group,
-            scale.astype(mx.float32).reshape(-1),
-            bias.astype(mx.float32).reshape(-1),
-            factor[:, :group_size],
+    import numpy as np
+
+    left = np.array(weight.astype(mx.float32, stream=mx.cpu)).T[order.channels]
+    codes = np.empty(left.shape, np.uint8)
+    scales, biases = np.empty((2, len(order.groups), left.shape[1]), np.float32)
+    for number, group in enumerate(order.groups):
+        start, stop = number * group_size, (number + 1) * group_size
+        scale, bias = _scale(left[start:stop], weight.dtype, bits)
+        factor = order.factor[start:stop]
+        codes[order.channels[start:stop]], errors = _round_group(
+            2**bits - 1, left[start:stop], scale, bias, factor[:, start:stop]
         )
-        if left.size:  # not all that MLX has takes arrays of no size
-            left = left - factor[:, group_size:].T @ errors
-        codes.append(code)
-        scales.append(scale)
-        biases.append(bias)
-        mx.eval(left, codes[-1], scale, bias)
-    packed = mx.concatenate(codes)[mx.argsort(order.channels)].T
-    groups = mx.argsort(order.groups)
+        left[stop:] -= factor[:, stop:].T @ errors
+        scales[group], biases[group] = scale, bias
     return (
-        _pack(packed, bits),
-        mx.concatenate(scales, axis=1)[:, groups],
-        mx.concatenate(biases, axis=1)[:, groups],
-    )
+        mx.array(_pack(np.ascontiguousarray(codes.T), bits)),
+        *(
+            mx.array(np.ascontiguousarray(each.T)).astype(weight.dtype, stream=mx.cpu)
+            for each in (scales, biases)
+        ),
+    )  # type: ignore[return-value]
+
+
+def _scale(group: np.ndarray, dtype: mx.Dtype, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scale and the bias that MLX gives a group of channels, as ``dtype`` has them.
+
+    Args:
+        group: (channels, rows), float32.
+        dtype: of the weight.
+        bits: of each.
+    """
+    import numpy as np
+
+    given = mx.array(np.ascontiguousarray(group.T)).astype(dtype, stream=mx.cpu)
+    _, *both = mx.quantize(given, len(group), bits, stream=mx.cpu)
+    scale, bias = (np.array(each.astype(mx.float32, stream=mx.cpu))[:, 0] for each in both)
+    return scale, bias
 
 
 def _round_group(
-    most: int, group: mx.array, scale: mx.array, bias: mx.array, factor: mx.array
-) -> tuple[mx.array, mx.array]:
+    most: int, group: np.ndarray, scale: np.ndarray, bias: np.ndarray, factor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Round a group of channels, one after another.
 
     Args:
         most: the largest code.
-        group: (channels, rows).
+        group: (channels, rows), which is overwritten.
         scale: (rows,).
         bias: (rows,).
         factor: (channels, channels).
@@ -116,25 +125,26 @@ def _round_group(
     Returns:
         Codes, uint8, and what is to be made good of their errors: (channels, rows).
     """
-    inverse = mx.where(scale == 0, 0, 1 / scale)
-    codes, errors = [], []
-    for at in range(len(factor)):
-        column = group[0]
-        code = mx.clip(mx.round((column - bias) * inverse), 0, most)
-        error = (column - (code * scale + bias)) / factor[at, at]
-        if at + 1 < len(factor):
-            group = group[1:] - factor[at, at + 1 :, None] * error
-        codes.append(code.astype(mx.uint8))
-        errors.append(error)
-    return mx.stack(codes), mx.stack(errors)
+    import numpy as np
+
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    codes, errors = np.empty(group.shape, np.uint8), np.empty_like(group)
+    for at, channel in enumerate(group):
+        code = np.clip(np.rint((channel - bias) * inverse), 0, most)
+        errors[at] = (channel - (code * scale + bias)) / factor[at, at]
+        codes[at] = code
+        group[at + 1 :] -= factor[at, at + 1 :, None] * errors[at]
+    return codes, errors
 
 
-def _pack(codes: mx.array, bits: int) -> mx.array:
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Put codes of ``bits`` bits one after another, little-endian: (rows, channels), uint8.
 
     Eight of them fill as many bytes as they have bits.
     """
-    eight = codes.reshape(-1, 8).astype(mx.uint64)
-    together = (eight << mx.arange(0, 8 * bits, bits, mx.uint64)).sum(axis=1)
-    packed = together[:, None].view(mx.uint8)[:, :bits].reshape(len(codes), -1)
-    return mx.contiguous(packed).view(mx.uint32)
+    import numpy as np
+
+    eight = codes.reshape(-1, 8).astype("<u8")
+    together = np.bitwise_or.reduce(eight << np.arange(0, 8 * bits, bits, dtype="<u8"), axis=1)
+    packed = together[:, None].view(np.uint8)[:, :bits].reshape(len(codes), -1)
+    return np.ascontiguousarray(packed).view("<u4")

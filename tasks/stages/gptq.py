@@ -136,13 +136,15 @@ def _is_weight(key: Key) -> bool:
 def _blocks(weight: Rows, given: Rows, setting: Setting) -> Iterator[Quantized]:
     """Yield a weight's rows, quantized: of each of its matrices by its own Hessian.
 
-    By the CPU, where MLX factors matrices: for a GPU there is too little to do at once.
+    By the CPU: for a GPU there is too little to do at once.
     """
+    import numpy as np
+
     channels = weight.shape[-1]
     matrices = rows.count(given) // channels
     per_matrix = rows.count(weight) // matrices
     for matrix in range(matrices):
-        hessian = given.read(matrix * channels, (matrix + 1) * channels)
+        hessian = np.array(given.read(matrix * channels, (matrix + 1) * channels))
         order = gptq.order(hessian, setting.group_size)
         first = matrix * per_matrix
         step = max(1, BLOCK_BYTES // (4 * channels * weight.unit)) * weight.unit

@@ -159,9 +159,10 @@ def _compare(
             restored = dequantize(quantized, setting).astype(mx.float32)
             sums = [_group_sums(array, setting) for array in (wide, wide - restored)]
             mx.eval(sums)
-        with mx.stream(context.streams.get("cpu")):  # the only device that has float64
-            here, error_here = (mx.sum(each.astype(mx.float64)) for each in sums)
-            mx.eval(here, error_here)
+        cpu = context.streams.get("cpu")  # the only device that has float64
+        wide_sums = [each.astype(mx.float64, stream=cpu) for each in sums]
+        here, error_here = (mx.sum(each, stream=cpu) for each in wide_sums)
+        mx.eval(here, error_here)
         squares += float(here)
         error_squares += float(error_here)
     return sqrt(squares), sqrt(error_squares)
