@@ -49,7 +49,11 @@ def _asked(target: Target) -> dict[str, Any]:
     """Return what a target is told, but for where it lies and where that is said."""
     quantize = to_builtins(target.quantize or None, enc_hook=int)
     names = {"source": "", "adapter": "", "where": ""}  # what they are called is there, too
-    return {**structs.asdict(target), "quantize": quantize, **names}
+    told = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in structs.asdict(target).items()
+    }
+    return {**told, "quantize": quantize, **names}
 
 
 def _target_task(

@@ -14,6 +14,7 @@ from tasks.cli.loader import SensitivitiesFirst
 from tasks.cli.options import Options
 from tasks.cli.process import interruptible
 from tasks.cli.state_lock import alone
+from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.task_names import task_name
 from tasks.execution.resources import raise_file_limit
@@ -67,11 +68,21 @@ class Run(Command, DoitRun):  # type: ignore[misc]
                 tasks = [task_name(registry.SENSITIVITY.group, name) for name in first.targets]
             options = self.options
             self.options = Options(requested_tasks=tuple(tasks))  # what is locked is checked below
-            if status := self._run(params, tasks):
+            # All of them: doit's database may know of results that the cache has lost.
+            always, params["always"] = params["always"], True
+            status = self._run(params, tasks)
+            params["always"] = always
+            if status:
                 return status
             self.session.close()
             self.options = options
-            return self._run(params, args)
+            try:
+                return self._run(params, args)
+            except SensitivitiesFirst as first:
+                raise BuildError(
+                    f"the sensitivities of {first} were worked out, and are not on record. See "
+                    f"that the cache is written to, and kept: {COMMAND} cache stats."
+                ) from first
 
     def _run(self, params: Any, args: list[str]) -> int:
         """Run tasks."""

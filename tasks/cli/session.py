@@ -32,7 +32,7 @@ from tasks.core.text import plural
 from tasks.core.workspace import Workspace
 from tasks.execution import place
 from tasks.execution.log import Log
-from tasks.planning import model_card
+from tasks.planning import bundle, model_card
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan, Planner
 from tasks.planning.refused import Refused, messages
@@ -294,6 +294,7 @@ def _checked(target: Target, planner: Planner, workspace: Workspace, lock: Lock)
     """Return a target's plan, once all is checked that can be before any work."""
     plan = planner.plan(target)
     model_card.check(plan, planner.memos)
+    bundle.overlay(plan)
     place.check_is_ours(workspace, target.name, locked=target.name in lock.targets)
     return plan
 

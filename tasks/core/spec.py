@@ -5,6 +5,7 @@ it; ``key`` says the rest. Messages, the JSON Schema and the reference page all 
 """
 
 # Annotations are evaluated here, not left as text: msgspec would evaluate them in every run.
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -329,6 +330,8 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
         if len(given) > 1 or (given and fixed):
             both = " and ".join([*given, *fixed][:2])
             raise Mistakes(Mistake(f"has {both}, which both say how many bits", "drop one"))
+        if self.target_bpw is not None and not isfinite(self.target_bpw):
+            raise Mistakes(Mistake(f"has target_bpw = {self.target_bpw}", "give a number"))
         budget = [name for name in ("candidates", "min_bits") if getattr(self, name)]
         if budget and not given:
             mend = "add target_bpw or fit, or drop it"

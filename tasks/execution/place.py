@@ -211,6 +211,9 @@ def clean(workspace: Workspace, target: str, stamps: Stamps) -> list[str]:
     last = Manifest.at(workspace.packed(target))
     there = Contents.of(folder, [last.tensors] if last else [], stamps)
     _remove(there)
+    if there.kept and not workspace.built(target).is_symlink():  # behind a link it is somebody's
+        with suppress(OSError):  # somebody's file is in it
+            there.folder.rmdir()
     workspace.packed(target).unlink(missing_ok=True)
     if left := [*there.changed, *there.added]:
         return [f"{workspace.built(target)}: {_some(left)} left there, since not built here"]
@@ -218,12 +221,12 @@ def clean(workspace: Workspace, target: str, stamps: Stamps) -> list[str]:
 
 
 def _remove(contents: Contents) -> None:
-    """Remove what was built from a folder, and the folder if nothing else is left in it."""
+    """Remove what was built from a folder, and its folders if nothing else is left in them."""
     for name in contents.kept:
         with suppress(FileNotFoundError):
             (contents.folder / name).unlink()
     folders = {parent for name in contents.kept for parent in Path(name).parents}
-    for parent in sorted(folders, key=lambda path: len(path.parts), reverse=True):
+    for parent in sorted(folders - {Path()}, key=lambda path: len(path.parts), reverse=True):
         with suppress(OSError):  # somebody's file is in it
             (contents.folder / parent).rmdir()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 
 from cache.records.manifests import TensorSpec
 from tasks.core.errors import ConfigError
@@ -43,10 +44,12 @@ def choose(
         spec = TensorSpec(dtype_after(parameter, plan.model.dtype), parameter.shape)
         name = parameter.name
         if found := sensitivities.get(name) if name in paths else None:
-            options[name] = {
-                setting: Option(_packed(parameter, spec, setting), loss)
-                for setting, loss in found.items()
-            }
+            options[name] = _told_apart(
+                {
+                    setting: Option(_packed(parameter, spec, setting), loss)
+                    for setting, loss in found.items()
+                }
+            )
         elif setting := fixed.get(paths.get(name, name.removesuffix("weight").strip("."))):
             rest += _packed(parameter, spec, setting)
         else:
@@ -62,6 +65,18 @@ def choose(
     return {
         paths[name]: [*each][at] for (name, each), at in zip(options.items(), chosen, strict=True)
     }
+
+
+def _told_apart(options: dict[Setting, Option]) -> dict[Setting, Option]:
+    """Return the options of a weight that may be chosen.
+
+    None that costs without a bound; if nothing is known of what any costs, the largest alone.
+    """
+    bounded = {setting: option for setting, option in options.items() if isfinite(option.loss)}
+    if any(option.loss for option in bounded.values()):
+        return bounded
+    largest = max(options, key=lambda setting: options[setting].nbytes)
+    return {largest: options[largest]._replace(loss=0.0)}
 
 
 def _packed(parameter: Parameter, spec: TensorSpec, setting: Setting) -> int:

@@ -132,7 +132,7 @@ class SharedPlan(Struct, frozen=True, dict=True):
         return self._planned[key]
 
     def _spec(self, stage: Stage[Any], layer: str, planned: Planned[Any]) -> ActionSpec[Any]:
-        key = (stage.name, layer, planned.params.encoded, planned.needs)
+        key = (type(stage), layer, planned.params.encoded, planned.needs, planned.reads)
         return self._specs.setdefault(key, ActionSpec(stage, layer, planned))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
+from importlib.metadata import version
 
 from msgspec import structs
 
@@ -28,11 +29,13 @@ class GptqParams(QuantizeParams, frozen=True, kw_only=True):
 
     Attributes:
         method: ``gptq``.
+        numpy: NumPy's version, which factors the Hessians.
         hessians: the name of each weight's, by the weight's; others are rounded to nearest.
         channels: of the largest.
     """
 
     method: str
+    numpy: str
     hessians: dict[str, str]
     channels: int
 
@@ -47,7 +50,7 @@ class Gptq(Quantize):
             BuildError: the model cannot be run.
         """
         specs = target.planned[Hessians.name]
-        if target.settings and not specs:
+        if target.settings and not target.model.library:
             raise BuildError(
                 f'method = "{METHOD}" runs the model, and layout {target.layout!r} is of no '
                 "library that can be asked to. Leave method out, or take another layout."
@@ -73,6 +76,7 @@ class Gptq(Quantize):
         params = GptqParams(
             **structs.asdict(params),
             method=METHOD,
+            numpy=version("numpy"),
             hessians={weight: name for weight, (_, name) in given.items()},
             channels=max(p.shape[-1] for p in parameters if p.name in given),
         )
@@ -83,7 +87,7 @@ class Gptq(Quantize):
 
     def plan_key(self, target: TargetModel) -> Hashable:
         """Return a digest of the settings, and what the Hessians depend on."""
-        return METHOD, super().plan_key(target), target.quality
+        return METHOD, super().plan_key(target), target.dtype, target.quality
 
     def outputs(
         self, params: QuantizeParams, inputs: Mapping[Key, TensorSpec]
@@ -114,7 +118,7 @@ class Gptq(Quantize):
             return super().quantize(key, setting, params, context)
         of = Key(Hessians.name, params.hessians[key.name])
         weight = context.rows(key)
-        blocks = _blocks(weight, context.rows(of), setting)
+        blocks = _blocks(key.name, weight, context.rows(of), setting)
         return write_parts(context, key.name, weight.shape, setting, blocks)
 
     def memory(self, params: QuantizeParams, checkpoint: Checkpoint) -> int:
@@ -133,7 +137,7 @@ def _is_weight(key: Key) -> bool:
     return key.stage != Hessians.name
 
 
-def _blocks(weight: Rows, given: Rows, setting: Setting) -> Iterator[Quantized]:
+def _blocks(name: str, weight: Rows, given: Rows, setting: Setting) -> Iterator[Quantized]:
     """Yield a weight's rows, quantized: of each of its matrices by its own Hessian.
 
     By the CPU: for a GPU there is too little to do at once.
@@ -145,6 +149,12 @@ def _blocks(weight: Rows, given: Rows, setting: Setting) -> Iterator[Quantized]:
     per_matrix = rows.count(weight) // matrices
     for matrix in range(matrices):
         hessian = np.array(given.read(matrix * channels, (matrix + 1) * channels))
+        if not np.isfinite(hessian).all():
+            raise BuildError(
+                f"{name} cannot be rounded by {METHOD}: what it is given on the calibration "
+                "text holds NaN or infinity, by weights that do, or a dtype that overflows. Try "
+                'dtype = "float32" or "bfloat16", or leave method out.'
+            )
         order = gptq.order(hessian, setting.group_size)
         first = matrix * per_matrix
         step = max(1, BLOCK_BYTES // (4 * channels * weight.unit)) * weight.unit

@@ -190,7 +190,15 @@ class SegmentRunner:
             ]
             for index in range(self.samples):
                 with self.stream():
-                    for writer, array in zip(writers, make(index), strict=True):
+                    arrays_made = [*make(index)]
+                    for output, array in zip(outputs.values(), arrays_made, strict=True):
+                        if arrays.dtype_name(array) != output.spec.dtype:
+                            raise BuildError(
+                                f"{self._params.segment} makes {arrays.dtype_name(array)}, where "
+                                f"{output.spec.dtype} was planned: an adapter leaves float32 "
+                                'weights, perhaps. Try dtype = "float32".'
+                            )
+                    for writer, array in zip(writers, arrays_made, strict=True):
                         writer.write(arrays.view(array))
         return {
             name: Tensor(*output.spec, writer.digest)

@@ -74,6 +74,11 @@ def found(checkpoint: Checkpoint) -> Found | None:
                     return one
             except CheckpointError as error:
                 raise CheckpointError(f"{checkpoint.folder}: {error}") from error
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: its tensors are not as {method!r} has them "
+                    f"({type(error).__name__}: {error}). Download it anew."
+                ) from error
     return None
 
 

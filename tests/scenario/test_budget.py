@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -221,3 +222,17 @@ def test_the_choice_is_the_best_to_a_thousandth(seed: int) -> None:
     taken = [each[at] for each, at in zip(items, chosen, strict=True)]
     assert sum(option.nbytes for option in taken) <= budget
     assert sum(option.loss for option in taken) <= best * (1 + knapsack.TOLERANCE)
+
+
+def test_a_cache_that_is_gone(project: Project) -> None:
+    """What was chosen is worked out again."""
+    project.configure(quantize={"target_bpw": 5.0, "group_size": 32})
+    project.doit()
+    built = project.built()
+    shutil.rmtree(project.store)
+    project.configure(quantize={"target_bpw": 4.5, "group_size": 32})
+    project.doit()
+    assert project.built() != built
+    project.configure(quantize={"target_bpw": 5.0, "group_size": 32})
+    project.doit()
+    assert project.built() == built

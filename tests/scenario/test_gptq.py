@@ -79,3 +79,19 @@ def test_what_does_not_go_together(tmp_path: Path) -> None:
     project.configure(quantize={"mode": "mxfp4", "method": "gptq"})
     done = project.doit("plan", expect=3)
     assert "has method 'gptq' with mode 'mxfp4'" in done.stderr
+
+
+def test_inputs_that_are_not_finite(tmp_path: Path) -> None:
+    """What would be rounded by them would be noise."""
+    project = create(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    index = json.loads((project.checkpoint / "model.safetensors.index.json").read_bytes())
+    shard = project.checkpoint / index["weight_map"][name]
+    tensors = dict(mx.load(str(shard)))
+    tensors[name][0, 0] = float("nan")
+    mx.eval(tensors)
+    shard.unlink()
+    mx.save_safetensors(str(shard), tensors)
+    done = project.doit("pack:model", expect=1)
+    assert " cannot be rounded by gptq: what it is given" in done.stdout
+    assert not (project.folder / "build" / "model").exists()

@@ -90,6 +90,11 @@ def test_a_link_is_followed(project: Project, tmp_path: Path, what: str) -> None
     assert json.loads((real / "config.json").read_text())["quantization"]["bits"] == 8
     assert project.built() == project.anew()
     assert "nothing to do" in doit(project.folder).stdout
+    doit(project.folder, "clean")
+    assert link.is_symlink()
+    assert not any(elsewhere.iterdir())
+    doit(project.folder)
+    assert (real / "config.json").exists()
 
 
 ADDED = {
@@ -230,6 +235,7 @@ def test_files_laid_over_the_model(built: Project) -> None:
     assert (folder(built) / "sub" / "notes.txt").read_text() == "mine"
     assert built.built()["model.safetensors"] == weights
     assert "nothing to do" in doit(built.folder).stdout
+    doit(built.folder, "report")
     (extra / "README.md").write_text("my other card")
     assert "files changed" in doit(built.folder, "plan", expect=1).stdout
     doit(built.folder)
@@ -249,9 +255,9 @@ def test_files_that_cannot_be_laid_over(built: Project) -> None:
     assert "files is" in doit(built.folder, expect=3).stderr
     (built.folder / "extra").mkdir()
     (built.folder / "extra" / "model-mine.safetensors").write_bytes(b"weights")
-    done = doit(built.folder, expect=None)
-    assert done.returncode
-    assert "model-mine.safetensors would be loaded as weights" in done.stdout + done.stderr
+    done = doit(built.folder, expect=3)
+    assert "model-mine.safetensors would be loaded as weights" in done.stderr
+    assert "Traceback" not in done.stderr
     (built.folder / "secret").write_text("of somebody")
     (built.folder / "extra" / "model-mine.safetensors").unlink()
     (built.folder / "extra" / "notes.txt").symlink_to(built.folder / "secret")
