@@ -7,7 +7,7 @@ counts. The states between segments are kept, too: who wants more than means run
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import structs
@@ -15,12 +15,11 @@ from msgspec import structs
 from cache.records.manifests import Tensor, TensorSpec
 from tasks.quality.calls import Call, Seen
 from tasks.quality.segments import LOGITS
-from tasks.stages.quantize_scheme import Setting
 from tasks.stages.running import (
     STATE,
     ForwardParams,
-    ModelStage,
     SegmentRunner,
+    UnquantizedStage,
     calls_of,
     plan_segments,
     specs_of,
@@ -53,23 +52,11 @@ def output_specs(calls: Iterable[Call]) -> dict[str, TensorSpec]:
     return specs
 
 
-class Activations(ModelStage):
+class Activations(UnquantizedStage):
     """Tell what each module is given: mean squares by input channel."""
 
     name = "activations"
     text = CALIBRATION_TEXT
-
-    def settings(self, target: TargetModel) -> Mapping[str, Setting]:
-        """Return none."""
-        return {}
-
-    def maker(self, target: TargetModel) -> str:
-        """Return the stage that makes what is quantized."""
-        return target.roles.unquantized
-
-    def plan_key(self, target: TargetModel) -> Hashable:
-        """Return what is run, and on what."""
-        return target.dtype, target.quality
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
         """Plan all segments; none where the model cannot be run."""

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from cache.records.manifests import TensorSpec
 from tasks.quality import divergence
 from tasks.quality.divergence import Comparison, ModelQuality, TopPredictions
-from tasks.stages.quantize_scheme import Setting
 from tasks.stages.running import (
     ForwardParams,
     ModelStage,
     SegmentRunner,
+    UnquantizedStage,
     of_all_samples,
     plan_segments,
     specs_of,
@@ -33,18 +33,10 @@ TOP_PREDICTIONS = TopPredictions._fields  # what the last segment of a teacher m
 COMPARISON = Comparison._fields  # what it makes of a quantized model, beside the teacher's loss
 
 
-class Teacher(ModelStage):
+class Teacher(UnquantizedStage):
     """Run each model as it is before it is quantized, and keep what it says."""
 
     name = "teacher"
-
-    def settings(self, target: TargetModel) -> Mapping[str, Setting]:
-        """Return none."""
-        return {}
-
-    def maker(self, target: TargetModel) -> str:
-        """Return the stage that makes what is quantized."""
-        return target.roles.unquantized
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
         """Plan all segments; none where the model cannot be run."""

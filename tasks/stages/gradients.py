@@ -9,7 +9,7 @@ half of the sum of the squares of these changes, each times the square of the gr
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from msgspec import structs
@@ -18,12 +18,11 @@ from cache.records.manifests import Tensor, TensorSpec
 from tasks.quality.calls import Call, Seen
 from tasks.quality.segments import LOGITS
 from tasks.stages.activations import Activations
-from tasks.stages.quantize_scheme import Setting
 from tasks.stages.running import (
     STATE,
     ForwardParams,
-    ModelStage,
     SegmentRunner,
+    UnquantizedStage,
     calls_of,
     plan_segments,
     specs_of,
@@ -44,7 +43,7 @@ def name_of(call: Call) -> str:
     return f"{call.path}.{ROW_IMPORTANCE if call.is_lookup else IMPORTANCE}"
 
 
-class Gradients(ModelStage):
+class Gradients(UnquantizedStage):
     """Tell how much each channel that a module is given matters to what the model says.
 
     ``importance``, float32, as the weight without its rows: (…, channels). Of an embedding that is
@@ -53,18 +52,6 @@ class Gradients(ModelStage):
 
     name = "gradients"
     text = CALIBRATION_TEXT
-
-    def settings(self, target: TargetModel) -> Mapping[str, Setting]:
-        """Return none."""
-        return {}
-
-    def maker(self, target: TargetModel) -> str:
-        """Return the stage that makes what is quantized."""
-        return target.roles.unquantized
-
-    def plan_key(self, target: TargetModel) -> Hashable:
-        """Return what is run, and on what."""
-        return target.dtype, target.quality
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
         """Plan all segments, the last first; none where the model cannot be run."""

@@ -16,11 +16,10 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.quality.calls import Call, Seen
 from tasks.quality.segments import weight_of
 from tasks.stages.activations import Activations
-from tasks.stages.quantize_scheme import Setting
 from tasks.stages.running import (
     ForwardParams,
-    ModelStage,
     SegmentRunner,
+    UnquantizedStage,
     calls_of,
     plan_segments,
     stored,
@@ -71,19 +70,11 @@ def by_weight(planned: Mapping[str, ForwardParams]) -> dict[str, tuple[str, str]
     return {weight: next(iter(each)) for weight, each in found.items() if len(each) == 1}
 
 
-class Hessians(ModelStage):
+class Hessians(UnquantizedStage):
     """Tell how the input channels of each linear layer go together."""
 
     name = "hessians"
     text = CALIBRATION_TEXT
-
-    def settings(self, target: TargetModel) -> Mapping[str, Setting]:
-        """Return none."""
-        return {}
-
-    def maker(self, target: TargetModel) -> str:
-        """Return the stage that makes what is quantized."""
-        return target.roles.unquantized
 
     def plan_key(self, target: TargetModel) -> Hashable:
         """Return what is run, on what, and which weights matter."""

@@ -109,7 +109,7 @@ class ModelStage(Stage[ForwardParams]):
 
     def plan_key(self, target: TargetModel) -> Hashable:
         """Return what is run, and on what."""
-        return target.dtype, tuple(target.settings.items()), target.quality
+        return target.dtype, tuple(self.settings(target).items()), target.quality
 
     def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
         """Return the state: (samples, tokens, width)."""
@@ -133,6 +133,18 @@ class ModelStage(Stage[ForwardParams]):
         """Compare settings by name, and all else one by one."""
         changed = quantize.setting_changes(old.get("settings") or {}, new.get("settings") or {})
         return changed + changed_values(old, new, but=("settings",))
+
+
+class UnquantizedStage(ModelStage):
+    """A stage that runs the model as it is before it is quantized."""
+
+    def settings(self, target: TargetModel) -> Mapping[str, Setting]:
+        """Return none."""
+        return {}
+
+    def maker(self, target: TargetModel) -> str:
+        """Return the stage that makes what is quantized."""
+        return target.roles.unquantized
 
 
 class SegmentRunner:
