@@ -119,20 +119,20 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
     def add_success(self, task: Any) -> None:
         """Count a task; say what a target has become."""
         self._finish(task.name)
-        if summary := task.values.get("summary"):
-            self.write(f"{summary}\n")
         stage, target = group_of(task.name), target_of(task.name)
-        for note in task.values.get("notes", ()):
-            self.write(f"note: {target}: {printable(note)}\n")
+        notes = task.values.get("notes", ())
+        lines = [f"note: {target}: {printable(note)}" for note in notes]
+        if summary := task.values.get("summary"):
+            lines.insert(0, summary)
         work = self._works.get(target)
-        if not work:
-            return
-        if is_packing(task.name):
+        if work and is_packing(task.name):
             work.state, work.ended = "done", time.monotonic()
             work.size, work.bits_per_weight = task.values["size"], task.values["bits_per_weight"]
             if not self._live:
-                self.write(f"{_built(work)}\n")
-        elif stage == work.last and not self._live:
+                lines.append(_built(work))
+        if lines:  # in one piece: other threads write between the lines of two
+            self.write("".join(f"{line}\n" for line in lines))
+        if work and stage == work.last and not self._live:
             self._say_how_far(work)
 
     def skip_uptodate(self, task: Any) -> None:
