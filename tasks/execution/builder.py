@@ -43,6 +43,7 @@ from tasks.planning.plan import Plan
 from tasks.stages import reasons
 from tasks.stages.stage import Key, LeafStage, Stage, TargetModel
 from tasks.tensors import arrays, mx, rows
+from tasks.tensors.device import default_to_cpu
 from tasks.tensors.rows import Rows
 
 MOST_LOST = 100  # inputs of one action that are found to be wrong, one at a time
@@ -400,6 +401,7 @@ class Builder:
         for _ in range(MOST_LOST):
             context = self.context(plan, node, inputs)
             try:
+                default_to_cpu()
                 with mx.stream(self.streams.get("cpu")):
                     result = node.stage.run(node.params, context.tensors, context)
                 manifest = Manifest(node.action(inputs), result.tensors, result.notes)
@@ -415,7 +417,9 @@ class Builder:
         )
 
     def _memory(self, plan: Plan, node: Node) -> int:
-        """Return how many bytes a node's action holds at once."""
+        """Return how many bytes a node's action holds at once: all that there are, to run alone."""
+        if node.stage.runs_alone(node.params):
+            return sys.maxsize
         views = [
             n.stage.view_memory(n.params, plan.checkpoint) for n in _not_kept(self, plan, node)
         ]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from tasks.execution import cgroup
-from tasks.tensors import mx
+from tasks.tensors.device import default
 
 GPU_THREADS = 4
 _ALWAYS_OPEN = 24  # files: the terminal, locks, a connection or two
@@ -51,7 +51,7 @@ def threads(devices: Iterable[str | None]) -> int:
     Args:
         devices: the targets' ``device``; read only where there is a GPU.
     """
-    on_gpu = mx.default_device().type == mx.gpu and any(device != "cpu" for device in devices)
+    on_gpu = default() == "gpu" and any(device != "cpu" for device in devices)
     return min(cores(), GPU_THREADS) if on_gpu else cores()
 
 

@@ -48,10 +48,9 @@ from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan, Planner
 from tasks.stages import quantize_scheme, registry
 from tasks.stages.cast import FLOATING
-from tasks.stages.measure import dequantize
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.stage import Key
-from tasks.tensors import mx, rows
+from tasks.tensors import kernels, mx, rows
 
 Word = Literal["equal", "rounding", "different"]
 EQUAL, ROUNDING, DIFFERENT = get_args(Word)
@@ -337,7 +336,8 @@ def _compared(
     original: mx.array, ours: Sequence[mx.array], theirs: Sequence[mx.array], setting: Setting
 ) -> _Compared:
     wide = original.astype(mx.float32)
-    one, other = (dequantize(parts, setting).astype(mx.float32) for parts in (ours, theirs))
+    restored = (kernels.dequantize(parts, **setting._asdict()) for parts in (ours, theirs))
+    one, other = (each.astype(mx.float32) for each in restored)
     where = ~(one == other)
     errors = [mx.abs(wide - each).reshape(-1, setting.group_size) for each in (one, other)]
     allowed = TIE * mx.max(errors[0], axis=-1, keepdims=True)

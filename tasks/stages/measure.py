@@ -31,7 +31,6 @@ from tasks.stages.stage import (
 )  # fmt: skip
 from tasks.tensors import arrays, mx, rows
 from tasks.tensors.device import BLOCK_BYTES, device_of
-from tasks.tensors.kernels import even_rows
 from tasks.tensors.rows import Rows
 
 NORM, ERROR_NORM = "norm", "error_norm"
@@ -130,18 +129,6 @@ def figures(manifest: Manifest, read: Mapping[str, bytes]) -> dict[str, tuple[fl
     return dict(zip(names, zip(*vectors, strict=True), strict=True))
 
 
-def dequantize(packed: Sequence[mx.array], setting: Setting) -> mx.array:
-    """Return what rows of a quantized weight stand for, in the dtype that MLX gives it.
-
-    Args:
-        packed: as ``kernels.quantize`` returns it: (rows, …) each.
-        setting: how it was quantized.
-    """
-    weight, scales, *rest = map(even_rows, packed)
-    biases = rest[0] if rest else None
-    return mx.dequantize(weight, scales, biases, **setting._asdict())[: len(packed[0])]
-
-
 def _compare(
     context: Context, original: Rows, packed: Sequence[Rows], setting: Setting, backend: str
 ) -> tuple[float, float]:
@@ -154,11 +141,11 @@ def _compare(
         if device == "gpu":
             for array in (block, *quantized):
                 arrays.share(array)
-        with mx.stream(context.streams.get(device)):
-            wide = block.astype(mx.float32)
-            restored = dequantize(quantized, setting).astype(mx.float32)
-            sums = [_group_sums(array, setting) for array in (wide, wide - restored)]
-            mx.eval(sums)
+        stream = context.streams.get(device)
+        wide = block.astype(mx.float32, stream)
+        change = quantize.change(block, quantized, setting, stream)
+        sums = [_group_sums(array, setting, stream) for array in (wide, change)]
+        mx.eval(sums)
         cpu = context.streams.get("cpu")  # the only device that has float64
         wide_sums = [each.astype(mx.float64, stream=cpu) for each in sums]
         here, error_here = (mx.sum(each, stream=cpu) for each in wide_sums)
@@ -168,9 +155,10 @@ def _compare(
     return sqrt(squares), sqrt(error_squares)
 
 
-def _group_sums(array: mx.array, setting: Setting) -> mx.array:
+def _group_sums(array: mx.array, setting: Setting, stream: mx.Stream) -> mx.array:
     """Return the sum of squares of each group: so few that float32 holds it well."""
-    return mx.sum(mx.square(array.reshape(-1, setting.group_size)), axis=-1)
+    groups = array.reshape(-1, setting.group_size, stream=stream)
+    return mx.sum(mx.square(groups, stream=stream), axis=-1, stream=stream)
 
 
 def _vector(context: Context, name: str, numbers: Sequence[float]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from math import prod
 from typing import Any
@@ -228,13 +228,20 @@ def _blocks(context: Context, weight: Rows, setting: Setting, backend: str) -> I
     device = device_of(backend)
     for start, stop in rows.spans(weight, BLOCK_BYTES[device]):
         block = _read(context, weight, start, stop, device)
-        with mx.stream(context.streams.get(device)):
-            quantized = quantize_block(block, setting, device)
-        yield quantized
+        yield quantize_block(block, setting, device, context.streams.get(device))
 
 
-def quantize_block(block: mx.array, setting: Setting, device: str) -> Quantized:
-    """Quantize rows; return their parts, the bytes of these, and whether all rows were finite."""
+def quantize_block(
+    block: mx.array, setting: Setting, device: str, stream: mx.Stream | None = None
+) -> Quantized:
+    """Quantize rows; return their parts, the bytes of these, and whether all rows were finite.
+
+    Args:
+        block: the rows, evaluated where a GPU computes.
+        setting: how.
+        device: what computes: ``cpu`` or ``gpu``.
+        stream: the thread's own on that.
+    """
     options = setting._asdict()
     if device == "cpu" and kernels.agrees(block.dtype, **options):
         packed, large = kernels.quantize_fast(block, **options)
@@ -244,10 +251,21 @@ def quantize_block(block: mx.array, setting: Setting, device: str) -> Quantized:
     if device == "cpu":
         packed = _quantize_slices(block, setting)
     else:
-        packed = kernels.quantize(block, **options)
-    not_finite = kernels.not_finite(block)
-    pieces = arrays.views(packed, not_finite, together=device == "gpu")
+        packed = kernels.quantize(block, **options, stream=stream)
+    not_finite = kernels.not_finite(block, stream)
+    pieces = arrays.views(packed, not_finite, together=device == "gpu", stream=stream)
     return packed, pieces, not not_finite.item()
+
+
+def change(
+    block: mx.array, packed: Sequence[mx.array], setting: Setting, stream: mx.Stream
+) -> mx.array:
+    """Return what quantizing changed in rows, not evaluated yet: float32, shaped as they are."""
+    wide, restored = (
+        each.astype(mx.float32, stream)
+        for each in (block, kernels.dequantize(packed, **setting._asdict(), stream=stream))
+    )
+    return mx.subtract(wide, restored, stream=stream)
 
 
 def _quantize_slices(block: mx.array, setting: Setting) -> tuple[mx.array, ...]:
@@ -265,8 +283,10 @@ def _quantize_slices(block: mx.array, setting: Setting) -> tuple[mx.array, ...]:
 def _read(context: Context, weight: Rows, start: int, stop: int, device: str) -> mx.array:
     """Return rows of a weight, where ``device`` can read them, until the next are asked for."""
     if isinstance(weight, rows.Stored):
-        with mx.stream(context.streams.get(device)):
-            return weight.read(start, stop, context.streams.memory(BLOCK_BYTES[device]))
+        block = weight.read(start, stop, context.streams.memory(BLOCK_BYTES[device]))
+        if device == "gpu":  # which would wait for the CPU's stream
+            mx.eval(block)
+        return block
     block = weight.read(start, stop)  # joined or cast: the CPU's
     if device == "gpu":
         arrays.share(block)

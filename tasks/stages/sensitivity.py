@@ -17,7 +17,6 @@ from cache.records.manifests import Manifest, Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.stages import quantize
 from tasks.stages.gradients import IMPORTANCE, ROW_IMPORTANCE, Gradients
-from tasks.stages.measure import dequantize
 from tasks.stages.quantize_scheme import Setting, weight_name
 from tasks.stages.reasons import Reason, changed_values
 from tasks.stages.stage import (
@@ -162,21 +161,26 @@ class _Importance(NamedTuple):
     channels: mx.array | None = None
     rows: mx.array | None = None
 
-    def weigh(self, squares: mx.array, start: int, height: int) -> mx.array:
+    def weigh(self, squares: mx.array, start: int, height: int, stream: mx.Stream) -> mx.array:
         """Return the sums over the rows of a block, as they count: (rows,).
 
         Args:
             squares: (rows, channels).
             start: number of the first row.
             height: rows of each matrix.
+            stream: what computes them.
         """
-        stop = start + len(squares)
+        numbers = mx.arange(start, start + len(squares), stream=stream)
         if self.channels is not None:
-            matrices = mx.arange(start, stop) // height
-            by_channel = self.channels[matrices] if len(self.channels) > 1 else self.channels
-            return mx.sum(squares * by_channel, axis=-1)
+            by_channel = self.channels
+            if len(by_channel) > 1:
+                matrices = mx.floor_divide(numbers, height, stream=stream)
+                by_channel = mx.take(by_channel, matrices, axis=0, stream=stream)
+            weighed = mx.multiply(squares, by_channel, stream=stream)
+            return mx.sum(weighed, axis=-1, stream=stream)
         assert self.rows is not None
-        return mx.sum(squares, axis=-1) * self.rows[start:stop]
+        by_row = mx.take(self.rows, numbers, stream=stream)
+        return mx.multiply(mx.sum(squares, axis=-1, stream=stream), by_row, stream=stream)
 
 
 def _importances(context: Context, inputs: Inputs, path: str) -> list[_Importance]:
@@ -206,14 +210,12 @@ def _error(
         block = weight.read(start, stop)
         if device == "gpu":
             arrays.share(block)
-        with mx.stream(context.streams.get(device)):
-            packed, _, _ = quantize.quantize_block(block, params.setting, device)
-            change = block.astype(mx.float32) - dequantize(packed, params.setting).astype(
-                mx.float32
-            )
-            squares = mx.square(change)
-            sums = [each.weigh(squares, start, weight.shape[-2]) for each in importances]
-            mx.eval(sums)
+        stream = context.streams.get(device)
+        packed, _, _ = quantize.quantize_block(block, params.setting, device, stream)
+        change = quantize.change(block, packed, params.setting, stream)
+        squares = mx.square(change, stream=stream)
+        sums = [each.weigh(squares, start, weight.shape[-2], stream) for each in importances]
+        mx.eval(sums)
         error += sum(map(_sum, sums))
     return error / 2 if isfinite(error) else inf
 

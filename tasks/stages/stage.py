@@ -356,6 +356,10 @@ class Stage(ABC, Generic[P]):
         """Return the bytes that ``run`` holds at once."""
         return IN_FLIGHT_BYTES
 
+    def runs_alone(self, params: P) -> bool:
+        """Tell whether no other action may run meanwhile."""
+        return False
+
     def view_memory(self, params: P, checkpoint: Checkpoint) -> int:
         """Return the bytes that reading a view holds at once, besides blocks of rows."""
         return 0

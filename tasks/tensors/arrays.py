@@ -46,9 +46,8 @@ def read(
 
 def blank(count: int) -> mx.array:
     """Return new memory of the CPU that may be filled in place: (bytes,), uint8."""
-    with mx.stream(mx.cpu):
-        memory = mx.zeros((count,), mx.uint8)
-        mx.eval(memory)
+    memory = mx.zeros((count,), mx.uint8, stream=mx.cpu)
+    mx.eval(memory)
     return memory
 
 
@@ -69,13 +68,14 @@ def share(array: mx.array) -> None:
     cuda.share(view(array))
 
 
-def flat(array: mx.array) -> mx.array:
+def flat(array: mx.array, stream: mx.Stream | None = None) -> mx.array:
     """Return an array's bytes, row-major, little-endian, not evaluated yet: (bytes,), uint8.
 
-    On the current stream, which should be the one that the array is made on: another device would
-    move it page by page.
+    On the stream that the array is made on, by default the thread's own: another device would move
+    it page by page.
     """
-    return mx.contiguous(array).reshape(-1).view(mx.uint8)
+    row_major = mx.contiguous(array, stream=stream)
+    return row_major.reshape(-1, stream=stream).view(mx.uint8, stream=stream)
 
 
 def view(array: mx.array) -> memoryview:
@@ -85,20 +85,26 @@ def view(array: mx.array) -> memoryview:
     return views([array], together=False)[0]
 
 
-def views(arrays: Sequence[mx.array], *others: mx.array, together: bool) -> list[memoryview]:
-    """Evaluate arrays, and ``others``, on the current stream; return the bytes of each.
+def views(
+    arrays: Sequence[mx.array],
+    *others: mx.array,
+    together: bool,
+    stream: mx.Stream | None = None,
+) -> list[memoryview]:
+    """Evaluate arrays, and ``others``; return the bytes of each.
 
     Args:
         arrays: the arrays.
         others: arrays to be evaluated at the same time: each wait for a GPU costs.
         together: whether to join them into one array first, as should be for a GPU: its results
             then leave it in one go, and kernels that write small pieces write to its own memory.
+        stream: what they are made on, see ``flat``.
     """
-    flats = [flat(array) for array in arrays]
+    flats = [flat(array, stream) for array in arrays]
     if not together:
         mx.eval(flats, others)
         return [memoryview(cast(bytes, one)) for one in flats]
-    joined = mx.concatenate(flats)
+    joined = mx.concatenate(flats, stream=stream)
     mx.eval(joined, others)
     memory = memoryview(cast(bytes, joined))
     cuda.share(memory)

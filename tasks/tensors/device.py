@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 from tasks.core.errors import ConfigError
 from tasks.tensors import mx
@@ -22,7 +21,7 @@ def backend(device: str | None) -> str:
     Raises:
         ConfigError: MLX has no GPU here.
     """
-    if device == "cpu" or (device is None and mx.default_device().type == mx.cpu):
+    if (device or default()) == "cpu":
         return "cpu"
     if mx.metal.is_available():
         return "metal"
@@ -39,12 +38,20 @@ def device_of(backend: str) -> str:
     return "cpu" if backend == "cpu" else "gpu"
 
 
-def alone(device: str) -> AbstractContextManager[object]:
-    """Keep other threads' matrix products off a GPU meanwhile; may be entered again.
+@cache
+def default() -> str:
+    """Return MLX's own default device, ``cpu`` or ``gpu``, as it is before ``default_to_cpu``."""
+    return "gpu" if mx.default_device().type == mx.gpu else "cpu"
 
-    MLX's CUDA backend returns wrong numbers where several threads multiply at once.
+
+@cache
+def default_to_cpu() -> None:
+    """Have all operations that name no stream go to the CPU from now on, in every thread.
+
+    MLX's default device is one for all threads: ``with mx.stream(…)`` of another device in one
+    thread changes where the operations of the others go, which then have other bits. So the default
+    stays the same while actions run. What computes on a GPU names its stream; a stage that has a
+    model's own code compute there, which names none, runs alone (``Stage.runs_alone``).
     """
-    return _one_at_a_time if device == "gpu" else nullcontext()
-
-
-_one_at_a_time = threading.RLock()
+    default()
+    mx.set_default_device(mx.cpu)

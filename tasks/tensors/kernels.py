@@ -1,7 +1,8 @@
-"""kernels: quantizes blocks of weights, on the current stream."""
+"""kernels: quantizes blocks of weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import gcd, inf
 
@@ -16,7 +17,14 @@ LARGE = 2.0**30  # from about here on MLX overflows in ways of its own, another 
 LANE = 64  # bits of the widest integer
 
 
-def quantize(weight: mx.array, *, group_size: int, bits: int, mode: str) -> tuple[mx.array, ...]:
+def quantize(
+    weight: mx.array,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+    stream: mx.Stream | None = None,
+) -> tuple[mx.array, ...]:
     """Quantize a weight.
 
     Args:
@@ -24,17 +32,44 @@ def quantize(weight: mx.array, *, group_size: int, bits: int, mode: str) -> tupl
         group_size: weights that share a scale.
         bits: bits per weight.
         mode: ``affine``, ``mxfp4``, ``mxfp8``, ``nvfp4``.
+        stream: what computes it; by default the thread's own.
 
     Returns:
         The packed weight, uint32 (…, rows, columns · bits / 32); scales (…, rows,
         columns / group_size); and for ``affine`` biases, shaped as the scales.
     """
-    return tuple(mx.quantize(weight, group_size, bits, mode))
+    return tuple(mx.quantize(weight, group_size, bits, mode, stream=stream))
 
 
-def even_rows(rows: mx.array) -> mx.array:
+def dequantize(
+    packed: Sequence[mx.array],
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+    stream: mx.Stream | None = None,
+) -> mx.array:
+    """Return what rows of a quantized weight stand for, in the dtype that MLX gives it.
+
+    Args:
+        packed: as ``quantize`` returns it: (rows, …) each.
+        group_size: as for ``quantize``, like all that follow.
+        bits: bits per weight.
+        mode: how it was quantized.
+        stream: what computes it.
+    """
+    count = len(packed[0])
+    weight, scales, *rest = (even_rows(part, stream) for part in packed)
+    biases = rest[0] if rest else None
+    made = mx.dequantize(weight, scales, biases, group_size, bits, mode, stream=stream)
+    if len(made) == count:
+        return made
+    return mx.as_strided(made, (count, *made.shape[1:]), stream=stream)
+
+
+def even_rows(rows: mx.array, stream: mx.Stream | None = None) -> mx.array:
     """Return rows, and one of zeros if their number is odd: on a CPU MLX takes nvfp4 in pairs."""
-    return mx.pad(rows, [(0, 1), (0, 0)]) if len(rows) % 2 else rows
+    return mx.pad(rows, [(0, 1), (0, 0)], stream=stream) if len(rows) % 2 else rows
 
 
 def quantize_fast(
@@ -86,11 +121,11 @@ def agrees(dtype: mx.Dtype, group_size: int, bits: int, mode: str) -> bool:
     return all(one.item() for one in same)
 
 
-def not_finite(weight: mx.array) -> mx.array:
+def not_finite(weight: mx.array, stream: mx.Stream | None = None) -> mx.array:
     """Return, lazily, whether an element is infinite or NaN. Twenty times faster than isfinite."""
-    signed, unsigned = _integers(weight.dtype)
-    most = mx.max(weight.view(signed)), mx.max(weight.view(unsigned))
-    return _reaches(weight.dtype, *most, bound=inf)
+    views = (weight.view(integers, stream=stream) for integers in _integers(weight.dtype))
+    positive, negative = (mx.max(view, stream=stream) for view in views)
+    return _reaches(weight.dtype, positive, negative, bound=inf, stream=stream)
 
 
 def _affine(groups: mx.array, bits: int) -> tuple[mx.array, tuple[mx.array, ...], mx.array]:
@@ -178,7 +213,14 @@ def _extremes(groups: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     return least, most, large
 
 
-def _reaches(dtype: mx.Dtype, positive: mx.array, negative: mx.array, *, bound: float) -> mx.array:
+def _reaches(
+    dtype: mx.Dtype,
+    positive: mx.array,
+    negative: mx.array,
+    *,
+    bound: float,
+    stream: mx.Stream | None = None,
+) -> mx.array:
     """Tell whether floats reach ``bound`` or its negative. NaN is more than infinity.
 
     Args:
@@ -186,18 +228,22 @@ def _reaches(dtype: mx.Dtype, positive: mx.array, negative: mx.array, *, bound: 
         positive: the largest of their bits as signed integers: no sign bit, unless all have it.
         negative: the largest as unsigned integers: the sign bit, unless none has it.
         bound: positive; what ``dtype`` cannot hold is infinity.
+        stream: what computes it.
     """
     positive_bound, negative_bound = _bounds(dtype, bound)
-    return mx.logical_or(positive >= positive_bound, negative >= negative_bound)
+    return mx.logical_or(
+        mx.greater_equal(positive, positive_bound, stream=stream),
+        mx.greater_equal(negative, negative_bound, stream=stream),
+        stream=stream,
+    )
 
 
 @lru_cache
 def _bounds(dtype: mx.Dtype, bound: float) -> tuple[mx.array, mx.array]:
     """Return the bits of a number as a signed, and of its negative as an unsigned integer."""
     signed, unsigned = _integers(dtype)
-    with mx.stream(mx.cpu):
-        bits = mx.array(bound, dtype).view(signed).item()
-        negative_bits = mx.array(-bound, dtype).view(unsigned).item()
+    bits = mx.array(bound, dtype).view(signed, stream=mx.cpu).item()
+    negative_bits = mx.array(-bound, dtype).view(unsigned, stream=mx.cpu).item()
     return mx.array(bits, signed), mx.array(negative_bits, unsigned)
 
 

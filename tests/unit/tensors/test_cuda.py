@@ -5,7 +5,6 @@ import sys
 import threading
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from support import checkpoints, inside
@@ -77,5 +76,5 @@ def test_a_gpu_is_fed_by_a_few_threads(
 ) -> None:
     """But what is computed on the CPU beside it by as many as there are cores."""
     monkeypatch.setattr(resources, "cores", lambda: 16)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(resources, "default", lambda: "gpu")
     assert resources.threads(devices) == expected

@@ -147,7 +147,9 @@ def test_large(dtype: mx.Dtype, mode: str) -> None:
 def test_another_mlx(monkeypatch: pytest.MonkeyPatch, mode: str, part: int) -> None:
     """An MLX that quantizes in another way, be it one part, is asked itself."""
 
-    def other(weight: mx.array, group_size: int, bits: int, mode: str) -> list[mx.array]:
+    def other(
+        weight: mx.array, group_size: int, bits: int, mode: str, stream: mx.Stream | None = None
+    ) -> list[mx.array]:
         parts = list(made(weight, group_size, bits, mode))
         parts[part] = parts[part] + 1
         return parts

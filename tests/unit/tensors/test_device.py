@@ -1,0 +1,79 @@
+"""What computes: what is for a GPU names its stream, and what names none is the CPU's."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+
+import mlx.core as mx
+import pytest
+
+from tasks.stages import quantize
+from tasks.stages.measure import _group_sums
+from tasks.stages.quantize_scheme import Setting
+from tasks.stages.sensitivity import _Importance
+from tasks.tensors import mx as lazy_mx
+from tasks.tensors.device import backend, default, default_to_cpu
+from tasks.tensors.kernels import not_finite
+
+SETTINGS = [Setting(64, 4, "affine"), Setting(32, 4, "mxfp4"), Setting(16, 4, "nvfp4")]
+
+
+@contextmanager
+def no_default() -> Iterator[mx.Stream]:
+    """Have what names no stream fail: it goes to one of another thread. Yield one of this."""
+    streams: list[mx.Stream] = []
+    other = Thread(target=lambda: streams.append(mx.new_stream(mx.cpu)))
+    other.start()
+    other.join()
+    own = mx.new_stream(mx.cpu)
+    with mx.stream(streams[0]):
+        with pytest.raises(RuntimeError, match="Stream"):
+            mx.eval(mx.zeros(1) + 1)
+        yield own
+
+
+@pytest.mark.parametrize("rows", [6, 7])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_each_operation_of_a_gpu_names_its_stream(setting: Setting, rows: int) -> None:
+    block = mx.random.normal((rows, 128)).astype(mx.bfloat16)
+    channels, by_row = mx.random.uniform(shape=(2, 128)), mx.random.uniform(shape=(rows,))
+    mx.eval(block, channels, by_row, not_finite(block))  # whose bounds are the CPU's, once
+    with no_default() as stream:
+        packed, views, finite = quantize.quantize_block(block, setting, "gpu", stream)
+        change = quantize.change(block, packed, setting, stream)
+        sums = [
+            _group_sums(change, setting, stream),
+            _Importance(channels=channels).weigh(change, 0, 4, stream),
+            _Importance(rows=by_row).weigh(change, 0, rows, stream),
+        ]
+        mx.eval(sums)
+    expected = mx.quantize(mx.pad(block, [(0, rows % 2), (0, 0)]), **setting._asdict())
+    assert finite
+    assert [bytes(view) for view in views] == [
+        bytes(memoryview(part[:rows].reshape(-1).view(mx.uint8))) for part in expected
+    ]
+    restored = mx.dequantize(*expected, **setting._asdict())[:rows]
+    assert mx.array_equal(change, block.astype(mx.float32) - restored.astype(mx.float32))
+    weighed = [change * channels[mx.arange(rows) // 4], change * by_row[:, None]]
+    for made, wide in zip(sums[1:], weighed, strict=True):
+        assert mx.allclose(made, mx.sum(wide, axis=-1), rtol=1e-5, atol=1e-6)
+
+
+def test_what_names_no_stream_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever MLX's own default is, which is what a target without `device` is computed on."""
+    default.cache_clear()
+    default_to_cpu.cache_clear()
+    told: list[object] = []
+    monkeypatch.setattr(lazy_mx, "default_device", lambda: mx.Device(mx.gpu), raising=False)
+    monkeypatch.setattr(lazy_mx, "set_default_device", told.append, raising=False)
+    try:
+        default_to_cpu()
+        assert told == [mx.cpu]
+        monkeypatch.setattr(lazy_mx, "default_device", lambda: mx.Device(mx.cpu))
+        assert default() == "gpu"
+        if not (mx.metal.is_available() or mx.cuda.is_available()):
+            with pytest.raises(Exception, match="no GPU"):
+                backend(None)
+    finally:
+        default.cache_clear()
+        default_to_cpu.cache_clear()
