@@ -3,46 +3,32 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
-import os
 import re
-import subprocess
 import sys
-import tempfile
-import threading
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import structs
 
-from cache.blobs import Part
-from cache.digest import digest_record
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
 from tasks.checkpoints.stored import TORCH
-from tasks.core.errors import ArchitectureError, BuildError, CheckpointError
+from tasks.core.errors import ArchitectureError, CheckpointError
 from tasks.core.text import listed, plural
-from tasks.layouts import verdict
-from tasks.layouts.libraries import LIBRARIES, MLX_LM
+from tasks.layouts import asking
+from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.llama_names import rope
 from tasks.layouts.model import Model, Module, Parameter
 from tasks.unpack import registry as unpack
 from tasks.unpack.packed import Found
 
 KEPT_SETTINGS = ("quantization_config", "text_config")  # what libraries leave there
-SCHEMA = 3  # of the probe's answers; raised when they change
 SCALES = re.compile(r"(weight_scale(_inv|_2)?|scale_inv|\.scales|\.qzeros)$")  # of packed weights
-# Where a question has no more, it is asked in this process; else within limits in one of its own.
-SMALL_TENSORS, SMALL_TEXT, SMALL_NUMBER, SMALL_COUNT = 50_000, 4 << 20, 1 << 31, 4096
-COUNTS = re.compile("layer|depth|block|expert|head")  # keys of what a class makes so many of
-ASK_SECONDS, ASK_BYTES = 600, 16 << 30
 MAX_VALUES_BYTES = 64 << 20  # of tensors whose values a library looks at
 
 
@@ -76,22 +62,6 @@ class LookedAt(msgspec.Struct, frozen=True):
     """
 
     looked_at: list[str]
-
-
-@cache
-def versions(library: str = MLX_LM) -> dict[str, str]:
-    """Return the versions of what an answer depends on.
-
-    Raises:
-        ArchitectureError: the library is not installed.
-    """
-    distribution = LIBRARIES[library].DISTRIBUTION
-    try:
-        return {name: version(name) for name in ("mlx", distribution)}
-    except PackageNotFoundError as error:
-        raise ArchitectureError(
-            f"{error.name} is not installed: pip install {distribution}"
-        ) from error
 
 
 def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
@@ -140,7 +110,7 @@ class Reads(msgspec.Struct, frozen=True):
 
 def _reads(checkpoint: Checkpoint, found: Found, memos: Memos, library: str) -> Reads:
     """Tell how a library takes a checkpoint, which is remembered."""
-    question = {"packed": _question(checkpoint, library, {}, ()), "format": found.format}
+    question = {"packed": asking.question(checkpoint, library, {}, ()), "format": found.format}
     remembered = memos.get("architectures", question, Reads)
     if remembered is not None:
         return remembered
@@ -157,9 +127,9 @@ def _try(checkpoint: Checkpoint, found: Found, memos: Memos, library: str) -> Re
     """
     if trial := unpack.trial(found):
         for left_out in dict.fromkeys(((), _predictors(checkpoint))):
-            question = {**_question(checkpoint, library, {}, left_out), "trial": trial}
+            question = {**asking.question(checkpoint, library, {}, left_out), "trial": trial}
             with suppress(ArchitectureError):
-                said = _ask(question, library, checkpoint)
+                said = asking.ask(question, library, checkpoint)
                 if said["dtype"]:
                     return Reads(False, said["dtype"], said["config"])
                 break
@@ -302,7 +272,7 @@ def _answer(
     """
     values: dict[str, str] = {}
     while True:
-        question = _question(checkpoint, library, values, left_out)
+        question = asking.question(checkpoint, library, values, left_out)
         # A checkpoint without these tensors is another: of that, nothing was found to fail.
         known = {**question, "left_out": list(left_out)} if left_out else question
         answer: Answer | LookedAt | None = memos.get("architectures", known, Answer)
@@ -310,7 +280,7 @@ def _answer(
         if answer is None:
             if not ask:
                 return None
-            asked = _ask(question, library, checkpoint)
+            asked = asking.ask(question, library, checkpoint)
             memos.put("architectures", known, asked)
             if "looked_at" in asked:
                 answer = msgspec.convert(asked, LookedAt)
@@ -347,163 +317,6 @@ def _values(checkpoint: Checkpoint, names: Iterable[str], library: str) -> dict[
 def _names(*names: str) -> tuple[str, ...]:
     """Return the names, one object for all modules that have the same."""
     return names
-
-
-def identity(checkpoint: Checkpoint, model: Model) -> str:
-    """Return a digest of all that a model's ``sanitize`` depends on besides the tensors' data.
-
-    The values that it was decided by are part of it.
-    """
-    told = model.told or checkpoint
-    return digest_record(_question(told, model.library, model.values, model.left_out))
-
-
-class Sanitizer:
-    """A process that has a library's ``sanitize`` make parameters that are no plain tensors.
-
-    It begins with the first request, and ends with whoever asks it. Safe in threads.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, model: Model, device: str) -> None:
-        """Begin nothing yet.
-
-        Args:
-            checkpoint: with Hugging Face's names.
-            model: the model, as ``model`` returned it.
-            device: ``cpu`` or ``gpu``: what is to be MLX's default, as it is for mlx_lm.convert.
-        """
-        self._told = model.told or checkpoint
-        self._model = model
-        self._device = device
-        self._lock = threading.Lock()
-        self._process: _Process | None = None
-        self._done: set[str] = set()
-        names = {key: name for name, t in self._told.tensors.items() for key in t.inputs}
-        computed = [p for p in model.parameters.values() if _is_computed(p)]
-        read = dict.fromkeys(key for parameter in computed for key in parameter.inputs)
-        self._names = {key: names[key] for key in read}
-
-    def compute(
-        self, inputs: Mapping[str, Sequence[Part]], outputs: Mapping[str, Path], folder: Path
-    ) -> None:
-        """Have parameters computed.
-
-        Args:
-            inputs: where the tensors lie that the parameters are made of, by key.
-            outputs: files to write the parameters' bytes into, by the parameter's name.
-            folder: where there is room for these inputs, unpacked.
-
-        Raises:
-            ArchitectureError: the library failed.
-            BuildError: what it reads is not there, or not as it was.
-        """
-        given = {}
-        for name in dict.fromkeys(self._names[key] for key in inputs):
-            tensor = self._told.tensors[name]
-            stored = [self._told.stored[key] for key in tensor.inputs]
-            parts = [inputs[key] for key in tensor.inputs]
-            given[name] = {
-                "stored": [
-                    [s.dtype, s.shape, [[p.path, p.offset, p.length, *(p.stamp or ())] for p in at]]
-                    for s, at in zip(stored, parts, strict=True)
-                ],
-                "steps": tensor.steps,
-            }
-        request = {"inputs": given, "outputs": {name: str(path) for name, path in outputs.items()}}
-        with self._lock:
-            if self._done & outputs.keys():  # it has each but once
-                self._end()
-            process = self._process or self._begin(folder)
-            said = process.say(request)
-            if "error" in said:
-                self._end()
-                _fail(said, self._told, self._model.library)
-            self._done |= outputs.keys()
-
-    def _begin(self, folder: Path) -> _Process:
-        """Begin a process that has loaded the model."""
-        model = self._model
-        question = _question(self._told, model.library, model.values, model.left_out)
-        tensors = sorted({*self._names.values()})
-        compute = {"device": self._device, "tensors": tensors, "folder": str(folder)}
-        said: dict[str, Any] = {}
-        for light in (True, False):
-            process = _Process(model.library)
-            weakref.finalize(self, process.end)
-            self._process, self._done = process, set()
-            said = process.say({**question, "light": light, "compute": compute})
-            if "error" not in said:
-                return process
-            self._end()
-            if said["kind"] in ("ValueError", "SystemExit"):
-                break
-        _fail(said, self._told, model.library)
-        raise AssertionError("an error was raised")
-
-    def _end(self) -> None:
-        if self._process:
-            self._process.end()
-        self._process = None
-
-
-def _is_computed(parameter: Parameter) -> bool:
-    return any(step[0] == "sanitize" for step in parameter.steps)
-
-
-class _Process:
-    """A process that answers line by line."""
-
-    def __init__(self, library: str) -> None:
-        command, environment = _command(library)
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by ``end``
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True, env=environment
-        )
-
-    def say(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Return what it answers to a line."""
-        assert self._process.stdin
-        assert self._process.stdout
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(line) + "\n")
-            self._process.stdin.flush()
-        if answered := self._process.stdout.readline():
-            return dict(json.loads(answered))
-        status = self._process.wait()
-        self._errors.seek(0)
-        said = f"it ended (exit status {status}):\n{self._errors.read()[-2000:]}"
-        return {"error": said, "kind": "Process"}
-
-    def end(self) -> None:
-        """End it, whatever it is at."""
-        self._process.kill()
-        self._process.wait()
-        for file in (self._process.stdin, self._process.stdout, self._errors):
-            with suppress(OSError):
-                if file:
-                    file.close()
-
-
-def _question(
-    checkpoint: Checkpoint, library: str, values: Mapping[str, str], left_out: Sequence[str]
-) -> dict[str, Any]:
-    extra = rope(checkpoint.config)
-    files = dict(checkpoint.files)
-    if extra or "config.json" not in files:
-        files["config.json"] = json.dumps({**checkpoint.config, **extra})
-    return {
-        "schema": SCHEMA,
-        "versions": versions(library),
-        "files": files,
-        "tensors": _without(checkpoint.table, left_out) if left_out else checkpoint.table,
-        **({"values": values} if values else {}),
-    }
-
-
-def _without(table: list[Any], names: Sequence[str]) -> list[Any]:
-    without = frozenset(names)
-    return [row for row in table if row[0] not in without]
 
 
 def _written_out(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -565,95 +378,3 @@ def _dropped(names: list[str], library: str) -> tuple[str, ...]:
             f"knows and are left out, as {convert} does: {listed(left)}"
         )
     return tuple(notes)
-
-
-def _ask(question: dict[str, Any], library: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    answer: dict[str, Any] = {}
-    for light in (True, False):
-        asked = {**question, "light": light}
-        # Starting a process costs more than the answer, most of all where MLX brings up a GPU.
-        if light and _is_small(question):
-            from tasks.layouts import probe  # once for a checkpoint
-
-            answer = json.loads(json.dumps(probe.answer(asked, LIBRARIES[library])))
-        else:
-            answer = _ask_process(asked, library, checkpoint.folder)
-        if "error" not in answer:
-            return dict(answer)
-        # A library's own verdicts are ValueErrors; left-out modules can show as any other.
-        if answer["kind"] in ("ValueError", "SystemExit"):
-            break
-    _fail(answer, checkpoint, library)
-    raise AssertionError("an error was raised")
-
-
-def _fail(answer: Mapping[str, str], checkpoint: Checkpoint, library: str) -> None:
-    """Say that a library failed.
-
-    Raises:
-        ArchitectureError: that is its verdict on the checkpoint.
-        BuildError: it could not read it.
-    """
-    if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict
-        raise BuildError(f"{checkpoint.folder}: {answer['error']}")
-    name = LIBRARIES[library].DISTRIBUTION
-    release = f"{library} {versions(library)[name]}"
-    said = verdict.explained(checkpoint.config, answer["kind"], answer["error"], release, name)
-    raise ArchitectureError(f"{checkpoint.folder}: {said}")
-
-
-def _is_small(question: Mapping[str, Any]) -> bool:
-    """Tell whether no model of such a size can take this process's time and memory."""
-    config = json.loads(question["files"]["config.json"])
-    return (
-        len(question["tensors"]) <= SMALL_TENSORS
-        and sum(map(len, question["files"].values())) <= SMALL_TEXT
-        and all(n <= (SMALL_COUNT if COUNTS.search(k) else SMALL_NUMBER) for k, n in _whole(config))
-    )
-
-
-def _whole(config: Any) -> Iterator[tuple[str, int]]:
-    """Yield the whole numbers in JSON, each with the key that it is under."""
-    left = [("", config)]
-    while left:
-        key, value = left.pop()
-        if isinstance(value, int):
-            yield key, value
-        elif isinstance(value, dict):
-            left += value.items()
-        elif isinstance(value, list):
-            left += ((key, each) for each in value)
-
-
-def _command(library: str) -> tuple[list[str], dict[str, str]]:
-    """Return how the probe is started, and in which environment."""
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    # -P: the current folder may have a tasks/ of its own.
-    command = [sys.executable, "-P", "-m", "tasks.layouts.probe", library]
-    return command, {**os.environ, "PYTHONPATH": path}
-
-
-def _ask_process(question: dict[str, Any], library: str, folder: Path) -> Any:
-    command, environment = _command(library)
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps({**question, "limit_bytes": ASK_BYTES}),
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=ASK_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise ArchitectureError(
-            f"{folder}: {library} did not say within {ASK_SECONDS} s what it makes of it. "
-            "config.json asks for a model of a size that it was hardly meant to. Fetch it again."
-        ) from None
-    try:
-        return json.loads(done.stdout)
-    except ValueError:
-        raise ArchitectureError(
-            f"{folder}: asking {library} failed (exit status {done.returncode}):\n"
-            f"{done.stderr[-2000:]}"
-        ) from None

@@ -2,7 +2,7 @@
 
 It gives the library's own loading function arrays that hold no data, and asked for a ``light``
 answer it leaves out modules that a conversion does not need and that take seconds to import.
-Question and answer are JSON; see ``tasks.layouts.architecture`` for what they hold, and
+Question and answer are JSON; see ``tasks.layouts.asking`` for what they hold, and
 ``tasks.layouts.libraries`` for what is said of a library.
 
 Zeros must not decide anything: where the library looks at the values of tensors, the answer is

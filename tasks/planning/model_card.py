@@ -20,7 +20,7 @@ from tasks.checkpoints.small_files import check_regular
 from tasks.core import text
 from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import Quantize, Settings, Target
-from tasks.layouts import architecture, card
+from tasks.layouts import asking, card
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.plan import Plan
 from tasks.quality.divergence import ModelQuality
@@ -216,5 +216,5 @@ def _compiled(template: str) -> Template:
 @cache
 def _versions(*, computed: bool) -> dict[str, str]:
     """Return the versions of what made a model; MLX's only if anything was computed."""
-    versions = architecture.versions() | {"mlx-make": version("mlx-make")}
+    versions = asking.versions() | {"mlx-make": version("mlx-make")}
     return versions if computed else {name: versions[name] for name in versions if name != "mlx"}

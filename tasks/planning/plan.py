@@ -17,7 +17,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import ReadableSource
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.spec import Quality, Quantize, SourceSpec, Target
-from tasks.layouts import architecture
+from tasks.layouts import asking
 from tasks.layouts.model import Model, Parameter, layer_names
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.node import Known, Node
@@ -72,7 +72,7 @@ class SharedPlan(Struct, frozen=True, dict=True):
         return cls(
             checkpoint,
             model,
-            Computer(architecture.versions()["mlx"], backend, platform.machine()),
+            Computer(asking.versions()["mlx"], backend, platform.machine()),
             _by_layer(stored),
             {layer: [model.parameters[n] for n in names] for layer, names in layers.items()},
         )

@@ -7,7 +7,7 @@ from typing import Any, cast
 from cache.digest import digest_record
 from cache.records.memos import Memos
 from tasks.core.errors import BuildError
-from tasks.layouts import architecture
+from tasks.layouts import asking
 from tasks.layouts.libraries import LIBRARIES
 from tasks.quality.segments import Skeleton
 from tasks.tensors import mx
@@ -26,7 +26,7 @@ def cache_bytes(memos: Memos, skeleton: Skeleton, tokens: int) -> int:
         BuildError: the model cannot be run with one.
     """
     question = [
-        SCHEMA, architecture.versions(skeleton.library), digest_record(skeleton.config), tokens,
+        SCHEMA, asking.versions(skeleton.library), digest_record(skeleton.config), tokens,
     ]  # fmt: skip
     answer = memos.get("cache size", question, int)
     if answer is None:

@@ -23,7 +23,7 @@ import msgspec
 from cache.digest import digest_record
 from cache.records.manifests import TensorSpec
 from cache.records.memos import Memos
-from tasks.layouts import architecture
+from tasks.layouts import asking
 from tasks.layouts.array_graph import ArrayGraph, hollow
 from tasks.layouts.importing import importing
 from tasks.layouts.libraries import LIBRARIES
@@ -209,7 +209,7 @@ def split(memos: Memos, skeleton: Skeleton, length: int) -> Split:
     """
     question = [
         SCHEMA,
-        architecture.versions(skeleton.library),
+        asking.versions(skeleton.library),
         digest_record(skeleton.config),
         digest_record([[n, s.dtype, list(s.shape)] for n, s in skeleton.tensors.items()]),
         length,

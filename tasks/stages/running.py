@@ -19,7 +19,7 @@ from cache.digest import digest_record
 from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import BuildError
-from tasks.layouts.architecture import versions
+from tasks.layouts.asking import versions
 from tasks.quality import segments
 from tasks.quality.calls import Call, Seen, Watch
 from tasks.quality.segments import LOGITS, Run, Segment, Skeleton, Split

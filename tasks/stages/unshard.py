@@ -12,7 +12,7 @@ import msgspec
 from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import CheckpointError
-from tasks.layouts import architecture
+from tasks.layouts import sanitizer
 from tasks.layouts.model import Parameter
 from tasks.stages.reasons import Reason, changed_values, tensor_changes
 from tasks.stages.stage import (
@@ -70,7 +70,7 @@ class Sanitizer(msgspec.Struct, frozen=True):
     """What a library's ``sanitize`` depends on besides the tensors.
 
     Attributes:
-        identity: digest of what the library is asked, see ``architecture.identity``.
+        identity: digest of what the library is asked, see ``sanitizer.identity``.
         device: what computes: ``cpu``, ``metal``, ``cuda``.
         machine: the processor.
     """
@@ -113,13 +113,13 @@ class Unshard(Stage[UnshardParams]):
             if any(steps.computed_by_library(recipe.steps) for recipe in by_name.values())
         }
         if computed:  # of all layers the same, and as long as the checkpoint's table
-            identity = architecture.identity(target.checkpoint, target.model)
-            sanitizer = Sanitizer(identity, target.computer.device, platform.machine())
+            identity = sanitizer.identity(target.checkpoint, target.model)
+            sanitize = Sanitizer(identity, target.computer.device, platform.machine())
         planned = {}
         for layer, by_name in recipes.items():
             reads = {key: layer_of[key] for recipe in by_name.values() for key in recipe.inputs}
             needs = tuple(Need(target.previous, need) for need in dict.fromkeys(reads.values()))
-            params = UnshardParams(by_name, sanitizer if layer in computed else None)
+            params = UnshardParams(by_name, sanitize if layer in computed else None)
             planned[layer] = Planned(params, needs, frozenset(reads))
         return planned
 
@@ -242,16 +242,16 @@ def _sanitize(
     if params.sanitize is None:
         return tensors
     computes_on = device.device_of(params.sanitize.device)
-    sanitizer = context.once(
+    process = context.once(
         ("sanitizer", params.sanitize),
-        lambda: architecture.Sanitizer(context.checkpoint, context.model, computes_on),
+        lambda: sanitizer.Sanitizer(context.checkpoint, context.model, computes_on),
     )
     for batch in _batches(context.checkpoint, params):
         read = dict.fromkeys(key for name in batch for key in params.tensors[name].inputs)
         inputs = {key: context.parts(keys[key]) for key in read}
         with context.blobs.scratch(_nbytes(context.checkpoint, params, batch)) as folder:
             outputs = {name: folder / str(number) for number, name in enumerate(batch)}
-            sanitizer.compute(inputs, outputs, context.blobs.root)
+            process.compute(inputs, outputs, context.blobs.root)
             for name, path in outputs.items():
                 tensor = Tensor(*params.tensors[name].spec, "")
                 tensors[name] = replace(tensor, digest=context.blobs.adopt(path))

@@ -14,7 +14,7 @@ from support.projects import FOUR_BIT, Project
 from tasks.checkpoints import headers
 from tasks.checkpoints.loaders import LOADERS
 from tasks.checkpoints.sources import SOURCES
-from tasks.layouts import architecture
+from tasks.layouts import asking
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.registry import LAYOUTS
 
@@ -210,7 +210,7 @@ def toy_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     toy_library.install(site)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.setitem(LIBRARIES, "toy-lm", toy_library)
-    architecture.versions.cache_clear()
+    asking.versions.cache_clear()
     monkeypatch.setitem(LAYOUTS, "toy", toy_library)
     config = {"model_type": "toy", "vocabulary": 96, "width": 64, "layers": 3}
     (checkpoint / "config.json").write_text(json.dumps(config))
@@ -249,7 +249,7 @@ def test_a_library_with_its_own_models(toy_model: Path) -> None:
 
 def test_a_library_that_decides_by_values(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it computes depends on them: another sign, other weights, and nothing else anew."""
-    command, environment = architecture._command("toy-lm")
+    command, environment = asking.command("toy-lm")
     # Of that process, which knows of no other libraries than its own.
     told = (
         "from support import toy_library; from tasks.layouts import libraries, probe; "
@@ -258,7 +258,7 @@ def test_a_library_that_decides_by_values(toy_model: Path, monkeypatch: pytest.M
     start = [*command[: command.index("-m")], "-c", told, "toy-lm"]
     folders = [str(Path(toy_library.__file__).parents[1]), str(toy_model / "site")]
     environment["PYTHONPATH"] += os.pathsep + os.pathsep.join(folders)
-    monkeypatch.setattr(architecture, "_command", lambda library: (start, environment))
+    monkeypatch.setattr(asking, "command", lambda library: (start, environment))
     path, weights = toy_model / "site" / "toy_lm" / "models.py", toy_model / "checkpoint"
     text = path.read_text()
     looks = """
@@ -289,6 +289,6 @@ def test_a_library_that_decides_by_values(toy_model: Path, monkeypatch: pytest.M
 
 def test_a_library_that_is_not_installed(toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy_library, "DISTRIBUTION", "no-such-lm")
-    architecture.versions.cache_clear()
+    asking.versions.cache_clear()
     done = inside.doit(toy_model, expect=None)
     assert "no-such-lm is not installed: pip install no-such-lm" in done.stdout + done.stderr

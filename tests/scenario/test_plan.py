@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from support import inside, meta, projects
 from support.projects import Project
-from tasks.layouts import architecture
+from tasks.layouts import asking
 
 OUTCOME = {"run": "computed", "reuse": "reused", "fetch": "fetched"}
 QUANTIZE = (
@@ -463,9 +463,9 @@ def test_a_changed_checkpoint(project: Project) -> None:
 def test_another_mlx(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path / "world")
     world.begin(checkpoint)
-    now = architecture.versions()
+    now = asking.versions()
     with monkeypatch.context() as patch:
-        patch.setattr(architecture, "versions", lambda *_: {**now, "mlx": "0.1.2"})
+        patch.setattr(asking, "versions", lambda *_: {**now, "mlx": "0.1.2"})
         inside.doit(world.mine)
     reason = f"mlx 0.1.2 → {now['mlx']}"
     said(

@@ -17,7 +17,7 @@ from support import checkpoints
 from tasks.checkpoints import loaders
 from tasks.checkpoints.folder import FolderSource
 from tasks.core.errors import ArchitectureError
-from tasks.layouts import architecture, array_graph, probe
+from tasks.layouts import architecture, array_graph, asking, probe
 from tasks.layouts.model import Model
 
 
@@ -210,11 +210,11 @@ def test_a_model_of_no_sane_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """mlx-lm would make its layers until the machine is full."""
     sizes = {"n_ctx": 8, "n_embd": 8, "n_head": 2, "n_positions": 8, "layer_norm_epsilon": 1e-5}
     folder = checkpoints.make("llama", tmp_path / "c", model_type="gpt2", n_layer=10**9, **sizes)
-    monkeypatch.setattr(architecture, "ASK_SECONDS", 2)
+    monkeypatch.setattr(asking, "ASK_SECONDS", 2)
     with pytest.raises(ArchitectureError, match=r"mlx-lm did not say within 2 s what it makes"):
         architecture_of(folder, tmp_path / "cache")
-    monkeypatch.setattr(architecture, "ASK_SECONDS", 600)
-    monkeypatch.setattr(architecture, "ASK_BYTES", 256 << 20)
+    monkeypatch.setattr(asking, "ASK_SECONDS", 600)
+    monkeypatch.setattr(asking, "ASK_BYTES", 256 << 20)
     with pytest.raises(ArchitectureError, match=r"MemoryError|failed|bad_alloc|allocate|says"):
         architecture_of(folder, tmp_path / "cache")
 
@@ -225,9 +225,9 @@ def test_what_is_small() -> None:
         return {"tensors": [["a", "float32", [1]]] * tensors, "files": files}
 
     sane = {"num_hidden_layers": 126, "vocab_size": 262144, "max_position_embeddings": 10485760}
-    assert architecture._is_small(question(20_000, **sane, layer_types=["full"] * 126))
+    assert asking._is_small(question(20_000, **sane, layer_types=["full"] * 126))
     for large in ({"n_layer": 10**5}, {"text": {"num_experts": 10**6}}, {"heads": [1, 2, 9**9]}):
-        assert not architecture._is_small(question(**sane, **large))
-    assert not architecture._is_small(question(100_000))
-    assert not architecture._is_small(question(layer_types=["full_attention"] * 10**6))
-    assert not architecture._is_small(question(hidden_size=10**12))
+        assert not asking._is_small(question(**sane, **large))
+    assert not asking._is_small(question(100_000))
+    assert not asking._is_small(question(layer_types=["full_attention"] * 10**6))
+    assert not asking._is_small(question(hidden_size=10**12))

@@ -1,0 +1,175 @@
+"""asking: how one of the ``libraries`` is asked what it makes of a checkpoint.
+
+The question is answered by ``probe``, in this process where the model is small, else in one of its
+own, within limits of time and memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.errors import ArchitectureError, BuildError
+from tasks.layouts import verdict
+from tasks.layouts.libraries import LIBRARIES, MLX_LM
+from tasks.layouts.llama_names import rope
+
+SCHEMA = 3  # of the probe's answers; raised when they change
+# Where a question has no more, it is asked in this process; else within limits in one of its own.
+SMALL_TENSORS, SMALL_TEXT, SMALL_NUMBER, SMALL_COUNT = 50_000, 4 << 20, 1 << 31, 4096
+COUNTS = re.compile("layer|depth|block|expert|head")  # keys of what a class makes so many of
+ASK_SECONDS, ASK_BYTES = 600, 16 << 30
+
+
+@cache
+def versions(library: str = MLX_LM) -> dict[str, str]:
+    """Return the versions of what an answer depends on.
+
+    Raises:
+        ArchitectureError: the library is not installed.
+    """
+    distribution = LIBRARIES[library].DISTRIBUTION
+    try:
+        return {name: version(name) for name in ("mlx", distribution)}
+    except PackageNotFoundError as error:
+        raise ArchitectureError(
+            f"{error.name} is not installed: pip install {distribution}"
+        ) from error
+
+
+def question(
+    checkpoint: Checkpoint, library: str, values: Mapping[str, str], left_out: Sequence[str]
+) -> dict[str, Any]:
+    """Return what a library is asked of a checkpoint: all that its answer depends on.
+
+    Args:
+        checkpoint: with Hugging Face's names.
+        library: of ``LIBRARIES``.
+        values: of tensors that it decides by, in base64.
+        left_out: tensors that it is not told of.
+
+    Raises:
+        ArchitectureError: the library is not installed.
+    """
+    extra = rope(checkpoint.config)
+    files = dict(checkpoint.files)
+    if extra or "config.json" not in files:
+        files["config.json"] = json.dumps({**checkpoint.config, **extra})
+    return {
+        "schema": SCHEMA,
+        "versions": versions(library),
+        "files": files,
+        "tensors": _without(checkpoint.table, left_out) if left_out else checkpoint.table,
+        **({"values": values} if values else {}),
+    }
+
+
+def _without(table: list[Any], names: Sequence[str]) -> list[Any]:
+    without = frozenset(names)
+    return [row for row in table if row[0] not in without]
+
+
+def ask(question: dict[str, Any], library: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return a library's answer to a ``question``.
+
+    Raises:
+        ArchitectureError: it does not know the architecture, or refuses the checkpoint.
+    """
+    answer: dict[str, Any] = {}
+    for light in (True, False):
+        asked = {**question, "light": light}
+        # Starting a process costs more than the answer, most of all where MLX brings up a GPU.
+        if light and _is_small(question):
+            from tasks.layouts import probe  # once for a checkpoint
+
+            answer = json.loads(json.dumps(probe.answer(asked, LIBRARIES[library])))
+        else:
+            answer = _ask_process(asked, library, checkpoint.folder)
+        if "error" not in answer:
+            return dict(answer)
+        # A library's own verdicts are ValueErrors; left-out modules can show as any other.
+        if answer["kind"] in ("ValueError", "SystemExit"):
+            break
+    fail(answer, checkpoint, library)
+    raise AssertionError("an error was raised")
+
+
+def fail(answer: Mapping[str, str], checkpoint: Checkpoint, library: str) -> None:
+    """Say that a library failed.
+
+    Raises:
+        ArchitectureError: that is its verdict on the checkpoint.
+        BuildError: it could not read it.
+    """
+    if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict
+        raise BuildError(f"{checkpoint.folder}: {answer['error']}")
+    name = LIBRARIES[library].DISTRIBUTION
+    release = f"{library} {versions(library)[name]}"
+    said = verdict.explained(checkpoint.config, answer["kind"], answer["error"], release, name)
+    raise ArchitectureError(f"{checkpoint.folder}: {said}")
+
+
+def _is_small(question: Mapping[str, Any]) -> bool:
+    """Tell whether no model of such a size can take this process's time and memory."""
+    config = json.loads(question["files"]["config.json"])
+    return (
+        len(question["tensors"]) <= SMALL_TENSORS
+        and sum(map(len, question["files"].values())) <= SMALL_TEXT
+        and all(n <= (SMALL_COUNT if COUNTS.search(k) else SMALL_NUMBER) for k, n in _whole(config))
+    )
+
+
+def _whole(config: Any) -> Iterator[tuple[str, int]]:
+    """Yield the whole numbers in JSON, each with the key that it is under."""
+    left = [("", config)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, int):
+            yield key, value
+        elif isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += ((key, each) for each in value)
+
+
+def command(library: str) -> tuple[list[str], dict[str, str]]:
+    """Return how the probe is started, and in which environment."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    # -P: the current folder may have a tasks/ of its own.
+    start = [sys.executable, "-P", "-m", "tasks.layouts.probe", library]
+    return start, {**os.environ, "PYTHONPATH": path}
+
+
+def _ask_process(question: dict[str, Any], library: str, folder: Path) -> Any:
+    start, environment = command(library)
+    try:
+        done = subprocess.run(
+            start,
+            input=json.dumps({**question, "limit_bytes": ASK_BYTES}),
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=ASK_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise ArchitectureError(
+            f"{folder}: {library} did not say within {ASK_SECONDS} s what it makes of it. "
+            "config.json asks for a model of a size that it was hardly meant to. Fetch it again."
+        ) from None
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        raise ArchitectureError(
+            f"{folder}: asking {library} failed (exit status {done.returncode}):\n"
+            f"{done.stderr[-2000:]}"
+        ) from None
