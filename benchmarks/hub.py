@@ -4,6 +4,8 @@
     python benchmarks/hub.py --shape 8b --disk 7GB --scratch /mnt/7g --cases build variants
     python benchmarks/hub.py --shape 3b --cases kills --kills 30
     python benchmarks/hub.py --cases beside --rate 200 --repeats 3
+    python benchmarks/hub.py --shape 70b --files 30 --scratch /mnt/44g --cases limits --repeats 1
+    python benchmarks/hub.py --shape 70b --layers 8 --rate 200 --cases limits
 
 The tests' hub on loopback serves the checkpoint through huggingface_hub's own client; a generator
 makes its bytes as they are asked for. Each case begins with an empty folder in ``--scratch``. To
@@ -18,6 +20,10 @@ have a disk that is no larger than that, give it a file system of its own:
   told by the bytes that the storage has sent, whatever the speed.
 - beside: the first case, and ``hf download`` with ``mlx_lm.convert`` behind it, in turn, from a
   storage that sends no faster than ``--rate``; medians, and their ratio.
+- limits: the first case, the same bytes through huggingface_hub's client to /dev/null
+  (``download_alone.py``), and ``mx.quantize`` of as many weights (``quantize_alone.py``), in turn;
+  medians, and the ratio to the slower of the two. Of each also the seconds of processors that it
+  took and that the hub took meanwhile, which is a part of the same machine.
 
 The weight files of "kills" must be those of "build".
 """
@@ -38,12 +44,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import checkpoint
 import torch
-from measure import ROOT, BenchmarkError, measure
+from measure import ROOT, BenchmarkError, Usage, measure
 
 sys.path.insert(0, str(ROOT / "tests"))
 from support import hub_server
@@ -170,6 +177,7 @@ class Benchmark:
     def __init__(self, hub: Any, home: Path, size: int, arguments: argparse.Namespace) -> None:
         self.hub = hub
         self.size = size
+        self.weights = size // 2  # all of two bytes; norms are too few to count
         self.scratch: Path = arguments.scratch
         self.disk: str | None = arguments.disk
         self.times: int = arguments.kills
@@ -234,6 +242,47 @@ class Benchmark:
         what = f"beside: {mine / other:.2f} of {other:.1f} s to download and convert"
         return [what, f"{mine:.1f}", "", "", ""]
 
+    def limits(self) -> list[str]:
+        """One target, and what no build of it can be quicker than, in turn."""
+        online = {"HF_HUB_OFFLINE": "0", **self.environ}
+        download, quantize = (ROOT / f"benchmarks/{n}_alone.py" for n in ("download", "quantize"))
+        commands = {
+            "download alone": [sys.executable, str(download), "bench/model"],
+            "quantize alone": [sys.executable, str(quantize), str(self.weights)],
+        }
+        usages: dict[str, list[Usage]] = {"build": [], **{name: [] for name in commands}}
+        of_hub: dict[str, list[float]] = {name: [] for name in usages}
+        build = write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
+        used, fetched = MostUsed(self.scratch), 0
+        used.start()
+        for _ in range(self.repeats):
+            write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
+            self.sent()
+            for name, command in {"build": build, **commands}.items():
+                begin = time.process_time()
+                usages[name].append(measure(command, **online))
+                of_hub[name].append(time.process_time() - begin)
+                if name == "build":
+                    fetched += self.sent()
+        used.stop()
+        wall = {name: statistics.median(each.seconds for each in usages[name]) for name in usages}
+        for name, each in usages.items():
+            spent = statistics.median(usage.processor for usage in each)
+            hub = statistics.median(of_hub[name])
+            print(f"| {name}: processors {spent:.1f} s, of the hub {hub:.1f} s "
+                  f"| {wall[name]:.1f} | | | |", flush=True)  # fmt: skip
+        slower = max(wall[name] for name in commands)
+        what = f"limits: {wall['build'] / slower:.2f} of {slower:.1f} s"
+        memory = max(usage.peak_rss for usage in usages["build"])
+        ratio = f"{fetched / (self.repeats * self.size):.4f}"
+        return [
+            what,
+            f"{wall['build']:.1f}",
+            ratio,
+            f"{memory / 2**20:,.0f}",
+            f"{used.most / 1e9:.2f}",
+        ]
+
     def kills(self) -> list[str]:
         """One target, killed again and again."""
         if not self.digest:
@@ -269,6 +318,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--layers", type=int, help="of that shape (default: all)")
     parser.add_argument("--files", type=int, default=4)
     parser.add_argument("--disk", help="[build] disk (default: what is free)")
     parser.add_argument("--scratch", type=Path, help="an empty folder (default: a temporary one)")
@@ -281,6 +331,7 @@ def main() -> None:
         arguments.scratch = (arguments.scratch or Path(folder, "scratch")).resolve()
         arguments.scratch.mkdir(exist_ok=True)
         shape = SHAPES[arguments.shape]
+        shape = replace(shape, layers=arguments.layers or shape.layers)
         small = Path(folder, "small")
         checkpoint.write_config(small, shape, dtype=DTYPE)
         with hub_server.serve(Path(folder, "uploaded")) as hub:

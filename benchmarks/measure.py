@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import shlex
 import subprocess
 import tempfile
@@ -29,7 +30,11 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Usage:
-    """What one command, or several in a row, took. All but seconds is in bytes."""
+    """What one command, or several in a row, took. All but seconds and processor is in bytes.
+
+    Attributes:
+        processor: seconds of processors, of the command and all that it waited for.
+    """
 
     seconds: float
     peak_rss: int = 0
@@ -37,6 +42,7 @@ class Usage:
     written: int = 0
     write_calls: int = 0
     read_calls: int = 0
+    processor: float = 0.0
 
     def then(self, later: Usage) -> Usage:
         """This and a later one as one: what passes adds up, of peaks the higher one stays."""
@@ -47,6 +53,7 @@ class Usage:
             self.written + later.written,
             self.write_calls + later.write_calls,
             self.read_calls + later.read_calls,
+            self.processor + later.processor,
         )
 
 
@@ -122,6 +129,12 @@ def _wait_for_orphans() -> None:
         raise BenchmarkError(f"what a command left behind it still runs after {ORPHAN_SECONDS} s")
 
 
+def _processor_seconds() -> float:
+    """What all commands that have ended took of the processors."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def measure(command: Sequence[str], **environ: str) -> Usage:
     """Runs the command in the repository root and tells what it took.
 
@@ -140,7 +153,7 @@ def measure(command: Sequence[str], **environ: str) -> Usage:
     # What pip installs is compiled: the checkout's modules are to be so after the warm-up.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile() as printed:
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), _processor_seconds()
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -158,6 +171,7 @@ def measure(command: Sequence[str], **environ: str) -> Usage:
         counts = proc_fields(f"/proc/{process.pid}/io")
         peak.stop()
         status = process.wait()
+        processor = _processor_seconds() - spent
         _wait_for_orphans()
         if status:
             printed.seek(0)
@@ -170,4 +184,5 @@ def measure(command: Sequence[str], **environ: str) -> Usage:
         counts["write_bytes"],
         counts["wchar"],
         counts["rchar"],
+        processor,
     )

@@ -1,6 +1,6 @@
 """quantize_alone: mx.quantize on all cores, of as many weights as a checkpoint has, and no more.
 
-    python benchmarks/quantize_alone.py model.safetensors
+    python benchmarks/quantize_alone.py model.safetensors     # or how many weights, as 70000000000
 
 Blocks of the weights' size in mlx-make (2 MiB of bfloat16) that lie in memory, 4 bits, affine.
 """
@@ -39,7 +39,9 @@ def work(blocks: int) -> None:
 def main() -> None:
     """The command line."""
     cores = len(os.sched_getaffinity(0))
-    blocks = weights(Path(sys.argv[1])) / math.prod(SHAPE)
+    of = sys.argv[1]
+    count = int(of) if of.isdecimal() else weights(Path(of))
+    blocks = count / math.prod(SHAPE)
     with ThreadPoolExecutor(cores) as pool:
         list(pool.map(work, [math.ceil(blocks / cores)] * cores))
     os._exit(0)  # MLX at times aborts as it takes down the streams of threads that ended

@@ -32,8 +32,13 @@ def of_file(path: Path, kind: str, memos: Memos) -> str:
     return digest
 
 
+def state(kind: str, nbytes: int) -> hashlib._Hash:
+    """Return what makes the same digest of a file of so many bytes as they pass."""
+    return hashlib.sha256() if kind == SHA256 else hashlib.sha1(b"blob %d\0" % nbytes)
+
+
 def of_bytes(data: bytes, kind: str) -> str:
     """Return the same digest of a file that is nowhere yet."""
-    if kind == SHA256:
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    whole = state(kind, len(data))
+    whole.update(data)
+    return whole.hexdigest()

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from cache.errors import CacheError, one_line
 from cache.records.memos import Memos
 from cache.store import Store
+from tasks.checkpoints import adapter
+from tasks.checkpoints.adapter import Adapter
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import ReadableSource
 from tasks.checkpoints.sources import folder_of
@@ -123,8 +125,7 @@ class Session:
 
         # What those read that are not asked for is a part of what is locked.
         plans = [*self.all_plans.values()]
-        source_names = {name: target.source_name for name, target in self.config.targets.items()}
-        return Acceptor(self.lock, self.builder, plans, source_names)
+        return Acceptor(self.lock, self.builder, plans, self.config.targets)
 
     @classmethod
     def open(
@@ -247,9 +248,14 @@ def _planner(
 ) -> Planner:
     """Return what plans targets of their sources as they are locked, unless asked to lock anew."""
 
+    def is_newest(target: Target) -> bool:
+        return not options.read_only and options.requests(task_name(LOCK, target.name))
+
     def open_source(target: Target) -> ReadableSource:
-        newest = not options.read_only and options.requests(task_name(LOCK, target.name))
-        return lock.open_source(store, target, newest=newest)
+        return lock.open_source(store, target, newest=is_newest(target))
+
+    def read_adapter(target: Target) -> Adapter:
+        return adapter.read(lock.open_adapter(store, target, newest=is_newest(target)), store)
 
     def recall(target: Target, source: ReadableSource) -> Checkpoint | None:
         return lock.recall(store, target, source)
@@ -262,7 +268,7 @@ def _planner(
         known = recorded.sensitivities(builder, plan)
         return None if known is None else budget.choose(plan, asked, known)
 
-    return Planner(store.memos, open_source, recall, config.quality, choose)
+    return Planner(store.memos, open_source, recall, config.quality, choose, read_adapter)
 
 
 def _log(workspace: Workspace) -> Log:

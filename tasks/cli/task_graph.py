@@ -149,7 +149,7 @@ class TaskGraph:
         for target, plan in session.plans.items():
 
             def accept(plan: Plan = plan) -> dict[str, Any]:
-                if change := session.acceptor.accept(plan):
+                for change in session.acceptor.accept(plan):
                     print(one_line(change))
                 return {}
 

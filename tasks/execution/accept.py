@@ -13,6 +13,7 @@ from cache.records.manifests import Action, Manifest
 from tasks.checkpoints import file_digests
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
+from tasks.core.spec import Target
 from tasks.execution import place, whole_files
 from tasks.execution.builder import Builder
 from tasks.execution.place import Contents, Stamps
@@ -68,13 +69,13 @@ class Acceptor:
         lock: models.lock.
         builder: digests what is not known.
         plans: all targets that are planned.
-        source_names: of all targets of models.toml, by target: models.lock keeps them all.
+        targets: all of models.toml, by name: models.lock keeps what they name.
     """
 
     lock: Lock
     builder: Builder
     plans: list[Plan]
-    source_names: Mapping[str, str]
+    targets: Mapping[str, Target]
     _snapshots: dict[str, LockedSource] = field(default_factory=dict)
     _taking: threading.Lock = field(default_factory=threading.Lock)
 
@@ -102,24 +103,25 @@ class Acceptor:
         now = self.snapshot(plan)
         return now, self.lock.check_files(plan, now.files)
 
-    def accept(self, plan: Plan) -> str:
+    def accept(self, plan: Plan) -> list[str]:
         """Lock a target's source as it is now.
 
         Returns:
-            A line for people, of a source on the hub: what changed.
+            Lines for people, of a source and of an adapter that are on the hub: what changed.
 
         Raises:
             BuildError: nothing is to be written.
         """
         if self.lock.strict:
             raise BuildError(f"--locked never writes models.lock. Run {COMMAND} lock without it.")
+        changes = [self.lock.move_adapter(plan, self.targets)]
         source = plan.checkpoint.source
-        if not source.available:
-            return ""  # not here: there is nothing new to accept
-        if source.identity is None:
-            self.lock.accept(plan, self.snapshot(plan), self.source_names)
-            return ""
-        return self.lock.move(plan, source_record.pinned(plan.checkpoint), self.source_names)
+        if source.available and source.identity is None:
+            self.lock.accept(plan, self.snapshot(plan), self.targets)
+        elif source.available:
+            pinned = source_record.pinned(plan.checkpoint)
+            changes.insert(0, self.lock.move(plan, pinned, self.targets))
+        return [change for change in changes if change]
 
     def wants_blake3(self, plan: Plan) -> bool:
         """Tell whether a target's output has its BLAKE3 in the lock, or gets it."""
@@ -145,7 +147,7 @@ class Acceptor:
             for name in there.kept
         }
         if sha256.keys() == packed.tensors.keys():
-            self.lock.add_sha256(plan, packed, sha256, self.source_names)
+            self.lock.add_sha256(plan, packed, sha256, self.targets)
         return sha256
 
     def target(self, plan: Plan) -> TargetAcceptance:
@@ -217,5 +219,5 @@ class TargetAcceptance:
     def update_lock(self) -> None:
         """Lock what was built."""
         if self._built:
-            lock, source_names = self.acceptor.lock, self.acceptor.source_names
-            lock.update(self.plan, self.source, self._built, source_names)
+            lock, targets = self.acceptor.lock, self.acceptor.targets
+            lock.update(self.plan, self.source, self._built, targets)

@@ -4,6 +4,7 @@
 {
   "version": 1,
   "sources": {"checkpoints/llama-7b": {"files": {"config.json": [654, "ab…"], …}, "record": …}},
+  "adapters": {"hf:ORG/NAME": {"revision": "9c…", "hashes": {"adapter_config.json": [612, …], …}}},
   "targets": {"llama-7b": {"source": …, "settings": …, "action": …, "output": …, "blake3": …, …}}
 }
 ```
@@ -12,9 +13,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -93,14 +93,40 @@ class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, sha256=None)
 
 
+class _Adapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An adapter on a hub, as the file has it."""
+
+    revision: str
+    hashes: dict[str, tuple[_COUNT, str]]
+
+    def locked(self) -> LockedSource:
+        hashes: dict[str, list[Any]] = {name: list(of) for name, of in self.hashes.items()}
+        return LockedSource({}, "", 0, self.revision, hashes)
+
+
 class _LockFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
     sources: dict[str, _Source]
     targets: dict[str, Built]
+    adapters: dict[str, _Adapter] = {}
 
 
-def read(path: Path) -> tuple[dict[str, LockedSource], dict[str, Built]]:
-    """Return the sources, by their names in models.toml, and the targets, by name.
+class Locked(NamedTuple):
+    """What the file says.
+
+    Attributes:
+        sources: by their names in models.toml.
+        targets: by name.
+        adapters: those on a hub, by their names in models.toml.
+    """
+
+    sources: dict[str, LockedSource]
+    targets: dict[str, Built]
+    adapters: dict[str, LockedSource]
+
+
+def read(path: Path) -> Locked:
+    """Return what the file says.
 
     Raises:
         ConfigError: the file is damaged, or a newer version wrote it.
@@ -125,16 +151,23 @@ def read(path: Path) -> tuple[dict[str, LockedSource], dict[str, Built]]:
             f"{path} is no lock file: {error}. Take it from version control again, or remove "
             "it: the next build writes it anew."
         ) from error
-    return {name: source.locked() for name, source in lock.sources.items()}, lock.targets
+    sources = {name: source.locked() for name, source in lock.sources.items()}
+    adapters = {name: adapter.locked() for name, adapter in lock.adapters.items()}
+    return Locked(sources, lock.targets, adapters)
 
 
-def write(path: Path, sources: Mapping[str, LockedSource], targets: Mapping[str, Built]) -> None:
+def write(path: Path, locked: Locked) -> None:
     """Write the file, unless it says just that."""
     record = {
         "version": VERSION,
-        "sources": {name: source.json for name, source in sources.items()},
-        "targets": {name: built.json for name, built in targets.items()},
+        "sources": {name: source.json for name, source in locked.sources.items()},
+        "targets": {name: built.json for name, built in locked.targets.items()},
     }
+    if locked.adapters:
+        record["adapters"] = {
+            name: {"revision": adapter.revision, "hashes": adapter.hashes}
+            for name, adapter in locked.adapters.items()
+        }
     data = (json.dumps(record, indent=2, sort_keys=True) + "\n").encode()
     if not path.exists() or path.read_bytes() != data:
         atomic.write(path, data, durable=True)  # it is the user's, and nothing else has it

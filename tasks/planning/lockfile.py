@@ -21,12 +21,12 @@ from tasks.checkpoints.loaders import weight_patterns
 from tasks.checkpoints.source import LockedCommit, Opening, ReadableSource
 from tasks.core.errors import BuildError, CheckpointError, ConfigError
 from tasks.core.program import COMMAND
-from tasks.core.spec import Target
+from tasks.core.spec import SourceSpec, Target
 from tasks.core.text import some
 from tasks.layouts.card import is_document
 from tasks.layouts.registry import is_read
 from tasks.planning import bundle, lock_format, source_record
-from tasks.planning.lock_format import Built
+from tasks.planning.lock_format import Built, Locked
 from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource
 from tasks.stages.stage import COMPUTER
@@ -43,12 +43,15 @@ class Lock:
         path: the file.
         sources: by their names in models.toml.
         targets: by name.
+        adapters: those on a hub, by their names in models.toml: at a commit, as sources are that
+            nothing was built of yet.
         strict: whether any difference is an error (``doit --locked``).
     """
 
     path: Path
     sources: dict[str, LockedSource]
     targets: dict[str, Built]
+    adapters: dict[str, LockedSource]
     strict: bool = False
     _writing: threading.Lock = field(default_factory=threading.Lock)
     _digests: dict[str, dict[str, str]] = field(default_factory=dict)  # by record
@@ -61,15 +64,15 @@ class Lock:
             ConfigError: it is damaged, or a newer version wrote it.
         """
         try:
-            locked, targets = lock_format.read(path)
+            locked = lock_format.read(path)
         except FileNotFoundError as error:
             if strict:
                 raise ConfigError(
                     f"{path} does not exist, and --locked builds only what it says. Run "
                     f"{COMMAND} without --locked, and commit the file."
                 ) from error
-            locked, targets = {}, {}
-        return cls(path, locked, targets, strict)
+            locked = Locked({}, {}, {})
+        return cls(path, locked.sources, locked.targets, locked.adapters, strict)
 
     def open_source(self, store: Store, target: Target, *, newest: bool = False) -> ReadableSource:
         """Open a target's source as it is locked, if it is.
@@ -87,12 +90,35 @@ class Lock:
             )
             return recalled.source.digests if recalled else {}
 
+        return self._open(store, target.source, source, digests, newest=newest)
+
+    def open_adapter(self, store: Store, target: Target, *, newest: bool = False) -> ReadableSource:
+        """Open the adapter of a target that has one, as it is locked, if it is.
+
+        Args:
+            store: as for ``open_source``.
+            target: the target.
+            newest: whether to take it as it is now.
+        """
+        assert target.adapter is not None
+        locked = self.adapters.get(str(target.adapter))
+        return self._open(store, target.adapter, locked, dict, newest=newest)
+
+    def _open(
+        self,
+        store: Store,
+        spec: SourceSpec,
+        source: LockedSource | None,
+        digests: Callable[[], Mapping[str, str]],
+        *,
+        newest: bool,
+    ) -> ReadableSource:
         locked = None
         if source and source.revision:
             locked = LockedCommit(source.revision, frozenset(source.hashes or ()), digests)
         project = str(self.path.parent.absolute())
         opening = Opening(is_read, Memos(store.memos.root), project, locked, newest)
-        return sources.open_source(target.source, opening)
+        return sources.open_source(spec, opening)
 
     def recall(self, store: Store, target: Target, here: ReadableSource) -> Checkpoint | None:
         """Return a target's checkpoint by its record, where its weights are not here.
@@ -133,14 +159,15 @@ class Lock:
         return checkpoint
 
     def check_plans(self, plans: Iterable[Plan]) -> None:
-        """If ``strict``, refuse a models.toml that is not the one that was locked.
+        """Refuse adapters that are not as they are locked, and, if ``strict``, any difference.
 
         Raises:
-            BuildError: it is another.
+            BuildError: models.toml, or what it names, is not what was locked.
         """
+        now = {plan.target.name: plan for plan in plans}
+        self._check_adapters(now.values())
         if not self.strict:
             return
-        now = {plan.target.name: plan for plan in plans}
         names = {plan.target.source_name for plan in now.values()}
         differences = [
             f"{file} of source {source_name} is another"
@@ -154,6 +181,9 @@ class Lock:
             f"source {name} is not in it" for name in sorted(names - self.sources.keys())
         ]
         differences += [f"it has a source {name}" for name in sorted(self.sources.keys() - names)]
+        named = {name for plan in now.values() if (name := _adapter_on_hub(plan))}
+        differences += [f"adapter {n} is not in it" for n in sorted(named - self.adapters.keys())]
+        differences += [f"it has an adapter {n}" for n in sorted(self.adapters.keys() - named)]
         differences += [
             f"it has a target {name}" for name in sorted(self.targets.keys() - now.keys())
         ]
@@ -172,6 +202,20 @@ class Lock:
                 f"{some(differences, MAX_NAMES, '; ')}. If that is wanted, run {COMMAND} "
                 "without --locked, and commit the file."
             )
+
+    def _check_adapters(self, plans: Iterable[Plan]) -> None:
+        for plan in plans:
+            now = source_record.pinned_adapter(plan.model.adapter)
+            locked = self.adapters.get(str(plan.target.adapter))
+            if not now or not locked or now.revision != locked.revision:
+                continue  # of another commit, that is to be locked
+            if changed := source_record.moved(locked, now):
+                raise BuildError(
+                    f"{plan.target.name}: adapter {plan.target.adapter} at commit "
+                    f"{locked.revision} is not what {self.path.name} has: "
+                    f"{some(changed, MAX_NAMES)}. A commit never changes: the lock was edited, or "
+                    "a mirror gives other files (HF_ENDPOINT)."
+                )
 
     def check_layer(self, store: Store, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         """Refuse a layer of the checkpoint that is not what was locked.
@@ -262,40 +306,54 @@ class Lock:
             f"{some(differences, MAX_NAMES, '; ')}. It is locked as it is now"
         ]
 
-    def accept(self, plan: Plan, now: LockedSource, source_names: Mapping[str, str]) -> None:
+    def accept(self, plan: Plan, now: LockedSource, targets: Mapping[str, Target]) -> None:
         """Lock a target's source as it is now.
 
         Args:
             plan: the target.
             now: its source.
-            source_names: of all targets of models.toml, by target.
+            targets: all of models.toml, by name.
         """
         with self._writing:
             self.sources[plan.target.source_name] = now
-            self._save(source_names)
+            self._save(targets)
 
-    def move(self, plan: Plan, now: LockedSource, source_names: Mapping[str, str]) -> str:
+    def move(self, plan: Plan, now: LockedSource, targets: Mapping[str, Target]) -> str:
         """Lock a target's source at another commit, unless it is locked at that one.
 
         Args:
             plan: the target.
             now: its source, see ``source_record.pinned``.
-            source_names: of all targets of models.toml, by target.
+            targets: all of models.toml, by name.
 
         Returns:
             What changed, for people.
         """
         name = plan.target.source_name
         old = self.sources.get(name)
-        if old and old.revision == now.revision:
-            return f"{name} is locked at its newest commit, {now.revision}"
-        self.accept(plan, now, source_names)
-        if old is None:
-            return f"{name} is locked at commit {now.revision}"
-        changed = (
-            some(source_record.moved(old, now), MAX_NAMES) or "no file that is used is another"
-        )
-        return f"{name} moved from commit {old.revision} to {now.revision}: {changed}"
+        if not old or old.revision != now.revision:
+            self.accept(plan, now, targets)
+        return _moved(name, old, now)
+
+    def move_adapter(self, plan: Plan, targets: Mapping[str, Target]) -> str:
+        """Lock a target's adapter, if it is on a hub, at the commit that it was planned at.
+
+        Args:
+            plan: the target.
+            targets: all of models.toml, by name.
+
+        Returns:
+            What changed, for people; nothing, where there is none on a hub.
+        """
+        now = source_record.pinned_adapter(plan.model.adapter)
+        if now is None:
+            return ""
+        name = str(plan.target.adapter)
+        with self._writing:
+            old = self.adapters.get(name)
+            self.adapters[name] = now
+            self._save(targets)
+        return _moved(f"adapter {name}", old, now)
 
     def check_target(
         self,
@@ -426,7 +484,7 @@ class Lock:
         return built
 
     def update(
-        self, plan: Plan, source: LockedSource, built: Built, source_names: Mapping[str, str]
+        self, plan: Plan, source: LockedSource, built: Built, targets: Mapping[str, Target]
     ) -> None:
         """Lock what was built, unless ``strict``: then it is what is locked.
 
@@ -434,21 +492,23 @@ class Lock:
             plan: the target.
             source: its source.
             built: what was built of it.
-            source_names: of all targets of models.toml, by target.
+            targets: all of models.toml, by name.
         """
         if self.strict:
             return
         with self._writing:
             self.sources[plan.target.source_name] = source
             self.targets[plan.target.name] = built
-            self._save(source_names)
+            if adapter := source_record.pinned_adapter(plan.model.adapter):
+                self.adapters[str(plan.target.adapter)] = adapter
+            self._save(targets)
 
     def add_sha256(
         self,
         plan: Plan,
         packed: Manifest,
         sha256: dict[str, str],
-        source_names: Mapping[str, str],
+        targets: Mapping[str, Target],
     ) -> None:
         """Lock the SHA-256 of a target's files, unless ``strict``.
 
@@ -456,7 +516,7 @@ class Lock:
             plan: the target.
             packed: its manifest.
             sha256: of each of its files, by name.
-            source_names: of all targets of models.toml, by target.
+            targets: all of models.toml, by name.
 
         Raises:
             BuildError: another is locked of what has the same digests.
@@ -476,7 +536,7 @@ class Lock:
                 )
             if not self.strict:
                 self.targets[name] = msgspec.structs.replace(locked, sha256=sha256)
-                self._save(source_names)
+                self._save(targets)
 
     def state(self, plan: Plan) -> str | None:
         """Return a digest of what is locked of a target, or None if it is not."""
@@ -484,15 +544,21 @@ class Lock:
         built = self.targets.get(plan.target.name)
         if not source or not built:
             return None
-        return digest_record([source.json, built.without_sha256.json])
+        adapter = self.adapters.get(str(plan.target.adapter))
+        pinned = [adapter.json] if adapter else []
+        return digest_record([source.json, built.without_sha256.json, *pinned])
 
-    def _save(self, source_names: Mapping[str, str]) -> None:
+    def _save(self, targets: Mapping[str, Target]) -> None:
         """Write the file, without what models.toml does not have any more."""
-        kept = set(source_names.values())
+        kept = {target.source_name for target in targets.values()}
+        adapters = {str(target.adapter) for target in targets.values()}
         lock_format.write(
             self.path,
-            {name: source for name, source in self.sources.items() if name in kept},
-            {name: built for name, built in self.targets.items() if name in source_names},
+            Locked(
+                {name: source for name, source in self.sources.items() if name in kept},
+                {name: built for name, built in self.targets.items() if name in targets},
+                {name: adapter for name, adapter in self.adapters.items() if name in adapters},
+            ),
         )
 
     def _another(self, plan: Plan, fact: str) -> BuildError:
@@ -507,6 +573,21 @@ class Lock:
             f"{some(differences, MAX_NAMES, '; ')}. If the new one is wanted, accept it: "
             f"{COMMAND} lock, then {COMMAND}."
         )
+
+
+def _adapter_on_hub(plan: Plan) -> str | None:
+    """Return what models.toml calls a target's adapter, if it is on a hub."""
+    return str(plan.target.adapter) if source_record.pinned_adapter(plan.model.adapter) else None
+
+
+def _moved(name: str, old: LockedSource | None, now: LockedSource) -> str:
+    """Return for people at which commit what is on a hub is locked now, and what is another."""
+    if old is None:
+        return f"{name} is locked at commit {now.revision}"
+    if old.revision == now.revision:
+        return f"{name} is locked at its newest commit, {now.revision}"
+    changed = some(source_record.moved(old, now), MAX_NAMES) or "no file that is used is another"
+    return f"{name} moved from commit {old.revision} to {now.revision}: {changed}"
 
 
 def _chosen(plan: Plan) -> dict[str, tuple[int, int, str]] | None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from msgspec import Struct, field, structs
 
 from cache.records.memos import Memos
-from tasks.checkpoints import adapter as adapters
 from tasks.checkpoints import loaders
 from tasks.checkpoints.adapter import Adapter
 from tasks.checkpoints.checkpoint import Checkpoint
@@ -276,6 +275,7 @@ class Planner:
         recall: Callable[[Target, ReadableSource], Checkpoint | None],
         quality: Quality,
         choose: Callable[[Plan, Quantize], Mapping[str, Setting] | None],
+        read_adapter: Callable[[Target], Adapter] | None = None,
     ) -> None:
         """Make a planner.
 
@@ -287,12 +287,14 @@ class Planner:
             quality: on what text models are run.
             choose: returns the settings of modules, by path, that are chosen within a budget, given
                 the target as if it were not quantized; None if what decides is not on record.
+            read_adapter: reads the adapter of a target; needed where one has any.
         """
         self.memos = memos
         self._open_source = open_source
         self.quality = quality
         self._recall = recall
         self._chosen = choose
+        self._read_adapter = read_adapter
         self._adapters: dict[SourceSpec, Adapter] = {}
         self._checkpoints: dict[tuple[SourceSpec, str | None], Checkpoint] = {}
         self._shared: dict[tuple[Hashable, ...], SharedPlan | BuildError] = {}
@@ -352,8 +354,8 @@ class Planner:
         if target.adapter is None:
             return None
         if target.adapter not in self._adapters:
-            opened = self._open_source(structs.replace(target, source=target.adapter))
-            self._adapters[target.adapter] = adapters.read(opened, self.memos)
+            assert self._read_adapter is not None
+            self._adapters[target.adapter] = self._read_adapter(target)
         return self._adapters[target.adapter]
 
     def share(self, target: Target) -> SharedPlan:

@@ -11,7 +11,9 @@ from typing import Any
 
 from cache.digest import digest, digest_file, digest_list
 from cache.store import Store
+from tasks.checkpoints import adapter as adapters
 from tasks.checkpoints import record
+from tasks.checkpoints.adapter import Adapter
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.loaders import weight_patterns
 from tasks.checkpoints.small_files import read_bytes
@@ -80,6 +82,19 @@ def pinned(checkpoint: Checkpoint) -> LockedSource:
     """Return a checkpoint that its source pins, without reading its weights."""
     files = [*_small_files(checkpoint), *checkpoint.stamps]
     return LockedSource({}, "", 0, checkpoint.source.revision, _hashes(checkpoint, files))
+
+
+def pinned_adapter(adapter: Adapter | None) -> LockedSource | None:
+    """Return an adapter as models.lock has it: at a commit, with its files' digests.
+
+    None if there is none, or it is on no hub.
+    """
+    known = adapter.source.hashes if adapter else {}
+    if not adapter or not known:
+        return None
+    names = (adapters.CONFIG, adapter.file)
+    hashes = {name: [known[name].size, known[name].digest] for name in sorted(names)}
+    return LockedSource({}, "", 0, adapter.source.revision, hashes)
 
 
 def moved(old: LockedSource | None, new: LockedSource) -> list[str]:

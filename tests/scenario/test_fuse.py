@@ -9,8 +9,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import load_model
 
-from support import checkpoints, inside, peer
+from support import checkpoints, hub_server, inside, peer, projects
 from support.differences import weight_differences
+from support.hub_server import Flipped
 
 KEYS = {
     "lora": ["self_attn.q_proj", "mlp.down_proj", "model.embed_tokens"],
@@ -147,3 +148,62 @@ def test_an_adapter_of_another_model(tmp_path: Path) -> None:
     done = inside.doit(tmp_path, "plan", expect=3)
     said = " ".join((done.stdout + done.stderr).split())
     assert "is a LoRA adapter (adapters.safetensors) and no model" in said
+
+
+def but_card(folder: Path) -> dict[str, str]:
+    """The digest of each file of a built model, but for the card: it has the source's name."""
+    built = projects.contents(folder)
+    return {name: digest for name, digest in built.items() if name != "README.md"}
+
+
+def test_an_adapter_on_the_hub(tmp_path: Path) -> None:
+    """At one commit until it is told to move, fetched once, and none but the hub's bytes."""
+    source = checkpoints.make("llama", tmp_path / "checkpoint")
+    first = mlx_lm_adapter(source, tmp_path / "first", "lora")
+    second = mlx_lm_adapter(source, tmp_path / "second", "lora", seed=1)
+    with hub_server.serve(tmp_path / "uploaded") as hub, hub.inside(tmp_path / "home"):
+        hub.repository("org/model").add_folder(source)
+        repository = hub.repository("org/lora")
+        model = '[models.model]\nsource = "hf:org/model"\nquantize = { bits = 4 }\nadapter = '
+        expected = []
+        for adapter in (first, second):
+            (tmp_path / "models.toml").write_text(f'{model}"{adapter}"\n')
+            inside.doit(tmp_path)
+            expected.append(but_card(tmp_path / "build/model"))
+        assert expected[0] != expected[1]
+
+        project, old = tmp_path / "project", repository.add_folder(first)
+        project.mkdir()
+        (project / "models.toml").write_text(f'{model}"hf:org/lora"\n')
+        (weights,) = (file for file in repository.files.values() if file.large)
+        size, sha256 = weights.content.size, weights.content.sha256
+        hub.fault = lambda asked: Flipped(2000) if sha256 in asked.path else None
+        for command in ("plan", "run"):
+            told = inside.doit(project, command, expect=3).stderr
+            assert "is not the file that it has at commit" in " ".join(told.split())
+        assert not (project / "build").exists()
+        hub.fault = lambda asked: None
+        del hub.requests[:]
+        inside.doit(project)
+        assert but_card(project / "build/model") == expected[0]
+        assert sum(request.sent for request in hub.asked(path=sha256)) == size
+        locked = json.loads((project / "models.lock").read_bytes())["adapters"]["hf:org/lora"]
+        assert locked["revision"] == old
+        assert locked["hashes"]["adapters.safetensors"] == [size, f"sha256:{sha256}"]
+
+        new = repository.add_folder(second)
+        clone = tmp_path / "clone"
+        clone.mkdir()
+        for name in ("models.toml", "models.lock"):
+            (clone / name).write_bytes((project / name).read_bytes())
+        inside.doit(clone, "--locked")
+        assert but_card(clone / "build/model") == expected[0]
+        assert inside.doit(project).computed == set()
+        told = inside.doit(project, "lock").stdout
+        assert f"adapter hf:org/lora moved from commit {old} to {new}: adapters.saf" in told
+        told = inside.doit(project, "--locked", expect=3).stderr
+        assert "target model has other settings" in told
+        done = inside.doit(project)
+        stages = {task.split(":")[0] for task in done.computed}
+        assert stages == {"extract", "fuse", "quantize", "pack"}
+        assert but_card(project / "build/model") == expected[1]
