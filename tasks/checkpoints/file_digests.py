@@ -1,14 +1,16 @@
-"""file_digests: digests of files as model hubs have them, and who downloads them can tell."""
+"""file_digests: digests of whole files, worked out once: as hubs have them, and as records do."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from cache.files.stamp import Stamp
+from cache.digest import digest_file
+from cache.files.stamp import Stamp, changed_at
 from cache.records.memos import Memos
 
 SHA256 = "sha256"
+XXH3 = "xxh3"
 
 
 def of_file(path: Path, kind: str, memos: Memos) -> str:
@@ -16,18 +18,19 @@ def of_file(path: Path, kind: str, memos: Memos) -> str:
 
     Args:
         path: the file.
-        kind: ``sha256``, of its bytes; ``git``, the id of its blob in git.
+        kind: ``sha256`` or ``xxh3``, of its bytes; ``git``, the id of its blob in git.
         memos: where it is remembered.
     """
-    stamp = Stamp.of(path)
-    question = [kind, str(path), *stamp]
+    question = [kind, str(path), *Stamp.of(path), changed_at(path)]
     digest = memos.get("hub digests", question, str)
     if digest is None:
-        with path.open("rb") as file:
-            if kind == SHA256:
+        if kind == XXH3:
+            digest = digest_file(path)
+        elif kind == SHA256:
+            with path.open("rb") as file:
                 digest = hashlib.file_digest(file, SHA256).hexdigest()
-            else:
-                digest = of_bytes(file.read(), kind)
+        else:
+            digest = of_bytes(path.read_bytes(), kind)
         memos.put("hub digests", question, digest)
     return digest
 

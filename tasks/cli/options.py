@@ -23,6 +23,7 @@ class Options(Struct, frozen=True):
             needs tasks.
         locked: whether any difference from models.lock is an error.
         read_only: whether nothing may be written but memos.
+        cleans: whether what was built is to be removed, for which nothing need be planned.
     """
 
     requested_tasks: tuple[str, ...] | None = None
@@ -31,6 +32,7 @@ class Options(Struct, frozen=True):
     looked_at: frozenset[str] = frozenset()
     locked: bool = False
     read_only: bool = False
+    cleans: bool = False
 
     def requesting(self, tasks: Iterable[str]) -> Options:
         """Return these options with the tasks that a run names, if it is one."""

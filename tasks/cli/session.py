@@ -29,11 +29,12 @@ from tasks.config.reader import Config
 from tasks.core.errors import BuildError, CheckpointError
 from tasks.core.program import COMMAND
 from tasks.core.spec import Quantize, Target
-from tasks.core.task_names import LOCK, task_name
+from tasks.core.task_names import LOCK, PACK, task_name
 from tasks.core.text import plural
 from tasks.core.workspace import Workspace
-from tasks.execution import place
+from tasks.execution import ownership
 from tasks.execution.log import Log
+from tasks.execution.place import Stamps
 from tasks.planning import bundle, model_card
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan, Planner
@@ -63,6 +64,7 @@ class Session:
         lock: models.lock.
         remote: the remote store, if one is used.
         planner: plans targets.
+        database: doit's dependency manager, if there is one.
         untouched: the targets that are up to date, where they may be skipped; ``plans`` lacks them.
         undecided: the targets that a run is to build whose modules' settings are yet to be chosen:
             ``refused``, until their sensitivities are on record.
@@ -76,6 +78,7 @@ class Session:
     refused: dict[str, Refused]
     lock: Lock
     planner: Planner
+    database: Any = None
     remote: Remote | None = None
     untouched: Untouched | None = None
     undecided: tuple[str, ...] = ()
@@ -115,7 +118,9 @@ class Session:
                 plans[name] = self.plans[name]
             elif name not in self.refused:
                 with suppress(*MENDABLE):  # nobody asked for it
-                    plans[name] = _checked(target, self.planner, self.workspace, self.lock)
+                    plans[name] = _checked(
+                        target, self.planner, self.workspace, self.lock, self.database
+                    )
         return plans
 
     @cached_property
@@ -141,7 +146,7 @@ class Session:
             config: what models.toml says.
             options: what the command line says.
             makers: what makes a checkpoint that this project makes itself, by its folder.
-            database: doit's dependency manager; needed where targets may be skipped.
+            database: doit's dependency manager, which knows what the tasks left.
 
         Raises:
             InvalidDodoFile: nothing that is asked for can be built; doit prints the message. Of
@@ -169,7 +174,7 @@ class Session:
                 untouched = Untouched(workspace, lock, planner, saved, look)
             asked = config.targets if options.locked else options.targets(config.targets)
             targets = [target for name, target in config.targets.items() if name in asked]
-            plans, refused = _plan(planner, workspace, lock, targets, untouched)
+            plans, refused = _plan(planner, workspace, lock, targets, untouched, database)
             undecided = [
                 name for name in plans if plans[name].undecided and not _only_runs(options, name)
             ]
@@ -180,8 +185,8 @@ class Session:
                 lock.check_plans(plans.values())
             if_it_fails.pop_all()
         return cls(
-            workspace, config, options, store, plans, refused, lock, planner, remote, untouched,
-            tuple(name for name in undecided if _is_asked(options, name)),
+            workspace, config, options, store, plans, refused, lock, planner, database, remote,
+            untouched, tuple(name for name in undecided if _is_asked(options, name)),
         )  # fmt: skip
 
     def abandon(self) -> None:
@@ -281,6 +286,7 @@ def _plan(
     lock: Lock,
     targets: Iterable[Target],
     untouched: Untouched | None,
+    database: Any,
 ) -> tuple[dict[str, Plan], dict[str, Refused]]:
     """Return the targets that can be planned, and those that cannot; not those ``untouched``."""
     plans, refused = {}, {}
@@ -288,7 +294,7 @@ def _plan(
         try:
             if untouched and untouched.holds(target):
                 continue
-            plan = _checked(target, planner, workspace, lock)
+            plan = _checked(target, planner, workspace, lock, database)
             if not (untouched and untouched.finds_nothing_to_do(plan)):
                 plans[target.name] = plan
         except MENDABLE as error:
@@ -296,13 +302,22 @@ def _plan(
     return plans, refused
 
 
-def _checked(target: Target, planner: Planner, workspace: Workspace, lock: Lock) -> Plan:
+def _checked(
+    target: Target, planner: Planner, workspace: Workspace, lock: Lock, database: Any
+) -> Plan:
     """Return a target's plan, once all is checked that can be before any work."""
     plan = planner.plan(target)
     model_card.check(plan, planner.memos)
     bundle.overlay(plan)
-    place.check_is_ours(workspace, target.name, locked=target.name in lock.targets)
+    stamps = last_stamps(database, target.name)
+    ownership.check(workspace, plan, lock, planner.memos, stamps)
     return plan
+
+
+def last_stamps(database: Any, target: str) -> Stamps:
+    """Return the stamps of a target's files when they were last built, as far as they are known."""
+    values = database.get_values(task_name(PACK, target)) if database else {}
+    return values.get("outputs") or {}
 
 
 def _check_any_is_planned(
@@ -315,7 +330,7 @@ def _check_any_is_planned(
     """
     if options.locked:
         wanted = [*refused.values()]
-    elif any(_is_asked(options, target) for target in plans):
+    elif options.cleans or any(_is_asked(options, target) for target in plans):
         wanted = []
     else:
         wanted = [each for target, each in refused.items() if _is_asked(options, target)]

@@ -12,12 +12,12 @@ from cache.errors import one_line, printable
 from tasks.cli.failures import as_invalid_dodo_file, values_or_failure
 from tasks.cli.look import Look
 from tasks.cli.refused_tasks import fails, refused_tasks
-from tasks.cli.session import Session
+from tasks.cli.session import Session, last_stamps
 from tasks.cli.up_to_date import manifest_state
 from tasks.core.errors import BuildError
 from tasks.core.task_names import LOCK, PACK, task_name
 from tasks.core.workspace import BUILD
-from tasks.execution import place
+from tasks.execution import cleaning, place
 from tasks.layouts.registry import weight_suffixes
 from tasks.planning import bundle
 from tasks.planning.node import Node
@@ -222,7 +222,7 @@ class TaskGraph:
             session.background_packer.taken(target) as begun,
         ):
             acceptance = session.acceptor.target(plan)
-            stamps = self._last_stamps(target)
+            stamps = last_stamps(self.database, target)
             packing = Packing(session.builder, plan, acceptance, begun, stamps)
             manifest = packing.run(why)
         acceptance.update_lock()
@@ -241,21 +241,13 @@ class TaskGraph:
 
     def _clean_pack(self, target: str, dryrun: bool) -> None:
         """Remove what was built of a target; what people put there stays, and is named."""
-        stamps = self._last_stamps(target)
-        if self.session.workspace.packed(target).exists():
-            print(f"{'would remove' if dryrun else 'removing'} {BUILD}/{target}")
-        if dryrun:
-            return
+        stamps, name = last_stamps(self.database, target), f"{BUILD}/{target}"
         try:
-            for note in place.clean(self.session.workspace, target, stamps):
-                print(one_line(note))
+            workspace = self.session.workspace
+            for line in cleaning.clean(workspace, target, stamps, name=name, dryrun=dryrun):
+                print(one_line(line))
         except BuildError as error:  # of a link that leads nowhere, for one
             print(f"warning: {error}", file=sys.stderr)
-
-    def _last_stamps(self, target: str) -> dict[str, list[int]]:
-        """Return the stamps of a target's files when they were last built, if they are known."""
-        values = self.database.get_values(task_name(PACK, target)) if self.database else {}
-        return values.get("outputs") or {}
 
 
 def _large_first(plan: Plan) -> list[Node]:

@@ -63,6 +63,10 @@ class Workspace:
         """Return where the manifest of a target's packing lies."""
         return self.state / "manifests" / target / "pack.json"
 
+    def left(self, target: str) -> Path:
+        """Return where it lies what a clean left in a target's folder, since not built here."""
+        return self.state / "left" / f"{target}.json"
+
     def published(self, target: str) -> Path:
         """Return where it lies what was last published of a target."""
         return self.state / "published" / f"{target}.json"

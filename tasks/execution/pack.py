@@ -7,13 +7,12 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from cache.digest import digest_file
 from cache.errors import BlobLost, FileChanged
 from cache.files import space, trash
 from cache.files.durable import sync, sync_tree
@@ -21,10 +20,11 @@ from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor
 from tasks.core.errors import BuildError
 from tasks.core.task_names import PACK, task_name
-from tasks.execution import fill, place
+from tasks.execution import fill, ownership, place
 from tasks.execution.builder import Builder
 from tasks.execution.early import PackInProgress
 from tasks.execution.fill import Filling, PackedFolder
+from tasks.execution.ownership import Evidence
 from tasks.execution.place import Contents, Stamps
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning import bundle
@@ -92,22 +92,6 @@ class Packing:
     def folder(self) -> Path:
         """build/TARGET, links followed."""
         return place.folder_of(self.builder.workspace, self.plan.target.name)
-
-    def _locked_build(self, new: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Return what lies in the folder, if it is what models.lock has: its records were removed.
-
-        Args:
-            new: the files of the build to come, in the order in which a build has them.
-        """
-        weights = sorted(path.name for path in self.folder.glob(self._loaded))
-        small = [name for name in new if not fnmatchcase(name, self._loaded)]
-        files = {
-            name: Tensor("uint8", (path.stat().st_size,), digest_file(path))
-            for name in (*weights, *small)
-            if (path := self.folder / name).is_file()
-        }
-        output = Manifest(Action(PACK, bundle.VERSION, {}, {}), files).result
-        return files if output == self.acceptance.locked_output else None
 
     @property
     def _pending_path(self) -> Path:
@@ -250,16 +234,15 @@ class Packing:
         Raises:
             BuildError: it was never built here.
         """
-        target = self.plan.target.name
-        last = Manifest.at(self.builder.workspace.packed(target))
-        pending = Manifest.at(self._pending_path)
-        builds: list[Mapping[str, Tensor]] = [each.tensors for each in (last, pending) if each]
-        if not builds and (locked := self._locked_build(new)):
-            builds.append(locked)
-        there = Contents.of(self.folder, [*builds, new], self.stamps if last else None)
-        if not builds and there.changed and not self.builder.workspace.packed(target).exists():
-            raise place.not_ours(self.builder.workspace.built(target), there.changed)
-        return there
+        builder, target = self.builder, self.plan.target.name
+        evidence = Evidence.on_record(builder.workspace, target, self.stamps)
+        if not evidence.is_ours:
+            small = [name for name in new if not fnmatchcase(name, self._loaded)]
+            output, memos = self.acceptance.locked_output, builder.store.memos
+            locked = ownership.as_locked(self.folder, small, output, memos)
+            evidence = replace(evidence, builds=(*evidence.builds, locked), _as_built={})
+            evidence.check()
+        return evidence.contents(new)
 
     def _filled(self, inputs: Inputs, filling: Filling) -> PackedFolder:
         """Fill the new folder: by what was begun, if that is of the same, or from the cache."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from msgspec import Struct
 from cache.digest import digest_file
 from cache.files import atomic
 from cache.files.stamp import Stamp
-from cache.records.manifests import Manifest, Tensor
+from cache.records.manifests import Tensor
 from tasks.core.errors import BuildError
 from tasks.core.workspace import Workspace
 
@@ -89,11 +88,11 @@ class Contents(Struct, frozen=True):
                 built.setdefault(name, []).append(tensor)
         stamps = stamps or {}
         kept, changed, added = [], [], []
-        for name in sorted(_walk(folder)):
+        for name in sorted(walk(folder)):
             path = folder / name
             if name not in built:
                 added.append(name)
-            elif _is_as_built(path, built[name], stamps.get(name)):
+            elif is_as_built(path, built[name], stamps.get(name)):
                 kept.append(name)
             else:
                 changed.append(name)
@@ -102,33 +101,6 @@ class Contents(Struct, frozen=True):
     def loaded(self, pattern: str) -> list[str]:
         """Return the added files that a client would load as a part of the model."""
         return [name for name in self.added if "/" not in name and fnmatchcase(name, pattern)]
-
-
-def check_is_ours(workspace: Workspace, target: str, *, locked: bool) -> None:
-    """Refuse a target whose folder holds what was never built here.
-
-    Args:
-        workspace: where it lies.
-        target: its name.
-        locked: whether models.lock has it. Then the records may have been removed since, and what
-            lies there is compared with what is built, before anything is replaced.
-
-    Raises:
-        BuildError: the folder holds something else, or a link leads nowhere.
-    """
-    folder = folder_of(workspace, target)
-    records = (workspace.packed(target), workspace.may_be_packed(target))
-    if not locked and not any(path.exists() for path in records) and any(_walk(folder)):
-        raise not_ours(workspace.built(target), sorted(_walk(folder)))
-
-
-def not_ours(folder: Path, files: Sequence[str]) -> BuildError:
-    """Return the error of a folder that holds what was never built here."""
-    return BuildError(
-        f"{folder} was not built here, as far as is on record: it holds {_some(files)}. Nothing "
-        "there is replaced. Move it, or rename the target; or remove it, if it is an older build "
-        "that is not wanted."
-    )
 
 
 def stamps(folder: str, names: Sequence[str]) -> dict[str, list[int]] | None:
@@ -196,42 +168,7 @@ def set_aside_loaded(contents: Contents, loaded: str) -> list[str]:
     return notes
 
 
-def clean(workspace: Workspace, target: str, stamps: Stamps) -> list[str]:
-    """Remove what was built of a target, and the record of it.
-
-    Args:
-        workspace: where it lies.
-        target: its name.
-        stamps: as for ``Contents.of``.
-
-    Returns:
-        Notes for people: what is left, since it was not built here.
-    """
-    folder = folder_of(workspace, target)
-    last = Manifest.at(workspace.packed(target))
-    there = Contents.of(folder, [last.tensors] if last else [], stamps)
-    _remove(there)
-    if there.kept and not workspace.built(target).is_symlink():  # behind a link it is somebody's
-        with suppress(OSError):  # somebody's file is in it
-            there.folder.rmdir()
-    workspace.packed(target).unlink(missing_ok=True)
-    if left := [*there.changed, *there.added]:
-        return [f"{workspace.built(target)}: {_some(left)} left there, since not built here"]
-    return []
-
-
-def _remove(contents: Contents) -> None:
-    """Remove what was built from a folder, and its folders if nothing else is left in them."""
-    for name in contents.kept:
-        with suppress(FileNotFoundError):
-            (contents.folder / name).unlink()
-    folders = {parent for name in contents.kept for parent in Path(name).parents}
-    for parent in sorted(folders - {Path()}, key=lambda path: len(path.parts), reverse=True):
-        with suppress(OSError):  # somebody's file is in it
-            (contents.folder / parent).rmdir()
-
-
-def _walk(folder: Path) -> Iterator[str]:
+def walk(folder: Path) -> Iterator[str]:
     """Yield the files below a folder, links as such, and its empty folders, relative to it."""
     if not folder.is_dir():
         return
@@ -244,7 +181,14 @@ def _walk(folder: Path) -> Iterator[str]:
             yield str(base.relative_to(folder))
 
 
-def _is_as_built(path: Path, built: Sequence[Tensor], stamp: Sequence[int] | None) -> bool:
+def is_as_built(path: Path, built: Sequence[Tensor], stamp: Sequence[int] | None) -> bool:
+    """Tell whether a file is one that was built, as it was made.
+
+    Args:
+        path: the file.
+        built: the files of its name that were built.
+        stamp: of one of them when it was built, if known: while it holds, nothing is read.
+    """
     if path.is_symlink() or not path.is_file():
         return False
     now = Stamp.of(path)
@@ -293,8 +237,3 @@ def _copy(source: Path, target: Path) -> None:
         except OSError:  # another disk, or one without hard links
             shutil.copy2(source, new)
         new.replace(target)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f", … ({len(names)} files)" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

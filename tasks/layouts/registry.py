@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,6 +102,11 @@ def is_read(name: str) -> bool:
     return any(matches(name, loader.SMALL_FILES) for loader in loaders.LOADERS.values()) or any(
         layout.takes(name) for layout in LAYOUTS.values()
     )
+
+
+def is_loaded(name: str) -> bool:
+    """Tell whether clients of any layout load what lies in a built folder by that name."""
+    return "/" not in name and any(fnmatchcase(name, each.loaded) for each in LAYOUTS.values())
 
 
 def weight_suffixes() -> tuple[str, ...]:

@@ -97,15 +97,10 @@ class Bundle(Struct, frozen=True, dict=True):
                 f"{plan.target.name}: the plan and the built layers disagree on "
                 f"{', '.join(sorted(missing)[:3])}. Run {COMMAND} forget -a, then {COMMAND}."
             )
-        layout = LAYOUTS[plan.target.layout]
         weights = split(plan, tensors)
-        sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in weights.values()]
-        small = layout.files(plan.checkpoint, memos, sizes, plan.weights)
-        small |= model_card.render(plan, tensors, memos)
-        small["config.json"] = json.dumps(plan.config, indent=4).encode()
-        small |= overlay(plan)
+        small = _small_files(plan, tensors, weights, memos)
         params = {
-            "format": layout.weight_format.name,
+            "format": LAYOUTS[plan.target.layout].weight_format.name,
             "weights": {file: [name for name, _ in shard] for file, shard in weights.items()},
             "files": {name: digest(data) for name, data in small.items()},
         }
@@ -126,6 +121,27 @@ class Bundle(Struct, frozen=True, dict=True):
     def nbytes(self) -> int:
         """Size, but for the weight files' headers."""
         return self.weights_nbytes + sum(map(len, self.small.values()))
+
+
+def _small_files(
+    plan: Plan, tensors: Mapping[str, Tensor], weights: Weights[Tensor], memos: Memos
+) -> dict[str, bytes]:
+    sizes = [[(name, tensor.nbytes) for name, tensor in shard] for shard in weights.values()]
+    small = LAYOUTS[plan.target.layout].files(plan.checkpoint, memos, sizes, plan.weights)
+    small |= model_card.render(plan, tensors, memos)
+    small["config.json"] = json.dumps(plan.config, indent=4).encode()
+    return small | overlay(plan)
+
+
+def small_names(plan: Plan, memos: Memos) -> list[str]:
+    """Return the names of a target's files besides the weights, in order, before it is built.
+
+    Args:
+        plan: the target.
+        memos: remembers a tokenizer that had to be made.
+    """
+    tensors = {name: Tensor(*spec, digest="") for name, spec in specs(plan).items()}
+    return [*_small_files(plan, tensors, split(plan, tensors), memos)]
 
 
 def overlay(plan: Plan) -> dict[str, bytes]:

@@ -63,7 +63,7 @@ def test_what_was_never_built_here(project: Project, make, command: tuple[str, .
     assert done.returncode != 0 or command[:1] == ("clean",)
     said = done.stdout + done.stderr
     assert "build/model" in said
-    assert "was not built here" in said or "it is a file" in said
+    assert "not built here" in said or "it is a file" in said
     assert contents(whole) == before
 
 
@@ -216,10 +216,7 @@ def test_the_records_were_removed_and_something_else_lies_there(built: Project) 
     shutil.rmtree(built.state)
     built.configure(quantize={"bits": 8})
     (folder(built) / "config.json").write_text("{}")
-    before = contents(folder(built))
-    done = doit(built.folder, expect=1)
-    assert "was not built here, as far as is on record" in done.stderr + done.stdout
-    assert contents(folder(built)) == before
+    assert_refused(built)
 
 
 def test_files_laid_over_the_model(built: Project) -> None:
@@ -267,13 +264,101 @@ def test_files_that_cannot_be_laid_over(built: Project) -> None:
 
 
 def test_a_damaged_record(built: Project) -> None:
-    """Something was built here; whether it is what lies there nobody knows: it is set aside."""
+    """Something was built here; whether it is what lies there nobody knows."""
     (folder(built) / "README.md").unlink()
     (folder(built) / "README.md").write_text("mine")  # else models.lock would know it
-    before = contents(folder(built))
     (built.state / "manifests" / "model" / "pack.json").write_bytes(b"{")
     built.configure(quantize={"bits": 8})
+    assert_refused(built)
+
+
+def assert_refused(project: Project, *names: str) -> None:
+    """Neither a build, refused while it is planned, nor a clean touches what lies there."""
+    before = contents(folder(project))
+    done = doit(project.folder, expect=3)
+    assert done.entries == []
+    assert "build/model was not built here, as far as is on record: it holds " in done.stderr
+    assert not [name for name in names if name not in done.stderr]
+    said = doit(project.folder, "clean").stdout
+    assert "left there, since not built here" in said
+    assert "removing build/model" not in said
+    assert contents(folder(project)) == before
+    assert not folder(project).with_name("model~aside").exists()
+
+
+def by_another_tool(project: Project) -> None:
+    """The same checkpoint and bits, and so the same tokenizer and config.json, and another card."""
+    old = contents(folder(project))
+    shutil.rmtree(folder(project))
+    folder(project).mkdir()
+    for name, data in old.items():
+        (folder(project) / name).write_bytes(data)
+    (folder(project) / "README.md").write_text("by another tool")
+    (folder(project) / "model.safetensors").write_bytes(old["model.safetensors"][:-1] + b"?")
+
+
+def notes_in_its_place(project: Project) -> None:
+    shutil.rmtree(folder(project))
+    somebodys_notes(folder(project))
+
+
+def a_link_to_a_model(project: Project) -> None:
+    shutil.rmtree(folder(project))
+    somebodys_model(project.folder / "mine")
+    folder(project).symlink_to(project.folder / "mine")
+
+
+def one_of_the_same_names(project: Project) -> None:
+    for name in contents(folder(project)):
+        (folder(project) / name).unlink()
+        (folder(project) / name).write_text("mine")
+
+
+def a_clean(project: Project) -> None:
+    doit(project.folder, "clean")
+    somebodys_model(folder(project))
+
+
+def a_clean_that_left_notes(project: Project) -> None:
+    (folder(project) / "notes.txt").write_text("mine")
+    doit(project.folder, "clean")
+    somebodys_model(project.folder / "other")
+    shutil.copytree(project.folder / "other", folder(project), dirs_exist_ok=True)
+
+
+EXCHANGED = [
+    by_another_tool, notes_in_its_place, a_link_to_a_model, one_of_the_same_names, a_clean,
+    a_clean_that_left_notes,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("exchange", EXCHANGED)
+def test_what_was_built_was_exchanged(built: Project, exchange) -> None:
+    """By somebody, for what is not ours, whether the record of the build is there or not."""
+    exchange(built)
+    assert_refused(built)
+
+
+def test_what_a_clean_left_is_carried_over(built: Project) -> None:
+    """The folder is still the one that was built here, also once its notes are longer."""
+    for name in ("notes.txt", ".DS_Store"):
+        (folder(built) / name).write_text("mine")
+    doit(built.folder, "clean")
+    (folder(built) / "notes.txt").write_text("mine, and more")
     doit(built.folder)
-    aside = contents(built.folder / "build" / "model~aside")
-    assert aside["model.safetensors"] == before["model.safetensors"]
-    assert built.built() == built.anew()
+    assert (folder(built) / "notes.txt").read_text() == "mine, and more"
+    assert built.built().keys() >= built.anew().keys()
+
+
+def test_a_link_to_another_target(tmp_path: Path) -> None:
+    """Each of the two would be replaced by the other, build after build."""
+    project = projects.create(tmp_path / "p", "huggingface", **FOUR_BIT)
+    for name, bits in (("a", 4), ("b", 8)):
+        project.configure(name, quantize={"bits": bits})
+    doit(project.folder)
+    shutil.rmtree(project.folder / "build" / "a")
+    (project.folder / "build" / "a").symlink_to("b")
+    done = doit(project.folder, expect=1)
+    assert "build/a is a link to" in done.stdout
+    assert "which is the place of the target b" in done.stdout
+    assert {entry["outcome"] for entry in done.entries} == {"failed"}

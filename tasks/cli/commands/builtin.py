@@ -13,8 +13,8 @@ from doit.exceptions import InvalidCommand
 from cache.errors import one_line
 from tasks.cli.command import Command, StateCommand
 from tasks.cli.doit_adapter import CleanCommand, ForgetCommand, InfoCommand
+from tasks.cli.options import Options
 from tasks.core.program import COMMAND, ROOT
-from tasks.core.task_names import PACK, task_name
 
 USAGE = f"""\
 mlx-make: Make for MLX model artifacts (https://pydoit.org with tasks for models.toml)
@@ -42,6 +42,7 @@ class Clean(StateCommand, CleanCommand):
 
     name = "clean"
     cmd_options = (*CleanCommand.cmd_options, ORPHANS)
+    options = Options(cleans=True)
 
     def _execute(
         self,
@@ -66,16 +67,14 @@ class Clean(StateCommand, CleanCommand):
     def _remove_orphans(self, *, dryrun: bool) -> None:
         """Remove what was built here of the targets that are gone; what was not stays."""
         from tasks.cli.orphans import orphans
-        from tasks.execution import place
+        from tasks.cli.session import last_stamps
+        from tasks.execution import cleaning
 
         workspace = self.session.workspace
         for target in orphans(self.session):
-            print(f"{'would remove' if dryrun else 'removing'} {workspace.built(target)}")
-            if dryrun:
-                continue
-            stamps = self.dep_manager.get_values(task_name(PACK, target)).get("outputs") or {}
-            for note in place.clean(workspace, target, stamps):
-                print(one_line(note))
+            stamps, name = last_stamps(self.dep_manager, target), str(workspace.built(target))
+            for line in cleaning.clean(workspace, target, stamps, name=name, dryrun=dryrun):
+                print(one_line(line))
 
 
 class Forget(StateCommand, ForgetCommand):
