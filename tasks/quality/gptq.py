@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.tensors import mx
+from tasks.tensors import blas, mx
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +45,7 @@ def order(hessian: np.ndarray, group_size: int) -> Order:
     """
     import numpy as np
 
+    blas.one_thread()
     diagonal = np.diag(hessian).astype(np.float64)
     given = diagonal.reshape(-1, group_size)
     groups = np.argsort(-given.sum(axis=1), kind="stable")
@@ -73,6 +74,7 @@ def quantize(
     """
     import numpy as np
 
+    blas.one_thread()
     left = np.array(weight.astype(mx.float32, stream=mx.cpu)).T[order.channels]
     codes = np.empty(left.shape, np.uint8)
     scales, biases = np.empty((2, len(order.groups), left.shape[1]), np.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from importlib.metadata import version
 
 from msgspec import structs
 
@@ -16,7 +15,7 @@ from tasks.stages.hessians import Hessians
 from tasks.stages.quantize import Quantize, Quantized, QuantizeParams, write_parts
 from tasks.stages.quantize_scheme import Setting, parts
 from tasks.stages.stage import Context, Inputs, Key, Need, Output, Planned, Result, TargetModel
-from tasks.tensors import arrays, kernels, rows
+from tasks.tensors import arrays, blas, kernels, rows
 from tasks.tensors.rows import Rows
 
 METHOD = "gptq"
@@ -76,7 +75,7 @@ class Gptq(Quantize):
         params = GptqParams(
             **structs.asdict(params),
             method=METHOD,
-            numpy=version("numpy"),
+            numpy=blas.version(),
             hessians={weight: name for weight, (_, name) in given.items()},
             channels=max(p.shape[-1] for p in parameters if p.name in given),
         )

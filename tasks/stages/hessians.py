@@ -6,7 +6,7 @@ one together; an expert has one by itself.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from msgspec import structs
@@ -26,7 +26,7 @@ from tasks.stages.running import (
 )
 from tasks.stages.stage import Context, Inputs, Key, Output, Planned, Result, TargetModel
 from tasks.stages.tokens import CALIBRATION_TEXT
-from tasks.tensors import arrays, mx
+from tasks.tensors import arrays, blas, mx
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +74,7 @@ class Hessians(UnquantizedStage):
     """Tell how the input channels of each linear layer go together."""
 
     name = "hessians"
+    version = 2
     text = CALIBRATION_TEXT
 
     def plan_key(self, target: TargetModel) -> Hashable:
@@ -95,7 +96,13 @@ class Hessians(UnquantizedStage):
         }
         return {
             name: structs.replace(
-                each, params=structs.replace(each.params, top_logits=0, calls=wanted[name])
+                each,
+                params=structs.replace(
+                    each.params,
+                    top_logits=0,
+                    calls=wanted[name],
+                    versions=each.params.versions | _multiplier(each.params.device),
+                ),
             )
             for name, each in planned.items()
             if wanted[name]
@@ -114,7 +121,7 @@ class Hessians(UnquantizedStage):
         """Run a segment on one sequence after another, and add up."""
         runner = SegmentRunner(self, params, inputs, context)
         specs = {name: each.spec for name, each in self.outputs(params, {}).items()}
-        sums = _Sums(params.calls, specs)
+        sums = _Sums(params.calls, specs, by_numpy=bool(_multiplier(params.device)))
         for index in range(runner.samples):
             with runner.stream():
                 runner.look(index, sums.see)
@@ -122,7 +129,8 @@ class Hessians(UnquantizedStage):
         tensors = {}
         for name, spec in specs.items():
             with context.writer(name, spec.nbytes) as writer, runner.stream():
-                writer.write(arrays.view(sums.take(name)))
+                for matrix in sums.take(name):
+                    writer.write(matrix)
             tensors[name] = Tensor(*spec, writer.digest)
         return Result(tensors, runner.notes)
 
@@ -132,15 +140,26 @@ class Hessians(UnquantizedStage):
         return super().memory(params, checkpoint) + 2 * hessians
 
 
+def _multiplier(backend: str) -> dict[str, str]:
+    """Return the version of what multiplies besides MLX: on CPUs NumPy, whose BLAS is fast.
+
+    MLX's wheels for Linux have the reference one.
+    """
+    return {"numpy": blas.version()} if backend == "cpu" else {}
+
+
 class _Sums:
     """Adds up products of channels, in float32, a sequence at a time."""
 
-    def __init__(self, calls: Iterable[Call], specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(
+        self, calls: Iterable[Call], specs: Mapping[str, TensorSpec], *, by_numpy: bool
+    ) -> None:
+        self._by_numpy = by_numpy
         self._names = names(calls)
         self._once = {call.number for call in calls if self._own(call)}
         self._specs = specs
         self._ahead: list[Seen] = []
-        self._totals: dict[str, list[mx.array | None]] = {
+        self._totals: dict[str, list[mx.array | np.ndarray | None]] = {
             name: [None] * (spec.shape[0] if len(spec.shape) > 2 else 1)
             for name, spec in specs.items()
         }
@@ -171,15 +190,25 @@ class _Sums:
             else:
                 given = {0: inputs}
             for number, rows in given.items():
-                rows = rows.astype(mx.float32)
-                product = rows.T @ rows
-                total = totals[number]
-                totals[number] = product if total is None else total + product
-                mx.eval(totals[number])
+                product, total = self._product(rows.astype(mx.float32)), totals[number]
+                if total is not None:
+                    product += total
+                mx.eval(product)
+                totals[number] = product
         self._ahead.clear()
 
-    def take(self, name: str) -> mx.array:
-        """Return a total, which is forgotten."""
-        spec = self._specs[name]
-        zero = mx.zeros(spec.shape[-2:])
-        return mx.stack([zero if t is None else t for t in self._totals.pop(name)])
+    def take(self, name: str) -> Iterator[memoryview]:
+        """Yield the matrices of a total, which is forgotten."""
+        import numpy as np
+
+        shape = self._specs[name].shape[-2:]
+        for total in self._totals.pop(name):
+            if isinstance(total, mx.array):
+                yield arrays.view(total)
+            else:
+                yield (np.zeros(shape, np.float32) if total is None else total).data.cast("B")
+
+    def _product(self, rows: mx.array) -> mx.array | np.ndarray:
+        import numpy as np
+
+        return blas.gram(np.array(rows)) if self._by_numpy else rows.T @ rows
