@@ -107,7 +107,7 @@ def _kind(declared: Any) -> tuple[Kind, tuple[str, ...] | type[Struct]]:
         kind, detail = _kind(args[0])
         return _LISTS[kind], detail
     if args:  # a union: all else in it is "not said"
-        return _kind(next(a for a in args if a not in (NoneType, Literal[False])))
+        return _kind(next(a for a in args if a is not NoneType and False not in get_args(a)))
     if issubclass(declared, spec.Word):
         return "word", values.words(declared)
     if issubclass(declared, Struct):

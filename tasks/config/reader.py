@@ -194,7 +194,7 @@ class _Reader:
     def target(self, name: str, keys: Table, at: At) -> Target:
         """Return a target, of keys that are right one by one and name a source."""
         settings = convert(keys, Settings, dec_hook=values.decode)
-        if at[2:3] == ("matrix",) and settings.quantize:
+        if at[2:3] == ("matrix",) and isinstance(settings.quantize, Quantize):
             self.check_matrix(settings.quantize, at)
         self.check_repository(name, settings.publish, at)
         source = sources.spec(keys["source"], self.folder)
@@ -204,6 +204,8 @@ class _Reader:
         return Target(
             **{
                 **asdict(settings),
+                "quantize": settings.quantize != "keep" and settings.quantize,
+                "keep": settings.quantize == "keep",
                 "source_name": SourceName(keys["source"] + loader),
                 "max_shard_bytes": settings.max_shard_bytes
                 or Size(LAYOUTS[settings.layout].default_shard_bytes),
@@ -297,7 +299,7 @@ def _quantizations(document: Document) -> Iterator[tuple[At, Quantize]]:
         for variant, settings in model.variants.items():
             tables["models", name, "variants", variant] = settings
     for at, table in tables.items():
-        if table.quantize:
+        if isinstance(table.quantize, Quantize):
             yield (*at, "quantize"), table.quantize
 
 

@@ -265,7 +265,7 @@ def _kind(key: Key) -> str:
         "decimal": "a number above 0",
         "switch": "`true` or `false`",
         "numbers": "a list of whole numbers that the [mode](#modes) takes",
-        "table": "`false`, or a table of [these keys](#quantization)"
+        "table": '`false`, `"keep"`, or a table of [these keys](#quantization)'
         if key.table is Quantize
         else "a table of " + ", ".join(f"`{name}`" for name in keys_of(key.table or Model)),
         "tables": "a list of tables of [these keys](#exceptions)"

@@ -415,9 +415,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = False
     quantize: Annotated[
-        Quantize | Literal[False],
+        Quantize | Literal[False, "keep"],
         key(
-            "How the model is quantized; `false`, not at all.",
+            'How the model is quantized; `false`, not at all; `"keep"`, as its author packed it: '
+            "repacked for MLX, and not rounded again. Of a checkpoint that is packed so that MLX "
+            "holds the very same values, that is so without being asked for.",
             change=_QUANTIZED,
             example={"bits": 4},
         ),
@@ -581,6 +583,7 @@ class Target(Settings, frozen=True, kw_only=True):
         adapter: where its adapter is to be had, if it has one.
         max_shard_bytes: largest size of a weight file's tensors together, in bytes.
         card: the template of README.md, if it is the project's own.
+        keep: whether ``quantize = "keep"``; then ``quantize`` is False.
         where: what in the file asks for it, for messages.
     """
 
@@ -590,6 +593,8 @@ class Target(Settings, frozen=True, kw_only=True):
     adapter: SourceSpec | None = field(name="adapter_spec", default=None)
     max_shard_bytes: Size
     card: Path | None = field(name="card_path", default=None)
+    keep: bool = False
+    quantize: Quantize | Literal[False] = False
     where: object
 
     @property

@@ -23,7 +23,7 @@ from tasks.core.text import listed, plural
 from tasks.layouts import asking
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.llama_names import rope
-from tasks.layouts.model import Model, Module, Parameter
+from tasks.layouts.model import Model, Module, Parameter, Unpacked
 from tasks.unpack import registry as unpack
 from tasks.unpack.packed import Found
 
@@ -88,8 +88,9 @@ def model(checkpoint: Checkpoint, memos: Memos, library: str) -> Model:
     told = unpack.unpacked(checkpoint, found, reads.dtype)
     made = _model(checkpoint, told, memos, library)
     if reads.config is None:
-        notes = (*made.notes, _unpacked_note(checkpoint, found, library))
-        return structs.replace(made, notes=notes, told=told)
+        note = _unpacked_note(checkpoint, found, library)
+        known = Unpacked(note, unpack.repackings(checkpoint, found))
+        return structs.replace(made, told=told, unpacked=known)
     config = {key: value for key, value in reads.config.items() if key in KEPT_SETTINGS}
     return structs.replace(made, config={**made.config, **config}, told=told)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct, field
 
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.unpack.packed import Repacking
 
 
 class Parameter(NamedTuple):
@@ -56,6 +57,18 @@ class Module(NamedTuple):
     weights: int
 
 
+class Unpacked(Struct, frozen=True):
+    """What is known of a checkpoint that its author packed, and whose plain model this is.
+
+    Attributes:
+        note: what people should know.
+        repackings: how MLX holds each weight, by the key of the first tensor that it is made of.
+    """
+
+    note: str
+    repackings: Mapping[str, Repacking | None]
+
+
 class Model(Struct, frozen=True):
     """A model in a layout.
 
@@ -70,6 +83,8 @@ class Model(Struct, frozen=True):
         values: of tensors that the library decided by, by name, in base64.
         left_out: tensors of the checkpoint that the library is not told of.
         told: the checkpoint as the library was told of it; None, as it is.
+        unpacked: what is known of how it was packed, where that was not left to the library.
+        kept: what people should know of weights that stay as they were packed.
     """
 
     parameters: dict[str, Parameter]
@@ -81,6 +96,8 @@ class Model(Struct, frozen=True):
     values: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     told: Checkpoint | None = None
+    unpacked: Unpacked | None = None
+    kept: tuple[str, ...] = ()
 
 
 def layer_names(names: list[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import ReadableSource
 from tasks.core.errors import BuildError, ConfigError
 from tasks.core.spec import Quality, Quantize, SourceSpec, Target
-from tasks.layouts import asking
+from tasks.layouts import asking, keeping
 from tasks.layouts.model import Model, Parameter, layer_names
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.node import Known, Node
@@ -159,6 +159,7 @@ class Plan(Struct, frozen=True, dict=True):
         config: config.json.
         weights: how many the model has, as mlx-lm counts them.
         notes: what people should know.
+        packing: of these, what becomes of weights that are packed in the checkpoint.
         undecided: whether its modules' settings are yet to be chosen, of sensitivities that are not
             on record; then it is planned as if it were not quantized.
     """
@@ -171,6 +172,7 @@ class Plan(Struct, frozen=True, dict=True):
     config: dict[str, Any]
     weights: int
     notes: tuple[str, ...] = field(default=())
+    packing: tuple[str, ...] = field(default=())
     undecided: bool = False
 
     @property
@@ -342,8 +344,9 @@ class Planner:
         specs = _specs(shared, asked, registry.pipeline(method), {})
         names, weights = shared.names(scheme.settings), shared.weights(scheme.settings)
         wide = shared.schemes.float32_scales(scheme.settings, dtype)
-        notes = (*model.notes, *scheme.notes, *wide)
-        return Plan(target, shared, asked, specs, names, config, weights, notes)
+        packing = keeping.notes(target, model, dtype)
+        notes = (*model.notes, *packing, *scheme.notes, *wide)
+        return Plan(target, shared, asked, specs, names, config, weights, notes, packing)
 
     def _adapter(self, target: Target) -> Adapter | None:
         """Return a target's adapter, read once for all that have it.
@@ -367,10 +370,29 @@ class Planner:
         backend = device.backend(target.device)
         floats = (target.dtype, bool(target.quantize)) if target.dequantize else None
         key = (target.source, target.loader, target.layout, backend, floats)
+        shared = self._once(key, lambda: self._read(target, backend))
+        dtype = target.dtype or LAYOUTS[target.layout].default_dtype(
+            shared.checkpoint, shared.model
+        )
+        if not (found := keeping.chosen(target, shared.model, dtype)):
+            return shared
+        return self._once(
+            (*key, dtype, target.keep),
+            lambda: SharedPlan.of(
+                shared.checkpoint, keeping.kept(shared.model, found, dtype), backend
+            ),
+        )
+
+    def _once(self, key: tuple[Hashable, ...], work: Callable[[], SharedPlan]) -> SharedPlan:
+        """Return what all targets of a key have in common.
+
+        Raises:
+            BuildError: of all of them alike: to find out may take seconds.
+        """
         if key not in self._shared:
             try:
-                self._shared[key] = self._read(target, backend)
-            except BuildError as error:  # of all targets alike: to find out may take seconds
+                self._shared[key] = work()
+            except BuildError as error:
                 self._shared[key] = error
         shared = self._shared[key]
         if isinstance(shared, BuildError):

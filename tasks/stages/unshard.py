@@ -38,6 +38,7 @@ SANITIZE_BYTES = 256 << 20  # what a library is given and makes at once, unless 
 WORDS = {
     "same": "copies compared",
     "unpack": "unpacked",
+    "repack": "repacked",
     "concatenate": "shards joined",
     "stack": "experts stacked",
     "half_split": "rows of wq and wk reordered",
@@ -158,7 +159,12 @@ class Unshard(Stage[UnshardParams]):
                 tensors[name] = Tensor(recipe.dtype, recipe.shape, first)
             else:
                 joined = _rows(recipe, keys, context)
-                tensors[name] = rows.digest(context.blobs, joined, keep=context.keeps)
+                try:
+                    tensors[name] = rows.digest(context.blobs, joined, keep=context.keeps)
+                except CheckpointError as error:
+                    raise CheckpointError(
+                        f"{context.checkpoint.folder}: {name}: {error}"
+                    ) from error
         tensors |= _sanitize(params, keys, context)
         return Result({name: tensors[name] for name in params.tensors})
 
@@ -178,13 +184,21 @@ class Unshard(Stage[UnshardParams]):
         return max([joined, *batches]) + IN_FLIGHT_BYTES
 
     def view_memory(self, params: UnshardParams, checkpoint: Checkpoint) -> int:
-        """Return the size of the largest parameter that is joined as a whole, with its inputs."""
+        """Return the size of the largest parameter that is joined as a whole, with its inputs.
+
+        Or of what is held while one is unpacked.
+        """
         sizes = [
             _nbytes(checkpoint, params, [name])
             for name, recipe in params.tensors.items()
             if steps.needs_whole(recipe.shape, recipe.steps)
         ]
-        return max(sizes, default=0)
+        held = [
+            unpack.held_bytes([checkpoint.stored[key].nbytes for key in r.inputs], r.steps)
+            for r in params.tensors.values()
+            if r.steps
+        ]
+        return max([*sizes, *held], default=0)
 
     def describe(self, params: UnshardParams) -> str:
         """Return the kinds of steps, in words."""

@@ -7,7 +7,7 @@ time, so working block by block gives the same bits as working on the whole.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from math import prod
@@ -48,6 +48,11 @@ class Rows(Protocol):
 def count(rows: Rows) -> int:
     """Return the number of rows; a vector is one row."""
     return prod(rows.shape[:-1])
+
+
+def whole(rows: Rows) -> mx.array:
+    """Return all of a tensor."""
+    return rows.read(0, count(rows)).reshape(rows.shape)
 
 
 def blocks(rows: Rows, block_bytes: int = BLOCK_BYTES) -> Iterator[mx.array]:
@@ -228,6 +233,53 @@ class Chained(Struct, frozen=True, dict=True):
             if end >= stop:
                 break
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
+
+
+class Latest:
+    """The tensor that was read last, of several that hold much while they are read."""
+
+    def __init__(self) -> None:
+        self.maker: Callable[[], Rows] | None = None
+        self.made: Rows | None = None
+
+
+class MadeWhenRead(Struct, frozen=True, dict=True):
+    """A tensor that is made once it is read, and let go once another one of its kind is.
+
+    Attributes:
+        make: makes it.
+        latest: what it shares with the others.
+    """
+
+    make: Callable[[], Rows]
+    latest: Latest
+
+    @cached_property
+    def _header(self) -> Header:
+        made = self.make()  # which holds nothing yet
+        return Header(made.dtype, made.shape, made.unit)
+
+    @property
+    def dtype(self) -> str:
+        """As MLX spells it."""
+        return self._header.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return self._header.shape
+
+    @property
+    def unit(self) -> int:
+        """Number of rows that must be read together."""
+        return self._header.unit
+
+    def read(self, start: int, stop: int) -> mx.array:
+        """Return rows ``start`` to ``stop``."""
+        if self.latest.maker is not self.make or self.latest.made is None:
+            self.latest.made = None
+            self.latest.maker, self.latest.made = self.make, self.make()
+        return self.latest.made.read(start, stop)
 
 
 class Cast(Struct, frozen=True):

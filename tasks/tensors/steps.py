@@ -66,13 +66,33 @@ class Unpack(msgspec.Struct, frozen=True, array_like=True, tag="unpack"):
     tensors: tuple[Packing, ...]
 
 
+class Repack(msgspec.Struct, frozen=True, array_like=True, tag="repack"):
+    """Numbers that were packed in a format of ``tasks.unpack``, in MLX's own packing.
+
+    Attributes:
+        format: its name.
+        part: what is made: ``weight``, ``scales`` or ``biases``.
+        dtype: of scales and biases.
+        setting: how MLX has them: group size, bits, mode.
+        exact: whether a bias that is rounded is an error.
+        tensors: what is repacked, in order.
+    """
+
+    format: str
+    part: str
+    dtype: str
+    setting: tuple[int, int, str]
+    exact: bool
+    tensors: tuple[Packing, ...]
+
+
 class Sanitize(msgspec.Struct, frozen=True, array_like=True, tag="sanitize"):
     """What a library's own ``sanitize`` computes for the parameter of this name."""
 
     name: str
 
 
-Step = Same | Concatenate | Stack | HalfSplit | Unpack | Sanitize
+Step = Same | Concatenate | Stack | HalfSplit | Unpack | Repack | Sanitize
 
 
 def read(steps: Iterable[Sequence[Any]]) -> tuple[Step, ...]:
@@ -113,7 +133,7 @@ def apply(sources: Sequence[Rows], steps: Iterable[Step]) -> Rows:
                 tensors = [rows.JoinedInMemory(tensors, "concatenate", axis)]
             case Stack(axis):
                 tensors = [rows.JoinedInMemory(tensors, "stack", axis)]
-            case Unpack() | Sanitize():
+            case Unpack() | Repack() | Sanitize():
                 raise ValueError(f"{step} is made of whole tensors elsewhere, not by rows")
     (result,) = tensors
     return result

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from msgspec import Struct
-
 from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
-from tasks.tensors.rows import Rows, count
+from tasks.tensors.rows import Rows, whole
 from tasks.unpack import bits
 from tasks.unpack.packed import Found, Packed, Read, Tensors, paths, require
+from tasks.unpack.whole_numbers import WholeNumbers, repacking
 
 METHODS: tuple[str, ...] = ("awq",)
 NAME = "awq"
@@ -40,41 +39,59 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         groups = tensors[scales].shape[0] if scales in tensors else 0
         require(scales, tensors, (groups, words * 8), "float16", "bfloat16", "float32")
         require(zeros, tensors, (groups, words), "int32", "uint32")
-        how = {"group_size": columns // groups}
-        packed[f"{path}.weight"] = Packed((words * 8, columns), (weight, zeros, scales), how)
+        size = columns // groups
+        held = repacking(4, size, columns, tensors[scales].dtype, centred=False)
+        inputs = (weight, zeros, scales)
+        packed[f"{path}.weight"] = Packed((words * 8, columns), inputs, {"group_size": size}, held)
     return Found(NAME, packed) if packed else None
 
 
 def rows(sources: Sequence[Rows], shape: tuple[int, ...], settings: Any) -> Rows:
     """Return the numbers, less their zero points, times their scales."""
-    return Awq(sources, shape, settings)
+    return Awq(sources, shape, {**settings, "bits": 4})
 
 
-class Awq(Struct, frozen=True, dict=True):
+def held_bytes(nbytes: Sequence[int]) -> int:
+    """Return twice the size: all of it, and scales and zero points once they are unpacked."""
+    return 2 * sum(nbytes)
+
+
+class Awq(WholeNumbers, frozen=True, dict=True):
     """A weight that is stored transposed: its words are read at once, and unpacked by rows."""
 
-    sources: Sequence[Rows]
-    shape: tuple[int, ...]
-    settings: dict[str, Any]
-    dtype: str = "float32"
-    unit: int = 8
+    @cached_property
+    def _words(self) -> tuple[mx.array, mx.array]:
+        return whole(self.sources[0]), whole(self.sources[1])
 
     @cached_property
-    def _words(self) -> tuple[mx.array, mx.array, mx.array]:
-        words, zeros, scales = (s.read(0, count(s)).reshape(s.shape) for s in self.sources)
-        return words, zeros, scales.astype(mx.float32)
+    def _scales(self) -> mx.array:
+        return whole(self.sources[2]).astype(mx.float32)
 
-    def read(self, start: int, stop: int) -> mx.array:
-        """Return rows ``start`` to ``stop``: whole words."""
-        words, zeros, scales = self._words
-        span = slice(start // 8, -(-stop // 8))
-        numbers = _numbers(words[:, span])
-        size, columns = self.settings["group_size"], self.shape[1]
-        less = bits.grouped(_numbers(zeros[:, span]), size, columns)
-        return (numbers - less) * bits.grouped(scales[:, start:stop].T, size, columns)
+    def numbers(self, start: int, stop: int) -> mx.array:
+        """Return the numbers of rows."""
+        return _numbers(self._words[0], start, stop)
+
+    def zeros(self, start: int, stop: int) -> mx.array:
+        """Return the zero points of rows."""
+        return _numbers(self._words[1], start, stop).astype(mx.float32)
+
+    def scales(self, start: int, stop: int) -> mx.array:
+        """Return the scales of rows."""
+        return self._scales[:, start:stop].T
 
 
-def _numbers(words: mx.array) -> mx.array:
-    """Return the numbers of (count, words), by rows of the weight: (words · 8, count)."""
+def _numbers(words: mx.array, start: int, stop: int) -> mx.array:
+    """Return the numbers of rows ``start`` to ``stop`` of a weight.
+
+    Args:
+        words: (count, rows / 8).
+        start: the first row.
+        stop: the row after the last.
+
+    Returns:
+        (rows, count), uint32.
+    """
+    words = words[:, start // 8 : -(-stop // 8)]
     numbers = bits.fields(words, 4).reshape(words.shape[0], -1, 8)[..., mx.array(PLACES)]
-    return numbers.reshape(words.shape[0], -1).T.astype(mx.float32)
+    first = start % 8
+    return numbers.reshape(words.shape[0], -1)[:, first : first + stop - start].T

@@ -42,6 +42,24 @@ def fields(words: mx.array, bits: int) -> mx.array:
     return numbers.reshape(words.shape[0], -1)
 
 
+def pack(numbers: mx.array, bits: int) -> mx.array:
+    """Return numbers that follow each other without a gap in words, the first lowest.
+
+    Args:
+        numbers: (rows, columns), uint32; columns · bits is a multiple of 32.
+        bits: of a number.
+
+    Returns:
+        (rows, columns · bits / 32), uint32: as MLX packs them.
+    """
+    rows = numbers.shape[0]
+    if 32 % bits == 0:
+        shifts = mx.arange(32 // bits, dtype=mx.uint32) * bits
+        return mx.sum(numbers.reshape(rows, -1, 32 // bits) << shifts, axis=-1)
+    each = (numbers[..., None] >> mx.arange(bits, dtype=mx.uint32)) & 1
+    return mx.sum(each.reshape(rows, -1, 32) << mx.arange(32, dtype=mx.uint32), axis=-1)
+
+
 def grouped(values: mx.array, group_size: int, columns: int) -> mx.array:
     """Return values of groups, (rows, groups), as those of each column: (rows, columns)."""
     if values.shape[1] == 1:

@@ -97,7 +97,7 @@ class FourBit(Struct, frozen=True, dict=True):
 
     @cached_property
     def _scales(self) -> mx.array:
-        absmax, _, *nested = (_whole(source) for source in self.sources[1:])
+        absmax, _, *nested = (_flat(source) for source in self.sources[1:])
         if not nested:
             return absmax.astype(mx.float32)
         scales, numbers = nested
@@ -110,7 +110,7 @@ class FourBit(Struct, frozen=True, dict=True):
         columns = self.shape[1]
         octets = self.sources[0].read(start * columns // 2, stop * columns // 2).reshape(-1)
         halves = mx.stack([octets >> 4, octets & 15], axis=-1).reshape(-1)
-        numbers = _whole(self.sources[2]).astype(mx.float32)[halves]
+        numbers = _flat(self.sources[2]).astype(mx.float32)[halves]
         block = self.settings["block"]
         at = mx.arange(start * columns, stop * columns) // block
         return (numbers * self._scales[at]).reshape(stop - start, columns)
@@ -127,10 +127,15 @@ class EightBit(Struct, frozen=True):
     def read(self, start: int, stop: int) -> mx.array:
         """Return rows ``start`` to ``stop``."""
         weight, largest = self.sources
-        scales = _whole(largest).astype(mx.float32)[start:stop, None]
+        scales = _flat(largest).astype(mx.float32)[start:stop, None]
         return weight.read(start, stop).astype(mx.float32) * scales * (1 / 127)
 
 
-def _whole(source: Rows) -> mx.array:
+def held_bytes(nbytes: Sequence[int]) -> int:
+    """Return what the scales of blocks take once they are unpacked, and on the way."""
+    return 16 * sum(nbytes[1:])
+
+
+def _flat(source: Rows) -> mx.array:
     """Return all of a vector."""
     return source.read(0, count(source)).reshape(-1)

@@ -60,6 +60,11 @@ def rows(sources: Sequence[Rows], shape: tuple[int, ...], settings: Any) -> Rows
     return BlockFp8(weight, scale, shape, *settings["block"])
 
 
+def held_bytes(nbytes: Sequence[int]) -> int:
+    """Return what the scales take once they are float32."""
+    return 4 * nbytes[1]
+
+
 class BlockFp8(Struct, frozen=True, dict=True):
     """A weight of E4M3, (…, rows, columns), times a scale for each block of it."""
 

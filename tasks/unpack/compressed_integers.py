@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from msgspec import Struct
-
 from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
-from tasks.tensors.rows import Rows, count
+from tasks.tensors.rows import Rows, whole
 from tasks.unpack import bits
 from tasks.unpack.packed import Found, Packed, Read, Tensors, activations, groups, paths
+from tasks.unpack.whole_numbers import WholeNumbers, repacking
 
 METHODS: tuple[str, ...] = ("compressed-tensors",)
 NAME = "compressed_integers"
@@ -56,13 +55,17 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
             columns = min(columns, tensors[scale].shape[1] * size)
         others = [f"{path}.weight_zero_point", f"{path}.weight_g_idx"]
         there = [other for other in others if other in tensors]
-        how = {
+        how: dict[str, Any] = {
             "bits": width if words else 0,
             "group_size": size,
             "zero_point": others[0] in there,
             "order": others[1] in there,
         }
-        packed[f"{path}.weight"] = Packed((high, columns), (name, scale, *there), how)
+        held = repacking(
+            width if words else 8, size, columns, tensors[scale].dtype,
+            centred=not how["zero_point"], order=how["order"],
+        )  # fmt: skip
+        packed[f"{path}.weight"] = Packed((high, columns), (name, scale, *there), how, held)
     if not packed:
         return None
     shapes = tuple(name for name in tensors if name.endswith(".weight_shape"))
@@ -74,55 +77,55 @@ def rows(sources: Sequence[Rows], shape: tuple[int, ...], settings: Any) -> Rows
     return Integers(sources, shape, settings)
 
 
-class Integers(Struct, frozen=True, dict=True):
+def held_bytes(nbytes: Sequence[int]) -> int:
+    """Return what zero points take once they are unpacked, and the scales beside them."""
+    return 16 * sum(nbytes[2:]) + nbytes[1]
+
+
+class Integers(WholeNumbers, frozen=True, dict=True):
     """A weight of whole numbers, (rows, columns)."""
 
-    sources: Sequence[Rows]
-    shape: tuple[int, ...]
-    settings: dict[str, Any]
-    dtype: str = "float32"
-    unit: int = 1
+    @property
+    def bits(self) -> int:
+        """Of a number: 8 where each has a byte of its own."""
+        return self.settings["bits"] or 8
 
     @cached_property
     def _zeros(self) -> mx.array | None:
         if not self.settings["zero_point"]:
             return None
-        zeros = self.sources[2].read(0, count(self.sources[2]))
-        if not (width := self.settings["bits"]):
-            return zeros.reshape(self.shape[0] if zeros.size > 1 else 1, -1).astype(mx.float32)
-        numbers = bits.fields(zeros.T, width).T[: self.shape[0]].astype(mx.float32)
-        less: mx.array = numbers - (1 << (width - 1))
-        return less
+        zeros = whole(self.sources[2])
+        if self.settings["bits"]:
+            return bits.fields(zeros.T, self.bits).T[: self.shape[0]].astype(mx.float32)
+        zeros = zeros.reshape(self.shape[0] if zeros.size > 1 else 1, -1)
+        signed: mx.array = zeros.astype(mx.float32) + (1 << (self.bits - 1))
+        return signed
 
     @cached_property
-    def _order(self) -> mx.array | None:
+    def group_of(self) -> mx.array | None:
+        """What ``weight_g_idx`` says, if it is in use."""
         if not self.settings["order"]:
             return None
-        source = self.sources[-1]
-        order = source.read(0, count(source)).reshape(-1)
+        order = whole(self.sources[-1]).reshape(-1)
         return None if bool(mx.any(order < 0).item()) else order
 
-    def read(self, start: int, stop: int) -> mx.array:
-        """Return rows ``start`` to ``stop``."""
-        columns = self.shape[1]
+    def numbers(self, start: int, stop: int) -> mx.array:
+        """Return the numbers of rows, with half of the range added."""
         numbers = self.sources[0].read(start, stop)
-        if width := self.settings["bits"]:
-            numbers = bits.fields(numbers, width)[:, :columns].astype(mx.float32)
-            numbers = numbers - (1 << (width - 1))
-        else:
-            numbers = numbers.astype(mx.float32)
-        if self._zeros is not None:
-            zeros = self._zeros if self._zeros.shape[0] == 1 else self._zeros[start:stop]
-            numbers = numbers - self._wide(zeros)
+        if self.settings["bits"]:
+            return bits.fields(numbers, self.bits)[:, : self.shape[1]]
+        return (numbers.astype(mx.int32) + (1 << (self.bits - 1))).astype(mx.uint32)
+
+    def zeros(self, start: int, stop: int) -> mx.array:
+        """Return the zero points of rows, with half of the range added."""
+        if self._zeros is None:
+            return super().zeros(start, stop)
+        return self._zeros if self._zeros.shape[0] == 1 else self._zeros[start:stop]
+
+    def scales(self, start: int, stop: int) -> mx.array:
+        """Return the scales of rows."""
         scale = self.sources[1]
         if len(scale.shape) == 2 and scale.shape[0] == self.shape[0]:
-            scales = scale.read(start, stop)
-        else:
-            scales = scale.read(0, count(scale)).reshape(-1, 1)
-            scales = scales if scales.shape[0] == 1 else scales[start:stop]
-        return numbers * self._wide(scales.astype(mx.float32))
-
-    def _wide(self, values: mx.array) -> mx.array:
-        if self._order is not None:
-            return values[:, self._order]
-        return bits.grouped(values, self.settings["group_size"], self.shape[1])
+            return scale.read(start, stop).astype(mx.float32)
+        scales = whole(scale).reshape(-1, 1).astype(mx.float32)
+        return scales if scales.shape[0] == 1 else scales[start:stop]

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from msgspec import Struct
-
 from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
-from tasks.tensors.rows import Rows, count
+from tasks.tensors.rows import Rows, whole
 from tasks.unpack import bits
 from tasks.unpack.packed import Found, Packed, Read, Tensors, paths, require
+from tasks.unpack.whole_numbers import WholeNumbers, repacking
 
 METHODS: tuple[str, ...] = ("gptq",)
 NAME = "gptq"
@@ -28,6 +27,7 @@ BITS = (2, 3, 4, 8)
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
     """Return the weights that have ``qweight``."""
     width, size = settings.get("bits"), settings.get("group_size", 128)
+    symmetric = settings.get("sym") is True
     packed = {}
     for path in paths(tensors, ".qweight"):
         if width not in BITS or settings.get("dynamic"):
@@ -48,7 +48,11 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
             "group_size": size if isinstance(size, int) and size > 0 else columns,
             "offset": 0 if settings.get("checkpoint_format") == "gptq_v2" else 1,
         }
-        packed[f"{path}.weight"] = Packed((high, columns), there, how)
+        held = repacking(
+            width, how["group_size"], columns, tensors[names[2]].dtype, centred=symmetric,
+            order=names[3] in there and settings.get("desc_act") is not False,
+        )  # fmt: skip
+        packed[f"{path}.weight"] = Packed((high, columns), there, how, held)
     return Found(NAME, packed) if packed else None
 
 
@@ -57,27 +61,47 @@ def rows(sources: Sequence[Rows], shape: tuple[int, ...], settings: Any) -> Rows
     return Gptq(sources, shape, settings)
 
 
-class Gptq(Struct, frozen=True, dict=True):
+def held_bytes(nbytes: Sequence[int]) -> int:
+    """Return twice the size: all of it, and scales and zero points once they are unpacked."""
+    return 2 * sum(nbytes)
+
+
+class Gptq(WholeNumbers, frozen=True, dict=True):
     """A weight that is stored transposed: its words are read at once, and unpacked by rows."""
 
-    sources: Sequence[Rows]
-    shape: tuple[int, ...]
-    settings: dict[str, Any]
-    dtype: str = "float32"
-    unit: int = 1
+    @cached_property
+    def _words(self) -> mx.array:
+        return whole(self.sources[0])
 
     @cached_property
-    def _words(self) -> tuple[mx.array, mx.array, mx.array]:
-        words, zeros, scales, *order = (s.read(0, count(s)).reshape(s.shape) for s in self.sources)
-        width = self.settings["bits"]
-        numbers = bits.stream(zeros.T, width, self.shape[0]).astype(mx.float32)
-        group_of = order[0] if order else mx.arange(self.shape[1]) // self.settings["group_size"]
-        shifted = (numbers + self.settings["offset"])[:, group_of]  # rows, columns
-        return words, shifted, scales.astype(mx.float32).T[:, group_of]
+    def _zeros(self) -> mx.array:
+        numbers = bits.stream(whole(self.sources[1]).T, self.bits, self.shape[0])
+        zeros: mx.array = numbers.astype(mx.float32) + self.settings["offset"]
+        mx.eval(zeros)
+        return zeros
 
-    def read(self, start: int, stop: int) -> mx.array:
-        """Return rows ``start`` to ``stop``."""
-        words, zeros, scales = self._words
-        width = self.settings["bits"]
-        numbers = bits.stream(words[:, start:stop], width, self.shape[1]).T.astype(mx.float32)
-        return (numbers - zeros[start:stop]) * scales[start:stop]
+    @cached_property
+    def _scales(self) -> mx.array:
+        return whole(self.sources[2]).astype(mx.float32)
+
+    @cached_property
+    def group_of(self) -> mx.array | None:
+        """What ``g_idx`` says."""
+        return whole(self.sources[3]).reshape(-1) if len(self.sources) > 3 else None
+
+    def numbers(self, start: int, stop: int) -> mx.array:
+        """Return the numbers of rows."""
+        return bits.stream(self._words[:, start:stop], self.bits, self.shape[1]).T
+
+    def zeros(self, start: int, stop: int) -> mx.array:
+        """Return the zero points of rows."""
+        return self._zeros[start:stop]
+
+    def scales(self, start: int, stop: int) -> mx.array:
+        """Return the scales of rows."""
+        return self._scales[:, start:stop].T
+
+    def words(self, start: int, stop: int) -> mx.array:
+        """Return the same words by rows: both count from the lowest bit on."""
+        words: mx.array = mx.contiguous(self._words[:, start:stop].T).view(mx.uint32)
+        return words

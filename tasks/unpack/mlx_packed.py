@@ -67,6 +67,11 @@ def rows(sources: Sequence[Rows], shape: tuple[int, ...], settings: Any) -> Rows
     return Dequantized(sources, shape, settings)
 
 
+def held_bytes(nbytes: Sequence[int]) -> int:
+    """Return nothing: all is read by rows."""
+    return 0
+
+
 class Dequantized(Struct, frozen=True):
     """A weight that MLX quantized; ``settings`` may have a ``dtype`` to compute in."""
 

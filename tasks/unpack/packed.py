@@ -17,6 +17,38 @@ ACTIVATIONS = (
 )  # fmt: skip
 
 
+class Repacking(NamedTuple):
+    """How MLX holds the very numbers of a weight in a packing of its own.
+
+    Attributes:
+        group_size: as ``mx.quantize`` has it, and so have the next two.
+        bits: of a number.
+        mode: one of ``tasks.core.spec.MODES``.
+        scales: the dtype of the format's scales; "" in modes of floats.
+        centred: whether the zero points are known to be half of the range: then no bias is rounded.
+    """
+
+    group_size: int
+    bits: int
+    mode: str
+    scales: str = ""
+    centred: bool = True
+
+    def is_exact(self, dtype: str | None) -> bool:
+        """Tell whether values are the very same once scales and biases are of ``dtype``.
+
+        Numbers, scales and zero points have no more than 24 bits together unless scales are
+        float32.
+        """
+        if self.mode != "affine":
+            return True
+        if self.scales == "float32":
+            return False
+        if dtype == "float32":
+            return True
+        return self.centred and dtype in (None, self.scales)
+
+
 class Packed(NamedTuple):
     """A weight that is stored in several tensors.
 
@@ -24,11 +56,13 @@ class Packed(NamedTuple):
         shape: of the weight.
         inputs: the names of the tensors that it is made of, in the format's order.
         settings: what else it takes to unpack it, JSON.
+        repacking: how MLX holds it, if it can.
     """
 
     shape: tuple[int, ...]
     inputs: tuple[str, ...]
     settings: dict[str, Any]
+    repacking: Repacking | None = None
 
 
 class Found(NamedTuple):
@@ -75,6 +109,13 @@ class Format(Protocol):
             sources: the tensors that it is made of.
             shape: of the weight.
             settings: as of ``Packed``.
+        """
+
+    def held_bytes(self, nbytes: Sequence[int]) -> int:
+        """Return the bytes that are held while a weight is read, besides blocks of its rows.
+
+        Args:
+            nbytes: of each of the tensors that it is made of.
         """
 
 

@@ -19,16 +19,17 @@ from tasks.unpack import (
     bitsandbytes,
     block_fp8,
     compressed_integers,
+    fp4,
     gptq,
     mlx_packed,
-    nvfp4,
     scaled_fp8,
 )
-from tasks.unpack.packed import Format, Found, Packed
+from tasks.unpack.packed import Format, Found, Packed, Repacking
+from tasks.unpack.whole_numbers import Affine, WholeNumbers
 
 FORMATS: dict[str, Format] = {
     block_fp8.NAME: block_fp8,
-    nvfp4.NAME: nvfp4,
+    fp4.NAME: fp4,
     scaled_fp8.NAME: scaled_fp8,
     compressed_integers.NAME: compressed_integers,
     gptq.NAME: gptq,
@@ -100,7 +101,7 @@ def trial(found: Found) -> dict[str, Any] | None:
     if found.format not in TRIED:
         return None
     weights: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for name, (shape, inputs, settings) in found.packed.items():
+    for name, (shape, inputs, settings, _) in found.packed.items():
         edges = [n % side > 0 for n, side in zip(shape[-2:], settings["block"], strict=True)]
         kind = f"{len(shape)} {edges} {list(shape[-2:]) == settings['block']}"
         alike = weights.setdefault((kind, name.rpartition(".layers.")[2].count("."), shape), [])
@@ -187,6 +188,14 @@ def _dtype(name: str, each: Packed, inputs: Sequence[LogicalTensor]) -> str:
     return FORMATS[name].rows(headers, each.shape, each.settings).dtype
 
 
+def repackings(checkpoint: Checkpoint, found: Found) -> dict[str, Repacking | None]:
+    """Return how MLX holds each weight, by the key of the first tensor that it is made of."""
+    return {
+        checkpoint.tensors[each.inputs[0]].inputs[0]: each.repacking
+        for each in found.packed.values()
+    }
+
+
 def _without_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     plain = {
         k: v for k, v in config.items() if k not in (SETTINGS, "compression_config", "quantization")
@@ -222,14 +231,33 @@ def apply(sources: Sequence[Rows], made_by: Sequence[steps.Step]) -> Rows:
     Raises:
         ValueError: a library has to make it.
     """
-    if made_by and isinstance(made_by[0], steps.Unpack):
+    if made_by and isinstance(made_by[0], (steps.Unpack, steps.Repack)):
         if made_by[1:] == (steps.Stack(0),) and (stack := _unpack_stack(sources, made_by[0])):
             return stack
         sources, made_by = list(_unpack(sources, made_by[0])), made_by[1:]
     return steps.apply(sources, made_by)
 
 
-def _unpack_stack(sources: Sequence[Rows], step: steps.Unpack) -> Rows | None:
+def held_bytes(nbytes: Sequence[int], made_by: Sequence[steps.Step]) -> int:
+    """Return the bytes that unpacking holds at once, besides blocks of rows.
+
+    Args:
+        nbytes: of each tensor that is read, in order.
+        made_by: the steps.
+    """
+    if not (made_by and isinstance(made_by[0], (steps.Unpack, steps.Repack))):
+        return 0
+    module = FORMATS[made_by[0].format]
+    left = iter(nbytes)
+    each = [
+        module.held_bytes([next(left) for _ in range(packing.inputs)])
+        for packing in made_by[0].tensors
+        for _ in range(packing.count)
+    ]
+    return sum(each) if made_by[0].format in STACKED else max(each, default=0)
+
+
+def _unpack_stack(sources: Sequence[Rows], step: steps.Unpack | steps.Repack) -> Rows | None:
     """Return a stack of weights that are packed alike, unpacked in one go; None if they are not.
 
     A mixture of experts has hundreds in a layer: each by itself takes longer than its numbers.
@@ -249,15 +277,26 @@ def _unpack_stack(sources: Sequence[Rows], step: steps.Unpack) -> Rows | None:
 
 
 def _as(
-    step: steps.Unpack, packing: steps.Packing, parts: Sequence[Rows], shape: tuple[int, ...]
+    step: steps.Unpack | steps.Repack,
+    packing: steps.Packing,
+    parts: Sequence[Rows],
+    shape: tuple[int, ...],
 ) -> Rows:
+    if isinstance(step, steps.Repack) and step.format == fp4.NAME:
+        return fp4.Halves(parts[0 if step.part == "weight" else 1], step.part)
     made = FORMATS[step.format].rows(parts, shape, packing.settings)
+    if isinstance(step, steps.Repack):
+        assert isinstance(made, WholeNumbers)
+        return Affine(made, step.part, step.setting[0], step.dtype, step.exact)
     return made if made.dtype == step.dtype else rows.Cast(made, step.dtype)
 
 
-def _unpack(sources: Sequence[Rows], step: steps.Unpack) -> Iterator[Rows]:
+def _unpack(sources: Sequence[Rows], step: steps.Unpack | steps.Repack) -> Iterator[Rows]:
+    """Yield each weight; of several, no more than one holds what it has read of its tensors."""
     left = iter(sources)
+    latest = rows.Latest()
     for packing in step.tensors:
         for _ in range(packing.count):
             parts = [next(left) for _ in range(packing.inputs)]
-            yield _as(step, packing, parts, packing.shape)
+            make = partial(_as, step, packing, parts, packing.shape)
+            yield rows.MadeWhenRead(make, latest) if len(sources) > packing.inputs else make()

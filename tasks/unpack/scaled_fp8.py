@@ -67,3 +67,8 @@ def rows(sources: Sequence[Rows], shape: tuple[int, ...], settings: Any) -> Rows
     """Return the product of a weight and its scales."""
     weight, scale = sources
     return BlockFp8(weight, scale, shape, *settings["block"])
+
+
+def held_bytes(nbytes: Sequence[int]) -> int:
+    """Return what the scales take once they are float32."""
+    return 4 * nbytes[1]

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import mlx.core as mx
+import mlx_lm
 import pytest
 
 from support import checkpoints, inside, packed, peer
@@ -28,6 +30,7 @@ def test_a_class_that_unpacks_by_itself(tmp_path: Path) -> None:
     assert configs[0] == configs[1]
 
 
+PARTS = ("weight", "scales", "biases")
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 FORMATS = {
     "block-fp8": (packed.block_fp8(), packed.BLOCK_FP8),
@@ -42,6 +45,7 @@ FORMATS = {
         packed.nvfp4(modelopt=True),
         {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     ),
+    "mxfp4": (packed.mxfp4(), packed.compressed("mxfp4-pack-quantized", type="float")),
     "pack-quantized": (
         packed.compressed_integers(4, packs=True, zeros=True),
         packed.compressed("pack-quantized", **INT4, symmetric=False),
@@ -118,3 +122,121 @@ def test_dequantize(arch: str, made: dict, asked: dict, tmp_path: Path) -> None:
         assert [*weight_differences(ours, theirs)] == []
         configs = [json.loads((each / "config.json").read_text()) for each in (ours, theirs)]
         assert configs[0] == configs[1]
+
+
+def gptq_settings(bits: int, **more: object) -> dict:
+    return {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": False, **more}
+
+
+INT8 = {**INT4, "num_bits": 8, "strategy": "channel", "group_size": None}
+KEPT = {
+    "pack-quantized": (
+        packed.compressed_integers(4, packs=True, zeros=False),
+        packed.compressed("pack-quantized", **INT4),
+        (32, 4, "affine"),
+    ),
+    "int-quantized": (
+        packed.compressed_integers(8, packs=False, zeros=False, size=0),
+        packed.compressed("int-quantized", **INT8),
+        (64, 8, "affine"),
+    ),
+    "gptq-3": (
+        packed.gptq(3, symmetric=True), gptq_settings(3, sym=True), (32, 3, "affine"),
+    ),
+    "mxfp4": (
+        packed.mxfp4(), packed.compressed("mxfp4-pack-quantized", type="float"), (32, 4, "mxfp4"),
+    ),
+    "nvfp4": (
+        packed.nvfp4(whole=False),
+        packed.compressed("nvfp4-pack-quantized", type="float"),
+        (16, 4, "nvfp4"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept(name: str, tmp_path: Path) -> None:
+    """The very same values, in MLX's own packing: dequantized, those of the format to the bit."""
+    source = tmp_path / "packed"
+    pack, settings, setting = KEPT[name]
+    arch = "qwen3-moe" if name in ("pack-quantized", "gptq-3", "mxfp4") else "qwen3"
+    packed.repack(checkpoints.make(arch, tmp_path / "checkpoint"), source, pack, settings)
+    variant = '[models.model.variants.floats]\ndtype = "float32"\ndequantize = true'
+    built = build(tmp_path / "project", source, f'dtype = "float16"\n{variant}')
+    reference = built.with_name("model-floats")  # equal to the peer's: test_formats
+    quantization = json.loads((built / "config.json").read_text())["quantization"]
+    tables = [quantization, *(v for v in quantization.values() if isinstance(v, dict))]
+    assert setting in [tuple(t[k] for k in ("group_size", "bits", "mode")) for t in tables]
+    ours, floats = (mx.load(str(each / "model.safetensors")) for each in (built, reference))
+    paths = {name.removesuffix(".scales") for name in ours if name.endswith(".scales")}
+    dense = {n for n, a in floats.items() if a.ndim > 1 and not any(k in n for k in packed.KEPT)}
+    assert {f"{path}.weight" for path in paths} == dense
+    for path in paths:
+        how = {**quantization, **quantization.get(path, {})}
+        weight, scales, biases = (ours.get(f"{path}.{part}") for part in PARTS)
+        if biases is not None:
+            scales, biases = (each.astype(mx.float32) for each in (scales, biases))
+        options = {key: how[key] for key in ("group_size", "bits", "mode")}
+        held = mx.dequantize(weight, scales, biases, **options).astype(mx.float32)
+        assert mx.array_equal(held, floats[f"{path}.weight"]), path
+    model, _ = mlx_lm.load(str(built))
+    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
+
+
+def test_what_is_kept_is_said(tmp_path: Path) -> None:
+    """By default only without loss; asked for, as near as can be; both are told of before."""
+    source, awq = tmp_path / "packed", tmp_path / "awq"
+    plain = checkpoints.make("qwen3-moe", tmp_path / "checkpoint")
+    packed.repack(plain, source, *KEPT["pack-quantized"][:2])
+    packed.repack(plain, awq, *FORMATS["awq"])
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "models.toml").write_text(f"""
+[models.same]
+source = "{source}"
+dtype = "float16"
+[models.again]
+source = "{source}"
+dtype = "float16"
+quantize = {{ bits = 4 }}
+[models.awq]
+source = "{awq}"
+dtype = "float16"
+[models.awq.variants.kept]
+quantize = "keep"
+""")
+    said = " ".join(inside.doit(project, "plan", expect=1).stdout.split())
+    for words in (
+        "repacked and not rounded again (4 bits in groups of 32): the very same values",
+        'These are rounded again: quantize = "keep" holds their numbers',
+        "zero points times scales are rounded to float16, by 0.004 at most",
+    ):
+        assert words in said
+    inside.doit(project)
+    floats, kept = (
+        mx.load(str(project / "build" / name / "model.safetensors")) for name in ("awq", "awq-kept")
+    )
+    path = "model.layers.0.mlp.switch_mlp.up_proj"
+    assert f"{path}.scales" not in floats
+    parts = [kept[f"{path}.{part}"] for part in PARTS]
+    held = mx.dequantize(*(parts[:1] + [p.astype(mx.float32) for p in parts[1:]]), 32, 4)
+    difference = mx.abs(held - floats[f"{path}.weight"].astype(mx.float32))
+    assert 0 < mx.max(difference).item() < 0.005 * mx.max(parts[1]).item()
+
+
+def test_what_cannot_be_kept(tmp_path: Path) -> None:
+    """Zero points that are others than config.json says, or nothing that is packed."""
+    plain = checkpoints.make("qwen3", tmp_path / "checkpoint")
+    source = tmp_path / "packed"
+    packed.repack(plain, source, packed.gptq(4), gptq_settings(4, sym=True))
+    for folder, settings, words in (
+        (source, 'dtype = "float16"', "are not half of their range"),
+        (plain, 'quantize = "keep"', "no packing"),
+        (source, 'quantize = "keep"\ndequantize = true', "beside dequantize"),
+    ):
+        project = tmp_path / words[:4].strip()
+        project.mkdir()
+        (project / "models.toml").write_text(f'[models.m]\nsource = "{folder}"\n{settings}\n')
+        finished = inside.doit(project, expect=None)
+        assert finished.returncode != 0
+        assert words in " ".join((finished.stdout + finished.stderr).split())

@@ -82,13 +82,14 @@ def scaled_fp8(*, whole: bool = False) -> Packer:
     return pack
 
 
-def nvfp4(*, modelopt: bool = False) -> Packer:
+def nvfp4(*, modelopt: bool = False, whole: bool = True) -> Packer:
     """As compressed-tensors and ModelOpt: E2M1 in groups of 16, scales of E4M3, and one of all."""
+    has_one_of_all = whole
 
     def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         numbers = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
         groups = weight.reshape(len(weight), -1, 16)
-        whole = weight.abs().amax() / (448 * 6)
+        whole = weight.abs().amax() / (448 * 6) if has_one_of_all else torch.tensor(1.0)
         scale = (groups.abs().amax(-1) / 6 / whole).to(torch.float8_e4m3fn)
         each = (scale.float() * whole)[..., None]
         index = ((groups / each).abs()[..., None] - numbers).abs().argmin(-1)
@@ -102,6 +103,8 @@ def nvfp4(*, modelopt: bool = False) -> Packer:
             whole = (1 / whole).reshape(1)
             parts = {"weight_packed": octets, "weight_scale": scale, "weight_global_scale": whole}
             floats = signed * (scale.float() / whole)[..., None]
+        if not has_one_of_all:
+            del parts["weight_global_scale"]
         return {f"{path}.{name}": part for name, part in parts.items()}, floats.reshape(
             weight.shape
         )
@@ -109,12 +112,38 @@ def nvfp4(*, modelopt: bool = False) -> Packer:
     return pack
 
 
-def _affine(weight: torch.Tensor, bits: int, size: int) -> tuple[torch.Tensor, ...]:
+def mxfp4() -> Packer:
+    """As compressed-tensors: E2M1 in groups of 32, scales that are powers of two."""
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        numbers = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+        groups = weight.reshape(len(weight), -1, 32)
+        exponent = (groups.abs().amax(-1).log2().floor() - 2).clamp(-127, 127)
+        each = torch.exp2(exponent)[..., None]
+        index = ((groups / each).abs()[..., None] - numbers).abs().argmin(-1)
+        codes = (index + 8 * (groups < 0)).reshape(len(weight), -1).to(torch.uint8)
+        signed = torch.cat([numbers, -numbers])[codes.long()].reshape(groups.shape)
+        parts = {
+            f"{path}.weight_packed": codes[:, ::2] | codes[:, 1::2] << 4,
+            f"{path}.weight_scale": (exponent + 127).to(torch.uint8),
+        }
+        return parts, (signed * each).reshape(weight.shape)
+
+    return pack
+
+
+def _affine(
+    weight: torch.Tensor, bits: int, size: int, *, symmetric: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Numbers, zero points and scales (float16) of groups of columns."""
     groups = weight.reshape(len(weight), -1, size)
     low, high = groups.amin(-1), groups.amax(-1)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
     scale = ((high - low) / (2**bits - 1)).half()
     zero = (-low / scale.float()).round().clamp(0, 2**bits - 1)
+    zero = torch.full_like(zero, 2 ** (bits - 1)) if symmetric else zero
     numbers = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, 2**bits - 1)
     return numbers.reshape(weight.shape).long(), zero.long(), scale
 
@@ -126,14 +155,16 @@ def _stream(numbers: torch.Tensor, bits: int) -> torch.Tensor:
     return words.sum(1).to(torch.uint32).view(torch.int32)
 
 
-def gptq(bits: int, *, size: int = 32, shuffled: bool = False, v2: bool = False) -> Packer:
+def gptq(
+    bits: int, *, size: int = 32, shuffled: bool = False, v2: bool = False, symmetric: bool = False
+) -> Packer:
     """As AutoGPTQ and GPTQModel."""
 
     def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         columns = weight.shape[1]
         order = torch.randperm(columns, generator=torch.Generator().manual_seed(1))
         order = order if shuffled else torch.arange(columns)
-        numbers, zero, scale = _affine(weight[:, order], bits, size)
+        numbers, zero, scale = _affine(weight[:, order], bits, size, symmetric=symmetric)
         group_of = torch.empty(columns, dtype=torch.int32)
         group_of[order] = torch.arange(columns, dtype=torch.int32) // size
         back = torch.argsort(order)
@@ -175,7 +206,7 @@ def awq(size: int = 32) -> Packer:
 
 
 def compressed_integers(bits: int, *, packs: bool, zeros: bool, size: int = 32) -> Packer:
-    """As compressed-tensors' pack-quantized and int-quantized."""
+    """As compressed-tensors' pack-quantized and int-quantized; size 0: a scale for each row."""
 
     def words(numbers: torch.Tensor) -> torch.Tensor:
         each = numbers.reshape(len(numbers), -1, 32 // bits) << (bits * torch.arange(32 // bits))
@@ -183,9 +214,9 @@ def compressed_integers(bits: int, *, packs: bool, zeros: bool, size: int = 32) 
 
     def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         half = 2 ** (bits - 1)
-        numbers, zero, scale = _affine(weight, bits, size)
+        numbers, zero, scale = _affine(weight, bits, size or weight.shape[1])
         zero = zero if zeros else torch.full_like(zero, half)
-        at = torch.arange(weight.shape[1]) // size
+        at = torch.arange(weight.shape[1]) // (size or weight.shape[1])
         floats = (numbers - zero[:, at]).float() * scale.float()[:, at]
         parts = {"weight_scale": scale}
         if packs:

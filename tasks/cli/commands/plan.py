@@ -141,6 +141,8 @@ it or a target cannot be planned."""
             yield from indented(MAY_BE_REFUSED, 0)
         moved, cached, packed = _totals(todo, need)
         for target in dict.fromkeys(step.target for step in todo if step.target in session.plans):
+            for note in session.plans[target].packing:
+                yield from indented(f"{target}: {note}", 0)
             yield from indented(self._not_kept(session.plans[target]), 0)
         tasks = len(steps) + sum(session.all_plans[target].tasks for target in untouched)
         yield f"{len(todo)} of {plural(tasks, 'task')}"
