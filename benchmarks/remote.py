@@ -23,7 +23,8 @@ import obstore
 from measure import ROOT, BenchmarkError
 from obstore.store import S3Store
 
-from cache.remote.remote import Remote, blake3_of
+from cache.remote.content import blake3_of
+from cache.remote.remote import Remote
 
 MIB = 1 << 20
 SETS = {"64 blobs of 1 MiB": [MIB] * 64, "8 of 32 MiB": [32 * MIB] * 8, "1 of 512 MiB": [512 * MIB]}

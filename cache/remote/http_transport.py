@@ -20,16 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
+from cache.remote import faults
 from cache.remote.credentials import basic_auth, basic_header
-from cache.remote.transport import (
-    BODY_CHARS,
-    FIRST_SECONDS,
-    LEAST_RATE,
-    TRANSIENT,
-    Fault,
-    Transport,
-    noting,
-)
+from cache.remote.faults import BODY_CHARS, TRANSIENT, Fault
+from cache.remote.transport import FIRST_SECONDS, LEAST_RATE, Transport, noting
 
 if TYPE_CHECKING:
     import httpx2
@@ -140,11 +134,11 @@ class HttpTransport(Transport):
                 waited += time.monotonic() - begin
                 count += piece.nbytes
                 if waited > self._seconds and count < LEAST_RATE * waited:
-                    raise self.of_connection("Timeout", "")
+                    raise faults.of_connection("Timeout", "", self._silence)
 
     def _expect_ok(self, answer: _Answer) -> None:
         if not answer.ok:  # a redirect of a PUT is not followed
-            raise self.of_status(answer.status, answer.said)
+            raise faults.of_status(answer.status, answer.said, self._scheme)
 
     def _make_parents(self, path: str) -> None:
         """Make the folders above ``path``. Servers without folders say no, which is no harm."""
@@ -156,7 +150,7 @@ class HttpTransport(Transport):
                 place = urlunsplit((base.scheme, base.netloc, f"/{folder}/", "", ""))
                 answer = self._request("MKCOL", place)
                 if answer.status in TRANSIENT:
-                    raise self.of_status(answer.status, "")
+                    raise faults.of_status(answer.status, "", self._scheme)
                 self._made.add(folder)
 
     def _request(self, method: str, url: str, **options: Any) -> _Answer:
@@ -197,7 +191,7 @@ class HttpTransport(Transport):
                     text = "dns error"
                 elif any(isinstance(cause, ConnectionRefusedError) for cause in causes):
                     text = 'message: "Connection refused"'
-            raise self.of_connection(kind, text) from error
+            raise faults.of_connection(kind, text, self._silence) from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

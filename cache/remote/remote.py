@@ -11,7 +11,6 @@ needed: one that does not work is reported once, and is then as good as empty.
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections import deque
@@ -20,21 +19,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cache.errors import Mismatch, NotFetched, Refused
-from cache.remote import connect, transport
+from cache.remote import content
+from cache.remote.faults import Absent, Fault, NoRanges, WrongSize
+from cache.remote.retrying import GivenUp, Retrying
 from cache.remote.signing import check_signature, sign
-from cache.remote.transport import (
-    FIRST_SECONDS,
-    PARALLEL,
-    PIECE_BYTES,
-    Absent,
-    Fault,
-    NoRanges,
-    Transport,
-    WrongSize,
-)
+from cache.remote.transport import PARALLEL, PIECE_BYTES, Transport
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -42,13 +34,8 @@ if TYPE_CHECKING:
 READERS = 8  # requests for pieces under way at once, of all blobs together
 WRITERS = 2  # blobs being pushed at once, each in PARALLEL pieces
 MAX_RECORD_BYTES = 16 << 20  # of 100,000 tensors
-BACKOFF_SECONDS = (0.1, 5.0)
 
 _T = TypeVar("_T")
-
-
-class _GivenUp(Exception):
-    """The remote is not to be used any more, in this direction."""
 
 
 @dataclass(frozen=True)
@@ -93,20 +80,13 @@ class Remote:
         timeout: float = 30,
         patience: float = 30,
     ) -> None:
-        transport.check(url)
-        self.name = transport.shown(url)
-        self._url = url
+        self._requests = Retrying(
+            url, warn, read_only=read_only, timeout=timeout, patience=patience
+        )
+        self.name = self._requests.name
         self._warn = warn
         self._secret = secret
-        self._timeout = timeout
-        self._patience = patience
-        self._no_reads = threading.Event()
-        self._no_writes = threading.Event()
-        if read_only:
-            self._no_writes.set()
         self._lock = threading.Lock()
-        self._transport: Transport | None = None
-        self._answered = False
         self._refused = False
         self._fetched_bytes = self._pushed_objects = self._pushed_bytes = 0
         self._readers = ThreadPoolExecutor(READERS, "remote-read")
@@ -116,12 +96,12 @@ class Remote:
     @property
     def readable(self) -> bool:
         """Whether anything can be had from it."""
-        return not self._no_reads.is_set()
+        return self._requests.readable
 
     @property
     def writable(self) -> bool:
         """Whether anything can be put there."""
-        return not self._no_writes.is_set()
+        return self._requests.writable
 
     @property
     def fetched_bytes(self) -> int:
@@ -132,10 +112,10 @@ class Remote:
         """Return the record of ``kind`` under ``key``, or None if there is none to be used."""
         path = _record_path(kind, key)
         try:
-            data = self._try(f"get {path}", lambda it: it.get(path, MAX_RECORD_BYTES))
+            data = self._requests.attempt(f"get {path}", lambda it: it.get(path, MAX_RECORD_BYTES))
             self._count(fetched=len(data))
             return check_signature(kind, key, data, self._secret)
-        except (Absent, _GivenUp):
+        except (Absent, GivenUp):
             return None
         except WrongSize:
             self.refuse(Refused(f"{kind}/{key}", f"it has more than {MAX_RECORD_BYTES:,} bytes"))
@@ -168,14 +148,14 @@ class Remote:
         path = _record_path(kind, key)
         data = sign(kind, key, record, self._secret)
         if ask_first:
-            with suppress(Absent, WrongSize, _GivenUp):
-                there = self._try(f"get {path}", lambda it: it.get(path, len(data)))
+            with suppress(Absent, WrongSize, GivenUp):
+                there = self._requests.attempt(f"get {path}", lambda it: it.get(path, len(data)))
                 self._count(fetched=len(there))
                 if there == data:
                     return
         try:
-            self._try(f"put {path}", lambda it: it.put(path, data), writes=True)
-        except _GivenUp:
+            self._requests.attempt(f"put {path}", lambda it: it.put(path, data), writes=True)
+        except GivenUp:
             return
         self._count(objects=1, pushed=len(data))
 
@@ -183,8 +163,8 @@ class Remote:
         """Tell whether there is a blob of that name and length."""
         path = _blob_path(blake3)
         try:
-            return self._try(f"look for {path}", lambda it: it.size(path)) == length
-        except _GivenUp:
+            return self._requests.attempt(f"look for {path}", lambda it: it.size(path)) == length
+        except GivenUp:
             return False
 
     def fetch(self, blake3: str, length: int) -> Iterator[memoryview]:
@@ -197,7 +177,7 @@ class Remote:
             NotFetched: it is not there, or the remote is given up.
             Mismatch: what lies under its name is something else.
         """
-        state = _hasher()
+        state = content.hasher()
         count = 0
         for piece in self._pieces(blake3, length):
             state.update(piece)
@@ -206,7 +186,7 @@ class Remote:
             if count > length:
                 break
             yield piece
-        _check(blake3, length, count, state)
+        content.check(blake3, length, count, state)
 
     def push(
         self, blake3: str, length: int, chunks: Iterable[Buffer], *, replace: bool = False
@@ -227,15 +207,15 @@ class Remote:
         path = _blob_path(blake3)
 
         def upload(it: Transport) -> None:
-            verified = _verified(blake3, length, chunks)
+            verified = content.verified(blake3, length, chunks)
             if length <= PIECE_BYTES:
                 it.put(path, b"".join(verified))
             else:
                 it.stream(path, length, verified)
 
         try:
-            self._try(f"put {path}", upload, writes=True)
-        except _GivenUp:
+            self._requests.attempt(f"put {path}", upload, writes=True)
+        except GivenUp:
             return False
         self._count(objects=1, pushed=length)
         return True
@@ -260,8 +240,7 @@ class Remote:
 
     def close(self) -> None:
         """Stop: what is queued is dropped, what is under way ends at its next request."""
-        self._no_reads.set()
-        self._no_writes.set()
+        self._requests.stop()
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._writers.shutdown(wait=False, cancel_futures=True)
 
@@ -280,7 +259,7 @@ class Remote:
         try:
             if length == 0:
                 return
-            if self._try("open it", lambda it: it.ranges, asks=False):
+            if self._requests.attempt("open it", lambda it: it.ranges, asks=False):
                 try:
                     yield from self._in_ranges(path, blake3, length)
                 except NoRanges:  # it said so before anything was yielded
@@ -291,7 +270,7 @@ class Remote:
             raise Mismatch(blake3, f"it has fewer than {length:,} bytes there") from None
         except Absent:
             raise NotFetched(blake3, f"it is not in {self.name}") from None
-        except _GivenUp:
+        except GivenUp:
             raise NotFetched(blake3, f"{self.name} is given up") from None
 
     def _in_ranges(self, path: str, blake3: str, length: int) -> Iterator[memoryview]:
@@ -328,84 +307,9 @@ class Remote:
 
     def _read(self, path: str, call: Callable[[Transport], _T]) -> Future[_T]:
         try:
-            return self._readers.submit(self._try, f"get {path}", call)
+            return self._readers.submit(self._requests.attempt, f"get {path}", call)
         except RuntimeError as error:  # closed
-            raise _GivenUp from error
-
-    def _open(self) -> Transport:
-        with self._lock:
-            if self._transport is None:
-                self._transport = connect.connect(
-                    self._url,
-                    timeout=self._timeout,
-                    create=self.writable,
-                )
-            return self._transport
-
-    def _try(
-        self,
-        what: str,
-        call: Callable[[Transport], _T],
-        *,
-        writes: bool = False,
-        asks: bool = True,
-    ) -> _T:
-        """Return what ``call`` does, repeated while it fails for a reason that may pass.
-
-        Args:
-            what: it does, for people.
-            call: does it.
-            writes: whether it writes.
-            asks: whether the server has answered if it succeeds.
-
-        Raises:
-            _GivenUp: it went on failing, or something else did before.
-        """
-        failing_since = 0.0
-        delay, longest = BACKOFF_SECONDS
-        over = self._no_writes if writes else self._no_reads
-        while not over.is_set():
-            try:
-                result = call(self._open())
-            except (Absent, WrongSize, NoRanges):
-                self._note_answer(asks)
-                raise
-            except Fault as fault:
-                now = time.monotonic()
-                failing_since = failing_since or now - fault.waited
-                self._note_answer(fault.answered)
-                patience = self._patience if self._answered else min(self._patience, FIRST_SECONDS)
-                if not fault.transient or now + delay - failing_since > patience:
-                    self._give_up(fault, what, now - failing_since, writes=writes)
-            else:
-                self._note_answer(asks)
-                return result
-            # Jitter, so that machines that failed together do not come back together.
-            over.wait(random.uniform(delay / 2, delay))
-            delay = min(2 * delay, longest)
-        raise _GivenUp
-
-    def _note_answer(self, answered: bool) -> None:
-        if answered and self._transport:
-            self._answered = self._transport.answered = True
-
-    def _give_up(self, fault: Fault, what: str, seconds: float, *, writes: bool) -> NoReturn:
-        """Report ``fault``, unless that was done. A write that is refused leaves reading as it is.
-
-        Raises:
-            _GivenUp: always.
-        """
-        only_writing = writes and not fault.transient
-        with self._lock:
-            first = not (self._no_writes if only_writing else self._no_reads).is_set()
-            self._no_writes.set()
-            if not only_writing:
-                self._no_reads.set()
-        if first:
-            given_up = "is only read from now on" if only_writing else "is not used from now on"
-            tried = f", for {seconds:.0f} s" if seconds >= 1 else ""
-            self._warn(f"remote {self.name} {given_up}: {what}: {fault.cause}{tried}. {fault.mend}")
-        raise _GivenUp
+            raise GivenUp from error
 
     def _count(self, *, fetched: int = 0, objects: int = 0, pushed: int = 0) -> None:
         with self._lock:
@@ -440,53 +344,9 @@ class _Stream:
         return None
 
 
-def blake3_of(chunks: Iterable[Buffer]) -> str:
-    """Return the BLAKE3 of all ``chunks`` as if they were one run of bytes, 64 hex digits."""
-    state = _hasher()
-    for chunk in chunks:
-        state.update(chunk)
-    return str(state.hexdigest())
-
-
-def _hasher() -> Any:
-    from blake3 import blake3  # only where a remote is used
-
-    return blake3()
-
-
 def _blob_path(blake3: str) -> str:
     return f"blobs/{blake3[:2]}/{blake3[2:]}"
 
 
 def _record_path(kind: str, key: str) -> str:
     return f"records/{kind}/{key[:2]}/{key[2:]}.json"
-
-
-def _verified(blake3: str, length: int, chunks: Iterable[Buffer]) -> Iterator[memoryview]:
-    """Yield ``chunks``, the last of them only when all are known to be the blob's bytes.
-
-    So an upload of wrong bytes is never complete.
-
-    Raises:
-        Mismatch: they are not.
-    """
-    state = _hasher()
-    count = 0
-    held: memoryview | None = None
-    for chunk in chunks:
-        data = memoryview(chunk).cast("B")
-        if held is not None:
-            yield held
-        held = data
-        state.update(data)
-        count += data.nbytes
-    _check(blake3, length, count, state)
-    if held is not None:
-        yield held
-
-
-def _check(blake3: str, length: int, count: int, state: Any) -> None:
-    if count != length:
-        raise Mismatch(blake3, f"there are {count:,} bytes, expected {length:,}")
-    if (digest := state.hexdigest()) != blake3:
-        raise Mismatch(blake3, f"the bytes have BLAKE3 {digest}")

@@ -21,7 +21,8 @@ from cache.digest import canonical
 from cache.errors import BlobLost, FileChanged, Mismatch, NotFetched, Refused, printable
 from cache.records.actions import Actions
 from cache.records.manifests import Action, Manifest, ManifestError, Tensor, TensorSpec
-from cache.remote.remote import Remote, blake3_of
+from cache.remote.content import blake3_of
+from cache.remote.remote import Remote
 
 KIND = "actions"
 MOST_NOTES = 100  # of a result, of those that a remote has

@@ -1,4 +1,4 @@
-"""transport: objects under a URL, by obstore, and what can go wrong in one vocabulary.
+"""transport: objects under a URL, by obstore; what goes wrong is one of ``faults``.
 
 Nothing here repeats a request, except that obstore repeats the parts of a multipart upload,
 which nobody else can. A server may be silent for ``timeout`` seconds, and for ``FIRST_SECONDS``
@@ -8,18 +8,15 @@ long, and a slow line has its time. No more is read than was asked for.
 
 from __future__ import annotations
 
-import errno
-import os
-import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import timedelta
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from cache.errors import BadRemote
-from cache.remote.credentials import PASSWORD, REMOTE, USER, aws_profile, withheld
+from cache.remote import faults
+from cache.remote.credentials import aws_profile
+from cache.remote.faults import Absent, Fault, NoRanges, WrongSize
 
 if TYPE_CHECKING:
     from obstore import GetResult
@@ -31,124 +28,6 @@ CONNECT_SECONDS = 5
 FIRST_SECONDS = 2  # a server that never answered is not waited for longer
 LEAST_RATE = 16 << 10  # bytes a second, of what one request is waited for longer than ``timeout``
 PART_SECONDS = 3  # for which a part of a multipart upload is repeated
-BODY_CHARS = 1 << 16
-
-SCHEMES = ("s3", "gs", "az", "https", "http", "file")
-_CREDENTIALS = {
-    "s3": "the AWS_* variables or the profile in ~/.aws (it needs s3:GetObject; s3:ListBucket, or "
-    "S3 does not say that an object is not there; s3:PutObject to write)",
-    "gs": "the GOOGLE_* variables or gcloud's default credentials",
-    "az": "the AZURE_* variables",
-    "https": f"{USER} and {PASSWORD}, with {REMOTE} as the server's, or ~/.netrc",
-    "http": f"{USER} and {PASSWORD}, with {REMOTE} as the server's, or ~/.netrc",
-    "file": "the folder's owner and mode",
-}
-_FOR_ANOTHER = (
-    "is set, and not sent there: a password in the environment goes to the server that "
-    f"{REMOTE} names. If it is for this one, set {REMOTE}, too, or use ~/.netrc."
-)
-_PHRASES = {status.value: status.phrase for status in HTTPStatus}
-TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-
-
-class Absent(Exception):
-    """There is no such object."""
-
-
-class WrongSize(Exception):
-    """The object has another size than what is looked for can have."""
-
-
-class NoRanges(Exception):
-    """The server answers with whole objects only."""
-
-
-class Fault(Exception):
-    """A request that failed.
-
-    Attributes:
-        cause: what happened, for people; never with a credential in it.
-        mend: what to do.
-        transient: the same request may succeed soon.
-        answered: the server was reached.
-        waited: seconds for which nothing came, or too little.
-    """
-
-    def __init__(
-        self, cause: str, mend: str, *, transient: bool, answered: bool, waited: float = 0
-    ) -> None:
-        super().__init__(cause)
-        self.cause = cause
-        self.mend = mend
-        self.transient = transient
-        self.answered = answered
-        self.waited = waited
-
-
-def check(url: str) -> None:
-    """Make sure that ``url`` can be a remote's.
-
-    Raises:
-        BadRemote: it cannot.
-    """
-    try:
-        parts = urlsplit(url)
-        parts.port  # noqa: B018 - it raises here if it is no number
-    except ValueError as error:
-        raise BadRemote(
-            f"{shown(url)}: not a URL. Write it as SCHEME://HOST:PORT/PATH, and a password's "
-            "special characters as %XX."
-        ) from error
-    if parts.scheme not in SCHEMES:
-        raise BadRemote(
-            f"{shown(url)}: no remote has the scheme {parts.scheme!r}. Valid are "
-            "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, https://host/path, "
-            "http://host/path and file:///path."
-        )
-    if parts.scheme == "file" and (parts.netloc or len(parts.path) < 2):
-        raise BadRemote(f"{shown(url)}: write file:///path, with the folder's absolute path.")
-    if parts.scheme != "file" and not parts.hostname:
-        raise BadRemote(f"{shown(url)}: there is no bucket or host after {parts.scheme}://.")
-    if parts.query or parts.fragment:
-        raise BadRemote(f"{shown(url)}: a remote's URL has no ? and no #. Leave them out.")
-
-
-def risks(url: str, *, signed: bool, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return what people should know who use a remote on another machine.
-
-    Args:
-        url: the remote's.
-        signed: whether its records have to be signed.
-        environ: may name the endpoint of an S3 server, and a user's password.
-    """
-    if url.startswith("s3:"):
-        url = environ.get("AWS_ENDPOINT_URL") or url
-    parts = urlsplit(url)
-    unsent = parts.scheme in ("http", "https") and parts.username is None and withheld(url, environ)
-    risks = [f"{USER} {_FOR_ANOTHER}"] if unsent else []
-    if parts.scheme == "file" or re.fullmatch(r"localhost|127\.[0-9.]+|::1", parts.hostname or ""):
-        return risks
-    if parts.scheme == "http":
-        risks.append(
-            "all that is sent there, passwords too, can be read and changed on its way. Use "
-            "https:// if the server has it."
-        )
-    if not signed:
-        risks.append(
-            "its records are not signed: who can write there can have you build anything that "
-            "models.lock does not know better. Set MLX_MAKE_SIGNING_KEY wherever it is used."
-        )
-    return risks
-
-
-def shown(url: str) -> str:
-    """Return ``url`` as people may see it: without user, password and query."""
-    scheme, separator, rest = url.partition("://")
-    rest = re.sub(r"^.*:.*@", "", rest, flags=re.DOTALL)  # a password may hold what ends a host
-    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 class Transport:
@@ -178,7 +57,12 @@ class Transport:
             self._writing_store = self._open(url, 2 * timeout, create=create)
             self._parts_store = self._open(url, 2 * timeout, create=create, repeats=True)
         except self._errors as error:
-            raise self._fault(error) from error
+            raise faults.of_error(error, self._scheme, self._silence) from error
+
+    @property
+    def _silence(self) -> float:
+        """Seconds for which the server may be silent while it is read."""
+        return self._timeout if self.answered else min(self._timeout, FIRST_SECONDS)
 
     @property
     def _store(self) -> ObjectStore:
@@ -294,7 +178,7 @@ class Transport:
                 return
             count += len(chunk)
             if waited > self._timeout and count < LEAST_RATE * waited:
-                raise self.of_connection("Timeout", "")
+                raise faults.of_connection("Timeout", "", self._silence)
             yield memoryview(chunk)
 
     def size(self, path: str) -> int | None:
@@ -376,100 +260,7 @@ class Transport:
             return NoRanges()
         if "InvalidRange" in text or "status code: 416" in text:
             return WrongSize()
-        return self._fault(error)
-
-    def _fault(self, error: BaseException) -> Fault:
-        """Return the fault that obstore's ``error`` tells of, in its text alone.
-
-        The text itself is never shown: a URL in it may be signed.
-        """
-        text = str(error)
-        if "169.254." in text or "TokenRequest" in text:
-            return self._refused("no credentials were found that it takes", answered=False)
-        status = re.search(r"status code: (\d{3})[^:]*:? ?(.*)", text, re.DOTALL)
-        if status:
-            return self.of_status(int(status[1]), status[2][:BODY_CHARS])
-        if "Received redirect without LOCATION" in text:
-            return Fault(
-                "it answered that the bucket is in another region",
-                "Set AWS_REGION to the bucket's.",
-                transient=False,
-                answered=True,
-            )
-        system = re.search(r"(?:os error|\bcode:) (\d+)", text)
-        if self._scheme == "file":
-            return self._of_errno(int(system[1]) if system else 0)
-        kind = re.search(r"kind: (Connect|Timeout|Interrupted|Request|Decode|Unknown)", text)
-        if kind:
-            return self.of_connection(kind[1], text)
-        return Fault(
-            f"it cannot be opened or read ({type(error).__name__})",
-            f"Check its address, and the credentials: {_CREDENTIALS[self._scheme]}.",
-            transient=False,
-            answered=False,
-        )
-
-    def of_connection(self, kind: str, text: str) -> Fault:
-        """Return the fault of a connection that failed in the way that obstore calls ``kind``."""
-        said = re.findall(r'message: "([\w \-]+)"', text)
-        name = "its name is not known" if "dns error" in text else ""
-        tls = "its certificate is not trusted" if "certificate" in text else ""
-        waited = 0.0
-        if kind == "Timeout":
-            waited = limit = self._timeout if self.answered else min(self._timeout, FIRST_SECONDS)
-            cause = f"it took more than {limit:g} s to answer, or sent too slowly"
-        else:
-            cause = name or tls or (said[-1].lower() if said else "the connection broke")
-        mend = "Check its address, that the server is up, and the network."
-        answered = kind in ("Interrupted", "Decode")
-        return Fault(cause, mend, transient=not tls, answered=answered, waited=waited)
-
-    def _of_errno(self, number: int) -> Fault:
-        said = errno.errorcode.get(number, "unknown error")
-        if number in _FULL:
-            return _full(f"the disk is full ({said})")
-        if number in _FORBIDDEN:
-            return self._refused(f"it is not allowed ({said})", answered=True)
-        if number == errno.ENOENT:
-            return Fault(
-                "there is no such folder",
-                "Make it, or mount what it is on.",
-                transient=False,
-                answered=False,
-            )
-        if number in (errno.EEXIST, errno.ENOTDIR):
-            return Fault(
-                f"a file is where a folder must be ({said})",
-                "Name a folder.",
-                transient=False,
-                answered=False,
-            )
-        mend = "Check the file system that it is on."
-        return Fault(f"it failed ({said})", mend, transient=True, answered=True)
-
-    def of_status(self, status: int, body: str) -> Fault:
-        """Return the fault that an HTTP answer tells of."""
-        code = re.search(r"<Code>(\w{1,64})</Code>", body)
-        phrase = code[1] if code else _PHRASES.get(status)
-        said = f"it answered {status} ({phrase})" if phrase else f"it answered {status}"
-        if code and code[1] == "RequestTimeTooSkewed":
-            return _skewed(said, body)
-        if status in (401, 403, 407):
-            return self._refused(said, answered=True)
-        if status == 507:
-            return _full(said)
-        mend = "Try again when the server is well."
-        if status in (405, 501):
-            mend = "The server takes no uploads. Have it allow PUT, or use it read-only."
-        elif status == 413:
-            mend = "Raise the size of a body that the server takes (nginx: client_max_body_size)."
-        elif status not in TRANSIENT:
-            mend = "Check its address."
-        return Fault(said, mend, transient=status in TRANSIENT, answered=True)
-
-    def _refused(self, cause: str, *, answered: bool) -> Fault:
-        mend = f"Check the credentials: {_CREDENTIALS[self._scheme]}."
-        return Fault(cause, mend, transient=False, answered=answered)
+        return faults.of_error(error, self._scheme, self._silence)
 
 
 def noting(chunks: Iterator[memoryview], raised: list[BaseException]) -> Iterator[memoryview]:
@@ -479,22 +270,3 @@ def noting(chunks: Iterator[memoryview], raised: list[BaseException]) -> Iterato
     except Exception as error:
         raised.append(error)
         raise
-
-
-def _full(cause: str) -> Fault:
-    return Fault(cause, "Make room there.", transient=False, answered=True)
-
-
-def _skewed(cause: str, body: str) -> Fault:
-    here, there = (
-        match[1]
-        if (match := re.search(rf"<{tag}>([\w:.+\- ]{{1,64}})</{tag}>", body))
-        else "unknown"
-        for tag in ("RequestTime", "ServerTime")
-    )
-    return Fault(
-        f"{cause}: this machine's clock says {here}, the server's {there}",
-        "Set this machine's clock: signed requests are taken for some minutes only.",
-        transient=False,
-        answered=True,
-    )

@@ -364,8 +364,8 @@ def _open_remote(config: Config, memos: Memos, *, read_only: bool) -> Remote | N
     """Open the remote store, if there is one to be used."""
     if not config.cache.remote or config.cache.mode == "off":
         return None
+    from cache.remote.address import risks
     from cache.remote.remote import Remote
-    from cache.remote.transport import risks
 
     def warn(text: str) -> None:
         print(f"warning: {one_line(text)}", file=sys.stderr)

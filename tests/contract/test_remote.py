@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 
 from cache.digest import canonical
 from cache.errors import BadRemote, Mismatch, NotFetched, Refused, printable
-from cache.remote import http_transport, transport
+from cache.remote import address, http_transport, transport
 from cache.remote import remote as remote_module
-from cache.remote.remote import Remote, blake3_of
+from cache.remote.content import blake3_of
+from cache.remote.faults import Fault
+from cache.remote.remote import Remote
 from cache.remote.signing import check_signature, sign
 from support import servers
 from support.front_door import REPOSITORY
@@ -354,7 +356,8 @@ JSON = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # the first text of a process takes long
+# The first text of a process takes long.
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(record=JSON, position=st.integers(0), bit=st.integers(0, 7))
 def test_no_bit_of_a_signed_record_can_be_changed(record: object, position: int, bit: int):
     data = bytearray(sign("actions", KEY, record, SECRET))
@@ -381,7 +384,8 @@ def test_memory_is_bounded(place: Server, remotes: Remotes, tmp_path: Path):
     code = f"""
 import sys
 from pathlib import Path
-from cache.remote.remote import Remote, blake3_of
+from cache.remote.content import blake3_of
+from cache.remote.remote import Remote
 length = 24 * {PIECE_BYTES_OF_OTHERS}
 def chunks():
     for n in range(24):
@@ -638,7 +642,7 @@ def test_a_server_that_takes_little_at_a_time(monkeypatch: pytest.MonkeyPatch):
     client = httpx2.Client(transport=Slow())
     monkeypatch.setattr(http_transport.HttpTransport, "_client", client)
     remote = http_transport.HttpTransport("http://127.0.0.1:1/x", timeout=0.1, create=False)
-    with pytest.raises(transport.Fault, match="too slowly"):
+    with pytest.raises(Fault, match="too slowly"):
         remote.put("blob", bytes(PIECE_BYTES))
 
 
@@ -856,7 +860,7 @@ def test_addresses_that_can_never_work(url: str, words: str):
     ],
 )
 def test_risks(url: str, endpoint: str, signed: bool, words: list[str]):
-    found = transport.risks(url, signed=signed, environ={"AWS_ENDPOINT_URL": endpoint})
+    found = address.risks(url, signed=signed, environ={"AWS_ENDPOINT_URL": endpoint})
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
 
@@ -872,10 +876,10 @@ def test_what_comes_from_elsewhere_is_shown_on_one_line(text: str):
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_any_address_is_taken_or_refused(before: str, after: str):
     for url in (f"{before}{after}", f"https://{before}:pass-word-of-somebody@host/{after}"):
-        assert "pass-word" not in transport.shown(url) or "pass-word" in before + after
+        assert "pass-word" not in address.shown(url) or "pass-word" in before + after
         said = ""
         try:
-            transport.check(url)
+            address.check(url)
         except BadRemote as error:
             said = str(error)
         assert "pass-word" not in said or "pass-word" in before + after
@@ -929,10 +933,10 @@ def test_a_password_goes_to_no_other_server(
         monkeypatch.setenv("MLX_MAKE_CACHE_REMOTE", named.format(port=server.port))
         plain = f"http://127.0.0.1:{server.port}/x"
         assert seen_authorization(remotes, plain, server) == {""}
-    (told,) = transport.risks(plain, signed=True)
+    (told,) = address.risks(plain, signed=True)
     assert "MLX_MAKE_REMOTE_USER is set, and not sent there" in told
     monkeypatch.setenv("MLX_MAKE_CACHE_REMOTE", plain)
-    assert transport.risks(plain, signed=True) == []
+    assert address.risks(plain, signed=True) == []
 
 
 def test_a_profile_of_aws(remotes: Remotes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

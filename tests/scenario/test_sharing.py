@@ -26,7 +26,8 @@ from cache.digest import digest
 from cache.files.stamp import Stamp
 from cache.lock import Lock
 from cache.records.manifests import Action, Manifest, Tensor
-from cache.remote.remote import Remote, blake3_of
+from cache.remote.content import blake3_of
+from cache.remote.remote import Remote
 from cache.remote.sharing import Sharing
 from cache.remote.signing import sign
 from cache.remote.transport import PIECE_BYTES
