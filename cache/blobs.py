@@ -19,9 +19,10 @@ import re
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import groupby, repeat
+from itertools import accumulate, groupby, repeat
 from pathlib import Path
 from typing import IO, NamedTuple, cast
 
@@ -225,6 +226,50 @@ class Blobs:
             self.meter.written += writer.length
             if not self.has(writer.digest, writer.length):
                 new.rename(self.path(writer.digest))
+
+    def write_together(self, sizes: Sequence[int], pieces: Iterable[memoryview]) -> list[str]:
+        """Write blobs one after another, into a container of their own.
+
+        Args:
+            sizes: of each, in bytes.
+            pieces: their bytes. None of them is a blob before the last has come.
+
+        Returns:
+            Their digests.
+
+        Raises:
+            NoRoom: the disk is full.
+        """
+        (container,) = self.new_containers(1, sum(sizes))
+        starts = [*accumulate(sizes, initial=0)][:-1]
+        try:
+            with (
+                space.enospc_as_no_room(self.root, sum(sizes)),
+                container.open("r+b", buffering=0) as file,
+            ):
+                writers = [Writer(file, start) for start in starts]
+                _share_out(pieces, writers, sizes)
+        except BaseException:
+            self._drop(container)
+            raise
+        self.meter.written += sum(sizes)
+        digests = [writer.digest for writer in writers]
+        new = {
+            digest: Place(container, start, size)
+            for digest, start, size in zip(digests, starts, sizes, strict=True)
+            if not self.has(digest, size)
+        }
+        if new:
+            self._begun.keep(container)
+        else:
+            self._drop(container)
+        for digest, place in new.items():
+            self.refer(digest, [place.part])
+        return digests
+
+    def _drop(self, container: Path) -> None:
+        container.unlink(missing_ok=True)
+        self._begun.keep(container)
 
     @contextmanager
     def writing_at(self, place: Place) -> Iterator[Writer]:
@@ -436,6 +481,21 @@ class Blobs:
     def _touch(self, path: str, stamp: Stamp) -> None:
         if not self._read_only:
             atomic.touch(path, stamp.mtime_ns)
+
+
+def _share_out(
+    pieces: Iterable[memoryview], writers: Sequence[Writer], sizes: Sequence[int]
+) -> None:
+    """Give each writer as many bytes as it takes, in order."""
+    left = deque(zip(writers, sizes, strict=True))
+    for piece in pieces:
+        while piece.nbytes:
+            writer, size = left[0]
+            part = piece[: size - writer.length]
+            writer.write(part)
+            piece = piece[part.nbytes :]
+            if writer.length == size:
+                left.popleft()
 
 
 def _extent(parts: Sequence[Part]) -> tuple[int, set[tuple[str, Stamp | None]]]:

@@ -31,7 +31,7 @@ from cache.remote.transport import PARALLEL, PIECE_BYTES, Transport
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-READERS = 8  # requests for pieces under way at once, of all blobs together
+READERS = 6  # requests for pieces under way at once, of all blobs together
 WRITERS = 2  # blobs being pushed at once, each in PARALLEL pieces
 MAX_RECORD_BYTES = 16 << 20  # of 100,000 tensors
 
@@ -220,10 +220,15 @@ class Remote:
         self._count(objects=1, pushed=length)
         return True
 
-    def later(self, job: Callable[[], object]) -> None:
-        """Have ``job``, which pushes something, run by and by in another thread."""
-        if self.writable:
-            self._jobs.append(self._writers.submit(self._run, job))
+    def later(self, job: Callable[[], object]) -> Future[None] | None:
+        """Have ``job``, which pushes something, run by and by in another thread.
+
+        Jobs begin in the order in which they come. None: nothing is written.
+        """
+        if not self.writable:
+            return None
+        self._jobs.append(self._writers.submit(self._run, job))
+        return self._jobs[-1]
 
     def finish(self) -> Pushed:
         """Wait for all that is to be done later, and return what was pushed since the opening.

@@ -1,7 +1,9 @@
 """sharing: what a cache has in common with other machines, by way of a remote store.
 
-Of an action the remote holds a record, ``{"manifest": …, "blake3": {digest: BLAKE3}}``, and
-under their BLAKE3 the blobs that this names. What is fetched is checked against both digests.
+Of an action the remote holds a record, ``{"manifest": …, "blake3": BLAKE3}``, and under that BLAKE3
+its *pack*: the bytes of all that it made, one after another. What is fetched is checked against
+that, and each tensor against its digest. Of what belongs together there is a *list* besides, all
+records in one, so that who has nothing asks once and not for each.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +24,32 @@ from cache.errors import BlobLost, FileChanged, Mismatch, NotFetched, Refused, p
 from cache.records.actions import Actions
 from cache.records.manifests import Action, Manifest, ManifestError, Tensor, TensorSpec
 from cache.remote.content import blake3_of
-from cache.remote.remote import Remote
+from cache.remote.remote import MAX_RECORD_BYTES, Remote
 
 KIND = "actions"
+LISTS = "lists"
 MOST_NOTES = 100  # of a result, of those that a remote has
 FETCHES = 8  # blobs fetched at once
 
 Locate = Callable[[str, Tensor], Sequence[Part]]  # by a tensor's name
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Blobs that lie in a remote as one.
+
+    Attributes:
+        blake3: of all bytes.
+        tensors: whose the blobs are, each once, in order.
+    """
+
+    blake3: str
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -51,8 +72,10 @@ class Sharing:
         self.blobs = blobs
         self.remote = remote
         self._lock = threading.Lock()
-        self._names: dict[str, Mapping[str, str]] = {}  # BLAKE3 by digest, by the action's key
-        self._pushed: dict[str, str] = {}  # BLAKE3 by digest
+        self._lists: dict[str, dict[str, Any]] = {}  # records by the action's key, by the list's
+        self._listed: dict[str, Any] = {}  # all that are known, by the action's key
+        self._packs: dict[str, Pack | None] = {}  # by the action's key, of those that were read
+        self._pushing: dict[str, Future[None]] = {}  # by the action's key
         self._corrupt: set[str] = set()  # BLAKE3
         self._refused: set[str] = set()  # keys
         self._fetching = ThreadPoolExecutor(FETCHES, "fetch")
@@ -105,36 +128,35 @@ class Sharing:
         Args:
             wanted: tensors, each with the key of the action that made it.
         """
-        list(self._fetching.map(lambda each: self.fetch(*each), wanted))
+        by_key: dict[str, list[Tensor]] = {}
+        for key, tensor in wanted:
+            by_key.setdefault(key, []).append(tensor)
+        list(self._fetching.map(self._fetch_missing, by_key, by_key.values()))
 
-    def has(self, key: str, tensor: Tensor) -> bool:
-        """Tell whether, by its records, the remote has a blob that the action of ``key`` made."""
-        if key not in self._names and self.read(key) is None:
-            return False
-        return tensor.digest in self._names[key]
+    def pack(self, key: str, tensor: Tensor) -> Pack | None:
+        """Return what the remote has of the action of ``key``, by its records, if with a tensor."""
+        if key not in self._packs and self.read(key) is None:
+            return None
+        pack = self._packs[key]
+        return pack if pack and tensor.digest in {each.digest for each in pack.tensors} else None
 
-    def fetch(self, key: str, tensor: Tensor) -> bool:
-        """Make a blob that the action of ``key`` made a blob of this cache, if it can be had."""
-        with self.actions.running(f"fetch {tensor.digest}"):
-            if self.blobs.has(tensor.digest, tensor.nbytes):
-                return True
-            if not self.has(key, tensor):
-                return False
-            return self.fetch_blob(self._names[key][tensor.digest], tensor)
+    def _fetch_missing(self, key: str, wanted: Sequence[Tensor]) -> None:
+        """Make all that the action of ``key`` made blobs of this cache, if one of them is none."""
+        with self.actions.running(f"fetch {key}"):
+            missing = (t for t in wanted if not self.blobs.has(t.digest, t.nbytes))
+            packs = (pack for tensor in missing if (pack := self.pack(key, tensor)))
+            if pack := next(packs, None):
+                self._fetch(pack)
 
-    def fetch_blob(self, blake3: str, tensor: Tensor) -> bool:
-        """Make a remote's blob a blob of this cache; tell whether it is the one that was meant."""
+    def _fetch(self, pack: Pack) -> None:
+        sizes = [tensor.nbytes for tensor in pack.tensors]
         try:
-            with self.blobs.writing(tensor.nbytes) as writer:
-                for piece in self.remote.fetch(blake3, tensor.nbytes):
-                    writer.write(piece)
+            self.blobs.write_together(sizes, self.remote.fetch(pack.blake3, pack.nbytes))
         except NotFetched:
-            return False
+            pass
         except Mismatch:
             with self._lock:
-                self._corrupt.add(blake3)  # so that it is put there anew
-            return False
-        return writer.digest == tensor.digest
+                self._corrupt.add(pack.blake3)  # so that it is put there anew
 
     def push(self, manifest: Manifest, locate: Locate | None) -> None:
         """Have a result uploaded, by and by.
@@ -143,7 +165,9 @@ class Sharing:
             manifest: the result.
             locate: says where its tensors lie; None uploads the manifest alone.
         """
-        self.remote.later(lambda: self.push_now(manifest, locate))
+        pushing = self.remote.later(lambda: self.push_now(manifest, locate))
+        if pushing:
+            self._pushing[manifest.action.key] = pushing
 
     def push_now(
         self, manifest: Manifest, locate: Locate | None, *, ask_first: bool = False
@@ -160,58 +184,91 @@ class Sharing:
         key = manifest.action.key
         if not locate and key not in self._refused and self.read(key):
             return True
-        names = {}
         try:
-            if locate:
-                for name, tensor in manifest.tensors.items():
-                    names[tensor.digest] = self.push_blob(tensor, locate(name, tensor))
+            blake3 = self._push_pack(manifest, locate) if locate else None
         except (BlobLost, FileChanged, Mismatch, OSError):
             return False  # gone or changed meanwhile: it is for the build to say so
-        record = {"manifest": json.loads(manifest.to_bytes()), "blake3": names}
+        record = {"manifest": json.loads(manifest.to_bytes()), "blake3": blake3}
         self.remote.put_record(KIND, key, record, ask_first=ask_first)
+        self._listed[key] = record
         return True
 
-    def push_blob(self, tensor: Tensor, parts: Sequence[Part]) -> str:
-        """Upload a blob unless it is there, and return its BLAKE3.
+    def _push_pack(self, manifest: Manifest, locate: Locate) -> str:
+        """Upload a result's pack unless it is there, and return its BLAKE3.
 
         Raises:
-            BlobLost: its bytes are not what its name says.
+            BlobLost: a tensor's bytes are not what its digest says.
             FileChanged: as ``Blobs.read_into``.
         """
-        with self.actions.running(f"push {tensor.digest}"):
-            if tensor.digest in self._pushed:
-                return self._pushed[tensor.digest]
-            source = _Bytes(self.blobs, parts)
-            state = xxhash.xxh3_128()
+        parts = {t.digest: locate(name, t) for name, t in sorted(manifest.tensors.items())}
+        tensors = _packed(manifest)
 
-            def digested() -> Iterator[bytes]:
-                for piece in source:
+        def digested() -> Iterator[bytes]:
+            for tensor in tensors:
+                state = xxhash.xxh3_128()
+                for piece in _Bytes(self.blobs, parts[tensor.digest]):
                     state.update(piece)
                     yield piece
+                if state.hexdigest() != tensor.digest:
+                    raise BlobLost(tensor.digest, "its bytes are others")
 
-            blake3 = blake3_of(digested())
-            if state.hexdigest() != tensor.digest:
-                raise BlobLost(tensor.digest, "its bytes are others")
-            self.remote.push(blake3, tensor.nbytes, source, replace=blake3 in self._corrupt)
-            self._pushed[tensor.digest] = blake3
-            return blake3
+        pack = Pack(blake3_of(digested()), tensors)
+        source = _Bytes(self.blobs, [part for each in tensors for part in parts[each.digest]])
+        self.remote.push(pack.blake3, pack.nbytes, source, replace=pack.blake3 in self._corrupt)
+        return pack.blake3
+
+    def push_list(self, key: str, actions: Sequence[str]) -> None:
+        """Have the records of results that belong together uploaded in one, by and by.
+
+        Args:
+            key: of the list.
+            actions: the results' keys. Of those that the remote has not, it says nothing.
+        """
+        before = [self._pushing[each] for each in actions if each in self._pushing]
+
+        def push() -> None:
+            wait(before)  # which have begun: they came first
+            self.read_list(key)
+            known = [each for each in actions if each in self._listed or self.read(each)]
+            records = {each: self._listed[each] for each in known}
+            small = len(canonical(records)) < MAX_RECORD_BYTES  # else each is asked for
+            if small and records != self._lists[key]:
+                self.remote.put_record(LISTS, key, records)
+                self._lists[key] = records
+
+        self.remote.later(push)
+
+    def read_list(self, key: str) -> None:
+        """Have the records of a list at hand, if there is one."""
+        if key in self._lists:
+            return
+        records = self.remote.record(LISTS, key)
+        self._lists[key] = records if isinstance(records, dict) else {}
+        self._listed = {**self._lists[key], **self._listed}
 
     def read(self, key: str) -> Manifest | None:
         """Return what the remote has recorded under ``key``, if anything that can be used."""
-        record: Any = self.remote.record(KIND, key)
+        record = self._listed.get(key) or self.remote.record(KIND, key)
         try:
             if record is None:
                 return None
             manifest = Manifest.from_bytes(canonical(record["manifest"]))
             notes = tuple(printable(note) for note in manifest.notes[:MOST_NOTES])
             manifest = replace(manifest, notes=notes)
-            names = {digest: blake3 for digest, blake3 in record["blake3"].items() if _is(blake3)}
+            blake3 = record["blake3"]
         except (ManifestError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None  # damaged: as good as none, and replaced when it was made again
         if manifest.action.key != key:
             return None
-        self._names[key] = names
+        self._packs[key] = Pack(blake3, _packed(manifest)) if _is(blake3) else None
+        self._listed[key] = record
         return manifest
+
+
+def _packed(manifest: Manifest) -> tuple[Tensor, ...]:
+    """Return the tensors of a result in the order of its pack, each digest once."""
+    by_digest = {tensor.digest: tensor for _, tensor in sorted(manifest.tensors.items())}
+    return tuple(by_digest.values())
 
 
 def _differing(tensors: Mapping[str, Tensor], outline: Mapping[str, TensorSpec]) -> str:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from obstore import GetResult
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-PIECE_BYTES = 8 << 20  # S3 takes 10,000 parts: blobs of 80 GB
-PARALLEL = 4  # pieces of one blob under way at once
+PIECE_BYTES = 12 << 20  # S3 takes 10,000 parts: blobs of 120 GB
+PARALLEL = 3  # pieces of one blob under way at once
 CONNECT_SECONDS = 5
 FIRST_SECONDS = 2  # a server that never answered is not waited for longer
 LEAST_RATE = 16 << 10  # bytes a second, of what one request is waited for longer than ``timeout``

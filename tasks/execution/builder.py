@@ -37,11 +37,11 @@ from tasks.execution.log import Entry, Log
 from tasks.execution.resources import MemoryBudget
 from tasks.execution.streaming import Streaming
 from tasks.layouts.model import Model
-from tasks.planning import sizes
+from tasks.planning import bundle, sizes
 from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan
 from tasks.stages import reasons
-from tasks.stages.stage import Key, LeafStage, Stage, TargetModel
+from tasks.stages.stage import Keep, Key, LeafStage, Stage, TargetModel
 from tasks.tensors import arrays, mx, rows
 from tasks.tensors.device import default_to_cpu
 from tasks.tensors.rows import Rows
@@ -184,6 +184,8 @@ class Builder:
         computed: keys of the actions that were run.
         answers: what stages worked out once, by the question.
         once_lock: held while they do.
+        lists: targets whose results a remote was asked for, all at once.
+        lists_lock: held while it is.
     """
 
     store: Store
@@ -199,6 +201,8 @@ class Builder:
     computed: set[str] = field(default_factory=set)
     answers: dict[Hashable, Any] = field(default_factory=dict)
     once_lock: threading.Lock = field(default_factory=threading.Lock)
+    lists: set[str] = field(default_factory=set)
+    lists_lock: threading.Lock = field(default_factory=threading.Lock)
 
     def context(self, plan: Plan, node: Node, inputs: Inputs) -> NodeContext:
         """Return what the node's stage may do."""
@@ -295,6 +299,7 @@ class Builder:
                 return manifest, "computed"
         inputs = self.inputs(plan, node)
         action = node.action(inputs)
+        self.read_list(plan)
         entry, outcome = self.find(action, node.output_specs())
         if isinstance(entry, Hit):
             return entry.manifest, outcome
@@ -358,10 +363,48 @@ class Builder:
                 self.store.sharing.push(manifest, self.shared(plan, node))
 
     def shared(self, plan: Plan, node: Node) -> Locate | None:
-        """Return what locates a node's tensors, or None if their bytes are not shared."""
-        if node.is_leaf or not self.keeps(plan, node.stage):
+        """Return what locates a node's tensors, or None if their bytes are not shared.
+
+        Shared is what a model is packed of, and what takes longer to make than to fetch. What is
+        kept here by default, since it is read again soon, is not: where the checkpoint is, casting
+        it anew is faster than a network. ``[cache] keep`` names what is shared as well.
+        """
+        asked = node.stage.keep is Keep.ALWAYS or node.stage.name in (self.keep or ())
+        packed = node in plan.packed and self.keeps(plan, node.stage)
+        if node.is_leaf or not (asked or packed):
             return None
         return lambda _, tensor: self.store.blobs.locate(tensor.digest, tensor.nbytes)
+
+    def read_list(self, plan: Plan) -> None:
+        """Have what a remote has on record of a target at hand, by one request for all of it."""
+        target, sharing = plan.target.name, self.store.sharing
+        if not sharing:
+            return
+        with self.lists_lock:
+            if target not in self.lists and (key := self._list_key(plan)):
+                sharing.read_list(key)
+            self.lists.add(target)
+
+    def push_list(self, plan: Plan, packed: Manifest) -> None:
+        """Have that uploaded, by and by, once the target is packed."""
+        sharing, key = self.store.sharing, self._list_key(plan)
+        if sharing and key:
+            nodes = (node for stage in plan.stages.values() for node in stage if not node.is_leaf)
+            made = (Manifest.at(node.manifest_path(self.workspace)) for node in nodes)
+            sharing.push_list(key, [m.action.key for m in (*made, packed) if m])
+
+    def _list_key(self, plan: Plan) -> str | None:
+        """Return the key of a target's list, if its tensors' digests are known."""
+        leaves: dict[Node, Manifest] = {}
+        for leaf in plan.leaves:
+            try:
+                found = self.recall(plan, leaf)
+            except BuildError:  # which who needs it says
+                return None
+            if found is None:
+                return None
+            leaves[leaf] = found
+        return bundle.list_key(plan, leaves)
 
     def fetch(self, plan: Plan, inputs: Inputs, keys: Iterable[Key]) -> None:
         """Fetch the blobs of inputs that only a remote has, all at once."""

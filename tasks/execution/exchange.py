@@ -64,7 +64,9 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     packed = 0
     for plan in plans:
         manifest = Manifest.at(builder.workspace.packed(plan.target.name))
-        packed += manifest is not None and sharing.push_now(manifest, None)
+        if manifest is not None and sharing.push_now(manifest, None):
+            packed += 1
+            builder.push_list(plan, manifest)
     present = [node for (_, node, _), pushed in zip(built, done, strict=True) if pushed]
     return Exchanged(len(present) + packed, _missing(plans, present) + len(plans) - packed)
 
@@ -75,6 +77,7 @@ def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     present = []
     for plan in plans:
         manifests: dict[Node, Manifest] = {}
+        builder.read_list(plan)
         for node in (*plan.leaves, *_shared(plan)):
             with builder.store.lock.using():
                 manifest = _pulled(builder, plan, node, manifests)

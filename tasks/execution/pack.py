@@ -190,6 +190,7 @@ class Packing:
         sharing = self.builder.store.sharing
         if sharing and not (there := sharing.agrees(result)):
             sharing.push(result, None)
+        self.builder.push_list(self.plan, result)
         return bool(sharing and there)
 
     def _blake3(self, files: Mapping[str, Tensor]) -> str | None:

@@ -225,6 +225,18 @@ def recorded(store: Store, last: Path, key: str) -> Manifest | None:
     return manifest
 
 
+def list_key(plan: Plan, leaves: Mapping[Node, Manifest]) -> str:
+    """Return the key of the list of what a target's nodes made, known before anything is made.
+
+    Args:
+        plan: the target.
+        leaves: what its leaves found.
+    """
+    nodes = [node for stage in plan.stages.values() for node in stage if not node.is_leaf]
+    actions = [[n.stage.name, n.stage.version, n.layer, n.params.record] for n in nodes]
+    return digest_record([actions, [leaves[leaf].result for leaf in plan.leaves]])
+
+
 def same_weights(packed: Manifest | None, action: Action) -> dict[str, Tensor]:
     """Return an earlier packing's files if its weight files are those of ``action``, else none.
 

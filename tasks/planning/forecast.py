@@ -132,6 +132,9 @@ class Build(Protocol):
     def scan(self, plan: Plan, node: Node, *, reread: bool = False) -> Manifest:
         """Return what a leaf finds in the checkpoint."""
 
+    def read_list(self, plan: Plan) -> None:
+        """Have what a remote has on record of a target at hand."""
+
 
 class Forecast:
     """Works out a run's steps.
@@ -402,6 +405,8 @@ class Forecast:
         changed = [self._path(need) for need in self._changed(saved, node.needs)]
         explained = old and reasons.between(old.action, action, node.stage.explain)
         why = explained or saved.why(changed)
+        if self._store.sharing:
+            self._build.read_list(plan)
         recorded, state = self._recorded(action, node.output_specs())
         if recorded:
             self._results[node] = _Result(recorded.result, recorded)
@@ -512,9 +517,9 @@ class Forecast:
 
     def _want_one(self, plan: Plan, maker: Node, tensor: Tensor, name: str, certain: bool) -> int:
         manifest, sharing = self._results[maker].manifest, self._store.sharing
-        if sharing and manifest and sharing.has(manifest.action.key, tensor):
-            self._there.add(tensor.digest)
-            return tensor.nbytes
+        if sharing and manifest and (pack := sharing.pack(manifest.action.key, tensor)):
+            self._there |= {each.digest for each in pack.tensors}
+            return pack.nbytes
         if maker.is_leaf and not plan.checkpoint.source.available:
             self._refuse_making(plan, maker)
             return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cache.records.manifests import Manifest, Tensor
-from cache.remote.signing import sign
+from support import remotes
 from support.machines import REMOTE, SMALL, Machine, first, warnings
 from support.projects import FOUR_BIT, outcomes
 
@@ -39,10 +39,9 @@ def two(honest: Machine, tmp_path: Path) -> Machine:
 def lie(store: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
     """Have the store say that an action made other ``tensors``."""
     key = manifest.action.key
-    path = store / "records/actions" / key[:2] / f"{key[2:]}.json"
-    record = json.loads(path.read_bytes())["record"]
+    record = remotes.record(store, key)
     record["manifest"] = json.loads(replace(manifest, tensors=tensors).to_bytes())
-    path.write_bytes(sign("actions", key, record, None))
+    remotes.put(store, key, record)
 
 
 def swapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
