@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct, field
 
 Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
-Recipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
+Recipe = Literal[
+    "mixed_2_6", "mixed_3_4", "mixed_3_5", "mixed_3_6", "mixed_3_8", "mixed_4_6", "mixed_4_8"
+]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Device = Literal["cpu", "gpu"]
 Method = Literal["gptq"]
@@ -240,8 +242,9 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
     recipe: Annotated[
         Recipe | None,
         key(
-            "One of mlx-lm's mixtures of bits, for mode affine. `bits` beside it is only what "
-            "`config.json` says, as with `mlx_lm.convert`.",
+            "One of mlx-lm's mixtures of bits, for mode affine (`mixed_3_5`, `mixed_3_8` and "
+            "`mixed_4_8` are of layout mlx-vlm alone). `bits` beside it is only what `config.json` "
+            "says, as with `mlx_lm.convert`.",
             default="none",
             change=_QUANTIZED,
             example="mixed_3_6",
@@ -379,7 +382,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     layout: Annotated[
         LayoutName,
         key(
-            "What the built model is for: `mlx-lm`, or mlx-examples' `llama.py` (Llama only).",
+            "What the built model is for: `mlx-lm`; `mlx-vlm`, which keeps what a model sees and "
+            "hears with (`pip install 'mlx-make[vlm]'`); or mlx-examples' `llama.py` (Llama only).",
             change="unshard, the later stages for layers that come out differently, and pack",
             example="mlx-examples",
         ),

@@ -23,12 +23,17 @@ from tasks.core.text import listed, plural
 from tasks.layouts import asking
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.llama_names import rope
-from tasks.layouts.model import Model, Module, Parameter, Unpacked
+from tasks.layouts.model import Model, Module, Parameter, Unpacked, Verdict
 from tasks.unpack import registry as unpack
 from tasks.unpack.packed import Found
 
 KEPT_SETTINGS = ("quantization_config", "text_config")  # what libraries leave there
 SCALES = re.compile(r"(weight_scale(_inv|_2)?|scale_inv|\.scales|\.qzeros)$")  # of packed weights
+# What a model sees and hears with, by names of its parts; see also what mlx-vlm does not quantize.
+TOWERS = re.compile(
+    r"(^|[._])(vision|visual|audio|vit|image_newline|img_\w+|mm_projector|multi_modal_projector|"
+    r"vpm|apm|resampler|connector|aligner|sam_model|speech|sound)([._]|$)|embed_(vision|audio)"
+)
 MAX_VALUES_BYTES = 64 << 20  # of tensors whose values a library looks at
 
 
@@ -38,7 +43,7 @@ class Answer(msgspec.Struct, frozen=True):
     Attributes:
         parameters: name, dtype, shape, whether it may be cast, inputs, steps.
         modules: path, parameters' names, those once quantized, verdict, weights.
-        recipes: per mixed recipe, bits by module path, or why it does not fit.
+        recipes: per mixed recipe, its word by module path, or why it does not fit.
         config: config.json.
         keep_vision_config: whether the model has a vision tower.
         dropped: the checkpoint's tensors that belong to no part of the model.
@@ -46,8 +51,8 @@ class Answer(msgspec.Struct, frozen=True):
     """
 
     parameters: list[tuple[str, str, tuple[int, ...], bool, list[str], list[Any]]]
-    modules: list[tuple[str, list[str], list[str] | None, bool | dict[str, Any], int]]
-    recipes: dict[str, dict[str, int] | str]
+    modules: list[tuple[str, list[str], list[str] | None, Verdict, int]]
+    recipes: dict[str, dict[str, int | Verdict] | str]
     config: dict[str, Any]
     keep_vision_config: bool
     dropped: list[str]
@@ -171,17 +176,20 @@ def _model(checkpoint: Checkpoint, told: Checkpoint, memos: Memos, library: str)
         Module(path, _names(*names), None if after is None else _names(*after), verdict, count)
         for path, names, after, verdict, count in answer.modules
     )
-    _refuse_integers(checkpoint.folder, modules, parameters, answer.factors)
+    _refuse_integers(checkpoint.folder, modules, parameters, answer.factors, library)
     config = {key: value for key, value in answer.config.items() if key != "_name_or_path"}
     if not answer.keep_vision_config:
         config.pop("vision_config", None)
     notes = (
         *told.notes,
-        *_written_out(told.config, rope(told.config)),
+        *_written_out(told.config, library),
         *_predictors_note(left_out, library),
         *_dropped(answer.dropped, library),
     )
-    return Model(parameters, modules, config, answer.recipes, notes, library, values, left_out)
+    runs = LIBRARIES[library].RUNS
+    return Model(
+        parameters, modules, config, answer.recipes, notes, library, values, left_out, runs=runs
+    )
 
 
 def _own_steps(
@@ -320,16 +328,18 @@ def _names(*names: str) -> tuple[str, ...]:
     return names
 
 
-def _written_out(config: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, ...]:
+def _written_out(config: dict[str, Any], library: str) -> tuple[str, ...]:
     """Return the note on what ``llama_names.rope`` adds to config.json."""
+    package = LIBRARIES[library].PACKAGE
+    settings = rope(config, package)
     inner = settings.get("text_config", {}).keys() - (config.get("text_config") or {}).keys()
     added = sorted({*settings, *inner} - {"text_config"})
     if not added:
         return ()
     return (
         f"config.json gains {', '.join(added)}: it has them under rope_parameters alone, as "
-        "transformers 5 saves them, where this class of mlx-lm does not look (mlx_lm.convert "
-        "leaves them there, and the model speaks nonsense)",
+        f"transformers 5 saves them, where this class of {library} does not look "
+        f"({package}.convert leaves them there, and the model speaks nonsense)",
     )
 
 
@@ -338,16 +348,18 @@ def _refuse_integers(
     modules: Iterable[Module],
     parameters: Mapping[str, Parameter],
     factors: Sequence[str],
+    library: str,
 ) -> None:
     """Refuse weights whose bytes would be taken for integers: FP8 that is not decoded.
 
     Raises:
         CheckpointError: there are such.
     """
+    convert = f"{LIBRARIES[library].PACKAGE}.convert"
     if factors:
         raise CheckpointError(
             f"{folder}: {plural(len(factors), 'tensor')} of 8-bit floats ({listed(factors)}) would "
-            "be bytes taken for numbers, as mlx_lm.convert takes them: this class of mlx-lm "
+            f"be bytes taken for numbers, as {convert} takes them: this class of {library} "
             "multiplies them without decoding them. Get the checkpoint in bfloat16."
         )
     weights = [f"{m.path}.weight" for m in modules if m.quantized_names is not None]
@@ -355,13 +367,14 @@ def _refuse_integers(
     if packed:
         raise CheckpointError(
             f"{folder}: {plural(len(packed), 'weight')} ({', '.join(packed[:3])}) would be bytes "
-            f"taken for numbers ({parameters[packed[0]].dtype}), as mlx_lm.convert builds them: "
-            "FP8 or the like, without scales (weight_scale_inv) that this class of mlx-lm applies. "
+            f"taken for numbers ({parameters[packed[0]].dtype}), as {convert} builds them: FP8 "
+            f"or the like, without scales (weight_scale_inv) that this class of {library} applies. "
             "Get the checkpoint with its scales, or in bfloat16."
         )
 
 
 def _dropped(names: list[str], library: str) -> tuple[str, ...]:
+    """Return what to say of tensors that belong to no part of the model that a library knows."""
     left = [name for name in names if "rotary_emb" not in name]  # these are buffers
     scales = [name for name in left if SCALES.search(name)]
     left = [name for name in left if name not in scales]
@@ -373,6 +386,14 @@ def _dropped(names: list[str], library: str) -> tuple[str, ...]:
             "be scales: unless they are left over, the weights that they are of are wrong by "
             f"them: {listed(scales)}"
         )
+    if elsewhere := LIBRARIES[library].TOWERS:
+        towers = [name for name in left if TOWERS.search(name)]
+        left = [name for name in left if name not in {*towers}]
+        if towers:
+            notes.append(
+                f"{plural(len(towers), 'tensor')} of what the model sees and hears with left out, "
+                f"as {convert} does: {elsewhere} ({listed(towers)})"
+            )
     if left:
         notes.append(
             f"{len(left)} tensors of the checkpoint belong to no part of the model that {library} "

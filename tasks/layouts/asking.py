@@ -20,7 +20,7 @@ from typing import Any
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import ArchitectureError, BuildError
 from tasks.layouts import verdict
-from tasks.layouts.libraries import LIBRARIES, MLX_LM
+from tasks.layouts.libraries import LIBRARIES, MLX_LM, missing
 from tasks.layouts.llama_names import rope
 
 SCHEMA = 3  # of the probe's answers; raised when they change
@@ -41,9 +41,7 @@ def versions(library: str = MLX_LM) -> dict[str, str]:
     try:
         return {name: version(name) for name in ("mlx", distribution)}
     except PackageNotFoundError as error:
-        raise ArchitectureError(
-            f"{error.name} is not installed: pip install {distribution}"
-        ) from error
+        raise ArchitectureError(missing(LIBRARIES[library])) from error
 
 
 def question(
@@ -60,7 +58,7 @@ def question(
     Raises:
         ArchitectureError: the library is not installed.
     """
-    extra = rope(checkpoint.config)
+    extra = rope(checkpoint.config, LIBRARIES[library].PACKAGE)
     files = dict(checkpoint.files)
     if extra or "config.json" not in files:
         files["config.json"] = json.dumps({**checkpoint.config, **extra})

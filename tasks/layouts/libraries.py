@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from tasks.layouts import mlx_lm_library
+from tasks.layouts import mlx_lm_library, mlx_vlm_library
+from tasks.layouts.model import Verdict
 
 
 class Library(Protocol):
@@ -16,13 +17,20 @@ class Library(Protocol):
         DISTRIBUTION: its name on the package index, whose version an answer depends on.
         PACKAGE: what it is imported as.
         MODULES: those of its modules that are to be imported before MLX's functions are watched.
-        STUBS: modules that it imports, that take seconds and that it can do without here.
+        STUBS: modules that it imports, with all below them, that take seconds and that it can do
+            without here.
+        EXTRA: mlx-make's extra that installs it; "", mlx-make itself does.
+        TOWERS: what keeps the parts of a model that see and hear, if not this library; "", it does.
+        RUNS: whether its models can be run on text, to calibrate and to evaluate.
     """
 
     DISTRIBUTION: str
     PACKAGE: str
     MODULES: tuple[str, ...]
     STUBS: tuple[str, ...]
+    EXTRA: str
+    TOWERS: str
+    RUNS: bool
 
     def load(self, folder: Path) -> tuple[Any, dict[str, Any]]:
         """Return the model that a folder holds, and its configuration.
@@ -34,7 +42,7 @@ class Library(Protocol):
     def casts(self, model: Any, name: str) -> bool:
         """Tell whether a parameter is cast where a dtype is asked for."""
 
-    def quantizes(self, model: Any, path: str, module: Any) -> bool | dict[str, Any]:
+    def quantizes(self, model: Any, path: str, module: Any) -> Verdict:
         """Return the model's own word on quantizing a module: yes, no, or with which settings."""
 
     def count_weights(self, model: Any) -> int:
@@ -42,11 +50,14 @@ class Library(Protocol):
 
     def recipes(
         self, model: Any, leaves: Iterable[tuple[str, Any]]
-    ) -> dict[str, dict[str, int] | str]:
-        """Return each mixed recipe's bits by module path, or why it does not fit the model."""
+    ) -> dict[str, dict[str, int | Verdict] | str]:
+        """Return each mixed recipe's word by module path, or why it does not fit the model.
+
+        A number is bits, in groups of the target's size.
+        """
 
     def prompt_cache(self, model: Any) -> list[Any]:
-        """Return an empty cache for a model to go on with a text, a part a layer."""
+        """Return an empty cache for a model to go on with a text, a part a layer, if it runs."""
 
     def encode_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return a configuration as JSON has it."""
@@ -55,5 +66,11 @@ class Library(Protocol):
         """Tell whether the built model's config.json keeps ``vision_config``."""
 
 
-MLX_LM = "mlx-lm"
-LIBRARIES: dict[str, Library] = {MLX_LM: mlx_lm_library}
+MLX_LM, MLX_VLM = "mlx-lm", "mlx-vlm"
+LIBRARIES: dict[str, Library] = {MLX_LM: mlx_lm_library, MLX_VLM: mlx_vlm_library}
+
+
+def missing(library: Library) -> str:
+    """Return what to say of a library that is not installed."""
+    install = f"'mlx-make[{library.EXTRA}]'" if library.EXTRA else library.DISTRIBUTION
+    return f"{library.DISTRIBUTION} is not installed: pip install {install}"

@@ -111,21 +111,22 @@ def to_meta(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, names="meta", config=params, tensors=ordered)
 
 
-def rope(config: dict[str, Any], wrapper: str = "") -> dict[str, Any]:
+def rope(config: dict[str, Any], package: str = "mlx_lm", wrapper: str = "") -> dict[str, Any]:
     """Return the rotary settings of config.json that it gives elsewhere only, by their old keys.
 
     A folder saved by transformers 5 keeps them under ``rope_parameters``, for each kind of
-    attention if they differ, and in ``text_config`` for a model that also sees. Most of mlx-lm's
-    classes do not look there: they would convert without a word and speak nonsense. Those that
-    do get nothing.
+    attention if they differ, and in ``text_config`` for a model that also sees. Most classes of
+    mlx-lm do not look there: they would convert without a word and speak nonsense. Those that do
+    get nothing.
 
     Args:
         config: config.json, or its ``text_config``.
+        package: whose class reads it, ``mlx_lm`` or one laid out like it.
         wrapper: of a ``text_config``, the model_type of what it is in.
     """
     settings: dict[str, Any] = {}
     inner = config.get("rope_parameters")
-    reader = _reader(str(config.get("model_type")), wrapper)
+    reader = _reader(package, str(config.get("model_type")), wrapper)
     if isinstance(inner, dict) and not reader.looks:
         kinds = {kind: table for kind, table in inner.items() if isinstance(table, dict)}
         table = kinds.get("full_attention", {}) if kinds else inner
@@ -142,13 +143,13 @@ def rope(config: dict[str, Any], wrapper: str = "") -> dict[str, Any]:
         elif reader.needs_scaling and "rope_scaling" not in config:
             settings["rope_scaling"] = None
     text = config.get("text_config")
-    if isinstance(text, dict) and (more := rope(text, str(config.get("model_type")))):
+    if isinstance(text, dict) and (more := rope(text, package, str(config.get("model_type")))):
         settings["text_config"] = {**text, **more}
     return settings
 
 
 class _Reader(NamedTuple):
-    """How a class of mlx-lm's reads rotary settings.
+    """How a library's class reads rotary settings.
 
     Attributes:
         looks: whether it looks into ``rope_parameters`` itself.
@@ -162,40 +163,48 @@ class _Reader(NamedTuple):
 
 
 @cache
-def _reader(model_type: str, wrapper: str) -> _Reader:
-    """Return how mlx-lm's class for a model reads rotary settings.
+def _reader(package: str, model_type: str, wrapper: str) -> _Reader:
+    """Return how a library's class for a model reads rotary settings.
 
     Told from its source and from the modules that it builds on, since importing them takes
     seconds.
     """
-    spec = find_spec("mlx_lm")  # finds the package without running it
+    spec = find_spec(package)  # finds the package without running it
     if spec is None or not spec.submodule_search_locations:
         return _Reader()
-    package = Path(spec.submodule_search_locations[0])
-    models = package / "models"
-    utils = (package / "utils.py").read_text(encoding="utf-8")
-    renamed = dict(re.findall(r'^    "(\S+)": "(\S+)",', utils, re.MULTILINE))
-    names = (wrapper, model_type, model_type.removesuffix("_text"))
-    paths = (path for n in names if (path := models / f"{renamed.get(n, n)}.py").is_file())
+    folder = Path(spec.submodule_search_locations[0])
+    models, utils = folder / "models", folder / "utils.py"
+    if not utils.is_file():
+        return _Reader()
+    text = utils.read_text(encoding="utf-8")
+    renamed = dict(re.findall(r'^    "(\S+)": "(\S+)",', text, re.MULTILINE))
     source = ""
-    for path in paths:
-        source = path.read_text(encoding="utf-8")
-        if path.stem != renamed.get(wrapper, wrapper) or "rope_theta" in source:
-            break  # else it leaves its text to another class
+    for name in (wrapper, model_type, model_type.removesuffix("_text")):
+        if found := _source(models, renamed.get(name, name)):
+            source = found
+            own = renamed.get(name, name) != renamed.get(wrapper, wrapper)
+            if own or "rope_theta" in source:
+                break  # else it leaves its text to another class
     if not source:
         return _Reader()
-    used = [
+    used = {
         name
-        for module, several in re.findall(r"^from \.(\w*) import (.+)$", source, re.MULTILINE)
+        for module, several in re.findall(r"^from \.+(\w*)(?:\.\w+)* import (.+)$", source, re.M)
         for name in ([module] if module else re.split(r", *", several))
-    ]
-    beside = [path for name in used if (path := models / f"{name}.py").is_file()]
-    sources = [source, *(path.read_text(encoding="utf-8") for path in beside)]
+    }
+    sources = [source, *(_source(models, name) for name in sorted(used))]
     return _Reader(
         any("rope_parameters" in text for text in sources),
         '"type"' in source,
         bool(re.search(r"^    rope_scaling: [^=\n]+$", source, re.MULTILINE)),
     )
+
+
+def _source(models: Path, name: str) -> str:
+    """Return the code of a model's module, or of all that its package has; "" if it is none."""
+    path = models / name
+    files = sorted(path.glob("*.py")) if name and path.is_dir() else [path.with_suffix(".py")]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
 def _rename(name: str, table: dict[str, str], prefix: str) -> str:

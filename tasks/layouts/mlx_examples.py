@@ -19,6 +19,7 @@ from tasks.layouts.npz_format import NPZ
 weight_format = NPZ
 loaded = "weights*.npz"
 loading = ""
+pipeline_tag = ""
 default_shard_bytes = 15 << 30  # the peer's own limit
 # What llama.py's configuration may hold; it fails on any other key.
 KEYS = (

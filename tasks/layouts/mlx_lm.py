@@ -24,7 +24,7 @@ from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
 from tasks.layouts import architecture, card, llama_tokenizer, slow_tokenizer
 from tasks.layouts.importing import importing
-from tasks.layouts.libraries import MLX_LM
+from tasks.layouts.libraries import LIBRARIES, MLX_LM
 from tasks.layouts.llama_names import to_huggingface
 from tasks.layouts.model import Model
 from tasks.layouts.safetensors_format import SAFETENSORS
@@ -38,6 +38,7 @@ from mlx_lm import load, generate
 model, tokenizer = load("{model}")
 print(generate(model, tokenizer, prompt="hello"))
 """
+pipeline_tag = "text-generation"
 # What a tokenizer may be made of, by transformers' own file names, and code that goes with it.
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -60,27 +61,35 @@ ENOUGH = (
 )  # fmt: skip
 
 
-def model(checkpoint: Checkpoint, memos: Memos) -> Model:
-    """Return the model by Hugging Face's names, as mlx-lm's classes take it.
+def model(
+    checkpoint: Checkpoint, memos: Memos, library: str = MLX_LM, more: Sequence[str] = ()
+) -> Model:
+    """Return the model by Hugging Face's names, as mlx-lm's classes take it, or another library's.
+
+    Args:
+        checkpoint: what the model is built from.
+        memos: where answers are remembered.
+        library: whose classes it is of.
+        more: see ``sources``.
 
     Raises:
-        CheckpointError: mlx-lm has no class for it, or would take one of the checkpoint's own.
+        CheckpointError: the library has no class for it, or would take one of the checkpoint's own.
     """
     if code := checkpoint.config.get("model_file"):
         raise CheckpointError(
             f"{checkpoint.folder / checkpoint.config_file} has model_file = {code!r}: code of the "
             "checkpoint's own, which is never run here. Take the original checkpoint, whose "
-            "architecture the installed mlx-lm has, or remove the key if it has this one."
+            "architecture the installed library has, or remove the key if it has this one."
         )
     named = checkpoint
     if checkpoint.names == "meta":
         named = to_huggingface(checkpoint, _token_ids(checkpoint, memos))
-    model = architecture.model(named, memos, MLX_LM)
+    model = architecture.model(named, memos, library)
     _, notes = card.front_matter(checkpoint.folder, memos)
     if checkpoint.names != "meta":
-        _check_tokenizer(checkpoint, memos)
-        _, cause = _fast_tokenizer(checkpoint, memos)
-        notes = (*notes, *([_slow_note(cause)] if cause else []))
+        _check_tokenizer(checkpoint, memos, more)
+        _, cause = _fast_tokenizer(checkpoint, memos, more)
+        notes = (*notes, *([_slow_note(cause, library)] if cause else []))
     return structs.replace(model, notes=(*model.notes, *notes))
 
 
@@ -112,8 +121,12 @@ def takes(name: str) -> bool:
     return matches(name, (*COPIED, TEMPLATES)) or card.is_document(name)
 
 
-def sources(checkpoint: Checkpoint) -> list[Path]:
+def sources(checkpoint: Checkpoint, more: Sequence[str] = ()) -> list[Path]:
     """Return the checkpoint's small files that go into the built model, as they are or changed.
+
+    Args:
+        checkpoint: what the model is built from.
+        more: patterns of files beside those of a tokenizer, which may be there instead of one.
 
     Raises:
         CheckpointError: it has no tokenizer, or what must not be copied.
@@ -121,7 +134,7 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
     folder = checkpoint.folder
     if checkpoint.names == "meta":
         return [tokenizer_model(folder), *card.source_files(folder)]
-    if not any(True for pattern in ENOUGH for _ in folder.glob(pattern)):
+    if not any(True for pattern in (*ENOUGH, *more) for _ in folder.glob(pattern)):
         raise CheckpointError(
             f"{folder} has no tokenizer ({', '.join(ENOUGH[:3])}, …), so that nothing could load "
             "the built model. Fetch it from where the checkpoint came from."
@@ -129,7 +142,7 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
     own = sorted(
         path
         for path in folder.iterdir()
-        if matches(path.name, COPIED) and not path.name.startswith("._")  # macOS's
+        if matches(path.name, (*COPIED, *more)) and not path.name.startswith("._")  # macOS's
     )
     for path in own:
         check_own(path)
@@ -139,13 +152,13 @@ def sources(checkpoint: Checkpoint) -> list[Path]:
     return [*own, *templates, *card.source_files(folder)]
 
 
-def _check_tokenizer(checkpoint: Checkpoint, memos: Memos) -> None:
+def _check_tokenizer(checkpoint: Checkpoint, memos: Memos, more: Sequence[str]) -> None:
     """Refuse a damaged file of those that transformers reads of any tokenizer.
 
     Raises:
         CheckpointError: it is none that transformers can read.
     """
-    for path in sources(checkpoint):
+    for path in sources(checkpoint, more):
         if path.name not in READ:
             continue
         question = _state(checkpoint, path)
@@ -200,6 +213,7 @@ def files(
     memos: Memos,
     shards: Sequence[Sequence[tuple[str, int]]],
     parameters: int,
+    more: Sequence[str] = (),
 ) -> dict[str, bytes]:
     """Return the files that the layout has besides config.json and the weights.
 
@@ -208,6 +222,7 @@ def files(
         memos: where a tokenizer is remembered that had to be made.
         shards: the tensors of each weight file: name and size in bytes.
         parameters: weights of the model, as mlx-lm counts them.
+        more: see ``sources``.
     """
     names = shard_names(len(shards))
     weight_map = {
@@ -224,8 +239,8 @@ def files(
         small = _made_tokenizer(checkpoint, memos)
         copied = card.legal_files(checkpoint.folder)
     else:
-        copied = sources(checkpoint)
-        tokenizer_json, _ = _fast_tokenizer(checkpoint, memos)
+        copied = sources(checkpoint, more)
+        tokenizer_json, _ = _fast_tokenizer(checkpoint, memos, more)
         small = {slow_tokenizer.FAST: tokenizer_json.encode()} if tokenizer_json else {}
     return {
         **small,
@@ -268,10 +283,14 @@ def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
     return {name: text.encode("latin-1") for name, text in answer.items()}
 
 
-def _fast_tokenizer(checkpoint: Checkpoint, memos: Memos) -> tuple[str, str]:
+def _fast_tokenizer(
+    checkpoint: Checkpoint, memos: Memos, more: Sequence[str] = ()
+) -> tuple[str, str]:
     """Return tokenizer.json if it is to be made, or why it cannot be, once for the same files."""
-    paths = [path for path in sources(checkpoint) if path.parent == checkpoint.folder]
-    if any(path.name == slow_tokenizer.FAST for path in paths):
+    paths = [path for path in sources(checkpoint, more) if path.parent == checkpoint.folder]
+    paths = [path for path in paths if matches(path.name, COPIED) or card.is_document(path.name)]
+    there = [path.name for path in paths]
+    if slow_tokenizer.FAST in there or not any(matches(name, ENOUGH) for name in there):
         return "", ""
     files = {path.name: read_bytes(path) for path in paths if path.suffix != ".py"}
     files["config.json"] = json.dumps(checkpoint.config).encode()
@@ -290,13 +309,14 @@ def _tokenizer_versions() -> list[str]:
     return [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
 
 
-def _slow_note(cause: str) -> str:
+def _slow_note(cause: str, library: str) -> str:
     said = printable(" ".join(cause.split()))
-    library = f"transformers {version('transformers')}"
-    if re.match(r"\w+: ", cause):  # an exception, as mlx_lm.load will see it
-        return f"mlx_lm.load will refuse its tokenizer, as {library} does ({said})"
+    transformers = f"transformers {version('transformers')}"
+    if re.match(r"\w+: ", cause):  # an exception, as the library's load will see it
+        load = f"{LIBRARIES[library].PACKAGE}.load"
+        return f"{load} will refuse its tokenizer, as {transformers} does ({said})"
     return (
-        f"no {slow_tokenizer.FAST}, which clients in Swift need: {library} makes none of the "
+        f"no {slow_tokenizer.FAST}, which clients in Swift need: {transformers} makes none of the "
         f"tokenizer's files ({said})"
     )
 

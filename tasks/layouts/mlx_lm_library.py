@@ -7,13 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tasks.core.spec import RECIPES
+from tasks.layouts.model import Verdict
 
 DISTRIBUTION = "mlx-lm"
 PACKAGE = "mlx_lm"
 MODULES: tuple[str, ...] = ("mlx_lm.convert", "mlx_lm.utils")
 # They import transformers and torch, which takes seconds.
 STUBS: tuple[str, ...] = ("mlx_lm.tokenizer_utils", "huggingface_hub")
+EXTRA = ""
+TOWERS = 'layout = "mlx-vlm" keeps them'
+RUNS = True
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -28,7 +32,7 @@ def casts(model: Any, name: str) -> bool:
     return predicate is None or bool(predicate(name))
 
 
-def quantizes(model: Any, path: str, module: Any) -> bool | dict[str, Any]:
+def quantizes(model: Any, path: str, module: Any) -> Verdict:
     """Return the model's own word on quantizing a module: yes, no, or with which settings."""
     predicate = getattr(model, "quant_predicate", None)
     return predicate(path, module) if predicate else True
@@ -39,11 +43,13 @@ def count_weights(model: Any) -> int:
     return int(_utils().get_total_parameters(model))
 
 
-def recipes(model: Any, leaves: Iterable[tuple[str, Any]]) -> dict[str, dict[str, int] | str]:
+def recipes(
+    model: Any, leaves: Iterable[tuple[str, Any]]
+) -> dict[str, dict[str, int | Verdict] | str]:
     """Return each mixed recipe's bits by module path, or why it does not fit the model."""
     convert = importlib.import_module("mlx_lm.convert")
     leaves = list(leaves)
-    bits: dict[str, dict[str, int] | str] = {}
+    bits: dict[str, dict[str, int | Verdict] | str] = {}
     for recipe in RECIPES:
         try:
             predicate = convert.mixed_quant_predicate_builder(recipe, model, 64)

@@ -12,6 +12,8 @@ from msgspec import Struct, field
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.unpack.packed import Repacking
 
+Verdict = bool | dict[str, Any]  # on quantizing a module: yes, no, or with which settings
+
 
 class Parameter(NamedTuple):
     """A parameter of the model, and what it is made from.
@@ -53,7 +55,7 @@ class Module(NamedTuple):
     path: str
     names: tuple[str, ...]
     quantized_names: tuple[str, ...] | None
-    verdict: bool | dict[str, Any]
+    verdict: Verdict
     weights: int
 
 
@@ -76,7 +78,8 @@ class Model(Struct, frozen=True):
         parameters: by name, in the order in which the layout writes them.
         modules: the leaf modules.
         config: config.json as far as it does not depend on the target's settings.
-        recipes: per mixed recipe, bits by module path, or why it does not fit the model.
+        recipes: per mixed recipe, its word by module path, or why it does not fit the model; a
+            number is bits, in groups of the target's size.
         notes: what people should know.
         library: whose classes make it, and compute what is no plain tensor of the checkpoint;
             empty if there can be no such parameter.
@@ -85,12 +88,13 @@ class Model(Struct, frozen=True):
         told: the checkpoint as the library was told of it; None, as it is.
         unpacked: what is known of how it was packed, where that was not left to the library.
         kept: what people should know of weights that stay as they were packed.
+        runs: whether the library can be asked to run it.
     """
 
     parameters: dict[str, Parameter]
     modules: tuple[Module, ...]
     config: dict[str, Any]
-    recipes: dict[str, dict[str, int] | str]
+    recipes: dict[str, dict[str, int | Verdict] | str]
     notes: tuple[str, ...] = field(default=())
     library: str = ""
     values: Mapping[str, str] = field(default_factory=dict)
@@ -98,6 +102,7 @@ class Model(Struct, frozen=True):
     told: Checkpoint | None = None
     unpacked: Unpacked | None = None
     kept: tuple[str, ...] = ()
+    runs: bool = False
 
 
 def layer_names(names: list[str]) -> dict[str, str]:

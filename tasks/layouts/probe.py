@@ -32,19 +32,16 @@ from typing import Any, NamedTuple, cast
 
 from tasks.layouts.array_graph import ArrayGraph, hollow, zeros
 from tasks.layouts.importing import importing
-from tasks.layouts.libraries import LIBRARIES, Library
+from tasks.layouts.libraries import LIBRARIES, Library, missing
 from tasks.layouts.model import layer_names
 from tasks.layouts.sanitizing import Files, serve
+from tasks.layouts.stubs import is_below, stubs
 from tasks.tensors import rows
 from tasks.unpack import registry as unpack
 
 AT_ONCE = 10_000  # arrays in one graph: it takes 4 kB of memory for each
 # By the ``id`` of a joined array: what was done, the axis, the arrays joined, and the result.
 Joins = dict[int, tuple[str, int, list[Any], Any]]
-
-
-class StubUsed(Exception):
-    """The library used a module that was left out; ask again with everything imported."""
 
 
 def main() -> None:
@@ -67,10 +64,11 @@ def answer(question: dict[str, Any], library: Library) -> dict[str, Any]:
     functions = [(m, name, getattr(m, name)) for m, names in patched for name in names.split()]
     printed = io.StringIO()  # standard output is the answer's
     modules = {n: sys.modules.pop(n) for n in list(sys.modules) if _is_replaced(n, library)}
+    light = stubs(library.STUBS) if question["light"] else contextlib.nullcontext()
     try:
         if question["light"]:
-            _leave_out_heavy_modules(library)
-        with contextlib.redirect_stdout(printed):
+            _leave_out_package(library)
+        with light, contextlib.redirect_stdout(printed):
             for name in library.MODULES:
                 importlib.import_module(name)
             return _answer(question, library, mx)
@@ -89,7 +87,7 @@ def answer(question: dict[str, Any], library: Library) -> dict[str, Any]:
 
 
 def _is_replaced(name: str, library: Library) -> bool:
-    return name in library.STUBS or name.partition(".")[0] == library.PACKAGE
+    return is_below(name, (*library.STUBS, library.PACKAGE))
 
 
 def _answer(question: dict[str, Any], library: Library, mx: Any) -> dict[str, Any]:
@@ -211,9 +209,14 @@ def _modules(
 ) -> list[list[Any]]:
     """Return each leaf module: path, its parameters, these once quantized, verdict, weights."""
     modules: list[list[Any]] = []
+    known = {name for name, _ in _flat(model.parameters())}
     for path, module in leaves:
         held = [name for name, _ in _flat(module.parameters())]
-        after = _after_quantizing(mx, module) if hasattr(module, "to_quantized") else None
+        if not known.issuperset(f"{path}.{name}" if path else name for name in held):
+            held, can = [], False  # of a module that is private: counted, and not saved
+        else:
+            can = hasattr(module, "to_quantized")
+        after = _after_quantizing(mx, module) if can else None
         verdict = library.quantizes(model, path, module) if after is not None else True
         modules.append([path, held, after, verdict, _count(module)])
     if sum(m[4] for m in modules) != library.count_weights(model):
@@ -227,30 +230,14 @@ def _flat(tree: Any, **options: Any) -> list[tuple[str, Any]]:
     return list(cast("list[tuple[str, Any]]", tree_flatten(tree, **options)))
 
 
-def _leave_out_heavy_modules(library: Library) -> None:
-    """Have the library's package without what its ``__init__`` imports, and with stubs."""
+def _leave_out_package(library: Library) -> None:
+    """Have the library's package without what its ``__init__`` imports."""
     spec = importlib.util.find_spec(library.PACKAGE)  # finds the package without running it
     if spec is None or spec.submodule_search_locations is None:
-        name = library.DISTRIBUTION
-        raise ImportError(f"{name} is not installed: pip install {name}")
+        raise ImportError(missing(library))
     package = types.ModuleType(library.PACKAGE)
     package.__path__ = list(spec.submodule_search_locations)
     sys.modules[library.PACKAGE] = package
-    for stub in library.STUBS:
-        sys.modules[stub] = _Stub(stub)
-
-
-class _Stub(types.ModuleType):
-    """A module whose names can be imported but not used."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def used(*_: Any, **__: Any) -> Any:
-            raise StubUsed(f"{self.__name__}.{name}")
-
-        return used
 
 
 def _valued(mx: Any, text: str, dtype: str, shape: Sequence[int]) -> Any:

@@ -12,7 +12,7 @@ from tasks.checkpoints import loaders
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.small_files import matches
 from tasks.core.spec import Target
-from tasks.layouts import mlx_examples, mlx_lm
+from tasks.layouts import mlx_examples, mlx_lm, mlx_vlm
 from tasks.layouts.model import Model
 from tasks.layouts.weight_file import WeightFormat
 
@@ -25,12 +25,14 @@ class Layout(Protocol):
         default_shard_bytes: largest size of a weight file, where models.toml does not say it.
         loaded: a shell pattern: what lies in the folder by such a name, clients load.
         loading: the Python code that loads ``{model}``, for its card; "", it has no card.
+        pipeline_tag: what its card says that such a model is for, by the hub's words.
     """
 
     weight_format: WeightFormat
     default_shard_bytes: int
     loaded: str
     loading: str
+    pipeline_tag: str
 
     def model(self, checkpoint: Checkpoint, memos: Memos) -> Model:
         """Return the model by the layout's names.
@@ -94,7 +96,11 @@ class Layout(Protocol):
         """Return the names of ``count`` weight files, in order."""
 
 
-LAYOUTS: dict[str, Layout] = {"mlx-lm": mlx_lm, "mlx-examples": mlx_examples}
+LAYOUTS: dict[str, Layout] = {
+    "mlx-lm": mlx_lm,
+    "mlx-examples": mlx_examples,
+    "mlx-vlm": mlx_vlm,
+}
 
 
 def is_read(name: str) -> bool:

@@ -45,7 +45,7 @@ def explained(
     elif kind == "SystemExit":
         mend = ""
     elif method:
-        mend = "If that is no format that mlx-lm reads, get the checkpoint in bfloat16."
+        mend = f"If that is no format that {distribution} reads, get the checkpoint in bfloat16."
     else:
         mend = "Its config.json and its weights do not go together: fetch both again."
     stop = "" if what.endswith(".") else "."

@@ -124,7 +124,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
 def _fields(plan: Plan, base: str | None, memos: Memos) -> card.Fields:
     """Return the card's front matter: the checkpoint's, and what is this model's own."""
     fields, _ = card.front_matter(plan.checkpoint.folder, memos)
-    fields = dict(fields)
+    fields = {**fields, "pipeline_tag": LAYOUTS[plan.target.layout].pipeline_tag}
     if base:
         fields["base_model"] = base
         if plan.model.settings:

@@ -49,7 +49,7 @@ class Gptq(Quantize):
             BuildError: the model cannot be run.
         """
         specs = target.planned[Hessians.name]
-        if target.settings and not target.model.library:
+        if target.settings and not target.model.runs:
             raise BuildError(
                 f'method = "{METHOD}" runs the model, and layout {target.layout!r} is of no '
                 "library that can be asked to. Leave method out, or take another layout."

@@ -15,7 +15,7 @@ from cache.errors import printable
 from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import MODES, Quantize, Rule
 from tasks.core.text import listed, plural
-from tasks.layouts.model import Model, Module
+from tasks.layouts.model import Model, Module, Verdict
 
 PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them
 
@@ -68,7 +68,7 @@ class _WithoutRules(NamedTuple):
         outcomes: what is done with each.
     """
 
-    verdicts: dict[str, tuple[Module, bool | dict[str, Any]]]
+    verdicts: dict[str, tuple[Module, Verdict]]
     outcomes: dict[str, _Outcome]
 
     @classmethod
@@ -230,7 +230,7 @@ def _default(quantize: Quantize) -> Setting:
 def _decide(
     model: Model,
     module: Module,
-    verdict: bool | dict[str, Any],
+    verdict: Verdict,
     quantize: Quantize,
     rule: Rule | None = None,
 ) -> _Outcome:
@@ -255,13 +255,18 @@ def _decide(
     return _Outcome(setting, default._asdict() if model.config.get("quantization") else None)
 
 
-def _verdicts(model: Model, quantize: Quantize) -> Iterator[tuple[Module, bool | dict[str, Any]]]:
+def _verdicts(model: Model, quantize: Quantize) -> Iterator[tuple[Module, Verdict]]:
     """Yield the modules that can be quantized, with the recipe's word on each or the model's own.
 
     Raises:
         ConfigError: the recipe does not fit the model.
     """
     recipe = model.recipes.get(quantize.recipe) if quantize.recipe else None
+    if quantize.recipe and recipe is None:
+        raise ConfigError(
+            f"recipe {quantize.recipe!r} is none of {model.library}'s, which are "
+            f"{', '.join(model.recipes)}. Use one of these, or bits."
+        )
     if isinstance(recipe, str):
         raise ConfigError(
             f"recipe {quantize.recipe!r} does not fit the model: {recipe} Use bits instead."
@@ -272,9 +277,11 @@ def _verdicts(model: Model, quantize: Quantize) -> Iterator[tuple[Module, bool |
         if recipe is None:
             yield module, module.verdict
         else:
-            # mlx_lm.convert writes a group size that nobody gave as null, and reads it so.
-            bits, size = recipe[module.path], quantize.group_size
-            yield module, {"group_size": size, "bits": bits, "mode": "affine"}
+            word = recipe[module.path]
+            if isinstance(word, int) and not isinstance(word, bool):
+                # mlx_lm.convert writes a group size that nobody gave as null, and reads it so.
+                word = {"group_size": quantize.group_size, "bits": word, "mode": "affine"}
+            yield module, word
 
 
 def _check_known(module: Module, outcome: _Outcome) -> None:
@@ -433,7 +440,7 @@ def _complete(mode: str, group_size: int | None, bits: int | None) -> Setting:
     return Setting(group_size or group_sizes[0], bits or all_bits[0], mode)
 
 
-def _apply(rule: Rule, verdict: bool | dict[str, Any], default: Setting) -> dict[str, Any]:
+def _apply(rule: Rule, verdict: Verdict, default: Setting) -> dict[str, Any]:
     base = dict(verdict) if isinstance(verdict, dict) else default._asdict()
     mode = rule.mode or default.mode  # what the rule's numbers were checked against
     if mode != base.get("mode", "affine"):

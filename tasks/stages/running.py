@@ -364,7 +364,7 @@ def plan_segments(
         target: the target.
         before: the stage whose states they begin with.
     """
-    if not target.model.library:
+    if not target.model.runs:
         return {}
     settings, maker = stage.settings(target), stage.maker(target)
     skeleton = skeleton_of(target, settings)

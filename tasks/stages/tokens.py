@@ -71,7 +71,7 @@ class Tokens(Stage[TokensParams]):
         Raises:
             BuildError: a text cannot be read.
         """
-        if not target.model.library:
+        if not target.model.runs:
             return {}
         quality = target.quality
         tokenizer = digest_record({name: digest(data) for name, data in _files(target).items()})

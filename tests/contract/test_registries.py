@@ -4,6 +4,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -21,7 +22,7 @@ from tasks.checkpoints.folder import FolderSource
 from tasks.checkpoints.loaders import LOADERS
 from tasks.checkpoints.source import Opening
 from tasks.checkpoints.sources import SOURCES
-from tasks.core.errors import CheckpointError
+from tasks.core.errors import ArchitectureError, CheckpointError
 from tasks.core.spec import Quantize, SourceSpec, Target
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.registry import LAYOUTS, is_read, weight_suffixes
@@ -200,6 +201,10 @@ def test_names_of_weight_files(name: str) -> None:
 def test_files_of_a_layout(name: str, kept: Path, memos: Memos) -> None:
     layout = LAYOUTS[name]
     checkpoint = read(kept, memos)
+    if name == "mlx-vlm" and find_spec("mlx_vlm") is None:
+        with pytest.raises(ArchitectureError, match=r"pip install 'mlx-make\[vlm\]'"):
+            layout.model(checkpoint, memos)
+        return
     if name == "mlx-examples" and not (kept / "tokenizer.model").exists():
         with pytest.raises(CheckpointError, match="reads no other tokenizer"):
             layout.sources(checkpoint)

@@ -22,6 +22,7 @@ weight_format = WeightFormat("raw", ".raw", _arrange)
 default_shard_bytes = 100_000
 loaded = "*.raw"
 loading = ""
+pipeline_tag = ""
 
 
 def model(checkpoint: Checkpoint, memos: Memos) -> Model:

@@ -17,6 +17,7 @@ from support.raw_layout import (  # noqa: F401 (the rest of the layout)
     files,
     loaded,
     loading,
+    pipeline_tag,
     shard_names,
     sources,
     weight_format,
@@ -30,6 +31,9 @@ DISTRIBUTION = "toy-lm"
 PACKAGE = "toy_lm"
 MODULES = ("toy_lm.models",)
 STUBS = ("toy_lm.heavy",)
+EXTRA = ""
+TOWERS = ""
+RUNS = True
 MODELS = """
 import json
 import mlx.core as mx

@@ -1,0 +1,87 @@
+"""mlx_vlm_library: how mlx-vlm is asked what it makes of a checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tasks.layouts.model import Verdict
+
+DISTRIBUTION = "mlx-vlm"
+PACKAGE = "mlx_vlm"
+MODULES: tuple[str, ...] = ("mlx_vlm.convert", "mlx_vlm.utils", "mlx_vlm.quant_utils")
+# Of what pictures, sounds and texts are made ready with: ten seconds of imports.
+STUBS: tuple[str, ...] = (
+    "transformers", "huggingface_hub", "torch", "scipy", "sentencepiece", "mlx_audio", "PIL", "cv2",
+    "datasets", "requests", "llguidance", "mlx_vlm.tokenizer_utils", "mlx_vlm.trainer",
+)  # fmt: skip
+EXTRA = "vlm"
+TOWERS = ""
+RUNS = False
+
+
+def load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the model in a folder, as ``mlx_vlm.convert`` loads it, and its configuration."""
+    utils = _utils()
+    # The model's loader changes the configuration that it reads: convert writes one read anew.
+    return utils.load_model(folder, lazy=True), utils.load_config(folder)
+
+
+def casts(model: Any, name: str) -> bool:
+    """Tell whether ``mlx_vlm.convert`` casts a parameter where a dtype is asked for."""
+    predicate = getattr(model, "cast_predicate", None)
+    return predicate is None or bool(predicate(name))
+
+
+def quantizes(model: Any, path: str, module: Any) -> Verdict:
+    """Return the word of ``mlx_vlm.convert`` and of the model on quantizing a module."""
+    if _utils().skip_multimodal_module(path):
+        return False
+    predicate = getattr(model, "quant_predicate", None)
+    said: Verdict = predicate(path, module) if predicate is not None else True
+    return said
+
+
+def count_weights(model: Any) -> int:
+    """Return how many weights a model has."""
+    return int(importlib.import_module("mlx_vlm.quant_utils").get_total_parameters(model))
+
+
+def recipes(
+    model: Any, leaves: Iterable[tuple[str, Any]]
+) -> dict[str, dict[str, int | Verdict] | str]:
+    """Return each mixed recipe's word by module path, or why it does not fit the model.
+
+    Their groups are of 64 weights, whatever the target's are.
+    """
+    convert = importlib.import_module("mlx_vlm.convert")
+    leaves = [(path, module) for path, module in leaves if hasattr(module, "to_quantized")]
+    words: dict[str, dict[str, int | Verdict] | str] = {}
+    for recipe in convert.QUANT_RECIPES:
+        try:
+            predicate = convert.mixed_quant_predicate_builder(recipe, model)
+            words[recipe] = {path: predicate(path, module) for path, module in leaves}
+        except Exception as error:  # mlx_vlm.convert would raise the very same
+            words[recipe] = str(error)
+    return words
+
+
+def prompt_cache(model: Any) -> list[Any]:
+    """Return none: its models are not run."""
+    return []
+
+
+def encode_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration as JSON has it."""
+    return config
+
+
+def keeps_vision_config(model: Any) -> bool:
+    """Tell that ``mlx_vlm.convert`` leaves ``vision_config`` in config.json."""
+    return True
+
+
+def _utils() -> Any:
+    return importlib.import_module("mlx_vlm.utils")

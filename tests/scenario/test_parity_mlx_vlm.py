@@ -1,0 +1,95 @@
+"""Layout `mlx-vlm` writes what `mlx_vlm.convert` writes: built by both, compared to the bit.
+
+A few architectures under the hub's names, one call of doit for all of their targets.
+`benchmarks/vlm.py` compares all that mlx-vlm has.
+"""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from support import inside
+from support.differences import json_differences, read_json, weight_differences
+
+pytestmark = pytest.mark.skipif(
+    find_spec("mlx_vlm") is None, reason="needs pip install 'mlx-make[vlm]'"
+)
+
+# Towers of pictures, of sounds; experts that are split, and those that are stacked.
+ARCHITECTURES = ("gemma4", "idefics3", "kimi_vl", "qwen2_5_vl", "qwen3_vl_moe")
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of which each target is built, and converted by the peer into `references`."""
+    from support import vlm_checkpoints, vlm_peer
+
+    folder = tmp_path_factory.mktemp("vlm")
+    lines = []
+    for arch in ARCHITECTURES:
+        source = vlm_checkpoints.make(arch, folder / "checkpoints" / arch)
+        for name, (toml, settings) in vlm_peer.SETTINGS.items():
+            vlm_peer.convert(source, folder / "references" / f"{arch}-{name}", **settings)
+            lines += [f"[models.{arch}-{name}]", f'source = "checkpoints/{arch}"', toml]
+    (folder / "models.toml").write_text('[defaults]\nlayout = "mlx-vlm"\n' + "\n".join(lines))
+    inside.doit(folder)
+    return folder
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_build_is_what_mlx_vlm_writes(built: Path, arch: str) -> None:
+    references = sorted((built / "references").glob(f"{arch}-*"))
+    assert len(references) == 5
+    for reference in references:
+        build = built / "build" / reference.name
+        found = [*weight_differences(build, reference)]
+        for name in INDEX, "config.json":
+            ours, theirs = read_json(build / name), read_json(reference / name)
+            found += json_differences(f"{name}: ", ours, theirs)
+        assert found == [], reference.name
+        assert (build / "preprocessor_config.json").exists()
+
+
+def test_nothing_is_built_again(built: Path) -> None:
+    assert inside.doit(built).entries == []
+
+
+def test_towers_are_quantized_by_rules_alone(built: Path) -> None:
+    """What mlx-vlm leaves in floats, and what its loader reads of them all the same."""
+    from mlx_vlm.utils import load_model
+
+    (built / "models.toml").write_text(
+        '[models.tower]\nsource = "checkpoints/qwen2_5_vl"\nlayout = "mlx-vlm"\n'
+        'quantize = { bits = 4, rules = [{ match = "vision_tower.blocks.*", bits = 8 }] }\n'
+    )
+    done = inside.doit(built)
+    plain = mx.load(str(built / "references" / "qwen2_5_vl-4bit" / "model.safetensors"))
+    found = mx.load(str(built / "build" / "tower" / "model.safetensors"))
+    name = "vision_tower.blocks.0.attn.qkv"
+    with mx.stream(mx.default_device()):
+        expected = mx.quantize(plain[f"{name}.weight"], 64, 8)
+    for part, array in zip(("weight", "scales", "biases"), expected, strict=True):
+        assert mx.array_equal(found[f"{name}.{part}"], array)
+    assert {task.split(":")[0] for task in done.computed} == {"quantize", "pack"}
+    assert all(":vision_tower." in task for task in done.computed if "pack" not in task)
+    model = load_model(built / "build" / "tower")
+    assert model.vision_tower.blocks[0].attn.qkv.bits == 8
+    assert mx.array_equal(model.vision_tower.blocks[0].attn.qkv.weight, expected[0])
+
+
+def test_the_text_alone(built: Path) -> None:
+    """Without a layout, of the same checkpoint: a note says what is left out, and what keeps it."""
+    (built / "models.toml").write_text(
+        '[models.text]\nsource = "checkpoints/gemma4"\nquantize = { bits = 4 }\n'
+    )
+    done = inside.doit(built)
+    said = done.stdout + done.stderr
+    towers = 'as mlx_lm.convert does: layout = "mlx-vlm" keeps them (model.audio_tower.'
+    assert towers in said
+    assert done.computed == {"pack:text"}  # the layers are those of the other layout
+    config = json.loads((built / "build" / "text" / "config.json").read_bytes())
+    assert "vision_config" not in config
