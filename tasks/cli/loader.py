@@ -111,7 +111,7 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
             self.session = Session.open(self._config, options, makers, cmd.dep_manager)
             if cmd.name == "run" and self.session.undecided:
                 self.session.close()
-                raise SensitivitiesFirst(self.session.undecided)
+                raise SensitivitiesFirst(tuple(self.session.undecided))
             for group in {REPORT, PUBLISH}.intersection(pos_args):  # of what can be planned
                 pos_args += [task_name(group, target) for target in self.session.refused]
             running = {stage.group for stage in registry.RUNNING}

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +36,11 @@ from tasks.execution import ownership
 from tasks.execution.log import Log
 from tasks.execution.place import Stamps
 from tasks.planning import bundle, model_card
+from tasks.planning.choice import Choice
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan, Planner
 from tasks.planning.refused import Refused, messages
 from tasks.stages import registry
-from tasks.stages.quantize_scheme import Setting
 
 if TYPE_CHECKING:  # imported where they are wanted: a run with nothing to do wants none
     from cache.remote.remote import Remote
@@ -66,8 +66,8 @@ class Session:
         planner: plans targets.
         database: doit's dependency manager, if there is one.
         untouched: the targets that are up to date, where they may be skipped; ``plans`` lacks them.
-        undecided: the targets that a run is to build whose modules' settings are yet to be chosen:
-            ``refused``, until their sensitivities are on record.
+        undecided: the targets that a run is to build whose modules' settings are yet to be chosen,
+            as if they were not quantized: ``refused``, until their sensitivities are on record.
     """
 
     workspace: Workspace
@@ -81,7 +81,7 @@ class Session:
     database: Any = None
     remote: Remote | None = None
     untouched: Untouched | None = None
-    undecided: tuple[str, ...] = ()
+    undecided: Mapping[str, Plan] = field(default_factory=dict)
 
     @cached_property
     def log(self) -> Log:
@@ -175,9 +175,11 @@ class Session:
             asked = config.targets if options.locked else options.targets(config.targets)
             targets = [target for name, target in config.targets.items() if name in asked]
             plans, refused = _plan(planner, workspace, lock, targets, untouched, database)
-            undecided = [
-                name for name in plans if plans[name].undecided and not _only_runs(options, name)
-            ]
+            undecided = {
+                name: plan
+                for name, plan in plans.items()
+                if plan.undecided and not _only_runs(options, name)
+            }
             refused |= {name: _undecided(plans.pop(name)) for name in undecided}
             if not (untouched and untouched.targets) and not undecided:
                 _check_any_is_planned(options, plans, refused)
@@ -186,7 +188,8 @@ class Session:
             if_it_fails.pop_all()
         return cls(
             workspace, config, options, store, plans, refused, lock, planner, database, remote,
-            untouched, tuple(name for name in undecided if _is_asked(options, name)),
+            untouched,
+            {name: plan for name, plan in undecided.items() if _is_asked(options, name)},
         )  # fmt: skip
 
     def abandon(self) -> None:
@@ -265,13 +268,16 @@ def _planner(
     def recall(target: Target, source: ReadableSource) -> Checkpoint | None:
         return lock.recall(store, target, source)
 
-    def choose(plan: Plan, asked: Quantize) -> Mapping[str, Setting] | None:
+    def choose(plan: Plan, asked: Quantize) -> Choice:
         from tasks.execution import recorded  # only where there is a budget
-        from tasks.planning import budget
+        from tasks.planning import choosing
 
-        builder = _builder(config, options, store, workspace, _log(workspace))
-        known = recorded.sensitivities(builder, plan)
-        return None if known is None else budget.choose(plan, asked, known)
+        def sensitivities() -> choosing.Sensitivities | None:
+            builder = _builder(config, options, store, workspace, _log(workspace))
+            return recorded.sensitivities(builder, plan)
+
+        anew = not options.read_only and options.requests(task_name(LOCK, plan.target.name))
+        return choosing.choose(plan, asked, lock, sensitivities, anew=anew)
 
     return Planner(store.memos, open_source, recall, config.quality, choose, read_adapter)
 
@@ -345,9 +351,9 @@ def _is_asked(options: Options, target: str) -> bool:
 
 
 def _only_runs(options: Options, target: str) -> bool:
-    """Tell whether a run asks of a target for no more than what comes of running its model."""
-    running = {stage.group for stage in registry.RUNNING}
-    building = [task_name(group, target) for group in registry.groups() if group not in running]
+    """Tell whether a run asks of a target for nothing that its settings have a part in."""
+    others = {LOCK, *(stage.group for stage in registry.RUNNING)}
+    building = [task_name(group, target) for group in registry.groups() if group not in others]
     return bool(options.requested_tasks) and not any(map(options.requests, building))
 
 
@@ -357,6 +363,7 @@ def _undecided(plan: Plan) -> Refused:
         plan.target,
         "how its modules are quantized is chosen once it is known what each setting would cost. "
         f"{COMMAND} {task} finds out, and so does a build of it.",
+        undecided=True,
     )
 
 

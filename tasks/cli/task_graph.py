@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +39,7 @@ class TaskGraph:
     session: Session
     database: Any
     runs_models: bool = False
+    _sensitivities: dict[str, set[Node]] = field(default_factory=dict)
 
     @cached_property
     def skipped(self) -> frozenset[str]:
@@ -65,7 +66,7 @@ class TaskGraph:
         ]
         if not self.session.options.builds_all:  # of a plain doit's tasks, a fifth would be unused
             stages += registry.MEASURES
-        if self.runs_models:
+        if self.runs_models or self.session.undecided:
             stages += registry.RUNNING
         used = {name for plan in self.session.plans.values() for name in plan.specs}
         known = {stage.name for stage in stages}
@@ -93,25 +94,46 @@ class TaskGraph:
     def stage(self, stage: Stage[Any]) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""
         plans = [p for target, p in self.session.plans.items() if target not in self.skipped]
+        plans += self.session.undecided.values()
         nodes = {plan.target.name: self._nodes(plan, stage) for plan in plans}
         for plan in plans:
             for node in nodes[plan.target.name]:
                 yield self._layer_task(plan, node)
-        yield from refused_tasks(self.session, stage.group)
+        yield from refused_tasks(self.session, stage.group, but={t for t in nodes if nodes[t]})
         if self.runs_models and stage in registry.ASKED_FOR:
-            cannot = (plan for plan in plans if not nodes[plan.target.name])
+            cannot = (
+                plan for plan in self.session.plans.values()
+                if plan in plans and not nodes[plan.target.name]
+            )  # fmt: skip
             yield from self._cannot_run(stage, cannot)
         targets = [target for target, of_target in nodes.items() if of_target]
-        groups = [task_name(stage.group, target) for target in (*targets, *self.session.refused)]
+        of = dict.fromkeys((*targets, *self.session.refused))
+        groups = [task_name(stage.group, target) for target in of]
         # The reporter finds the session here: doit hands it tasks, and nothing else.
         meta = {"session": self.session}
         yield {"basename": stage.group, "actions": None, "task_dep": groups, "meta": meta}
 
     def _nodes(self, plan: Plan, stage: Stage[Any]) -> list[Node]:
-        """Return a stage's nodes that a run may ask for."""
+        """Return a stage's nodes that a run may ask for; of a target that is undecided, first."""
+        if plan.target.name in self.session.undecided:
+            first = self._first(plan.target.name)
+            return [node for node in plan.nodes(stage.name) if node in first]
         if self.runs_models or stage.name in (*plan.specs, *(s.name for s in registry.MEASURES)):
             return plan.nodes(stage.name)
         return []
+
+    def _first(self, target: str) -> set[Node]:
+        """Return the nodes that sensitivities take, of a target that is undecided."""
+        if target not in self._sensitivities:
+            left = [*self.session.undecided[target].nodes(registry.SENSITIVITY.name)]
+            found: set[Node] = set()
+            while left:
+                node = left.pop()
+                if node not in found:
+                    found.add(node)
+                    left += node.needs
+            self._sensitivities[target] = found
+        return self._sensitivities[target]
 
     def _cannot_run(self, stage: Stage[Any], plans: Iterable[Plan]) -> Iterator[dict[str, Any]]:
         """Yield tasks that fail, of targets whose models no library runs; they are in no group."""
@@ -146,7 +168,7 @@ class TaskGraph:
     def accept(self) -> Iterator[dict[str, Any]]:
         """Yield the tasks that lock the sources as they are now."""
         session = self.session
-        for target, plan in session.plans.items():
+        for target, plan in {**session.plans, **session.undecided}.items():
 
             def accept(plan: Plan = plan) -> dict[str, Any]:
                 for change in session.acceptor.accept(plan):
@@ -157,7 +179,7 @@ class TaskGraph:
                 return values_or_failure(accept)
 
             yield {"basename": LOCK, "name": target, "actions": [act], "io": {"capture": False}}
-        for target in session.refused:
+        for target in [each for each in session.refused if each not in session.undecided]:
             yield {"basename": LOCK, "name": target, **fails(session, LOCK, target)}
 
     def _layer_task(self, plan: Plan, node: Node) -> dict[str, Any]:

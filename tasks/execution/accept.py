@@ -104,7 +104,7 @@ class Acceptor:
         return now, self.lock.check_files(plan, now.files)
 
     def accept(self, plan: Plan) -> list[str]:
-        """Lock a target's source as it is now.
+        """Lock a target's source as it is now; what a budget chooses for it is chosen anew.
 
         Returns:
             Lines for people, of a source and of an adapter that are on the hub: what changed.
@@ -114,6 +114,7 @@ class Acceptor:
         """
         if self.lock.strict:
             raise BuildError(f"--locked never writes models.lock. Run {COMMAND} lock without it.")
+        self.lock.choose_anew(plan.target.name, self.targets)
         changes = [self.lock.move_adapter(plan, self.targets)]
         source = plan.checkpoint.source
         if source.available and source.identity is None:
@@ -157,6 +158,8 @@ class Acceptor:
             BuildError: its source is not what is locked.
         """
         source, notes = self.source(plan)
+        if plan.choice and plan.choice.anew:
+            notes = [*notes, f"settings are chosen anew: {plan.choice.anew}"]
         return TargetAcceptance(self, plan, source, self.wants_blake3(plan), notes)
 
 

@@ -150,9 +150,7 @@ class Verification(Struct, frozen=True):
         def open_source(target: Target) -> ReadableSource:
             return sources.open_source(target.source, Opening(is_read, memos, str(folder)))
 
-        planner = Planner(
-            memos, open_source, lambda target, opened: None, Quality(), lambda plan, asked: None
-        )
+        planner = Planner(memos, open_source, lambda target, opened: None, Quality())
         plan = planner.plan(_target(claim, source, source_name, planner))
         layers = [node.layer for node in plan.last]
         if not whole and len(layers) > SOME:

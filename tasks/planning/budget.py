@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
+from typing import NamedTuple
 
 from cache.records.manifests import TensorSpec
 from tasks.core.errors import ConfigError
@@ -15,7 +16,7 @@ from tasks.planning.knapsack import Option
 from tasks.planning.node import total
 from tasks.planning.plan import Plan
 from tasks.quality import cache_size
-from tasks.stages import quantize
+from tasks.stages import quantize, quantize_scheme
 from tasks.stages.cast import dtype_after
 from tasks.stages.quantize_scheme import Setting, weight_name
 from tasks.stages.running import skeleton_of
@@ -23,48 +24,99 @@ from tasks.stages.running import skeleton_of
 CONTEXT = 4096  # tokens, where nobody says how many
 
 
-def choose(
-    plan: Plan, asked: Quantize, sensitivities: Mapping[str, Mapping[Setting, float]]
-) -> dict[str, Setting]:
-    """Return the setting of each module that is chosen, by path.
+class Budget(NamedTuple):
+    """What there is to choose of, and how large that may be: known before any model is run.
 
-    Args:
-        plan: the target, as if it were not quantized.
-        asked: its budget, and what there is to choose of.
-        sensitivities: what each setting would cost each weight, by its name.
-
-    Raises:
-        ConfigError: the budget is too small.
+    Attributes:
+        words: what says how large.
+        nbytes: what the model may have.
+        rest: what it has of what nothing is chosen for.
+        options: what each module has in each setting that there is to choose of, by path.
     """
-    paths = {weight_name(path): path for path in plan.shared.schemes.choosable(asked)}
-    fixed = plan.shared.schemes.plan(asked).settings
-    rest = 0
-    options: dict[str, dict[Setting, Option]] = {}
-    for parameter in plan.shared.model.parameters.values():
-        spec = TensorSpec(dtype_after(parameter, plan.model.dtype), parameter.shape)
-        name = parameter.name
-        if found := sensitivities.get(name) if name in paths else None:
-            options[name] = _told_apart(
+
+    words: str
+    nbytes: int
+    rest: int
+    options: dict[str, dict[Setting, int]]
+
+    @classmethod
+    def of(cls, plan: Plan, asked: Quantize) -> Budget:
+        """Work it out.
+
+        Args:
+            plan: the target, as if it were not quantized.
+            asked: its budget, and what there is to choose of.
+
+        Raises:
+            ConfigError: it is too small for any choice.
+        """
+        paths = {weight_name(path): path for path in plan.shared.schemes.choosable(asked)}
+        fixed = plan.shared.schemes.plan(asked).settings
+        candidates = quantize_scheme.candidates(asked)
+        rest = 0
+        options: dict[str, dict[Setting, int]] = {}
+        for parameter in plan.shared.model.parameters.values():
+            spec = TensorSpec(dtype_after(parameter, plan.model.dtype), parameter.shape)
+            path = paths.get(parameter.name)
+            fitting = [each for each in candidates if spec.shape and not spec.shape[-1] % each[0]]
+            if path is not None and fitting:
+                options[path] = {each: _packed(parameter, spec, each) for each in fitting}
+            elif setting := fixed.get(parameter.name.removesuffix("weight").strip(".")):
+                rest += _packed(parameter, spec, setting)
+            else:
+                rest += spec.nbytes
+        nbytes, words = _limit(plan, asked, [*options])
+        budget = cls(words, nbytes, rest, options)
+        if budget.fewest > nbytes:
+            raise ConfigError(
+                f"{words} cannot be: with the fewest bits of all candidates it is "
+                f"{size(budget.fewest)}, and may be {size(max(nbytes, 0))}. Raise it, or add "
+                "candidates of fewer bits."
+            )
+        return budget
+
+    @property
+    def fewest(self) -> int:
+        """What the model has with the fewest bits of all that there is to choose of."""
+        return self.rest + sum(min(each.values()) for each in self.options.values())
+
+    @property
+    def most(self) -> int:
+        """The same with the most."""
+        return self.rest + sum(max(each.values()) for each in self.options.values())
+
+    def size(self, settings: Mapping[str, Setting]) -> int:
+        """Return what the model has in a choice."""
+        return self.rest + sum(each[settings[path]] for path, each in self.options.items())
+
+    def choose(self, sensitivities: Mapping[str, Mapping[Setting, float]]) -> dict[str, Setting]:
+        """Return the setting of each module that is chosen, by path.
+
+        Args:
+            sensitivities: what each setting would cost each weight, by its name.
+
+        Raises:
+            ConfigError: what does not cost without a bound is too large.
+        """
+        options = {
+            path: _told_apart(
                 {
-                    setting: Option(_packed(parameter, spec, setting), loss)
-                    for setting, loss in found.items()
+                    setting: Option(nbytes, sensitivities[weight_name(path)][setting])
+                    for setting, nbytes in each.items()
                 }
             )
-        elif setting := fixed.get(paths.get(name, name.removesuffix("weight").strip("."))):
-            rest += _packed(parameter, spec, setting)
-        else:
-            rest += spec.nbytes
-    limit, words = _limit(plan, asked, [paths[name] for name in options])
-    chosen = knapsack.choose([[*each.values()] for each in options.values()], limit - rest)
-    if chosen is None:
-        least = rest + sum(min(o.nbytes for o in each.values()) for each in options.values())
-        raise ConfigError(
-            f"{words} cannot be: with the fewest bits of all candidates it is {size(least)}, and "
-            f"may be {size(max(limit, 0))}. Raise it, or add candidates of fewer bits."
-        )
-    return {
-        paths[name]: [*each][at] for (name, each), at in zip(options.items(), chosen, strict=True)
-    }
+            for path, each in self.options.items()
+        }
+        left = self.nbytes - self.rest
+        chosen = knapsack.choose([[*each.values()] for each in options.values()], left)
+        if chosen is None:
+            least = sum(min(o.nbytes for o in each.values()) for each in options.values())
+            raise ConfigError(
+                f"{self.words} cannot be: of some modules it is not known what fewer bits would "
+                f"cost, or that has no bound; without these it is {size(self.rest + least)}, and "
+                f"may be {size(self.nbytes)}. Raise it, or calibrate on more text."
+            )
+        return {path: [*each][at] for (path, each), at in zip(options.items(), chosen, strict=True)}
 
 
 def _told_apart(options: dict[Setting, Option]) -> dict[Setting, Option]:
@@ -91,5 +143,5 @@ def _limit(plan: Plan, asked: Quantize, quantized: list[str]) -> tuple[int, str]
     assert asked.fit is not None
     context = asked.context or CONTEXT
     cache = cache_size.cache_bytes(plan.model.memos, skeleton_of(plan.model, {}), context)
-    words = f"fit = {size(asked.fit)}, {size(cache)} of it for the cache of {context} tokens,"
+    words = f"fit = {size(asked.fit)}, {size(cache)} of it for the cache of {context} tokens"
     return asked.fit - cache, words

@@ -67,6 +67,7 @@ class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sha256: of each packed file, by name, for who downloads it. None before a report or a
             publishing worked it out.
         chosen: where a budget chose how modules are quantized: group size, bits and mode, by path.
+        chosen_for: the budget, and what else of models.toml and the model that is a choice for.
     """
 
     source: _256_BITS
@@ -77,12 +78,13 @@ class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     blake3: _256_BITS | None = None
     sha256: dict[str, _256_BITS] | None = None
     chosen: dict[str, tuple[int, int, str]] | None = None
+    chosen_for: dict[str, Any] | None = None
 
     @property
     def json(self) -> dict[str, Any]:
         """It as the file has it."""
         record = msgspec.structs.asdict(self)
-        for name in ("sha256", "chosen"):
+        for name in ("sha256", "chosen", "chosen_for"):
             if record[name] is None:
                 del record[name]
         return record

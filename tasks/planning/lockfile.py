@@ -318,6 +318,19 @@ class Lock:
             self.sources[plan.target.source_name] = now
             self._save(targets)
 
+    def choose_anew(self, target: str, targets: Mapping[str, Target]) -> None:
+        """Have what a budget chooses for a target chosen anew, whatever is locked.
+
+        Args:
+            target: its name.
+            targets: of models.toml, by name.
+        """
+        with self._writing:
+            built = self.targets.get(target)
+            if built and built.chosen is not None:
+                self.targets[target] = msgspec.structs.replace(built, chosen=None, chosen_for=None)
+                self._save(targets)
+
     def move(self, plan: Plan, now: LockedSource, targets: Mapping[str, Target]) -> str:
         """Lock a target's source at another commit, unless it is locked at that one.
 
@@ -461,7 +474,7 @@ class Lock:
         sha256 = locked.sha256 if locked and locked.output == packed.result else None
         built = Built(
             source.record, settings(plan), plan.computer, packed.action.key, packed.result, blake3,
-            sha256, _chosen(plan),
+            sha256, _chosen(plan), plan.choice.record if plan.choice else None,
         )  # fmt: skip
         if locked and locked.output != built.output:
             fact = f"was built as {built.output}, and is {locked.output} in {self.path.name}"
@@ -591,7 +604,7 @@ def _moved(name: str, old: LockedSource | None, now: LockedSource) -> str:
 
 
 def _chosen(plan: Plan) -> dict[str, tuple[int, int, str]] | None:
-    if not (plan.target.quantize and plan.target.quantize.chooses):
+    if plan.choice is None:
         return None
     paths = {name: name.removesuffix("weight").removesuffix(".") for name in plan.model.settings}
     return {paths[name]: tuple(setting) for name, setting in plan.model.settings.items()}

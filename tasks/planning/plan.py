@@ -19,6 +19,7 @@ from tasks.core.spec import Quality, Quantize, SourceSpec, Target
 from tasks.layouts import asking, keeping
 from tasks.layouts.model import Model, Parameter, layer_names
 from tasks.layouts.registry import LAYOUTS
+from tasks.planning.choice import Choice
 from tasks.planning.node import Known, Node
 from tasks.stages import quantize_scheme, registry
 from tasks.stages.quantize_scheme import Scheme, Schemes, Setting
@@ -160,8 +161,7 @@ class Plan(Struct, frozen=True, dict=True):
         weights: how many the model has, as mlx-lm counts them.
         notes: what people should know.
         packing: of these, what becomes of weights that are packed in the checkpoint.
-        undecided: whether its modules' settings are yet to be chosen, of sensitivities that are not
-            on record; then it is planned as if it were not quantized.
+        choice: how its modules' settings are chosen, where a budget does.
     """
 
     target: Target
@@ -173,7 +173,15 @@ class Plan(Struct, frozen=True, dict=True):
     weights: int
     notes: tuple[str, ...] = field(default=())
     packing: tuple[str, ...] = field(default=())
-    undecided: bool = False
+    choice: Choice | None = None
+
+    @property
+    def undecided(self) -> bool:
+        """Whether its modules' settings are yet to be chosen, of sensitivities not on record.
+
+        Then it is planned as if it were not quantized.
+        """
+        return self.choice is not None and self.choice.settings is None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -276,7 +284,7 @@ class Planner:
         open_source: Callable[[Target], ReadableSource],
         recall: Callable[[Target, ReadableSource], Checkpoint | None],
         quality: Quality,
-        choose: Callable[[Plan, Quantize], Mapping[str, Setting] | None],
+        choose: Callable[[Plan, Quantize], Choice] | None = None,
         read_adapter: Callable[[Target], Adapter] | None = None,
     ) -> None:
         """Make a planner.
@@ -287,8 +295,8 @@ class Planner:
             recall: returns a checkpoint that is not here itself, or None if its source is to be
                 read.
             quality: on what text models are run.
-            choose: returns the settings of modules, by path, that are chosen within a budget, given
-                the target as if it were not quantized; None if what decides is not on record.
+            choose: chooses the settings of modules within a budget, given the target as if it were
+                not quantized; needed where one has any.
             read_adapter: reads the adapter of a target; needed where one has any.
         """
         self.memos = memos
@@ -324,10 +332,12 @@ class Planner:
             BuildError: no choice is within it, or the model cannot be run.
         """
         base = self._assemble(target, shared, Scheme({}, None))
-        chosen = self._chosen(base, quantize)
-        if chosen is None:
-            return structs.replace(base, undecided=True)
-        return self._assemble(target, shared, shared.schemes.plan(quantize, chosen))
+        assert self._chosen is not None
+        choice = self._chosen(base, quantize)
+        if choice.settings is None:
+            return structs.replace(base, choice=choice)
+        plan = self._assemble(target, shared, shared.schemes.plan(quantize, choice.settings))
+        return structs.replace(plan, choice=choice)
 
     def _assemble(self, target: Target, shared: SharedPlan, scheme: Scheme) -> Plan:
         layout, checkpoint, model = LAYOUTS[target.layout], shared.checkpoint, shared.model

@@ -18,10 +18,12 @@ class Refused:
     Attributes:
         target: what was asked for.
         reason: the fact and its cause, then what to do.
+        undecided: whether that is only that its modules' settings are yet to be chosen.
     """
 
     target: Target
     reason: str
+    undecided: bool = False
 
 
 def messages(refused: Iterable[Refused]) -> list[str]:

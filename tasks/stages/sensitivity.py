@@ -8,6 +8,7 @@ is written.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Hashable, Mapping, Sequence
 from math import fsum, inf, isfinite
@@ -38,6 +39,7 @@ from tasks.tensors.device import BLOCK_BYTES, device_of
 from tasks.tensors.rows import Rows
 
 SENSITIVITY = "sensitivity"
+_CANDIDATE = re.compile(r"[0-9]+bit-[0-9]+(-[a-z0-9]+)?")
 
 
 class SensitivityParams(Params, frozen=True):
@@ -137,6 +139,12 @@ def node_name(layer: str, setting: Setting) -> str:
     """Return what the node is called that tries a candidate in a layer."""
     mode = "" if setting.mode == "affine" else f"-{setting.mode}"
     return f"{layer}.{setting.bits}bit-{setting.group_size}{mode}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return the layer and the candidate of a node that is called so; of another stage's, none."""
+    layer, _, candidate = name.rpartition(".")
+    return (layer, candidate) if _CANDIDATE.fullmatch(candidate) else (name, "")
 
 
 def figures(manifest: Manifest, read: Mapping[str, bytes]) -> dict[str, float]:

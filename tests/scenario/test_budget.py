@@ -46,8 +46,12 @@ def settings_of(project: Project) -> dict[str, dict]:
 def test_another_budget_looks_at_nothing_again(project: Project) -> None:
     """And quantizes the layers whose modules' settings changed; a new candidate alone is tried."""
     project.configure(quantize={"target_bpw": 5.0, "group_size": 32})
+    said = json.loads(project.doit("plan", "--json", expect=1).stdout)
+    assert said["budgets"]["model"]["state"] == "to be chosen"
     first = project.doit()
     assert groups(first.computed) >= LOOKS | {"quantize", "pack"}
+    before = {task for task in first.computed if task.split(":")[0] not in ("quantize", "pack")}
+    assert {task["task"] for task in said["tasks"] if task["state"] == "run"} == before
     chosen = settings_of(project)
     assert len({tuple(each.values()) for each in chosen.values()}) > 1
     locked = json.loads((project.folder / "models.lock").read_bytes())["targets"]["model"]
@@ -59,9 +63,14 @@ def test_another_budget_looks_at_nothing_again(project: Project) -> None:
     assert "up to date: model" in project.doit("plan").stdout
 
     project.configure(quantize={"target_bpw": 4.5, "group_size": 32})
+    plan = json.loads(project.doit("plan", "--json", expect=1).stdout)["budgets"]["model"]
+    assert plan["state"] == "chosen"
+    assert plan["anew"] == "target_bpw is 4.5, and 5.0 in models.lock"
     assert "quantize.bits" in project.doit("why", "quantize:model:layers.0").stdout
     second = project.doit()
     assert groups(second.computed) == {"quantize", "pack"}
+    assert f"settings are chosen anew: {plan['anew']}" in second.stdout
+    assert plan["settings"] == settings_of(project)
     changed = {p for p, each in settings_of(project).items() if each != chosen[p]}
     layers = {path.split(".")[2] for path in changed if ".layers." in path}
     ran = {task.split(":")[2] for task in second.computed if task.startswith("quantize")}
@@ -187,16 +196,19 @@ def test_sensitivities_are_the_divergence(project: Project) -> None:
 )
 def test_what_cannot_be_is_said(project: Project, quantize: dict, said: str) -> None:
     project.configure(quantize=quantize)
-    status, out, err = inside.run(project.folder)
-    assert status
-    assert said in out + err
+    done = project.doit(expect=None)
+    assert done.returncode
+    assert said in done.stdout + done.stderr
+    assert not done.entries  # sizes are known before any model is run
 
 
 def test_before_it_is_known_what_to_choose(project: Project) -> None:
     project.configure(quantize={"target_bpw": 4.5, "group_size": 32})
-    for command in ("plan", "list"):
-        done = project.doit(command, expect=None)
-        assert "sensitivity:model finds out" in done.stdout + done.stderr
+    said = " ".join(project.doit("plan", expect=1).stdout.split())
+    assert "then 30 modules are each given one of 6 settings" in said
+    assert "once settings are chosen" in project.doit("list").stdout
+    assert "sensitivity:model finds out" in project.doit("why", "pack:model").stdout
+    project.accept()
     assert not (project.folder / "build").exists()
 
 
@@ -224,15 +236,34 @@ def test_the_choice_is_the_best_to_a_thousandth(seed: int) -> None:
     assert sum(option.loss for option in taken) <= best * (1 + knapsack.TOLERANCE)
 
 
-def test_a_cache_that_is_gone(project: Project) -> None:
-    """What was chosen is worked out again."""
-    project.configure(quantize={"target_bpw": 5.0, "group_size": 32})
+def test_what_is_locked_is_built(project: Project) -> None:
+    """No model is run where a choice is locked; without it is what was chosen chosen again."""
+    asked = {"target_bpw": 5.0, "group_size": 32}
+    project.configure(quantize=asked)
     project.doit()
-    built = project.built()
-    shutil.rmtree(project.store)
-    project.configure(quantize={"target_bpw": 4.5, "group_size": 32})
-    project.doit()
-    assert project.built() != built
-    project.configure(quantize={"target_bpw": 5.0, "group_size": 32})
-    project.doit()
+    built, lock = project.built(), project.folder / "models.lock"
+    for there in (project.state, project.folder / "build"):
+        shutil.rmtree(there)
+    assert groups(project.doit("--locked").computed) == {
+        "extract",
+        "unshard",
+        "cast",
+        "quantize",
+        "pack",
+    }
+    assert project.built() == built
+    record = json.loads(lock.read_bytes())
+    record["targets"]["model"]["chosen"]["lm_head"] = [32, 7, "affine"]
+    lock.write_text(json.dumps(record))
+    assert "is no choice of these candidates" in project.doit("--locked", expect=3).stderr
+    project.configure(
+        quantize={**asked, "target_bpw": 4.5, "rules": [{"match": "lm_head", "bits": 8}]}
+    )
+    said = project.doit("--locked", expect=3).stderr
+    assert "target_bpw is 4.5, and 5.0 in models.lock; the rules are not what is locked" in said
+
+    project.configure(quantize=asked)
+    project.doit("lock")
+    assert "chosen" not in json.loads(lock.read_bytes())["targets"]["model"]
+    assert groups(project.doit().computed) >= LOOKS
     assert project.built() == built

@@ -17,12 +17,13 @@ from cache.errors import CacheError
 from tasks.cli import failures
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import Control
-from tasks.cli.refused_tasks import messages_of
+from tasks.cli.refused_tasks import messages_of, refused_of, undecided_of
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
 from tasks.core.task_names import PACK, PUBLISH, REPORT, VERIFY, group_of, target_of, task_name
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step, TaskState
 from tasks.planning.refused import Refused, messages
+from tasks.stages import registry
 
 BY_RESULTS = {"changed_file_dep", "missing_file_dep"}  # reasons of doit's that a run settles
 MOST_COLUMNS = 80
@@ -44,8 +45,12 @@ class ForecastCommand(Command, DoitCmdBase):  # type: ignore[misc]
         tasks: Mapping[str, Any] = control.tasks
         return tasks, [leaf for name in control.selected_tasks for leaf in _leaves(tasks, name)]
 
-    def forecast(self) -> tuple[Forecast, list[Step]]:
-        """Return what a run of the requested tasks does, and what these alone do."""
+    def forecast(self) -> tuple[Forecast, list[Step], list[str]]:
+        """Return what a run of the requested tasks does, and what these alone do.
+
+        Last comes what there is to tell of those that wait for their settings to be chosen: of
+        them the forecast has what comes before.
+        """
         tasks, names = self.requested()
         # Of what is published, or verified, a forecast tells that it is packed.
         names = [
@@ -54,14 +59,24 @@ class ForecastCommand(Command, DoitCmdBase):  # type: ignore[misc]
             else name
             for name in names
         ]
-        requested = [name for name in names if "check" in (tasks[name].meta or {})]
+        undecided = [name for name in names if undecided_of(tasks[name])]
+        first = [each for name in undecided for each in _first(tasks, name)]
+        asked = [name for name in names if "check" in (tasks[name].meta or {})]
+        requested = [*asked, *first]
         refused = messages_of(tasks, names)
         untouched = self.session.untouched and self.session.untouched.targets
         if not requested and not refused and not untouched:
             raise InvalidCommand(f"{' '.join(self.sel_tasks)}: that builds no model")
         forecasted = forecast(self.session, tasks, requested, self.dep_manager)
         forecasted.refused |= zip(refused, refused, strict=True)
-        return forecasted, [forecasted.steps[name] for name in dict.fromkeys(requested)]
+        told = messages(each for name in undecided if (each := refused_of(tasks[name])))
+        return forecasted, [forecasted.steps[name] for name in dict.fromkeys(asked)], told
+
+
+def _first(tasks: Mapping[str, Any], name: str) -> list[str]:
+    """Return the tasks that tell how to choose, of a target whose settings are yet to be chosen."""
+    plan = undecided_of(tasks[name])
+    return [node.name for node in plan.nodes(registry.SENSITIVITY.name)] if plan else []
 
 
 def _leaves(tasks: Mapping[str, Any], name: str) -> Iterator[str]:

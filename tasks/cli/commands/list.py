@@ -35,6 +35,7 @@ from tasks.stages import registry
 # The groups of tasks that a plain doit leaves out.
 NOT_IN_A_PLAIN_RUN = frozenset((*(stage.group for stage in registry.MEASURES), REPORT))
 CANNOT_BE_PLANNED = "cannot be planned"
+UNDECIDED = "to run, once settings are chosen"
 STATUS_LETTERS = {UP_TO_DATE: "U", IGNORED: "I"}  # of doit list -s, where all else is R
 
 
@@ -90,6 +91,8 @@ could be fetched is to run, too."""
     def status_of(self, name: str) -> tuple[str, str] | None:
         """Return what a task, or those that a line stands for, would do."""
         target = target_of(name)
+        if target in self.session.undecided:
+            return "R", UNDECIDED
         if target in self.session.refused:
             return "E", CANNOT_BE_PLANNED
         if name in self._lines and target not in self.session.plans:
@@ -142,7 +145,8 @@ could be fetched is to run, too."""
         reports = [name for name in names if group_of(name) in NOT_IN_A_PLAIN_RUN]
         building = [name for name in names if group_of(name) not in NOT_IN_A_PLAIN_RUN]
         forecasted = forecast(self.session, tasks, building, self.dep_manager, quick=True)
-        warn_of_refused(forecasted, self.session.refused.values())
+        refused = [each for each in self.session.refused.values() if not each.undecided]
+        warn_of_refused(forecasted, refused)
         built = {**forecasted.steps}
         add_requested(forecasted, tasks, reports)  # which may want what has been lost
         return forecasted.steps | built

@@ -19,10 +19,11 @@ from tasks.core.task_names import PACK, PUBLISH, group_of, is_packing, target_of
 from tasks.core.text import duration, plural, size
 from tasks.execution.disk import DiskNeed
 from tasks.execution.resources import threads
+from tasks.planning.choice import Choice
 from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step
 from tasks.planning.plan import Plan
 from tasks.planning.sizes import Traffic
-from tasks.stages import registry
+from tasks.stages import registry, sensitivity
 
 SOMETHING_TO_DO, REFUSED = 1, 3  # exit status of ``doit plan``
 OVERVIEW = "overview"  # reports/index.html, of all targets
@@ -58,7 +59,7 @@ it or a target cannot be planned."""
         return super().execute(params, args)
 
     def _execute(self, as_json: bool) -> int:
-        forecasted, _ = self.forecast()
+        forecasted, _, _ = self.forecast()
         publishing = self._publishing(forecasted)
         steps, refused = list(forecasted.steps.values()), list(forecasted.refused.values())
         session = self.session
@@ -71,7 +72,8 @@ it or a target cannot be planned."""
         except BuildError as error:
             refused.append(str(error))
         if as_json:
-            self.outstream.write(_as_json(steps, seconds, refused, need, publishing))
+            choices = self._choices(steps)
+            self.outstream.write(_as_json(steps, seconds, refused, need, publishing, choices))
         else:
             self.outstream.writelines(f"ERROR: {message}\n" for message in refused)
             lines = self._lines(steps, seconds, need)
@@ -82,6 +84,7 @@ it or a target cannot be planned."""
             return REFUSED
         busy = any(step.state not in SETTLED for step in steps)
         busy |= any(said.is_something for said in publishing.values())
+        busy |= any(each.settings is None for each in self._choices(steps).values())
         return SOMETHING_TO_DO if busy else 0
 
     def _publishing(self, forecasted: Forecast) -> dict[str, _Publishing]:
@@ -125,8 +128,10 @@ it or a target cannot be planned."""
         session = self.session
         todo = [step for step in steps if step.state not in SETTLED]
         busy = dict.fromkeys(step.target for step in steps if step.state != UP_TO_DATE)
+        choices = self._choices(steps)
         for target in busy:
-            yield from _of_target(target, [step for step in steps if step.target == target])
+            of_target = [step for step in steps if step.target == target]
+            yield from _of_target(target, of_target, choices.get(target))
         untouched = session.untouched.targets.keys() if session.untouched else ()
         looked_at = {step.target for step in steps} - busy.keys()
         idle = [t for t in (*session.config.targets, "") if t in untouched or t in looked_at]
@@ -158,6 +163,13 @@ it or a target cannot be planned."""
         if need:
             yield from indented(_policy(need), 0)
         yield f"time {_seconds(seconds)}"
+
+    def _choices(self, steps: list[Step]) -> dict[str, Choice]:
+        """Return how modules' settings are chosen, of the targets of which steps do something."""
+        plans = {**self.session.plans, **self.session.undecided}
+        busy = dict.fromkeys(step.target for step in steps if step.state not in SETTLED)
+        busy |= dict.fromkeys(self.session.undecided.keys() & {step.target for step in steps})
+        return {t: c for t in busy if t in plans and (c := plans[t].choice)}
 
     def _not_kept(self, plan: Plan) -> str:
         """Say what is made again where it is larger than what it is made of, and at what cost."""
@@ -237,7 +249,7 @@ def _policy(need: DiskNeed) -> str:
     )
 
 
-def _of_target(target: str, steps: list[Step]) -> Iterator[str]:
+def _of_target(target: str, steps: list[Step], choice: Choice | None) -> Iterator[str]:
     groups: dict[_Group, list[str]] = {}
     stages = list(dict.fromkeys(step.stage for step in steps))
     for step in sorted(steps, key=lambda step: stages.index(step.stage)):
@@ -251,6 +263,8 @@ def _of_target(target: str, steps: list[Step]) -> Iterator[str]:
         for fact in group.facts if group.facts != said else ():
             yield from indented(fact, len(head))
         said = group.facts
+    if choice:
+        yield from indented(choice.words, 2, 4)
 
 
 def _folded(layers: list[str]) -> str:
@@ -260,9 +274,19 @@ def _folded(layers: list[str]) -> str:
         begin, _, number = at[1].rpartition(".")
         return (begin, int(number) - at[0]) if number.isdigit() else (at[1], 0)
 
-    runs = [[name for _, name in run] for _, run in groupby(enumerate(layers), place)]
-    parts = [run[0] if len(run) == 1 else f"{run[0]}-{run[-1].rpartition('.')[2]}" for run in runs]
-    return ", ".join(parts)
+    by_candidate: dict[str, list[str]] = {}  # of sensitivities; of all others it is none
+    for name in layers:
+        layer, candidate = sensitivity.split_name(name)
+        by_candidate.setdefault(candidate, []).append(layer)
+    by_layers: dict[str, list[str]] = {}
+    for candidate, of in by_candidate.items():
+        runs = [[name for _, name in run] for _, run in groupby(enumerate(of), place)]
+        parts = [r[0] if len(r) == 1 else f"{r[0]}-{r[-1].rpartition('.')[2]}" for r in runs]
+        by_layers.setdefault(", ".join(parts), []).append(candidate)
+    return "; ".join(
+        f"{names}: {', '.join(candidates)}" if any(candidates) else names
+        for names, candidates in by_layers.items()
+    )
 
 
 def _totals(steps: Iterable[Step], need: DiskNeed | None) -> tuple[Traffic, int, int]:
@@ -289,6 +313,7 @@ def _as_json(
     refused: list[str],
     need: DiskNeed | None,
     publishing: dict[str, _Publishing],
+    choices: dict[str, Choice],
 ) -> str:
     moved, cached, packed = _totals(steps, need)
     tasks = []
@@ -304,11 +329,13 @@ def _as_json(
     }
     if need:
         summary |= {"layers": "kept" if need.keeps else "dropped", "layers_bytes": need.room}
+    budgets = {target: choice.json for target, choice in choices.items()}
     publish = {target: asdict(each) for target, each in publishing.items()}
     said = {
         "refused": refused,
         "tasks": tasks,
         **summary,
+        **({"budgets": budgets} if budgets else {}),
         **({"publish": publish} if publish else {}),
     }
     return json.dumps(said, indent=1) + "\n"

@@ -28,7 +28,8 @@ class WhyCommand(ForecastCommand):
         if self.sel_default_tasks:
             raise InvalidCommand(f"why what? Name a task; {COMMAND} list --all shows them.")
         last = {entry.task: entry for entry in self.session.builder.log.entries()}
-        forecasted, requested = self.forecast()
+        forecasted, requested, undecided = self.forecast()
+        self.outstream.writelines(f"{one_line(line)}\n" for line in undecided)
         self.outstream.writelines(f"ERROR: {message}\n" for message in forecasted.refused.values())
         for step in requested:
             self.outstream.writelines(
