@@ -1,4 +1,6 @@
-"""shared_build: what an empty remote store costs a cold build; prints a Markdown table.
+"""shared_build: what an empty remote store costs a cold build, and a full one a second machine.
+
+Prints Markdown tables.
 
     python benchmarks/shared_build.py CHECKPOINT                 # a folder, 3 repeats
     python benchmarks/shared_build.py CHECKPOINT --repeats 5
@@ -7,7 +9,8 @@ The same build from nothing, to 4 bits, takes turns: without a remote, with an e
 only read, and with an empty one that is written to. The server is `rclone serve s3` on loopback, on
 the same cores; its folder is emptied before each build. The time is that of the whole command, all
 uploads included, CPU that of doit without the server; "uploads alone" is what doit says it waited
-for them at the end.
+for them at the end. Then a machine that has models.toml, models.lock and nothing else builds from
+what one of them uploaded, to a server that counts requests.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support import servers  # noqa: E402 - of the tests, which are no package
 
 MODES = {"without a remote": "off", "empty, read-only": "read-only", "empty": "read-write"}
-KEEPS = {"cast": "cast", "": ","}
+KEEPS = {"by default": {}, "cast": {"MLX_MAKE_CACHE_KEEP": "cast"}}
 
 
 @dataclass
@@ -44,10 +47,14 @@ class Row:
     uploaded: float = 0.0
 
 
-def build(folder: Path, checkpoint: Path, environ: dict[str, str]) -> tuple[float, float, str]:
+def build(
+    folder: Path, checkpoint: Path, environ: dict[str, str], lock: Path | None = None
+) -> tuple[float, float, str]:
     """Build from nothing; return its seconds, those of its CPUs, and what doit said."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    if lock:
+        shutil.copy(lock, folder)
     text = f'[models.model]\nsource = "{checkpoint}"\nquantize = {{ bits = 4 }}\n'
     (folder / "models.toml").write_text(text)
     os.sync()
@@ -63,6 +70,27 @@ def _cpu() -> float:
     """Return the CPU seconds of all commands that have ended; the server is none of them."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def second_machine(scratch: Path, checkpoint: Path) -> None:
+    """Print what a machine that has no checkpoint asks of a full remote store."""
+    here = scratch / "checkpoint"
+    here.symlink_to(checkpoint.resolve())
+    with servers.faulty() as server:
+        environ = {"MLX_MAKE_CACHE_REMOTE": f"http://127.0.0.1:{server.port}/store"}
+        one, two = scratch / "one", scratch / "two"
+        build(one, here, environ)
+        here.unlink()
+        server.requests.clear()
+        seconds, cpu, _ = build(two, here, environ, one / "models.lock")
+        requests = server.requests
+    built = [(f / "build/model/model.safetensors").read_bytes() for f in (one, two)]
+    assert built[0] == built[1], "the second machine has built something else"
+    size = sum(path.stat().st_size for path in (two / "build/model").iterdir())
+    fetched = sum(request.sent or 0 for request in requests)
+    print("\n| output, MB | requests | bytes / output | wall, s | CPU, s |\n|---|---|---|---|---|")
+    counts = f"{size / 1e6:,.0f} | {len(requests)} | {fetched / size:.4f}"
+    print(f"| {counts} | {seconds:.2f} | {cpu:.1f} |")
 
 
 def main() -> None:
@@ -86,7 +114,7 @@ def main() -> None:
                 environ = server.environ | {
                     "MLX_MAKE_CACHE_REMOTE": server.url,
                     "MLX_MAKE_CACHE_MODE": MODES[name],
-                    "MLX_MAKE_CACHE_KEEP": KEEPS[keep],
+                    **KEEPS[keep],
                 }
                 seconds, cpu, said = build(Path(scratch) / "build", arguments.checkpoint, environ)
                 row.seconds.append(seconds)
@@ -94,14 +122,15 @@ def main() -> None:
                 if uploaded := re.search(r"uploaded, ([\d.,]+) MB; the last ([\d.]+) s", said):
                     row.uploaded = float(uploaded[1].replace(",", ""))
                     row.alone.append(float(uploaded[2]))
-    print("| keep | remote | wall, s | min–max | CPU, s | uploads alone, s | uploaded, MB |")
+        second_machine(Path(scratch), arguments.checkpoint)
+    print("\n| keep | remote | wall, s | min–max | CPU, s | uploads alone, s | uploaded, MB |")
     print("|---|---|---|---|---|---|---|")
     for (keep, name), row in rows.items():
         median = statistics.median(row.seconds)
         ratio = median / statistics.median(rows[keep, "without a remote"].seconds)
         span = f"{min(row.seconds):.2f}–{max(row.seconds):.2f}"
         alone = f"{statistics.median(row.alone):.1f}" if row.alone else "–"
-        print(f"| [{keep}] | {name} | {median:.2f} ({ratio:.2f}×) | {span} | "
+        print(f"| {keep} | {name} | {median:.2f} ({ratio:.2f}×) | {span} | "
               f"{statistics.median(row.cpu):.1f} | {alone} | "
               f"{row.uploaded:,.0f} |")  # fmt: skip
 

@@ -203,10 +203,10 @@ class Sharing:
         parts = {t.digest: locate(name, t) for name, t in sorted(manifest.tensors.items())}
         tensors = _packed(manifest)
 
-        def digested() -> Iterator[bytes]:
+        def digested() -> Iterator[memoryview]:
             for tensor in tensors:
                 state = xxhash.xxh3_128()
-                for piece in _Bytes(self.blobs, parts[tensor.digest]):
+                for piece in self.blobs.chunks(parts[tensor.digest]):
                     state.update(piece)
                     yield piece
                 if state.hexdigest() != tensor.digest:
