@@ -33,7 +33,7 @@ def task_report(graph: TaskGraph) -> Tasks:
     if not graph.session.options.builds_all:
         from tasks.cli import report_tasks  # which nothing else imports
 
-        yield from report_tasks.report(graph.session)
+        yield from report_tasks.report(graph.session, graph.measured)
 
 
 def task_publish(graph: TaskGraph) -> Tasks:

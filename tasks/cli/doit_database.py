@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Collection
 from contextlib import suppress
@@ -23,6 +24,7 @@ from tasks.cli import failures
 from tasks.core.task_names import group_of
 
 KEY = "doit.json"  # that its lines are sealed under
+MOST_READ = 100  # targets whose tasks stay in memory: a megabyte each, of 126 layers
 _Tasks = dict[str, dict[str, Any]]
 
 
@@ -160,6 +162,7 @@ class Database:
         self._saved = _StoredTasks(Path(name))
         self._parts: dict[str, _Tasks] = {}  # those that were read, by target; "": of none
         self._changed: set[str] = set(self._saved.older)  # to be written as it is written now
+        self._guard = threading.RLock()  # tasks that run ask what they left
 
     def get(self, task_id: str, dependency: str) -> Any:
         """Return what is known of a task's dependency, or None."""
@@ -172,8 +175,9 @@ class Database:
             return
         value = list(value) if isinstance(value, tuple) else value  # as JSON has it
         if self.get(task_id, dependency) != value:
-            self._changed.add(_target(task_id))
-            self._part(task_id).setdefault(task_id, {})[dependency] = value
+            with self._guard:
+                self._changed.add(_target(task_id))
+                self._part(task_id).setdefault(task_id, {})[dependency] = value
 
     def in_(self, task_id: str) -> bool:
         """Tell whether anything is known of a task."""
@@ -181,8 +185,9 @@ class Database:
 
     def remove(self, task_id: str) -> None:
         """Forget a task."""
-        if self._part(task_id).pop(task_id, None) is not None:
-            self._changed.add(_target(task_id))
+        with self._guard:
+            if self._part(task_id).pop(task_id, None) is not None:
+                self._changed.add(_target(task_id))
 
     def remove_all(self) -> None:
         """Forget all tasks."""
@@ -220,8 +225,9 @@ class Database:
 
     def let_go(self, target: str) -> None:
         """Keep no more in memory of a target's tasks than what is to be written."""
-        if target not in self._changed:
-            self._parts.pop(target, None)
+        with self._guard:
+            if target not in self._changed:
+                self._parts.pop(target, None)
 
     def dump(self) -> None:
         """Write the file."""
@@ -252,9 +258,14 @@ class Database:
         return self._part_of(_target(task_id))
 
     def _part_of(self, target: str) -> _Tasks:
-        if target not in self._parts:
-            self._parts[target] = self._saved.tasks(target)
-        return self._parts[target]
+        with self._guard:
+            if target not in self._parts:
+                if len(self._parts) > MOST_READ:  # the first that was read is done with, mostly
+                    oldest = next((name for name in self._parts if name not in self._changed), None)
+                    if oldest is not None:
+                        del self._parts[oldest]
+                self._parts[target] = self._saved.tasks(target)
+            return self._parts[target]
 
 
 def _target(task_id: str) -> str:

@@ -15,7 +15,7 @@ from tasks.cli.doit_adapter import command_line_variables, models_file, read_plu
 from tasks.cli.options import DEFAULT
 from tasks.cli.target_names import task_named
 from tasks.core.program import IS_CHECKOUT, ROOT
-from tasks.core.task_names import PACK, PUBLISH, REPORT, VERIFY, group_of, task_name
+from tasks.core.task_names import LOCK, PACK, PUBLISH, REPORT, VERIFY, group_of, task_name
 from tasks.core.workspace import STATE
 
 if TYPE_CHECKING:
@@ -121,6 +121,8 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
                 name: MethodType(creator, graph) if creator.__code__.co_argcount else creator
                 for name, creator in creators.items()
             }
+            if options.only_locks:  # of a thousand targets, all tasks would be half a million
+                self.namespace = {name: self.namespace[name] for name in [f"task_{LOCK}"]}
             if any(group_of(name) == VERIFY for name in pos_args):
                 from tasks.cli import verify_tasks  # which nothing else imports
 

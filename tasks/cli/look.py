@@ -49,7 +49,7 @@ class Look:
         name = plan.target.name
         try:
             return (
-                self.finds_layers_up_to_date(plan)
+                self.finds_layers_up_to_date(plan.stages)
                 and self.workspace.packed(name).exists()
                 and is_up_to_date(
                     self.database,
@@ -63,11 +63,11 @@ class Look:
         finally:
             self.database.backend.let_go(name)
 
-    def finds_layers_up_to_date(self, plan: Plan) -> bool:
-        """Tell whether all layers of a target are; it may be to be packed."""
+    def finds_layers_up_to_date(self, stages: dict[str, list[Node]]) -> bool:
+        """Tell whether all nodes of a target's stages are; it may be to be packed."""
         return all(
             is_up_to_date(self.database, node.name, {*self.made_of(node)}, self.layer_check(node))
-            for nodes in reversed(plan.stages.values())  # most settings change the last
+            for nodes in reversed(stages.values())  # most settings change the last
             for node in nodes
         )
 

@@ -8,7 +8,16 @@ from fnmatch import fnmatchcase
 
 from msgspec import Struct, structs
 
-from tasks.core.task_names import PACK, PUBLISH, REPORT, VERIFY, group_of, target_of, task_name
+from tasks.core.task_names import (
+    LOCK,
+    PACK,
+    PUBLISH,
+    REPORT,
+    VERIFY,
+    group_of,
+    target_of,
+    task_name,
+)
 
 
 class Options(Struct, frozen=True):
@@ -18,7 +27,8 @@ class Options(Struct, frozen=True):
         requested_tasks: the tasks that a run names: none, if it is to build every target. None:
             the command is not a run, nor does it tell of one.
         skip_targets: whether targets that are up to date need no tasks.
-        skip_layers: whether those that are only to be packed need none for their layers.
+        skip_layers: whether those whose layers are up to date need none for these, if the run
+            ``asks_of_models`` alone.
         looked_at: groups of tasks whose states are wanted: a target that has any of them on record
             needs tasks.
         locked: whether any difference from models.lock is an error.
@@ -54,6 +64,18 @@ class Options(Struct, frozen=True):
     def builds_all(self) -> bool:
         """Whether it is a run that names no task."""
         return self.requested_tasks == ()
+
+    @property
+    def asks_of_models(self) -> bool:
+        """Whether it is a run of all models as they are built, which names no layer."""
+        return self.requested_tasks is not None and {PACK, REPORT, PUBLISH}.issuperset(
+            self.requested_tasks
+        )
+
+    @property
+    def only_locks(self) -> bool:
+        """Whether it is a run that accepts checkpoints, and does nothing else."""
+        return {*map(group_of, self.requested_tasks or ())} == {LOCK}
 
     def requests(self, task: str) -> bool:
         """Tell whether a run names a task: by itself, by its group, or by a pattern."""

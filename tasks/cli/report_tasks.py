@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,13 @@ from tasks.stages.reasons import Reason
 VERSION = 3
 
 
-def report(session: Session) -> Iterator[dict[str, Any]]:
-    """Yield the tasks."""
+def report(session: Session, measured: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """Yield the tasks.
+
+    Args:
+        session: the targets.
+        measured: those that have no tasks for their measures, which are up to date.
+    """
     reader = Reader(session.builder)
     families: dict[str, list[Plan]] = {}
     for plan in session.all_plans.values():
@@ -39,8 +44,10 @@ def report(session: Session) -> Iterator[dict[str, Any]]:
         first = [
             plan for plan in family if session.options.requests(task_name(REPORT, plan.target.name))
         ]
+        compared = [task for other in first for task in _compared(other, measured)]
         for plan in (each for each in family if each.target.name in session.plans):
-            yield _target_task(session, reader, plan, family, first)
+            task = _target_task(session, reader, plan, family)
+            yield {**task, "task_dep": compared, "meta": {**task["meta"], "beside": first}}
     yield from refused_tasks(session, REPORT)
     yield _overview_task(session, reader)
 
@@ -57,7 +64,7 @@ def _asked(target: Target) -> dict[str, Any]:
 
 
 def _target_task(
-    session: Session, reader: Reader, plan: Plan, family: list[Plan], first: list[Plan]
+    session: Session, reader: Reader, plan: Plan, family: list[Plan]
 ) -> dict[str, Any]:
     name = plan.target.name
     task = task_name(REPORT, name)
@@ -102,12 +109,11 @@ def _target_task(
             str(manifest),
             *(node.manifest_path(builder.workspace) for node in plan.measuring),
         ],
-        "task_dep": [task for other in first for task in _compared(other)],
         "targets": [str(folder / written[0])],
         "uptodate": [check],
         "clean": [(_remove, [[folder / file for file in written]])],
         "io": {"capture": False},
-        "meta": {"plan": plan, "beside": first, "check": check},
+        "meta": {"plan": plan, "check": check},
     }
 
 
@@ -152,8 +158,10 @@ def _changed_page(folder: Path, values: Mapping[str, Any], seen: Any = None) -> 
     return [Reason("what it shows has changed")] if values.get("seen") != seen else []
 
 
-def _compared(plan: Plan) -> list[str]:
-    groups = dict.fromkeys([PACK, *(node.stage.group for node in plan.measuring)])
+def _compared(plan: Plan, measured: Collection[str]) -> list[str]:
+    """Return the tasks that make what pages show of a target."""
+    measuring = [] if plan.target.name in measured else plan.measuring
+    groups = dict.fromkeys([PACK, *(node.stage.group for node in measuring)])
     return [task_name(group, plan.target.name) for group in groups]
 
 

@@ -55,7 +55,7 @@ class Run(Command, DoitRun):  # type: ignore[misc]
         self.options = Options(
             requested_tasks=tuple(args),
             skip_targets=not args and not params["always"],
-            skip_layers=not args and not params["always"],
+            skip_layers=not params["always"],
             locked=params["locked"],
         )
         raise_file_limit()

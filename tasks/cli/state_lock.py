@@ -55,7 +55,7 @@ def _clear(workspace: Workspace, target: str) -> None:
     new, aside = place.beside(folder), place.aside(folder)
     if aside.is_dir() and not folder.exists():
         aside.rename(folder)
-    for left in (new, aside):
+    for left in filter(os.path.lexists, (new, aside)):
         trash.discard(left, workspace.trash)
 
 

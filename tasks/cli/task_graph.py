@@ -45,12 +45,29 @@ class TaskGraph:
     def skipped(self) -> frozenset[str]:
         """The targets whose layers are all up to date, in a run that may skip them.
 
-        They are to be packed; else they would not be in the session's plans.
+        Of a run that names no task, they are to be packed; else its plans would not have them.
         """
-        if not self.session.options.skip_layers:
+        options = self.session.options
+        if not (options.skip_layers and options.asks_of_models):
             return frozenset()
-        plans = self.session.plans.items()
-        return frozenset(name for name, plan in plans if self._look.finds_layers_up_to_date(plan))
+        return self._up_to_date(self.session.plans.values(), lambda plan: plan.stages)
+
+    @cached_property
+    def measured(self) -> frozenset[str]:
+        """Those of the targets that are ``skipped`` whose measures are all up to date as well."""
+        plans = [self.session.plans[name] for name in self.skipped]
+        return self._up_to_date(plans, lambda plan: plan.measures)
+
+    def _up_to_date(
+        self, plans: Iterable[Plan], stages: Callable[[Plan], dict[str, list[Node]]]
+    ) -> frozenset[str]:
+        up_to_date = set()
+        for plan in plans:
+            name = plan.target.name
+            if self._look.finds_layers_up_to_date(stages(plan)):
+                up_to_date.add(name)
+                self.database.backend.let_go(name)
+        return frozenset(up_to_date)
 
     @cached_property
     def _look(self) -> Look:
@@ -93,7 +110,8 @@ class TaskGraph:
 
     def stage(self, stage: Stage[Any]) -> Iterator[dict[str, Any]]:
         """Yield a stage's tasks: one a layer, and a group a target."""
-        plans = [p for target, p in self.session.plans.items() if target not in self.skipped]
+        skipped = self.measured if stage in registry.MEASURES else self.skipped
+        plans = [p for target, p in self.session.plans.items() if target not in skipped]
         plans += self.session.undecided.values()
         nodes = {plan.target.name: self._nodes(plan, stage) for plan in plans}
         for plan in plans:

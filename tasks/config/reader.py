@@ -94,6 +94,8 @@ class _Reader:
     def __init__(self, text: Text) -> None:
         self.text = text
         self.folder = text.path.parent
+        self.build = (self.folder / BUILD).resolve()
+        self.resolved: dict[Path, Path] = {}  # folders, links followed
         self.mistakes = MistakeList(text)
         self.published: dict[str, str] = {}  # targets, by repository
 
@@ -260,7 +262,9 @@ class _Reader:
 
     def check_outside_build(self, folder: Path, at: At) -> None:
         """Note a folder that a build would remove."""
-        if folder.resolve().is_relative_to((self.folder / BUILD).resolve()):
+        if folder not in self.resolved:  # a thousand targets may have one source
+            self.resolved[folder] = folder.resolve()
+        if self.resolved[folder].is_relative_to(self.build):
             fact = f"{folder} lies in {BUILD}/, which {COMMAND} writes"
             self.mistakes.note(fact, at, "move it elsewhere")
 

@@ -55,6 +55,7 @@ class Lock:
     strict: bool = False
     _writing: threading.Lock = field(default_factory=threading.Lock)
     _digests: dict[str, dict[str, str]] = field(default_factory=dict)  # by record
+    _is_saved: bool = False  # by this process, without what models.toml does not have any more
 
     @classmethod
     def load(cls, path: Path, *, strict: bool) -> Lock:
@@ -314,8 +315,11 @@ class Lock:
             now: its source.
             targets: all of models.toml, by name.
         """
+        name = plan.target.source_name
         with self._writing:
-            self.sources[plan.target.source_name] = now
+            if self._is_saved and self.sources.get(name) == now:
+                return  # of another target, a moment ago
+            self.sources[name] = now
             self._save(targets)
 
     def choose_anew(self, target: str, targets: Mapping[str, Target]) -> None:
@@ -573,6 +577,7 @@ class Lock:
                 {name: adapter for name, adapter in self.adapters.items() if name in adapters},
             ),
         )
+        self._is_saved = True
 
     def _another(self, plan: Plan, fact: str) -> BuildError:
         return BuildError(

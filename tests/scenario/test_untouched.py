@@ -18,8 +18,11 @@ from tasks.cli.doit_database import Database
 from tasks.cli.look import Look
 from tasks.cli.options import Options
 from tasks.cli.session import Session
+from tasks.cli.task_graph import TaskGraph
 from tasks.cli.untouched import Untouched
 from tasks.config import reader
+from tasks.planning.node import Node
+from tasks.planning.plan import Plan
 from tasks.stages import registry
 
 
@@ -246,3 +249,32 @@ def test_who_names_tasks_has_their_targets_planned_alone(tmp_path: Path) -> None
         assert session.plans.keys() == planned
         assert ("refused" in session.refused) == all_asked
         assert session.all_plans.keys() == every
+
+
+def test_layers_that_are_up_to_date_have_no_tasks_where_models_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a thousand targets they would be half a million; and accepting a checkpoint needs none."""
+    project = projects.create(tmp_path / "p", "huggingface", **FOUR_BIT)
+    assert "pack:model" in project.doit("report").computed
+    made: list[str] = []
+    layer_task = TaskGraph._layer_task
+
+    def count(graph: TaskGraph, plan: Plan, node: Node) -> dict[str, object]:
+        made.append(node.name)
+        return layer_task(graph, plan, node)
+
+    monkeypatch.setattr(TaskGraph, "_layer_task", count)
+    page = project.folder / "reports" / "model.html"
+    page.unlink()
+    assert list(project.doit("report").computed) == ["report:model"]
+    project.doit("lock")
+    project.doit("pack")
+    assert page.exists()
+    assert made == []
+    shutil.rmtree(project.state / "manifests" / "model" / "error")
+    assert all(task.startswith("measure:") for task in project.doit("report").computed)
+    assert {name.partition(":")[0] for name in made} == {"measure"}
+    project.configure(quantize={"bits": 8})
+    assert "pack:model" in project.doit("report").computed
+    assert "quantize:model:layers.0" in made

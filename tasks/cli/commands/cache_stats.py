@@ -66,15 +66,16 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     """Say what each target needs, a blob under the stage that made it."""
     own = survey.owned
     rows: list[tuple[str, ...]] = [("target", *(stage.group for stage in registry.stages()), "all")]
-    in_use: set[str] = set()
+    owned_so_far: set[str] = set()
     shared_bytes = 0
     makers_of = _Makers(survey)
     by_target = {t: [*of] for t, of in groupby(records, key=lambda record: record.target)}
     for target in config.targets:
         makers = makers_of([record.manifest for record in by_target.get(target, ())])
         rows.append(_row(target, makers, own))
-        shared_bytes += sum(own[digest] for digest in own.keys() & makers.keys() & in_use)
-        in_use |= makers.keys()
+        shared_bytes += sum(own[digest] for digest in makers.keys() & owned_so_far)
+        owned_so_far |= makers.keys()
+    in_use = makers_of.in_use
     first = _FirstStages(survey)
     for manifest in {id(record.manifest): record.manifest for record in records}.values():
         first.see(manifest)
@@ -104,14 +105,22 @@ def _without(row: Sequence[str], columns: Collection[int]) -> tuple[str, ...]:
 
 
 class _Makers:
-    """Tells which stage made blobs. What a manifest says is worked out once."""
+    """Tells which stage made blobs. What a manifest says is worked out once.
+
+    Attributes:
+        in_use: all that the manifests name that were asked of, or that is a part of it.
+    """
 
     def __init__(self, survey: Survey) -> None:
         self._survey = survey
         self._reached: dict[int, tuple[Manifest, dict[str, str]]] = {}  # by id of the manifest
+        self.in_use: set[str] = set()
 
     def __call__(self, manifests: Iterable[Manifest]) -> dict[str, str]:
-        """Return by digest the first stage that names a blob: later ones only pass it on."""
+        """Return by digest the first stage that names a blob: later ones only pass it on.
+
+        Of blobs that the cache itself has, and no others.
+        """
         names = registry.names()
         layers = [manifest for manifest in manifests if manifest.action.stage in names]
         makers: dict[str, str] = {}
@@ -122,7 +131,9 @@ class _Makers:
     def _reach(self, manifest: Manifest) -> dict[str, str]:
         if id(manifest) not in self._reached:
             reached = self._survey.reach(tensor.digest for tensor in manifest.tensors.values())
-            self._reached[id(manifest)] = manifest, dict.fromkeys(reached, manifest.action.stage)
+            self.in_use |= reached
+            owned = filter(self._survey.owned.__contains__, reached)
+            self._reached[id(manifest)] = manifest, dict.fromkeys(owned, manifest.action.stage)
         return self._reached[id(manifest)][1]
 
 
@@ -171,8 +182,8 @@ class _FirstStages:
 
 def _row(name: str, makers: Mapping[str, str], own: Mapping[str, int]) -> tuple[str, ...]:
     by_stage = dict.fromkeys(registry.names(), 0)
-    for digest in makers.keys() & own.keys():
-        by_stage[makers[digest]] += own[digest]
+    for digest, stage in makers.items():
+        by_stage[stage] += own[digest]
     return name, *map(size, by_stage.values()), size(sum(by_stage.values()))
 
 
