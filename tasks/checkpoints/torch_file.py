@@ -321,6 +321,8 @@ def load_with_torch(path: Path) -> dict[str, Any]:
             "safetensors, or save its state_dict alone."
         ) from error
     except Exception as error:  # whatever a damaged file leads to
+        if not zipfile.is_zipfile(path):  # torch advises to trust it, of bytes that are no pickle
+            raise damaged(path, "it holds nothing that torch.save wrote") from error
         raise damaged(path, _cause(error)) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not a dict of tensors.")

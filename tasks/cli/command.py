@@ -61,7 +61,7 @@ class Command(DoitCommand):  # type: ignore[misc]
             try:
                 return int(super().parse_execute(in_args) or 0)
             except CmdParseError as error:
-                message = parse_error_message(error)
+                message = parse_error_message(error, self.cmd_options)
                 if message is None:
                     raise
                 raise CmdParseError(f"{message}. {COMMAND} help {self.name} shows all.") from error

@@ -67,10 +67,22 @@ def read_plugins_once() -> None:
 # What people type
 
 
-def parse_error_message(error: Exception) -> str | None:
-    """Return what is wrong with an option, without all that doit adds, as Python writes it."""
-    match = re.match(r"Error parsing Command: (.*?) \(parsing options: ", str(error))
-    return match[1] if match else None
+def parse_error_message(error: Exception, options: Iterable[Mapping[str, Any]] = ()) -> str | None:
+    """Return what is wrong with an option, without all that doit adds, as Python writes it.
+
+    Args:
+        error: the error.
+        options: of the command, as doit is told of them.
+    """
+    if match := re.match(r"Error parsing Command: (.*?) \(parsing options: ", str(error)):
+        return match[1]
+    number = re.match(r"Error parsing parameter '(\w+)' <class 'int'>\.\n.*: ('.*')", str(error))
+    if number is None:
+        return None
+    names = {option["name"]: option for option in options}
+    option = names.get(number[1], {})
+    flag = f"-{option['short']}" if option.get("short") else f"--{option.get('long', number[1])}"
+    return f"{flag} takes a whole number, and {number[2]} is none"
 
 
 def name_not_found(error: Exception) -> str | None:

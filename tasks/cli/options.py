@@ -33,6 +33,8 @@ class Options(Struct, frozen=True):
             needs tasks.
         locked: whether any difference from models.lock is an error.
         read_only: whether nothing may be written but memos.
+        recovers: whether sensitivities that the cache has on record and lost are made again while
+            targets are planned: in a run that saw to them just now.
         cleans: whether what was built is to be removed, for which nothing need be planned.
     """
 
@@ -42,6 +44,7 @@ class Options(Struct, frozen=True):
     looked_at: frozenset[str] = frozenset()
     locked: bool = False
     read_only: bool = False
+    recovers: bool = False
     cleans: bool = False
 
     def requesting(self, tasks: Iterable[str]) -> Options:

@@ -7,6 +7,7 @@ from typing import Any
 
 from doit.cmd_run import Run as DoitRun
 from doit.exceptions import InvalidCommand
+from msgspec import structs
 
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import is_given, models_file, our_control
@@ -52,6 +53,8 @@ class Run(Command, DoitRun):  # type: ignore[misc]
                 f"-P {params['par_type']}: tasks run in threads, which share what they read, and "
                 "never in processes. Leave -P out; -n COUNT says how many threads."
             )
+        if is_given(params, "num_process") and params["num_process"] < 0:
+            raise InvalidCommand(f"-n {params['num_process']}: that is no count of threads.")
         self.options = Options(
             requested_tasks=tuple(args),
             skip_targets=not args and not params["always"],
@@ -75,7 +78,7 @@ class Run(Command, DoitRun):  # type: ignore[misc]
             if status:
                 return status
             self.session.close()
-            self.options = options
+            self.options = structs.replace(options, recovers=True)
             try:
                 return self._run(params, args)
             except SensitivitiesFirst as first:

@@ -274,7 +274,7 @@ def _planner(
 
         def sensitivities() -> choosing.Sensitivities | None:
             builder = _builder(config, options, store, workspace, _log(workspace))
-            return recorded.sensitivities(builder, plan)
+            return recorded.sensitivities(builder, plan, recovers=options.recovers)
 
         anew = not options.read_only and options.requests(task_name(LOCK, plan.target.name))
         return choosing.choose(plan, asked, lock, sensitivities, anew=anew)

@@ -12,7 +12,8 @@ from tasks.core.workspace import BUILD
 def task_named(name: str, targets: Collection[str], groups: Collection[str]) -> str:
     """Return the task that builds a target, if a name on the command line means that target.
 
-    A target is named as in models.toml, by its folder, or by how no other target's name begins.
+    A target is named as in models.toml, by its folder, or by how no other target's name begins, a
+    slash behind it or not.
     All other names stay as they are: tasks, options, and mistakes.
 
     Args:
@@ -23,7 +24,9 @@ def task_named(name: str, targets: Collection[str], groups: Collection[str]) -> 
     path = PurePath(name)
     if name in groups or ":" in name or name.startswith("-"):
         return name
-    if name in targets or (path.parent.name == BUILD and path.name in targets):
+    if path.name != str(path) and path.parent.name != BUILD:
+        return name
+    if path.name in targets:
         return task_name(PACK, path.name)
-    begun = [target for target in targets if target.startswith(name)]
+    begun = [target for target in targets if path.name and target.startswith(path.name)]
     return task_name(PACK, begun[0]) if len(begun) == 1 else name

@@ -153,7 +153,7 @@ def _of_shared(target: Target, shared: SharedPlan) -> list[Any]:
         [source.location, source.identity, source.available],
         [checkpoint.names, checkpoint.config, checkpoint.files, checkpoint.stored],
         [checkpoint.tensors, checkpoint.stamps, checkpoint.changed_at, checkpoint.notes],
-        [shared.model, shared.computer],
+        [shared.model, shared.computer, LAYOUTS[target.layout].programs(checkpoint)],
         [(str(path), *Stamp.of(path)) for path in files],
     ]
 

@@ -157,6 +157,11 @@ def files(
     return {path.name: read_bytes(path) for path in sources(checkpoint)}
 
 
+def programs(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return none: no file is made."""
+    return {}
+
+
 def shard_names(count: int) -> list[str]:
     """Return the names of ``count`` weight files."""
     return ["weights.npz"] if count == 1 else [f"weights.{i:02d}.npz" for i in range(count)]

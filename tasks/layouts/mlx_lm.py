@@ -49,6 +49,7 @@ TOKENIZER = (
 )  # fmt: skip
 TEMPLATES = f"{TEMPLATES_FOLDER}/*.jinja"  # of models with several
 COPIED = (*TOKENIZER, "generation_config.json")
+TOKENIZER_PROGRAMS = ("transformers", "tokenizers", "sentencepiece")  # that make tokenizer.json
 # What transformers reads of any tokenizer, if it is there.
 READ = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -303,10 +304,16 @@ def _fast_tokenizer(
     return answer
 
 
+def programs(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the versions of what makes tokenizer.json, where the checkpoint has none."""
+    if checkpoint.names != "meta" and (checkpoint.folder / slow_tokenizer.FAST).exists():
+        return {}
+    return dict(zip(TOKENIZER_PROGRAMS, _tokenizer_versions(), strict=True))
+
+
 @cache
 def _tokenizer_versions() -> list[str]:
-    """Return the versions of what makes tokenizer.json."""
-    return [version(name) for name in ("transformers", "tokenizers", "sentencepiece")]
+    return [version(name) for name in TOKENIZER_PROGRAMS]
 
 
 def _slow_note(cause: str, library: str) -> str:

@@ -48,6 +48,7 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
 default_dtype = mlx_lm.default_dtype
 shard_names = mlx_lm.shard_names
 tokenizer_files = mlx_lm.tokenizer_files
+programs = mlx_lm.programs
 
 
 def check(target: Target, model: Model) -> None:

@@ -92,6 +92,9 @@ class Layout(Protocol):
         None where it cannot. As ``files`` otherwise.
         """
 
+    def programs(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Return the versions of what makes any of ``files``, by name; none that copy alone."""
+
     def shard_names(self, count: int) -> list[str]:
         """Return the names of ``count`` weight files, in order."""
 

@@ -173,6 +173,7 @@ def overlay(plan: Plan) -> dict[str, bytes]:
 
 def params(plan: Plan) -> dict[str, Any]:
     """Return what a target's packing depends on, short enough to be kept and shown."""
+    programs = LAYOUTS[plan.target.layout].programs(plan.checkpoint)
     return {
         "mlx-make's pack": VERSION,
         "layout": plan.target.layout,
@@ -181,6 +182,7 @@ def params(plan: Plan) -> dict[str, Any]:
         "names of tensors": digest_record(plan.names),
         "notes": digest_record(plan.notes),
         "card": model_card.params(plan),
+        **({"what makes its tokenizer": programs} if programs else {}),
         **({"files": _digests(overlay(plan))} if plan.target.files else {}),
     }
 

@@ -29,7 +29,7 @@ from tasks.planning import bundle, lock_format, source_record
 from tasks.planning.lock_format import Built, Locked
 from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource
-from tasks.stages.stage import COMPUTER
+from tasks.stages.stage import PROGRAMS
 
 MAX_NAMES = 10  # names in a message
 LOCKED_OTHERWISE = "another result of it is locked"  # why all of a target is made again
@@ -191,8 +191,11 @@ class Lock:
         for name, plan in now.items():
             if name not in self.targets:
                 differences.append(f"target {name} is not in it")
-            elif self.targets[name].settings != settings(plan):
-                differences.append(f"target {name} has other settings, or its source other tensors")
+            elif not plan.undecided and self.targets[name].settings != settings(plan):
+                differences.append(
+                    f"target {name} has other settings, or its source other tensors, or a stage of "
+                    "this mlx-make makes others"
+                )
             elif (source := self.sources.get(plan.target.source_name)) and (
                 source.record != self.targets[name].source
             ):
@@ -619,7 +622,7 @@ def settings(plan: Plan) -> str:
     """Return a digest of all that a target depends on, but for what computes it."""
     nodes = [
         [n.stage.name, n.layer, n.stage.version,
-         {key: value for key, value in n.params.record.items() if key not in COMPUTER}]
+         {key: value for key, value in n.params.record.items() if key not in PROGRAMS}]
         for stage in plan.stages.values() for n in stage
     ]  # fmt: skip
     target = plan.target

@@ -30,7 +30,8 @@ from tasks.tensors.arrays import Streams
 from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
 
 # The parameters that say what computes, by name; "sanitize" covers the library's version.
-COMPUTER = ("mlx", "device", "machine", "sanitize")
+COMPUTER = ("mlx", "device", "machine", "sanitize", "numpy")
+PROGRAMS = (*COMPUTER, "transformers", "versions")  # and of what else, by its name
 
 
 class Key(NamedTuple):

@@ -37,6 +37,9 @@ TEXTS = {EVALUATION_TEXT: text.evaluation, CALIBRATION_TEXT: text.calibration}
 TOKENS = "tokens"
 
 
+WITH = ("tokenizers", "jinja2")
+
+
 class TokensParams(Params, frozen=True):
     """What is cut into tokens.
 
@@ -46,7 +49,7 @@ class TokensParams(Params, frozen=True):
         sequence_length: tokens of each.
         seed: which runs of the text.
         tokenizer: digest of the tokenizer's files.
-        transformers: its version.
+        transformers: its version, and those of what it cuts and renders chats with.
     """
 
     text: str
@@ -83,7 +86,7 @@ class Tokens(Stage[TokensParams]):
                     quality.sequence_length,
                     quality.seed,
                     tokenizer,
-                    version("transformers"),
+                    ", ".join([version("transformers"), *map(_named_version, WITH)]),
                 )
             )
             for name, read in TEXTS.items()
@@ -123,6 +126,10 @@ class Tokens(Stage[TokensParams]):
     def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
         """Compare one by one."""
         return changed_values(old, new)
+
+
+def _named_version(name: str) -> str:
+    return f"{name} {version(name)}"
 
 
 def _files(target: TargetModel) -> dict[str, bytes]:

@@ -69,6 +69,16 @@ def test_message_of_an_option_that_does_not_exist() -> None:
     assert doit_adapter.parse_error_message(ValueError("another error")) is None
 
 
+def test_message_of_an_option_that_takes_a_number() -> None:
+    class Any_(Command):
+        cmd_options = ({"name": "count", "short": "n", "type": int, "default": 1},)
+
+    with pytest.raises(CmdParseError) as error:
+        Any_().parse_execute(["-n", "two"])
+    said = doit_adapter.parse_error_message(error.value, Any_.cmd_options)
+    assert said == "-n takes a whole number, and 'two' is none"
+
+
 def test_whether_an_option_is_given() -> None:
     class Optional(Command):
         cmd_options = ({"name": "one", "long": "one", "default": "", "help": "its help"},)

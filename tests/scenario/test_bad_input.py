@@ -1088,6 +1088,11 @@ def test_code_is_not_run(tmp_path: Path, kind: str) -> None:
 
 def test_what_is_no_dict_of_tensors(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
+    for nothing in (b"", bytes(1000), b"<!DOCTYPE html>"):  # torch advises to trust them
+        path.write_bytes(nothing)
+        with pytest.raises(CheckpointError, match="damaged or incomplete: it ") as error:
+            torch_file.read(path)
+        assert "weights_only" not in str(error.value)
     for content, words in (
         ({"model": {"a": torch.ones(1)}}, "no plain dict of tensors: 'model' is a dict"),
         ([torch.ones(1)], "holds a list, not a dict of tensors"),

@@ -267,3 +267,11 @@ def test_what_is_locked_is_built(project: Project) -> None:
     assert "chosen" not in json.loads(lock.read_bytes())["targets"]["model"]
     assert groups(project.doit().computed) >= LOOKS
     assert project.built() == built
+
+    project.configure(quantize={**asked, "target_bpw": 4.5})
+    sensitivities = project.manifest("sensitivity", "any").parent
+    project.blob("sensitivity", min(sensitivities.iterdir()).stem, "sensitivity").unlink()
+    plan = project.doit("plan", expect=None)  # which makes nothing again
+    assert "modules are each given one of" in " ".join(plan.stdout.split())
+    assert not plan.entries
+    assert groups(project.doit().computed) <= LOOKS | {"quantize", "pack"}

@@ -128,7 +128,7 @@ def test_how_a_target_is_named(tmp_path: Path) -> None:
         inside.doit(folder, *args)
         return {path.name for path in (folder / "build").glob("*")}
 
-    assert built("mod") == {"model"}
+    assert built("build/mod/") == {"model"}
     assert built("other") == {"model", "other"}
     assert built("cast") == {"model", "other"}
     assert built("build/cast/") == {"model", "other", "cast"}

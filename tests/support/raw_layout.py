@@ -63,5 +63,9 @@ def tokenizer_files(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
     return mlx_lm.tokenizer_files(checkpoint, memos)
 
 
+def programs(checkpoint: Checkpoint) -> dict[str, str]:
+    return {}
+
+
 def shard_names(count: int) -> list[str]:
     return [f"part-{number}.raw" for number in range(count)]

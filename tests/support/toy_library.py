@@ -18,6 +18,7 @@ from support.raw_layout import (  # noqa: F401 (the rest of the layout)
     loaded,
     loading,
     pipeline_tag,
+    programs,
     shard_names,
     sources,
     weight_format,

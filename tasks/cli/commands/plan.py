@@ -128,7 +128,8 @@ it or a target cannot be planned."""
         session = self.session
         todo = [step for step in steps if step.state not in SETTLED]
         busy = dict.fromkeys(step.target for step in steps if step.state != UP_TO_DATE)
-        choices = self._choices(steps)
+        choices = self._choices(steps)  # also where the cache lost what doit has on record
+        busy |= dict.fromkeys(target for target in choices if choices[target].settings is None)
         for target in busy:
             of_target = [step for step in steps if step.target == target]
             yield from _of_target(target, of_target, choices.get(target))
