@@ -67,6 +67,10 @@ class Workspace:
         """Return where it lies what a clean left in a target's folder, since not built here."""
         return self.state / "left" / f"{target}.json"
 
+    def packed_before(self, target: str) -> Path:
+        """Return where that of the packing before lies, of another result."""
+        return self.state / "manifests" / target / "pack.before.json"
+
     def published(self, target: str) -> Path:
         """Return where it lies what was last published of a target."""
         return self.state / "published" / f"{target}.json"

@@ -141,6 +141,9 @@ class Packing:
                     builder.store.actions.put(result)
                     shared = self._share(result)
                     record["outcome"] = "reused" if last else "fetched" if shared else "computed"
+                before = Manifest.at(path)
+                if before and before.result != result.result:
+                    builder.publish(builder.workspace.packed_before(plan.target.name), before)
                 builder.publish(path, result, durable=True)
                 self._pending_path.unlink(missing_ok=True)
                 return result

@@ -134,7 +134,19 @@ def read(path: Path) -> Locked:
         ConfigError: the file is damaged, or a newer version wrote it.
         FileNotFoundError: there is none.
     """
-    data = path.read_bytes()
+    return parse(path.read_bytes(), path)
+
+
+def parse(data: bytes, path: Path) -> Locked:
+    """Return what the bytes of such a file say.
+
+    Args:
+        data: the bytes.
+        path: what the file is called.
+
+    Raises:
+        ConfigError: the file is damaged, or a newer version wrote it.
+    """
     try:
         version = msgspec.json.decode(data, type=_Version).version
         if version != VERSION:

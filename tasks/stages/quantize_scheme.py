@@ -435,6 +435,11 @@ def weight_name(path: str) -> str:
     return f"{path}.weight" if path else "weight"
 
 
+def module_path(weight: str) -> str:
+    """Return the path of the module that a weight of this name is of."""
+    return weight.removesuffix("weight").removesuffix(".")
+
+
 def _complete(mode: str, group_size: int | None, bits: int | None) -> Setting:
     group_sizes, all_bits = MODES[mode]
     return Setting(group_size or group_sizes[0], bits or all_bits[0], mode)
