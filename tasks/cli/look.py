@@ -16,7 +16,7 @@ from tasks.cli.failures import MENDABLE
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck, is_unchanged
 from tasks.core.task_names import PACK, task_name
 from tasks.core.workspace import Workspace
-from tasks.execution import place
+from tasks.execution.filling import place
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning import bundle
 from tasks.planning.lockfile import Lock

@@ -19,8 +19,9 @@ from tasks.core.errors import BuildError, ConfigError
 from tasks.core.task_names import PACK, PUBLISH, REPORT, task_name
 from tasks.core.text import plural, size, some
 from tasks.core.workspace import BUILD
-from tasks.execution import place, publish
-from tasks.execution.place import Contents, Stamps
+from tasks.execution import publish
+from tasks.execution.filling import place
+from tasks.execution.filling.place import Contents, Stamps
 from tasks.execution.publish import MAX_NAMES, Difference, Publication, Published, Repository
 from tasks.layouts.card import CARD
 from tasks.layouts.registry import LAYOUTS

@@ -18,7 +18,7 @@ from tasks.core import text
 from tasks.core.spec import Target
 from tasks.core.task_names import PACK, REPORT, task_name
 from tasks.core.workspace import REPORTS
-from tasks.execution import place
+from tasks.execution.filling import place
 from tasks.planning.plan import Plan
 from tasks.report import INDEX, page_name, timeline, trace_name
 from tasks.report.figures import Reader

@@ -32,9 +32,9 @@ from tasks.core.spec import Quantize, Target
 from tasks.core.task_names import LOCK, PACK, task_name
 from tasks.core.text import plural
 from tasks.core.workspace import Workspace
-from tasks.execution import ownership
+from tasks.execution.filling import ownership
+from tasks.execution.filling.place import Stamps
 from tasks.execution.log import Log
-from tasks.execution.place import Stamps
 from tasks.planning import bundle, model_card
 from tasks.planning.choice import Choice
 from tasks.planning.lockfile import Lock
@@ -233,9 +233,9 @@ def _builder(
     config: Config, options: Options, store: Store, workspace: Workspace, log: Log
 ) -> Builder:
     from tasks.execution.builder import Builder
-    from tasks.execution.draft import Drafts
+    from tasks.execution.filling.draft import Drafts
     from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
-    from tasks.execution.streaming import Streaming
+    from tasks.execution.streaming.streaming import Streaming
 
     keep = None if config.cache.keep is None else frozenset(config.cache.keep)
     passes = registry.leaves().isdisjoint(keep or ())

@@ -15,7 +15,7 @@ from cache.files import atomic, own, trash
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.workspace import STATE, TRASH, Workspace
-from tasks.execution import place
+from tasks.execution.filling import place
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a file system without
 

@@ -17,7 +17,8 @@ from tasks.cli.up_to_date import manifest_state
 from tasks.core.errors import BuildError
 from tasks.core.task_names import LOCK, PACK, task_name
 from tasks.core.workspace import BUILD
-from tasks.execution import cleaning, place
+from tasks.execution import cleaning
+from tasks.execution.filling import place
 from tasks.layouts.registry import weight_suffixes
 from tasks.planning import bundle
 from tasks.planning.node import Node

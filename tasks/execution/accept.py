@@ -14,9 +14,10 @@ from tasks.checkpoints import file_digests
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.spec import Target
-from tasks.execution import place, whole_files
 from tasks.execution.builder import Builder
-from tasks.execution.place import Contents, Stamps
+from tasks.execution.filling import place
+from tasks.execution.filling.place import Contents, Stamps
+from tasks.execution.streaming import whole_files
 from tasks.planning import bundle, source_record
 from tasks.planning.lock_format import Built
 from tasks.planning.lockfile import Lock

@@ -31,11 +31,11 @@ from tasks.core.errors import BuildError, CheckpointError
 from tasks.core.program import COMMAND
 from tasks.core.spec import Target
 from tasks.core.workspace import Workspace
-from tasks.execution.draft import Drafts, WeightFileDraft
-from tasks.execution.hashed_files import HashedFiles
+from tasks.execution.filling.draft import Drafts, WeightFileDraft
 from tasks.execution.log import Entry, Log
 from tasks.execution.resources import MemoryBudget
-from tasks.execution.streaming import Streaming
+from tasks.execution.streaming.hashed_files import HashedFiles
+from tasks.execution.streaming.streaming import Streaming
 from tasks.layouts.model import Model
 from tasks.planning import bundle, sizes
 from tasks.planning.node import Inputs, Node

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tasks.core.text import some
 from tasks.core.workspace import Workspace
-from tasks.execution.ownership import MAX_NAMES, Evidence
-from tasks.execution.place import Contents, Stamps
+from tasks.execution.filling.ownership import MAX_NAMES, Evidence
+from tasks.execution.filling.place import Contents, Stamps
 
 
 def clean(

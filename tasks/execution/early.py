@@ -16,9 +16,9 @@ from cache.blobs import Part
 from cache.errors import BlobLost, CacheError
 from cache.records.manifests import Manifest, Tensor
 from tasks.core.errors import BuildError
-from tasks.execution import fill, place
 from tasks.execution.builder import Builder
-from tasks.execution.fill import Filling, PackedFolder
+from tasks.execution.filling import fill, place
+from tasks.execution.filling.fill import Filling, PackedFolder
 from tasks.execution.resources import cores
 from tasks.planning import bundle, sizes
 from tasks.planning.bundle import Bundle

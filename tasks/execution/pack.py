@@ -20,12 +20,12 @@ from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor
 from tasks.core.errors import BuildError
 from tasks.core.task_names import PACK, task_name
-from tasks.execution import fill, ownership, place
 from tasks.execution.builder import Builder
 from tasks.execution.early import PackInProgress
-from tasks.execution.fill import Filling, PackedFolder
-from tasks.execution.ownership import Evidence
-from tasks.execution.place import Contents, Stamps
+from tasks.execution.filling import fill, ownership, place
+from tasks.execution.filling.fill import Filling, PackedFolder
+from tasks.execution.filling.ownership import Evidence
+from tasks.execution.filling.place import Contents, Stamps
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning import bundle
 from tasks.planning.bundle import Bundle

@@ -39,10 +39,10 @@ from tasks.core.spec import (
 )
 from tasks.core.workspace import Workspace
 from tasks.execution.builder import Builder
-from tasks.execution.draft import Drafts
+from tasks.execution.filling.draft import Drafts
 from tasks.execution.log import Log
 from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
-from tasks.execution.streaming import Streaming
+from tasks.execution.streaming.streaming import Streaming
 from tasks.layouts.registry import LAYOUTS, is_read
 from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan, Planner

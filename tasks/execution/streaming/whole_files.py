@@ -19,7 +19,7 @@ from cache.records.memos import Memos
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import BuildError
-from tasks.execution.copies import Copies, Copy
+from tasks.execution.streaming.copies import Copies, Copy
 
 KIND = "whole-files"  # of memos: digests of tensors, by the sha256 of the file that they are of
 

@@ -35,12 +35,12 @@ from cache.errors import CacheError
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import Stopped
-from tasks.execution import read_groups
-from tasks.execution.copies import Copies, Copy
-from tasks.execution.read_groups import Group
 from tasks.execution.resources import DiskBudget
-from tasks.execution.rounds import Rounds
-from tasks.execution.whole_files import WholeFile, WholeFiles
+from tasks.execution.streaming import read_groups
+from tasks.execution.streaming.copies import Copies, Copy
+from tasks.execution.streaming.read_groups import Group
+from tasks.execution.streaming.rounds import Rounds
+from tasks.execution.streaming.whole_files import WholeFile, WholeFiles
 from tasks.planning.node import Node
 from tasks.planning.plan import Plan
 

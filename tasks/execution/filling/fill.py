@@ -18,7 +18,7 @@ from cache.digest import canonical, digest, digest_file
 from cache.errors import BlobLost
 from cache.files import link, space
 from cache.records.manifests import Tensor
-from tasks.execution.draft import Drafts, WeightFileDraft
+from tasks.execution.filling.draft import Drafts, WeightFileDraft
 from tasks.execution.resources import cores
 from tasks.layouts import weight_file
 from tasks.layouts.registry import LAYOUTS

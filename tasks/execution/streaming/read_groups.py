@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.execution.copies import Copies, Copy
+from tasks.execution.streaming.copies import Copies, Copy
 from tasks.planning.node import Node
 from tasks.planning.plan import Plan
 from tasks.stages.stage import Keep

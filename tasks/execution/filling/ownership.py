@@ -23,8 +23,8 @@ from tasks.core.errors import BuildError
 from tasks.core.task_names import PACK
 from tasks.core.text import some
 from tasks.core.workspace import Workspace
-from tasks.execution import place
-from tasks.execution.place import Contents, Stamps
+from tasks.execution.filling import place
+from tasks.execution.filling.place import Contents, Stamps
 from tasks.layouts.card import CARD
 from tasks.layouts.registry import is_loaded
 from tasks.planning import bundle
