@@ -10,7 +10,7 @@ from cache.records.manifests import Manifest
 from tasks.core.errors import ConfigError
 from tasks.execution.builder import Builder
 from tasks.planning.plan import Plan
-from tasks.stages import sensitivity
+from tasks.stages import quantize_scheme, sensitivity
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.sensitivity import Sensitivity
 
@@ -30,6 +30,11 @@ def sensitivities(
     """
     nodes = plan.nodes(Sensitivity.name)
     if not nodes:
+        if plan.model.model.runs:
+            raise ConfigError(
+                "target_bpw and fit choose among modules that can be quantized, and "
+                f"{quantize_scheme.why_none(plan.model.model)}"
+            )
         raise ConfigError(
             f"target_bpw and fit need to run the model, and layout {plan.target.layout!r} is of no "
             'library that can be asked to. Use bits, or layout = "mlx-lm".'

@@ -83,6 +83,12 @@ class _WithoutRules(NamedTuple):
         return cls(verdicts, outcomes)
 
 
+UNPACKED = (
+    "Build from the checkpoint that was not quantized, or say dequantize = true, as mlx_lm.convert "
+    "has -d: its weights go back to floats first"
+)
+
+
 class Schemes:
     """Decides how a model is quantized, for many targets: what is not of a rule is decided once."""
 
@@ -127,8 +133,9 @@ class Schemes:
         # A checkpoint that is quantized already keeps its settings; the new ones stand per module.
         config: dict[str, Any] = dict(given) if given else default._asdict()
         config |= {path: o.config for path, o in outcomes.items() if o.config is not None}
-        already = _already(self._model, given, default)
-        return Scheme(settings, config, _notes(already, settings, narrow, skipped))
+        already = _already(self._model, given, quantize)
+        packed = bool(given and _packed_modules(self._model))
+        return Scheme(settings, config, _notes(already, settings, narrow, skipped, packed=packed))
 
     def _chosen(self, quantize: Quantize, chosen: Mapping[str, Setting]) -> dict[str, _Outcome]:
         """Return what is done with modules that a choice is for; what fits no candidate stays."""
@@ -335,6 +342,11 @@ def _unmatched(model: Model, rule: Rule) -> str:
     paths = [module.path for module in model.modules if module.quantized_names]
     patterns = {re.sub(r"\.\d+\.", ".*.", path): None for path in paths}
     near = get_close_matches(rule.match, [*paths, *patterns], 1)
+    if not paths:
+        return (
+            f"rule {rule.match!r} matches no module that can be quantized: the checkpoint has none"
+            + (f", since it is {packed}. {UNPACKED}." if (packed := _packed(model)) else ".")
+        )
     return (
         f"rule {rule.match!r} matches no module that can be quantized, or none that an "
         f"earlier rule left. There are {', '.join(paths[:3])}, … ({len(paths)} in all); "
@@ -370,18 +382,42 @@ class _Given(Struct):
     bits: int | None = None
 
 
-def _already(model: Model, given: Mapping[str, Any] | None, default: Setting) -> list[str]:
+def why_none(model: Model) -> str:
+    """Return why a model has no module that can be quantized."""
+    packed = _packed(model)
+    return f"the checkpoint is {packed}. {UNPACKED}." if packed else "the checkpoint has none."
+
+
+def _packed(model: Model) -> str:
+    """Return in words how modules are quantized already, "" if none is."""
+    given, packed = _given(model.config), _packed_modules(model)
+    if not (given and packed):
+        return ""
+    return f"quantized already, {_words(_was(given))}, {plural(len(packed), 'module')} of it"
+
+
+def _packed_modules(model: Model) -> list[Module]:
+    return [m for m in model.modules if m.quantized_names is None and "scales" in m.names]
+
+
+def _was(given: Mapping[str, Any]) -> Setting:
+    return _complete(given.get("mode", "affine"), given.get("group_size"), given.get("bits"))
+
+
+def _already(model: Model, given: Mapping[str, Any] | None, asked: Quantize) -> list[str]:
     """Return what to say of modules that are quantized already and stay as they are."""
-    packed = [m for m in model.modules if m.quantized_names is None and "scales" in m.names]
+    packed, default = _packed_modules(model), _default(asked)
     if not (given and packed):
         return []
-    was = _complete(given.get("mode", "affine"), given.get("group_size"), given.get("bits"))
-    if was == default:
+    was = _was(given)
+    said = [_words(default)] if was != default else []
+    said += [f"recipe {asked.recipe}"] if asked.recipe else []
+    said += [f"method {asked.method}"] if asked.method else []
+    if not said:
         return []
     return [
         f"the checkpoint is quantized already, {_words(was)}, and {plural(len(packed), 'module')} "
-        f"of it stay so: {_words(default)} is only for those that are not. Build from the "
-        "checkpoint that was not quantized"
+        f"of it stay so: {', '.join(said)} is only for those that are not. {UNPACKED}"
     ]
 
 
@@ -396,6 +432,8 @@ def _notes(
     settings: Mapping[str, Setting],
     narrow: Mapping[tuple[int, int], list[str]],
     skipped: int,
+    *,
+    packed: bool,
 ) -> tuple[str, ...]:
     """Return what people should know of modules that are left as they are."""
     notes = already + [
@@ -405,7 +443,7 @@ def _notes(
     ]
     if not settings and skipped:
         notes.append(f"nothing is quantized: rules skip {plural(skipped, 'module')}")
-    elif not settings and not notes:
+    elif not settings and not notes and not packed:
         notes.append("nothing is quantized: the checkpoint has no module that can be")
     return tuple(notes)
 

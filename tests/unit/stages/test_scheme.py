@@ -9,6 +9,7 @@ import pytest
 import torch
 from mlx_lm.utils import load_model
 from msgspec import structs
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from cache.store import Store
@@ -67,8 +68,13 @@ def test_a_checkpoint_that_is_quantized_already(tmp_path: Path) -> None:
     (first,) = Schemes(model).plan(Quantize(bits=8)).notes
     assert first.startswith("the checkpoint is quantized already, to 4 bits in groups of 32, and ")
     assert "stay so: to 8 bits in groups of 64 is only for those that are not" in first
-    same = Schemes(model).plan(Quantize(bits=4, group_size=32))
-    assert same.notes == ("nothing is quantized: the checkpoint has no module that can be",)
+    assert "or say dequantize = true" in first
+    same = Quantize(bits=4, group_size=32)
+    assert Schemes(model).plan(same).notes == ()
+    (first,) = Schemes(model).plan(replace(same, recipe="mixed_3_6")).notes
+    assert "stay so: recipe mixed_3_6 is only for those that are not" in first
+    with pytest.raises(ConfigError, match="has none, since it is quantized already, to 4 bits"):
+        Schemes(model).plan(replace(same, rules=(Rule("lm_head", bits=8),)))
 
 
 @pytest.mark.parametrize("said", [{"mode": "afdine"}, {"mode": []}, {"bits": "4"}, [1], "x"])
