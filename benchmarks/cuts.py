@@ -15,7 +15,6 @@ Interrupted, it prints what it has.
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 
 import tally
@@ -39,15 +38,13 @@ def main() -> None:
     parser.add_argument("--harms", nargs="*", default=cuts.HARMS, help=", ".join(cuts.HARMS))
     arguments = parser.parse_args()
     rounds = tally.rounds([[harm] for harm in arguments.harms], arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        attempts = cuts.Cuts(Path(folder))
 
-        def attempt(seed: int, harm: str) -> tuple[str, str]:
-            outcome, detail = attempts.attempt(harm, seed)
-            return outcome, detail
+    def prepare(folder: Path) -> tally.Attempt:
+        attempts = cuts.Cuts(folder)
+        return lambda seed, harm: attempts.attempt(harm, seed)
 
-        right = [outcome for outcome in cuts.OUTCOMES if outcome != "wrong"]
-        tally.run(rounds, attempt, right, heading="harm | builds", show=arguments.show)
+    right = [outcome for outcome in cuts.OUTCOMES if outcome != "wrong"]
+    tally.run(rounds, prepare, right, heading="harm | builds", arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from measure import Usage, measure
 
@@ -38,7 +38,7 @@ def _tokens(folder: Path, asked: argparse.Namespace) -> tuple[Any, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cut = {"samples": asked.samples, "length": asked.sequence_length, "seed": 0}
-    texts = (text.calibration(Quality()), text.evaluation(Quality()))
+    texts = cast("list[list[str]]", [text.calibration(Quality()), text.evaluation(Quality())])
     calibration, held_out = (mx.array(text.windows(each, tokenizer, **cut)) for each in texts)
     return calibration[:, :-1], held_out  # of the last of a sequence mlx-make needs nothing
 

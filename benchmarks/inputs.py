@@ -3,25 +3,26 @@
     python benchmarks/inputs.py                # 1,000 of each kind
     python benchmarks/inputs.py --count 10000 --kinds weights.pth plain/checkpoint/config.json
     python benchmarks/inputs.py --together --kinds plain/checkpoint/{tokenizer.json,README.md}
+    TMPDIR=/dev/shm python benchmarks/inputs.py --built --kinds gptq peft-lora texts
 
-Each is read in this process: weights must have the tensors and bytes that mx.load or torch.load
-finds, or be refused; all others be read or refused with a message. An exception of any other type
-would be a traceback. Nothing may take 20 s, nor all of it 1 GiB. Interrupted, it prints what it
-has.
+Each is read: weights must have the tensors and bytes that mx.load or torch.load finds, or be
+refused; all others be read or refused with a message. Packed weights, adapters and texts
+(``--built``) are built, and what is built must be what PyTorch makes of the very same files. An
+exception of any other type would be a traceback. Nothing may take 20 s, nor all of it 1 GiB.
+Interrupted, it prints what it has.
 """
 
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 
 import tally
-from measure import ROOT, BenchmarkError
+from measure import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support import inputs
+from support import built_inputs, inputs
 
 # torch refuses more than it must of an archive of which all that is read is whole.
 HARMLESS = (*inputs.OUTCOMES, "refused by torch alone")
@@ -34,23 +35,33 @@ def main() -> None:
         BenchmarkError: something came out wrong; all that did was printed.
     """
     parser = tally.parser(__doc__, count=1000, what="kind")
-    parser.add_argument("--kinds", nargs="*", help="files, such as weights.pth")
+    parser.add_argument("--kinds", nargs="*", default=[], help="files, or folders of them")
     parser.add_argument("--together", action="store_true", help="all of them at once")
+    parser.add_argument("--built", action="store_true", help="packed weights, adapters, texts")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        files = inputs.Inputs(Path(folder))
-        kinds = [*(arguments.kinds or files.kinds)]
-        groups = [kinds] if arguments.together else [[kind] for kind in kinds]
-        rounds = tally.rounds(groups, arguments)
-        try:
-            tally.run(
-                rounds, files.attempt, HARMLESS, heading="file | damaged", show=arguments.show
-            )
-        finally:
-            peak = inputs.peak_bytes()
-            print(f"peak memory {peak / 1e6:.0f} MB")
-    if peak > 1 << 30:
-        raise BenchmarkError("it took more than 1 GiB")
+    files = built_inputs.BuiltInputs if arguments.built else inputs.Inputs
+
+    def known(folder: Path) -> list[str]:
+        return [*files(folder).kinds]
+
+    kinds = [
+        kind
+        for kind in tally.asked(known)
+        if not arguments.kinds or any(each in (kind, *_folders(kind)) for each in arguments.kinds)
+    ]
+    groups = [kinds] if arguments.together else [[kind] for kind in kinds]
+    tally.run(
+        tally.rounds(groups, arguments),
+        lambda folder: files(folder).attempt,
+        HARMLESS,
+        heading="file | damaged",
+        arguments=arguments,
+        most_bytes=1 << 30,
+    )
+
+
+def _folders(kind: str) -> list[str]:
+    return [str(folder) for folder in Path(kind).parents]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """records: damages records of a small project; prints a Markdown table of outcomes.
 
-    python benchmarks/records.py              # 100 of each kind, one at a time
+    TMPDIR=/dev/shm python benchmarks/records.py   # 100 of each kind, one at a time
     python benchmarks/records.py --count 10000 --together --minutes 30
     python benchmarks/records.py --checkpoint llama-2 --kinds "memo tokenizers"
 
@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import random
 import sys
-import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Iterator
-from itertools import takewhile
 from pathlib import Path
 
 import tally
@@ -40,21 +37,17 @@ def main() -> None:
     parser.add_argument("--together", action="store_true", help="several kinds in each build")
     parser.add_argument("--checkpoint", default="llama", help="the kind of checkpoint")
     parser.add_argument("--kinds", nargs="*", help=", ".join(records.KINDS))
-    parser.add_argument("--minutes", type=float, default=1e9, help="after which it ends")
     arguments = parser.parse_args()
-    end = time.monotonic() + 60 * arguments.minutes
-    with tempfile.TemporaryDirectory() as folder:
-        project = records.Damaged.create(Path(folder), arguments.checkpoint)
 
-        def attempt(seed: int, *kinds: str) -> tuple[str, str]:
-            outcome = project.attempt(seed, *kinds)
-            return outcome.outcome, outcome.detail
+    def prepare(folder: Path) -> tally.Attempt:
+        attempt: tally.Attempt = records.Damaged.create(folder, arguments.checkpoint).attempt
+        return attempt
 
-        rounds = _rounds([*(arguments.kinds or project.kinds())], arguments)
-        rounds = takewhile(lambda _: time.monotonic() < end, rounds)
-        tally.run(
-            rounds, attempt, records.OUTCOMES, heading="record | damaged", show=arguments.show
-        )
+    def kinds(folder: Path) -> list[str]:
+        return list(records.Damaged.create(folder, arguments.checkpoint).kinds())
+
+    rounds = _rounds(arguments.kinds or tally.asked(kinds), arguments)
+    tally.run(rounds, prepare, records.OUTCOMES, heading="record | damaged", arguments=arguments)
 
 
 def _rounds(kinds: list[str], arguments: Namespace) -> Iterator[tally.Round]:

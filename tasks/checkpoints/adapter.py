@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from msgspec import Struct
 
-from cache.digest import digest_parts, digest_record
+from cache.digest import digest, digest_record
 from cache.errors import WrongLength
 from cache.fetched import FetchedBlobs
+from cache.files.stamp import changed_at
 from cache.store import Store
 from tasks.checkpoints import file_digests
 from tasks.checkpoints.folder import FolderSource
@@ -79,6 +80,11 @@ class _Weights:
     def _rest(self, start: int) -> Iterator[bytes]:
         return self.source.read(self.file, start, self.nbytes - start)
 
+    def drop(self) -> None:
+        """Keep nothing of bytes that were fetched and are others than they should be."""
+        if self.source.path(self.file) is None and not self._store.read_only:
+            self._blobs.drop(self._key, None)
+
     @property
     def _blobs(self) -> FetchedBlobs:
         return FetchedBlobs(self._store.blobs)
@@ -99,8 +105,7 @@ class _Weights:
         state = file_digests.state(kind, self.nbytes) if expected else None
         found = dict(_digests(self.read(0, self.nbytes), tensors, state))
         if state and state.hexdigest() != expected:
-            if self.source.path(self.file) is None and not self._store.read_only:
-                self._blobs.drop(self._key, None)
+            self.drop()
             raise CheckpointError(
                 f"{self.file} of adapter {self.source.location} is not the file that it has at "
                 f"commit {self.source.revision}: {kind} is {state.hexdigest()}, and is said to be "
@@ -119,6 +124,7 @@ class Adapter(Struct, frozen=True):
         tensors: by name.
         digests: of the tensors' bytes, by name.
         weights: the bytes of the file.
+        forget: has nothing be remembered of the digests, nor kept of the bytes.
     """
 
     source: ReadableSource
@@ -127,6 +133,7 @@ class Adapter(Struct, frozen=True):
     tensors: Mapping[str, Stored]
     digests: Mapping[str, str]
     weights: _Weights
+    forget: Callable[[], None]
 
     def read(self, name: str) -> bytes:
         """Return a tensor's bytes.
@@ -137,7 +144,8 @@ class Adapter(Struct, frozen=True):
         """
         tensor = self.tensors[name]
         data = b"".join(map(bytes, self.weights.read(tensor.offset, tensor.nbytes)))
-        if digest_parts([memoryview(data)]) != self.digests[name]:
+        if digest(data) != self.digests[name]:
+            self.forget()
             raise CheckpointError(
                 f"{self.source.location}: {name} is another than when the build was planned. Run "
                 "it again."
@@ -172,13 +180,19 @@ def read(source: ReadableSource, store: Store) -> Adapter:
     config = read_json(folder / CONFIG, "it describes the adapter")
     ((stamp, stored),) = source.headers([file], store.memos).values()
     tensors = {tensor.name: tensor for tensor in stored}
-    question = [source.location, source.identity, file, [*stamp]]
-    digests: dict[str, str] | None = store.memos.get(DIGESTS, question, dict[str, str])
     weights = _Weights(source, file, stamp.size, store)
+    path = source.path(file)
+    question = [source.location, source.identity, file, [*stamp], path and changed_at(path)]
+    digests: dict[str, str] | None = store.memos.get(DIGESTS, question, dict[str, str])
     if digests is None or digests.keys() != tensors.keys():
         digests = weights.digests(stored)
         store.memos.put(DIGESTS, question, digests)
-    return Adapter(source, file, config, tensors, digests, weights)
+
+    def forget() -> None:
+        store.memos.forget(DIGESTS, question)
+        weights.drop()
+
+    return Adapter(source, file, config, tensors, digests, weights, forget)
 
 
 def _digests(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from typing import Any
 
 from tasks.checkpoints.small_files import damaged
 from tasks.checkpoints.stored import Stored, WeightFile, checked_shape
@@ -36,7 +38,8 @@ def read(path: WeightFile) -> list[Stored]:
         raw = file.read(length)
     begin = 8 + length
     try:
-        header = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_number)
+        text = raw.decode("utf-8-sig")
+        header = json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
         metadata = header.pop("__metadata__", None)
         if isinstance(metadata, dict) and not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("__metadata__ has values that are no strings")
@@ -67,6 +70,15 @@ def read(path: WeightFile) -> list[Stored]:
         raise damaged(path, f"its tensors end at byte {begin + filled:,}, the file at {size:,}")
     order = {name: number for number, name in enumerate(header)}
     return sorted(tensors, key=lambda tensor: order[tensor.name])
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, of which other readers take the first of two members of one name."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"{names.most_common(1)[0][0]} comes twice")
+    return found
 
 
 def _no_number(text: str) -> float:

@@ -114,6 +114,8 @@ def _refuse_other_json(path: Path) -> None:
         value = json.loads(read_text(path)) if path.exists() else {}
     except ValueError:
         return
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is nested too deep. Fetch it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object. Fetch it again, or remove it.")
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import msgspec
@@ -45,6 +48,10 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
 
 
 Deltas = dict[str, list[Delta]]
+Part = tuple[str, str, tuple[int, ...], str]
+FLOATS = ("float32", "bfloat16", "float16")
+PATTERN_SECONDS = 5  # that an adapter's patterns may take in all
+MOST_PATTERNS, LONGEST_PATTERN = 10_000, 1000
 
 
 def deltas(adapter: Adapter, model: Model, checkpoint: Checkpoint) -> Deltas:
@@ -69,6 +76,15 @@ def deltas(adapter: Adapter, model: Model, checkpoint: Checkpoint) -> Deltas:
             f"adapter {adapter.source.location}: {plural(len(left), 'tensor')} of it fit nowhere "
             f"in the model ({listed(left)}). {mend}"
         )
+    for name, each in found.items():
+        of = Counter(
+            (delta.expert, "replace" if delta.kind == "replace" else "add") for delta in each
+        )
+        if any(count > 1 for count in of.values()):
+            raise CheckpointError(
+                f"adapter {adapter.source.location} says twice what becomes of {name}. Have it "
+                "saved anew."
+            )
     return found
 
 
@@ -77,7 +93,7 @@ def _is_packed(model: Model, name: str) -> bool:
     return f"{path}.scales" in model.parameters
 
 
-def _part(adapter: Adapter, name: str) -> tuple[str, str, tuple[int, ...], str]:
+def _part(adapter: Adapter, name: str) -> Part:
     tensor = adapter.tensors[name]
     return name, tensor.dtype, tensor.shape, adapter.digests[name]
 
@@ -93,27 +109,57 @@ def _of_mlx_lm(adapter: Adapter, model: Model) -> Iterator[tuple[str, list[Delta
         return
     settings = config.get("lora_parameters")
     scale = settings.get("scale") if isinstance(settings, dict) else None
-    if not isinstance(scale, (int, float)):
-        raise CheckpointError(
-            f"adapter {adapter.source.location}: {adapters.CONFIG} has no scale among "
-            "lora_parameters, by which mlx-lm multiplies."
-        )
+    scale = _number(adapter, "scale among lora_parameters, by which mlx-lm multiplies,", scale)
+    kind = "dora" if config.get("fine_tune_type") == "dora" else "lora"
+    parts = {"a": "lora_a", "b": "lora_b"} | ({"m": "m"} if kind == "dora" else {})
     for path in (
         name.removesuffix(".lora_a") for name in adapter.tensors if name.endswith("lora_a")
     ):
         weight = f"{path}.weight"
-        names = {role: f"{path}.{part}" for role, part in
-                 (("a", "lora_a"), ("b", "lora_b"), ("m", "m"))}  # fmt: skip
+        names = {role: f"{path}.{part}" for role, part in parts.items()}
         tensors = {r: _part(adapter, name) for r, name in names.items() if name in adapter.tensors}
         if weight not in model.parameters or "b" not in tensors or _is_packed(model, weight[:-7]):
             continue
-        transposed = _transposed(_shape(model, weight), tensors["a"][2], tensors["b"][2])
-        if transposed is None:
+        shape = _shape(model, weight)
+        transposed = _transposed(shape, tensors["a"][2], tensors["b"][2])
+        if transposed is None or not _all_floats(tensors):
             continue
-        kind = "dora" if config.get("fine_tune_type") == "dora" else "lora"
-        if kind == "dora" and "m" not in tensors:
-            raise CheckpointError(f"adapter {adapter.source.location}: {path}.m is missing.")
-        yield weight, [Delta(kind, transposed, float(scale), None, tensors)]
+        if kind == "dora" and not _is_magnitude(tensors, shape[0], len(shape)):
+            raise CheckpointError(
+                f"adapter {adapter.source.location}: fine_tune_type is dora, and {path}.m is "
+                f"missing or not one number a row ({shape[0]}). Have it saved anew."
+            )
+        yield weight, [Delta(kind, transposed, scale, None, tensors)]
+
+
+def _number(adapter: Adapter, what: str, value: Any) -> float:
+    """Return a number that an adapter is multiplied by.
+
+    Raises:
+        CheckpointError: it is none, or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+        raise CheckpointError(
+            f"adapter {adapter.source.location}: {adapters.CONFIG} has no {what} that is a number "
+            f"(it is {value!r}). Fetch it again."
+        )
+    return float(value)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float is as large as
+        return False
+
+
+def _all_floats(tensors: Mapping[str, Part]) -> bool:
+    return all(part[1] in FLOATS for part in tensors.values())
+
+
+def _is_magnitude(tensors: Mapping[str, Part], rows: int, axes: int) -> bool:
+    """Tell whether there are DoRA's magnitudes: a number for each row of a matrix."""
+    return axes == 2 and "m" in tensors and tensors["m"][2] == (rows,)
 
 
 def _shape(model: Model, name: str) -> tuple[int, ...]:
@@ -123,8 +169,8 @@ def _shape(model: Model, name: str) -> tuple[int, ...]:
 def _transposed(weight: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool | None:
     """Tell whether a · b is the transposed weight, as of a linear layer; None, it is neither."""
     if len(weight) == 3:  # experts: b · a of each
-        fits = b[:2] == weight[:2] and a[-1] == weight[2] and len(a) in (2, 3)
-        return False if fits else None
+        fits = len(b) == 3 and b[:2] == weight[:2] and len(a) in (2, 3) and a[-1] == weight[2]
+        return False if fits and prod(a[:-1]) == weight[0] * b[2] else None
     if len(weight) != 2 or len(a) != 2 or len(b) != 2 or a[1] != b[0]:
         return None
     if (b[1], a[0]) == weight:
@@ -138,8 +184,8 @@ def _of_peft(adapter: Adapter, model: Model, checkpoint: Checkpoint) -> Deltas:
     Raises:
         CheckpointError: it is of a kind that is not fused.
     """
-    config = adapter.config
     _refuse_others(adapter)
+    scales = _Scales(adapter)
     places = _Places(model, checkpoint)
     by_path: dict[str, dict[str, str]] = {}
     found: Deltas = {}
@@ -151,23 +197,26 @@ def _of_peft(adapter: Adapter, model: Model, checkpoint: Checkpoint) -> Deltas:
             plain = plain.replace(".modules_to_save", "").replace(".base_layer", "")
             for parameter, expert in places.of(plain):
                 shape = parameter.shape if expert is None else parameter.shape[1:]
-                if shape == adapter.tensors[name].shape:
-                    part = {"weight": _part(adapter, name)}
+                part = {"weight": _part(adapter, name)}
+                if shape == adapter.tensors[name].shape and _all_floats(part):
                     delta = Delta("replace", False, 1.0, expert, part)
                     found.setdefault(parameter.name, []).append(delta)
     for path, parts in by_path.items():
         tensors = {
             ROLES[part]: _part(adapter, name) for part, name in parts.items() if part in ROLES
         }
-        if not {"a", "b"} <= tensors.keys():
+        if not {"a", "b"} <= tensors.keys() or not _all_floats(tensors):
             continue
-        scale = _scale(config, path, tensors["a"][2][0])
+        a, b = tensors["a"][2], tensors["b"][2]
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            continue
         for parameter, expert in places.of(f"{path}.weight"):
             shape = parameter.shape if expert is None else parameter.shape[1:]
-            made = (tensors["b"][2][0], tensors["a"][2][1])
+            made = (b[0], a[1])
             embeds = "lora_embedding_A" in parts
             if (made[::-1] if embeds else made) == shape:
-                kind = "peft_dora" if "m" in tensors else "peft_lora"
+                scale = scales.of(path, a[0])
+                kind = "peft_dora" if _has_magnitude(adapter, path, tensors) else "peft_lora"
                 delta = Delta(kind, embeds, scale, expert, tensors)
                 found.setdefault(parameter.name, []).append(delta)
     return found
@@ -201,18 +250,90 @@ def _refuse_others(adapter: Adapter) -> None:
     )
 
 
-def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """Return what PEFT multiplies a module's product by."""
-    alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _has_magnitude(adapter: Adapter, path: str, tensors: Mapping[str, Part]) -> bool:
+    """Tell whether a module has DoRA's magnitudes.
+
+    Raises:
+        CheckpointError: its tensors and its configuration do not agree on that.
+    """
+    wanted = bool(adapter.config.get("use_dora"))
+    rows = tensors["b"][2][0]
+    if wanted != ("m" in tensors) or (wanted and not _is_magnitude(tensors, rows, 2)):
+        raise CheckpointError(
+            f"adapter {adapter.source.location}: use_dora is {str(wanted).lower()}, and {path} has "
+            f"{'no' if 'm' not in tensors else 'a'} lora_magnitude_vector"
+            f"{f' of {rows} numbers' if wanted else ''}. Have it saved anew."
+        )
+    return wanted
 
 
-def _by_pattern(patterns: Any, path: str, default: Any) -> Any:
-    """Return the value of the first pattern that a path ends with (``get_pattern_key`` of PEFT)."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+class _Scales:
+    """What PEFT multiplies modules' products by, as its configuration says."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._end = time.monotonic() + PATTERN_SECONDS
+        self._rank_of = self._by_pattern("rank_pattern", "r")
+        self._alpha_of = self._by_pattern("alpha_pattern", "lora_alpha")
+        self._root = bool(adapter.config.get("use_rslora"))
+
+    def of(self, path: str, rank: int) -> float:
+        """Return a module's.
+
+        Args:
+            path: the module's.
+            rank: of its factors.
+
+        Raises:
+            CheckpointError: the configuration says another rank, or no number.
+        """
+        if (said := self._rank_of(path)) != rank or isinstance(said, bool) or not rank:
+            raise CheckpointError(
+                f"adapter {self._adapter.source.location}: {path} has rank {rank}, and "
+                f"{adapters.CONFIG} says {said!r}. Is it of another training run?"
+            )
+        alpha = _number(self._adapter, f"lora_alpha of {path}", self._alpha_of(path))
+        return alpha / (math.sqrt(rank) if self._root else rank)
+
+    def _by_pattern(self, patterns: str, otherwise: str) -> Callable[[str], Any]:
+        """Return what says a module's value: the first pattern that its path ends with, if any.
+
+        (``get_pattern_key`` of PEFT.) Patterns are anybody's, and some take for ever.
+        """
+        table = self._adapter.config.get(patterns) or {}
+        default = self._adapter.config.get(otherwise, 8)
+        if not isinstance(table, dict) or len(table) > MOST_PATTERNS:
+            raise self._odd(patterns, "is no table, or a very long one")
+        if not table:
+            return lambda _: default
+        import regex  # which knows an end, and comes with transformers
+
+        compiled = []
+        for pattern, value in table.items():
+            if len(pattern) > LONGEST_PATTERN or re.search(r"\(\?(?!:)", pattern):
+                raise self._odd(patterns, f"has {pattern[:100]!r}, which is no module's name")
+            try:
+                compiled.append((regex.compile(rf"(.*\.)?({pattern})$"), value))
+            except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+                raise self._odd(patterns, f"has {pattern!r}: {error}") from error
+
+        def value_of(path: str) -> Any:
+            try:
+                for pattern, value in compiled:
+                    left = max(self._end - time.monotonic(), 0.001)
+                    if pattern.match(path, timeout=left):
+                        return value
+            except TimeoutError as error:
+                raise self._odd(patterns, f"takes over {PATTERN_SECONDS} s to match") from error
+            return default
+
+        return value_of
+
+    def _odd(self, key: str, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"adapter {self._adapter.source.location}: {key} {what}. Have PEFT merge it "
+            "(merge_and_unload), and name the folder that this makes as source."
+        )
 
 
 class _Places:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cache.digest import digest_record
-from tasks.core.errors import BuildError
+from cache.digest import canonical, digest_record
+from tasks.checkpoints.small_files import check_regular
+from tasks.core.errors import BuildError, CheckpointError
 from tasks.core.spec import Quality
 
-# Before a template, which finds it in place of transformers' own, so that a chat is the same text
-# on any day. The date is that of Llama 3's template where it is told none.
-TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 Messages = list[dict[str, Any]]
+MAX_BYTES = 512 << 20  # of a text
 Document = str | Messages  # a chat is rendered by the model's own template
 
 
@@ -59,13 +58,17 @@ def _read(name: str, key: str) -> list[Document]:
     """
     path = Path(name)
     try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        check_regular(path)  # no pipe is waited for
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise OSError(f"it has over {MAX_BYTES:,} bytes")
+        content = data.decode("utf-8-sig")
+    except (CheckpointError, OSError, UnicodeDecodeError) as error:
         raise BuildError(
-            f"{path} cannot be read: {error}. {key} of [quality] names it: mend it, or name "
-            "another."
+            f"{path} cannot be read: {error} {key} of [quality] names it: mend it, or name another."
         ) from error
-    lines = enumerate(content.splitlines(), 1)
+    lines = enumerate(content.split("\n"), 1)  # within JSON's texts, other ends of lines may stand
     documents: list[Document] = [content]
     if path.suffix == ".jsonl":
         documents = [_document(path, number, line) for number, line in lines if line.strip()]
@@ -82,12 +85,14 @@ def digest(documents: Sequence[Document]) -> str:
 def _document(path: Path, number: int, line: str) -> Document:
     try:
         record = json.loads(line)
-    except ValueError as error:
+        canonical(record).decode()  # all numbers are finite, all texts have whole characters
+    except (ValueError, RecursionError) as error:
         raise BuildError(f"{path}, line {number}: no JSON: {error}.") from error
     if isinstance(record, dict):
         if isinstance(text := record.get("text"), str):
             return text
-        if isinstance(messages := record.get("messages"), list):
+        messages = record.get("messages")
+        if isinstance(messages, list) and all(isinstance(each, dict) for each in messages):
             return messages
     raise BuildError(
         f'{path}, line {number}: neither {{"text": "…"}} nor {{"messages": [{{"role": "user", '
@@ -111,7 +116,7 @@ def _python_topics() -> tuple[list[Document], list[Document]]:
 
 
 def windows(
-    documents: Sequence[Document], tokenizer: Any, *, samples: int, length: int, seed: int
+    texts: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int
 ) -> list[list[int]]:
     """Return ``samples`` runs of ``length`` tokens of a text.
 
@@ -119,7 +124,7 @@ def windows(
     Where the tokenizer begins a text with a token of its own, each run begins with that.
 
     Args:
-        documents: the text.
+        texts: its documents, chats rendered.
         tokenizer: transformers'.
         samples: how many.
         length: tokens of each.
@@ -128,9 +133,12 @@ def windows(
     Raises:
         BuildError: the text has fewer.
     """
-    tokens = list(_tokens(documents, tokenizer))
-    letter = tokenizer.encode("a")
-    first = letter[:1] if letter[0] == tokenizer.bos_token_id else []
+    encode: Callable[..., list[int]] = tokenizer.encode
+    tokens = [
+        token for text in texts for token in encode(text, add_special_tokens=False, verbose=False)
+    ]
+    letter = encode("a")
+    first = letter[:1] if letter[:1] == [tokenizer.bos_token_id] else []
     step = length - len(first)
     count = len(tokens) // step
     if count < samples:
@@ -141,19 +149,3 @@ def windows(
     # Not Python's or NumPy's generator, whose numbers another version may change.
     order = sorted(range(count), key=lambda index: digest_record([seed, index]))
     return [first + tokens[index * step :][:step] for index in sorted(order[:samples])]
-
-
-def _tokens(documents: Sequence[Document], tokenizer: Any) -> Iterator[int]:
-    encode: Callable[..., list[int]] = tokenizer.encode
-    for document in documents:
-        if isinstance(document, str):
-            yield from encode(document, add_special_tokens=False, verbose=False)
-        elif not tokenizer.chat_template:
-            raise BuildError(
-                "the text holds chats (messages), but the model's tokenizer has no chat template. "
-                'Give it as {"text": "…"}.'
-            )
-        else:
-            template = TODAY + tokenizer.get_chat_template()
-            text = tokenizer.apply_chat_template(document, chat_template=template, tokenize=False)
-            yield from encode(text, add_special_tokens=False, verbose=False)

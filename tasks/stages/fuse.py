@@ -7,7 +7,8 @@ added as its ``merge`` does on a CPU, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -63,7 +64,7 @@ class Fuse(Stage[FuseParams]):
     """Add an adapter to each layer."""
 
     name = "fuse"
-    version = 1
+    version = 2
     keep = Keep.CONFIGURED
     params = FuseParams
 
@@ -91,7 +92,8 @@ class Fuse(Stage[FuseParams]):
         if target.adapter is None:
             return None
         adapter = target.adapter
-        identity = digest_record([adapter.file, adapter.config, dict(adapter.digests)])
+        config = json.dumps(adapter.config)  # which may hold what JSON has not
+        identity = digest_record([adapter.file, config, dict(adapter.digests)])
         return identity, target.dtype, bool(target.settings)
 
     def outputs(self, params: FuseParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
@@ -126,13 +128,13 @@ class Fuse(Stage[FuseParams]):
         adapter = context.planned.adapter
         assert adapter is not None
         stream = context.streams.get(device_of(params.device))
-        fused = {}
-        for delta in deltas:
+        fused: dict[int | None, list[Callable[[mx.array], mx.array]]] = {}
+        for delta in sorted(deltas, key=lambda delta: delta.kind != "replace"):
             tensors = {
                 role: _array(adapter.read(part), dtype, shape)
                 for role, (part, dtype, shape, _) in delta.tensors.items()
             }
-            fused[delta.expert] = partial(_fuse, delta, tensors, stream)
+            fused.setdefault(delta.expert, []).append(partial(_fuse, delta, tensors, stream))
         dtype = _dtype(source.dtype, deltas, params.dtype)
         return Fused(source, dtype, fused)
 
@@ -223,12 +225,12 @@ class Fused(Struct, frozen=True):
     Attributes:
         source: the weight.
         dtype: of the result.
-        deltas: what makes the result of a piece, by the expert's number; None, of all.
+        deltas: what makes the result of a piece, in order, by the expert's number; None, of all.
     """
 
     source: Rows
     dtype: str
-    deltas: Mapping[int | None, Callable[[mx.array], mx.array]]
+    deltas: Mapping[int | None, Sequence[Callable[[mx.array], mx.array]]]
     unit: int = 1
     _made: dict[int, mx.array] = msgspec.field(default_factory=dict)  # the piece that is read
 
@@ -257,8 +259,9 @@ class Fused(Struct, frozen=True):
             self._made.clear()
             whole = None in self.deltas
             weight = self.source.read(number * height, (number + 1) * height)
-            fuse = self.deltas[None if whole else number]
-            made = fuse(weight.reshape(self.shape) if whole else weight)
+            made = weight.reshape(self.shape) if whole else weight
+            for fuse in self.deltas[None if whole else number]:
+                made = fuse(made)
             made = made.astype(getattr(mx, self.dtype)).reshape(height, -1)
             mx.eval(made)
             self._made[number] = made

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from array import array
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from cache.digest import digest, digest_record
 from cache.records.manifests import Tensor, TensorSpec
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
+from tasks.layouts import chats
 from tasks.layouts.importing import importing
 from tasks.layouts.registry import LAYOUTS
 from tasks.quality import text
+from tasks.quality.text import Document
 from tasks.stages.reasons import Reason, changed_values
 from tasks.stages.stage import (
     Context,
@@ -107,13 +110,16 @@ class Tokens(Stage[TokensParams]):
         texts = {text.digest(each): each for each in (read(quality) for read in TEXTS.values())}
         if params.text not in texts:
             raise BuildError(f"a text of [quality] changed meanwhile. Run {COMMAND} again.")
-        ids = text.windows(
-            texts[params.text],
-            _tokenizer(_files(context.planned)),
-            samples=params.samples,
-            length=params.sequence_length,
-            seed=params.seed,
-        )
+        files = _files(context.planned)
+        documents = _rendered(texts[params.text], files)
+        with _said_of_the_tokenizer():
+            ids = text.windows(
+                documents,
+                _tokenizer(files),
+                samples=params.samples,
+                length=params.sequence_length,
+                seed=params.seed,
+            )
         data = memoryview(array("i", [token for run in ids for token in run])).cast("B")
         with context.writer(TOKENS, data.nbytes) as writer:
             writer.write(data)
@@ -140,6 +146,28 @@ def _files(target: TargetModel) -> dict[str, bytes]:
     return {**files, "config.json": json.dumps(kind).encode()}
 
 
+def _rendered(documents: Sequence[Document], files: Mapping[str, bytes]) -> list[str]:
+    """Return documents as texts."""
+    texts = iter(chats.render(files, [each for each in documents if not isinstance(each, str)]))
+    return [each if isinstance(each, str) else next(texts) for each in documents]
+
+
+@contextmanager
+def _said_of_the_tokenizer() -> Iterator[None]:
+    """Say what a tokenizer raises, which may be anything: it is a program of the checkpoint's."""
+    try:
+        yield
+    except BuildError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BuildError(
+            "the model's tokenizer does not take the text of [quality] "
+            f"({type(error).__name__}: {error}). Download the checkpoint anew."
+        ) from error
+
+
 def _tokenizer(files: Mapping[str, bytes]) -> Any:
     with tempfile.TemporaryDirectory() as folder, importing():
         from transformers import AutoTokenizer
@@ -148,4 +176,4 @@ def _tokenizer(files: Mapping[str, bytes]) -> Any:
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -15,7 +15,17 @@ from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, whole
 from tasks.unpack import bits
-from tasks.unpack.packed import Found, Packed, Read, Tensors, paths, require
+from tasks.unpack.packed import (
+    FLOATS,
+    WORDS,
+    Found,
+    Packed,
+    Read,
+    Tensors,
+    paths,
+    require,
+    whole_number,
+)
 from tasks.unpack.whole_numbers import WholeNumbers, repacking
 
 METHODS: tuple[str, ...] = ("awq",)
@@ -37,9 +47,11 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         weight, zeros, scales = (f"{path}.{part}" for part in ("qweight", "qzeros", "scales"))
         columns, words = tensors[weight].shape
         groups = tensors[scales].shape[0] if scales in tensors else 0
-        require(scales, tensors, (groups, words * 8), "float16", "bfloat16", "float32")
-        require(zeros, tensors, (groups, words), "int32", "uint32")
-        size = columns // groups
+        said = whole_number(settings, "group_size", whole_number(settings, "q_group_size", -1))
+        size = said if said > 0 else columns // max(groups, 1)
+        require(scales, tensors, (groups, words * 8), *FLOATS)
+        require(weight, tensors, (size * groups, words), *WORDS)
+        require(zeros, tensors, (groups, words), *WORDS)
         held = repacking(4, size, columns, tensors[scales].dtype, centred=False)
         inputs = (weight, zeros, scales)
         packed[f"{path}.weight"] = Packed((words * 8, columns), inputs, {"group_size": size}, held)

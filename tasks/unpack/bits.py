@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
 
 
@@ -58,6 +59,24 @@ def pack(numbers: mx.array, bits: int) -> mx.array:
         return mx.sum(numbers.reshape(rows, -1, 32 // bits) << shifts, axis=-1)
     each = (numbers[..., None] >> mx.arange(bits, dtype=mx.uint32)) & 1
     return mx.sum(each.reshape(rows, -1, 32) << mx.arange(32, dtype=mx.uint32), axis=-1)
+
+
+def checked(indices: mx.array, stop: int, what: str) -> mx.array:
+    """Return indices, of any shape, all of them from 0 to ``stop`` - 1.
+
+    MLX reads whatever lies at an index, beyond its array as well.
+
+    Raises:
+        CheckpointError: one is none.
+    """
+    if indices.size:
+        least, most = (int(f(indices).item()) for f in (mx.min, mx.max))  # type: ignore[arg-type]
+        if least < 0 or most >= stop:
+            raise CheckpointError(
+                f"{what} has {least if least < 0 else most}, which is none of the numbers from 0 "
+                f"to {stop - 1}. Fetch the checkpoint again."
+            )
+    return indices
 
 
 def grouped(values: mx.array, group_size: int, columns: int) -> mx.array:

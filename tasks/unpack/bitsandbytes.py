@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from math import isfinite, prod
 from typing import Any
 
 from msgspec import Struct
@@ -20,7 +21,7 @@ from msgspec import Struct
 from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, count
-from tasks.unpack.packed import Found, Packed, Read, Tensors, paths, require
+from tasks.unpack.packed import FLOATS, Found, Packed, Read, Tensors, paths, require
 
 METHODS: tuple[str, ...] = ("bitsandbytes",)
 NAME = "bitsandbytes"
@@ -39,8 +40,7 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
             names = [weight, f"{weight}.absmax", f"{weight}.quant_map"]
             nested = said.get("nested_blocksize")
             names += [f"{weight}.{part}" for part in NESTED] if nested else []
-            if missing := [name for name in names if name not in tensors]:
-                raise CheckpointError(f"{missing[0]} is missing. Fetch the checkpoint again.")
+            _check(names, tensors, said)
             how = {
                 "block": said["blocksize"],
                 "nested_block": nested or 0,
@@ -52,8 +52,8 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         weight = f"{path}.weight"
         if weight not in tensors or tensors[weight].dtype != "int8":
             continue
-        shape = tensors[weight].shape
-        require(f"{path}.SCB", tensors, shape[:1], "float32", "float16")
+        high, _ = shape = tensors[weight].shape
+        require(f"{path}.SCB", tensors, (high,), *FLOATS)
         packed[weight] = Packed(shape, (weight, f"{path}.SCB"), {})
     used_up += [name for name in tensors if name.endswith(".weight_format")]
     return Found(NAME, packed, (), tuple(used_up)) if packed else None
@@ -71,12 +71,31 @@ def _state(path: str, data: bytes) -> dict[str, Any]:
         numbers = [*shape, said["blocksize"], said.get("nested_blocksize") or 1]
         if len(shape) != 2 or not all(type(n) is int and n > 0 for n in numbers) or shape[1] % 2:
             raise ValueError(f"shape {shape}")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if not isfinite(offset := said.get("nested_offset", 0.0)):
+            raise ValueError(f"nested_offset {offset}")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}.weight.quant_state is not what bitsandbytes writes ({error}). Fetch the "
             "checkpoint again."
         ) from error
     return dict(said)
+
+
+def _check(names: Sequence[str], tensors: Tensors, said: Mapping[str, Any]) -> None:
+    """Refuse a weight of 4 bits whose tensors are not what its state says.
+
+    Raises:
+        CheckpointError: one is missing, or of another shape or dtype.
+    """
+    weight, absmax, codes, *nested = names
+    count = prod(said["shape"])
+    blocks = -(-count // said["blocksize"])
+    require(weight, tensors, (count // 2, 1), "uint8")
+    require(codes, tensors, (16,), *FLOATS)
+    require(absmax, tensors, (blocks,), *(("uint8",) if nested else FLOATS))
+    if nested:
+        require(nested[0], tensors, (-(-blocks // said["nested_blocksize"]),), *FLOATS)
+        require(nested[1], tensors, (256,), *FLOATS)
 
 
 def rows(sources: Sequence[Rows], shape: tuple[int, ...], settings: Any) -> Rows:

@@ -17,12 +17,11 @@ from msgspec import Struct
 from tasks.checkpoints.checkpoint import LogicalTensor
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, count
-from tasks.unpack.packed import Found, Packed, Read, Tensors, activations, require
+from tasks.unpack.packed import FLOATS, Found, Packed, Read, Tensors, activations, require
 
 METHODS: tuple[str, ...] = ("fp8",)
 NAME = "block_fp8"
 SCALES = "_scale_inv"
-FLOATS = ("float32", "bfloat16", "float16")
 
 
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
@@ -36,8 +35,9 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         shape = tensors[name].shape
         sides = _block(tensors[scale], shape, block)
         blocks = tuple(-(-n // b) for n, b in zip(shape[-2:], sides, strict=False))
-        if tensors[scale].shape not in ((), (1,)):
-            require(scale, tensors, (*shape[:-2], *blocks), *FLOATS)
+        whole = tensors[scale].shape in ((), (1,))
+        of = tensors[scale].shape if whole else (*shape[:-2], *blocks)
+        require(scale, tensors, of, *FLOATS)
         packed[name] = Packed(shape, (name, scale), {"block": list(sides)})
     if not packed:
         return None

@@ -17,7 +17,19 @@ from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, whole
 from tasks.unpack import bits
-from tasks.unpack.packed import Found, Packed, Read, Tensors, activations, groups, paths
+from tasks.unpack.packed import (
+    FLOATS,
+    WORDS,
+    Found,
+    Packed,
+    Read,
+    Tensors,
+    activations,
+    groups,
+    paths,
+    require,
+    whole_number,
+)
 from tasks.unpack.whole_numbers import WholeNumbers, repacking
 
 METHODS: tuple[str, ...] = ("compressed-tensors",)
@@ -37,7 +49,7 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         scale = f"{path}.weight_scale"
         group = next((g for g in all_groups if g.get("type", "int") == "int"), {})
         words = name.endswith("packed")
-        width = int(group.get("num_bits") or 8)
+        width = whole_number(group, "num_bits", 8)
         if words and width not in WORD_BITS:
             raise CheckpointError(
                 f"{path} is packed to {width} bits, which is not unpacked here. Get the "
@@ -49,10 +61,12 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
                 "in bfloat16."
             )
         high, wide = tensors[name].shape
-        size = group.get("group_size") or -1
+        size = whole_number(group, "group_size", -1) or -1
         columns = wide * 32 // width if words else wide
         if size > 0 and len(tensors[scale].shape) == 2 and tensors[scale].shape[1] > 1:
             columns = min(columns, tensors[scale].shape[1] * size)
+        require(name, tensors, (high, wide), *(WORDS if words else ("int8",)))
+        _check(path, tensors, (high, columns), size, 32 // width if words else 0)
         others = [f"{path}.weight_zero_point", f"{path}.weight_g_idx"]
         there = [other for other in others if other in tensors]
         how: dict[str, Any] = {
@@ -70,6 +84,36 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         return None
     shapes = tuple(name for name in tensors if name.endswith(".weight_shape"))
     return Found(NAME, packed, activations(tensors), shapes)
+
+
+def _check(path: str, tensors: Tensors, shape: tuple[int, int], size: int, numbers: int) -> None:
+    """Refuse scales, zero points and an order of columns that do not fit a weight.
+
+    Args:
+        path: the module's.
+        tensors: the checkpoint's.
+        shape: the weight's.
+        size: of a group; negative, all columns.
+        numbers: in a word; 0, zero points are not packed.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    rows, columns = shape
+    scale = f"{path}.weight_scale"
+    groups = 1
+    of = tuple(tensors[scale].shape)
+    if of not in ((), (1,), (rows,), (1, 1), (rows, 1)):
+        groups = -(-columns // size) if size > 0 else 1
+        of = (rows, groups)
+    require(scale, tensors, of, *FLOATS)
+    if (zeros := f"{path}.weight_zero_point") in tensors:
+        if numbers:
+            require(zeros, tensors, (-(-rows // numbers), groups), *WORDS)
+        else:
+            require(zeros, tensors, of, "int8")
+    if (order := f"{path}.weight_g_idx") in tensors:
+        require(order, tensors, (columns,), "int32", "int64")
 
 
 def rows(sources: Sequence[Rows], shape: tuple[int, ...], settings: Any) -> Rows:
@@ -107,7 +151,9 @@ class Integers(WholeNumbers, frozen=True, dict=True):
         if not self.settings["order"]:
             return None
         order = whole(self.sources[-1]).reshape(-1)
-        return None if bool(mx.any(order < 0).item()) else order
+        if bool(mx.any(order == -1).item()):  # as before anything is put into it: not in use
+            return None
+        return bits.checked(order, self.sources[1].shape[-1], "weight_g_idx")
 
     def numbers(self, start: int, stop: int) -> mx.array:
         """Return the numbers of rows, with half of the range added."""

@@ -17,6 +17,7 @@ from msgspec import Struct
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, whole
 from tasks.unpack.packed import (
+    FLOATS,
     Found,
     Packed,
     Read,
@@ -43,12 +44,15 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         mode, size = ("mxfp4", MX_GROUP_SIZE)
         if columns // GROUP_SIZE == tensors[scale].shape[-1]:
             mode, size = ("nvfp4", GROUP_SIZE)
-        require(scale, tensors, (high, columns // size), "uint8")
+        require(scale, tensors, (high, -(-columns // size)), "uint8")
+        require(name, tensors, (high, tensors[scale].shape[1] * size // 2))
         inputs: tuple[str, ...] = (name, scale)
         how: dict[str, Any] = {"divides": False, "exponents": mode == "mxfp4"}
         held = Repacking(size, 4, mode) if columns % size == 0 else None
         for part, divides in GLOBAL_SCALES if mode == "nvfp4" else ():
             if f"{path}.{part}" in tensors:
+                one = tuple(tensors[f"{path}.{part}"].shape)
+                require(f"{path}.{part}", tensors, one if one in ((), (1,)) else (1,), *FLOATS)
                 inputs, how, held = (*inputs, f"{path}.{part}"), {"divides": divides}, None
         packed[f"{path}.weight"] = Packed((high, columns), inputs, how, held)
     return Found(NAME, packed, activations(tensors)) if packed else None

@@ -16,7 +16,17 @@ from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, whole
 from tasks.unpack import bits
-from tasks.unpack.packed import Found, Packed, Read, Tensors, paths, require
+from tasks.unpack.packed import (
+    FLOATS,
+    WORDS,
+    Found,
+    Packed,
+    Read,
+    Tensors,
+    paths,
+    require,
+    whole_number,
+)
 from tasks.unpack.whole_numbers import WholeNumbers, repacking
 
 METHODS: tuple[str, ...] = ("gptq",)
@@ -26,7 +36,7 @@ BITS = (2, 3, 4, 8)
 
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
     """Return the weights that have ``qweight``."""
-    width, size = settings.get("bits"), settings.get("group_size", 128)
+    width, size = whole_number(settings, "bits", 0), whole_number(settings, "group_size", 128)
     symmetric = settings.get("sym") is True
     packed = {}
     for path in paths(tensors, ".qweight"):
@@ -39,13 +49,16 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         names = [f"{path}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")]
         words, high = tensors[names[0]].shape
         columns = words * 32 // width
-        groups = -(-columns // size) if isinstance(size, int) and size > 0 else 1
-        require(names[2], tensors, (groups, high), "float16", "bfloat16", "float32")
-        require(names[1], tensors, (groups, high * width // 32), "int32", "uint32")
+        groups = -(-columns // size) if size > 0 else 1
+        require(names[0], tensors, (-(-columns * width // 32), high), *WORDS)
+        require(names[2], tensors, (groups, high), *FLOATS)
+        require(names[1], tensors, (groups, -(-high * width // 32)), *WORDS)
+        if names[3] in tensors:
+            require(names[3], tensors, (columns,), "int32", "int64")
         there = tuple(name for name in names if name in tensors)
         how = {
             "bits": width,
-            "group_size": size if isinstance(size, int) and size > 0 else columns,
+            "group_size": size if size > 0 else columns,
             "offset": 0 if settings.get("checkpoint_format") == "gptq_v2" else 1,
         }
         held = repacking(
@@ -87,7 +100,9 @@ class Gptq(WholeNumbers, frozen=True, dict=True):
     @cached_property
     def group_of(self) -> mx.array | None:
         """What ``g_idx`` says."""
-        return whole(self.sources[3]).reshape(-1) if len(self.sources) > 3 else None
+        if len(self.sources) <= 3:
+            return None
+        return bits.checked(whole(self.sources[3]).reshape(-1), self._scales.shape[0], "g_idx")
 
     def numbers(self, start: int, stop: int) -> mx.array:
         """Return the numbers of rows."""

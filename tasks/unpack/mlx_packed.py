@@ -13,13 +13,13 @@ from typing import Any
 from msgspec import Struct
 
 from tasks.core.errors import CheckpointError
-from tasks.tensors import mx
+from tasks.tensors import modes, mx
 from tasks.tensors.rows import Rows
-from tasks.unpack.packed import Found, Packed, Read, Tensors, paths
+from tasks.unpack.packed import FLOATS, Found, Packed, Read, Tensors, paths, require, whole_number
 
 METHODS: tuple[str, ...] = ()  # MLX reads it: only where somebody asks for floats
 NAME = "mlx"
-MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
+OF_FLOATS = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
@@ -44,20 +44,21 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         said = {**settings, **own} if isinstance(own, dict) else settings
         affine = tensors[scales].dtype != "uint8"
         *lead, groups = tensors[scales].shape
-        columns = groups * int(said["group_size"])
-        bits = tensors[weight].shape[-1] * 32 // columns if columns else 0
-        mode = "affine" if affine else MODES.get((bits, int(said["group_size"])), "")
-        if (
-            not mode
-            or (affine and biases not in tensors)
-            or tensors[weight].shape[:-1] != tuple(lead)
-        ):
+        size = whole_number(said, "group_size", 64)
+        columns = groups * size
+        bits = tensors[weight].shape[-1] * 32 // columns if columns > 0 else 0
+        mode = "affine" if affine else OF_FLOATS.get((bits, size), "")
+        sizes, widths = modes.numbers(mode) if mode else ((), ())
+        if size not in sizes or bits not in widths or whole_number(said, "bits", 0) != bits:
             raise CheckpointError(
-                f"{path} does not fit group_size = {said['group_size']}, which config.json says. "
-                "Fetch the checkpoint again."
+                f"{path} does not fit group_size = {size} and bits = {said.get('bits')}, which "
+                "config.json says. Fetch the checkpoint again."
             )
         inputs = (weight, scales, biases) if affine else (weight, scales)
-        how = {"group_size": int(said["group_size"]), "bits": bits, "mode": mode}
+        require(weight, tensors, (*lead, columns * bits // 32), "uint32")
+        for name in inputs[1:]:
+            require(name, tensors, (*lead, groups), *(FLOATS if affine else ("uint8",)))
+        how = {"group_size": size, "bits": bits, "mode": mode}
         packed[f"{path}.weight"] = Packed((*lead, columns), inputs, how)
     return Found(NAME, packed) if packed else None
 

@@ -11,6 +11,8 @@ from tasks.tensors.rows import Rows
 
 Tensors = Mapping[str, LogicalTensor]
 Read = Callable[[str], bytes]
+FLOATS = ("float32", "bfloat16", "float16")
+WORDS = ("int32", "uint32")
 ACTIVATIONS = (
     ".input_scale", ".activation_scale", "_activation_scale", ".output_scale", ".k_scale",
     ".v_scale", ".q_scale", ".input_global_scale", ".input_zero_point", ".input_scale_ub",
@@ -134,6 +136,21 @@ def groups(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 def paths(tensors: Tensors, suffix: str) -> list[str]:
     """Return the paths of the modules that have a tensor of ``suffix``, such as ``.qweight``."""
     return [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+
+
+def whole_number(settings: Mapping[str, Any], key: str, default: int) -> int:
+    """Return a whole number of a checkpoint's settings; the default if it says null or nothing.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    value = settings.get(key)
+    value = default if value is None else value
+    if type(value) is not int:
+        raise CheckpointError(
+            f"config.json has {key} = {value!r}, which is no whole number. Fetch it again."
+        )
+    return value
 
 
 def require(name: str, tensors: Tensors, shape: Sequence[int], *dtypes: str) -> None:

@@ -55,7 +55,7 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
                     return dict(table[key])
     try:
         said = json.loads(checkpoint.files.get("hf_quant_config.json", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return {"quant_method": "modelopt", **said} if isinstance(said, dict) and said else {}
 
@@ -124,11 +124,16 @@ def dequantized(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
         CheckpointError: it is quantized in a way that is not unpacked.
     """
     settings = checkpoint.config.get("quantization")
-    if isinstance(settings, dict) and isinstance(settings.get("group_size"), int):
+    if isinstance(settings, dict):
         try:
             one = mlx_packed.found(settings, checkpoint.tensors, partial(_read, checkpoint))
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.folder}: {error}") from error
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{checkpoint.folder}: its tensors are not as MLX quantizes them "
+                f"({type(error).__name__}: {error}). Download it anew."
+            ) from error
         if one:
             packed = {
                 name: each._replace(settings={**each.settings, "dtype": dtype})

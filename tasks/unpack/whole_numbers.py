@@ -91,10 +91,11 @@ class WholeNumbers(Struct, frozen=True, dict=True):
 
     def _wide(self, values: mx.array) -> mx.array:
         """Return values of groups as those of columns."""
+        group_of = self.group_of  # looked at in any case
         if values.shape[1] == 1:
             return values
-        if self.group_of is not None:
-            return values[:, self.group_of]
+        if group_of is not None:
+            return values[:, group_of]
         return bits.grouped(values, self.group_size, self.shape[1])
 
 

@@ -3,9 +3,7 @@
 import json
 import os
 import random
-import resource
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,7 @@ from tasks.cli.options import Options
 from tasks.cli.session import Session
 from tasks.config import reader
 from tasks.core.errors import BuildError
-from tasks.layouts import architecture, probe
+from tasks.layouts import asking, probe
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.lockfile import Lock
@@ -68,16 +66,52 @@ class Outcome(NamedTuple):
     detail: str
 
 
-class Inputs:
+class Files:
     """Whole files of each kind in a folder.
 
     Attributes:
         folder: the folder.
-        kinds: what reads a file, and returns what is wrong, by the file's path in it.
+        kinds: what reads a file, and returns what is wrong, by the file's path in it; behind a #
+            may follow what of it is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.kinds: dict[str, Callable[[Path], str]] = {}
+
+    def attempt(self, seed: int, *kinds: str) -> Outcome:
+        """Damage a file of each kind, and see what is read of them; all are of one project."""
+        paths = {kind: self.folder / kind.partition("#")[0] for kind in kinds}
+        whole = {kind: path.read_bytes() for kind, path in paths.items()}
+        damaged = {kind: self.damaged(kind, data, seed) for kind, data in whole.items()}
+        detail = "\n".join(f"{kind}, seed {seed}: {data[:300]!r}" for kind, data in damaged.items())
+        for kind, data in damaged.items():
+            paths[kind].write_bytes(data)
+        begin = _seconds()
+        try:
+            wrong = self.kinds[kinds[0]](paths[kinds[0]])
+        except (BuildError, CacheError, InvalidDodoFile):
+            wrong = OUTCOMES[1]
+        except Exception as error:
+            return Outcome(f"traceback: {type(error).__name__}", f"{detail}\n{error}")
+        finally:
+            for kind, data in whole.items():
+                paths[kind].write_bytes(data)
+        if (seconds := _seconds() - begin) > SECONDS:
+            return Outcome("slow", f"{seconds:.0f} s: {detail}")
+        outcome, _, more = (wrong or OUTCOMES[0]).partition("\n")
+        return Outcome(outcome, f"{detail}\n{more}")
+
+    def damaged(self, kind: str, whole: bytes, seed: int) -> bytes:
+        """Return what a file becomes."""
+        return _damaged(kind, whole, seed)
+
+
+class Inputs(Files):
+    """Files of people and strangers that are read before anything is built."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
         (folder / "models.toml").write_text(MODELS)
         digests = {"source": "0" * 64, "settings": "1" * 32, "action": "2" * 32}
         built = {**digests, "computer": {"mlx": "1"}, "output": "3" * 32, "blake3": "4" * 64}
@@ -89,7 +123,7 @@ class Inputs:
         torch.save(tensors, folder / "weights.pth")
         arrays = {"a": mx.arange(12).reshape(3, 4), "b": mx.zeros((2,), mx.bfloat16)}
         mx.save_safetensors(str(folder / "weights.safetensors"), arrays, {"format": "mlx"})
-        self.kinds: dict[str, Callable[[Path], str]] = {
+        self.kinds = {
             "weights.safetensors": _safetensors,
             "weights.pth": _pth,
             "models.toml": lambda path: reader.load(path) and "",
@@ -114,32 +148,11 @@ class Inputs:
             for path in sorted((folder / "checkpoint").glob(pattern)):
                 self.kinds[str(path.relative_to(self.folder))] = lambda _: _plan(folder)
 
-    def attempt(self, seed: int, *kinds: str) -> Outcome:
-        """Damage a file of each kind, and see what is read of them; all are of one project."""
-        whole = {kind: (self.folder / kind).read_bytes() for kind in kinds}
-        damaged = {kind: _damaged(kind, data, seed) for kind, data in whole.items()}
-        detail = "\n".join(f"{kind}, seed {seed}: {data[:300]!r}" for kind, data in damaged.items())
-        for kind, data in damaged.items():
-            (self.folder / kind).write_bytes(data)
-        begin = _seconds()
-        try:
-            wrong = self.kinds[kinds[0]](self.folder / kinds[0])
-        except (BuildError, CacheError, InvalidDodoFile):
-            wrong = OUTCOMES[1]
-        except Exception as error:
-            return Outcome(f"traceback: {type(error).__name__}", f"{detail}\n{error}")
-        finally:
-            for kind, data in whole.items():
-                (self.folder / kind).write_bytes(data)
-        if (seconds := _seconds() - begin) > SECONDS:
-            return Outcome("slow", f"{seconds:.0f} s: {detail}")
-        return Outcome(wrong or OUTCOMES[0], detail)
-
 
 def _damaged(kind: str, whole: bytes, seed: int) -> bytes:
     # Of weights, what says where they lie; and seldom the rest.
     weights = kind.endswith(".safetensors")
-    end = whole.rfind(b"}") + 1 if weights else len(whole)
+    end = 8 + int.from_bytes(whole[:8], "little") if weights else len(whole)
     data = mutated(whole[:end], random.Random(f"{kind} {seed}")) + whole[end:]
     if weights and seed % 2:  # else hardly any header has its length
         data = (len(data) - len(whole) + end - 8).to_bytes(8, "little", signed=True) + data[8:]
@@ -149,12 +162,6 @@ def _damaged(kind: str, whole: bytes, seed: int) -> bytes:
 def _seconds() -> float:
     """Return what this process and its children have had of the processor."""
     return sum(os.times()[:4])
-
-
-def peak_bytes() -> int:
-    """Return how much memory this process has had at most."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _bytes(path: Path, stored: Stored) -> bytes:
@@ -202,7 +209,7 @@ def _pth(path: Path) -> str:
 def _plan(folder: Path) -> str:
     """Plan a target, and make its small files; what is made of damaged ones is not remembered."""
     config = reader.load(folder / "models.toml")
-    with mock.patch.object(architecture, "_ask_process", _ask_here):
+    with mock.patch.object(asking, "_ask_process", ask_here):
         session = Session.open(config, Options(read_only=True))
         if "model" not in session.plans:
             return OUTCOMES[1]
@@ -212,6 +219,6 @@ def _plan(folder: Path) -> str:
     return ""
 
 
-def _ask_here(question: dict[str, Any], library: str, _: Path) -> Any:
+def ask_here(question: dict[str, Any], library: str, _: Path) -> Any:
     """Ask a library as a process of its own would be asked, which takes seconds to start."""
     return json.loads(json.dumps(probe.answer(question, LIBRARIES[library])))

@@ -102,6 +102,21 @@ def test_an_axis_that_mlx_wraps_around(tmp_path: Path) -> None:
         safetensors_file.read(path)
 
 
+def test_a_name_twice(tmp_path: Path) -> None:
+    """Of two, some readers take the first, some the last, some none."""
+    path = safetensors(tmp_path, entry("F32", [1], 4), 4)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = (
+        data[8 : 8 + length].rstrip()[:-1]
+        + b',"a":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}'
+    )
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    assert mx.load(str(path)).keys() == {"a"}
+    with pytest.raises(CheckpointError, match="a comes twice"):
+        safetensors_file.read(path)
+
+
 # Archives of torch.
 
 

@@ -1,0 +1,85 @@
+"""limited: what other libraries make of a checkpoint's files, in a process of little time and room.
+
+For what would take seconds to import, and for files that may be made to take the machine. The
+process is ``python -m MODULE FOLDER``, whose ``main`` calls ``serve``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Limits(NamedTuple):
+    """What a process may take.
+
+    Attributes:
+        seconds: of time.
+        nbytes: of memory.
+    """
+
+    seconds: int
+    nbytes: int
+
+
+def call(module: str, files: Mapping[str, bytes], limits: Limits, given: Any = None) -> Any:
+    """Return what a module's process makes of files, JSON; or a `Refused`.
+
+    Args:
+        module: its name.
+        files: by name.
+        limits: what it may take.
+        given: what else it is given, JSON.
+    """
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory() as name:
+        for file, data in files.items():
+            (Path(name) / file).parent.mkdir(parents=True, exist_ok=True)
+            (Path(name) / file).write_bytes(data)
+        try:
+            done = subprocess.run(
+                # -P: the current folder may have a tasks/ of its own.
+                [sys.executable, "-P", "-m", module, name],
+                input=json.dumps([limits.nbytes, given]),
+                capture_output=True,
+                text=True,
+                env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+                timeout=limits.seconds,
+            )
+        except subprocess.TimeoutExpired:
+            return Refused(f"it took over {limits.seconds} s")
+    try:
+        answer, cause = json.loads(done.stdout)
+    except ValueError:
+        return Refused(f"exit status {done.returncode}")
+    return Refused(cause) if cause else answer
+
+
+class Refused(str):
+    """Why there is no answer."""
+
+
+def serve(answer: Callable[[Path, Any], Any]) -> None:
+    """Print what a function makes of the folder of files, and of what else is given.
+
+    Whatever it raises is a verdict on the files.
+    """
+    wanted, given = json.load(sys.stdin)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    # Where torch is installed, transformers imports it: 3 s, and nothing here needs it.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        said = [answer(Path(sys.argv[1]), given), ""]
+    except Exception as error:
+        said = [None, f"{type(error).__name__}: {error}"]
+    json.dump(said, sys.stdout)
