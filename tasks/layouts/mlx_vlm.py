@@ -14,7 +14,7 @@ from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.small_files import matches
 from tasks.core.spec import Target
-from tasks.layouts import mlx_lm
+from tasks.layouts import mlx_lm, mlx_vlm_library
 from tasks.layouts.libraries import MLX_VLM
 from tasks.layouts.model import Model
 from tasks.layouts.safetensors_format import SAFETENSORS
@@ -57,7 +57,8 @@ def check(target: Target, model: Model) -> None:
 
 def config(target: Target, model: Model, quantization: dict[str, Any] | None) -> dict[str, Any]:
     """Return config.json as mlx_vlm.convert writes it."""
-    config = {key: value for key, value in model.config.items() if key != "torch_dtype"}
+    config = mlx_vlm_library.decode_config(model.config)
+    config.pop("torch_dtype", None)
     if quantization is not None:
         config.setdefault("vision_config", {})
         config["quantization"] = quantization

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ STUBS: tuple[str, ...] = (
 )  # fmt: skip
 EXTRA = "vlm"
 TOWERS = ""
+FLOAT = "mlx-make float"  # tags what JSON has no number for
 RUNS = False
 
 
@@ -74,8 +76,32 @@ def prompt_cache(model: Any) -> list[Any]:
 
 
 def encode_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration as JSON has it."""
-    return config
+    """Return a configuration as JSON has it: infinities are tagged, which mlx-vlm writes so."""
+    return dict(_replaced(config, _tagged))
+
+
+def decode_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the infinities that ``encode_config`` tagged."""
+    return dict(_replaced(config, _untagged))
+
+
+def _replaced(value: Any, replace: Callable[[Any], Any]) -> Any:
+    value = replace(value)
+    if isinstance(value, dict):
+        return {key: _replaced(each, replace) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_replaced(each, replace) for each in value]
+    return value
+
+
+def _tagged(value: Any) -> Any:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return value if finite else {FLOAT: str(value)}
+
+
+def _untagged(value: Any) -> Any:
+    tagged = isinstance(value, dict) and value.keys() == {FLOAT}
+    return float(value[FLOAT]) if tagged else value
 
 
 def keeps_vision_config(model: Any) -> bool:

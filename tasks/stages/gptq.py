@@ -118,7 +118,7 @@ class Gptq(Quantize):
         of = Key(Hessians.name, params.hessians[key.name])
         weight = context.rows(key)
         blocks = _blocks(key.name, weight, context.rows(of), setting)
-        return write_parts(context, key.name, weight.shape, setting, blocks)
+        return write_parts(context, key.name, weight, setting, blocks)
 
     def memory(self, params: QuantizeParams, checkpoint: Checkpoint) -> int:
         """Return the size of a few blocks, and of a Hessian that is factored."""

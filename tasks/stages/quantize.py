@@ -131,7 +131,7 @@ class Quantize(Stage[QuantizeParams]):
         """Quantize a weight; return its parts by name, and whether all of it was finite."""
         weight = context.rows(key)
         blocks = _blocks(context, weight, setting, params.device)
-        return write_parts(context, key.name, weight.shape, setting, blocks)
+        return write_parts(context, key.name, weight, setting, blocks)
 
     def memory(self, params: QuantizeParams, checkpoint: Checkpoint) -> int:
         """Return the size of a few blocks."""
@@ -195,7 +195,7 @@ Quantized = tuple[tuple["mx.array", ...], list[memoryview], bool]
 def write_parts(
     context: Context,
     name: str,
-    shape: tuple[int, ...],
+    weight: Rows,
     setting: Setting,
     blocks: Iterable[Quantized],
 ) -> tuple[dict[str, Tensor], bool]:
@@ -204,23 +204,22 @@ def write_parts(
     Args:
         context: what it is written to.
         name: the weight's.
-        shape: the weight's.
+        weight: it; it may have no rows.
         setting: how it is quantized.
         blocks: of its rows, in order.
     """
-    names = quantize_scheme.parts(name, setting)
+    specs = part_specs(name, TensorSpec(weight.dtype, weight.shape), setting)
     finite = True
-    packed: tuple[mx.array, ...] = ()
     with ExitStack() as stack:
-        packed_bytes = prod(shape) * setting.bits // 8
-        writers = [stack.enter_context(context.writer(part, packed_bytes)) for part in names]
-        for packed, pieces, all_finite in blocks:  # noqa: B007
+        packed_bytes = prod(weight.shape) * setting.bits // 8
+        writers = [stack.enter_context(context.writer(part, packed_bytes)) for part in specs]
+        for _, pieces, all_finite in blocks:
             for writer, data in zip(writers, pieces, strict=True):
                 writer.write(data)
             finite = finite and all_finite
     return {
-        name: Tensor(arrays.dtype_name(part), (*shape[:-1], part.shape[-1]), writer.digest)
-        for name, part, writer in zip(names, packed, writers, strict=True)
+        part: Tensor(spec.dtype, spec.shape, writer.digest)
+        for (part, spec), writer in zip(specs.items(), writers, strict=True)
     }, finite
 
 

@@ -7,6 +7,7 @@ them, with convolutions as PyTorch lays them out, and else by mlx-vlm's own.
 
 import dataclasses
 import importlib
+import itertools
 import json
 import pkgutil
 import re
@@ -24,7 +25,7 @@ Config = dict[str, Any]
 Shape = tuple[int, ...]
 PARTS = ("text", "vision", "perceiver", "projector", "audio")  # as mlx-vlm's loader has them
 LAYERS, WIDTH, VOCABULARY = 4, 128, 320
-MOST_WEIGHTS = 12_000_000
+MOST_WEIGHTS = 30_000_000
 # A whole number by its key, at most; the first that matches.
 SIZES = (
     ("vocab_size|num_embeddings|codebook_size", VOCABULARY),
@@ -41,6 +42,24 @@ SIZES = (
     ("size_per_layer|state_size|output_size", WIDTH),
     ("max_position|max_seq|context_length", 512),
 )  # fmt: skip
+# What a class may want besides, by what most say: one after the other is tried.
+ROPE = {
+    "rope_theta": 10000.0,
+    "rope_type": "default",
+    "type": "default",
+    "mrope_section": [4, 6, 6],
+}
+WINDOWS = ["sliding_attention"] * 3 + ["full_attention"]
+MORE: tuple[Config, ...] = (
+    {},
+    {"layer_types": WINDOWS},
+    {"layer_types": ["full_attention"] * LAYERS},
+    {"rope_parameters": ROPE},
+    {"rope_parameters": ROPE, "layer_types": WINDOWS},
+    {"layer_types": ["conv", "full_attention"] * 2},
+    {"layer_types": ["linear_attention", "full_attention"] * 2, "rope_parameters": ROPE},
+    {"rope_scaling": {"factor": 1.0, **ROPE}},
+)  # fmt: skip
 WHERE_NONE = {"rope_theta": 10000.0, "head_dim": 32}
 # What a part's own model_type may have to be.
 TYPES = (
@@ -56,13 +75,18 @@ def architectures() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(mlx_vlm.models.__path__) if m.ispkg)
 
 
-def make(arch: str, folder: Path) -> Path:
+def make(arch: str, folder: Path, settings: Config | None = None) -> Path:
     """Write a checkpoint of an architecture into a folder, and return the folder.
+
+    Args:
+        arch: One of `architectures()`.
+        folder: Made, with its parents.
+        settings: Of config.json, such as other sizes.
 
     Raises:
         ValueError: no configuration of it was found.
     """
-    config, model = _model(arch)
+    config, model = _model(arch, settings)
     folder.mkdir(parents=True)
     arrays = {}
     for name, (own, dtype) in model.items():
@@ -96,7 +120,7 @@ def _hub(arch: str, name: str, shape: Shape) -> dict[str, Shape]:
     return {name: shape}
 
 
-def _model(arch: str) -> tuple[Config, dict[str, tuple[Shape, Any]]]:
+def _model(arch: str, settings: Config | None) -> tuple[Config, dict[str, tuple[Shape, Any]]]:
     """Return a configuration that the class takes, and the parameters that it then has.
 
     Raises:
@@ -110,15 +134,20 @@ def _model(arch: str) -> tuple[Config, dict[str, tuple[Shape, Any]]]:
             "it is no model that mlx_vlm.convert loads: it has no Model, no ModelConfig"
         )
     errors = []
-    for name in TYPES:
+    for more, name in itertools.product(MORE, TYPES):
         config = _config(arch, module, lambda part, name=name: name.format(arch=arch, part=part))
+        missing = {key: value for key, value in more.items() if not config.get(key)}
+        text = {"text_config": missing} if "text_config" in config else {}
+        config = _merged(_merged(config, {**missing, **text}), SETTINGS.get(arch, {}))
+        config = _merged(config, settings or {})
         try:
             model = _made(module, config)
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")
             continue
         flat = tree_flatten(model.parameters())
-        if (count := sum(array.size for _, array in flat)) > MOST_WEIGHTS:
+        count = sum(array.size for _, array in flat)
+        if count > MOST_WEIGHTS and not settings:
             raise ValueError(f"it has {count:,} weights still")
         return config, {key: (array.shape, array.dtype) for key, array in flat}
     raise ValueError(errors[0])
@@ -146,7 +175,7 @@ def _config(arch: str, module: Any, type_of: Callable[[str], str]) -> Config:
             parts[f"{part}_config"] = _fields(kind, type_of(part))
     config = {**parts.get("text_config", {}), **own}
     config |= {key: {**(own.get(key) or {}), **value} for key, value in parts.items()}
-    return _merged({**_plain(config), "model_type": arch}, SETTINGS.get(arch, {}))
+    return {**_plain(config), "model_type": arch}
 
 
 def _fields(kind: Any, model_type: str) -> Config:

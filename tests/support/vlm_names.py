@@ -88,9 +88,63 @@ HUB: dict[str, tuple[Renamed, ...]] = {
 }
 
 # By architecture: what its configuration must say besides small sizes.
+CLIP: dict[str, Any] = {
+    "text_config": {"model_type": "llama"},
+    "vision_config": {"model_type": "clip_vision_model"},
+}
+HYBRID = {
+    "hybrid_override_pattern": ["M", "*", "-", "E"], "time_step_limit": [0.0, float("inf")],
+    "time_step_min": 0.001, "time_step_max": 0.1, "moe_intermediate_size": 128, "n_group": 1,
+    "moe_shared_expert_intermediate_size": 128, "n_routed_experts": 4, "n_shared_experts": 1,
+    "topk_group": 1, "num_experts_per_tok": 2, "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+}  # fmt: skip
+KDA = {
+    "linear_attn_config": {
+        "kda_layers": [1, 2, 3], "full_attn_layers": [4], "num_heads": 4, "head_dim": 32,
+        "short_conv_kernel_size": 4,
+    }
+}  # fmt: skip
+MIMO = {"moe_layer_freq": [0, 1, 1, 1], "hybrid_layer_pattern": [0, 1, 1, 0]}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "llava": {
-        "text_config": {"model_type": "llama"},
-        "vision_config": {"model_type": "clip_vision_model"},
+    "baichuan_m1": {"sliding_window_layers": [1, 3], "conv_window": 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "exaone4": {"sliding_window_pattern": "LLLG"},
+    "exaone_moe": {
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "is_moe_layer": [False, True, True, True],
+    },
+    "gemma3n": {
+        "text_config": {
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            "intermediate_size": [128] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+        }
+    },
+    "hunyuan": {"rope_scaling": {"alpha": 1.0, "factor": 1.0, "type": "dynamic"}},
+    "jamba": {"layers_block_type": ["mamba", "attention"] * 2},
+    "kimi_linear": KDA,
+    "limite": {"rope_n_pairs": 8},
+    "llama4_text": {"no_rope_layers": [1, 1, 1, 0]},
+    "llava": CLIP,
+    "llava_next": CLIP,
+    "mellum": {
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "rope_parameters": {
+            kind: {"rope_theta": 10000.0, "rope_type": "default"}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "mimo_v2": {**MIMO, "text_config": MIMO},
+    "mimo_v2_flash": {**MIMO, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "nemotron_h": HYBRID,
+    "nemotron_h_nano_omni": {"text_config": HYBRID, "llm_config": HYBRID},
+    "nemotron_voicechat": {"text_config": HYBRID, "llm_config": HYBRID},
+    "openelm": {"num_query_heads": [4] * 4, "num_kv_heads": [2] * 4, "ffn_multipliers": [1.0] * 4},
+    "paddleocr_vl": {"head_dim": 32, "text_config": {"head_dim": 32}},
+    "phi3_v": {"num_key_value_heads": 4},
+    "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"]},
 }
