@@ -25,9 +25,10 @@ from tasks.checkpoints import loaders, sources
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import Opening, ReadableSource
 from tasks.checkpoints.stored import Stored
-from tasks.core.errors import ConfigError
+from tasks.core.errors import ArchitectureError, ConfigError
 from tasks.core.spec import (
     Dtype,
+    LayoutName,
     Mode,
     Quality,
     Quantize,
@@ -54,7 +55,8 @@ from tasks.tensors import kernels, mx, rows
 
 Word = Literal["equal", "rounding", "different"]
 EQUAL, ROUNDING, DIFFERENT = get_args(Word)
-LAYOUT = "mlx-lm"  # whose models say in config.json how each module is quantized
+# Whose models say in config.json how each module is quantized; files of either have the same names.
+LAYOUT, *OTHERS = (LayoutName("mlx-lm"), LayoutName("mlx-vlm"))
 TARGET = "model"  # in a folder of its own
 SOME = 3  # layers that are made where not all are
 # Two devices disagree on a weight that lies as near to one step as to the next. How much nearer one
@@ -108,8 +110,8 @@ class Claim(Struct, frozen=True):
                 if opened.names(layout.loaded):
                     raise ConfigError(
                         f"{name} is of layout {other}, which does not say how each module is "
-                        f"quantized: only a model of layout {LAYOUT} can be verified. Build it "
-                        "anew of its source, and compare the files."
+                        f"quantized: only a model of layout {' or '.join((LAYOUT, *OTHERS))} can "
+                        "be verified. Build it anew of its source, and compare the files."
                     )
         return cls(name, loaders.read(opened, None, memos, named=name))
 
@@ -381,7 +383,7 @@ def _target(claim: Claim, source: SourceSpec, source_name: str, planner: Planner
     checkpoint = claim.checkpoint
     said = checkpoint.config.get("quantization")
     shard_bytes = Size(LAYOUTS[LAYOUT].default_shard_bytes)
-    target = Target(
+    asked = Target(
         name=TARGET,
         source=source,
         source_name=SourceName(source_name),
@@ -389,6 +391,7 @@ def _target(claim: Claim, source: SourceSpec, source_name: str, planner: Planner
         dtype=_dtype(checkpoint),
         where=claim.name,
     )
+    target = structs.replace(asked, layout=_layout(claim, asked, planner))
     if said is None:
         return target
     rules = [
@@ -400,6 +403,30 @@ def _target(claim: Claim, source: SourceSpec, source_name: str, planner: Planner
     _check_mode(claim, mode)
     quantize = Quantize(said.get("bits"), said.get("group_size"), mode, rules=tuple(rules))
     return structs.replace(target, quantize=quantize)
+
+
+def _layout(claim: Claim, target: Target, planner: Planner) -> LayoutName:
+    """Return the layout that has the model's tensors, or the one of which it has the fewest others.
+
+    Raises:
+        BuildError: nothing is made of the source in any.
+    """
+    stored = claim.checkpoint.stored
+    names = {name for name in stored if not name.endswith((".scales", ".biases"))}
+    unlike: dict[LayoutName, int] = {}
+    errors = []
+    for layout in (LAYOUT, *OTHERS):
+        try:
+            model = planner.share(structs.replace(target, layout=layout)).model
+        except ArchitectureError as error:
+            errors.append(error)
+            continue
+        unlike[layout] = len(names ^ model.parameters.keys())
+        if not unlike[layout]:
+            break
+    if not unlike:
+        raise errors[0]
+    return min(unlike, key=lambda layout: unlike[layout])
 
 
 def _rule(path: str, checkpoint: Checkpoint, said: Mapping[str, Any]) -> Rule:

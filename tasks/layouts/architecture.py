@@ -392,7 +392,7 @@ def _dropped(names: list[str], library: str) -> tuple[str, ...]:
         if towers:
             notes.append(
                 f"{plural(len(towers), 'tensor')} of what the model sees and hears with left out, "
-                f"as {convert} does: {elsewhere} ({listed(towers)})"
+                f"as {convert} does: {elsewhere} keeps them ({listed(towers)})"
             )
     if left:
         notes.append(

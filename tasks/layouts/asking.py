@@ -110,9 +110,16 @@ def fail(answer: Mapping[str, str], checkpoint: Checkpoint, library: str) -> Non
     """
     if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict
         raise BuildError(f"{checkpoint.folder}: {answer['error']}")
-    name = LIBRARIES[library].DISTRIBUTION
-    release = f"{library} {versions(library)[name]}"
-    said = verdict.explained(checkpoint.config, answer["kind"], answer["error"], release, name)
+    asked = LIBRARIES[library]
+    release = f"{library} {versions(library)[asked.DISTRIBUTION]}"
+    said = verdict.explained(
+        checkpoint.config,
+        answer["kind"],
+        answer["error"],
+        release,
+        asked.DISTRIBUTION,
+        asked.TOWERS,
+    )
     raise ArchitectureError(f"{checkpoint.folder}: {said}")
 
 

@@ -15,7 +15,7 @@ MODULES: tuple[str, ...] = ("mlx_lm.convert", "mlx_lm.utils")
 # They import transformers and torch, which takes seconds.
 STUBS: tuple[str, ...] = ("mlx_lm.tokenizer_utils", "huggingface_hub")
 EXTRA = ""
-TOWERS = 'layout = "mlx-vlm" keeps them'
+TOWERS = 'layout = "mlx-vlm"'
 RUNS = True
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 

@@ -9,10 +9,16 @@ from typing import Any
 from tasks.core.text import some
 
 MAX_NAMES = 3  # names of a list
+SEES = re.compile("vision|visual|vit_|image|audio|speech")  # keys of what sees and hears
 
 
 def explained(
-    config: Mapping[str, Any], kind: str, text: str, library: str, distribution: str
+    config: Mapping[str, Any],
+    kind: str,
+    text: str,
+    library: str,
+    distribution: str,
+    towers: str = "",
 ) -> str:
     """Return a library's error with what config.json says about its cause, and the mend.
 
@@ -22,19 +28,22 @@ def explained(
         text: its message.
         library: the library's name and version.
         distribution: what is installed by pip.
+        towers: what to take for a model that sees or hears, if not this library.
     """
     quantized = config.get("quantization_config") or {}
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     first = f"config.json has quant_method = {method!r}. " if method else ""
     what = _shortened(text) if kind in ("ValueError", "SystemExit") else f"{kind}: {text}"
     newer = f"A newer one may know it: pip install -U {distribution}"
+    sees = towers and any(SEES.search(key) for key in config)
+    another = f"The model sees or hears, and {towers} may know it. {newer}" if sees else newer
     if "not supported" in text and config.get("auto_map"):
         return (
             f"{first}{library} has no class for model_type = {config.get('model_type')!r}, and the "
-            f"code that the checkpoint brings for it (auto_map) is never run here. {newer}"
+            f"code that the checkpoint brings for it (auto_map) is never run here. {another}"
         )
     if "not supported" in text:
-        mend = newer
+        mend = another
     elif re.search(r"\.(lora_[AB]|base_layer)\.", text):
         mend = (
             "It was saved with a LoRA adapter on it: fuse that (peft's merge_and_unload), and save "

@@ -17,6 +17,7 @@ from tasks.core.spec import MODES, Quantize, Rule
 from tasks.core.text import listed, plural
 from tasks.layouts.model import Model, Module, Verdict
 
+FALLBACK = "fallback_group_size"  # a key of a model's word on a module
 PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them
 
 
@@ -243,6 +244,10 @@ def _decide(
 ) -> _Outcome:
     """Return what is done with a module, given the model's or the recipe's word on it."""
     default = _default(quantize)
+    width = model.parameters[weight_name(module.path)].shape[-1]
+    falls_back = isinstance(verdict, dict) and FALLBACK in verdict
+    if isinstance(verdict, dict) and falls_back:
+        verdict = _fallen_back(verdict, default, width)
     if rule:
         verdict = _apply(rule, verdict, default)
     setting = default
@@ -250,9 +255,9 @@ def _decide(
         setting = _complete(
             verdict.get("mode", "affine"), verdict.get("group_size"), verdict.get("bits")
         )
-    width = model.parameters[weight_name(module.path)].shape[-1]
     # mlx-lm asks this of the target's own group size first, unless a rule brings another.
-    group_sizes = {setting.group_size} if rule else {default.group_size, setting.group_size}
+    own = rule is not None or falls_back
+    group_sizes = {setting.group_size} if own else {default.group_size, setting.group_size}
     if misfits := [size for size in group_sizes if width % size]:
         return _Outcome(misfit=(width, misfits[0]))
     if not verdict:
@@ -260,6 +265,18 @@ def _decide(
     if isinstance(verdict, dict):
         return _Outcome(setting, verdict)
     return _Outcome(setting, default._asdict() if model.config.get("quantization") else None)
+
+
+def _fallen_back(verdict: Mapping[str, Any], default: Setting, width: int) -> dict[str, Any]:
+    """Return the settings of a module that has another group size where the target's does not fit.
+
+    As ``mlx_vlm.quant_utils.quantize_model`` has it.
+    """
+    said = {**default._asdict(), **verdict}
+    other = said.pop(FALLBACK)
+    if other is not None and width % said["group_size"] and width % other == 0:
+        said["group_size"] = other
+    return said
 
 
 def _verdicts(model: Model, quantize: Quantize) -> Iterator[tuple[Module, Verdict]]:

@@ -81,6 +81,15 @@ def test_towers_are_quantized_by_rules_alone(built: Path) -> None:
     assert mx.array_equal(model.vision_tower.blocks[0].attn.qkv.weight, expected[0])
 
 
+def test_what_mlx_vlm_converts_is_verified(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layout is told from its tensors."""
+    monkeypatch.chdir(built)
+    source = ("--source", "checkpoints/qwen3_vl_moe")
+    status, out, err = inside.run(built, "verify", "--all", *source, "references/qwen3_vl_moe-4bit")
+    assert (status, err) == (0, "")
+    assert out.endswith("made anew from checkpoints/qwen3_vl_moe\n")
+
+
 def test_the_text_alone(built: Path) -> None:
     """Without a layout, of the same checkpoint: a note says what is left out, and what keeps it."""
     (built / "models.toml").write_text(

@@ -5,6 +5,7 @@ import pytest
 from tasks.layouts import verdict
 
 NEWER = "newer one may know it: pip install -U mlx-lm"
+TOWERS = 'layout = "mlx-vlm"'
 MANY = (
     "Received 36000 parameters not in model: \n" + ",\n".join(f"a.{i}" for i in range(36000)) + "."
 )
@@ -35,6 +36,13 @@ MANY = (
             f"mlx-lm 1 says: Model type x not supported. A {NEWER}",
         ),
         (
+            {"model_type": "x", "vision_config": {}},
+            "ValueError",
+            "Model type x not supported.",
+            "mlx-lm 1 says: Model type x not supported. The model sees or hears, and layout = "
+            f'"mlx-vlm" may know it. A {NEWER}',
+        ),
+        (
             {"model_type": "x", "auto_map": {"AutoModel": "x.Y"}},
             "ValueError",
             "Model type x not supported.",
@@ -52,4 +60,4 @@ MANY = (
     ],
 )
 def test_what_is_told(config: dict, kind: str, text: str, said: str) -> None:
-    assert verdict.explained(config, kind, text, "mlx-lm 1", "mlx-lm") == said
+    assert verdict.explained(config, kind, text, "mlx-lm 1", "mlx-lm", TOWERS) == said
