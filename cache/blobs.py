@@ -21,7 +21,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate, groupby, repeat
 from pathlib import Path
 from typing import IO, NamedTuple, cast
@@ -227,49 +227,60 @@ class Blobs:
             if not self.has(writer.digest, writer.length):
                 new.rename(self.path(writer.digest))
 
-    def write_together(self, sizes: Sequence[int], pieces: Iterable[memoryview]) -> list[str]:
-        """Write blobs one after another, into a container of their own.
+    def write_together(
+        self, sizes: Sequence[int], pieces: Iterable[memoryview], places: Sequence[Place] = ()
+    ) -> list[str]:
+        """Write blobs that come one after another.
 
         Args:
             sizes: of each, in bytes.
             pieces: their bytes. None of them is a blob before the last has come.
+            places: where each belongs; by default one after another in a container of their own.
 
         Returns:
             Their digests.
 
         Raises:
+            FileNotFoundError: there is no such container.
             NoRoom: the disk is full.
         """
-        (container,) = self.new_containers(1, sum(sizes))
-        starts = [*accumulate(sizes, initial=0)][:-1]
+        own = None
+        if not places:
+            (own,) = self.new_containers(1, sum(sizes))
+            starts = accumulate(sizes, initial=0)
+            places = [Place(own, start, size) for start, size in zip(starts, sizes, strict=False)]
         try:
-            with (
-                space.enospc_as_no_room(self.root, sum(sizes)),
-                container.open("r+b", buffering=0) as file,
-            ):
-                writers = [Writer(file, start) for start in starts]
-                _share_out(pieces, writers, sizes)
+            digests = self._write_together(sizes, pieces, places)
         except BaseException:
-            self._drop(container)
+            self._drop(own)
             raise
         self.meter.written += sum(sizes)
-        digests = [writer.digest for writer in writers]
-        new = {
-            digest: Place(container, start, size)
-            for digest, start, size in zip(digests, starts, sizes, strict=True)
-            if not self.has(digest, size)
-        }
-        if new:
+        new = {d: p for d, p in zip(digests, places, strict=True) if not self.has(d, p.length)}
+        for container in {place.container for place in new.values()}:
             self._begun.keep(container)
-        else:
-            self._drop(container)
         for digest, place in new.items():
             self.refer(digest, [place.part])
+        if not new:
+            self._drop(own)
         return digests
 
-    def _drop(self, container: Path) -> None:
-        container.unlink(missing_ok=True)
-        self._begun.keep(container)
+    def _write_together(
+        self, sizes: Sequence[int], pieces: Iterable[memoryview], places: Sequence[Place]
+    ) -> list[str]:
+        with ExitStack() as stack:
+            stack.enter_context(space.enospc_as_no_room(self.root, sum(sizes)))
+            files = {
+                path: stack.enter_context(path.open("r+b", buffering=0))
+                for path in {place.container for place in places}
+            }
+            writers = [Writer(files[place.container], place.offset) for place in places]
+            _share_out(pieces, writers, sizes)
+        return [writer.digest for writer in writers]
+
+    def _drop(self, container: Path | None) -> None:
+        if container:
+            container.unlink(missing_ok=True)
+            self._begun.keep(container)
 
     @contextmanager
     def writing_at(self, place: Place) -> Iterator[Writer]:

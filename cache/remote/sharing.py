@@ -14,11 +14,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import repeat
+from types import MappingProxyType
 from typing import Any
 
 import xxhash
 
-from cache.blobs import Blobs, Part
+from cache.blobs import Blobs, Part, Place
 from cache.digest import canonical
 from cache.errors import BlobLost, FileChanged, Mismatch, NotFetched, Refused, printable
 from cache.records.actions import Actions
@@ -29,7 +31,8 @@ from cache.remote.remote import MAX_RECORD_BYTES, Remote
 KIND = "actions"
 LISTS = "lists"
 MOST_NOTES = 100  # of a result, of those that a remote has
-FETCHES = 8  # blobs fetched at once
+FETCHES = 8  # packs fetched at once
+EMPTY: Mapping[str, Place] = MappingProxyType({})
 
 Locate = Callable[[str, Tensor], Sequence[Part]]  # by a tensor's name
 
@@ -122,16 +125,19 @@ class Sharing:
         name = f"{KIND}/{action.key}"
         self.remote.refuse(Refused(name, f"{tensor} is not what {action.stage} makes of it"))
 
-    def fetch_all(self, wanted: Iterable[tuple[str, Tensor]]) -> None:
+    def fetch_all(
+        self, wanted: Iterable[tuple[str, Tensor]], places: Mapping[str, Place] = EMPTY
+    ) -> None:
         """Make blobs of this cache of all those that can be had, many at once.
 
         Args:
             wanted: tensors, each with the key of the action that made it.
+            places: where blobs belong, by digest, if it is known.
         """
         by_key: dict[str, list[Tensor]] = {}
         for key, tensor in wanted:
             by_key.setdefault(key, []).append(tensor)
-        list(self._fetching.map(self._fetch_missing, by_key, by_key.values()))
+        list(self._fetching.map(self._fetch_missing, by_key, by_key.values(), repeat(places)))
 
     def pack(self, key: str, tensor: Tensor) -> Pack | None:
         """Return what the remote has of the action of ``key``, by its records, if with a tensor."""
@@ -140,18 +146,22 @@ class Sharing:
         pack = self._packs[key]
         return pack if pack and tensor.digest in {each.digest for each in pack.tensors} else None
 
-    def _fetch_missing(self, key: str, wanted: Sequence[Tensor]) -> None:
+    def _fetch_missing(
+        self, key: str, wanted: Sequence[Tensor], places: Mapping[str, Place]
+    ) -> None:
         """Make all that the action of ``key`` made blobs of this cache, if one of them is none."""
         with self.actions.running(f"fetch {key}"):
             missing = (t for t in wanted if not self.blobs.has(t.digest, t.nbytes))
             packs = (pack for tensor in missing if (pack := self.pack(key, tensor)))
             if pack := next(packs, None):
-                self._fetch(pack)
+                self._fetch(pack, places)
 
-    def _fetch(self, pack: Pack) -> None:
+    def _fetch(self, pack: Pack, places: Mapping[str, Place]) -> None:
         sizes = [tensor.nbytes for tensor in pack.tensors]
+        known = [places[each.digest] for each in pack.tensors if each.digest in places]
+        pieces = self.remote.fetch(pack.blake3, pack.nbytes)
         try:
-            self.blobs.write_together(sizes, self.remote.fetch(pack.blake3, pack.nbytes))
+            self.blobs.write_together(sizes, pieces, known if len(known) == len(sizes) else ())
         except NotFetched:
             pass
         except Mismatch:

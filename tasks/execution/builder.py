@@ -406,15 +406,30 @@ class Builder:
             leaves[leaf] = found
         return bundle.list_key(plan, leaves)
 
-    def fetch(self, plan: Plan, inputs: Inputs, keys: Iterable[Key]) -> None:
-        """Fetch the blobs of inputs that only a remote has, all at once."""
+    def fetch(
+        self, plan: Plan, inputs: Inputs, keys: Iterable[Key], *, packs: bool = False
+    ) -> None:
+        """Fetch the blobs of inputs that only a remote has, all at once.
+
+        Args:
+            plan: the target.
+            inputs: the inputs.
+            keys: those that are read.
+            packs: whether the target is packed of them: then they are written where they belong.
+        """
         sharing, blobs = self.store.sharing, self.store.blobs
         if not sharing:
             return
         read = [inputs[key] for key in keys]
         lost = [each for each in read if not blobs.has(each.tensor.digest, each.tensor.nbytes)]
         makers = {maker: self.manifest(plan, maker).action.key for maker, _ in lost}
-        sharing.fetch_all([(makers[maker], tensor) for maker, tensor in lost])
+        draft = None
+        if packs and lost:
+            draft = self.drafts.begin(plan, makers.__contains__, passes=self.passes(plan))
+        places = {inputs[k].tensor.digest: draft.place(k.name) for k in inputs} if draft else {}
+        sharing.fetch_all([(makers[maker], tensor) for maker, tensor in lost], places)
+        if draft:
+            draft.note_written((key.name, tensor) for key, (_, tensor) in inputs.items())
 
     def scan(self, plan: Plan, node: Node, *, reread: bool = False) -> Manifest:
         """Return what a leaf finds in the checkpoint; to ``reread`` is to read its files anew."""

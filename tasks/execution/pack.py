@@ -271,7 +271,7 @@ class Packing:
     def _fill(self, inputs: Inputs, filling: Filling) -> PackedFolder:
         places = {}
         if not filling.is_whole:
-            self.builder.fetch(self.plan, inputs, inputs)
+            self.builder.fetch(self.plan, inputs, inputs, packs=True)
             places = {
                 key.name: (tensor.digest, self.builder.locate(self.plan, inputs, key))
                 for key, (_, tensor) in inputs.items()

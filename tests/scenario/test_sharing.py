@@ -99,6 +99,11 @@ def test_second_machine(tmp_path: Path, server: servers.Faulty) -> None:
     }  # fmt: skip
     assert two.built() == one.built()
     assert sum(fetched(server).values()) <= 1.02 * size(two.folder / "build" / "model")
+    # It lies on the disk once: the weights were written where they belong, and packing links them.
+    weights = two.folder / "build/model/model.safetensors"
+    assert weights.stat().st_nlink == 2
+    held = sum(path.stat().st_size for path in (two.store / "blobs").rglob("*") if path.is_file())
+    assert held < 1.05 * weights.stat().st_size
     assert two.doit().entries == []
     assert server.requests == []  # nothing to do fetches nothing
 

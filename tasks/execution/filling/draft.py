@@ -94,8 +94,13 @@ class WeightFileDraft:
         earlier = (name for name, tensor in tensors if self._was_written(name, tensor))
         return written + sum(self._places[name].length for name in earlier)
 
+    def note_written(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take note of those of the tensors that lie in their places by now."""
+        new = {name: tensor.digest for name, tensor in tensors if self._was_written(name, tensor)}
+        self._digests |= new
+
     def _was_written(self, name: str, tensor: Tensor) -> bool:
-        """Tell whether an earlier run wrote a tensor."""
+        """Tell whether a tensor lies in its place that was not written by ``writing``."""
         if name in self._digests:
             return False
         try:
