@@ -17,7 +17,7 @@ Recipe = Literal[
 ]
 Dtype = Literal["float16", "bfloat16", "float32"]
 Device = Literal["cpu", "gpu"]
-Method = Literal["gptq"]
+Method = Literal["gptq", "awq"]
 
 # What mx.quantize takes: mode -> (group sizes, bits), the first of each being MLX's default. The
 # installed MLX may take more: ``tasks.tensors.modes``.
@@ -300,8 +300,9 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
     method: Annotated[
         Method | None,
         key(
-            "How weights are rounded: `gptq`, so that what the model makes of calibration text "
-            "changes least (mode affine). Embeddings are rounded to nearest.",
+            "How weights are rounded, so that what the model makes of calibration text changes "
+            "least (mode affine): `gptq`, each error made good by the weights to come, or `awq`, "
+            "scaled and clipped before. Embeddings are rounded to nearest.",
             default="each to nearest",
             change=_QUANTIZED,
             example="gptq",

@@ -7,7 +7,7 @@ import io
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
-_SAME_NUMBERS = (
+SAME_NUMBERS = (
     "AsType", "Broadcast", "Concatenate", "Contiguous", "Copy", "ExpandDims", "Flatten", "Pad",
     "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unflatten",
 )  # fmt: skip  # operations of MLX by which an array is the same numbers, elsewhere
@@ -77,7 +77,7 @@ class ArrayGraph:
         seen: set[str] = set()
         while stack:
             for node in self.sources.get(stack.pop(), ()):
-                if node not in seen and self.operations.get(node, "Copy") in _SAME_NUMBERS:
+                if node not in seen and self.operations.get(node, "Copy") in SAME_NUMBERS:
                     seen.add(node)
                     stack.append(node)
         return seen

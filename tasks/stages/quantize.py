@@ -108,7 +108,7 @@ class Quantize(Stage[QuantizeParams]):
         for key in inputs:
             setting = params.settings.get(key.name)
             if setting is None:
-                tensors[key.name] = context.pass_on(key)
+                tensors[key.name] = self.leave(key, params, context)
                 continue
             packed, finite = self.quantize(key, setting, params, context)
             if not finite:
@@ -124,6 +124,10 @@ class Quantize(Stage[QuantizeParams]):
                 )
             tensors |= packed
         return Result(tensors, tuple(notes))
+
+    def leave(self, key: Key, params: QuantizeParams, context: Context) -> Tensor:
+        """Return a tensor that is not quantized: as it is."""
+        return context.pass_on(key)
 
     def quantize(
         self, key: Key, setting: Setting, params: QuantizeParams, context: Context

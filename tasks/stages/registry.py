@@ -6,6 +6,9 @@ from typing import Any
 
 from tasks.core.task_names import GROUPS, PACK
 from tasks.stages.activations import Activations
+from tasks.stages.awq import Awq
+from tasks.stages.awq_quantize import METHOD as AWQ
+from tasks.stages.awq_quantize import AwqQuantize
 from tasks.stages.cast import Cast
 from tasks.stages.extract import Extract
 from tasks.stages.forward import Evaluate, Forward, Teacher
@@ -28,6 +31,7 @@ KEPT = frozenset({"cast"})
 # In place of the stage that quantizes, by the method's name: what it takes, and the stage last.
 METHODS: dict[str, tuple[Stage[Any], ...]] = {
     GPTQ: (Tokens(), Activations(), Hessians(), Gptq()),
+    AWQ: (Tokens(), Activations(), Hessians(), Awq(), AwqQuantize()),
 }
 # What is told of a built model, and is no part of it.
 MEASURES: tuple[Stage[Any], ...] = (Measure(),)

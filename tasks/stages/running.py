@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from msgspec import structs
 
@@ -165,6 +165,7 @@ class SegmentRunner:
         self._params = params
         maker = stage.maker(context.planned)
         weights = {key.name: key for key in inputs if key.stage == maker}
+        self._reads = [*weights]
         self._rows = {key: context.rows(key) for key in inputs if key.stage != maker}
         self._state = next((key for key in inputs if key.name == STATE), None)
         self._tokens = next(key for key in inputs if key.name == TOKENS)
@@ -253,6 +254,32 @@ class SegmentRunner:
             mx.eval(wanted if self.is_last else [*wanted, result])
         return result
 
+    def weights(self) -> dict[str, mx.array]:
+        """Return the weights that the segment reads, by name."""
+        from mlx.utils import tree_flatten
+
+        parameters = dict(
+            cast("list[tuple[str, mx.array]]", tree_flatten(self._model.parameters()))
+        )
+        return {name: parameters[name] for name in self._reads}
+
+    def trial(
+        self, weights: Mapping[str, mx.array], tokens: int, see: Callable[[Seen], None]
+    ) -> mx.array:
+        """Run the segment on the first sequence's first tokens, in float32, with other weights.
+
+        Args:
+            weights: all that the segment reads.
+            tokens: how many.
+            see: called with what each module is given.
+        """
+        self._model.load_weights([*weights.items()], strict=False)
+        state = self._state_of(0)
+        if state is not None:
+            state = state[:, :tokens].astype(mx.float32)
+        with self._computing(), self._watch.seeing(see):
+            return self._begin(0, state, tokens)
+
     def differentiate(
         self,
         index: int,
@@ -306,8 +333,8 @@ class SegmentRunner:
     def _state_of(self, index: int) -> mx.array | None:
         return None if self._state is None else self.read(self._state, index)[None]
 
-    def _begin(self, index: int, state: mx.array | None) -> mx.array:
-        tokens = self.read(self._tokens, index)[None, :-1]
+    def _begin(self, index: int, state: mx.array | None, first: int | None = None) -> mx.array:
+        tokens = self.read(self._tokens, index)[None, :-1][:, :first]
         if self._params.whole:
             logits: mx.array = self._model(tokens)
             return logits

@@ -22,7 +22,7 @@ from tasks.tensors import arrays, rows
 MODELS = {
     "meta": {"dtype": "float16", "quantize": {"bits": 4}},
     "huggingface": {"dtype": "float32", "quantize": {"bits": 3, "method": "gptq"}},
-    "qwen3-moe": {"dtype": "float16", "quantize": {"bits": 6, "group_size": 32}},
+    "qwen3-moe": {"dtype": "float32", "quantize": {"bits": 4, "group_size": 32, "method": "awq"}},
     "deepseek-v3": {"dtype": "float16", "quantize": {"mode": "mxfp4"}},
 }
 
@@ -58,6 +58,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     else:
         checkpoints.make(kind, folder / "checkpoint")
         project = projects.Project(folder, kind)
+        project.quality = {"samples": 1, "sequence_length": 8}
     project.models.clear()
     adapter = {"adapter": write_adapter(folder)} if kind == "huggingface" else {}
     project.configure("model", source="checkpoint", device="cpu", **MODELS[kind], **adapter)
@@ -78,9 +79,11 @@ def nodes(session: Session) -> Iterator[tuple[Plan, Node, Manifest]]:
 
 def expected(session: Session) -> set[str]:
     """The names of the stages that the model went through."""
-    runs = {stage.name for stage in registry.RUNNING}
-    names = {*registry.names()} - (set() if session.config.quality.samples == SAMPLES else runs)
-    return names if session.config.targets["model"].adapter else names - {"fuse", "hessians"}
+    target = session.config.targets["model"]
+    stages = [*registry.pipeline(target.quantize.method), *registry.MEASURES]
+    if session.config.quality.samples == SAMPLES:
+        stages += registry.RUNNING
+    return {stage.name for stage in stages} - (set() if target.adapter else {"fuse"})
 
 
 def test_outputs_are_what_run_makes(built: Session) -> None:

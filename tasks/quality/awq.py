@@ -1,0 +1,131 @@
+"""awq: scales and clips by which weights lose least when they are rounded.
+
+AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978): columns that are given large inputs are
+multiplied by more than others before they are rounded, what makes their inputs is divided by the
+same, and large weights of a group are cut off where the others gain by it. The paper runs a block
+for each candidate. Here, what a layer makes changes by ``tr(E H Eᵀ)``, where E is the error of its
+weights and H the sum of the products of its inputs' channels: candidates cost no run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tasks.tensors import blas, mx
+
+GRID = 20  # candidates for a scale: powers 0, 1/20, … of what channels are given
+CLIPS = 10  # of a clip: all of a group, 19/20 of it, …
+ROWS = 512  # of a weight, spread over it, by which scales are judged
+LEAST = 1e-4  # of what is given, before it is raised to a power
+
+
+class Rounding(NamedTuple):
+    """How a weight will be rounded: ``mx.quantize``'s arguments, and the weight's dtype."""
+
+    group_size: int
+    bits: int
+    mode: str
+    dtype: str
+
+    def of(self, weight: np.ndarray) -> np.ndarray:
+        """Return rows as they are once they are rounded: (rows, columns), float32."""
+        size, bits, mode = self.group_size, self.bits, self.mode
+        with mx.stream(mx.cpu):
+            given = mx.array(weight).astype(getattr(mx, self.dtype))
+            packed = mx.quantize(given, size, bits, mode)
+            made = mx.dequantize(*packed, group_size=size, bits=bits, mode=mode)
+            return np.array(made.astype(mx.float32))
+
+
+class Columns(NamedTuple):
+    """A weight whose columns are to be scaled, or one expert's.
+
+    Attributes:
+        weight: (rows, columns), float32.
+        hessian: the sum of the products of what it is given: (columns, columns), float32.
+        rounding: how it will be rounded.
+        rows: which of the scales is for each column: (columns,).
+    """
+
+    weight: np.ndarray
+    hessian: np.ndarray
+    rounding: Rounding
+    rows: np.ndarray
+
+
+def best_scale(given: Sequence[Columns], count: int) -> np.ndarray:
+    """Return the scales by which weights lose least: (count,), float32; 1 where none gains.
+
+    Args:
+        given: the weights.
+        count: of scales.
+    """
+    blas.one_thread()
+    squares = np.zeros(count)
+    for each in given:
+        np.add.at(squares, each.rows, np.diag(each.hessian).astype(np.float64))
+    if not squares.any() or not np.isfinite(squares).all():
+        return np.ones(count, np.float32)
+    size = np.maximum(np.sqrt(squares / squares.mean()), LEAST)
+    some = [each._replace(weight=_spread(each.weight, len(given))) for each in given]
+    best, least = np.ones(count, np.float32), np.inf
+    for at in range(GRID):
+        scale = size ** (at / GRID)
+        scale = (scale / np.sqrt(scale.max() * scale.min())).astype(np.float32)
+        loss = sum(_loss(each, scale[each.rows]) for each in some)
+        if loss < least:
+            best, least = scale, loss
+    return best
+
+
+def _spread(weight: np.ndarray, share: int) -> np.ndarray:
+    """Return a part of a weight's rows, spread over them."""
+    step = -(-len(weight) // max(ROWS // max(1, share // 4), 32))
+    return np.ascontiguousarray(weight[::step]) if step > 1 else weight
+
+
+def _loss(given: Columns, scale: np.ndarray) -> float:
+    error = given.rounding.of(given.weight * scale) / scale - given.weight
+    return float(np.vdot(error @ given.hessian, error))
+
+
+def best_clips(weight: np.ndarray, hessian: np.ndarray, rounding: Rounding) -> np.ndarray:
+    """Return how far each group is cut off, in steps of 1/20 of its largest: (rows, groups), uint8.
+
+    Args:
+        weight: (rows, columns), float32, scaled.
+        hessian: of what it is given, scaled: (columns, columns).
+        rounding: how it will be rounded.
+    """
+    blas.one_thread()
+    size = rounding.group_size
+    groups = weight.shape[1] // size
+    at = np.arange(groups)
+    blocks = hessian.reshape(groups, size, groups, size)[at, :, at]
+    least = np.full((groups, len(weight)), np.inf, np.float32)
+    best = np.zeros(least.shape, np.uint8)
+    for step in range(CLIPS):
+        steps = np.full((len(weight), groups), step, np.uint8)
+        error = rounding.of(clip(weight, steps)) - weight
+        by_group = np.ascontiguousarray(error.reshape(-1, groups, size).transpose(1, 0, 2))
+        loss = np.einsum("grc,grc->gr", by_group @ blocks, by_group)
+        better = loss < least
+        best[better], least = step, np.minimum(loss, least)
+    return np.ascontiguousarray(best.T)
+
+
+def clip(weight: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Return rows whose groups are cut off.
+
+    Args:
+        weight: (rows, columns), float32.
+        steps: (rows, groups): of 1/20 of the largest of a group.
+    """
+    by_group = weight.reshape(*steps.shape, -1)
+    most = np.abs(by_group).max(axis=-1, keepdims=True)
+    most *= (1 - steps / np.float32(GRID)).astype(np.float32)[..., None]
+    clipped: np.ndarray = np.clip(by_group, -most, most).reshape(weight.shape)
+    return clipped
