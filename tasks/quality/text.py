@@ -65,8 +65,10 @@ def _read(name: str, key: str) -> list[Document]:
             raise OSError(f"it has over {MAX_BYTES:,} bytes")
         content = data.decode("utf-8-sig")
     except (CheckpointError, OSError, UnicodeDecodeError) as error:
+        said = isinstance(error, CheckpointError)  # which begins with the path
+        fact = str(error) if said else f"{path} cannot be read: {error}."
         raise BuildError(
-            f"{path} cannot be read: {error} {key} of [quality] names it: mend it, or name another."
+            f"{fact} {key} of [quality] names it: mend it, or name another."
         ) from error
     lines = enumerate(content.split("\n"), 1)  # within JSON's texts, other ends of lines may stand
     documents: list[Document] = [content]
