@@ -144,7 +144,7 @@ class AwqQuantize(Quantize):
             return super().quantize(key, setting, params, context)
         weight = context.rows(key)
         made = _quantized(_blocks(key, weight, params, context), setting, params.device, context)
-        return write_parts(context, key.name, weight.shape, setting, made)
+        return write_parts(context, key.name, weight, setting, made)
 
     def memory(self, params: QuantizeParams, checkpoint: Checkpoint) -> int:
         """Return the size of a few blocks, also in float32."""
