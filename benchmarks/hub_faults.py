@@ -3,10 +3,10 @@
     python benchmarks/hub_faults.py                  # every kind, at 20 places each
     python benchmarks/hub_faults.py --kinds cut longer --places 5
 
-A small model is planned and built from nothing; the tests' hub fails at one request of it, once or
-from then on. What is built must be right to the bit, or there is one error that names the
-repository or the hub, no traceback and no ``build/``; without the failure, the next run must be
-right, too.
+A small model and an adapter of it are planned and built from nothing; the tests' hub fails at one
+request of them, once or from then on. What is built must be right to the bit, or there is one error
+that names the repository or the hub, no traceback and no ``build/``; without the failure, the next
+run must be right, too.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import math
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +31,25 @@ from measure import ROOT, BenchmarkError
 sys.path.insert(0, str(ROOT / "tests"))
 import pytest
 
-from support import hub_server, inside, projects
-from support.hub_server import Cut, Expired, Flipped, Longer, Shorter, Stall, Unranged, busy
+from support import adapters, hub_server, inside, projects
+from support.hub_server import (
+    Cut,
+    Drip,
+    Expired,
+    Flipped,
+    Gone,
+    Longer,
+    Moved,
+    Renamed,
+    Shorter,
+    Stall,
+    Unranged,
+    busy,
+)
 from support.servers import Answer
 
-NAME = "org/model"
+NAME, ADAPTER = "org/model", "org/adapter"
+BACK_SECONDS = 0.05  # within the time that is waited before the last try
 
 
 def refusal(status: int, code: str = "") -> Answer:
@@ -53,17 +70,25 @@ KINDS: dict[str, tuple[Any, bool]] = {
     "shorter": (Shorter(3), False),
     "longer": (Longer(3), False),
     "another byte": (Flipped(7), False),
+    "in drips": (Drip(0.02), False),
     "no range": (Unranged(), False),
+    "another range": (Moved(1), False),
+    "another ETag": (Renamed(), False),
+    "other bytes": (Flipped(7), True),
+    "gone, and back": (Gone(BACK_SECONDS), False),
     "no hub": (Answer(200, b"<html>login</html>", {}), False),
     "gated": (refusal(403, "GatedRepo"), True),
     "no such repository": (refusal(404, "RepoNotFound"), True),
     "revision went away": (refusal(404, "RevisionNotFound"), True),
     "no such file": (refusal(404, "EntryNotFound"), True),
     "wrong token": (refusal(401), True),
-    "no server": (busy(0, 500), True),
+    "500": (busy(0, 500), True),
+    "no server": (Gone(), False),
     "no such host": (Answer(302, b"", {"Location": "http://127.0.0.1:1/x"}), True),
 }
-FULL = "disk full"  # which is no failure of the hub's
+# No failures of the hub's.
+FULL, NAMELESS, NAMELESS_FOR_A_WHILE = "disk full", "no DNS", "no DNS for a while"
+OTHERS = (NAMELESS, NAMELESS_FOR_A_WHILE, FULL)
 
 
 class Model:
@@ -74,7 +99,9 @@ class Model:
         self.folder = folder
         self.project = projects.create(folder / "made", "huggingface", **projects.FOUR_BIT)
         hub.repository(NAME).add_folder(self.project.checkpoint)
-        self.project.configure(source=f"hf:{NAME}")
+        adapter = adapters.make(self.project.checkpoint, folder / "adapter", "lora")
+        hub.repository(ADAPTER).add_folder(adapter)
+        self.project.configure(source=f"hf:{NAME}", adapter=f"hf:{ADAPTER}")
         self.hub.requests.clear()
         self.expected = self._built(self.project.folder)[1]
         self.requests = len(hub.requests)
@@ -104,7 +131,7 @@ class Model:
                     raise BenchmarkError(f"other bytes were built:\n{said}")
                 if not found and (
                     "Traceback" in said
-                    or not any(word in said for word in (NAME, self.hub.url, "disk"))
+                    or not any(word in said for word in (NAME, ADAPTER, self.hub.url, "disk"))
                 ):
                     raise BenchmarkError(f"no clear error:\n{said}")
                 again, mended = self._built(folder)
@@ -114,6 +141,14 @@ class Model:
         finally:
             shutil.rmtree(folder)
             shutil.rmtree(home, ignore_errors=True)
+
+    def failing(self, kind: str, place: float) -> Callable[[Path], Any]:
+        """What fails, at a part of the requests or writes."""
+        if kind == FULL:
+            return self.full_disk(place)
+        if kind in OTHERS:
+            return self.failing_names(place, mends=kind == NAMELESS_FOR_A_WHILE)
+        return self.failing_hub(kind, place)
 
     def failing_hub(self, kind: str, place: float) -> Callable[[Path], Any]:
         """What fails at a part of the requests."""
@@ -129,6 +164,32 @@ class Model:
 
             self.hub.fault = choose
             yield
+            self.hub.come_back()
+
+        return fails
+
+    def failing_names(self, place: float, *, mends: bool) -> Callable[[Path], Any]:
+        """No host that has an address, from a part of the requests on, or for a while then."""
+        at, ask = int(place * self.requests), socket.getaddrinfo
+        ends: list[float] = []
+
+        def address(*args: Any, **keys: Any) -> Any:
+            if ends and time.monotonic() < ends[0]:
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            return ask(*args, **keys)
+
+        @contextmanager
+        def fails(folder: Path) -> Iterator[None]:
+            def choose(request: Any) -> Any:
+                if request.count != at:
+                    return None
+                ends.append(time.monotonic() + BACK_SECONDS if mends else math.inf)
+                self.hub.cut_connections()
+                return Cut(0)
+
+            self.hub.fault = choose
+            with mock.patch.object(socket, "getaddrinfo", address):
+                yield
 
         return fails
 
@@ -160,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, FULL], default=[*KINDS, FULL])
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, *OTHERS], default=[*KINDS, *OTHERS])
     parser.add_argument("--places", type=int, default=20)
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
@@ -169,7 +230,8 @@ def main() -> None:
         hub_server.serve(Path(name, "uploaded")) as hub,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr("tasks.checkpoints.hub_requests.FIRST_WAIT_SECONDS", 0.01)
+        patch.setattr("tasks.checkpoints.hub_requests.FIRST_WAIT_SECONDS", 0.02)
+        patch.setattr("tasks.checkpoints.hub_requests.PROGRESS_SECONDS", 1.0)
         patch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 1.5)
         with hub.inside(Path(name, "first")):
             model = Model(hub, Path(name))
@@ -181,8 +243,7 @@ def main() -> None:
             found = []
             for place in range(arguments.places):
                 part = (place + 0.5) / arguments.places
-                fails = model.full_disk(part) if kind == FULL else model.failing_hub(kind, part)
-                found.append(model.attempt(fails))
+                found.append(model.attempt(model.failing(kind, part)))
             print(
                 f"| {kind} | {len(found)} | {found.count('right')} | {found.count('error')} |",
                 flush=True,

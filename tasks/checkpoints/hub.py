@@ -135,15 +135,27 @@ class HubSource(Struct, frozen=True, dict=True):
                 f"{page(repository)} lists what is there."
             )
         missing = [path for path in small if not (folder / path).is_file()]
-        if missing:
-            hub_client.download(repository, self.revision, missing)
-            if damaged := [path for path in missing if self._digest(path) != self._said(path)]:
-                for path in damaged:  # on their way here: the client does not look
-                    (folder / path).resolve().unlink()
-                hub_client.download(repository, self.revision, damaged)
+        if damaged := self._download(missing):  # on their way here: the client does not look
+            damaged = self._download(damaged)
+        if damaged:
+            raise CheckpointError(
+                f"{some(damaged, 5)} of {repository} at {self.revision} came twice with other "
+                "bytes than the hub says. If there is a proxy or a mirror between, it is at fault; "
+                "try again without it (HF_ENDPOINT)."
+            )
         for path in small:
             self._check(path)
         return folder / subfolder
+
+    def _download(self, paths: list[str]) -> list[str]:
+        """Have the client fetch files; return those that came damaged, and are removed again."""
+        if not paths:
+            return []
+        hub_client.download(self.hub_name.repository, self.revision, paths)
+        damaged = [path for path in paths if self._digest(path) != self._said(path)]
+        for path in damaged:
+            Path(self._snapshot.folder, path).resolve().unlink()
+        return damaged
 
     def _said(self, path: str) -> str:
         return self._snapshot.files[path].digest

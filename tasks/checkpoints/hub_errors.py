@@ -166,17 +166,20 @@ def _unreachable(
             "HF_HUB_OFFLINE says that nothing is to be fetched. Unset it."
         )
     return HubUnreachable(
-        f"{_not_reached(cause or error)}, and try again: what was fetched is kept."
+        f"{_not_reached(cause or error, f'{name} of {repository}' if name else repository)}, and "
+        "try again: what was fetched is kept."
     )
 
 
-def _not_reached(error: BaseException) -> str:
-    host = endpoint()
+def _not_reached(error: BaseException, what: str) -> str:
+    hub = host = endpoint()
     with suppress(AttributeError, RuntimeError):  # of an error that knows no request
         url = error.request.url  # type: ignore[attr-defined]
         host = f"{url.scheme}://{url.netloc.decode()}"
+    where = host if host == hub else f"{host}, where {hub} has it,"
     return (
-        f"{host} cannot be reached: {_cause(error)}. Check the network, HF_ENDPOINT and the proxy"
+        f"{what}: {where} cannot be reached: {_cause(error)}. Check the network, HF_ENDPOINT and "
+        "the proxy"
     )
 
 
@@ -221,7 +224,7 @@ def errors_of_publishing(repository: str, but: type[Exception] | tuple[()] = ())
         if isinstance(cause, errors.HfHubHTTPError):
             text = _refusal_to_publish(cause, repository)
         elif isinstance(cause, httpx2.TransportError):
-            text = f"{_not_reached(cause)}, and publish again: what is there is not sent twice."
+            text = f"{_not_reached(cause, repository)}, and publish again: what is there is not sent twice."
         else:
             text = f"{repository} is not published: {error}"
         raise BuildError(text) from error

@@ -6,39 +6,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from support import checkpoints, hub_server, inside, peer, projects
+from support import adapters, checkpoints, hub_server, inside, peer, projects
 from support.differences import weight_differences
 from support.hub_server import Flipped
-
-KEYS = {
-    "lora": ["self_attn.q_proj", "mlp.down_proj", "model.embed_tokens"],
-    "dora": ["self_attn.q_proj", "self_attn.o_proj"],
-    "experts": ["mlp.switch_mlp.up_proj", "mlp.gate"],
-}
-
-
-def mlx_lm_adapter(source: Path, folder: Path, kind: str, seed: int = 0) -> Path:
-    """Write an adapter of random weights as `mlx_lm.lora` saves it."""
-    folder.mkdir()
-    model, _ = load_model(source)
-    settings = {"rank": 4, "scale": 7.5, "dropout": 0.0, "keys": KEYS[kind]}
-    linear_to_lora_layers(model, 2, settings, use_dora=kind == "dora")
-    weights = {
-        name: checkpoints.random_array(name, array.shape, seed=seed, dtype="float32")
-        for name, array in tree_flatten(model.parameters())
-        if name.endswith((".lora_a", ".lora_b", ".m"))
-    }
-    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
-    config = {
-        "fine_tune_type": "dora" if kind == "dora" else "lora",
-        "num_layers": 2,
-        "lora_parameters": settings,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def fused(source: Path, adapter: Path) -> dict[str, mx.array]:
@@ -60,8 +33,8 @@ def weights(folder: Path) -> dict[str, mx.array]:
 def test_what_mlx_lm_trained(arch: str, kind: str, tmp_path: Path) -> None:
     """To the bit as mlx_lm.fuse; of another adapter, only what it changes is made."""
     source = checkpoints.make(arch, tmp_path / "checkpoint")
-    adapter = mlx_lm_adapter(source, tmp_path / "first", kind)
-    other = mlx_lm_adapter(source, tmp_path / "second", kind, seed=1)
+    adapter = adapters.make(source, tmp_path / "first", kind)
+    other = adapters.make(source, tmp_path / "second", kind, seed=1)
     toml = tmp_path / "models.toml"
     lines = '[models.model]\nsource = "checkpoint"\nadapter = "first"\n'
     toml.write_text(lines)
@@ -80,7 +53,7 @@ def test_what_mlx_lm_trained(arch: str, kind: str, tmp_path: Path) -> None:
 
 def test_a_checkpoint_quantized_after_fusing(tmp_path: Path) -> None:
     source = checkpoints.make("llama", tmp_path / "checkpoint")
-    adapter = mlx_lm_adapter(source, tmp_path / "adapter", "lora")
+    adapter = adapters.make(source, tmp_path / "adapter", "lora")
     plain = checkpoints.make("llama", tmp_path / "fused")
     for path in plain.glob("model*"):
         path.unlink()
@@ -135,7 +108,7 @@ def test_what_peft_trained(kind: str, tmp_path: Path) -> None:
 
 def test_an_adapter_of_another_model(tmp_path: Path) -> None:
     source = checkpoints.make("llama", tmp_path / "checkpoint")
-    adapter = mlx_lm_adapter(source, tmp_path / "adapter", "lora")
+    adapter = adapters.make(source, tmp_path / "adapter", "lora")
     name = "model.layers.9.self_attn.q_proj.lora_a"
     path = adapter / "adapters.safetensors"
     mx.save_safetensors(str(path), {**mx.load(str(path)), name: mx.zeros((4, 4))})
@@ -159,8 +132,8 @@ def but_card(folder: Path) -> dict[str, str]:
 def test_an_adapter_on_the_hub(tmp_path: Path) -> None:
     """At one commit until it is told to move, fetched once, and none but the hub's bytes."""
     source = checkpoints.make("llama", tmp_path / "checkpoint")
-    first = mlx_lm_adapter(source, tmp_path / "first", "lora")
-    second = mlx_lm_adapter(source, tmp_path / "second", "lora", seed=1)
+    first = adapters.make(source, tmp_path / "first", "lora")
+    second = adapters.make(source, tmp_path / "second", "lora", seed=1)
     with hub_server.serve(tmp_path / "uploaded") as hub, hub.inside(tmp_path / "home"):
         hub.repository("org/model").add_folder(source)
         repository = hub.repository("org/lora")

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -118,7 +118,36 @@ class Expired:
     """Answer that the signed address is past its time, now and whenever it is asked again."""
 
 
-Fault = Answer | Cut | Stall | Longer | Shorter | Flipped | Unranged | Expired | None
+@dataclass(frozen=True)
+class Gone:
+    """Be no longer there from now on, for so many seconds, or for good: see ``Hub.leave``."""
+
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Drip:
+    """Send a byte of the body every so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Answer a range with one that begins so many bytes later, and say so."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Say of a file that it has another digest."""
+
+
+Fault = (
+    Answer | Cut | Stall | Longer | Shorter | Flipped | Unranged | Expired | Gone | Drip | Moved
+    | Renamed | None
+)  # fmt: skip
 
 
 def busy(seconds: int, status: int = 429) -> Answer:
@@ -177,7 +206,27 @@ class Hub:
     storage_url: str = ""
     expired: set[str] = field(default_factory=set)
     lock: threading.RLock = field(default_factory=threading.RLock)
+    servers: "list[_Server]" = field(default_factory=list)
     _free_at: float = 0
+
+    def leave(self, seconds: float | None = None) -> None:
+        """Refuse connections, and cut those that there are, for so many seconds or for good."""
+        with self.lock:
+            for server in self.servers:
+                server.leave()
+            if seconds is not None:
+                threading.Timer(seconds, self.come_back).start()
+
+    def come_back(self) -> None:
+        """Be there again, at the same addresses."""
+        with self.lock:
+            for server in self.servers:
+                server.come_back()
+
+    def cut_connections(self) -> None:
+        """Cut all connections that there are; new ones are welcome."""
+        for server in self.servers:
+            server.cut_connections()
 
     def repository(self, name: str, **keys: bool) -> Repository:
         """Make a repository, private or gated if that is said, as the hub begins one."""
@@ -275,14 +324,13 @@ def serve(folder: Path) -> Iterator[Hub]:
     with _Server(hub, _HubHandler) as api, _Server(hub, _StorageHandler) as storage:
         hub.url = f"http://127.0.0.1:{api.server_address[1]}"
         hub.storage_url = f"http://localhost:{storage.server_address[1]}"
-        servers = (api, storage)
-        for server in servers:
-            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        hub.servers = [api, storage]
+        for server in hub.servers:
+            server.serve()
         try:
             yield hub
         finally:
-            for server in servers:
-                server.shutdown()
+            hub.leave()
 
 
 class _Server(ThreadingHTTPServer):
@@ -293,6 +341,44 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, hub: Hub, handler: type["_Handler"]) -> None:
         super().__init__(("127.0.0.1", 0), handler)
         self.hub = hub
+        self._connections: set[socket.socket] = set()
+        self._is_there = True
+
+    def serve(self) -> None:
+        """Answer, in a thread of its own."""
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def leave(self) -> None:
+        """Refuse connections, and cut those that there are."""
+        if self._is_there:
+            self._is_there = False
+            self.shutdown()
+            self.server_close()
+            self.cut_connections()
+
+    def come_back(self) -> None:
+        """Be there again, at the same port."""
+        if not self._is_there:
+            self.socket = socket.socket(self.address_family, self.socket_type)
+            self.server_bind()
+            self.server_activate()
+            self._is_there = True
+            self.serve()
+
+    def cut_connections(self) -> None:
+        """Cut all connections that there are."""
+        for connection in [*self._connections]:
+            with suppress(OSError):  # it ended
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def get_request(self) -> tuple[socket.socket, object]:
+        connection, address = super().get_request()
+        self._connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing of a client that went away; anything else is a mistake here."""
@@ -348,6 +434,9 @@ class _Handler(BaseHTTPRequestHandler):
             if isinstance(self.wrong, Answer):
                 self._skip_body()
                 self._answer(self.wrong.status, self.wrong.body, self.wrong.headers)
+            elif isinstance(self.wrong, Gone):
+                self.close_connection = True
+                self.hub.leave(self.wrong.seconds)
             else:
                 self._route(url.path)
         except Refused as refused:
@@ -409,6 +498,8 @@ class _Handler(BaseHTTPRequestHandler):
             end = min(int(last) + 1, size) if first and last else size
             if start >= end:
                 return self._answer(416, b"", {"Content-Range": f"bytes */{size}"})
+            if isinstance(self.wrong, Moved):
+                start = min(start + self.wrong.nbytes, end - 1)
             status, span = 206, (start, end)
             extra["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
         return self._send(status, content, span, {**extra, **headers})
@@ -445,6 +536,12 @@ class _Handler(BaseHTTPRequestHandler):
         """The bytes of a body up to where it is cut; with a pause, or a flipped bit."""
         wrong, at = self.wrong, 0
         for piece in pieces:
+            if isinstance(wrong, Drip):
+                for byte in piece:
+                    yield bytes([byte])
+                    self.wfile.flush()
+                    time.sleep(wrong.seconds)
+                continue
             where = wrong.at - at if isinstance(wrong, Cut | Stall | Flipped) else -1
             at += len(piece)
             if not 0 <= where < len(piece):
@@ -781,13 +878,16 @@ class _HubHandler(_Handler):
     def _resolve(self, name: str, revision: str, path: str) -> None:
         """Say where a file is: in the storage, or here under its commit."""
         commit, file = self._found(name, revision, path)
+        etag = file.etag
+        if isinstance(self.wrong, Renamed):
+            etag = hashlib.new("sha256" if file.large else "sha1", etag.encode()).hexdigest()
         where = f"/api/resolve-cache/models/{name}/{commit.oid}/{quote(path)}"
         if file.large:
             where = self.hub.signed(f"/file/{file.content.sha256}")
         headers = {
             "Location": where,
             "X-Repo-Commit": commit.oid,
-            "X-Linked-Etag": f'"{file.etag}"',
+            "X-Linked-Etag": f'"{etag}"',
             "X-Linked-Size": str(file.content.size),
         }
         self._answer(302 if file.large else 307, b"", headers)
