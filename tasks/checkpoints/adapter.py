@@ -25,6 +25,7 @@ from cache.files.stamp import changed_at
 from cache.store import Store
 from tasks.checkpoints import file_digests
 from tasks.checkpoints.folder import FolderSource
+from tasks.checkpoints.hub_name import hint
 from tasks.checkpoints.small_files import read_json
 from tasks.checkpoints.source import ReadableSource
 from tasks.checkpoints.stored import Stored
@@ -153,11 +154,12 @@ class Adapter(Struct, frozen=True):
         return data
 
 
-def read(source: ReadableSource, store: Store) -> Adapter:
+def read(source: ReadableSource, store: Store, named: str) -> Adapter:
     """Read an adapter.
 
     Args:
         source: where it is.
+        named: what models.toml calls it.
         store: where what it holds is remembered, and kept if it is on a hub.
 
     Raises:
@@ -165,6 +167,10 @@ def read(source: ReadableSource, store: Store) -> Adapter:
         NoRoom: it is to be fetched, and the disk is full.
     """
     folder = source.small_files
+    if not folder.exists():
+        raise CheckpointError(
+            f"adapter {source.location} does not exist. Name the adapter's folder{hint(named)}."
+        )
     if not source.has(CONFIG):
         raise CheckpointError(
             f"adapter {source.location} has no {CONFIG}. Name the folder that mlx_lm.lora or peft "

@@ -149,8 +149,8 @@ class FolderSource(Struct, frozen=True, dict=True):
 
         Without what macOS writes beside files on a disk that is not its own: ``._NAME``.
         """
-        names = (path.name for path in self.small_files.glob(pattern))
-        return sorted(name for name in names if not name.startswith("._"))
+        paths = (p for p in self.small_files.glob(pattern) if not p.name.startswith("._"))
+        return sorted(path.relative_to(self.small_files).as_posix() for path in paths)
 
     def has(self, name: str) -> bool:
         """Tell whether there is such a file."""

@@ -16,7 +16,7 @@ from msgspec import Struct, to_builtins
 
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
-from tasks.checkpoints import file_digests, headers, hub_client
+from tasks.checkpoints import file_digests, headers, hub_client, loaders
 from tasks.checkpoints.folder import FolderSource
 from tasks.checkpoints.hub_client import HubFile, Snapshot
 from tasks.checkpoints.hub_errors import HubUnreachable
@@ -127,13 +127,7 @@ class HubSource(Struct, frozen=True, dict=True):
             if self.opening.is_read(name) and file.size <= MAX_SMALL_BYTES
         ]
         if not small:
-            where = f"the folder {subfolder} of " if subfolder else ""
-            fact = f"it has {some([*self._files], 5)}" if self._files else "there is nothing"
-            raise CheckpointError(
-                f"{where}{repository} holds no checkpoint at commit {self.revision}: {fact}, "
-                "and no config.json or params.json. Name a folder that does: "
-                f"{page(repository)} lists what is there."
-            )
+            raise self._no_checkpoint()
         missing = [path for path in small if not (folder / path).is_file()]
         if damaged := self._download(missing):  # on their way here: the client does not look
             damaged = self._download(damaged)
@@ -146,6 +140,21 @@ class HubSource(Struct, frozen=True, dict=True):
         for path in small:
             self._check(path)
         return folder / subfolder
+
+    def _no_checkpoint(self) -> CheckpointError:
+        repository, _, subfolder = self.hub_name
+        if subfolder in self._snapshot.files:
+            whole = self.hub_name._replace(subfolder=subfolder.rpartition("/")[0])
+            return CheckpointError(
+                f"{self.hub_name} is a file, and a checkpoint is all of them. Write {whole}."
+            )
+        where = f"the folder {subfolder} of " if subfolder else ""
+        fact = f"it has {some([*self._files], 5)}" if self._files else "there is nothing"
+        mend = loaders.no_checkpoint(self) or " Name a folder that does:"
+        return CheckpointError(
+            f"{where}{repository} holds no checkpoint at commit {self.revision}: {fact}, and no "
+            f"config.json or params.json.{mend} {page(repository)} lists what is there."
+        )
 
     def _download(self, paths: list[str]) -> list[str]:
         """Have the client fetch files; return those that came damaged, and are removed again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +13,7 @@ from tasks.checkpoints.hub_requests import (
     CutShort,
     NeverReached,
     endpoint,
+    is_closed,
     is_expired,
     page,
     retry_after,
@@ -82,6 +84,10 @@ def errors_of_reading(repository: str, revision: str | None, name: str = "") -> 
             f"{_cause(error.__cause__)}. Check that the network and the proxy let that host "
             "through, too."
         ) from error
+    except RuntimeError as error:
+        if not is_closed(error):
+            raise
+        raise _unreachable(error, repository, revision, name) from error
     except errors.HFValidationError as error:
         raise CheckpointError(f"hf:{repository}: {error}") from error
     except OSError as error:
@@ -117,7 +123,7 @@ def _raise_of_status(error: Any, repository: str, revision: str | None, name: st
     elif isinstance(error, errors.RevisionNotFoundError):
         text = (
             f"{repository} has no branch, tag or commit {revision or 'main'}, or not any more. "
-            f"{address}/commits/main lists what it has; where a name has a slash, write %2F."
+            f"{address}/commits/main lists what it has; {_how_revisions_are_written(revision)}."
         )
     elif isinstance(error, errors.EntryNotFoundError):
         text = f"{repository} has no file {name} at {revision}. {address} lists what it has."
@@ -129,9 +135,9 @@ def _raise_of_status(error: Any, repository: str, revision: str | None, name: st
             f"of a private one, {grant}."
         )
     elif status in (401, 403):
+        mend = f"{grant}, valid, and allowed to read it" if has_token else grant
         text = (
-            f"{endpoint()} refuses access to {repository} (status {status}). See {address}; "
-            f"{grant}, valid, and allowed to read it."
+            f"{endpoint()} refuses access to {repository} (status {status}). See {address}; {mend}."
         )
     elif status in TRANSIENT:
         waits = retry_after(error.response)
@@ -146,6 +152,12 @@ def _raise_of_status(error: Any, repository: str, revision: str | None, name: st
             f"{name or 'what it holds'} of {repository}: {_reason(error)}"
         )
     raise CheckpointError(text) from error
+
+
+def _how_revisions_are_written(revision: str | None) -> str:
+    if re.fullmatch(r"[0-9a-f]{6,39}", revision or ""):
+        return "a commit's name is written in full"
+    return "where a name has a slash, write %2F"
 
 
 def _host(response: httpx2.Response) -> str:
@@ -224,7 +236,8 @@ def errors_of_publishing(repository: str, but: type[Exception] | tuple[()] = ())
         if isinstance(cause, errors.HfHubHTTPError):
             text = _refusal_to_publish(cause, repository)
         elif isinstance(cause, httpx2.TransportError):
-            text = f"{_not_reached(cause, repository)}, and publish again: what is there is not sent twice."
+            there = _not_reached(cause, repository)
+            text = f"{there}, and publish again: what is there is not sent twice."
         else:
             text = f"{repository} is not published: {error}"
         raise BuildError(text) from error

@@ -17,14 +17,17 @@ _TEXT = re.compile(
     r"(?:/(?P<subfolder>[^/].*?))?/?",
     re.ASCII,
 )
-_MEANT = re.compile(  # ORG/NAME, or a page's address
-    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|(?:hf|huggingface):)?"
-    r"(?P<repository>[A-Z0-9][\w.-]*/[\w.-]*\w)"
-    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/]+)(?P<subfolder>/.+?)?)?/?",
+_MEANT = re.compile(  # ORG/NAME, a page's address, or how other programs and git write it
+    r"(?P<prefix>https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|(?:hf|huggingface):/{0,2})?"
+    r"(?:models/)?(?P<repository>[A-Z0-9][\w.-]*/[\w.-]*?\w)(?:\.git)?"
+    r"(?:[@:#](?P<named>[\w.-]+)|/(?P<kind>tree|blob|resolve)/(?P<revision>[^/]+))?"
+    r"(?P<subfolder>/.+?)?/?",
     re.ASCII | re.IGNORECASE,
 )
 
 
+_NO_ORGANIZATION = "models/"  # of the hub's own addresses
+_OF_A_PAGE = ("tree/", "blob/", "resolve/")
 NO_MODELS = ("datasets", "spaces")  # names that no organization has
 
 
@@ -56,15 +59,16 @@ def parse(text: str) -> HubName:
     """
     match = _TEXT.fullmatch(text)
     subfolder = PurePosixPath(match["subfolder"] or "") if match else PurePosixPath()
-    first, _, rest = text.strip().strip("/").partition("/")
+    first, _, _ = text.strip().strip("/").partition("/")
     if first in NO_MODELS:
         fact = f"is '{PREFIX}{text}', of the hub's {first}: only a model is a checkpoint"
         raise Mistakes(Mistake(fact, "write hf:ORG/NAME of one"))
-    meant = rest if first == "models" else f"{first}/{rest}"
-    if not match or ".." in subfolder.parts or meant == rest:
+    meant = _meant(text.strip())
+    if not match or ".." in subfolder.parts or (meant and text.startswith(_NO_ORGANIZATION)) or (
+        match["repository"].endswith(".git") or str(subfolder).startswith(_OF_A_PAGE)
+    ):  # fmt: skip
         fact = f"is '{PREFIX}{text}', which is no name on the hub"
-        mend = "hf:ORG/NAME, hf:ORG/NAME@REVISION or …/SUBFOLDER"
-        mend = f"{PREFIX}{meant}" if _TEXT.fullmatch(meant) and ".." not in meant else mend
+        mend = meant or "hf:ORG/NAME, hf:ORG/NAME@REVISION or …/SUBFOLDER"
         raise Mistakes(Mistake(fact, f"write {mend}"))
     revision = match["revision"] and unquote(match["revision"])  # as the hub's pages spell them
     return HubName(match["repository"], revision, "/".join(subfolder.parts))
@@ -72,8 +76,19 @@ def parse(text: str) -> HubName:
 
 def hint(named: str) -> str:
     """Return what a name that is no folder may be meant to be: a model on the hub; or nothing."""
-    match = _MEANT.fullmatch(named)
+    meant = _meant(named)
+    return f", or the hub's: {meant}" if meant and meant != named else ""
+
+
+def _meant(text: str) -> str:
+    """Return what would be a name on the hub, of text that may be meant to be one; or nothing."""
+    match = _MEANT.fullmatch(text.strip("/"))
     if not match:
         return ""
-    revision = f"@{match['revision']}" if match["revision"] else ""
-    return f", or the hub's: {PREFIX}{match['repository']}{revision}{match['subfolder'] or ''}"
+    if match["subfolder"] and not (match["prefix"] or match["named"] or match["kind"]):
+        return ""  # a path as any other
+    revision, subfolder = match["named"] or match["revision"], match["subfolder"] or ""
+    if match["kind"] in ("blob", "resolve"):  # of a file
+        subfolder = subfolder.rpartition("/")[0]
+    meant = f"{match['repository']}{f'@{revision}' if revision else ''}{subfolder}"
+    return f"{PREFIX}{meant}" if _TEXT.fullmatch(meant) and ".." not in meant else ""

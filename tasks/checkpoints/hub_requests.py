@@ -142,7 +142,13 @@ def _passing(error: BaseException | None) -> float | None:
             return 0.0
         transient = error.response.status_code in TRANSIENT
         return retry_after(error.response) if transient else None
-    return 0.0 if isinstance(error, (CutShort, NeverReached, httpx2.TransportError)) else None
+    passes = isinstance(error, (CutShort, NeverReached, httpx2.TransportError)) or is_closed(error)
+    return 0.0 if passes else None
+
+
+def is_closed(error: BaseException | None) -> bool:
+    """Tell whether the client was closed, as its own retries do for all threads at once."""
+    return isinstance(error, RuntimeError) and "has been closed" in str(error)
 
 
 def is_expired(response: httpx2.Response) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cache.errors import printable
 from tasks.checkpoints.hub_requests import Patience
@@ -15,24 +16,40 @@ if TYPE_CHECKING:
 MAX_PARSED_BYTES = 32 << 20  # of an answer: one that lists 100,000 files has a half of it
 MAX_LISTED = 200_000  # files and folders of a repository, over all pages
 BATCH = "/info/lfs/objects/batch"
+_setting_up = threading.Lock()
 READ_BY_PIECES = "read by pieces"  # marks a request whose answer the reader bounds
 
 
 def session() -> httpx2.Client:
     """Return the client, which has its answers unpacked and bounded from then on.
 
-    A server can send anything for ever, and gigabytes as some kilobytes.
+    A server can send anything for ever, and gigabytes as some kilobytes. So has each one that takes
+    its place: where no connection is had, all threads get another.
     """
     from huggingface_hub.utils import get_session
 
-    session = get_session()
-    hooks = session.event_hooks
-    if _bound not in hooks["response"]:
-        session.event_hooks = {
-            "request": [*hooks["request"], _ask_for_plain_bytes],
-            "response": [*hooks["response"], _bound],
-        }
+    with _setting_up:
+        session = get_session()
+        if _bound not in session.event_hooks["response"]:
+            _set_up(session)
+            session = get_session()
     return session
+
+
+def _set_up(session: httpx2.Client) -> None:
+    """Have all clients from now on be like this one, with answers that are bounded."""
+    import httpx2
+    from huggingface_hub import set_client_factory
+
+    hooks = session.event_hooks
+    bounded: dict[str, Any] = {
+        "request": [*hooks["request"], _ask_for_plain_bytes],
+        "response": [*hooks["response"], _bound],
+    }
+    follows, timeout = session.follow_redirects, session.timeout
+    set_client_factory(
+        lambda: httpx2.Client(event_hooks=bounded, follow_redirects=follows, timeout=timeout)
+    )
 
 
 def _ask_for_plain_bytes(request: httpx2.Request) -> None:

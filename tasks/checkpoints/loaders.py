@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Protocol
 
 from cache.records.memos import Memos
@@ -47,14 +46,14 @@ def weight_patterns() -> tuple[str, ...]:
     return tuple(pattern for loader in LOADERS.values() for pattern in loader.WEIGHTS)
 
 
-def _below(folder: Path) -> str:
-    """Return a word on the folders in a folder that are checkpoints."""
-    inner = sorted(
-        path.name
-        for path in folder.iterdir()
-        if any((path / name).is_file() for name in ("config.json", "params.json"))
-    )
-    return f" There is one in {some(inner, 3)}: name that folder." if inner else ""
+def no_checkpoint(source: ReadableSource) -> str:
+    """Return what there is to say of a source that is none: what is near, and what is not read."""
+    depths = ("*/", "*/*/")
+    configs = ("config.json", "params.json")
+    found = [n for depth in depths for name in configs for n in source.names(depth + name)]
+    if inner := sorted({name.rpartition("/")[0] for name in found}):
+        return f" There is one in {some(inner, 3)}: name that folder."
+    return f" {transformers.GGUF}" if source.names("*.gguf") else ""
 
 
 def read(
@@ -89,7 +88,7 @@ def read(
                 f"source {source.location} "
                 + ("is empty" if not names else f"holds no checkpoint (it has {some(names, 5)})")
                 + f": expected {', or '.join(module.HOLDS for module in LOADERS.values())}."
-                + _below(folder)
+                + no_checkpoint(source)
             )
         if len(fit) > 1:
             raise CheckpointError(

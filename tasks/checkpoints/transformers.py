@@ -35,6 +35,7 @@ AGAIN = " Fetch it again."
 # What mlx-lm reads beside config.json to build a model.
 SIDE_FILES = ("generation_config.json", "hf_quant_config.json")
 ADAPTER = "adapter_config.json"
+GGUF = "GGUF files are not read: take the model that they were made from."
 SMALL_FILES = ("config.json", *SIDE_FILES, ADAPTER, *{index: None for _, _, index in KINDS})
 
 
@@ -222,7 +223,7 @@ def _weight_files(
 
 def _mend(source: ReadableSource) -> str:
     if source.names("*.gguf"):
-        return "GGUF files are not read: take the model that they were made from."
+        return GGUF
     return "Fetch the weight files."
 
 

@@ -263,7 +263,8 @@ def _planner(
         return lock.open_source(store, target, newest=is_newest(target))
 
     def read_adapter(target: Target) -> Adapter:
-        return adapter.read(lock.open_adapter(store, target, newest=is_newest(target)), store)
+        opened = lock.open_adapter(store, target, newest=is_newest(target))
+        return adapter.read(opened, store, target.adapter_name or "")
 
     def recall(target: Target, source: ReadableSource) -> Checkpoint | None:
         return lock.recall(store, target, source)

@@ -297,7 +297,8 @@ def test_a_name_that_is_no_folder(hub: Hub, tmp_path: Path) -> None:
         ("HF:org/model", "org/model"), ("huggingface:org/model", "org/model"),
         ("https://huggingface.co/org/model", "org/model"), ("https://hf.co/org/m/", "org/m"),
         ("https://huggingface.co/org/model/tree/main/a/b", "org/model@main/a/b"),
-        ("https://example.com/org/model", None), ("a/b/c", None),
+        ("https://example.com/org/model", None), ("a/b/c", None), ("org/model@v1", "org/model@v1"),
+        ("https://huggingface.co/org/model/blob/main/config.json", "org/model@main"),
     ):  # fmt: skip
         assert hub_name.hint(named) == (f", or the hub's: hf:{meant}" if meant else "")
     hub.repositories["org/model"].add({"more/a.png": b"", "more/b.png": b""})
@@ -314,6 +315,11 @@ def test_a_name_that_is_no_folder(hub: Hub, tmp_path: Path) -> None:
         ("hf://org/model", "Write hf:org/model"), ("hf:models/org/model", "Write hf:org/model"),
         ("hf: org/model", "Write hf:org/model"), ("hf:datasets/org/model", "of the hub's datasets"),
         ("hf:org/model@a/b", "where a name has a slash, write %2F"),
+        ("hf:org/model@abcdef1", "a commit's name is written in full"),
+        ("hf:org/model:v1", "Write hf:org/model@v1"), ("hf:org/model.git", "Write hf:org/model"),
+        ("hf:org/model/tree/v1/a", "Write hf:org/model@v1/a"),
+        ("hf:https://huggingface.co/org/model", "Write hf:org/model"),
+        ("hf:org/model/config.json", "is a file, and a checkpoint is all of them. Write hf:org/mo"),
     ):  # fmt: skip
         project.configure(source=wrong)
         assert mend in project.doit(expect=3).stderr
@@ -327,7 +333,8 @@ def test_a_name_that_is_no_folder(hub: Hub, tmp_path: Path) -> None:
     for held, told in (
         ({"model.safetensors": pointer, "config.json": config}, "safetensors is a Git LFS pointer"),
         ({"a.gguf": b"GGUF", "config.json": config}, "GGUF files are not read: take the model"),
-        ({"a.gguf": b"GGUF"}, "org/other holds no checkpoint"),
+        ({"a.gguf": b"GGUF"}, "GGUF files are not read: take the model"),
+        ({"README.md": b"", "a/b/config.json": config}, "There is one in a/b: name that folder."),
     ):
         hub.repository("org/other").add(held)
         project.configure(source=f"hf:org/other@{hub.repositories['org/other'].head}")
