@@ -351,8 +351,11 @@ class Builder:
         """
         for node in (node for nodes in plan.stages.values() for node in nodes if not node.is_leaf):
             inputs = self.inputs(plan, node)
-            key = node.action(inputs).key
-            if key in self.computed:
+            action = node.action(inputs)
+            key = action.key
+            if key in self.computed:  # for another target, of which only that one's manifest tells
+                if isinstance(entry := self.store.actions.get(action), Hit):
+                    self.publish(Path(node.manifest_path(self.workspace)), entry.manifest)
                 continue
             with self.logged(node.name, why) as record, self._working(plan, node, key):
                 manifest = self._make(plan, node, inputs)

@@ -95,6 +95,17 @@ def test_weights_that_are_not_those_of_the_lock(
     assert three.built() == honest.built()
 
 
+def test_weights_that_two_targets_share(honest: Machine, two: Machine, tmp_path: Path) -> None:
+    """Made here for one, they are the other's as well."""
+    norm = Manifest.at(honest.manifest("cast", "norm"))
+    ((name, tensor),) = norm.tensors.items()
+    ((_, uncast),) = Manifest.at(honest.manifest("unshard", "norm")).tensors.items()
+    lie(tmp_path / "store", norm, {name: replace(tensor, digest=uncast.digest)})
+    two.doit("pack:model", "pack:other")
+    for target in ("model", "other"):
+        assert two.built(target) == honest.built(target)
+
+
 def test_weights_that_were_fetched_before_they_are_packed(
     honest: Machine, two: Machine, tmp_path: Path
 ) -> None:
