@@ -223,11 +223,12 @@ class _Reader:
 
     def quality(self, table: Quality) -> Quality:
         """Return the table [quality] with its texts' paths absolute."""
-        text, held_out = table.text, table.evaluate_text
+        text, held_out, imatrix = table.text, table.evaluate_text, table.imatrix
         return replace(
             table,
             text=text and TextFiles(str((self.folder / name).absolute()) for name in text),
             evaluate_text=held_out and TextFile((self.folder / held_out).absolute()),
+            imatrix=imatrix and TextFile((self.folder / imatrix).absolute()),
         )
 
     def check_repository(self, target: str, publish: RepositoryName | None, at: At) -> None:

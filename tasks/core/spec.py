@@ -528,6 +528,16 @@ class Quality(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             example="calibration.txt",
         ),
     ] = None
+    imatrix: Annotated[
+        TextFile | None,
+        key(
+            "An importance matrix of llama.cpp's (GGUF), of the very model, to choose within a "
+            "budget by: no model is run for it.",
+            default="none: what the model is given on `text`, and how much that matters",
+            change="sensitivity, quantize for modules whose settings change, and pack",
+            example="model.imatrix.gguf",
+        ),
+    ] = None
     evaluate_text: Annotated[
         TextFile | None,
         key(

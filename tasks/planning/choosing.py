@@ -7,6 +7,7 @@ by default: a choice that was locked is taken as long as models.toml and the mod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from msgspec import structs, to_builtins
@@ -14,14 +15,14 @@ from msgspec import structs, to_builtins
 from cache.digest import digest_record
 from tasks.core.errors import ConfigError
 from tasks.core.program import COMMAND
-from tasks.core.spec import Quantize
+from tasks.core.spec import Quality, Quantize
 from tasks.core.text import toml
 from tasks.planning.budget import Budget
 from tasks.planning.choice import Choice, Origin
 from tasks.planning.lock_format import Built
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan
-from tasks.quality import text
+from tasks.quality import imatrix, text
 from tasks.stages import quantize_scheme
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.stage import COMPUTER
@@ -86,20 +87,29 @@ def _made(
 def _record(plan: Plan, asked: Quantize) -> dict[str, Any]:
     """Return what a choice is made for, short enough for models.lock to have it."""
     quality = plan.model.quality
-    own = quality.text is not None
     record = {
         "target_bpw": asked.target_bpw,
         "fit": asked.fit,
         "context": asked.context,
         "candidates": [list(each) for each in quantize_scheme.candidates(asked)],
         "rules": [to_builtins(rule) for rule in asked.rules],
+        **_calibration(quality),
+        "model": _unquantized(plan),
+    }
+    return {key: value for key, value in record.items() if value not in (None, [])}
+
+
+def _calibration(quality: Quality) -> dict[str, Any]:
+    """Return what the choice is calibrated on."""
+    if quality.imatrix is not None:
+        return {"imatrix": imatrix.content(Path(quality.imatrix))}
+    own = quality.text is not None
+    return {
         "text": text.digest(text.calibration(quality)) if own else "default",
         "samples": quality.samples,
         "sequence_length": quality.sequence_length,
         "seed": quality.seed,
-        "model": _unquantized(plan),
     }
-    return {key: value for key, value in record.items() if value not in (None, [])}
 
 
 def _unquantized(plan: Plan) -> str:
@@ -117,6 +127,7 @@ _WORDS = {
     "candidates": "the candidates",
     "rules": "the rules",
     "text": "the text to calibrate on",
+    "imatrix": "the importance matrix",
     "model": "the model before it is quantized",
 }
 
@@ -128,11 +139,16 @@ def _differences(plan: Plan, record: Mapping[str, Any], built: Built, lock: Lock
         return f"it is locked of another {plan.target.source_name}"
     was = built.chosen_for or {}
     found = []
-    for key in dict.fromkeys([*record, *was]):
+    keys = dict.fromkeys([*record, *was])
+    if ("imatrix" in record) != ("imatrix" in was):  # then all else of it is another, too
+        keys = {k: None for k in keys if k not in ("text", "samples", "sequence_length", "seed")}
+    for key in keys:
         if record.get(key) == was.get(key):
             continue
         if word := _WORDS.get(key):
-            found.append(f"{word} {'is' if key in ('text', 'model') else 'are'} not what is locked")
+            found.append(
+                f"{word} {'are' if key in ('candidates', 'rules') else 'is'} not what is locked"
+            )
         else:
             now, then = (toml(each[key]) if key in each else "none" for each in (record, was))
             found.append(f"{key} is {now}, and {then} in {lock.path.name}")

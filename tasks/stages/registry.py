@@ -17,6 +17,7 @@ from tasks.stages.gptq import METHOD as GPTQ
 from tasks.stages.gptq import Gptq
 from tasks.stages.gradients import Gradients
 from tasks.stages.hessians import Hessians
+from tasks.stages.importances import Importances
 from tasks.stages.measure import Measure
 from tasks.stages.quantize import Quantize
 from tasks.stages.sensitivity import Sensitivity
@@ -39,7 +40,7 @@ EVALUATE, ACTIVATIONS, SENSITIVITY = Evaluate(), Activations(), Sensitivity()
 # What people ask for that runs a model, and all that it takes, which is planned only then.
 ASKED_FOR: tuple[Stage[Any], ...] = (EVALUATE, ACTIVATIONS, SENSITIVITY)
 RUNNING: tuple[Stage[Any], ...] = (
-    Tokens(), Teacher(), Forward(), EVALUATE, ACTIVATIONS, Gradients(), SENSITIVITY
+    Tokens(), Teacher(), Forward(), EVALUATE, ACTIVATIONS, Gradients(), Importances(), SENSITIVITY
 )  # fmt: skip
 
 

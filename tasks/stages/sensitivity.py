@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, cast
 from cache.records.manifests import Manifest, Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.stages import quantize
+from tasks.stages.activations import MEAN_SQUARE
 from tasks.stages.gradients import IMPORTANCE, ROW_IMPORTANCE, Gradients
+from tasks.stages.importances import Importances
 from tasks.stages.quantize_scheme import Setting, weight_name
 from tasks.stages.reasons import Reason, changed_values
 from tasks.stages.stage import (
@@ -51,6 +53,8 @@ class SensitivityParams(Params, frozen=True):
         mlx: MLX's version.
         device: what computes: ``cpu``, ``metal``, ``cuda``.
         machine: the processor.
+        relative: whether it is the part of what the module makes that is lost, by an importance
+            matrix, and no divergence.
     """
 
     setting: Setting
@@ -58,6 +62,7 @@ class SensitivityParams(Params, frozen=True):
     mlx: str = ""
     device: str = ""
     machine: str = ""
+    relative: bool = False
 
 
 class Sensitivity(Stage[SensitivityParams]):
@@ -73,11 +78,18 @@ class Sensitivity(Stage[SensitivityParams]):
     params = SensitivityParams
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[SensitivityParams]]:
-        """Plan a node for each layer and candidate; none where the model cannot be run."""
-        segments_of: dict[str, list[str]] = {}
-        for segment, spec in target.planned[Gradients.name].items():
+        """Plan a node for each layer and candidate; none where the model cannot be run.
+
+        With an importance matrix it need not be.
+        """
+        segments_of: dict[str, list[Need]] = {}
+        for node, read in target.planned[Importances.name].items():
+            segments_of |= {path: [Need(Importances.name, node)] for path in read.params.names}
+        relative = bool(segments_of)
+        for segment, spec in () if relative else target.planned[Gradients.name].items():
             for path in {call.path for call in spec.params.calls}:
-                segments_of.setdefault(path, []).append(segment)
+                segments_of.setdefault(path, []).append(Need(Gradients.name, segment))
+        kinds = (MEAN_SQUARE,) if relative else (IMPORTANCE, ROW_IMPORTANCE)
         can = {weight_name(m.path): m.path for m in target.model.modules if m.quantized_names}
         planned = {}
         for layer, parameters in target.layers.items() if segments_of else ():
@@ -87,11 +99,12 @@ class Sensitivity(Stage[SensitivityParams]):
                 if not weights:
                     continue
                 paths = [can[name] for name in weights]
-                segments = dict.fromkeys(s for path in paths for s in segments_of.get(path, ()))
                 needs = [Need(target.roles.unquantized, layer)]
-                needs += [Need(Gradients.name, segment) for segment in segments]
-                told = (f"{path}.{kind}" for path in paths for kind in (IMPORTANCE, ROW_IMPORTANCE))
-                params = SensitivityParams(setting, tuple(weights), **target.computer._asdict())
+                needs += dict.fromkeys(n for path in paths for n in segments_of.get(path, ()))
+                told = (f"{path}.{kind}" for path in paths for kind in kinds)
+                params = SensitivityParams(
+                    setting, tuple(weights), **target.computer._asdict(), relative=relative
+                )
                 planned[node_name(layer, setting)] = Planned(
                     params, tuple(needs), frozenset((*weights, *told))
                 )
@@ -115,7 +128,8 @@ class Sensitivity(Stage[SensitivityParams]):
         numbers = []
         for name in params.weights:
             weight = context.rows(Key(unquantized, name))
-            importances = _importances(context, inputs, name.removesuffix("weight").strip("."))
+            path = name.removesuffix("weight").strip(".")
+            importances = _importances(context, inputs, path, relative=params.relative)
             numbers.append(_error(context, weight, importances, params))
         data = memoryview(struct.pack(f"<{len(numbers)}f", *numbers))
         with context.writer(SENSITIVITY, data.nbytes) as writer:
@@ -159,7 +173,7 @@ def figures(manifest: Manifest, read: Mapping[str, bytes]) -> dict[str, float]:
 
 
 class _Importance(NamedTuple):
-    """How much the numbers of a weight count.
+    """How much the numbers of a weight count: all the same, if neither is told.
 
     Attributes:
         channels: by input channel, (matrices, channels).
@@ -186,21 +200,33 @@ class _Importance(NamedTuple):
                 by_channel = mx.take(by_channel, matrices, axis=0, stream=stream)
             weighed = mx.multiply(squares, by_channel, stream=stream)
             return mx.sum(weighed, axis=-1, stream=stream)
-        assert self.rows is not None
-        by_row = mx.take(self.rows, numbers, stream=stream)
-        return mx.multiply(mx.sum(squares, axis=-1, stream=stream), by_row, stream=stream)
+        sums = mx.sum(squares, axis=-1, stream=stream)
+        if self.rows is None:
+            return sums
+        return mx.multiply(sums, mx.take(self.rows, numbers, stream=stream), stream=stream)
 
 
-def _importances(context: Context, inputs: Inputs, path: str) -> list[_Importance]:
-    """Return how a module's weight counts, in each way that it is used; where it is not, none."""
+def _importances(
+    context: Context, inputs: Inputs, path: str, *, relative: bool
+) -> list[_Importance]:
+    """Return how a module's weight counts, in each way that it is used; where it is not, none.
 
-    def read(kind: str) -> mx.array | None:
-        key = Key(Gradients.name, f"{path}.{kind}")
+    Args:
+        context: reads what is told.
+        inputs: of the node.
+        path: the module's.
+        relative: whether an importance matrix tells.
+    """
+
+    def read(kind: str, stage: str = Gradients.name) -> mx.array | None:
+        key = Key(stage, f"{path}.{kind}")
         if key not in inputs:
             return None
         source = context.rows(key)
         return source.read(0, rows.count(source)).reshape(-1, source.shape[-1])
 
+    if relative:
+        return [_Importance(read(MEAN_SQUARE, Importances.name))]
     channels, by_row = read(IMPORTANCE), read(ROW_IMPORTANCE)
     found = [] if channels is None else [_Importance(channels=channels)]
     if by_row is not None:
@@ -211,9 +237,12 @@ def _importances(context: Context, inputs: Inputs, path: str) -> list[_Importanc
 def _error(
     context: Context, weight: Rows, importances: Sequence[_Importance], params: SensitivityParams
 ) -> float:
-    """Return half the sum of squares of what quantizing changes, as it counts in each use."""
+    """Return half the sum of squares of what quantizing changes, as it counts in each use.
+
+    Where it is relative: as a part of that of the weight itself.
+    """
     device = device_of(params.device)
-    error = 0.0
+    error, whole = 0.0, 0.0
     for start, stop in rows.spans(weight, BLOCK_BYTES[device]):
         block = weight.read(start, stop)
         if device == "gpu":
@@ -223,8 +252,15 @@ def _error(
         change = quantize.change(block, packed, params.setting, stream)
         squares = mx.square(change, stream=stream)
         sums = [each.weigh(squares, start, weight.shape[-2], stream) for each in importances]
-        mx.eval(sums)
+        wholes: list[mx.array] = []
+        if params.relative:
+            of_it = mx.square(block.astype(mx.float32, stream=stream), stream=stream)
+            wholes = [each.weigh(of_it, start, weight.shape[-2], stream) for each in importances]
+        mx.eval(sums, wholes)
         error += sum(map(_sum, sums))
+        whole += sum(map(_sum, wholes))
+    if params.relative:
+        error /= whole or 1.0
     return error / 2 if isfinite(error) else inf
 
 

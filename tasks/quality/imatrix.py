@@ -1,0 +1,189 @@
+"""imatrix: llama.cpp's importance matrices: GGUF files of what each weight's channels are given.
+
+Of a weight, ``NAME.in_sum2`` is the sum over tokens of each input channel's squares, (matrices,
+channels), and ``NAME.counts`` how many tokens that were, (matrices, 1): experts by themselves.
+Names are llama.cpp's (``blk.0.attn_q.weight``), as the package ``gguf`` maps them, per
+architecture. Format: https://github.com/ggml-org/llama.cpp/tree/master/tools/imatrix
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cache.digest import digest_file
+from tasks.core.errors import BuildError
+from tasks.layouts.model import Model, Module
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+EXTRA = "gguf"
+
+
+class Entry(NamedTuple):
+    """What the channels of a weight are given.
+
+    Attributes:
+        sums: of squares, float32: (matrices, channels).
+        counts: of tokens, float32: (matrices,).
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise BuildError(
+            "Importance matrices are read and written by the package gguf, which is not installed: "
+            f"pip install 'mlx-make[{EXTRA}]'"
+        ) from error
+    return gguf
+
+
+def names(model: Model) -> dict[str, str]:
+    """Return what llama.cpp calls the weights of a model's modules, by path, as far as it does.
+
+    Of architectures that it knows by a name like the model's own, or else of that which has names
+    for the most modules.
+    """
+    gguf = _gguf()
+    modules = [module for module in model.modules if module.quantized_names is not None]
+    called = {module.path: _called(model, module) for module in modules}
+    numbers = [int(n) for path in called for n in re.findall(r"\.(\d+)\.", f".{path}.")]
+    blocks = max(numbers, default=0) + 1
+    kind = re.sub(r"[_-]|text$", "", str(model.config.get("model_type", "")).lower())
+    known = {name.replace("-", "").replace("_", ""): a for a, name in gguf.MODEL_ARCH_NAMES.items()}
+    best: dict[str, str] = {}
+    for arch in [known[kind]] if kind in known else known.values():
+        table = gguf.get_tensor_name_map(arch, blocks)
+        found = {}
+        for path, words in called.items():
+            name = next(filter(None, (table.get_name(w, (".weight",)) for w in words)), None)
+            if name is not None:
+                found[path] = name
+        best = max(best, found, key=len)
+    return best
+
+
+def _called(model: Model, module: Module) -> list[str]:
+    """Return what a module's weight may be called in llama.cpp's tables: theirs, then ours."""
+    weight = f"{module.path}.weight" if module.path else "weight"
+    inputs = [key.partition("#")[0] for key in model.parameters[weight].inputs]
+    theirs = {re.sub(r"\.experts\.\d+\.", ".experts.", name) for name in inputs}
+    named = [*theirs] if len(theirs) == 1 else []
+    return [*named, weight, weight.replace(".switch_mlp.", ".experts.")]
+
+
+def write(
+    path: Path, entries: Mapping[str, Entry], texts: Sequence[str], chunks: int, chunk_size: int
+) -> None:
+    """Write a file.
+
+    Args:
+        path: the file's.
+        entries: by llama.cpp's names.
+        texts: what they were made of.
+        chunks: how many sequences that was.
+        chunk_size: tokens of each.
+    """
+    gguf = _gguf()
+
+    keys = gguf.Keys
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
+        there = Path(folder) / path.name
+        # It is no model, and has no architecture.
+        writer = type("Writer", (gguf.GGUFWriter,), {"add_architecture": lambda _: None})(there, "")
+        writer.add_type(gguf.GGUFType.IMATRIX)
+        writer.add_array(keys.IMatrix.DATASETS, [*texts])
+        writer.add_uint32(keys.IMatrix.CHUNK_COUNT, chunks)
+        writer.add_uint32(keys.IMatrix.CHUNK_SIZE, chunk_size)
+        for name, entry in entries.items():
+            writer.add_tensor(f"{name}{SUMS}", entry.sums)
+            writer.add_tensor(f"{name}{COUNTS}", entry.counts.reshape(-1, 1))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        there.replace(path)  # as a whole, or not at all
+
+
+def content(path: Path) -> str:
+    """Return a file's digest.
+
+    Raises:
+        BuildError: it cannot be read.
+    """
+    try:
+        return digest_file(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> BuildError:
+    return BuildError(
+        f"{path} cannot be read: {error.strerror}. imatrix of [quality] names it: mend it, or name "
+        "another."
+    )
+
+
+def read(path: Path) -> dict[str, Entry]:
+    """Return what a file has of weights, by llama.cpp's names.
+
+    Raises:
+        BuildError: it is no importance matrix, or damaged.
+    """
+    import numpy as np
+
+    gguf = _gguf()
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError("it does not begin as GGUF files do")
+        reader = gguf.GGUFReader(path)
+        field = reader.get_field(gguf.Keys.General.TYPE)
+        kind = field.contents() if field else None
+        if kind != gguf.GGUFType.IMATRIX:
+            raise ValueError(f"general.type is {kind!r}")
+        tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
+        entries = {}
+        for name, sums in tensors.items():
+            if name.endswith(SUMS):
+                entry = Entry(
+                    sums.reshape(-1, sums.shape[-1]),
+                    tensors[name.removesuffix(SUMS) + COUNTS].reshape(-1),
+                )
+                _check(name, entry)
+                entries[name.removesuffix(SUMS)] = entry
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise BuildError(
+            f"{path}, which imatrix of [quality] names, is no importance matrix of llama.cpp's as "
+            f"GGUF: {error}. Those of old (.dat) its own tools convert."
+        ) from error
+    return entries
+
+
+def _check(name: str, entry: Entry) -> None:
+    import numpy as np
+
+    if len(entry.sums) != len(entry.counts):
+        raise ValueError(f"{name} has {len(entry.sums)} matrices, and {len(entry.counts)} counts")
+    if not all(np.isfinite(each).all() and (each >= 0).all() for each in entry):
+        raise ValueError(f"{name} has numbers that are no sums of squares")
+
+
+def mean_squares(entry: Entry) -> np.ndarray:
+    """Return the mean of each channel's squares, float32: 0 of experts that were given nothing."""
+    import numpy as np
+
+    means = entry.sums / np.maximum(entry.counts, 1)[:, None]
+    return np.asarray(means, np.float32)
