@@ -16,6 +16,8 @@ import msgspec
 
 from tasks.tensors import mx
 
+LINEAR = ("mlx.nn.layers.linear", "Linear")
+
 
 class Call(msgspec.Struct, frozen=True):
     """One call of a module, while a segment runs.
@@ -70,7 +72,16 @@ Pass = Callable[[int, "mx.array"], "mx.array"]
 class Watch:
     """Watches the modules of a model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(
+        self, model: Any, linear: Callable[[Any, mx.array], mx.array] | None = None
+    ) -> None:
+        """Watch a model.
+
+        Args:
+            model: the library's.
+            linear: what computes a linear layer in place of MLX, given the module and its inputs.
+        """
+        self._linear = linear
         self._see: See | None = None
         self._pass: Pass | None = None
         self._number = 0
@@ -96,13 +107,15 @@ class Watch:
 
     def _watch(self, path: str, module: Any) -> None:
         kind = type(module)
+        is_linear = (kind.__module__, kind.__name__) == LINEAR
+        linear = self._linear if is_linear else None
 
         def watched(method: Callable[..., Any]) -> Callable[..., Any]:
             def call(module: Any, x: mx.array, *args: Any, **named: Any) -> Any:
                 number, self._number = self._number, self._number + 1
                 if self._see:
                     self._note(number, path, module.weight, x, args, named)
-                made = method(module, x, *args, **named)
+                made = (linear or method)(module, x, *args, **named)
                 return self._pass(number, made) if self._pass else made
 
             return call

@@ -20,6 +20,7 @@ from tasks.stages.running import (
     ForwardParams,
     SegmentRunner,
     UnquantizedStage,
+    by_numpy,
     calls_of,
     plan_segments,
     specs_of,
@@ -64,7 +65,8 @@ class Activations(UnquantizedStage):
         calls = calls_of(target) if planned else {}
         return {
             name: structs.replace(
-                each, params=structs.replace(each.params, top_logits=0, calls=calls[name])
+                each,
+                params=structs.replace(by_numpy(each.params), top_logits=0, calls=calls[name]),
             )
             for name, each in planned.items()
         }

@@ -18,7 +18,6 @@ from tasks.quality.calls import Seen
 from tasks.quality.folds import Fold, folds
 from tasks.quality.segments import weight_of
 from tasks.stages import quantize
-from tasks.stages.activations import Activations
 from tasks.stages.hessians import Hessians, by_weight
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.reasons import Reason, changed_values
@@ -27,6 +26,7 @@ from tasks.stages.running import (
     SegmentRunner,
     plan_segments,
     skeleton_of,
+    state_of,
     stored,
 )
 from tasks.stages.stage import (
@@ -102,7 +102,7 @@ class Awq(Stage[AwqParams]):
         specs = target.planned[Hessians.name]
         if not specs:
             return {}
-        planned = plan_segments(_UNQUANTIZED, target, before=Activations.name)
+        planned = plan_segments(_UNQUANTIZED, target, before=Hessians.name, name_of=state_of)
         length = target.quality.sequence_length - 1
         candidates = folds(target.memos, skeleton_of(target, {}), length)
         of_weight = by_weight({name: spec.params for name, spec in specs.items()})

@@ -1,7 +1,7 @@
 """hessians: the sum of the products of the input channels of each linear layer, for GPTQ.
 
 As the model before quantizing runs on calibration text. Layers that are given the very same have
-one together; an expert has one by itself.
+one together; an expert has one by itself. The states between segments are kept, too.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from msgspec import structs
 from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.quality.calls import Call, Seen
-from tasks.quality.segments import weight_of
-from tasks.stages.activations import Activations
+from tasks.quality.segments import LOGITS, weight_of
 from tasks.stages.running import (
     ForwardParams,
     SegmentRunner,
     UnquantizedStage,
+    by_numpy,
     calls_of,
+    of_all_samples,
     plan_segments,
+    specs_of,
+    state_of,
     stored,
 )
 from tasks.stages.stage import Context, Inputs, Key, Output, Planned, Result, TargetModel
@@ -74,7 +77,7 @@ class Hessians(UnquantizedStage):
     """Tell how the input channels of each linear layer go together."""
 
     name = "hessians"
-    version = 2
+    version = 3
     text = CALIBRATION_TEXT
 
     def plan_key(self, target: TargetModel) -> Hashable:
@@ -83,7 +86,7 @@ class Hessians(UnquantizedStage):
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[ForwardParams]]:
         """Plan the segments that weights to be quantized are used in."""
-        planned = plan_segments(self, target, before=Activations.name)
+        planned = plan_segments(self, target, before=self.name, name_of=state_of)
         calls = calls_of(target) if planned else {}
         looked_up = {call.path for each in calls.values() for call in each if call.is_lookup}
         wanted = {
@@ -94,58 +97,58 @@ class Hessians(UnquantizedStage):
             )
             for name, each in calls.items()
         }
+        last = max((i for i, name in enumerate(planned) if wanted[name]), default=-1)
         return {
             name: structs.replace(
                 each,
-                params=structs.replace(
-                    each.params,
-                    top_logits=0,
-                    calls=wanted[name],
-                    versions=each.params.versions | _multiplier(each.params.device),
-                ),
+                params=structs.replace(by_numpy(each.params), top_logits=0, calls=wanted[name]),
             )
-            for name, each in planned.items()
-            if wanted[name]
+            for name, each in list(planned.items())[: last + 1]
         }
 
     def outputs(self, params: ForwardParams, inputs: Mapping[Key, TensorSpec]) -> dict[str, Output]:
-        """Return the Hessians: (channels, channels), of experts (experts, channels, channels)."""
-        name_of = names(params.calls)
-        specs = {
-            name_of[call.number]: TensorSpec("float32", (*call.shape, call.shape[-1]))
-            for call in params.calls
-        }
-        return stored(specs, inputs)
+        """Return the state, but of the last segment, and the Hessians.
+
+        Those are (channels, channels), of experts (experts, channels, channels).
+        """
+        specs = {}
+        if params.segment != LOGITS:
+            specs[state_of(params.segment)] = of_all_samples(params.spec, inputs)
+        return stored({**specs, **_specs(params)}, inputs)
 
     def run(self, params: ForwardParams, inputs: Inputs, context: Context) -> Result:
         """Run a segment on one sequence after another, and add up."""
         runner = SegmentRunner(self, params, inputs, context)
-        specs = {name: each.spec for name, each in self.outputs(params, {}).items()}
-        sums = _Sums(params.calls, specs, by_numpy=bool(_multiplier(params.device)))
-        for index in range(runner.samples):
-            with runner.stream():
-                runner.look(index, sums.see)
-                sums.add()
-        tensors = {}
+        outputs = self.outputs(params, specs_of(inputs))
+        specs = _specs(params)
+        sums = _Sums(params.calls, specs, by_numpy=params.device == "cpu")
+
+        def look(index: int) -> list[mx.array]:
+            state = runner.look(index, sums.see)
+            sums.add()
+            return [state][: len(outputs) - len(specs)]
+
+        states = {name: each for name, each in outputs.items() if name not in specs}
+        tensors = runner.write(states, look)
         for name, spec in specs.items():
             with context.writer(name, spec.nbytes) as writer, runner.stream():
                 for matrix in sums.take(name):
                     writer.write(matrix)
             tensors[name] = Tensor(*spec, writer.digest)
-        return Result(tensors, runner.notes)
+        return Result({name: tensors[name] for name in outputs}, runner.notes)
 
     def memory(self, params: ForwardParams, checkpoint: Checkpoint) -> int:
         """Return the size of the segment's weights, of states, and of the Hessians, twice."""
-        hessians = sum(each.spec.nbytes for each in self.outputs(params, {}).values())
+        hessians = sum(spec.nbytes for spec in _specs(params).values())
         return super().memory(params, checkpoint) + 2 * hessians
 
 
-def _multiplier(backend: str) -> dict[str, str]:
-    """Return the version of what multiplies besides MLX: on CPUs NumPy, whose BLAS is fast.
-
-    MLX's wheels for Linux have the reference one.
-    """
-    return {"numpy": blas.version()} if backend == "cpu" else {}
+def _specs(params: ForwardParams) -> dict[str, TensorSpec]:
+    name_of = names(params.calls)
+    return {
+        name_of[call.number]: TensorSpec("float32", (*call.shape, call.shape[-1]))
+        for call in params.calls
+    }
 
 
 class _Sums:

@@ -31,8 +31,8 @@ PIPELINE: tuple[Stage[Any], ...] = (Extract(), Unshard(), Cast(), Fuse(), Quanti
 KEPT = frozenset({"cast"})
 # In place of the stage that quantizes, by the method's name: what it takes, and the stage last.
 METHODS: dict[str, tuple[Stage[Any], ...]] = {
-    GPTQ: (Tokens(), Activations(), Hessians(), Gptq()),
-    AWQ: (Tokens(), Activations(), Hessians(), Awq(), AwqQuantize()),
+    GPTQ: (Tokens(), Hessians(), Gptq()),
+    AWQ: (Tokens(), Hessians(), Awq(), AwqQuantize()),
 }
 # What is told of a built model, and is no part of it.
 MEASURES: tuple[Stage[Any], ...] = (Measure(),)

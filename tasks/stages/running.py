@@ -42,7 +42,7 @@ from tasks.stages.stage import (
     TargetModel,
 )  # fmt: skip
 from tasks.stages.tokens import EVALUATION_TEXT, TOKENS, Tokens
-from tasks.tensors import arrays, mx, rows
+from tasks.tensors import arrays, blas, mx, rows
 from tasks.tensors.device import device_of
 from tasks.tensors.rows import IN_FLIGHT_BYTES
 
@@ -167,22 +167,26 @@ class SegmentRunner:
         weights = {key.name: key for key in inputs if key.stage == maker}
         self._reads = [*weights]
         self._rows = {key: context.rows(key) for key in inputs if key.stage != maker}
-        self._state = next((key for key in inputs if key.name == STATE), None)
+        own = state_of(params.segment)  # what it leads to itself, where a stage reads that, too
+        self._state = next(
+            (k for k in self._rows if f".{k.name}".endswith(f".{STATE}") and k.name != own), None
+        )
         self._tokens = next(key for key in inputs if key.name == TOKENS)
         self.is_last = params.segment == LOGITS
         context.prefetch(inputs)
         skeleton = skeleton_of(context.planned, stage.settings(context.planned))
         split = segments.split(context.planned.memos, skeleton, params.shape[1])
         self.notes = _notes(split)
+        linear = blas.linear if "numpy" in params.versions else None
         with self.stream():
             if params.whole:
                 every = [weights[name] for name in skeleton.tensors]
                 self._model = skeleton.load(lambda file, start: self._fill(file, start, every))
                 mx.eval(self._model.parameters())
-                self._watch = Watch(self._model)
+                self._watch = Watch(self._model, linear)
                 return
             self._model = skeleton.load()
-            self._watch = Watch(self._model)
+            self._watch = Watch(self._model, linear)
         loaded = [(name, self._weight(key)) for name, key in weights.items()]
         self._model.load_weights(loaded, strict=False)
         self._number = [segment.name for segment in split.segments].index(params.segment)
@@ -381,8 +385,17 @@ class SegmentRunner:
                     file.write(arrays.view(block))
 
 
+def state_of(segment: str) -> str:
+    """Return a name for a segment's state, where those of several segments are read."""
+    return f"{segment}.{STATE}"
+
+
 def plan_segments(
-    stage: ModelStage, target: TargetModel, *, before: str
+    stage: ModelStage,
+    target: TargetModel,
+    *,
+    before: str,
+    name_of: Callable[[str], str] = lambda segment: STATE,
 ) -> dict[str, Planned[ForwardParams]]:
     """Return the segments of a model by name, in order; none where it cannot be run.
 
@@ -390,6 +403,7 @@ def plan_segments(
         stage: whose they are.
         target: the target.
         before: the stage whose states they begin with.
+        name_of: returns what that calls the state that a segment leads to.
     """
     if not target.model.runs:
         return {}
@@ -406,11 +420,25 @@ def plan_segments(
         params = structs.replace(_params(target, skeleton, split, segment), settings=quantized)
         needs = [Need(maker, layer) for layer in dict.fromkeys(layer_of[n] for n in weights)]
         needs.append(Need(Tokens.name, stage.text))
+        state = STATE
         if segment.number:
-            needs.append(Need(before, split.segments[segment.number - 1].name))
-        reads = frozenset((*segment.reads, TOKENS, STATE))
+            previous = split.segments[segment.number - 1].name
+            needs.append(Need(before, previous))
+            state = name_of(previous)
+        reads = frozenset((*segment.reads, TOKENS, state))
         planned[segment.name] = Planned(params, tuple(needs), reads)
     return planned
+
+
+def by_numpy(params: ForwardParams) -> ForwardParams:
+    """Return the same, linear layers computed by NumPy on a CPU, whose BLAS is the faster one.
+
+    What MLX would make differs in the last bits: it is for what looks into a model, not for what it
+    says.
+    """
+    if params.device != "cpu":
+        return params
+    return structs.replace(params, versions=params.versions | {"numpy": blas.version()})
 
 
 def calls_of(target: TargetModel) -> dict[str, tuple[Call, ...]]:

@@ -1,0 +1,142 @@
+"""Calibrated quantization beside mlx-lm's: the same text, samples and group size, in turn.
+
+``method = "gptq"`` beside ``mlx_lm.gptq``, ``method = "awq"`` beside ``mlx_lm.awq``: time of the
+wall and of the processor, peak memory, perplexity on held-out text as mlx-lm itself measures it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+from measure import Usage, measure
+
+# The peer on tokens of a file, in place of those that it would download.
+PEER = """
+import importlib, sys
+import mlx.core as mx
+method, tokens, device = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1)
+mx.set_default_device(getattr(mx, device))
+peer = importlib.import_module(f"mlx_lm.quant.{method}")
+peer.load_data = lambda *_: mx.load(tokens)["tokens"]
+peer.main()
+"""
+METHODS = ("gptq", "awq")
+# How the peers round embeddings, which both leave to the nearest.
+EMBEDDINGS = {"gptq": {"bits": 6}, "awq": {"bits": 4, "group_size": 32}}
+HEADER = "| | wall s | of the peer's | processor s | peak MB | of the peer's | perplexity |"
+
+
+def _tokens(folder: Path, asked: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the tokens to calibrate and evaluate on, as mlx-make cuts them: (samples, tokens)."""
+    import mlx.core as mx
+    from transformers import AutoTokenizer
+
+    from tasks.core.spec import Quality
+    from tasks.quality import text
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    cut = {"samples": asked.samples, "length": asked.sequence_length, "seed": 0}
+    texts = cast("list[list[str]]", [text.calibration(Quality()), text.evaluation(Quality())])
+    calibration, held_out = (mx.array(text.windows(each, tokenizer, **cut)) for each in texts)
+    return calibration[:, :-1], held_out  # of the last of a sequence mlx-make needs nothing
+
+
+def _perplexity(folder: Path, tokens: Any) -> float:
+    """Return mlx-lm's perplexity, of weights as floats: a CPU takes too long for packed ones."""
+    from mlx_lm.perplexity import eval_ppl
+    from mlx_lm.utils import dequantize_model, load_model
+
+    model, _ = load_model(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        perplexity: float = eval_ppl(dequantize_model(model), tokens, batch_size=1)[0]
+    return perplexity
+
+
+def _project(folder: Path, asked: argparse.Namespace) -> None:
+    """Write a models.toml: as stored, by each method, rounded to nearest, and in other groups."""
+    common: dict[str, Any] = {"bits": asked.bits, "group_size": asked.group_size}
+    settings: dict[str, str] = {"plain": "false"}
+    for method, embeddings in EMBEDDINGS.items():
+        rules = [{"match": "*embed_tokens", **embeddings}]
+        settings[f"nearest-{method}"] = _toml({**common, "rules": rules})
+        settings[method] = _toml({**common, "method": method, "rules": rules})
+        other = {"group_size": 128 if asked.group_size == 32 else 32}
+        settings[f"{method}-again"] = _toml({**common, **other, "method": method, "rules": rules})
+    tables = [
+        f"[quality]\nsamples = {asked.samples}\nseed = 0",
+        f"sequence_length = {asked.sequence_length}",
+        f"[defaults]\nsource = {json.dumps(str(asked.checkpoint.resolve()))}",
+        f"device = {json.dumps(asked.device)}",
+        *(f"[models.{name}]\nquantize = {setting}" for name, setting in settings.items()),
+    ]
+    (folder / "models.toml").write_text("\n".join(tables))
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_toml(each)}' for key, each in value.items())} }}"
+    return f"[{', '.join(map(_toml, value))}]" if isinstance(value, list) else json.dumps(value)
+
+
+def _compare(method: str, folder: Path, asked: argparse.Namespace, held_out: Any) -> None:
+    """Run a method and its peer, and print a table."""
+    doit = [sys.executable, "-m", "doit", f"models={folder / 'models.toml'}"]
+    device = "gpu" if asked.device == "gpu" else "cpu"
+    peer = [sys.executable, "-c", PEER, method, str(folder / "tokens.safetensors"), device]
+    peer += ["--model", str(asked.checkpoint.resolve()), "--bits", str(asked.bits)]
+    peer += ["--group-size", str(asked.group_size)]
+    peer += ["--mlx-path", str(folder / "build" / f"peer-{method}")]
+    usages: dict[str, Usage] = {
+        method: measure([*doit, f"pack:{method}"]),
+        f"{method}-again": measure([*doit, f"pack:{method}-again"]),
+        f"peer-{method}": measure(peer),
+    }
+    measure([*doit, f"pack:nearest-{method}", "pack:plain"])
+    base = usages[f"peer-{method}"]
+    print(f"\n{HEADER}\n|{'---|' * 7}")
+    for name in ("plain", f"nearest-{method}", *usages):
+        cells = ["", "", "", "", ""]
+        if usage := usages.get(name):
+            cells[:3] = (
+                f"{usage.seconds:.1f}",
+                f"{usage.seconds / base.seconds:.2f}",
+                (f"{usage.processor:.1f}"),
+            )
+            cells[3:] = f"{usage.peak_rss / 1e6:.0f}", f"{usage.peak_rss / base.peak_rss:.2f}"
+        known = f"{_perplexity(folder / 'build' / name, held_out):.3f}" if asked.perplexity else ""
+        print(f"| {' | '.join([name, *cells, known])} |", flush=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--perplexity", action=argparse.BooleanOptionalAction, default=True)
+    asked = parser.parse_args()
+    import mlx.core as mx
+
+    mx.set_default_device(getattr(mx, asked.device))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _project(folder, asked)
+        calibration, held_out = _tokens(asked.checkpoint, asked)
+        mx.save_safetensors(str(folder / "tokens.safetensors"), {"tokens": calibration})
+        for method in asked.methods:
+            _compare(method, folder, asked, held_out)
+
+
+if __name__ == "__main__":
+    main()
