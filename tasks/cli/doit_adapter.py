@@ -152,9 +152,8 @@ class Control(TaskControl):  # type: ignore[misc]
         Raises:
             InvalidCommand: a pattern matches none.
         """
-        for name in task_selection or ():
-            if "*" in name and not self._get_wild_tasks(name):
-                raise InvalidCommand(not_found=name)
+        if task_selection is not None:
+            task_selection = [each for name in task_selection for each in self._matching(name)]
         super().process(task_selection)
         # The dispatcher takes a group's tasks from the end, and those that are selected in order.
         groups = {name: self.tasks[name].task_dep for name in self.selected_tasks}
@@ -163,6 +162,14 @@ class Control(TaskControl):  # type: ignore[misc]
             for name, parts in groups.items()
             for each in (*(parts if self.tasks[name].has_subtask else ()), name)
         ]
+
+    def _matching(self, name: str) -> list[str]:
+        """Return the tasks that a pattern names; what is none, as it is."""
+        if not re.search(r"[*?[]", name):
+            return [name]
+        if not (found := self._get_wild_tasks(name)):
+            raise InvalidCommand(not_found=name)
+        return list(found)
 
     def task_dispatcher(self) -> DepthFirst:
         """Return what hands tasks to the runner."""

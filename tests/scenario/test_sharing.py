@@ -146,6 +146,24 @@ def size_of(machine: Machine, stage: str, layer: str) -> int:
     return count
 
 
+def test_one_model_on_several_machines(tmp_path: Path, server: servers.Faulty) -> None:
+    """Each makes some layers, which a pattern names; who packs fetches these and makes the rest."""
+    alone = first(tmp_path / "alone", {}, config={**SMALL, "num_hidden_layers": 4}, **FOUR_BIT)
+    alone.doit()
+    made = set()
+    for number, layers in enumerate(("layers.[01]", "layers.[23]")):
+        some = alone.beside(f"{tmp_path.name}-{number}", checkpoint=True, **at(server))
+        made |= outcomes(some.doit(f"quantize:model:{layers}"))["computed"]
+    last = alone.beside(f"{tmp_path.name}-last", checkpoint=True, **at(server))
+    done = outcomes(last.doit("pack:model"))
+    layers = {f"quantize:model:layers.{number}" for number in range(4)}
+    assert layers <= made
+    assert layers <= done["fetched"]
+    # Extracting is finding tensors in this machine's own checkpoint.
+    assert {task for task in done["computed"] & made if not task.startswith("extract:")} == set()
+    assert last.built() == alone.built()
+
+
 def test_fetched_shards_anew(tmp_path: Path, server: servers.Faulty) -> None:
     """Another shard size on a machine that has nothing: pack only, from quantized blobs."""
     one = first(tmp_path, at(server), config=SMALL, **FOUR_BIT)
