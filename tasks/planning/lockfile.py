@@ -192,9 +192,10 @@ class Lock:
             if name not in self.targets:
                 differences.append(f"target {name} is not in it")
             elif not plan.undecided and self.targets[name].settings != settings(plan):
+                adapted = ", or its adapter other weights" if plan.target.adapter else ""
                 differences.append(
-                    f"target {name} has other settings, or its source other tensors, or a stage of "
-                    "this mlx-make makes others"
+                    f"target {name} has other settings, or its source other tensors{adapted}, or a "
+                    "stage of this mlx-make makes others"
                 )
             elif (source := self.sources.get(plan.target.source_name)) and (
                 source.record != self.targets[name].source
