@@ -363,7 +363,15 @@ def _refuse_integers(
             "multiplies them without decoding them. Get the checkpoint in bfloat16."
         )
     weights = [f"{m.path}.weight" for m in modules if m.quantized_names is not None]
-    packed = [name for name in weights if parameters[name].dtype in ("uint8", "int8")]
+    dtypes = {name: parameters[name].dtype for name in weights}
+    floats_or_bytes = ("float32", "bfloat16", "float16", "uint8", "int8")
+    if odd := [name for name in weights if dtypes[name] not in floats_or_bytes]:
+        raise CheckpointError(
+            f"{folder}: {plural(len(odd), 'weight')} ({listed(odd)}) would be {dtypes[odd[0]]}, as "
+            f"{convert} builds them, of which no model makes sense: the bits of bfloat16, perhaps, "
+            "as what knows none saves them. Get the checkpoint in bfloat16."
+        )
+    packed = [name for name in weights if dtypes[name] in ("uint8", "int8")]
     if packed:
         raise CheckpointError(
             f"{folder}: {plural(len(packed), 'weight')} ({', '.join(packed[:3])}) would be bytes "

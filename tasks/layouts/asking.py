@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,16 @@ def fail(answer: Mapping[str, str], checkpoint: Checkpoint, library: str) -> Non
         release,
         asked.DISTRIBUTION,
         asked.TOWERS,
+        _model_types(library),
     )
     raise ArchitectureError(f"{checkpoint.folder}: {said}")
+
+
+def _model_types(library: str) -> list[str]:
+    """Return the names of a library's modules of models, without importing it."""
+    spec = find_spec(LIBRARIES[library].PACKAGE)
+    folders = (spec and spec.submodule_search_locations) or ()
+    return [path.stem for folder in folders for path in Path(folder, "models").glob("[!_]*")]
 
 
 def _is_small(question: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +47,7 @@ TOKENIZER = (
     "*.tiktoken", "tiktoken.model", "sentencepiece*.model", "spiece.model",
     "*.py",
 )  # fmt: skip
+TORCH_DTYPES = r"bfloat16|half|float|double|bool|float(16|32|64|8_\w+)|u?int\d+|complex\d+"
 TEMPLATES = f"{TEMPLATES_FOLDER}/*.jinja"  # of models with several
 COPIED = (*TOKENIZER, "generation_config.json")
 TOKENIZER_PROGRAMS = ("transformers", "tokenizers", "sentencepiece")  # that make tokenizer.json
@@ -87,11 +88,23 @@ def model(
         named = to_huggingface(checkpoint, _token_ids(checkpoint, memos))
     model = architecture.model(named, memos, library)
     _, notes = card.front_matter(checkpoint.folder, memos)
+    notes = (*notes, *_dtype_notes(checkpoint.config))
     if checkpoint.names != "meta":
         _check_tokenizer(checkpoint, memos, more)
         _, cause = _fast_tokenizer(checkpoint, memos, more)
         notes = (*notes, *([_slow_note(cause, library)] if cause else []))
     return structs.replace(model, notes=(*model.notes, *notes))
+
+
+def _dtype_notes(config: Mapping[str, Any]) -> list[str]:
+    """Return the note on a dtype in config.json that torch has not."""
+    said = {key: config.get(key) for key in ("dtype", "torch_dtype")}
+    return [
+        f"config.json has {key} = {printable(repr(value))}, which is no dtype: where torch is "
+        'installed, transformers refuses it, and mlx_lm.load with it. Write one, as "bfloat16"'
+        for key, value in said.items()
+        if isinstance(value, str) and not re.fullmatch(TORCH_DTYPES, value)
+    ]
 
 
 def default_dtype(checkpoint: Checkpoint, model: Model) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tasks.core.text import some
@@ -19,6 +19,7 @@ def explained(
     library: str,
     distribution: str,
     towers: str = "",
+    known: Sequence[str] = (),
 ) -> str:
     """Return a library's error with what config.json says about its cause, and the mend.
 
@@ -29,6 +30,7 @@ def explained(
         library: the library's name and version.
         distribution: what is installed by pip.
         towers: what to take for a model that sees or hears, if not this library.
+        known: the model types that the library has.
     """
     quantized = config.get("quantization_config") or {}
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
@@ -43,7 +45,10 @@ def explained(
             f"code that the checkpoint brings for it (auto_map) is never run here. {another}"
         )
     if "not supported" in text:
-        mend = another
+        near = _near(str(config.get("model_type")), known)
+        mend = f"It has {near}: if that is meant, write it so. {another}" if near else another
+    elif re.search(r"[Uu]nsupported|[Uu]nknown", text) and not method:
+        mend = newer
     elif re.search(r"\.(lora_[AB]|base_layer)\.", text):
         mend = (
             "It was saved with a LoRA adapter on it: fuse that (peft's merge_and_unload), and save "
@@ -55,10 +60,21 @@ def explained(
         mend = ""
     elif method:
         mend = f"If that is no format that {distribution} reads, get the checkpoint in bfloat16."
+    elif (kind == "KeyError" and "." not in text) or "required positional argument" in text:
+        mend = "config.json does not say what this class reads in it: fetch it again."
     else:
         mend = "Its config.json and its weights do not go together: fetch both again."
     stop = "" if what.endswith(".") else "."
     return f"{first}{library} says: {what}{stop} {mend}".rstrip()
+
+
+def _near(model_type: str, known: Sequence[str]) -> str:
+    """Return the model type that may be meant, "" if none is like it; another number is none."""
+    from difflib import get_close_matches  # that only a mistake pays
+
+    number = re.sub(r"\D", "", model_type)
+    same = [name for name in known if re.sub(r"\D", "", name) == number]
+    return (get_close_matches(model_type.lower(), same, 1, 0.85) or [""])[0]
 
 
 def _shortened(text: str) -> str:

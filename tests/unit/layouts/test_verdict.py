@@ -53,11 +53,32 @@ MANY = (
             {},
             "KeyError",
             "'head_dim'",
-            "mlx-lm 1 says: KeyError: 'head_dim'. Its config.json and its weights do not go "
-            "together: fetch both again.",
+            "mlx-lm 1 says: KeyError: 'head_dim'. config.json does not say what this class reads "
+            "in it: fetch it again.",
+        ),
+        (
+            {},
+            "KeyError",
+            "'model.norm.weight'",
+            "mlx-lm 1 says: KeyError: 'model.norm.weight'. Its config.json and its weights do not "
+            "go together: fetch both again.",
+        ),
+        (
+            {"model_type": "Llama"},
+            "ValueError",
+            "Model type Llama not supported.",
+            "mlx-lm 1 says: Model type Llama not supported. It has llama: if that is meant, write "
+            f"it so. A {NEWER}",
+        ),
+        (
+            {},
+            "ValueError",
+            "Unsupported RoPE type wobble",
+            f"mlx-lm 1 says: Unsupported RoPE type wobble. A {NEWER}",
         ),
         ({}, "SystemExit", "pip install a", "mlx-lm 1 says: pip install a."),
     ],
 )
 def test_what_is_told(config: dict, kind: str, text: str, said: str) -> None:
-    assert verdict.explained(config, kind, text, "mlx-lm 1", "mlx-lm", TOWERS) == said
+    known = ["llama", "gemma3", "falcon_h1"]
+    assert verdict.explained(config, kind, text, "mlx-lm 1", "mlx-lm", TOWERS, known) == said

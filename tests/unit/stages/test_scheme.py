@@ -108,6 +108,14 @@ def test_fp8_without_scales(tmp_path: Path) -> None:
     assert peer.model.layers[0].mlp.down_proj.weight.dtype == mx.uint8
     with pytest.raises(CheckpointError, match=r"taken for numbers \(uint8\).*weight_scale_inv"):
         model_of(folder, tmp_path / "cache")
+    bits = {
+        name: tensor.view(torch.uint16)
+        for name, tensor in load_file(path).items()
+        if tensor.dtype == torch.float16
+    }  # as NumPy has bfloat16
+    save_file({**{n: t.half() for n, t in tensors.items()}, **bits}, path)
+    with pytest.raises(CheckpointError, match=r"would be uint16, as mlx_lm.convert builds them"):
+        model_of(folder, tmp_path / "cache")
 
 
 def as_fp8(folder: Path, scales: Callable[[torch.Tensor], torch.Tensor]) -> None:
