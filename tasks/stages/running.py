@@ -44,7 +44,7 @@ from tasks.stages.stage import (
 from tasks.stages.tokens import EVALUATION_TEXT, TOKENS, Tokens
 from tasks.tensors import arrays, blas, mx, rows
 from tasks.tensors.device import device_of
-from tasks.tensors.rows import IN_FLIGHT_BYTES
+from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
 
 STATE = "state"
 STATES_AT_ONCE = 8  # states, or logits, of one sequence that a segment holds at once
@@ -154,6 +154,21 @@ class UnquantizedStage(ModelStage):
         return target.roles.unquantized
 
 
+def _check_tokens(tokens: Rows, vocabulary: int) -> None:
+    """Refuse tokens that the model has no rows for: MLX would read beyond its arrays.
+
+    Raises:
+        BuildError: there is one.
+    """
+    ids = tokens.read(0, rows.count(tokens))
+    most = int(mx.max(ids).item()) if ids.size else 0  # type: ignore[arg-type]
+    if most >= vocabulary:
+        raise BuildError(
+            f"the checkpoint's tokenizer makes token {most} of the text of [quality], and the "
+            f"model has {vocabulary}. Is it the tokenizer of another model?"
+        )
+
+
 class SegmentRunner:
     """Runs a segment, on one sequence after another."""
 
@@ -178,6 +193,7 @@ class SegmentRunner:
         split = segments.split(context.planned.memos, skeleton, params.shape[1])
         self.notes = _notes(split)
         linear = blas.linear if "numpy" in params.versions else None
+        _check_tokens(self._rows[self._tokens], split.segments[-1].shape[-1])
         with self.stream():
             if params.whole:
                 every = [weights[name] for name in skeleton.tensors]

@@ -120,7 +120,7 @@ class Tokens(Stage[TokensParams]):
                 length=params.sequence_length,
                 seed=params.seed,
             )
-        data = memoryview(array("i", [token for run in ids for token in run])).cast("B")
+            data = memoryview(array("i", [token for run in ids for token in run])).cast("B")
         with context.writer(TOKENS, data.nbytes) as writer:
             writer.write(data)
         return Result({TOKENS: Tensor("int32", (len(ids), len(ids[0])), writer.digest)})

@@ -185,6 +185,21 @@ def test_what_is_calibrated_on_is_not_evaluated_on(project: Project) -> None:
     assert text.calibration(Quality()) != text.evaluation(Quality())
 
 
+def test_a_tokenizer_of_another_model(project: Project) -> None:
+    """MLX reads whatever lies beyond an array's end."""
+    path = project.checkpoint / "tokenizer.json"
+    tokenizer = json.loads(path.read_bytes())
+    token = {**tokenizer["added_tokens"][0], "id": 1 << 20, "content": "zzz"}
+    tokenizer["added_tokens"].append(token)
+    tokenizer["model"]["vocab"]["zzz"] = 1 << 20
+    path.write_text(json.dumps(tokenizer))
+    (project.folder / "held-out.txt").write_text("zzz " * 100)
+    project.quality = {**QUALITY, "evaluate_text": "held-out.txt"}
+    project.configure()
+    said = project.doit("evaluate:model", expect=1).stdout
+    assert f"makes token {1 << 20} of the text of [quality], and the model has 320" in said
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

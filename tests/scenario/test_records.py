@@ -21,7 +21,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Damaged:
 
 
 @settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(number=st.integers(0, 99), seed=st.integers(0, 2**32 - 1))
 def test_a_damaged_record_never_makes_a_wrong_model(
