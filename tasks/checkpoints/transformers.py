@@ -33,7 +33,7 @@ INNER = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "*adapters.safetensors")
 AGAIN = " Fetch it again."
 # What mlx-lm reads beside config.json to build a model.
-SIDE_FILES = ("generation_config.json", "hf_quant_config.json")
+SIDE_FILES = ("generation_config.json", "hf_quant_config.json", "quanto_qmap.json")
 ADAPTER = "adapter_config.json"
 GGUF = "GGUF files are not read: take the model that they were made from."
 SMALL_FILES = ("config.json", *SIDE_FILES, ADAPTER, *{index: None for _, _, index in KINDS})

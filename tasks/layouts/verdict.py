@@ -10,6 +10,22 @@ from tasks.core.text import some
 
 MAX_NAMES = 3  # names of a list
 SEES = re.compile("vision|visual|vit_|image|audio|speech")  # keys of what sees and hears
+# Formats that are not unpacked here, by quant_method: their names, and why not.
+CODEBOOKS = "it has no numbers, but the entries of codebooks"
+OWN_LAYOUT = "it lies as the kernels of one kind of processor take it"
+NOT_UNPACKED = {
+    "aqlm": ("AQLM", CODEBOOKS),
+    "quip": ("QuIP#", CODEBOOKS),
+    "quip_sharp": ("QuIP#", CODEBOOKS),
+    "vptq": ("VPTQ", CODEBOOKS),
+    "exl2": ("ExLlamaV2", "groups have bits of their own"),
+    "exl3": ("ExLlamaV3", CODEBOOKS),
+    "higgs": ("HIGGS", CODEBOOKS),
+    "spqr": ("SpQR", "outliers are kept apart from the rest"),
+    "eetq": ("EETQ", OWN_LAYOUT),
+    "quark": ("Quark", OWN_LAYOUT),
+    "fp_quant": ("FP-Quant", "weights are rotated"),
+}
 
 
 def explained(
@@ -39,6 +55,13 @@ def explained(
     newer = f"A newer one may know it: pip install -U {distribution}"
     sees = towers and any(SEES.search(key) for key in config)
     another = f"The model sees or hears, and {towers} may know it. {newer}" if sees else newer
+    if known := NOT_UNPACKED.get(str(method).lower()):
+        name, why = known
+        return (
+            f"{first}{name} is read neither by {library} nor unpacked here: {why}. Get the "
+            "checkpoint in bfloat16, or have transformers write it where it runs: "
+            "model.dequantize().save_pretrained(FOLDER)"
+        )
     if "not supported" in text and config.get("auto_map"):
         return (
             f"{first}{library} has no class for model_type = {config.get('model_type')!r}, and the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
+from tasks.tensors.rows import Rows
 
 
 def stream(words: mx.array, bits: int, count: int) -> mx.array:
@@ -77,6 +78,32 @@ def checked(indices: mx.array, stop: int, what: str) -> mx.array:
                 f"to {stop - 1}. Fetch the checkpoint again."
             )
     return indices
+
+
+def from_parts(
+    source: Rows, bits: int, parts: int, start: int, stop: int, *, lowest_first: bool
+) -> mx.array:
+    """Return rows of numbers that were cut into parts of as many rows, which share bytes or words.
+
+    Args:
+        source: the bytes or words, (rows / parts, columns).
+        bits: of a number.
+        parts: how many there are; the last may have fewer rows.
+        start: the first row, and
+        stop: the row after the last, of all.
+        lowest_first: whether the first part has the lowest bits, or the highest of ``parts``.
+
+    Returns:
+        (rows, columns), uint32.
+    """
+    high = source.shape[0]
+    pieces = []
+    for part in range(start // high, -(-stop // high)):
+        first = part * high
+        words = source.read(max(start, first) - first, min(stop, first + high) - first)
+        shift = bits * (part if lowest_first else parts - 1 - part)
+        pieces.append((words.astype(mx.uint32) >> shift) & ((1 << bits) - 1))
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
 
 
 def grouped(values: mx.array, group_size: int, columns: int) -> mx.array:

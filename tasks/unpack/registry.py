@@ -21,8 +21,11 @@ from tasks.unpack import (
     compressed_integers,
     fp4,
     gptq,
+    hqq,
     mlx_packed,
+    quanto,
     scaled_fp8,
+    torchao,
 )
 from tasks.unpack.packed import Format, Found, Packed, Repacking
 from tasks.unpack.whole_numbers import Affine, WholeNumbers
@@ -35,6 +38,9 @@ FORMATS: dict[str, Format] = {
     gptq.NAME: gptq,
     awq.NAME: awq,
     bitsandbytes.NAME: bitsandbytes,
+    hqq.NAME: hqq,
+    torchao.NAME: torchao,
+    quanto.NAME: quanto,
     mlx_packed.NAME: mlx_packed,
 }
 STACKED = (block_fp8.NAME, scaled_fp8.NAME, mlx_packed.NAME)  # take axes before the last two
@@ -42,6 +48,7 @@ TRIED = (block_fp8.NAME,)  # formats that classes of libraries unpack by themsel
 MAX_READ_BYTES = 1 << 20  # of a tensor that says how another is packed
 MOST_TRIED = 4  # weights of a shape and a depth: a library may have some under other names
 SETTINGS = "quantization_config"
+SETTINGS_FILES = ("hf_quant_config.json", quanto.MAP)
 ALL_SETTINGS = (SETTINGS, "compression_config", "quantization")
 
 
@@ -53,11 +60,17 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
             for key in (SETTINGS, "compression_config"):
                 if isinstance(table.get(key), dict):
                     return dict(table[key])
-    try:
-        said = json.loads(checkpoint.files.get("hf_quant_config.json", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return {"quant_method": "modelopt", **said} if isinstance(said, dict) and said else {}
+    for file, make in (
+        ("hf_quant_config.json", lambda said: {"quant_method": "modelopt", **said}),
+        (quanto.MAP, lambda said: {"quant_method": "quanto", "map": said, "config": config}),
+    ):
+        try:
+            said = json.loads(checkpoint.files.get(file, "{}"))
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(said, dict) and said:
+            return make(said)
+    return {}
 
 
 def found(checkpoint: Checkpoint) -> Found | None:
@@ -175,7 +188,7 @@ def unpacked(checkpoint: Checkpoint, found: Found, dtype: str = "float32") -> Ch
         step = ["unpack", found.format, own, [packing]]
         tensors[name] = LogicalTensor(own, each.shape, keys, (step,))
     config = _without_settings(checkpoint.config)
-    files = {n: text for n, text in checkpoint.files.items() if n != "hf_quant_config.json"}
+    files = {n: text for n, text in checkpoint.files.items() if n not in SETTINGS_FILES}
     files["config.json"] = json.dumps(config)
     notes = checkpoint.notes
     if found.left_out:

@@ -1,7 +1,8 @@
 """whole_numbers: weights of a few bits each, with a scale and a zero point for groups of columns.
 
-A weight is (number - zero point) · scale. What differs from one format to the next is where these
-lie, so each says no more than that; floats, and MLX's own packing, are made of them here.
+A weight is (number - zero point) · scale, in some formats plus a shift. What differs from one
+format to the next is where these lie, so each says no more than that; floats, and MLX's own
+packing, are made of them here.
 """
 
 from __future__ import annotations
@@ -78,6 +79,16 @@ class WholeNumbers(Struct, frozen=True, dict=True):
         """Return the scales of rows: (rows or 1, groups), float32."""
         raise NotImplementedError
 
+    def shifts(self, start: int, stop: int) -> mx.array | None:
+        """Return what is added to the product, as of scales, float32; None for nothing."""
+        return None
+
+    def biases(self, start: int, stop: int) -> mx.array:
+        """Return what 0 stands for: (rows or 1, groups), float32."""
+        biases = -self.zeros(start, stop) * self.scales(start, stop)
+        shifts = self.shifts(start, stop)
+        return biases if shifts is None else biases + shifts
+
     def words(self, start: int, stop: int) -> mx.array:
         """Return the numbers of rows as MLX packs them: (rows, columns · bits / 32)."""
         return bits.pack(self.numbers(start, stop), self.bits)
@@ -85,9 +96,10 @@ class WholeNumbers(Struct, frozen=True, dict=True):
     def read(self, start: int, stop: int) -> mx.array:
         """Return rows ``start`` to ``stop``, as floats."""
         numbers = self.numbers(start, stop).astype(mx.float32)
-        return (numbers - self._wide(self.zeros(start, stop))) * self._wide(
-            self.scales(start, stop)
-        )
+        numbers = numbers - self._wide(self.zeros(start, stop))
+        made = numbers * self._wide(self.scales(start, stop))
+        shifts = self.shifts(start, stop)
+        return made if shifts is None else made + self._wide(shifts)
 
     def _wide(self, values: mx.array) -> mx.array:
         """Return values of groups as those of columns."""
@@ -139,10 +151,10 @@ class Affine(Struct, frozen=True):
         if self.part == "weight":
             return source.words(start, stop)
         self._check_order()
-        scales = source.scales(start, stop)
         if self.part == "scales":
-            return self._of_groups(scales.astype(getattr(mx, self.floats)), stop - start)
-        biases = -source.zeros(start, stop) * scales
+            scales = source.scales(start, stop).astype(getattr(mx, self.floats))
+            return self._of_groups(scales, stop - start)
+        biases = source.biases(start, stop)
         held = biases.astype(getattr(mx, self.floats))
         if self.exact and not mx.array_equal(held.astype(mx.float32), biases).item():
             raise CheckpointError(

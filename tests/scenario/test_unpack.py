@@ -64,12 +64,21 @@ FORMATS = {
             {"quant_method": "gptq", "bits": bits, "group_size": 32,
              "checkpoint_format": "gptq_v2" if bits == 2 else "gptq"},
         )
-        for bits in (2, 3, 4, 8)
+        for bits in (2, 3, 4)
     },
     "awq": (
         packed.awq(),
         {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
     ),
+    **{f"hqq-{bits}": (packed.hqq(bits), {"quant_method": "hqq"}) for bits in (3, 4)},
+    **{
+        f"torchao-{kind}": (
+            packed.torchao(kind),
+            {"quant_method": "torchao", "quant_type": {"default": {"_type": f"{kind}Config"}}},
+        )
+        for kind in ("Int4", "Int8", "fp8")
+    },
+    "quanto": (packed.quanto(), {"quant_method": "quanto"}),
     "nf4": (packed.bitsandbytes("nf4"), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "fp4-nested": (packed.bitsandbytes("fp4", nested=True), {"quant_method": "bitsandbytes"}),
     "int8": (packed.bitsandbytes("int8"), {"quant_method": "bitsandbytes"}),
@@ -143,6 +152,7 @@ KEPT = {
     "gptq-3": (
         packed.gptq(3, symmetric=True), gptq_settings(3, sym=True), (32, 3, "affine"),
     ),
+    "quanto": (packed.quanto(), {"quant_method": "quanto"}, (32, 4, "affine")),
     "mxfp4": (
         packed.mxfp4(), packed.compressed("mxfp4-pack-quantized", type="float"), (32, 4, "mxfp4"),
     ),

@@ -41,6 +41,10 @@ def repack(source: Path, folder: Path, pack: Packer, settings: dict) -> Path:
     save_file(packed, folder / "model.safetensors", {"format": "pt"})
     save_file(floats, plain / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
+    if settings["quant_method"] == "quanto":  # which says so in a file of its own alone
+        kinds = {name.removesuffix(".weight"): {"weights": "qint4"} for name in floats}
+        (folder / "quanto_qmap.json").write_text(json.dumps(kinds))
+        return plain
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     return plain
 
@@ -273,6 +277,79 @@ def bitsandbytes(kind: str, *, nested: bool = False, block: int = 64) -> Packer:
         tensors = {f"{path}.weight.{name}": part for name, part in parts.items()}
         tensors[f"{path}.weight"] = (flat[::2] << 4 | flat[1::2])[:, None]
         return tensors, floats
+
+    return pack
+
+
+def _parts(numbers: torch.Tensor, bits: int, parts: int, *, lowest_first: bool) -> torch.Tensor:
+    """Rows in so many parts, which share bytes or words."""
+    high = -(-len(numbers) // parts)
+    numbers = torch.nn.functional.pad(numbers, (0, 0, 0, high * parts - len(numbers)))
+    places = range(parts) if lowest_first else reversed(range(parts))
+    pieces = zip(numbers.reshape(parts, high, -1), places, strict=True)
+    return sum(piece << (bits * place) for piece, place in pieces)
+
+
+def hqq(bits: int, *, size: int = 32) -> Packer:
+    """As HQQ, of 3 and 4 bits, along rows."""
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        numbers, zero, scale = _affine(weight, bits, size)
+        zero, scale = (zero.reshape(-1, 1) + 0.25).half(), scale.reshape(-1, 1)
+        grouped = numbers.reshape(-1, size)
+        floats = (grouped - zero.float()) * scale.float()
+        words = _parts(grouped, bits, 10 if bits == 3 else 2, lowest_first=False)
+        said = {"nbits": bits, "axis": 1, "group_size": size, "shape": [*weight.shape]}
+        parts = {name: torch.tensor(value, dtype=torch.int32) for name, value in said.items()}
+        parts |= {
+            "W_q": words.to(torch.int32 if bits == 3 else torch.uint8),
+            "scale": scale,
+            "zero": zero,
+        }
+        tensors = {f"{path}.{name}": part for name, part in parts.items()}
+        return tensors, floats.reshape(weight.shape)
+
+    return pack
+
+
+def quanto(size: int = 32) -> Packer:
+    """As optimum-quanto, of 4 bits."""
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        numbers, zero, scale = _affine(weight, 4, size)
+        scale = scale.reshape(-1, 1)
+        shift = (zero.reshape(-1, 1) * scale.float()).half()
+        grouped = numbers.reshape(-1, size)
+        floats = grouped * scale.float() - shift.float()
+        octets = _parts(grouped, 4, 2, lowest_first=True).to(torch.uint8)
+        parts = {"_data._data": octets, "_scale": scale, "_shift": shift}
+        tensors = {f"{path}.weight.{name}": part for name, part in parts.items()}
+        return tensors, floats.reshape(weight.shape)
+
+    return pack
+
+
+def torchao(kind: str, *, size: int = 32) -> Packer:
+    """As torchao: two numbers a byte, one a byte, or E4M3."""
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        if kind == "fp8":
+            scale = weight.abs().amax(1, keepdim=True) / 448
+            octets = (weight / scale).to(torch.float8_e4m3fn)
+            parts, floats = {"qdata": octets, "scale": scale}, octets.float() * scale
+        else:
+            numbers, zero, scale = _affine(weight, 4, size)
+            signed, at = numbers - 8, torch.arange(weight.shape[1]) // size
+            if kind == "Int4":
+                shift = (scale.float() * (8.25 - zero)).half()
+                octets = (signed[:, ::2] & 15 | (signed[:, 1::2] & 15) << 4).to(torch.uint8)
+                parts = {"qdata": octets.view(torch.int8), "scale": scale.T, "zero_point": shift.T}
+                floats = signed * scale.float()[:, at] + shift.float()[:, at]
+            else:
+                zero = (zero - 8).to(torch.int8)
+                parts = {"qdata": signed.to(torch.int8), "scale": scale, "zero_point": zero}
+                floats = (signed - zero[:, at]).float() * scale.float()[:, at]
+        return {f"{path}._weight_{name}": part for name, part in parts.items()}, floats
 
     return pack
 

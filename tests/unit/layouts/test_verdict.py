@@ -22,10 +22,19 @@ MANY = (
             f"If the checkpoint is whole, a {NEWER}",
         ),
         (
-            {"quantization_config": {"quant_method": "hqq"}},
+            {"quantization_config": {"quant_method": "vptq"}},
             "ValueError",
             MANY,
-            "config.json has quant_method = 'hqq'. mlx-lm 1 says: Received 36000 parameters not in "
+            "config.json has quant_method = 'vptq'. VPTQ is read neither by mlx-lm 1 nor unpacked "
+            "here: it has no numbers, but the entries of codebooks. Get the checkpoint in "
+            "bfloat16, or have transformers write it where it runs: "
+            "model.dequantize().save_pretrained(FOLDER)",
+        ),
+        (
+            {"quantization_config": {"quant_method": "new"}},
+            "ValueError",
+            MANY,
+            "config.json has quant_method = 'new'. mlx-lm 1 says: Received 36000 parameters not in "
             "model: a.0, a.1, a.2 and 35997 more. If that is no format that mlx-lm reads, get the "
             "checkpoint in bfloat16.",
         ),
