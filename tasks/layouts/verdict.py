@@ -55,8 +55,8 @@ def explained(
     newer = f"A newer one may know it: pip install -U {distribution}"
     sees = towers and any(SEES.search(key) for key in config)
     another = f"The model sees or hears, and {towers} may know it. {newer}" if sees else newer
-    if known := NOT_UNPACKED.get(str(method).lower()):
-        name, why = known
+    if named := NOT_UNPACKED.get(str(method).lower()):
+        name, why = named
         return (
             f"{first}{name} is read neither by {library} nor unpacked here: {why}. Get the "
             "checkpoint in bfloat16, or have transformers write it where it runs: "
