@@ -15,6 +15,7 @@ from tasks.cli.refused_tasks import refused_tasks
 from tasks.cli.session import Session
 from tasks.cli.up_to_date import NOT_LEFT, UpToDateCheck
 from tasks.core import text
+from tasks.core.errors import BuildError
 from tasks.core.spec import Target
 from tasks.core.task_names import PACK, REPORT, task_name
 from tasks.core.workspace import REPORTS
@@ -25,6 +26,11 @@ from tasks.report.figures import Reader
 from tasks.stages.reasons import Reason
 
 VERSION = 3
+HEAD_BYTES = 1000
+MARKS = (  # what pages and traces begin with, in any version
+    b'<meta name="generator" content="mlx-make">',
+    b'{"traceEvents":[{"ph":"M","pid":1,"name":"process_name","args":{"name":"',
+)
 
 
 def report(session: Session, measured: Collection[str] = ()) -> Iterator[dict[str, Any]]:
@@ -87,11 +93,11 @@ def _target_task(
             packed = Manifest.from_bytes(manifest.read_bytes())
             sha256 = session.acceptor.sha256(plan, packed)
             texts = pages.target(reader, plan, packed, session.lock, family, sha256)
-            atomic.write(folder / written[0], texts.page.encode())
-            if texts.trace is None:
+            _write(folder / written[0], texts.page)
+            if texts.trace is not None:
+                _write(folder / written[1], texts.trace)
+            elif _is_ours(folder / written[1]):
                 (folder / written[1]).unlink(missing_ok=True)
-            else:
-                atomic.write(folder / written[1], texts.trace.encode())
             record["outcome"] = "computed"
         kept = written if texts.trace else written[:1]
         return {
@@ -131,7 +137,7 @@ def _overview_task(session: Session, reader: Reader) -> dict[str, Any]:
 
         using = session.builder.store.lock.using()
         with using, session.builder.logged(REPORT, why) as record:
-            atomic.write(path, pages.overview(reader, session.plans.values()).encode())
+            _write(path, pages.overview(reader, session.plans.values()))
             record["outcome"] = "computed"
         return {
             "outputs": place.stamps(str(folder), [INDEX]),
@@ -174,8 +180,37 @@ def _seen(session: Session, reader: Reader, plan: Plan, family: list[Plan]) -> s
     return digest_record([stamps, source.json if source else None, run])
 
 
+def _write(path: Path, page: str) -> None:
+    """Write a page, or a trace.
+
+    Raises:
+        BuildError: something lies there that no report is.
+    """
+    if not _is_ours(path):
+        raise BuildError(
+            f"{path} is in the way: it is no report that was written here. Nothing there is "
+            "replaced. Move it."
+        )
+    atomic.write(path, page.encode())
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell whether nothing lies there, or what a report of any version left."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except FileNotFoundError:
+        return not path.is_symlink()
+    except OSError:  # a folder
+        return False
+    return not head or any(mark in head for mark in MARKS)
+
+
 def _remove(paths: list[Path], dryrun: bool) -> None:
     for path in paths:
+        if not _is_ours(path):
+            print(f"{REPORTS}/{path.name} left there, since not written here")
+            continue
         if path.exists():
             print(f"{'would remove' if dryrun else 'removing'} {REPORTS}/{path.name}")
         if not dryrun:

@@ -173,9 +173,11 @@ def _template(target: Target) -> str:
     try:
         check_regular(target.card)
         return target.card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, CheckpointError) as error:
+    except CheckpointError as error:
+        raise ConfigError(f"card: {error} Write the template, or drop the key.") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"card is {target.card}, which cannot be read: {error} Write the template, or drop "
+            f"card is {target.card}, which cannot be read: {error}. Write the template, or drop "
             "the key."
         ) from error
 

@@ -125,13 +125,25 @@ def test_a_page_that_was_touched_or_is_gone_is_made_again(tmp_path: Path) -> Non
     project.doit("report")
     pages = project.folder / "reports"
     before = {path.name: path.read_bytes() for path in pages.iterdir()}
-    (pages / "model.html").write_text("other")
+    (pages / "model.html").write_bytes(before["model.html"][:-10])
     (pages / "model.trace.json").unlink()
     assert project.doit("report").computed == {"report:model"}
     assert {path.name: path.read_bytes() for path in pages.iterdir()} == before
     project.doit("clean", "report")
     project.doit("clean", "report:model")
     assert not any(pages.iterdir())
+
+
+def test_what_others_put_among_the_pages_stays(tmp_path: Path) -> None:
+    project = create(tmp_path, "meta", **FOUR_BIT)
+    mine = project.folder / "reports" / "index.html"
+    mine.parent.mkdir()
+    mine.write_text("my page")
+    done = project.doit("report", expect=1)
+    assert "reports/index.html is in the way: it is no report that was written here" in done.stdout
+    cleaned = project.doit("clean", "report").stdout
+    assert "reports/index.html left there, since not written here" in cleaned
+    assert mine.read_text() == "my page"
 
 
 def test_lost_measurements_are_made_again(tmp_path: Path) -> None:
