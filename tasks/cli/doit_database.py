@@ -24,7 +24,7 @@ from tasks.cli import failures
 from tasks.core.task_names import group_of
 
 KEY = "doit.json"  # that its lines are sealed under
-MOST_READ = 100  # targets whose tasks stay in memory: a megabyte each, of 126 layers
+MOST_READ = 16  # targets whose tasks stay in memory: a megabyte each, of 126 layers
 _Tasks = dict[str, dict[str, Any]]
 
 

@@ -35,7 +35,7 @@ from tasks.core.workspace import Workspace
 from tasks.execution.filling import ownership
 from tasks.execution.filling.place import Stamps
 from tasks.execution.log import Log
-from tasks.planning import bundle, model_card
+from tasks.planning import bundle, locked_sources, locked_targets, model_card
 from tasks.planning.choice import Choice
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan, Planner
@@ -184,7 +184,7 @@ class Session:
             if not (untouched and untouched.targets) and not undecided:
                 _check_any_is_planned(options, plans, refused)
             if not undecided:
-                lock.check_plans(plans.values())
+                locked_targets.check_plans(lock, plans.values())
             if_it_fails.pop_all()
         return cls(
             workspace, config, options, store, plans, refused, lock, planner, database, remote,
@@ -260,14 +260,14 @@ def _planner(
         return not options.read_only and options.requests(task_name(LOCK, target.name))
 
     def open_source(target: Target) -> ReadableSource:
-        return lock.open_source(store, target, newest=is_newest(target))
+        return locked_sources.open_source(lock, store, target, newest=is_newest(target))
 
     def read_adapter(target: Target) -> Adapter:
-        opened = lock.open_adapter(store, target, newest=is_newest(target))
+        opened = locked_sources.open_adapter(lock, store, target, newest=is_newest(target))
         return adapter.read(opened, store, target.adapter_name or "")
 
     def recall(target: Target, source: ReadableSource) -> Checkpoint | None:
-        return lock.recall(store, target, source)
+        return locked_sources.recall(lock, store, target, source)
 
     def choose(plan: Plan, asked: Quantize) -> Choice:
         from tasks.execution import recorded  # only where there is a budget

@@ -20,7 +20,7 @@ from tasks.core.workspace import BUILD
 from tasks.execution import cleaning
 from tasks.execution.filling import place
 from tasks.layouts.registry import weight_suffixes
-from tasks.planning import bundle
+from tasks.planning import bundle, locked_sources
 from tasks.planning.node import Node
 from tasks.planning.plan import Plan
 from tasks.stages import registry
@@ -224,7 +224,7 @@ class TaskGraph:
             manifest = builder.run(plan, node, why)
         if isinstance(node.stage, LeafStage):
             values["look"] = node.stage.watched(node.spec)
-            session.lock.check_layer(builder.store, plan, manifest.tensors)
+            locked_sources.check_layer(session.lock, builder.store, plan, manifest.tensors)
         if node in plan.packed and session.options.packs(node.target):
             with_blake3 = session.acceptor.wants_blake3(plan)
             session.background_packer.add_layer(builder, plan, manifest, with_blake3=with_blake3)

@@ -1,6 +1,6 @@
 """accept: sources as they are now, held against models.lock, and accepted into it.
 
-To look at a source is to digest all of it: what needs no looking is ``planning.lockfile``.
+To look at a source is to digest all of it: what needs no looking is ``planning.locked_sources``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tasks.execution.builder import Builder
 from tasks.execution.filling import place
 from tasks.execution.filling.place import Contents, Stamps
 from tasks.execution.streaming import whole_files
-from tasks.planning import bundle, source_record
+from tasks.planning import bundle, locked_sources, locked_targets, source_record
 from tasks.planning.lock_format import Built
 from tasks.planning.lockfile import Lock
 from tasks.planning.node import Node
@@ -98,11 +98,11 @@ class Acceptor:
         Raises:
             BuildError: they are not; or, if the lock is strict, a small file is another.
         """
-        locked = self.lock.locked_record(plan)
+        locked = locked_sources.locked_record(self.lock, plan)
         if locked:
             return locked, []
         now = self.snapshot(plan)
-        return now, self.lock.check_files(plan, now.files)
+        return now, locked_sources.check_files(self.lock, plan, now.files)
 
     def accept(self, plan: Plan) -> list[str]:
         """Lock a target's source as it is now; what a budget chooses for it is chosen anew.
@@ -185,7 +185,9 @@ class TargetAcceptance:
 
     def contradicted(self, action: Action) -> bool:
         """Tell whether models.lock knows better what the target is packed of."""
-        return self.acceptor.lock.contradicts(self.plan, self.source, action, self._recorded)
+        return locked_targets.contradicts(
+            self.acceptor.lock, self.plan, self.source, action, self._recorded
+        )
 
     def output(self, action: Action) -> str | None:
         """Return the digest of what ``action`` packs, if models.lock knows it."""
@@ -204,7 +206,9 @@ class TargetAcceptance:
             BuildError: it differs from what is locked, and that is an error.
         """
         lock = self.acceptor.lock
-        self.notes += lock.check_target(self.plan, self.source, action, self._recorded)
+        self.notes += locked_targets.check_target(
+            lock, self.plan, self.source, action, self._recorded
+        )
 
     def _recorded(self, key: str) -> Manifest | None:
         builder = self.acceptor.builder
@@ -218,7 +222,7 @@ class TargetAcceptance:
             BuildError: it differs from what is locked, and that is an error.
         """
         lock = self.acceptor.lock
-        self._built = lock.check_output(self.plan, self.source, packed, blake3)
+        self._built = locked_targets.check_output(lock, self.plan, self.source, packed, blake3)
 
     def update_lock(self) -> None:
         """Lock what was built."""

@@ -2,6 +2,7 @@
 
 ``plan`` makes a ``node`` of each layer of a target's stages, or the target is ``refused``.
 ``bundle`` says what build/TARGET will hold, with its ``model_card``, ``sizes`` how many bytes move,
-``forecast`` what a run would do, ``lockfile`` what models.lock (``lock_format``) allows, of a
-``source_record``. May import stages and all below; execution carries out what is decided here.
+``forecast`` in ``steps`` what a run would do. ``lockfile`` has what models.lock (``lock_format``)
+says, of each ``source_record``; ``locked_sources`` and ``locked_targets`` hold builds against it.
+May import stages and all below; execution carries out what is decided here.
 """

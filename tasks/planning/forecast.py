@@ -8,7 +8,7 @@ made of a result that nobody knows yet is not certain: it may come out as it was
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
@@ -22,69 +22,23 @@ from tasks.core.errors import BuildError
 from tasks.core.task_names import PACK, REPORT, task_name
 from tasks.core.workspace import Workspace
 from tasks.layouts.registry import LAYOUTS
-from tasks.planning import bundle, sizes
+from tasks.planning import bundle, locked_sources, locked_targets, sizes
 from tasks.planning.bundle import Bundle
 from tasks.planning.lockfile import LOCKED_OTHERWISE, Lock
 from tasks.planning.node import Inputs, Node, total
 from tasks.planning.plan import Plan
 from tasks.planning.sizes import Traffic
+from tasks.planning.steps import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step, TaskState
 from tasks.stages import reasons, registry
 from tasks.stages.reasons import Reason
 from tasks.stages.stage import Key, Origin
 
-UP_TO_DATE, RUN, REUSE, FETCH = "up to date", "run", "reuse", "fetch"
-IGNORED = "ignored"  # by doit ignore, or since something that it depends on is
-SETTLED = (UP_TO_DATE, IGNORED)
 UNKNOWN = Reason("what it reads may come out differently")
 CONTENTS = Reason(reasons.CONTENTS)
 REPORT_CHANGES = Reason("what it shows changes")
 OTHERWISE = Reason(LOCKED_OTHERWISE)
 LOST = Reason("bytes of it that are wanted are not in the cache any more")
 NOTHING = Traffic()
-
-
-@dataclass(frozen=True)
-class TaskState:
-    """What doit knows of a task before the run.
-
-    Attributes:
-        ignored: whether it was told to ignore it.
-        runs: whether it runs whatever comes of the tasks that it depends on.
-        why: says why it runs, given the inputs that are not what they were.
-        read: returns the digest of what it read when it last ran, given the path.
-        changed: paths of those inputs that are not what they were.
-    """
-
-    ignored: bool
-    runs: bool
-    why: Callable[[list[str]], list[Reason]]
-    read: Callable[[str], str | None]
-    changed: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One task of the run to come.
-
-    Attributes:
-        task: its name.
-        target: its target.
-        stage: its stage, as in its name; of others, their group.
-        layer: its layer; of others, none.
-        state: ``up to date``, ``run``, ``reuse`` (from the action cache), ``fetch``, ``ignored``.
-        why: reasons, none if it is up to date or ignored.
-        certain: whether no result that is not known yet could change it.
-        moved: bytes.
-    """
-
-    task: str
-    target: str
-    stage: str
-    layer: str
-    state: str
-    why: tuple[Reason, ...] = ()
-    certain: bool = True
-    moved: Traffic = field(default_factory=Traffic)
 
 
 @dataclass(frozen=True)
@@ -280,10 +234,12 @@ class Forecast:
         }
         try:
             if node:
-                self._lock.check_layer(self._store, plan, tensors)
+                locked_sources.check_layer(self._lock, self._store, plan, tensors)
             else:
                 self._checked.add(source)
-                self._lock.check_known(plan, {name: t.digest for name, t in tensors.items()})
+                locked_sources.check_known(
+                    self._lock, plan, {name: t.digest for name, t in tensors.items()}
+                )
         except BuildError as error:
             self.refused[source] = str(error)
 
@@ -301,7 +257,9 @@ class Forecast:
             return replace(step, state=REUSE if shared else RUN, certain=certain, moved=traffic)
         tensors = {key.name: tensor for key, (_, tensor) in inputs.items()}
         wanted = Bundle.of(plan, tensors, self._store.memos)
-        if self._lock.will_contradict(plan, wanted.action, partial(self._packed_before, plan)):
+        if locked_targets.will_contradict(
+            self._lock, plan, wanted.action, partial(self._packed_before, plan)
+        ):
             self._make_again(plan)
             step = replace(step, certain=False)
         packed, state = self._recorded(wanted.action)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from tasks.core.task_names import is_packing
 from tasks.execution.log import Entry
-from tasks.planning.forecast import SETTLED, Step
+from tasks.planning.steps import SETTLED, Step
 
 
 def estimate(steps: Iterable[Step], log: Iterable[Entry], count: int) -> float | None:

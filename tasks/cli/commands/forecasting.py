@@ -21,8 +21,9 @@ from tasks.cli.refused_tasks import messages_of, refused_of, undecided_of
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
 from tasks.core.task_names import PACK, PUBLISH, REPORT, VERIFY, group_of, target_of, task_name
-from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step, TaskState
+from tasks.planning.forecast import Forecast
 from tasks.planning.refused import Refused, messages
+from tasks.planning.steps import SETTLED, UP_TO_DATE, Step, TaskState
 from tasks.stages import registry
 
 BY_RESULTS = {"changed_file_dep", "missing_file_dep"}  # reasons of doit's that a run settles

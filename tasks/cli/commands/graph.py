@@ -25,9 +25,9 @@ from tasks.cli.options import Options
 from tasks.core.program import COMMAND
 from tasks.core.task_names import PACK, task_name
 from tasks.core.workspace import BUILD
-from tasks.planning.forecast import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.planning.plan import Plan
 from tasks.planning.refused import messages
+from tasks.planning.steps import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.stages.stage import ActionSpec, Need
 
 RUNS_IN_A_BOX = 6  # at most, of layers

@@ -29,7 +29,7 @@ from tasks.core.task_names import (
     target_of,
     task_name,
 )
-from tasks.planning.forecast import IGNORED, RUN, SETTLED, UP_TO_DATE, Step
+from tasks.planning.steps import IGNORED, RUN, SETTLED, UP_TO_DATE, Step
 from tasks.stages import registry
 
 # The groups of tasks that a plain doit leaves out.

@@ -20,9 +20,10 @@ from tasks.core.text import duration, plural, size
 from tasks.execution.disk import DiskNeed
 from tasks.execution.resources import threads
 from tasks.planning.choice import Choice
-from tasks.planning.forecast import SETTLED, UP_TO_DATE, Forecast, Step
+from tasks.planning.forecast import Forecast
 from tasks.planning.plan import Plan
 from tasks.planning.sizes import Traffic
+from tasks.planning.steps import SETTLED, UP_TO_DATE, Step
 from tasks.stages import registry, sensitivity
 
 SOMETHING_TO_DO, REFUSED = 1, 3  # exit status of ``doit plan``

@@ -11,7 +11,7 @@ from cache.errors import one_line
 from tasks.cli.commands.forecasting import UNCERTAIN, ForecastCommand, indented
 from tasks.core.program import COMMAND
 from tasks.execution.log import Entry
-from tasks.planning.forecast import Step
+from tasks.planning.steps import Step
 from tasks.stages.reasons import Reason
 
 
