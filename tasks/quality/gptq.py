@@ -160,7 +160,8 @@ def _round_group(
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Put codes of ``bits`` bits one after another, little-endian: (rows, channels), uint8.
 
-    Eight of them fill as many bytes as they have bits.
+    As ``kernels.pack`` does, by NumPy: nothing here waits for a stream of MLX's. Eight of them fill
+    as many bytes as they have bits.
     """
     import numpy as np
 

@@ -121,7 +121,7 @@ class Hessians(UnquantizedStage):
         runner = SegmentRunner(self, params, inputs, context)
         outputs = self.outputs(params, specs_of(inputs))
         specs = _specs(params)
-        sums = _Sums(params.calls, specs, by_numpy=params.device == "cpu")
+        sums = _Products(params.calls, specs, by_numpy=params.device == "cpu")
 
         def look(index: int) -> list[mx.array]:
             state = runner.look(index, sums.see)
@@ -151,7 +151,7 @@ def _specs(params: ForwardParams) -> dict[str, TensorSpec]:
     }
 
 
-class _Sums:
+class _Products:
     """Adds up products of channels, in float32, a sequence at a time."""
 
     def __init__(

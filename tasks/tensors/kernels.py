@@ -97,7 +97,7 @@ def quantize_fast(
         codes, parts, large = _affine(groups, bits)
     else:
         codes, parts, large = _floats(groups, mode)
-    parts = (_pack(codes.reshape(-1), bits).view(mx.uint32), *parts)
+    parts = (pack(codes.reshape(-1), bits).view(mx.uint32), *parts)
     return tuple(part.reshape(*weight.shape[:-1], -1) for part in parts), large
 
 
@@ -252,7 +252,7 @@ def _integers(dtype: mx.Dtype) -> tuple[mx.Dtype, mx.Dtype]:
     return (mx.int16, mx.uint16) if dtype.size == 2 else (mx.int32, mx.uint32)
 
 
-def _pack(codes: mx.array, bits: int) -> mx.array:
+def pack(codes: mx.array, bits: int) -> mx.array:
     """Put codes of ``bits`` bits one after another, little-endian: (codes,), uint8.
 
     Neighbours are moved together, twice as many each time, until they fill an integer, or there is

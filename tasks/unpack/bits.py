@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tasks.core.errors import CheckpointError
-from tasks.tensors import mx
+from tasks.tensors import kernels, mx
 from tasks.tensors.rows import Rows
 
 
@@ -54,12 +54,8 @@ def pack(numbers: mx.array, bits: int) -> mx.array:
     Returns:
         (rows, columns · bits / 32), uint32: as MLX packs them.
     """
-    rows = numbers.shape[0]
-    if 32 % bits == 0:
-        shifts = mx.arange(32 // bits, dtype=mx.uint32) * bits
-        return mx.sum(numbers.reshape(rows, -1, 32 // bits) << shifts, axis=-1)
-    each = (numbers[..., None] >> mx.arange(bits, dtype=mx.uint32)) & 1
-    return mx.sum(each.reshape(rows, -1, 32) << mx.arange(32, dtype=mx.uint32), axis=-1)
+    packed = kernels.pack(numbers.astype(mx.uint8).reshape(-1), bits)
+    return packed.view(mx.uint32).reshape(numbers.shape[0], -1)
 
 
 def checked(indices: mx.array, stop: int, what: str) -> mx.array:
