@@ -208,14 +208,18 @@ def rows(scratch: Path, targets: int, repeats: int) -> Iterator[list[str]]:
 
     def row(what: str, usage: Usage, tasks: int = 0) -> list[str]:
         print(f"{targets} targets: {what}: {usage.seconds:.2f} s", file=sys.stderr)
-        each = f"{usage.seconds / tasks * 1e6:.0f}" if tasks else "–"
+        each = f"{usage.processor / tasks * 1e6:.0f}" if tasks else "–"
         memory = f"{usage.peak_rss / 1e6:,.0f}"
-        return [f"{targets:,}", what, f"{usage.seconds:,.2f}", each, memory]
+        clock, processor = f"{usage.seconds:,.2f}", f"{usage.processor:,.2f}"
+        return [f"{targets:,}", what, clock, processor, each, memory]
 
     def median(command: list[str]) -> Usage:
         usages = [measure(command) for _ in range(repeats)]
-        seconds = statistics.median(usage.seconds for usage in usages)
-        return replace(max(usages, key=lambda usage: usage.peak_rss), seconds=seconds)
+        return replace(
+            max(usages, key=lambda usage: usage.peak_rss),
+            seconds=statistics.median(usage.seconds for usage in usages),
+            processor=statistics.median(usage.processor for usage in usages),
+        )
 
     models.write_text(models_toml(scratch / "checkpoint", min(targets, BUILT)))
     if targets <= BUILT:
@@ -264,8 +268,8 @@ def main() -> None:
     scratch = arguments.scratch.resolve()
     scratch.mkdir(parents=True, exist_ok=True)
     write_checkpoint(scratch / "checkpoint")
-    print("| targets | what | wall, s | µs a task | peak memory, MB |")
-    print("|---|---|---|---|---|")
+    print("| targets | what | wall, s | CPU, s | CPU, µs a task | peak memory, MB |")
+    print("|---|---|---|---|---|---|")
     for targets in arguments.targets:
         for cells in rows(scratch, targets, arguments.repeats):
             print(f"| {' | '.join(cells)} |", flush=True)

@@ -13,7 +13,6 @@ with one that nothing is within. A file system that keeps small files in their i
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -79,11 +78,9 @@ def main() -> None:
         for command in COMMANDS:
             called = command.format(half=size // 2)
             doit = [sys.executable, "-m", "doit", "cache", *called.split()]
-            before = sum(os.times()[2:4])  # of the commands that have ended
             usage = measure([*doit, f"models={work / 'models.toml'}"])
-            cpu = sum(os.times()[2:4]) - before
             cells = [f"{arguments.blobs:,}", f"`doit cache {command}`", f"{usage.seconds:.1f}"]
-            cells += [f"{cpu:.1f}", f"{usage.peak_rss / 1e6:,.0f}"]
+            cells += [f"{usage.processor:.1f}", f"{usage.peak_rss / 1e6:,.0f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
         shutil.rmtree(cache)
 

@@ -113,14 +113,18 @@ class Session:
     def all_plans(self) -> dict[str, Plan]:
         """The plans of all targets, in the order of models.toml, that can be planned."""
         plans = {}
+        checked = self.untouched.targets if self.untouched else {}  # and nothing happened since
         for name, target in self.config.targets.items():
             if name in self.plans:
                 plans[name] = self.plans[name]
             elif name not in self.refused:
                 with suppress(*MENDABLE):  # nobody asked for it
-                    plans[name] = _checked(
-                        target, self.planner, self.workspace, self.lock, self.database
-                    )
+                    if name in checked:
+                        plans[name] = self.planner.plan(target)
+                    else:
+                        plans[name] = _checked(
+                            target, self.planner, self.workspace, self.lock, self.database
+                        )
         return plans
 
     @cached_property
