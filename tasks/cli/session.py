@@ -208,10 +208,12 @@ class Session:
         if "background_packer" in vars(self):
             self.background_packer.stop()
         if "builder" in vars(self):
+            from tasks.execution import changed_files  # as the builder: not for nothing to do
+
             self.builder.streaming.end()
             for plan in self.plans.values():
                 with suppress(CheckpointError):  # its packing says so, if it comes to that
-                    self.builder.refuse_wrong_files([plan], waits=False)
+                    changed_files.refuse_wrong_files(self.builder, [plan], waits=False)
         if not self.remote:
             return
         try:

@@ -14,6 +14,7 @@ from tasks.checkpoints import file_digests
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.spec import Target
+from tasks.execution import changed_files
 from tasks.execution.builder import Builder
 from tasks.execution.filling import place
 from tasks.execution.filling.place import Contents, Stamps
@@ -38,7 +39,7 @@ def snapshot(builder: Builder, plans: Iterable[Plan]) -> LockedSource:
     """
     plans = list(plans)
     digests = _all_digests(builder, plans)
-    builder.refuse_wrong_files(plans)
+    changed_files.refuse_wrong_files(builder, plans)
     checkpoint = plans[0].checkpoint
     unverified = whole_files.unverified(builder.store.memos, checkpoint, digests)
     return source_record.take(builder.store, checkpoint, digests, unverified)

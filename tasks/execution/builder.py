@@ -10,44 +10,37 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from cache.blobs import Blobs, Part, Writer
-from cache.digest import digest_parts
+from cache.blobs import Part
 from cache.errors import BlobLost, FileChanged
 from cache.files import atomic
-from cache.files.stamp import Stamp
 from cache.records.actions import Corrupt, Hit, Miss
 from cache.records.manifests import Action, Manifest, ManifestError, Tensor, TensorSpec
-from cache.records.memos import Memos
 from cache.store import Store
 from tasks.checkpoints import headers
-from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.core.errors import BuildError, CheckpointError
+from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
-from tasks.core.spec import Target
 from tasks.core.workspace import Workspace
 from tasks.execution.filling.draft import Drafts, WeightFileDraft
 from tasks.execution.log import Entry, Log
+from tasks.execution.node_context import NodeContext
 from tasks.execution.resources import MemoryBudget
 from tasks.execution.streaming.hashed_files import HashedFiles
 from tasks.execution.streaming.streaming import Streaming
-from tasks.layouts.model import Model
 from tasks.planning import bundle, sizes
 from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan
 from tasks.stages import reasons
-from tasks.stages.stage import Keep, Key, LeafStage, Stage, TargetModel
+from tasks.stages.stage import Keep, Key, LeafStage, Stage
 from tasks.tensors import arrays, mx, rows
 from tasks.tensors.device import default_to_cpu
 from tasks.tensors.rows import Rows
 
 MOST_LOST = 100  # inputs of one action that are found to be wrong, one at a time
-T = TypeVar("T")
 Locate = Callable[[str, Tensor], Sequence[Part]]  # by a tensor's name
 
 
@@ -57,113 +50,6 @@ def _not_kept(builder: Builder, plan: Plan, node: Node) -> Iterator[Node]:
         if not builder.keeps(plan, need.stage):
             yield need
             yield from _not_kept(builder, plan, need)
-
-
-class NodeContext:
-    """What a stage may do while one node runs: see ``stages.stage.Context``."""
-
-    def __init__(
-        self,
-        builder: Builder,
-        plan: Plan,
-        node: Node,
-        inputs: Inputs,
-        makers: dict[Node, NodeContext] | None = None,
-    ) -> None:
-        self._builder = builder
-        self._plan = plan
-        self._node = node
-        self._inputs = inputs
-        self._makers = {} if makers is None else makers
-        self.target: Target = plan.target
-        self.checkpoint: Checkpoint = plan.checkpoint
-        self.model: Model = plan.shared.model
-        self.planned: TargetModel = plan.model
-        self.blobs: Blobs = builder.store.blobs
-        self.memos: Memos = builder.store.memos
-        self.streams: arrays.Streams = builder.streams
-        self.keeps: bool = builder.keeps(plan, node.stage)
-
-    @cached_property
-    def tensors(self) -> dict[Key, Tensor]:
-        """What the node reads."""
-        return {key: tensor for key, (_, tensor) in self._inputs.items()}
-
-    def rows(self, key: Key) -> Rows:
-        """Return an input to read."""
-        return self._builder.rows(self._plan, self._inputs, key, self._makers)
-
-    def parts(self, key: Key) -> list[Part]:
-        """Return where the bytes of an input lie, checked; it is made again first if it is lost.
-
-        Raises:
-            BlobLost: they are not those of its digest.
-        """
-        parts = self._builder.locate(self._plan, self._inputs, key)
-        digest = self._inputs[key].tensor.digest
-        if digest_parts(self.blobs.chunks(parts)) != digest:
-            raise BlobLost(digest, "its bytes are others")
-        return parts
-
-    def fetch(
-        self, keys: Sequence[str], known: Mapping[str, str], *, reread: bool
-    ) -> dict[str, str]:
-        """Have the cache hold stored tensors whose bytes come from elsewhere."""
-        if not keys and not known:
-            return {}
-        return self._builder.streaming.fetch(self.checkpoint, keys, known, reread=reread)
-
-    def pass_on(self, key: Key) -> Tensor:
-        """Return an input as it is; from now on the cache has its bytes.
-
-        Of a checkpoint that only passes, in their place in a weight file, where there is a draft.
-        """
-        _, tensor = self._inputs[key]
-        packed = self._node in self._plan.packed and self._builder.passes(self._plan)
-        if packed and (moved := self._move(key, tensor)):
-            return moved
-        if self.blobs.has(tensor.digest, tensor.nbytes):
-            return tensor
-        return rows.digest(self.blobs, self.rows(key), keep=True)
-
-    def writer(self, name: str, nbytes: int) -> AbstractContextManager[Writer]:
-        """Give a writer for an output: into its place in a weight file, where there is a draft."""
-        draft = None
-        if self._node in self._plan.packed:
-            draft = self._builder.begin_draft(self._plan)
-        return draft.writing(name) if draft else self.blobs.writing(nbytes)
-
-    def _move(self, key: Key, tensor: Tensor) -> Tensor | None:
-        """Have an input's bytes in their place in a weight file; None if there is no such place."""
-        draft = self._builder.begin_draft(self._plan)
-        if draft is None:
-            return None
-        source, there = self.rows(key), draft.place(key.name).part
-        if not isinstance(source, rows.Stored) or source.parts != [there]:
-            with draft.writing(key.name) as writer:
-                for data in rows.pieces(source):
-                    writer.write(data)
-            if writer.digest != tensor.digest:
-                raise BlobLost(tensor.digest, "its bytes are others")
-            self.blobs.refer(tensor.digest, [there])
-        return tensor
-
-    def prefetch(self, keys: Iterable[Key]) -> None:
-        """Fetch inputs that only a remote store has, all at once."""
-        self._builder.fetch(self._plan, self._inputs, keys)
-
-    def verify(self, keys: Iterable[Key]) -> None:
-        """Forget where inputs lie whose bytes no longer match their digests."""
-        for key in keys:
-            self.blobs.drop_if_wrong(self._inputs[key].tensor.digest)
-
-    def once(self, question: Hashable, work: Callable[[], T]) -> T:
-        """Return what ``work`` returns for a question; it is called once in a run of the build."""
-        with self._builder.once_lock:
-            if question not in self._builder.answers:
-                self._builder.answers[question] = work()
-            answer: T = self._builder.answers[question]
-            return answer
 
 
 @dataclass
@@ -599,40 +485,6 @@ class Builder:
                     self.store.sharing.push(manifest, self.shared(plan, maker))
         return self.store.blobs.locate(tensor.digest, tensor.nbytes)
 
-    def refuse_wrong_files(self, plans: Iterable[Plan], *, waits: bool = True) -> None:
-        """Refuse what was read of files that are not what they are said to be, and forget it.
-
-        Args:
-            plans: the targets of one checkpoint.
-            waits: whether to hash files of this machine that are not hashed yet.
-
-        Raises:
-            CheckpointError: a file's bytes all passed, and have another sha256.
-        """
-        plans = list(plans)
-        checkpoint = plans[0].checkpoint
-        passed = self.streaming.wrong_files(checkpoint)
-        self.streaming.forget(checkpoint, passed)
-        read = [key for plan in plans for node in plan.leaves for key in node.outputs()]
-        here = self.hashed.wrong(checkpoint, read, self.store.memos, waits=waits)
-        wrong = {name: str(file.actual) for name, file in passed.items()} | here
-        for plan in plans if wrong else ():
-            for node in plan.leaves:
-                files = {plan.checkpoint.stored[key].file for key in node.outputs()}
-                if not files.isdisjoint(wrong):
-                    _leaf(node).forget(*self._asked(plan, node))
-                    Path(node.manifest_path(self.workspace)).unlink(missing_ok=True)
-        for name, found in wrong.items():
-            path = checkpoint.source.path(name)
-            mend = f"Remove {path}: then it is fetched anew" if path else (
-                f"Run {COMMAND} again, which fetches it anew"
-            )  # fmt: skip
-            raise CheckpointError(
-                f"{name} of {plans[0].target.source} has sha256 {found}, and is said to have "
-                f"{checkpoint.sha256(name)}: it came damaged, or is another. What was read of it "
-                f"is forgotten. {mend}."
-            )
-
     def remake(self, plan: Plan, node: Node, name: str, tensor: Tensor, lost: BlobLost) -> None:
         """Run the action again that made a tensor whose blob is gone.
 
@@ -666,33 +518,18 @@ class Builder:
                 f"Run {COMMAND} again: what depends on it is then built anew."
             )
 
-    def check_unchanged(self, plan: Plan) -> None:
-        """Make sure that a target is made of one checkpoint, and not of one that was written to.
-
-        Raises:
-            FileChanged: it was, since it was planned with, under the same size and time.
-        """
-        checkpoint = plan.checkpoint
-        if checkpoint.changes() == checkpoint.changed_at:
-            return
-        blobs = self.store.blobs
-        for leaf in plan.leaves:  # a name, a permission or a time may be all that changed
-            for key, tensor in self.manifest(plan, leaf).tensors.items():
-                if checkpoint.must_copy(key) or not (part := checkpoint.part(key)):
-                    continue
-                now = part._replace(stamp=Stamp.of(part.path))
-                if digest_parts(blobs.chunks([now])) != tensor.digest:
-                    self.forget_checkpoint(plan)
-                    raise FileChanged(part.path)
-
     def forget_checkpoint(self, plan: Plan) -> None:
         """Remember nothing of a checkpoint whose files have other bytes than their stamps say."""
         checkpoint, memos = plan.checkpoint, self.store.memos
         paths = [checkpoint.source.path(file) for file in checkpoint.stamps]
         headers.forget([path for path in paths if path], memos)
         for leaf in plan.leaves:
-            _leaf(leaf).forget(*self._asked(plan, leaf))
-            Path(leaf.manifest_path(self.workspace)).unlink(missing_ok=True)
+            self.forget_leaf(plan, leaf)
+
+    def forget_leaf(self, plan: Plan, leaf: Node) -> None:
+        """Remember nothing of what a leaf found in the checkpoint."""
+        _leaf(leaf).forget(*self._asked(plan, leaf))
+        Path(leaf.manifest_path(self.workspace)).unlink(missing_ok=True)
 
 
 class _Contents(Mapping[str, bytes]):

@@ -20,6 +20,7 @@ from cache.records.actions import Hit
 from cache.records.manifests import Action, Manifest, Tensor
 from tasks.core.errors import BuildError
 from tasks.core.task_names import PACK, task_name
+from tasks.execution import changed_files
 from tasks.execution.builder import Builder
 from tasks.execution.early import PackInProgress
 from tasks.execution.filling import fill, ownership, place
@@ -217,7 +218,7 @@ class Packing:
             meter.written += filled.written
             result = Manifest(wanted.action, filled.files, notes)
             self.acceptance.accept(result, filled.blake3)
-            builder.check_unchanged(self.plan)
+            changed_files.check_unchanged(builder, self.plan)
             self.notes.extend(place.keep(self._there(filled.files), new, self._loaded))
             # Lest a kill makes it nobody's, and a power cut leaves neither the old nor the new.
             builder.publish(self._pending_path, result, durable=True)
