@@ -217,7 +217,7 @@ TOML = {
         "Did you mean 'transformers'?", right='loader = "transformers"',
     ),
     "layout": setting(
-        'layout = "mlx_lm"', "layout is 'mlx_lm'; valid: mlx-lm, mlx-examples.",
+        'layout = "mlx_lm"', "layout is 'mlx_lm'; valid: mlx-lm, mlx-examples, mlx-vlm.",
         "Did you mean 'mlx-lm'?", right='layout = "mlx-lm"',
     ),
     "dtype": setting(
@@ -256,7 +256,7 @@ TOML = {
     ),
     "recipe": setting(
         'quantize = { recipe = "mixed_36" }',
-        "recipe is 'mixed_36'; valid: mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6.",
+        "recipe is 'mixed_36'; valid: mixed_2_6, mixed_3_4, mixed_3_5, mixed_3_6, mixed_3_8, ",
         "Did you mean 'mixed_3_6'?", right='quantize = { recipe = "mixed_3_6" }',
     ),
     "bits": setting(
@@ -895,9 +895,9 @@ def test_what_mlx_lm_leaves_out_is_said(project: Project) -> None:
     project.says('[models.a]\nsource = "checkpoint"')
     said = output(doit(project.folder))
     (note,) = [line for line in said.splitlines() if line.startswith("note: ")]
-    assert "tensors of the checkpoint belong to no part of the model" in note
+    assert "tensors of what the model sees and hears with left out" in note
     assert "multi_modal_projector." in note
-    assert "as mlx_lm.convert does" in note
+    assert 'as mlx_lm.convert does: layout = "mlx-vlm" keeps' in note
 
 
 def test_files_that_the_index_does_not_name_are_said(project: Project) -> None:
