@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-VERSION = 2  # raised when a template is given other variables
+VERSION = 3  # raised when a template is given other variables
 SOME_QUALITY = ModelQuality(1, *[1.0] * 8)  # to try a template with
 
 
@@ -102,6 +102,10 @@ def _facts(plan: Plan) -> dict[str, Any]:
     base = sources.on_hub(target.source)
     if base:
         base = base._replace(revision=plan.checkpoint.source.revision)
+    fused = plan.model.adapter
+    adapter = sources.on_hub(target.adapter) if target.adapter else None
+    if adapter and fused:
+        adapter = adapter._replace(revision=fused.source.revision)
     counts: dict[str, int] = {}
     for setting in plan.model.settings.values():
         words = f"{setting.bits} bits, {setting.mode}, groups of {setting.group_size}"
@@ -112,12 +116,14 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "repository": repository,
         "base": base and base.repository,
         "commit": base and base.revision,
+        "adapter": adapter.repository if adapter else fused and fused.file,
+        "adapter_commit": adapter and adapter.revision,
         "loading": LAYOUTS[target.layout].loading.format(model=repository or "path/to/this/folder"),
         "quantized": [f"{words}: {text.plural(n, 'module')}" for words, n in counts.items()],
         "dtype": plan.model.dtype,
         "versions": _versions(computed=bool(computer)),
         "computer": [computer[key] for key in ("device", "machine") if key in computer],
-        "toml": _toml(plan, base),
+        "toml": _toml(plan, base, adapter),
     }
 
 
@@ -127,13 +133,15 @@ def _fields(plan: Plan, base: str | None, memos: Memos) -> card.Fields:
     fields = {**fields, "pipeline_tag": LAYOUTS[plan.target.layout].pipeline_tag}
     if base:
         fields["base_model"] = base
-        if plan.model.settings:
+        if plan.model.adapter:  # of which it is a quantized one, if that is on no hub
+            fields["base_model_relation"] = "finetune"
+        elif plan.model.settings:
             fields["base_model_relation"] = "quantized"
     fields["tags"] = list(dict.fromkeys([*fields["tags"], *plan.target.tags]))
     return fields
 
 
-def _toml(plan: Plan, base: HubName | None) -> str:
+def _toml(plan: Plan, base: HubName | None, adapter: HubName | None) -> str:
     """Return the lines of models.toml that make the same bytes, without a path of this machine."""
     target, computer = plan.target, plan.computer or {}
     name = (target.repository or (base and base.repository) or "model").rpartition("/")[2]
@@ -143,6 +151,8 @@ def _toml(plan: Plan, base: HubName | None) -> str:
         "loader": target.loader,
         "layout": target.layout if target.layout != Settings().layout else None,
         "dtype": target.dtype,
+        "adapter": str(adapter or "FOLDER OF THE ADAPTER") if target.adapter else None,
+        "dequantize": target.dequantize or None,
         "quantize": _said(target.quantize) if target.quantize else None,
         "device": {"": None, "cpu": "cpu"}.get(computer.get("device", ""), "gpu"),
         "max_shard_size": target.max_shard_bytes

@@ -160,6 +160,10 @@ def test_an_adapter_on_the_hub(tmp_path: Path) -> None:
         inside.doit(project)
         assert but_card(project / "build/model") == expected[0]
         assert sum(request.sent for request in hub.asked(path=sha256)) == size
+        card = (project / "build/model/README.md").read_text()
+        assert "\nbase_model_relation: finetune\n" in card
+        assert f"[org/lora](https://huggingface.co/org/lora) at commit `{old}` fused" in card
+        assert f'\nadapter = "hf:org/lora@{old}"\n' in card
         locked = json.loads((project / "models.lock").read_bytes())["adapters"]["hf:org/lora"]
         assert locked["revision"] == old
         assert locked["hashes"]["adapters.safetensors"] == [size, f"sha256:{sha256}"]
@@ -174,8 +178,7 @@ def test_an_adapter_on_the_hub(tmp_path: Path) -> None:
         assert inside.doit(project).computed == set()
         told = inside.doit(project, "lock").stdout
         assert f"adapter hf:org/lora moved from commit {old} to {new}: adapters.saf" in told
-        told = inside.doit(project, "--locked", expect=3).stderr
-        assert "target model has other settings" in told
+        assert "model has other set" in inside.doit(project, "--locked", expect=3).stderr
         done = inside.doit(project)
         stages = {task.split(":")[0] for task in done.computed}
         assert stages == {"extract", "fuse", "quantize", "pack"}
