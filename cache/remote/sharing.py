@@ -201,6 +201,7 @@ class Sharing:
         record = {"manifest": json.loads(manifest.to_bytes()), "blake3": blake3}
         self.remote.put_record(KIND, key, record, ask_first=ask_first)
         self._listed[key] = record
+        self._packs[key] = Pack(blake3, _packed(manifest)) if blake3 else None
         return True
 
     def _push_pack(self, manifest: Manifest, locate: Locate) -> str:
@@ -239,7 +240,7 @@ class Sharing:
         def push() -> None:
             wait(before)  # which have begun: they came first
             self.read_list(key)
-            known = [each for each in actions if each in self._listed or self.read(each)]
+            known = [each for each in actions if each in self._packs or self.read(each)]
             records = {each: self._listed[each] for each in known}
             small = len(canonical(records)) < MAX_RECORD_BYTES  # else each is asked for
             if small and records != self._lists[key]:
@@ -258,7 +259,10 @@ class Sharing:
 
     def read(self, key: str) -> Manifest | None:
         """Return what the remote has recorded under ``key``, if anything that can be used."""
-        record = self._listed.get(key) or self.remote.record(KIND, key)
+        listed = self._read(key, self._listed.get(key))
+        return listed or self._read(key, self.remote.record(KIND, key))
+
+    def _read(self, key: str, record: Any) -> Manifest | None:
         try:
             if record is None:
                 return None

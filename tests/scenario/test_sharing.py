@@ -29,6 +29,7 @@ from cache.records.manifests import Action, Manifest, Tensor
 from cache.remote.content import blake3_of
 from cache.remote.remote import Remote
 from cache.remote.sharing import Sharing
+from cache.remote.signing import sign
 from cache.remote.transport import PIECE_BYTES
 from cache.store import Store
 from support import checkpoints, inside, meta, remotes, servers
@@ -791,3 +792,20 @@ def test_a_flipped_bit_in_each_object(
         shutil.rmtree(two.folder)
     # What the checkpoint's record or a cast says is needed; without a checkpoint that is an error.
     assert right == len(whole) if checkpoint else 0 < right < len(whole)
+
+
+@pytest.mark.parametrize("damage", [lambda _: 5, lambda it: {**it, "manifest": []}, lambda it: []])
+def test_a_damaged_list(damage: Callable[[Any], Any], original: Machine, tmp_path: Path) -> None:
+    """What it lists is asked for one by one, and the list is put right."""
+    remote = tmp_path / "remote"
+    shutil.copytree(original.folder.parent / "unsigned", remote)
+    (path,) = (remote / remotes.LISTS).rglob("*.json")
+    data = path.read_bytes()
+    listed = {key: damage(each) for key, each in json.loads(data)["record"].items()}
+    path.write_bytes(sign("lists", path.parent.name + path.stem, listed, None))
+    two = original.beside(f"damaged-{tmp_path.name}", **{REMOTE: remote.as_uri()})
+    done = two.doit("--locked")
+    assert warnings(done) == []
+    assert outcomes(done).keys() == {"reused", "fetched"}
+    assert two.built() == original.built()
+    assert path.read_bytes() == data
