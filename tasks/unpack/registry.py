@@ -47,6 +47,8 @@ STACKED = (block_fp8.NAME, scaled_fp8.NAME, mlx_packed.NAME)  # take axes before
 TRIED = (block_fp8.NAME,)  # formats that classes of libraries unpack by themselves
 MAX_READ_BYTES = 1 << 20  # of a tensor that says how another is packed
 MOST_TRIED = 4  # weights of a shape and a depth: a library may have some under other names
+# What reading settings and headers of another format than they say may raise.
+ODD = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 SETTINGS = "quantization_config"
 SETTINGS_FILES = ("hf_quant_config.json", quanto.MAP)
 ALL_SETTINGS = (SETTINGS, "compression_config", "quantization")
@@ -88,7 +90,7 @@ def found(checkpoint: Checkpoint) -> Found | None:
                     return one
             except CheckpointError as error:
                 raise CheckpointError(f"{checkpoint.folder}: {error}") from error
-            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            except ODD as error:
                 raise CheckpointError(
                     f"{checkpoint.folder}: its tensors are not as {method!r} has them "
                     f"({type(error).__name__}: {error}). Download it anew."
@@ -142,7 +144,7 @@ def dequantized(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
             one = mlx_packed.found(settings, checkpoint.tensors, partial(_read, checkpoint))
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.folder}: {error}") from error
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except ODD as error:
             raise CheckpointError(
                 f"{checkpoint.folder}: its tensors are not as MLX quantizes them "
                 f"({type(error).__name__}: {error}). Download it anew."

@@ -54,8 +54,19 @@ PACKED: dict[str, tuple[packed.Packer, dict]] = {
         packed.bitsandbytes("fp4", nested=True, block=64),
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
     ),
+    "hqq": (packed.hqq(4), {"quant_method": "hqq"}),
+    "quanto": (packed.quanto(), {"quant_method": "quanto"}),
+    "torchao-int4": (
+        packed.torchao("Int4"),
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4Config"}}},
+    ),
+    "torchao-int8": (
+        packed.torchao("Int8"),
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8Config"}}},
+    ),
     "int8": (packed.bitsandbytes("int8"), {"quant_method": "bitsandbytes", "load_in_8bit": True}),
 }  # fmt: skip
+UNCOMPARED = ("hqq", "quanto", "torchao-int4", "torchao-int8")  # built or refused, and no more
 WEIGHTS = "model.safetensors"
 FLOATS = 'dtype = "float32"\ndequantize = true\n'
 SMALL = ("[quality]\nsamples = 3\nsequence_length = 8\n"
@@ -72,7 +83,8 @@ class BuiltInputs(Files):
         for name in (*PACKED, "mlx"):
             for part in ("", "#layout", "#data"):
                 self._add(f"{name}/checkpoint/{WEIGHTS}{part}", self._unpacked)
-            self._add(f"{name}/checkpoint/config.json#quantization", self._unpacked)
+            said = "quanto_qmap.json" if name == "quanto" else "config.json#quantization"
+            self._add(f"{name}/checkpoint/{said}", self._unpacked)
         for name in adapted.KINDS:
             for part in ("", "#layout", "#data"):
                 self._add(f"{name}/adapter/{adapted.weights_file(name)}{part}", self._fused)
@@ -128,6 +140,9 @@ class BuiltInputs(Files):
         assert not said, said
 
     def _unpacked(self, folder: Path) -> str:
+        if folder.name in UNCOMPARED:
+            return _doit(folder)
+
         def expected() -> dict[str, torch.Tensor]:
             return unpacked.floats(folder / "checkpoint")
 

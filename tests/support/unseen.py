@@ -208,9 +208,8 @@ def _made(kind: str, folder: Path) -> Iterator[Project]:
         yield project
         return
     with hub_server.serve(folder / "uploaded") as hub, hub.inside(folder / "home"):
-        hub.repository("org/model").add_folder(project.checkpoint)
+        hub.repository("org/model").add_folder(project.checkpoint)  # from where it is served
         snapshot_download("org/model")
-        shutil.rmtree(project.checkpoint)
         project.configure(source="hf:org/model")
         yield project
 
