@@ -21,7 +21,7 @@ from tasks.layouts.model import Model, Parameter, layer_names
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.choice import Choice
 from tasks.planning.node import Known, Node
-from tasks.stages import quantize_scheme, registry
+from tasks.stages import fuse, quantize_scheme, registry
 from tasks.stages.quantize_scheme import Scheme, Schemes, Setting
 from tasks.stages.stage import (
     COMPUTER,
@@ -30,7 +30,6 @@ from tasks.stages.stage import (
     Need,
     Origin,
     Planned,
-    Roles,
     Stage,
     TargetModel,
 )
@@ -57,9 +56,7 @@ class SharedPlan(Struct, frozen=True, dict=True):
     computer: Computer
     stored_layers: dict[str, list[str]]
     layers: dict[str, list[Parameter]]
-    _planned: dict[tuple[str, Roles, Hashable], dict[str, ActionSpec[Any]]] = field(
-        default_factory=dict
-    )
+    _planned: dict[tuple[Hashable, ...], dict[str, ActionSpec[Any]]] = field(default_factory=dict)
     _specs: dict[Hashable, ActionSpec[Any]] = field(default_factory=dict)
     _names: dict[Hashable, list[str]] = field(default_factory=dict)
 
@@ -125,7 +122,8 @@ class SharedPlan(Struct, frozen=True, dict=True):
 
     def specs(self, stage: Stage[Any], target: TargetModel) -> dict[str, ActionSpec[Any]]:
         """Return what a stage is asked to do, by layer: one object for all targets alike."""
-        key = (stage.name, target.roles, stage.plan_key(target))
+        fused = tuple(target.fused.items())
+        key = (stage.name, target.roles, fused, stage.plan_key(target))
         if key not in self._planned:
             planned = stage.plan(target)
             self._planned[key] = {n: self._spec(stage, n, each) for n, each in planned.items()}
@@ -350,6 +348,7 @@ class Planner:
             quantize_scheme.candidates(target.quantize or None), self.memos,
             registry.roles(fuses=target.adapter is not None), self._adapter(target),
         )  # fmt: skip
+        asked = structs.replace(asked, fused=fuse.dtypes(asked))
         method = target.quantize.method if target.quantize else None
         specs = _specs(shared, asked, registry.pipeline(method), {})
         names, weights = shared.names(scheme.settings), shared.weights(scheme.settings)

@@ -21,6 +21,7 @@ from cache.records.manifests import DTYPE_BYTES, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.layouts import fusions
 from tasks.layouts.fusions import Delta
+from tasks.stages.cast import dtype_after
 from tasks.stages.reasons import Reason, changed_values
 from tasks.stages.stage import (
     Context,
@@ -162,6 +163,21 @@ class Fuse(Stage[FuseParams]):
     def describe(self, params: FuseParams) -> str:
         """Return how many weights are changed."""
         return f"{len(params.deltas)} changed" if params.deltas else "as it is"
+
+
+def dtypes(target: TargetModel) -> dict[str, str]:
+    """Return the dtypes of the weights that a target's adapter changes, once it is fused.
+
+    Raises:
+        CheckpointError: the adapter is not of this model.
+    """
+    if target.adapter is None:
+        return {}
+    wanted = target.dtype if target.settings else None
+    return {
+        name: _dtype(dtype_after(target.model.parameters[name], target.dtype), deltas, wanted)
+        for name, deltas in fusions.deltas(target.adapter, target.model, target.checkpoint).items()
+    }
 
 
 def _dtype(dtype: str, deltas: list[Delta], wanted: str | None) -> str:

@@ -235,8 +235,7 @@ class SegmentRunner:
                         if arrays.dtype_name(array) != output.spec.dtype:
                             raise BuildError(
                                 f"{self._params.segment} makes {arrays.dtype_name(array)}, where "
-                                f"{output.spec.dtype} was planned: an adapter leaves float32 "
-                                'weights, perhaps. Try dtype = "float32".'
+                                f"{output.spec.dtype} was planned."
                             )
                     for writer, array in zip(writers, arrays_made, strict=True):
                         writer.write(arrays.view(array))
@@ -488,7 +487,8 @@ def skeleton_of(target: TargetModel, settings: Mapping[str, Setting]) -> Skeleto
     """Return the model as it is quantized by the target's settings, or by none."""
     tensors: dict[str, TensorSpec] = {}
     for parameter in (each for parameters in target.layers.values() for each in parameters):
-        spec = TensorSpec(dtype_after(parameter, target.dtype), parameter.shape)
+        dtype = target.fused.get(parameter.name) or dtype_after(parameter, target.dtype)
+        spec = TensorSpec(dtype, parameter.shape)
         if setting := settings.get(parameter.name):
             tensors |= quantize.part_specs(parameter.name, spec, setting)
         else:

@@ -202,6 +202,7 @@ class TargetModel(Struct, frozen=True):
         memos: where answers are kept that are worth remembering.
         roles: which stages do what.
         adapter: what is fused with the weights, if anything is.
+        fused: the dtypes of the weights that this changes, once it is, by name.
         planned: what the stages before planned, by stage and layer.
         previous: the name of the stage before, "" for the first.
     """
@@ -220,6 +221,7 @@ class TargetModel(Struct, frozen=True):
     memos: Memos
     roles: Roles
     adapter: Adapter | None = None
+    fused: Mapping[str, str] = field(default_factory=dict)
     planned: Mapping[str, Mapping[str, ActionSpec[Any]]] = field(default_factory=dict)
     previous: str = ""
 

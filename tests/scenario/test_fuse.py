@@ -37,8 +37,13 @@ def test_what_mlx_lm_trained(arch: str, kind: str, tmp_path: Path) -> None:
     other = adapters.make(source, tmp_path / "second", kind, seed=1)
     toml = tmp_path / "models.toml"
     lines = '[models.model]\nsource = "checkpoint"\nadapter = "first"\n'
-    toml.write_text(lines)
+    toml.write_text(f"{lines}[quality]\nsamples = 2\nsequence_length = 16\n")
     inside.doit(tmp_path)
+    if kind == "dora":  # of which float32 weights come, and so does all that is run with them
+        assert "float32" in {
+            str(a.dtype)[9:] for a in weights(tmp_path / "build" / "model").values()
+        }
+        inside.doit(tmp_path, "evaluate")
     expected = fused(source, adapter)
     found = weights(tmp_path / "build" / "model")
     assert found.keys() == expected.keys()
