@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from cache.files.stamp import Stamp, changed_at
 from cache.records.memos import Memos
 from tasks.checkpoints import safetensors_file, torch_file
-from tasks.checkpoints.small_files import check_regular
+from tasks.checkpoints.small_files import check_regular, unreadable
 from tasks.checkpoints.stored import Stored, WeightFile
 from tasks.core.errors import CheckpointError
 
@@ -55,7 +55,7 @@ def headers(paths: Iterable[Path], memos: Memos) -> dict[str, tuple[Stamp, list[
             stamp = Stamp.of(path)
             identity = _identity(path)
         except OSError as error:  # a link to nowhere, as a moved download cache leaves
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+            raise unreadable(path, error) from error
         known = recall(path.name, identity, memos)
         tables[path.name] = stamp, read(path, identity, memos) if known is None else known
     return tables

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ SHARED_BLOBS = (
 )
 LFS = b"version https://git-lfs"
 LFS_BYTES = 1024  # a pointer has fewer
+PAGES = (b"<!doctype", b"<html", b"<?xml")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -79,11 +81,19 @@ def check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        raise unreadable(path, error) from error
     if not stat.S_ISREG(mode):
         raise CheckpointError(
             f"{path} is no file but a {_kind(mode)}. Put the checkpoint's own file there."
         )
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Return the error of a file that the system does not read, with where a link leads."""
+    leads = ""
+    if path.is_symlink() and not path.exists():
+        leads = f": it is a link to {os.readlink(path)}. Put the file there, or in the link's place"
+    return CheckpointError(f"{path} cannot be read: {error.strerror}{leads}.")
 
 
 def check_own(path: Path, folder: Path | None = None) -> None:
@@ -210,6 +220,11 @@ def is_pointer(path: WeightFile) -> bool:
         return file.read(len(LFS)) == LFS
 
 
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(MAX_LINE_BYTES).lower()
+
+
 def damaged(path: WeightFile, fact: str) -> CheckpointError:
     """Return the error of a weight file that is not what it should be, and why that may be."""
     if is_pointer(path):
@@ -217,4 +232,6 @@ def damaged(path: WeightFile, fact: str) -> CheckpointError:
             "It was put there without Git LFS: take another revision, and tell its authors"
         )  # fmt: skip
         return CheckpointError(f"{path} is a Git LFS pointer, not the file itself. {mend}.")
+    if isinstance(path, Path) and path.is_file() and _head(path).lstrip().startswith(PAGES):
+        fact = "a web page was saved in its place, as a link that wants a login gives"
     return CheckpointError(f"{path} is damaged or incomplete: {fact}. Fetch it again.")
