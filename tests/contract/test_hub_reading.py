@@ -32,11 +32,12 @@ from support.hub_server import (
 )
 from support.servers import Answer
 from tasks.checkpoints import hub as hub_source
-from tasks.checkpoints import hub_requests, hub_session, loaders
+from tasks.checkpoints import hub_ranges, hub_requests, hub_session, loaders
 from tasks.checkpoints.folder import FolderSource
 from tasks.checkpoints.hub import HubSource
 from tasks.checkpoints.hub_client import HubFile
 from tasks.checkpoints.hub_errors import HubUnreachable
+from tasks.checkpoints.hub_requests import page
 from tasks.checkpoints.small_files import read_bytes
 from tasks.checkpoints.source import LockedCommit, Opening
 from tasks.core.errors import CheckpointError
@@ -103,6 +104,26 @@ def test_what_passes(fault: Fault, hub: Hub, repository: Repository, open_source
     sent = sum(request.sent for request in hub.asked(storage=True))
     # What was under way as the connection ended comes twice.
     assert sent <= len(places) * (sum(nbytes for _, nbytes in RANGES) + UNDER_WAY)
+
+
+def test_a_client_that_another_thread_closes(
+    repository: Repository, open_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the client's own retries do; answers to the next one are bounded, too."""
+    import httpx2
+    from huggingface_hub.utils import close_session, get_session
+
+    source, closed = open_source(), httpx2.Client()
+    closed.close()
+    clients = [closed]
+    real = hub_session.session
+    monkeypatch.setattr(hub_ranges, "session", lambda: clients.pop() if clients else real())
+    read(source)
+    assert not clients
+    close_session()
+    monkeypatch.setattr(hub_session, "MAX_PARSED_BYTES", 10)
+    with pytest.raises(ValueError, match="over 10 bytes"):
+        get_session().get(page("api/models/org/model"))
 
 
 @pytest.mark.parametrize("fault", [Longer(1), Longer(100_000), Unranged()], ids=repr)
