@@ -55,13 +55,8 @@ def explained(
     newer = f"A newer one may know it: pip install -U {distribution}"
     sees = towers and any(SEES.search(key) for key in config)
     another = f"The model sees or hears, and {towers} may know it. {newer}" if sees else newer
-    if named := NOT_UNPACKED.get(str(method).lower()):
-        name, why = named
-        return (
-            f"{first}{name} is read neither by {library} nor unpacked here: {why}. Get the "
-            "checkpoint in bfloat16, or have transformers write it where it runs: "
-            "model.dequantize().save_pretrained(FOLDER)"
-        )
+    if str(method).lower() in NOT_UNPACKED:
+        return first + _not_unpacked(str(method).lower(), library)
     if "not supported" in text and config.get("auto_map"):
         return (
             f"{first}{library} has no class for model_type = {config.get('model_type')!r}, and the "
@@ -89,6 +84,16 @@ def explained(
         mend = "Its config.json and its weights do not go together: fetch both again."
     stop = "" if what.endswith(".") else "."
     return f"{first}{library} says: {what}{stop} {mend}".rstrip()
+
+
+def _not_unpacked(method: str, library: str) -> str:
+    """Return what to say of a format that is known, and is not unpacked."""
+    name, why = NOT_UNPACKED[method]
+    return (
+        f"{name} is read neither by {library} nor unpacked here: {why}. Get the checkpoint in "
+        "bfloat16, or have transformers write it where it runs: "
+        "model.dequantize().save_pretrained(FOLDER)"
+    )
 
 
 def _near(model_type: str, known: Sequence[str]) -> str:
