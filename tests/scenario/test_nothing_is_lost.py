@@ -52,7 +52,7 @@ def a_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [somebodys_model, somebodys_notes, a_file])
-@pytest.mark.parametrize("command", [(), ("pack:model",), ("clean", "pack"), ("plan",)])
+@pytest.mark.parametrize("command", [(), ("clean", "pack"), ("plan",)])
 def test_what_was_never_built_here(project: Project, make, command: tuple[str, ...]) -> None:
     """It is refused before any work, and neither a build nor `doit clean` touches it."""
     make(folder(project))
