@@ -90,6 +90,53 @@ def test_what_mlx_vlm_converts_is_verified(built: Path, monkeypatch: pytest.Monk
     assert out.endswith("made anew from checkpoints/qwen3_vl_moe\n")
 
 
+def test_a_picture_is_seen_as_by_the_peer(tmp_path: Path) -> None:
+    """`mlx_vlm.load` takes the folder with its processor: the logits are those of the peer's."""
+    import mlx_vlm
+    from PIL import Image
+
+    from support import vlm_checkpoints, vlm_peer
+
+    ids = {
+        name: 270 + i
+        for i, name in enumerate(("image_pad", "video_pad", "vision_start", "vision_end"))
+    }
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+    tokens = {f"{name.replace('_pad', '')}_token_id": number for name, number in ids.items()}
+    more = {**tokens, **rope, "text_config": rope, "vision_config": {"fullatt_block_indexes": [1]}}
+    source = vlm_checkpoints.make("qwen2_5_vl", tmp_path / "checkpoint", more)
+    tokenizer = read_json(source / "tokenizer.json")
+    special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"] += [
+        {"id": number, "content": f"<|{name}|>", "special": True, **special}
+        for name, number in ids.items()
+    ]
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    processor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14}
+    pixels = {"min_pixels": 3136, "max_pixels": 3136, "merge_size": 2, "temporal_patch_size": 2}
+    (source / "preprocessor_config.json").write_text(json.dumps(processor | pixels))
+    reference = vlm_peer.convert(source, tmp_path / "reference", quantize=True, q_bits=4)
+    (tmp_path / "models.toml").write_text(
+        '[models.a]\nsource = "checkpoint"\nlayout = "mlx-vlm"\nquantize = { bits = 4 }\n'
+    )
+    inside.doit(tmp_path)
+    logits = []
+    for folder in (tmp_path / "build" / "a", reference):
+        model, ready = mlx_vlm.load(str(folder))
+        given = mlx_vlm.prepare_inputs(
+            ready,
+            images=[Image.radial_gradient("L").convert("RGB")],
+            prompts="<|vision_start|><|image_pad|><|vision_end|>the layer",
+            image_token_index=model.config.image_token_id,
+        )
+        grid = given["image_grid_thw"]
+        made = model(given["input_ids"], given["pixel_values"], image_grid_thw=grid)
+        logits.append(made.logits)
+    assert given["pixel_values"].shape[0] == 16
+    assert mx.isfinite(logits[0]).all().item()
+    assert mx.array_equal(*logits).item()
+
+
 def test_the_text_alone(built: Path) -> None:
     """Without a layout, of the same checkpoint: a note says what is left out, and what keeps it."""
     (built / "models.toml").write_text(
