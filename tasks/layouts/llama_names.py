@@ -187,17 +187,28 @@ def _reader(package: str, model_type: str, wrapper: str) -> _Reader:
                 break  # else it leaves its text to another class
     if not source:
         return _Reader()
+    return _Reader(
+        "rope_parameters" in source or "rope_parameters" in _beside(models, source, set()),
+        '"type"' in source,
+        bool(re.search(r"^    rope_scaling: [^=\n]+$", source, re.MULTILINE)),
+    )
+
+
+def _beside(models: Path, source: str, seen: set[str]) -> str:
+    """Return the code that a model's builds on: of modules, else of packages with what they use."""
     used = {
         name
         for module, several in re.findall(r"^from \.+(\w*)(?:\.\w+)* import (.+)$", source, re.M)
         for name in ([module] if module else re.split(r", *", several))
     }
-    sources = [source, *(_source(models, name) for name in sorted(used))]
-    return _Reader(
-        any("rope_parameters" in text for text in sources),
-        '"type"' in source,
-        bool(re.search(r"^    rope_scaling: [^=\n]+$", source, re.MULTILINE)),
-    )
+    packages = {name for name in used if name and (models / name).is_dir()}
+    texts = []
+    for name in sorted((packages or used) - seen):  # of packages, modules beside are tools
+        seen.add(name)
+        texts.append(text := _source(models, name))
+        if packages:
+            texts.append(_beside(models, text, seen))
+    return "\n".join(texts)
 
 
 def _source(models: Path, name: str) -> str:

@@ -56,6 +56,11 @@ HUB: dict[str, tuple[Renamed, ...]] = {
         Renamed(r"^language_model\.model\.", "model.language_model."),
         Renamed("^", "model."),
     ),
+    "gpt_neox": (
+        Renamed(r"^language_model\.model\.h\.", "gpt_neox.layers."),
+        Renamed(r"^language_model\.model\.embed_out", "embed_out"),
+        Renamed(r"^language_model\.model\.", "gpt_neox."),
+    ),
     "idefics3": (
         LM_HEAD,
         Renamed(r"^language_model\.", "model.text_model."),
@@ -67,8 +72,10 @@ HUB: dict[str, tuple[Renamed, ...]] = {
         Renamed(r"^vision_tower\.blocks\.(\d+)\.attn\.", r"vision_tower.encoder.blocks.\1."),
         Renamed(r"^vision_tower\.blocks", "vision_tower.encoder.blocks"),
     ),
+    "lfm2_colbert": (Renamed(r"^projection\.", "1_Dense.linear."), Renamed(r"^model\.", "")),
     "llama4": fused(r"language_model\.model\.layers\.", r"experts", "language_model.model.layers."),
     "llava": (),
+    "minicpm": (Renamed(r"^language_model\.", ""),),
     "mistral3": PIXTRAL,
     "molmo": (
         Renamed(r"^language_model\.model\.", "model.transformer."),
@@ -85,6 +92,7 @@ HUB: dict[str, tuple[Renamed, ...]] = {
         *fused(r"language_model\.model\.", r"(?:switch_mlp|experts)", "model.language_model."),
         *QWEN_3,
     ),
+    "recurrent_gemma": (Renamed("lm_head", None), Renamed(r"^language_model\.", "")),
 }
 
 # By architecture: what its configuration must say besides small sizes.
@@ -124,6 +132,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "activation_sparsity_pattern": [0.0] * 4,
         }
     },
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "hunyuan": {"rope_scaling": {"alpha": 1.0, "factor": 1.0, "type": "dynamic"}},
     "jamba": {"layers_block_type": ["mamba", "attention"] * 2},
     "kimi_linear": KDA,
