@@ -8,7 +8,7 @@ A small random checkpoint is made of each architecture, of the fields of mlx-vlm
 (tests/support/vlm_checkpoints.py), converted by the peer in this process, and built by one call of
 doit. Names, dtypes, shapes and bytes of all tensors, config.json and the index are compared. What
 the peer refuses is told with its words, and so is what no checkpoint could be made of. It takes
-some ten minutes and 6 GB; what a folder has already is not made again.
+6 GB, and half an hour on a busy machine; what a folder has already is not made again.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ vlm_peer.convert(Path(source), Path(output), quantize=True, q_bits=int(bits))
 """
 # Qwen2-VL 2B's widths, fewer layers of each part.
 TEXT = {
-    "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 8, "vocab_size": 151936,
+    "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 4, "vocab_size": 151936,
     "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
-VISION = {"embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "depth": 8, "mlp_ratio": 4.0}
+VISION = {"embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "depth": 4, "mlp_ratio": 4.0}
 SHAPE = {**TEXT, "text_config": TEXT, "vision_config": VISION}
 
 
@@ -53,7 +53,10 @@ def main() -> None:
     parser.add_argument("architectures", nargs="*")
     parser.add_argument("--folder", type=Path, required=True, help="where there is room for it")
     parser.add_argument("--rounds", type=int, help="measure so often instead")
+    parser.add_argument("--most-weights", type=int, help="of a checkpoint, else it is left out")
     arguments = parser.parse_args()
+    if arguments.most_weights:
+        vlm_checkpoints.MOST_WEIGHTS = arguments.most_weights
     folder = arguments.folder.absolute()
     if arguments.rounds:
         print(_timed(folder, arguments.rounds))
