@@ -507,12 +507,16 @@ class Builder:
                 else:
                     remade = self._make(plan, node, inputs)
                 record["outcome"] = "computed"
-        if remade.tensors.get(name) != tensor:
+        path = Path(node.manifest_path(self.workspace))
+        recorded = Manifest.at(path)
+        # All that it made: what is remade lies under its digest, which a record may have elsewhere.
+        if remade.tensors.get(name) != tensor or (recorded and recorded.tensors != remade.tensors):
             # So that the next run sees it.
             if node.is_leaf:
                 self.forget_checkpoint(plan)
             else:
-                self.publish(Path(node.manifest_path(self.workspace)), remade)
+                self.store.actions.put(remade)
+                self.publish(path, remade)
             raise BuildError(
                 f"{node.name}: {name} is lost ({lost.cause}) and comes out differently now. "
                 f"Run {COMMAND} again: what depends on it is then built anew."

@@ -38,6 +38,7 @@ GLOBAL_SCALES = (("weight_global_scale", True), ("weight_scale_2", False))  # wh
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
     """Return the weights of bytes that have scales of bytes for groups of columns."""
     packed = {}
+    scaled = {part for part, _ in GLOBAL_SCALES if paths(tensors, f".{part}")}
     for name, scale, path in _weights(tensors):
         high, wide = tensors[name].shape
         columns = wide * 2
@@ -50,9 +51,10 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         how: dict[str, Any] = {"divides": False, "exponents": mode == "mxfp4"}
         held = Repacking(size, 4, mode) if columns % size == 0 else None
         for part, divides in GLOBAL_SCALES if mode == "nvfp4" else ():
-            if f"{path}.{part}" in tensors:
-                one = tuple(tensors[f"{path}.{part}"].shape)
-                require(f"{path}.{part}", tensors, one if one in ((), (1,)) else (1,), *FLOATS)
+            if part in scaled:  # where one has it, all do
+                of_all = f"{path}.{part}"
+                is_bare = of_all in tensors and tensors[of_all].shape == ()
+                require(of_all, tensors, () if is_bare else (1,), *FLOATS)
                 inputs, how, held = (*inputs, f"{path}.{part}"), {"divides": divides}, None
         packed[f"{path}.weight"] = Packed((high, columns), inputs, how, held)
     return Found(NAME, packed, activations(tensors)) if packed else None

@@ -106,6 +106,20 @@ def test_weights_that_two_targets_share(honest: Machine, two: Machine, tmp_path:
         assert two.built(target) == honest.built(target)
 
 
+def test_weights_that_are_lost_are_not_what_they_are_said_to_be(
+    honest: Machine, two: Machine, tmp_path: Path
+) -> None:
+    """Made again for the sake of one, all of them are compared with what was fetched."""
+    manifest = Manifest.at(honest.manifest("cast", "layers.0"))
+    k, v = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "kv")
+    tensors = {**manifest.tensors, k: manifest.tensors[v], v: manifest.tensors[k]}
+    lie(tmp_path / "store", manifest, tensors)
+    said = two.doit("pack:model", expect=1).stdout
+    assert "is lost (not in the store) and comes out differently now" in said
+    two.doit("pack:model")
+    assert two.built() == honest.built()
+
+
 def test_weights_that_were_fetched_before_they_are_packed(
     honest: Machine, two: Machine, tmp_path: Path
 ) -> None:
