@@ -19,12 +19,13 @@ from measure import Usage, measure
 
 # The peer on tokens of a file, in place of those that it would download.
 PEER = """
-import importlib, sys
+import importlib, os, sys
 import mlx.core as mx
 method, tokens, device = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1)
 mx.set_default_device(getattr(mx, device))
 peer = importlib.import_module(f"mlx_lm.quant.{method}")
-peer.load_data = lambda *_: mx.load(tokens)["tokens"]
+peer.load_data = lambda *_, **__: mx.load(tokens)["tokens"]
+os.chdir(os.path.dirname(tokens))  # one writes what it found out to where it is called
 peer.main()
 """
 METHODS = ("gptq", "awq")
@@ -33,7 +34,7 @@ EMBEDDINGS = {"gptq": {"bits": 6}, "awq": {"bits": 4, "group_size": 32}}
 HEADER = "| | wall s | of the peer's | processor s | peak MB | of the peer's | perplexity |"
 
 
-def _tokens(folder: Path, asked: argparse.Namespace) -> tuple[Any, Any]:
+def tokens_of(folder: Path, asked: argparse.Namespace) -> tuple[Any, Any]:
     """Return the tokens to calibrate and evaluate on, as mlx-make cuts them: (samples, tokens)."""
     import mlx.core as mx
     from transformers import AutoTokenizer
@@ -132,7 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _project(folder, asked)
-        calibration, held_out = _tokens(asked.checkpoint, asked)
+        calibration, held_out = tokens_of(asked.checkpoint, asked)
         mx.save_safetensors(str(folder / "tokens.safetensors"), {"tokens": calibration})
         for method in asked.methods:
             _compare(method, folder, asked, held_out)

@@ -283,7 +283,8 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
         tuple[Candidate, ...],
         key(
             "What `target_bpw` and `fit` choose of.",
-            default="all bits of the mode, in groups of `group_size`",
+            default="all bits of the mode, in groups of `group_size`, or without it of all sizes "
+            "that the mode has",
             change=_CHOSEN + "; what was tried before is not tried again",
             example=[{"bits": 4}, {"bits": 4, "group_size": 32}, {"bits": 6}],
         ),

@@ -220,8 +220,12 @@ def candidates(quantize: Quantize | None) -> tuple[Setting, ...]:
             for each in quantize.candidates
         ]
     else:
-        all_bits = MODES[quantize.mode][1]
-        found = [_complete(quantize.mode, quantize.group_size, bits) for bits in all_bits]
+        sizes, all_bits = MODES[quantize.mode]
+        found = [
+            Setting(size, bits, quantize.mode)
+            for size in ([quantize.group_size] if quantize.group_size else sizes)
+            for bits in all_bits
+        ]
     kept = sorted({each for each in found if each.bits >= (quantize.min_bits or 0)})
     if not kept:
         raise ConfigError(

@@ -206,6 +206,9 @@ def test_before_it_is_known_what_to_choose(project: Project) -> None:
     project.configure(quantize={"target_bpw": 4.5, "group_size": 32})
     said = " ".join(project.doit("plan", expect=1).stdout.split())
     assert "then 30 modules are each given one of 6 settings" in said
+    project.configure(quantize={"target_bpw": 4.5})  # then of all groups, too
+    said = " ".join(project.doit("plan", expect=1).stdout.split())
+    assert "then 30 modules are each given one of 18 settings" in said
     assert "once settings are chosen" in project.doit("list").stdout
     assert "sensitivity:model finds out" in project.doit("why", "pack:model").stdout
     project.accept()
