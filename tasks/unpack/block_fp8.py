@@ -90,5 +90,8 @@ class BlockFp8(Struct, frozen=True, dict=True):
         of_row = self._scales[at // height * blocks + at % height // self.block_rows]
         if self._scales.shape[1] == 1:
             return numbers * of_row
+        if numbers.shape[1] % self.block_columns == 0:
+            blocked = numbers.reshape(len(numbers), -1, self.block_columns)
+            return (blocked * of_row[..., None]).reshape(numbers.shape)
         wide = mx.repeat(of_row, self.block_columns, axis=1)
         return numbers * wide[:, : numbers.shape[1]]

@@ -32,6 +32,7 @@ def affine() -> list[tuple[mx.array, ...]]:
     ("name", "tensors", "how"),
     [
         ("block_fp8", fp8((2, 3)), {"block": [4, 24]}),
+        ("block_fp8", fp8((2, 2)), {"block": [4, 32]}),
         ("block_fp8", fp8((1,)), {"block": [HIGH, WIDE]}),
         ("scaled_fp8", fp8((HIGH, 1)), {"block": [1, WIDE]}),
         ("scaled_fp8", fp8((HIGH,)), {"block": [1, WIDE]}),
