@@ -404,8 +404,8 @@ class Blobs:
             FileChanged: a file is not, or no longer, the one that the part was found in.
         """
         start = 0
-        for (path, _), run in groupby(parts, key=lambda part: (part.path, part.stamp)):
-            with naming(path), open(path, "rb", buffering=0) as file:
+        for (path, stamp), run in groupby(parts, key=lambda part: (part.path, part.stamp)):
+            with naming(path), _opened(path, stamp) as file:
                 for part in run:
                     self.fill(file.fileno(), part, buffer[start : start + part.length])
                     start += part.length
@@ -440,7 +440,7 @@ class Blobs:
             longest = max((part.length for part in parts), default=0)
             buffers = repeat(memoryview(bytearray(min(CHUNK_BYTES, longest))))
         for part in parts:
-            with naming(part.path), open(part.path, "rb", buffering=0) as file:
+            with naming(part.path), _opened(part.path, part.stamp) as file:
                 for start in range(0, part.length, CHUNK_BYTES):
                     length = min(CHUNK_BYTES, part.length - start)
                     piece = part._replace(offset=part.offset + start, length=length)
@@ -492,6 +492,20 @@ class Blobs:
     def _touch(self, path: str, stamp: Stamp) -> None:
         if not self._read_only:
             atomic.touch(path, stamp.mtime_ns)
+
+
+def _opened(path: str, stamp: Stamp | None) -> IO[bytes]:
+    """Open a file to read it.
+
+    Raises:
+        FileChanged: it was the store's, and another process has dropped it since it was found.
+    """
+    try:
+        return open(path, "rb", buffering=0)
+    except FileNotFoundError as error:
+        if stamp is None:
+            raise FileChanged(path) from error
+        raise
 
 
 def _share_out(

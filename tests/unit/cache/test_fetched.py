@@ -8,7 +8,7 @@ import pytest
 from cache import fetched
 from cache.blobs import Blobs
 from cache.digest import digest
-from cache.errors import BlobLost, WrongLength
+from cache.errors import BlobLost, FileChanged, WrongLength
 from cache.fetched import FetchedBlobs
 
 KEY = "0123456789abcdef" * 2
@@ -89,3 +89,16 @@ def test_dropped_bytes_are_lost_unless_they_lie_elsewhere(blobs: FetchedBlobs) -
     blobs.blobs.refer(found, [place])
     blobs.drop(KEY, found)
     assert blobs.blobs.locate(found, len(DATA)) == [place]
+
+
+def test_what_another_process_drops_while_it_is_read(blobs: FetchedBlobs) -> None:
+    """It has changed, for who found it before: who reads it looks for it anew."""
+    found = blobs.fetch(KEY, len(DATA), Elsewhere())
+    parts = blobs.blobs.locate(found, len(DATA))
+    blobs.drop(KEY, found)
+    with pytest.raises(FileChanged):
+        blobs.blobs.read_into(parts, memoryview(bytearray(len(DATA))))
+    with pytest.raises(FileChanged):
+        [*blobs.blobs.chunks(parts)]
+    with pytest.raises(BlobLost):
+        blobs.blobs.locate(found, len(DATA))
