@@ -149,7 +149,7 @@ def _state(tensors: Tensors, weight: str) -> dict | None:
     for kind in ("nf4", "fp4"):
         text = tensors.get(f"{weight}.quant_state.bitsandbytes__{kind}")
         if text is not None:
-            return json.loads(text.numpy().tobytes())
+            return json.loads(text.view(torch.uint8).numpy().tobytes())
     return None
 
 
