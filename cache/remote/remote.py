@@ -128,10 +128,11 @@ class Remote:
         with self._lock:
             first, self._refused = not self._refused, True
         if first:
+            check = "the signing key that is set here, and " if self._secret else ""
             self._warn(
                 f"remote {self.name}: {error}. It is not used, and what it is of is made here; "
-                "others like it are passed over without another word. Check the signing key that "
-                "is set here, and who can write there."
+                f"others like it are passed over without another word. Check {check}who can "
+                "write there."
             )
 
     def put_record(self, kind: str, key: str, record: Any, *, ask_first: bool = False) -> None:

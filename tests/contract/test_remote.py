@@ -315,6 +315,16 @@ def test_records_that_are_refused(tmp_path: Path, remotes: Remotes, data: bytes,
     assert remote.record("actions", KEY) == 1
 
 
+def test_a_key_is_spoken_of_where_one_is_set(tmp_path: Path, remotes: Remotes):
+    path = tmp_path / "remote/records/actions" / KEY[:2] / f"{KEY[2:]}.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert remotes(f"file://{tmp_path}/remote").record("actions", KEY) is None
+    remotes.one_warning("Check who can write there.")
+    assert remotes(f"file://{tmp_path}/remote", secret=SECRET).record("actions", KEY) is None
+    assert "Check the signing key that is set here" in remotes.warnings[-1]
+
+
 def test_nothing_is_parsed_before_its_signature(monkeypatch: pytest.MonkeyPatch):
     def parse(_: bytes) -> None:
         raise AssertionError("it was parsed")

@@ -319,7 +319,8 @@ MORE_TOML = {
     "cache dir no text": target("[cache]\ndir = 5", "cache.dir is 5, must be a string", line=2),
     "source no text": target("[models.a]\nsource = 5", "a.source is 5, must be a string", line=2),
     "quantize true": setting(
-        "quantize = true", "quantize is true, must be a table such as { bits = 4 }",
+        "quantize = true",
+        'quantize is true, must be a table such as { bits = 4 }, "keep" or false',
         right="quantize = { bits = 4 }",
     ),
     "bits text": setting(

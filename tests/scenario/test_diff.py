@@ -87,7 +87,7 @@ def test_two_builds_of_one(tmp_path: Path) -> None:
         assert found[side]["bits_per_weight"] == 8 * found[side]["bytes"] / weights
         assert found[side]["all_bytes"] == sum(file.stat().st_size for file in folder.iterdir())
 
-    assert not said(project, "model", "model", status=0)["differs"]
+    assert not said(project, "model", "build/model/", status=0)["differs"]
     of_git = said(project, "model@HEAD")
     assert of_git["a"].pop("name") == "model@HEAD"
     assert found["a"].pop("name") == "model before"

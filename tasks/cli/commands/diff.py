@@ -24,7 +24,7 @@ from tasks.config import reader
 from tasks.config.reader import Config
 from tasks.core.program import COMMAND
 from tasks.core.text import percent, size, some
-from tasks.core.workspace import Workspace
+from tasks.core.workspace import BUILD, Workspace
 from tasks.planning import lock_format
 from tasks.report import builds, difference, figures
 from tasks.report.builds import Build
@@ -95,10 +95,10 @@ class _Sides:
         return Build.of(f"{target} before", before), now
 
     def parts(self, name: str) -> tuple[str, str]:
-        """Return the target that a name is of, and the revision, if it has one."""
-        if name in self._config.targets:
-            return name, ""
+        """Return the target that a name or its folder is of, and the revision, if it has one."""
+        name = name.removeprefix(f"{BUILD}/")  # which a shell completes, with a slash behind it
         target, _, revision = name.partition("@")
+        target = target.rstrip("/")
         if target not in self._config.targets:
             raise InvalidCommand(
                 f"there is no target {target!r}. There are {', '.join(self._config.targets)}."
