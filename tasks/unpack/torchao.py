@@ -18,6 +18,7 @@ from typing import Any
 from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, whole
+from tasks.unpack import bits
 from tasks.unpack.block_fp8 import BlockFp8
 from tasks.unpack.packed import FLOATS, Found, Packed, Read, Repacking, Tensors, require
 from tasks.unpack.whole_numbers import WholeNumbers, repacking
@@ -161,6 +162,17 @@ class Int8(WholeNumbers, frozen=True, dict=True):
         """Return the numbers of rows, with half of the range added."""
         octets = self.sources[0].read(start, stop).astype(mx.int32)
         return (octets + (1 << (self.bits - 1))).astype(mx.uint32)
+
+    def words(self, start: int, stop: int) -> mx.array:
+        """Return the numbers of rows as MLX packs them.
+
+        Raises:
+            CheckpointError: they have more bits than config.json says.
+        """
+        numbers = self.numbers(start, stop)
+        count = 1 << self.bits
+        bits.checked(numbers.view(mx.int32), count, f"_weight_qdata plus {count // 2}")
+        return bits.pack(numbers, self.bits)
 
     def zeros(self, start: int, stop: int) -> mx.array:
         """Return the zero points of rows, with half of the range added."""

@@ -235,12 +235,16 @@ quantize = "keep"
 
 
 def test_what_cannot_be_kept(tmp_path: Path) -> None:
-    """Zero points that are others than config.json says, or nothing that is packed."""
+    """Zero points, or bits, that are others than config.json says, or nothing that is packed."""
     plain = checkpoints.make("qwen3", tmp_path / "checkpoint")
     source = tmp_path / "packed"
     packed.repack(plain, source, packed.gptq(4), gptq_settings(4, sym=True))
+    few = {"default": {"_type": "IntxWeightOnlyConfig", "weight_dtype": "int2"}}
+    of_few = {"quant_method": "torchao", "quant_type": few}
+    packed.repack(plain, tmp_path / "few", packed.torchao("Int8"), of_few)
     for folder, settings, words in (
         (source, 'dtype = "float16"', "are not half of their range"),
+        (tmp_path / "few", 'quantize = "keep"', "which is none of the numbers from 0 to 3"),
         (plain, 'quantize = "keep"', "no packing"),
         (source, 'quantize = "keep"\ndequantize = true', "beside dequantize"),
     ):
