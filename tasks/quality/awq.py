@@ -9,7 +9,7 @@ weights and H the sum of the products of its inputs' channels: candidates cost n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from tasks.tensors import blas, mx
 GRID = 20  # candidates for a scale: powers 0, 1/20, … of what channels are given
 CLIPS = 10  # of a clip: all of a group, 19/20 of it, …
 ROWS = 512  # of a weight, spread over it, by which scales are judged
+CLIPPED_BYTES = 32 << 20  # of a weight, that clips are looked for of at once
 LEAST = 1e-4  # of what is given, before it is raised to a power
 
 
@@ -56,29 +57,39 @@ class Columns(NamedTuple):
     rows: np.ndarray
 
 
-def best_scale(given: Sequence[Columns], count: int) -> np.ndarray:
+def best_scale(given: Sequence[Callable[[], Columns]], count: int) -> np.ndarray:
     """Return the scales by which weights lose least: (count,), float32; 1 where none gains.
 
     Args:
-        given: the weights.
+        given: what reads each of the weights, of which one is held at a time.
         count: of scales.
     """
     blas.one_thread()
     squares = np.zeros(count)
-    for each in given:
+    for read in given:
+        each = read()
         np.add.at(squares, each.rows, np.diag(each.hessian).astype(np.float64))
     if not squares.any() or not np.isfinite(squares).all():
         return np.ones(count, np.float32)
     size = np.maximum(np.sqrt(squares / squares.mean()), LEAST)
-    some = [each._replace(weight=_spread(each.weight, len(given))) for each in given]
+    scales = [_centred(size ** (at / GRID)) for at in range(GRID)]
+    losses = [0.0] * GRID
+    for read in given:
+        each = read()
+        each = each._replace(weight=_spread(each.weight, len(given)))
+        losses = [
+            loss + _loss(each, scale[each.rows]) for loss, scale in zip(losses, scales, strict=True)
+        ]
     best, least = np.ones(count, np.float32), np.inf
-    for at in range(GRID):
-        scale = size ** (at / GRID)
-        scale = (scale / np.sqrt(scale.max() * scale.min())).astype(np.float32)
-        loss = sum(_loss(each, scale[each.rows]) for each in some)
+    for scale, loss in zip(scales, losses, strict=True):
         if loss < least:
             best, least = scale, loss
     return best
+
+
+def _centred(scale: np.ndarray) -> np.ndarray:
+    centred: np.ndarray = (scale / np.sqrt(scale.max() * scale.min())).astype(np.float32)
+    return centred
 
 
 def _spread(weight: np.ndarray, share: int) -> np.ndarray:
@@ -105,6 +116,16 @@ def best_clips(weight: np.ndarray, hessian: np.ndarray, rounding: Rounding) -> n
     groups = weight.shape[1] // size
     at = np.arange(groups)
     blocks = hessian.reshape(groups, size, groups, size)[at, :, at]
+    step = max(1, CLIPPED_BYTES // max(1, weight[:1].nbytes))
+    clips = np.zeros((len(weight), groups), np.uint8)
+    for start in range(0, len(weight), step):
+        clips[start : start + step] = _clips(weight[start : start + step], blocks, rounding)
+    return clips
+
+
+def _clips(weight: np.ndarray, blocks: np.ndarray, rounding: Rounding) -> np.ndarray:
+    """Return the same of a block of rows; ``blocks``: (groups, group size, group size)."""
+    groups, size, _ = blocks.shape
     least = np.full((groups, len(weight)), np.inf, np.float32)
     best = np.zeros(least.shape, np.uint8)
     for step in range(CLIPS):
@@ -114,7 +135,7 @@ def best_clips(weight: np.ndarray, hessian: np.ndarray, rounding: Rounding) -> n
         loss = np.einsum("grc,grc->gr", by_group @ blocks, by_group)
         better = loss < least
         best[better], least = step, np.minimum(loss, least)
-    return np.ascontiguousarray(best.T)
+    return best.T
 
 
 def clip(weight: np.ndarray, steps: np.ndarray) -> np.ndarray:

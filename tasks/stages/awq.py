@@ -6,7 +6,8 @@ it stays as it is, and chooses by the Hessians. ``awq_quantize`` rounds by what 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ class Awq(Stage[AwqParams]):
     """Find scales and clips by which weights lose least when they are rounded."""
 
     name = "awq"
-    version = 1
+    version = 2
     keep = Keep.ALWAYS
     params = AwqParams
 
@@ -172,6 +173,10 @@ class Awq(Stage[AwqParams]):
         """Return the size of the segment's weights in float32, and of a Hessian, a few times."""
         return _UNQUANTIZED.memory(params, checkpoint) + 4 * params.nbytes
 
+    def runs_alone(self, params: AwqParams) -> bool:
+        """Tell whether a GPU computes, as of other stages that run a model."""
+        return _UNQUANTIZED.runs_alone(params)
+
     def describe(self, params: AwqParams) -> str:
         """Return how weights will be rounded."""
         return f"for {quantize.words(params.rounded)}"
@@ -252,14 +257,17 @@ class _Search:
         shape = (*shape[:-2], shape[-1] if kind == INPUT_SCALE else shape[-2])
         self._scales[f"{name}.{kind}"] = np.broadcast_to(scale, shape)
 
-    def _columns(self, name: str, of_column: np.ndarray, expert: int | None) -> Iterator[Columns]:
-        """Yield a weight, or one expert's part of it, or all of them."""
+    def _columns(
+        self, name: str, of_column: np.ndarray, expert: int | None
+    ) -> list[Callable[[], Columns]]:
+        """Return what reads a weight, or one expert's part of it, or each of all of them."""
         from tasks.quality.awq import Columns
 
+        def read(matrix: int) -> Columns:
+            return Columns(*self._matrix(name, matrix), self._rounding(name), of_column)
+
         count = prod(self._weights[name].shape[:-2])
-        for matrix in range(count) if expert is None else [expert]:
-            weight, hessian = self._matrix(name, matrix)
-            yield Columns(weight, hessian, self._rounding(name), of_column)
+        return [partial(read, matrix) for matrix in (range(count) if expert is None else [expert])]
 
     def _matrix(self, name: str, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return one of a weight's matrices, and its Hessian, as they are before scaling."""
