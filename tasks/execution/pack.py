@@ -244,8 +244,8 @@ class Packing:
         if not evidence.is_ours:
             small = [name for name in new if not fnmatchcase(name, self._loaded)]
             output, memos = self.acceptance.locked_output, builder.store.memos
-            locked = ownership.as_locked(self.folder, small, output, memos)
-            evidence = replace(evidence, builds=(*evidence.builds, locked), _as_built={})
+            if locked := ownership.as_locked(self.folder, small, output, memos):
+                evidence = replace(evidence, builds=(*evidence.builds, locked), _as_built={})
             evidence.check()
         return evidence.contents(new)
 

@@ -1,12 +1,12 @@
 """What doit says: live lines on a terminal, as a terminal shows them, and plain ones in a pipe."""
 
+import errno
 import fcntl
 import json
 import os
 import pty
 import re
 import select
-import shutil
 import signal
 import struct
 import termios
@@ -19,6 +19,7 @@ import pytest
 from support.front_door import log
 from support.projects import FOUR_BIT, Project, create
 from support.running import DEADLINE_SECONDS, start
+from tasks.execution import pack
 
 ROWS = 100  # enough for nothing to scroll away
 TOOK = r"in \d+\.\d s"
@@ -230,18 +231,19 @@ def test_in_a_pipe(tmp_path: Path) -> None:
     assert project.doit().stdout == "nothing to do: 2 targets are up to date\n"
 
 
-def test_a_failure_in_a_pipe(tmp_path: Path) -> None:
+def failing_disk(folder: Path) -> None:
+    raise OSError(errno.EIO, "Input/output error", str(folder))
+
+
+def test_a_failure_in_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = two_targets(tmp_path)
-    project.doit()
-    shutil.rmtree(tmp_path / ".mlx-make")
-    for target in ("model", "other"):  # what is locked is looked at as it is packed
-        (tmp_path / "build" / target / "config.json").write_text("{}")
+    monkeypatch.setattr(pack, "sync_tree", failing_disk)
     lines = project.doit("--continue", expect=2).stdout.splitlines()
     assert {"model: pack failed", "other: pack failed"} < set(lines)
     total, *errors = lines[-3:]
     assert re.match(rf"\d+ tasks computed, \d+ reused, 2 targets failed {TOOK}, ", total)
-    assert {error.partition(" was not built")[0] for error in errors} == {
-        f"ERROR: pack:{target}: {tmp_path}/build/{target}" for target in ("model", "other")
+    assert {error.partition(": /")[0] for error in errors} == {
+        f"ERROR: pack:{target}" for target in ("model", "other")
     }
 
 

@@ -1,13 +1,17 @@
 """tests of tasks/cli/commands/summary.py: what a build did, told in Markdown."""
 
+import errno
 import re
 import shutil
 import time
 from pathlib import Path
 from statistics import median
 
+import pytest
+
 from support import front_door, projects
 from support.projects import Project
+from tasks.execution import pack
 
 OUTCOMES = ("computed", "reused", "fetched", "failed")
 
@@ -98,11 +102,13 @@ def test_summary(tmp_path: Path) -> None:
     assert sum(of_stages) == len(reported.computed)
 
 
-def test_failures_are_named(tmp_path: Path) -> None:
+def failing_disk(folder: Path) -> None:
+    raise OSError(errno.EIO, "Input/output error", str(folder))
+
+
+def test_failures_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = projects.create(tmp_path / "project", "huggingface", **projects.FOUR_BIT)
-    project.doit()
-    shutil.rmtree(project.folder / ".mlx-make")
-    (project.folder / "build" / "model" / "config.json").write_text("{}")  # nobody knows whose
+    monkeypatch.setattr(pack, "sync_tree", failing_disk)
     done = project.doit(expect=1)
     check(project, done, size=False)
     said = project.doit("summary").stdout

@@ -84,9 +84,8 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
             first.see(manifest)
     rows.append(("(no current target)", *map(size, first.sizes(without=in_use))))
     rows.append(("(all)", *map(size, first.sizes())))
-    # What runs models stands here where a model was run.
-    runs = {stage.group for stage in registry.RUNNING}
-    empty = {i for i, name in enumerate(rows[0]) if name in runs and rows[-1][i] == size(0)}
+    # Most models have neither an adapter nor a method, and none is run.
+    empty = {i for i, name in enumerate(rows[0][:-1]) if rows[-1][i] == size(0)}
     yield from aligned([_without(row, empty) for row in rows], WIDTH)
     if shared_bytes:
         yield f"What several targets share, {size(shared_bytes)}, is counted once in (all)."
