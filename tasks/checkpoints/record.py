@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec import Struct, structs
 
@@ -31,6 +32,9 @@ from tasks.checkpoints.small_files import TEMPLATES_FOLDER
 from tasks.checkpoints.source import HashedFile
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from cache.remote.remote import Remote
 
 SCHEMA = 1
 
@@ -92,8 +96,14 @@ def keep(
     return name, len(data)
 
 
-def share(store: Store, record: str) -> None:
-    """Have a record that is kept, and its small files, uploaded by and by."""
+def share(store: Store, record: str, *, mends: bool = False) -> None:
+    """Have a record that is kept, and its small files, uploaded by and by.
+
+    Args:
+        store: where it is kept.
+        record: its BLAKE3.
+        mends: whether what the remote has is read, and replaced where it is damaged.
+    """
     if not store.sharing:
         return
     folder = _folder(store, record)
@@ -103,7 +113,20 @@ def share(store: Store, record: str) -> None:
         blobs[blake3] = (folder / "files" / name).read_bytes()
     remote = store.sharing.remote
     for name, blob in blobs.items():
-        remote.later(partial(remote.push, name, len(blob), [blob]))
+        remote.later(partial(_push, remote, name, blob, mends=mends))
+
+
+def _push(remote: Remote, name: str, blob: bytes, *, mends: bool) -> None:
+    damaged = False
+    if mends:
+        try:
+            for _ in remote.fetch(name, len(blob)):
+                pass
+        except NotFetched:
+            pass
+        except Mismatch:
+            damaged = True
+    remote.push(name, len(blob), [blob], replace=damaged)
 
 
 def recall(

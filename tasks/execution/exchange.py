@@ -46,9 +46,10 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     for same in by_source.values():
         source = same[0].checkpoint.source
         if source.available or source.identity is None:
-            accept.snapshot(builder, same)  # shares it
+            identity = accept.snapshot(builder, same).record
         else:
-            record.share(builder.store, source.identity)
+            identity = source.identity
+        record.share(builder.store, identity, mends=True)
 
     def push_one(of: tuple[Plan, Node, Manifest]) -> bool:
         plan, node, manifest = of

@@ -809,3 +809,20 @@ def test_a_damaged_list(damage: Callable[[Any], Any], original: Machine, tmp_pat
     assert outcomes(done).keys() == {"reused", "fetched"}
     assert two.built() == original.built()
     assert path.read_bytes() == data
+
+
+def test_a_damaged_source_record_is_put_right(original: Machine, tmp_path: Path) -> None:
+    """By who has the checkpoint, and pushes: no machine without it could build."""
+    remote = tmp_path / "remote"
+    shutil.copytree(original.folder.parent / "unsigned", remote)
+    lock = json.loads((original.folder / "models.lock").read_bytes())
+    name = lock["sources"]["checkpoint"]["record"]
+    path = remote / "blobs" / name[:2] / name[2:]
+    data = path.read_bytes()
+    flip(path, 100)
+    environ = {REMOTE: remote.as_uri()}
+    two = original.beside(f"has-{tmp_path.name}", checkpoint=True, **environ)
+    two.doit()
+    two.doit("cache", "push")
+    assert path.read_bytes() == data
+    assert original.beside(f"none-{tmp_path.name}", **environ).doit("--locked").returncode == 0
