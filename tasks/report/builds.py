@@ -68,6 +68,8 @@ class Records:
                     error = Error(Setting(*params["compared"][name]), *norms)
                     self.errors |= dict.fromkeys(_read(manifest, name), error)
             elif kind == sensitivity.Sensitivity.name and (read := _contents(store, manifest)):
+                if params.get("relative"):  # by an importance matrix: no divergence
+                    continue
                 for name, cost in sensitivity.figures(manifest, read).items():
                     setting = Setting(*params["setting"])
                     self.costs |= {(content, setting): cost for content in _read(manifest, name)}

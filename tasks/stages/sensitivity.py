@@ -68,6 +68,8 @@ class SensitivityParams(Params, frozen=True):
 class Sensitivity(Stage[SensitivityParams]):
     """Tell what each way of quantizing each module would cost: divergence, in nats.
 
+    By an importance matrix it is a part of what the module makes instead: see ``relative``.
+
     A node is one candidate in one layer. It makes a vector of one number a weight, in the order of
     the sorted names.
     """

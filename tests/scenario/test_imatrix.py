@@ -1,6 +1,7 @@
 """llama.cpp's importance matrices: written of what a model is given, and read to choose by."""
 
 import json
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -119,6 +120,10 @@ def check_choice(project: Project, sums: dict[str, np.ndarray]) -> None:
         assert cost == pytest.approx(lost.sum() / whole.sum() / 2, rel=1e-4)
     lock = json.loads((project.folder / "models.lock").read_bytes())["targets"]["model"]
     assert "imatrix" in lock["chosen_for"]
+    said = project.doit("diff", "--json", "model", expect=1).stdout
+    assert {*re.findall(r'"estimated_divergence": ?([\w.]+)', said)} == {
+        "null"
+    }  # parts are no nats
     assert not project.doit().computed
 
     other = project.folder / FILE
