@@ -10,6 +10,7 @@ import pytest
 from support import projects
 from support.inside import doit
 from support.projects import FOUR_BIT, Project
+from tasks.execution import changed_files
 
 
 @pytest.fixture
@@ -65,6 +66,20 @@ def test_what_was_never_built_here(project: Project, make, command: tuple[str, .
     assert "build/model" in said
     assert "not built here" in said or "it is a file" in said
     assert contents(whole) == before
+
+
+def test_what_somebody_puts_there_meanwhile(project: Project, monkeypatch) -> None:
+    """What lies there once the new model is written, and did not before the work, is no build."""
+    check = changed_files.check_unchanged
+
+    def then_put(*args: object) -> None:
+        check(*args)
+        somebodys_model(folder(project))
+
+    monkeypatch.setattr(changed_files, "check_unchanged", then_put)
+    done = doit(project.folder, expect=None)
+    assert "was not built here" in done.stdout + done.stderr
+    assert contents(folder(project))["model.safetensors"] == b"of another tool"
 
 
 def test_a_link_to_nowhere(project: Project) -> None:

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from msgspec import to_builtins
-
 from cache.files import atomic
 from cache.records.manifests import Action, Manifest, Tensor
 from cache.records.memos import Memos
@@ -111,8 +109,7 @@ class Evidence:
         if not names or any(map(is_loaded, names)):
             path.unlink(missing_ok=True)
             return
-        stamps = {name: list(stamp) for name, stamp in self._stamps(names)}
-        atomic.write(path, seal(self.target, to_builtins(stamps)))
+        atomic.write(path, seal(self.target, dict(self._stamps(names))))
 
     def _was_left(self, there: Sequence[str]) -> bool:
         """Tell whether nothing lies there but what a clean left, one of it as it was."""
@@ -134,16 +131,14 @@ class Evidence:
 
         Another tool's model of the same checkpoint has the same tokenizer, and perhaps the same
         config.json, but not the card. Where a layout has none, weights that decayed have their
-        size still.
+        size still. Of a build of which nothing is there it is not told.
         """
         weights = [name for name in build if is_loaded(name)]
-        if not all(map(self._is_as_built, build.keys() - weights)):
+        small = build.keys() - weights
+        present = [name for name in weights if os.path.lexists(self.folder / name)]
+        if not (small or present) or not all(map(self._is_as_built, small)):
             return False
-        return CARD in build or all(
-            self._size(name) == build[name].nbytes
-            for name in weights
-            if os.path.lexists(self.folder / name)
-        )
+        return CARD in build or all(self._size(name) == build[name].nbytes for name in present)
 
     def _is_as_built(self, name: str) -> bool:
         if name not in self._as_built:
