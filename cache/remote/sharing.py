@@ -158,7 +158,11 @@ class Sharing:
 
     def _fetch(self, pack: Pack, places: Mapping[str, Place]) -> None:
         sizes = [tensor.nbytes for tensor in pack.tensors]
-        known = [places[each.digest] for each in pack.tensors if each.digest in places]
+        known = [
+            place
+            for each in pack.tensors
+            if (place := places.get(each.digest)) and place.length == each.nbytes
+        ]  # by what is known here: of a tensor's size, too, a remote may say anything
         pieces = self.remote.fetch(pack.blake3, pack.nbytes)
         try:
             self.blobs.write_together(sizes, pieces, known if len(known) == len(sizes) else ())
@@ -200,8 +204,7 @@ class Sharing:
             return False  # gone or changed meanwhile: it is for the build to say so
         record = {"manifest": json.loads(manifest.to_bytes()), "blake3": blake3}
         self.remote.put_record(KIND, key, record, ask_first=ask_first)
-        self._listed[key] = record
-        self._packs[key] = Pack(blake3, _packed(manifest)) if blake3 else None
+        self._note(key, record, manifest, blake3)
         return True
 
     def _push_pack(self, manifest: Manifest, locate: Locate) -> str:
@@ -255,7 +258,8 @@ class Sharing:
             return
         records = self.remote.record(LISTS, key)
         self._lists[key] = records if isinstance(records, dict) else {}
-        self._listed = {**self._lists[key], **self._listed}
+        for each, listed in self._lists[key].items():
+            self._listed.setdefault(each, listed)  # where it is: other threads add to it
 
     def read(self, key: str) -> Manifest | None:
         """Return what the remote has recorded under ``key``, if anything that can be used."""
@@ -274,9 +278,12 @@ class Sharing:
             return None  # damaged: as good as none, and replaced when it was made again
         if manifest.action.key != key:
             return None
-        self._packs[key] = Pack(blake3, _packed(manifest)) if _is(blake3) else None
-        self._listed[key] = record
+        self._note(key, record, manifest, blake3 if _is(blake3) else None)
         return manifest
+
+    def _note(self, key: str, record: Any, manifest: Manifest, blake3: str | None) -> None:
+        self._listed[key] = record  # first: of what is among the packs, lists are made
+        self._packs[key] = Pack(blake3, _packed(manifest)) if blake3 else None
 
 
 def _packed(manifest: Manifest) -> tuple[Tensor, ...]:

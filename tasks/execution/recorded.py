@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cache.digest import digest
-from cache.errors import BlobLost
+from cache.errors import BlobLost, FileChanged
 from cache.records.manifests import Manifest
 from tasks.core.errors import ConfigError
 from tasks.execution.builder import Builder
@@ -59,7 +59,7 @@ def _here(builder: Builder, manifest: Manifest) -> Mapping[str, bytes] | None:
         try:
             parts = blobs.locate(tensor.digest, tensor.nbytes)
             contents[name] = b"".join(map(bytes, blobs.chunks(parts)))
-        except (BlobLost, FileNotFoundError):
+        except (BlobLost, FileChanged, FileNotFoundError):
             return None
         if digest(contents[name]) != tensor.digest:
             return None

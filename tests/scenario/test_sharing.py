@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from doit.exceptions import InvalidDodoFile
 
-from cache.blobs import Part
+from cache.blobs import Part, Place
 from cache.digest import digest
 from cache.files.stamp import Stamp
 from cache.lock import Lock
@@ -558,6 +558,25 @@ def test_a_record_that_leaves_its_folder(file: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no file of a checkpoint's folder"):
         records.recall(store, blake3_of([record]), len(record))
     assert not (tmp_path / "cache" / "sources").exists()
+
+
+def test_a_record_of_a_larger_tensor(tmp_path: Path) -> None:
+    """Nothing is written beyond the place that the tensor has here."""
+    remote = Remote((tmp_path / "remote").as_uri(), warn=pytest.fail)
+    store = Store.at(tmp_path / "cache")
+    (container,) = store.blobs.new_containers(1, 8)
+    container.write_bytes(b"....next")
+    wanted = Tensor("uint8", (4,), digest(b"mine"))
+    said = Manifest(Action("cast", 1, {}, {}), {"a": replace(wanted, shape=(8,))})
+    data = b"mine others"[:8]
+    assert remote.push(blake3_of([data]), len(data), [data])
+    record = {"manifest": json.loads(said.to_bytes()), "blake3": blake3_of([data])}
+    remote.put_record("actions", said.action.key, record)
+    places = {wanted.digest: Place(container, 0, 4)}
+    sharing = Sharing(store.actions, store.blobs, remote)
+    sharing.fetch_all([(said.action.key, wanted)], places)
+    assert remote.fetched_bytes > len(data)
+    assert container.read_bytes() == b"....next"
 
 
 # Two at once.
