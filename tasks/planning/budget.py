@@ -61,7 +61,7 @@ class Budget(NamedTuple):
             fitting = [each for each in candidates if spec.shape and not spec.shape[-1] % each[0]]
             if path is not None and fitting:
                 options[path] = {each: _packed(parameter, spec, each) for each in fitting}
-            elif setting := fixed.get(parameter.name.removesuffix("weight").strip(".")):
+            elif setting := fixed.get(quantize_scheme.module_path(parameter.name)):
                 rest += _packed(parameter, spec, setting)
             else:
                 rest += spec.nbytes

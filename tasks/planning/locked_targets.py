@@ -16,6 +16,7 @@ from tasks.planning.lock_format import Built
 from tasks.planning.lockfile import MAX_NAMES, Lock
 from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource
+from tasks.stages import quantize_scheme
 from tasks.stages.stage import PROGRAMS
 
 
@@ -217,8 +218,8 @@ def _adapter_on_hub(plan: Plan) -> str | None:
 def _chosen(plan: Plan) -> dict[str, tuple[int, int, str]] | None:
     if plan.choice is None:
         return None
-    paths = {name: name.removesuffix("weight").removesuffix(".") for name in plan.model.settings}
-    return {paths[name]: tuple(setting) for name, setting in plan.model.settings.items()}
+    settings = plan.model.settings.items()
+    return {quantize_scheme.module_path(name): tuple(setting) for name, setting in settings}
 
 
 def settings(plan: Plan) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 from cache.records.manifests import Manifest, Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.stages import quantize
+from tasks.stages import quantize, quantize_scheme
 from tasks.stages.activations import MEAN_SQUARE
 from tasks.stages.gradients import IMPORTANCE, ROW_IMPORTANCE, Gradients
 from tasks.stages.importances import Importances
@@ -130,7 +130,7 @@ class Sensitivity(Stage[SensitivityParams]):
         numbers = []
         for name in params.weights:
             weight = context.rows(Key(unquantized, name))
-            path = name.removesuffix("weight").strip(".")
+            path = quantize_scheme.module_path(name)
             importances = _importances(context, inputs, path, relative=params.relative)
             numbers.append(_error(context, weight, importances, params))
         data = memoryview(struct.pack(f"<{len(numbers)}f", *numbers))

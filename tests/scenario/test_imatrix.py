@@ -74,6 +74,7 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     project.doit("pack:model")
     monkeypatch.chdir(tmp_path)
     assert "activations:model finds out" in project.doit("imatrix", "model", expect=3).stderr
+    assert "no target 'other'" in project.doit("imatrix", "other", expect=3).stderr
     project.doit("activations:model")
     project.doit("imatrix", "model")
     read = gguf.GGUFReader(tmp_path / FILE)

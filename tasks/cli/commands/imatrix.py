@@ -54,6 +54,11 @@ no name for are left out, and named."""
 
     def _execute(self, output: str) -> int:
         path = Path(output or f"{self._target}.imatrix.gguf")
+        targets = self.session.config.targets
+        if self._target not in targets:
+            raise InvalidCommand(
+                f"there is no target {self._target!r}. There are {', '.join(targets)}."
+            )
         plan = self.session.plans[self._target]
         with as_invalid_dodo_file():
             entries, without = self._entries(plan)
