@@ -170,8 +170,8 @@ class Awq(Stage[AwqParams]):
         return Result(tensors, search.notes)
 
     def memory(self, params: AwqParams, checkpoint: Checkpoint) -> int:
-        """Return the size of the segment's weights in float32, and of a Hessian, a few times."""
-        return _UNQUANTIZED.memory(params, checkpoint) + 4 * params.nbytes
+        """Return the size of the weights, in float32 too; of one of them and its Hessian."""
+        return _UNQUANTIZED.memory(params, checkpoint) + 2 * params.nbytes
 
     def runs_alone(self, params: AwqParams) -> bool:
         """Tell whether a GPU computes, as of other stages that run a model."""
