@@ -75,6 +75,8 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     assert "activations:model finds out" in project.doit("imatrix", "model", expect=3).stderr
     assert "no target 'other'" in project.doit("imatrix", "other", expect=3).stderr
+    for output, fault in (("none/x", "no folder none"), (".", ". is a folder")):
+        assert fault in project.doit("imatrix", "-o", output, "model", expect=3).stderr
     project.doit("activations:model")
     project.doit("imatrix", "model")
     read = gguf.GGUFReader(tmp_path / FILE)

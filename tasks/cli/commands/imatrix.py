@@ -50,6 +50,11 @@ no name for are left out, and named."""
         if len(args) != 1:
             raise InvalidCommand(f"of what? {COMMAND} imatrix TARGET; {COMMAND} help imatrix")
         self._target = args[0]
+        path = Path(params["output"] or ".")
+        if params["output"] and path.is_dir():
+            raise InvalidCommand(f"{path} is a folder: name a file in it")
+        if not path.absolute().parent.is_dir():
+            raise InvalidCommand(f"there is no folder {path.parent}: make it, or name another file")
         return int(super().execute(params, [task_name(registry.ACTIVATIONS.group, self._target)]))
 
     def _execute(self, output: str) -> int:
