@@ -276,8 +276,8 @@ class Builder:
 
     def push_list(self, plan: Plan, packed: Manifest) -> None:
         """Have that uploaded, by and by, once the target is packed."""
-        sharing, key = self.store.sharing, self._list_key(plan)
-        if sharing and key:
+        sharing = self.store.sharing
+        if sharing and (key := self._list_key(plan)):
             nodes = (node for stage in plan.stages.values() for node in stage if not node.is_leaf)
             made = (Manifest.at(node.manifest_path(self.workspace)) for node in nodes)
             sharing.push_list(key, [m.action.key for m in (*made, packed) if m])
