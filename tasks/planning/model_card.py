@@ -153,7 +153,7 @@ def _toml(plan: Plan, base: HubName | None, adapter: HubName | None) -> str:
         "dtype": target.dtype,
         "adapter": str(adapter or "FOLDER OF THE ADAPTER") if target.adapter else None,
         "dequantize": target.dequantize or None,
-        "quantize": _said(target.quantize) if target.quantize else None,
+        "quantize": _said(target.quantize) if target.quantize else "keep" if target.keep else None,
         "device": {"": None, "cpu": "cpu"}.get(computer.get("device", ""), "gpu"),
         "max_shard_size": target.max_shard_bytes
         if target.max_shard_bytes != LAYOUTS[target.layout].default_shard_bytes

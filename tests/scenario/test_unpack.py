@@ -232,6 +232,8 @@ quantize = "keep"
     held = mx.dequantize(*(parts[:1] + [p.astype(mx.float32) for p in parts[1:]]), 32, 4)
     difference = mx.abs(held - floats[f"{path}.weight"].astype(mx.float32))
     assert 0 < mx.max(difference).item() < 0.005 * mx.max(parts[1]).item()
+    cards = [(project / "build" / n / "README.md").read_text() for n in ("awq", "awq-kept")]
+    assert ['quantize = "keep"' in card for card in cards] == [False, True]
 
 
 def test_what_cannot_be_kept(tmp_path: Path) -> None:
