@@ -229,16 +229,13 @@ class Blobs:
 
     def write_together(
         self, sizes: Sequence[int], pieces: Iterable[memoryview], places: Sequence[Place] = ()
-    ) -> list[str]:
+    ) -> None:
         """Write blobs that come one after another.
 
         Args:
             sizes: of each, in bytes.
             pieces: their bytes. None of them is a blob before the last has come.
             places: where each belongs; by default one after another in a container of their own.
-
-        Returns:
-            Their digests.
 
         Raises:
             FileNotFoundError: there is no such container.
@@ -262,7 +259,6 @@ class Blobs:
             self.refer(digest, [place.part])
         if not new:
             self._drop(own)
-        return digests
 
     def _write_together(
         self, sizes: Sequence[int], pieces: Iterable[memoryview], places: Sequence[Place]
