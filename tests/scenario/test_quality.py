@@ -265,7 +265,7 @@ def test_what_no_library_runs_is_left_out_and_named(project: Project) -> None:
     project.configure("examples", source="checkpoint", layout="mlx-examples")
     done = project.doit("evaluate")
     assert run(done) == {f"{group}:model" for group in RUNS}
-    assert "note: examples is not run: layout 'mlx-examples'" in done.stderr
+    assert "note: examples is not run: models of layout 'mlx-examples'" in done.stderr
     failed = project.doit("evaluate:examples", expect=1)
     assert "ERROR: evaluate:examples: examples is not run" in failed.stdout + failed.stderr
 
