@@ -79,6 +79,7 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert fault in project.doit("imatrix", "-o", output, "model", expect=3).stderr
     project.doit("activations:model")
     project.doit("imatrix", "model")
+    assert f"{FILE} is there" in project.doit("imatrix", "model", expect=3).stderr
     read = gguf.GGUFReader(tmp_path / FILE)
     values = {name: field.contents() for name, field in read.fields.items() if "." in name}
     assert {k: v for k, v in values.items() if not k.startswith("GGUF.")} == {

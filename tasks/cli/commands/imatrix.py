@@ -28,7 +28,8 @@ OUTPUT = {
     "long": "output",
     "type": str,
     "default": "",
-    "help": "the file that is written; without it, TARGET.imatrix.gguf here",
+    "help": "the file that is written, over one that is there; without it, a new one here, "
+    "TARGET.imatrix.gguf",
 }
 
 
@@ -50,7 +51,9 @@ no name for are left out, and named."""
         if len(args) != 1:
             raise InvalidCommand(f"of what? {COMMAND} imatrix TARGET; {COMMAND} help imatrix")
         self._target = args[0]
-        path = Path(params["output"] or ".")
+        path = Path(params["output"] or f"{self._target}.imatrix.gguf")
+        if not params["output"] and path.exists():
+            raise InvalidCommand(f"{path} is there: remove it, or name a file with -o")
         if params["output"] and path.is_dir():
             raise InvalidCommand(f"{path} is a folder: name a file in it")
         if not path.absolute().parent.is_dir():
