@@ -210,7 +210,7 @@ def _is_list_of(kind: type, value: Any) -> bool:
 
 def _expected(key: Key) -> str:
     example = toml(key.example)
-    if key.name == "quantize":
+    if key.table is Quantize:
         return f'a table such as {example}, "keep" or false'
     return {
         "size": f"bytes or a size such as {example}",
