@@ -164,9 +164,7 @@ def _quantized(
     for block in blocks:
         if device == "gpu":
             arrays.share(block)
-        with mx.stream(context.streams.get(device)):
-            quantized = quantize_block(block, setting, device)
-        yield quantized
+        yield quantize_block(block, setting, device, context.streams.get(device))
 
 
 def _blocks(
@@ -190,15 +188,13 @@ def _blocks(
     for first in range(0, rows.count(weight), count):
         for start in range(first, first + count, step):
             stop = min(start + step, first + count)
-            with mx.stream(context.streams.get("cpu")):
-                block = np.array(weight.read(start, stop).astype(mx.float32))
+            block = np.array(weight.read(start, stop).astype(mx.float32))
             if INPUT_SCALE in scales:
                 block *= scales[INPUT_SCALE][first // count]
             if OUTPUT_SCALE in scales:
                 block /= scales[OUTPUT_SCALE][first // count, start - first : stop - first, None]
             if CLIP in told:
                 block = awq.clip(block, np.array(told[CLIP].read(start, stop)))
-            with mx.stream(context.streams.get("cpu")):
-                made = mx.array(block).astype(getattr(mx, weight.dtype))
-                mx.eval(made)
+            made = mx.array(block).astype(getattr(mx, weight.dtype))
+            mx.eval(made)
             yield made

@@ -1,13 +1,15 @@
 """What computes: what is for a GPU names its stream, and what names none is the CPU's."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 
 import mlx.core as mx
 import pytest
 
-from tasks.stages import quantize
+from tasks.stages import quantize, running
 from tasks.stages.measure import _group_sums
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.sensitivity import _Importance
@@ -57,6 +59,14 @@ def test_each_operation_of_a_gpu_names_its_stream(setting: Setting, rows: int) -
     weighed = [change * channels[mx.arange(rows) // 4], change * by_row[:, None]]
     for made, wide in zip(sums[1:], weighed, strict=True):
         assert mx.allclose(made, mx.sum(wide, axis=-1), rtol=1e-5, atol=1e-6)
+
+
+def test_only_what_runs_a_model_alone_enters_the_stream_of_a_gpu() -> None:
+    """Whose context would send what other threads compute there, too."""
+    enters = re.compile(r'mx\.stream\((mx\.gpu|\S*streams\.get\((?!"cpu"))')
+    folder = Path(running.__file__).parents[1]
+    found = {path for path in folder.rglob("*.py") if enters.search(path.read_text("utf-8"))}
+    assert found == {Path(running.__file__)}
 
 
 def test_what_names_no_stream_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
