@@ -185,8 +185,7 @@ class Builder:
                 return manifest, "computed"
         inputs = self.inputs(plan, node)
         action = node.action(inputs)
-        self.read_list(plan)
-        entry, outcome = self.find(action, node.output_specs())
+        entry, outcome = self.find(plan, action, node.output_specs())
         if isinstance(entry, Hit):
             return entry.manifest, outcome
         with self._working(plan, node, action.key):
@@ -214,16 +213,18 @@ class Builder:
             yield
 
     def find(
-        self, action: Action, outputs: Mapping[str, TensorSpec] | None = None
+        self, plan: Plan, action: Action, outputs: Mapping[str, TensorSpec]
     ) -> tuple[Hit | Miss | Corrupt, str]:
         """Look an action up, here and then in the remote; return what came of it for the log.
 
         Args:
+            plan: the target, whose other results are asked for with it.
             action: the action.
             outputs: what it makes, whatever the digests: a remote's word on that is not taken.
         """
         entry = self.store.actions.get(action)
         if not isinstance(entry, Hit) and self.store.sharing:
+            self.read_list(plan)
             manifest = self.store.sharing.find(action, outputs)
             if manifest is not None:
                 return Hit(manifest), "fetched"

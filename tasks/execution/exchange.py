@@ -78,7 +78,6 @@ def pull(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     present = []
     for plan in plans:
         manifests: dict[Node, Manifest] = {}
-        builder.read_list(plan)
         for node in (*plan.leaves, *_shared(plan)):
             with builder.store.lock.using():
                 manifest = _pulled(builder, plan, node, manifests)
@@ -121,5 +120,5 @@ def _pulled(
     if not all(need in manifests for need in node.needs):
         return None
     inputs = node.inputs({need: manifests[need] for need in node.needs})
-    hit, _ = builder.find(node.action(inputs), node.output_specs())
+    hit, _ = builder.find(plan, node.action(inputs), node.output_specs())
     return hit.manifest if isinstance(hit, Hit) else None

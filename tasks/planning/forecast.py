@@ -262,7 +262,7 @@ class Forecast:
         ):
             self._make_again(plan)
             step = replace(step, certain=False)
-        packed, state = self._recorded(wanted.action)
+        packed, state = self._recorded(plan, wanted.action)
         if packed and self._holds(plan, packed):
             return replace(step, state=state)
         shared = not packed and self._runs(wanted.action.key)
@@ -363,9 +363,7 @@ class Forecast:
         changed = [self._path(need) for need in self._changed(saved, node.needs)]
         explained = old and reasons.between(old.action, action, node.stage.explain)
         why = explained or saved.why(changed)
-        if self._store.sharing:
-            self._build.read_list(plan)
-        recorded, state = self._recorded(action, node.output_specs())
+        recorded, state = self._recorded(plan, action, node.output_specs())
         if recorded:
             self._results[node] = _Result(recorded.result, recorded)
             self._put(node, state, why)
@@ -418,14 +416,16 @@ class Forecast:
         return need.output_specs() != {name: t.spec for name, t in old.tensors.items()}
 
     def _recorded(
-        self, action: Action, outputs: Mapping[str, TensorSpec] | None = None
+        self, plan: Plan, action: Action, outputs: Mapping[str, TensorSpec] | None = None
     ) -> tuple[Manifest | None, str]:
         entry = self._store.actions.get(action)
         if isinstance(entry, Hit):
             return entry.manifest, REUSE
-        sharing = self._store.sharing
-        manifest = sharing.look_up(action, outputs) if sharing else None
-        return (manifest, FETCH) if manifest is not None else (None, RUN)
+        if sharing := self._store.sharing:
+            self._build.read_list(plan)
+            if manifest := sharing.look_up(action, outputs):
+                return manifest, FETCH
+        return None, RUN
 
     def _runs(self, identity: str, *, surely: bool = True) -> bool:
         """Tell whether another task will have made what this one asks for; else this one will.
