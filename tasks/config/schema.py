@@ -345,7 +345,12 @@ mlx-lm does not quantize stays so here, unless a rule says otherwise."""
 RULES = """\
 The keys of each element of `quantize.rules`, beside `bits`, `group_size` and `mode`: what of
 these a rule does not say is the target's, or its own mode's. One that matches no module is an
-error."""
+error.
+
+`dtype` makes norms or a router wider or narrower than the rest, as in
+`{ match = "*norm", dtype = "float32" }`; `config.json` need not say it, since loaders keep what
+they find. MLX computes in what holds both operands: of `float16` and `bfloat16` that is `float32`,
+for all that follows."""
 
 CANDIDATES = """\
 The keys of each element of `quantize.candidates`, which `target_bpw` and `fit` choose of, module by

@@ -138,7 +138,7 @@ _QUANTIZED = "quantize, for the layers that it concerns, and pack"
 
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
-    """How the modules that match are quantized, where they are an exception."""
+    """How the modules that match are cast and quantized, where they are an exception."""
 
     match: Annotated[
         str,
@@ -173,11 +173,22 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     skip: Annotated[
         bool,
         key(
-            "Whether the modules stay unquantized; then the rule says nothing else.",
+            "Whether the modules stay unquantized; then the rule says no bits, group size or mode.",
             change=_QUANTIZED,
             example=True,
         ),
     ] = False
+    dtype: Annotated[
+        Dtype | None,
+        key(
+            "What floating-point tensors of the modules are cast to: of those that are quantized, "
+            "before that, and so their scales and biases. Such a rule is for modules of any kind, "
+            "norms and routers too; alone, it says nothing of quantizing them.",
+            default="the target's",
+            change="cast, for the layers that it concerns, and the later stages",
+            example="float32",
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         """Refuse keys that do not go together.
@@ -185,14 +196,23 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             Mistakes: there are such.
         """
-        says_how = (self.bits, self.group_size, self.mode) != (None, None, None)
-        if self.skip and says_how:
+        if self.skip and self.says_how:
             raise Mistakes(
                 Mistake(f"({self.match!r}) skips and quantizes", "drop skip or the rest")
             )
-        if not self.skip and not says_how:
-            mend = "add bits, group_size, mode or skip = true"
+        if not self.is_of_quantizing and self.dtype is None:
+            mend = "add bits, group_size, mode, dtype or skip = true"
             raise Mistakes(Mistake(f"({self.match!r}) changes nothing", mend))
+
+    @property
+    def says_how(self) -> bool:
+        """Whether it says how modules are quantized."""
+        return (self.bits, self.group_size, self.mode) != (None, None, None)
+
+    @property
+    def is_of_quantizing(self) -> bool:
+        """Whether it says that modules are quantized, or are not."""
+        return self.skip or self.says_how
 
 
 class Candidate(Struct, frozen=True, forbid_unknown_fields=True):

@@ -44,13 +44,14 @@ from tasks.execution.filling.draft import Drafts
 from tasks.execution.log import Log
 from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
 from tasks.execution.streaming.streaming import Streaming
+from tasks.layouts.model import Model
 from tasks.layouts.registry import LAYOUTS, is_read
 from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan, Planner
 from tasks.stages import quantize_scheme, registry
-from tasks.stages.cast import FLOATING
 from tasks.stages.quantize_scheme import Setting
-from tasks.stages.stage import Key
+from tasks.stages.rules import holder_of
+from tasks.stages.stage import FLOATING, Key
 from tasks.tensors import kernels, mx, rows
 
 Word = Literal["equal", "rounding", "different"]
@@ -394,11 +395,7 @@ def _target(claim: Claim, source: SourceSpec, source_name: str, planner: Planner
     target = structs.replace(asked, layout=_layout(claim, asked, planner))
     if said is None:
         return target
-    rules = [
-        _rule(module.path, checkpoint, said)
-        for module in planner.share(target).model.modules
-        if module.quantized_names
-    ]
+    rules = _rules(planner.share(target).model, checkpoint, said, target.dtype)
     mode = said.get("mode", "affine")
     _check_mode(claim, mode)
     quantize = Quantize(said.get("bits"), said.get("group_size"), mode, rules=tuple(rules))
@@ -427,6 +424,28 @@ def _layout(claim: Claim, target: Target, planner: Planner) -> LayoutName:
     if not unlike:
         raise errors[0]
     return min(unlike, key=lambda layout: unlike[layout])
+
+
+def _rules(
+    model: Model, checkpoint: Checkpoint, said: Mapping[str, Any], usual: Dtype | None
+) -> Iterator[Rule]:
+    """Yield a rule for each module that could be quantized, or is of another dtype than usual."""
+    dtypes: dict[str, set[str]] = {m.path: set() for m in model.modules if m.quantized_names}
+    can = {*dtypes}
+    for parameter in (each for each in model.parameters.values() if each.castable):
+        path = holder_of(parameter.name)
+        found = (checkpoint.stored.get(name) for name in (parameter.name, f"{path}.scales"))
+        dtypes.setdefault(path, set()).update(each.dtype for each in found if each is not None)
+    for path, kinds in dtypes.items():
+        rule = _rule(path, checkpoint, said) if path in can else None
+        floats = [dtype for dtype in get_args(Dtype) if dtype in kinds]
+        if len(floats) == 1 and floats != [usual]:
+            (dtype,) = floats
+            rule = (
+                structs.replace(rule, dtype=dtype) if rule else Rule(glob.escape(path), dtype=dtype)
+            )
+        if rule:
+            yield rule
 
 
 def _rule(path: str, checkpoint: Checkpoint, said: Mapping[str, Any]) -> Rule:

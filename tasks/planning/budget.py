@@ -17,7 +17,6 @@ from tasks.planning.node import total
 from tasks.planning.plan import Plan
 from tasks.quality import cache_size
 from tasks.stages import quantize, quantize_scheme
-from tasks.stages.cast import dtype_after
 from tasks.stages.quantize_scheme import Setting, weight_name
 from tasks.stages.running import skeleton_of
 
@@ -56,7 +55,7 @@ class Budget(NamedTuple):
         rest = 0
         options: dict[str, dict[Setting, int]] = {}
         for parameter in plan.shared.model.parameters.values():
-            spec = TensorSpec(dtype_after(parameter, plan.model.dtype), parameter.shape)
+            spec = TensorSpec(plan.model.dtype_after_cast(parameter), parameter.shape)
             path = paths.get(parameter.name)
             fitting = [each for each in candidates if spec.shape and not spec.shape[-1] % each[0]]
             if path is not None and fitting:

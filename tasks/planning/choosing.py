@@ -15,7 +15,7 @@ from msgspec import structs, to_builtins
 from cache.digest import digest_record
 from tasks.core.errors import ConfigError
 from tasks.core.program import COMMAND
-from tasks.core.spec import Quality, Quantize
+from tasks.core.spec import Quality, Quantize, Rule
 from tasks.core.text import toml
 from tasks.planning.budget import Budget
 from tasks.planning.choice import Choice, Origin
@@ -92,11 +92,17 @@ def _record(plan: Plan, asked: Quantize) -> dict[str, Any]:
         "fit": asked.fit,
         "context": asked.context,
         "candidates": [list(each) for each in quantize_scheme.candidates(asked)],
-        "rules": [to_builtins(rule) for rule in asked.rules],
+        "rules": [_rule(rule) for rule in asked.rules],
         **_calibration(quality),
         "model": _unquantized(plan),
     }
     return {key: value for key, value in record.items() if value not in (None, [])}
+
+
+def _rule(rule: Rule) -> dict[str, Any]:
+    """Return a rule; without a dtype, as locks have it that were written before there was one."""
+    said: dict[str, Any] = to_builtins(rule)
+    return {key: value for key, value in said.items() if key != "dtype" or value}
 
 
 def _calibration(quality: Quality) -> dict[str, Any]:

@@ -122,8 +122,8 @@ class SharedPlan(Struct, frozen=True, dict=True):
 
     def specs(self, stage: Stage[Any], target: TargetModel) -> dict[str, ActionSpec[Any]]:
         """Return what a stage is asked to do, by layer: one object for all targets alike."""
-        fused = tuple(target.fused.items())
-        key = (stage.name, target.roles, fused, stage.plan_key(target))
+        fused, dtypes = tuple(target.fused.items()), tuple(target.dtypes.items())
+        key = (stage.name, target.roles, fused, dtypes, stage.plan_key(target))
         if key not in self._planned:
             planned = stage.plan(target)
             self._planned[key] = {n: self._spec(stage, n, each) for n, each in planned.items()}
@@ -347,12 +347,13 @@ class Planner:
             shared.computer, target.layout, config, self.quality,
             quantize_scheme.candidates(target.quantize or None), self.memos,
             registry.roles(fuses=target.adapter is not None), self._adapter(target),
+            dtypes=shared.schemes.dtypes(target.quantize or None),
         )  # fmt: skip
         asked = structs.replace(asked, fused=fuse.dtypes(asked))
         method = target.quantize.method if target.quantize else None
         specs = _specs(shared, asked, registry.pipeline(method), {})
         names, weights = shared.names(scheme.settings), shared.weights(scheme.settings)
-        wide = shared.schemes.float32_scales(scheme.settings, dtype)
+        wide = shared.schemes.float32_scales(scheme.settings, dtype, asked.dtypes)
         packing = keeping.notes(target, model, dtype)
         notes = (*model.notes, *packing, *scheme.notes, *wide)
         return Plan(target, shared, asked, specs, names, config, weights, notes, packing)

@@ -19,8 +19,8 @@ from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Plan
 from tasks.report import INDEX, charts, figures, page_name, timeline, trace_name
 from tasks.report.figures import Figures, Piece, Reader
-from tasks.stages.cast import FLOATING
 from tasks.stages.measure import Measure
+from tasks.stages.stage import FLOATING
 
 if TYPE_CHECKING:  # imported where a page is written
     from jinja2 import Environment
@@ -133,9 +133,15 @@ def parameters(plan: Plan, packed: Manifest) -> list[tuple[str, str]]:
         }
         settings["quantize"] = ", ".join(f"{k} = {v}" for k, v in options.items() if v is not None)
         for number, rule in enumerate(quantize.rules, 1):
-            of_rule = {"mode": rule.mode, "bits": rule.bits, "group_size": rule.group_size}
-            rest = ", ".join(f"{k} = {v}" for k, v in of_rule.items() if v is not None)
-            settings[f"rule {number}"] = f"{rule.match}: {'skip' if rule.skip else rest}"
+            of_rule: dict[str, object] = {
+                "skip": rule.skip or None,
+                "mode": rule.mode,
+                "bits": rule.bits,
+                "group_size": rule.group_size,
+                "dtype": rule.dtype,
+            }
+            said = [k if v is True else f"{k} = {v}" for k, v in of_rule.items() if v is not None]
+            settings[f"rule {number}"] = f"{rule.match}: {', '.join(said)}"
     settings["max_shard_size"] = f"{target.max_shard_bytes:,} bytes"
     settings |= {
         {"mlx": "MLX", "sanitize": "mlx-lm's sanitize"}.get(key, key): value

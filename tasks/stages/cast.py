@@ -7,7 +7,6 @@ from math import prod
 from typing import Any, TypeGuard, cast
 
 from cache.records.manifests import TensorSpec
-from tasks.layouts.model import Parameter
 from tasks.stages.reasons import Reason, changes
 from tasks.stages.stage import (
     Context,
@@ -25,7 +24,6 @@ from tasks.stages.stage import (
 from tasks.tensors import arrays, mx, rows
 from tasks.tensors.rows import Rows
 
-FLOATING = ("float16", "bfloat16", "float32")
 INFINITY = 0x7C00  # float16's, and the least of its NaN, as an integer
 SIGN = 0x8000
 MANY = 1 / 1000  # so many zeros are not just the tail of a normal distribution
@@ -39,11 +37,6 @@ class CastParams(Params, frozen=True):
     """
 
     dtypes: dict[str, str]
-
-
-def dtype_after(parameter: Parameter, dtype: str | None) -> str:
-    """Return a parameter's dtype after a cast to ``dtype``; None casts nothing."""
-    return dtype if dtype in FLOATING and parameter.castable else parameter.dtype
 
 
 class Narrowed:
@@ -117,7 +110,7 @@ class Cast(Stage[CastParams]):
         """Plan to cast each parameter that is not of its dtype."""
         planned = {}
         for layer, parameters in target.layers.items():
-            dtypes = {p.name: dtype_after(p, target.dtype) for p in parameters}
+            dtypes = {p.name: target.dtype_after_cast(p) for p in parameters}
             params = CastParams({p.name: d for p in parameters if (d := dtypes[p.name]) != p.dtype})
             planned[layer] = Planned(params, target.same_layer(layer))
         return planned

@@ -21,7 +21,6 @@ from cache.records.manifests import DTYPE_BYTES, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.layouts import fusions
 from tasks.layouts.fusions import Delta
-from tasks.stages.cast import dtype_after
 from tasks.stages.reasons import Reason, changed_values
 from tasks.stages.stage import (
     Context,
@@ -48,6 +47,7 @@ class FuseParams(Params, frozen=True):
         deltas: what the adapter does to each weight, by its name.
         shapes: of these weights.
         dtype: what they are cast to then, where something is to be made of them.
+        dtypes: the same of those that a rule says another of, by name.
         mlx: MLX's version; this and the next two are empty if nothing is computed.
         device: what computes: ``cpu``, ``metal``, ``cuda``.
         machine: the processor.
@@ -59,6 +59,11 @@ class FuseParams(Params, frozen=True):
     mlx: str = ""
     device: str = ""
     machine: str = ""
+    dtypes: dict[str, str] = {}  # noqa: RUF012 - msgspec makes a new one for each
+
+    def dtype_of(self, name: str, spec: TensorSpec) -> str:
+        """Return the dtype of a weight once it is fused."""
+        return _dtype(spec.dtype, self.deltas[name], self.dtypes.get(name, self.dtype))
 
 
 class Fuse(Stage[FuseParams]):
@@ -84,7 +89,8 @@ class Fuse(Stage[FuseParams]):
             shapes = {p.name: tuple(p.shape) for p in parameters if p.name in own}
             computer = target.computer._asdict() if own else {}
             dtype = target.dtype if own and target.settings else None
-            params = FuseParams(own, shapes, dtype, **computer)
+            dtypes = {name: target.dtypes[name] for name in own if name in target.dtypes}
+            params = FuseParams(own, shapes, dtype, **computer, dtypes=dtypes)
             planned[layer] = Planned(params, target.same_layer(layer))
         return planned
 
@@ -102,9 +108,7 @@ class Fuse(Stage[FuseParams]):
         outputs = {}
         for key, spec in inputs.items():
             deltas = params.deltas.get(key.name)
-            made = (
-                TensorSpec(_dtype(spec.dtype, deltas, params.dtype), spec.shape) if deltas else spec
-            )
+            made = TensorSpec(params.dtype_of(key.name, spec), spec.shape) if deltas else spec
             origin = Origin.VIEW if deltas else Origin.PASSED_ON
             outputs[key.name] = Output(made, origin, (key,))
         return outputs
@@ -136,7 +140,7 @@ class Fuse(Stage[FuseParams]):
                 for role, (part, dtype, shape, _) in delta.tensors.items()
             }
             fused.setdefault(delta.expert, []).append(partial(_fuse, delta, tensors, stream))
-        dtype = _dtype(source.dtype, deltas, params.dtype)
+        dtype = params.dtype_of(name, TensorSpec(source.dtype, source.shape))
         return Fused(source, dtype, fused)
 
     def memory(self, params: FuseParams, checkpoint: Checkpoint) -> int:
@@ -174,9 +178,12 @@ def dtypes(target: TargetModel) -> dict[str, str]:
     if target.adapter is None:
         return {}
     wanted = target.dtype if target.settings else None
+    parameters, deltas = target.model.parameters, fusions.deltas
     return {
-        name: _dtype(dtype_after(target.model.parameters[name], target.dtype), deltas, wanted)
-        for name, deltas in fusions.deltas(target.adapter, target.model, target.checkpoint).items()
+        name: _dtype(
+            target.dtype_after_cast(parameters[name]), each, target.dtypes.get(name, wanted)
+        )
+        for name, each in deltas(target.adapter, target.model, target.checkpoint).items()
     }
 
 

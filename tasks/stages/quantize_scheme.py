@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import MODES, Quantize, Rule
 from tasks.core.text import listed, plural
 from tasks.layouts.model import Model, Module, Verdict
+from tasks.stages import rules
 
 FALLBACK = "fallback_group_size"  # a key of a model's word on a module
 PARTS = ("weight", "scales", "biases")  # what mx.quantize returns, as the modules name them
@@ -105,9 +104,28 @@ class Schemes:
         Raises:
             ConfigError: a rule matches nothing.
         """
-        ruled = _ruled(self._model, quantize.rules)
+        ruled = self._ruled(quantize)
         verdicts = _verdicts(self._model, quantize)
         return [m.path for m, word in verdicts if word is True and m.path not in ruled]
+
+    def dtypes(self, quantize: Quantize | None) -> dict[str, str]:
+        """Return what rules cast parameters to, by name.
+
+        Raises:
+            ConfigError: a rule matches nothing.
+        """
+        if quantize is None:
+            return {}
+        return rules.dtypes(self._model, self._rule_of(quantize))
+
+    def _rule_of(self, quantize: Quantize) -> dict[str, Rule]:
+        return rules.of_modules(self._model, quantize.rules, lambda: why_none(self._model))
+
+    def _ruled(self, quantize: Quantize) -> dict[str, Rule]:
+        """Return the rules of modules that can be quantized, those that say something of that."""
+        can = {m.path for m in self._model.modules if m.quantized_names is not None}
+        rule_of = self._rule_of(quantize).items()
+        return {path: rule for path, rule in rule_of if rule.is_of_quantizing and path in can}
 
     def plan(self, quantize: Quantize | None, chosen: Mapping[str, Setting] = _NOTHING) -> Scheme:
         """Decide how each module is quantized, as ``mlx_lm.utils.quantize_model`` does.
@@ -149,17 +167,21 @@ class Schemes:
                 outcomes[path] = _Outcome(misfit=(width, candidates(quantize)[0].group_size))
         return outcomes
 
-    def float32_scales(self, settings: Mapping[str, Setting], dtype: str | None) -> list[str]:
+    def float32_scales(
+        self, settings: Mapping[str, Setting], dtype: str | None, by_rule: Mapping[str, str]
+    ) -> list[str]:
         """Return the note on scales that are as large as float32 has them.
 
         Args:
             settings: how modules are quantized, by path.
             dtype: what the target casts to, if anything.
+            by_rule: what rules cast parameters to, by name.
         """
         large = [
             path
             for path, castable in self._float32.items()
             if path in settings and settings[path].mode == "affine" and not (dtype and castable)
+            if weight_name(path) not in by_rule
         ]
         if dtype == "float32" or not large:
             return []
@@ -184,7 +206,7 @@ class Schemes:
         Raises:
             ConfigError: the recipe does not fit the model, or a rule matches nothing.
         """
-        ruled = _ruled(self._model, quantize.rules)
+        ruled = self._ruled(quantize)
         quantize = structs.replace(quantize, rules=())
         if quantize not in self._without_rules:
             self._without_rules[quantize] = _WithoutRules.of(self._model, quantize)
@@ -318,62 +340,6 @@ def _check_known(module: Module, outcome: _Outcome) -> None:
             f"{module.path} is quantized by mlx-lm in a way of its own, which mlx-make does "
             f'not know. Skip it: rules = [{{ match = "{module.path}", skip = true }}]'
         )
-
-
-def _ruled(model: Model, rules: Sequence[Rule]) -> dict[str, Rule]:
-    """Return the rule of each module that has one, by path: the first that matches it.
-
-    Raises:
-        ConfigError: a rule matches none, or a part of one alone.
-    """
-    can = [module for module in model.modules if module.quantized_names is not None]
-    paths = [module.path for module in can]
-    matches = {rule: fnmatch.filter(paths, rule.match) for rule in rules}
-    for rule in (rule for rule, paths in matches.items() if not paths):
-        for module in can:
-            theirs = _checkpoint_paths(model, module)
-            if named := [path for path in theirs if fnmatch.fnmatchcase(path, rule.match)]:
-                if len(named) < len(theirs):
-                    raise ConfigError(
-                        f"rule {rule.match!r} matches {named[0]} of the checkpoint, which the "
-                        f"model has in one with others, as {module.path}. Match that: it is "
-                        "quantized as a whole."
-                    )
-                matches[rule].append(module.path)
-    rule_of: dict[str, Rule] = {}
-    for rule in dict.fromkeys(rules):
-        new = {path: rule for path in matches[rule] if path not in rule_of}
-        if not new:
-            raise ConfigError(_unmatched(model, rule))
-        rule_of |= new
-    return rule_of
-
-
-def _checkpoint_paths(model: Model, module: Module) -> list[str]:
-    """Return what the checkpoint calls the modules that a module's weight is made of."""
-    weight = model.parameters[weight_name(module.path)]
-    names = (key.partition("#")[0] for key in weight.inputs)
-    return list(dict.fromkeys(re.sub(r"\.weight(_\w+)?$", "", name) for name in names))
-
-
-def _unmatched(model: Model, rule: Rule) -> str:
-    """Return what to say of a rule that has no effect, with the nearest that would have one."""
-    from difflib import get_close_matches  # that only a mistake pays
-
-    paths = [module.path for module in model.modules if module.quantized_names]
-    patterns = {re.sub(r"\.\d+\.", ".*.", path): None for path in paths}
-    near = get_close_matches(rule.match, [*paths, *patterns], 1)
-    if not paths:
-        return (
-            f"rule {rule.match!r} matches no module that can be quantized: the checkpoint has none"
-            + (f", since it is {packed}. {UNPACKED}." if (packed := _packed(model)) else ".")
-        )
-    return (
-        f"rule {rule.match!r} matches no module that can be quantized, or none that an "
-        f"earlier rule left. There are {', '.join(paths[:3])}, … ({len(paths)} in all); "
-        + (f"near is {near[0]!r}; " if near else "")
-        + "'*' matches any run of characters."
-    )
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -24,7 +24,6 @@ from tasks.quality import segments
 from tasks.quality.calls import Call, Seen, Watch
 from tasks.quality.segments import LOGITS, Run, Segment, Skeleton, Split
 from tasks.stages import quantize
-from tasks.stages.cast import dtype_after
 from tasks.stages.quantize_scheme import Setting, parts
 from tasks.stages.reasons import Reason, changed_values
 from tasks.stages.stage import (
@@ -488,7 +487,7 @@ def skeleton_of(target: TargetModel, settings: Mapping[str, Setting]) -> Skeleto
     """Return the model as it is quantized by the target's settings, or by none."""
     tensors: dict[str, TensorSpec] = {}
     for parameter in (each for parameters in target.layers.values() for each in parameters):
-        dtype = target.fused.get(parameter.name) or dtype_after(parameter, target.dtype)
+        dtype = target.fused.get(parameter.name) or target.dtype_after_cast(parameter)
         spec = TensorSpec(dtype, parameter.shape)
         if setting := settings.get(parameter.name):
             tensors |= quantize.part_specs(parameter.name, spec, setting)

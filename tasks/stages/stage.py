@@ -31,6 +31,7 @@ from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
 
 # The parameters that say what computes, by name; "sanitize" covers the library's version.
 COMPUTER = ("mlx", "device", "machine", "sanitize", "numpy")
+FLOATING = ("float16", "bfloat16", "float32")  # dtypes that there are casts to
 PROGRAMS = (*COMPUTER, "transformers", "versions")  # and of what else, by its name
 
 
@@ -203,6 +204,7 @@ class TargetModel(Struct, frozen=True):
         roles: which stages do what.
         adapter: what is fused with the weights, if anything is.
         fused: the dtypes of the weights that this changes, once it is, by name.
+        dtypes: what rules cast other parameters to than ``dtype``, by name.
         planned: what the stages before planned, by stage and layer.
         previous: the name of the stage before, "" for the first.
     """
@@ -222,8 +224,14 @@ class TargetModel(Struct, frozen=True):
     roles: Roles
     adapter: Adapter | None = None
     fused: Mapping[str, str] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     planned: Mapping[str, Mapping[str, ActionSpec[Any]]] = field(default_factory=dict)
     previous: str = ""
+
+    def dtype_after_cast(self, parameter: Parameter) -> str:
+        """Return the dtype of a parameter once it is cast, if it is."""
+        dtype = self.dtypes.get(parameter.name, self.dtype)
+        return dtype if dtype in FLOATING and parameter.castable else parameter.dtype
 
     def same_layer(self, layer: str) -> tuple[Need, ...]:
         """Return what a stage needs that reads the stage before, layer by layer."""

@@ -200,7 +200,7 @@ TOML = {
     "unknown in a rule": setting(
         'quantize = { rules = [{ match = "lm_head", bits = 4 }, { match = "*", skp = true }] }',
         "quantize.rules[1].skp is an unknown key",
-        "valid: match, bits, group_size, mode, skip. Did you mean 'skip'?",
+        "valid: match, bits, group_size, mode, skip, dtype. Did you mean 'skip'?",
         right='quantize = { rules = [{ match = "lm_head", bits = 4 }, '
         '{ match = "*", skip = true }] }',
     ),
@@ -351,7 +351,7 @@ MORE_TOML = {
     ),
     "rule that says nothing": setting(
         'quantize = { rules = [{ match = "lm_head" }] }',
-        "quantize.rules[0] ('lm_head') changes nothing. Add bits, group_size, mode or skip = true",
+        "quantize.rules[0] ('lm_head') changes nothing. Add bits, group_size, mode, dtype or skip",
         right='quantize = { rules = [{ match = "lm_head", skip = true }] }',
     ),
     "rule that says both": setting(
@@ -462,6 +462,15 @@ PLANS = {
         MODEL + 'quantize = { rules = [{ match = "lm_haed", bits = 6 }] }',
         ("a: rule 'lm_haed' matches no module", MODULES, "'*' matches any run of characters"),
         MODEL + 'quantize = { rules = [{ match = "lm_*", bits = 6 }] }',
+    ),
+    "rule for what has no bits": Case(
+        MODEL + 'quantize = { rules = [{ match = "*.input_layernorm", bits = 6 }] }',
+        ("a: rule '*.input_layernorm' matches no module that can be quantized", MODULES),
+        MODEL + 'quantize = { rules = [{ match = "*.input_layernorm", dtype = "float32" }] }',
+    ),
+    "dtype of what matches nothing": Case(
+        MODEL + 'quantize = { rules = [{ match = "model.nrom", dtype = "float32" }] }',
+        ("a: rule 'model.nrom' matches no module, or none that an earlier", "near is 'model.norm'"),
     ),
     "rule behind another": Case(
         MODEL

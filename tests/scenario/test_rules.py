@@ -7,6 +7,7 @@ that is written out here for each case, not read from the rules.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.utils import load_model, quantize_model, save_config
 
-from support import checkpoints
+from support import checkpoints, inside
 from support.front_door import doit
 
 Verdict = bool | dict[str, Any]
@@ -46,6 +47,7 @@ class Case:
         call: `quantize_model`'s own arguments.
         recipe: the recipe, if there is one.
         arch: of the checkpoint.
+        dtype: what a parameter of this name is cast to, where it is not bfloat16.
     """
 
     toml: str
@@ -53,6 +55,13 @@ class Case:
     call: Mapping[str, Any] = field(default_factory=dict)
     recipe: str | None = None
     arch: str = "llama"
+    dtype: Callable[[str], mx.Dtype | None] = lambda name: None
+
+
+def dtype_of_parts(name: str) -> mx.Dtype | None:
+    if "norm" in name or "mlp.gate." in name:
+        return mx.float32
+    return mx.float16 if "switch_mlp.down_proj" in name or "lm_head" in name else None
 
 
 def bits_by_layer(path: str, own: Verdict) -> Verdict:
@@ -159,6 +168,23 @@ CASES = {
         {"bits": 4},
         arch="qwen3-moe",
     ),
+    "dtype": Case(
+        '{ bits = 4, rules = [{ match = "*norm", dtype = "float32" }, '
+        '{ match = "*.mlp.gate", dtype = "float32" }, '
+        '{ match = "lm_head", skip = true, dtype = "float16" }, '
+        '{ match = "*.experts.*.down_proj", bits = 8, dtype = "float16" }, '
+        '{ match = "*.o_proj", bits = 6 }] }',
+        lambda path, own: (
+            affine(8)
+            if path.endswith("switch_mlp.down_proj")
+            else affine(6)
+            if path.endswith("o_proj")
+            else path != "lm_head" and own
+        ),
+        {"bits": 4},
+        arch="qwen3-moe",
+        dtype=dtype_of_parts,
+    ),
     "all": Case(
         '{ bits = 4, rules = [{ match = "*", bits = 8 }] }', lambda *_: affine(8), {"bits": 4}
     ),
@@ -195,6 +221,11 @@ def built(folder: Path, tmp_path: Path, name: str) -> Built:
     case = CASES[name]
     model, settings = load_model(folder / "checkpoints" / case.arch, lazy=True)
     model.set_dtype(mx.bfloat16)
+    plain = dict(
+        tree_flatten(load_model(folder / "checkpoints" / case.arch, lazy=True)[0].parameters())
+    )
+    cast = [(n, a.astype(case.dtype(n))) for n, a in plain.items() if case.dtype(n)]
+    model.load_weights(cast, strict=False)
     own = getattr(model, "quant_predicate", lambda *_: True)
     if case.recipe:
         group_size = case.call.get("group_size")
@@ -251,6 +282,9 @@ def test_mlx_lm_loads_each_module_as_the_rules_say(folder: Path, name: str) -> N
         verdict = case.verdict(path, own(path, module))
         if verdict is True:
             verdict = {"mode": "affine", **case.call}
+        said = case.dtype(f"{path}.weight") or mx.bfloat16
+        quantized = getattr(modules[path], "scales", modules[path].weight)
+        assert quantized.dtype in (said, mx.uint8), path
         quantized = hasattr(modules[path], "bits")
         assert quantized == bool(verdict), path
         if quantized:
@@ -260,7 +294,17 @@ def test_mlx_lm_loads_each_module_as_the_rules_say(folder: Path, name: str) -> N
             found = modules[path].bits, modules[path].group_size, modules[path].mode
             assert found == said, path
         seen.add(json.dumps(verdict))
+    norms = [m.weight.dtype for path, m in modules.items() if path.endswith("norm")]
+    assert {*norms} == {case.dtype("norm") or mx.bfloat16}
     assert len(seen) > 1 or name == "all"  # that the case shows something
+
+
+def test_verify_tells_dtypes_from_the_model(folder: Path, tmp_path: Path) -> None:
+    source = ("--source", str(folder / "checkpoints" / "qwen3-moe"))
+    copy = shutil.copytree(folder / "build" / "qwen3-moe-dtype", tmp_path / "model")
+    status, out, err = inside.run(folder, "verify", "--all", *source, str(copy))
+    assert (status, err) == (0, "")
+    assert "made anew from" in out
 
 
 # Where quantize_model cannot follow: it looks at one group size for all modules

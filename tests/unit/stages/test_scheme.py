@@ -73,7 +73,7 @@ def test_a_checkpoint_that_is_quantized_already(tmp_path: Path) -> None:
     assert Schemes(model).plan(same).notes == ()
     (first,) = Schemes(model).plan(replace(same, recipe="mixed_3_6")).notes
     assert "stay so: recipe mixed_3_6 is only for those that are not" in first
-    with pytest.raises(ConfigError, match="has none, since it is quantized already, to 4 bits"):
+    with pytest.raises(ConfigError, match="the checkpoint is quantized already, to 4 bits"):
         Schemes(model).plan(replace(same, rules=(Rule("lm_head", bits=8),)))
 
 
@@ -89,10 +89,12 @@ def test_scales_that_are_float32(tmp_path: Path) -> None:
     folder = checkpoints.make("starcoder2", tmp_path / "checkpoint")
     model = model_of(folder, tmp_path / "cache")
     settings = Schemes(model).plan(Quantize(bits=4)).settings
-    (note,) = Schemes(model).float32_scales(settings, None)
+    (note,) = Schemes(model).float32_scales(settings, None, {})
     assert "are float32, as the checkpoint's weights are (" in note
     for dtype in ("float16", "bfloat16", "float32"):  # the last was asked for
-        assert Schemes(model).float32_scales(settings, dtype) == []
+        assert Schemes(model).float32_scales(settings, dtype, {}) == []
+    by_rule = {f"{path}.weight": "float32" for path in settings}
+    assert Schemes(model).float32_scales(settings, None, by_rule) == []
 
 
 def test_fp8_without_scales(tmp_path: Path) -> None:
