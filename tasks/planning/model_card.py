@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import to_builtins
-
 from cache.digest import digest, digest_list, digest_record
 from cache.records.manifests import Tensor
 from cache.records.memos import Memos
 from tasks.checkpoints import sources
-from tasks.checkpoints.hub_name import HubName
 from tasks.checkpoints.small_files import check_regular
 from tasks.core import text
 from tasks.core.errors import CheckpointError, ConfigError
-from tasks.core.spec import Quantize, Settings, Target
+from tasks.core.spec import Target
 from tasks.layouts import asking, card
 from tasks.layouts.registry import LAYOUTS
+from tasks.planning import card_lines
 from tasks.planning.plan import Plan
 from tasks.quality.divergence import ModelQuality
 
@@ -30,6 +27,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 VERSION = 3  # raised when a template is given other variables
+ROUNDING = ("numpy", "transformers", "tokenizers")  # what a text is cut by, and weights rounded
 SOME_QUALITY = ModelQuality(1, *[1.0] * 8)  # to try a template with
 
 
@@ -43,7 +41,7 @@ def params(plan: Plan) -> str:
 
 def program() -> list[Any]:
     """Return what any target's card depends on beside the target."""
-    return [VERSION, digest(_default_template().encode()), _versions(computed=True)]
+    return [VERSION, digest(_default_template().encode()), _versions(computed=True, rounded=True)]
 
 
 def render(
@@ -121,9 +119,11 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "loading": LAYOUTS[target.layout].loading.format(model=repository or "path/to/this/folder"),
         "quantized": [f"{words}: {text.plural(n, 'module')}" for words, n in counts.items()],
         "dtype": plan.model.dtype,
-        "versions": _versions(computed=bool(computer)),
+        "versions": _versions(
+            computed=bool(computer), rounded=bool(target.quantize and target.quantize.method)
+        ),
         "computer": [computer[key] for key in ("device", "machine") if key in computer],
-        "toml": _toml(plan, base, adapter),
+        "toml": card_lines.lines(plan, base, adapter),
     }
 
 
@@ -139,37 +139,6 @@ def _fields(plan: Plan, base: str | None, memos: Memos) -> card.Fields:
             fields["base_model_relation"] = "quantized"
     fields["tags"] = list(dict.fromkeys([*fields["tags"], *plan.target.tags]))
     return fields
-
-
-def _toml(plan: Plan, base: HubName | None, adapter: HubName | None) -> str:
-    """Return the lines of models.toml that make the same bytes, without a path of this machine."""
-    target, computer = plan.target, plan.computer or {}
-    name = (target.repository or (base and base.repository) or "model").rpartition("/")[2]
-    name = name if re.fullmatch(r"[\w-]+", name, re.ASCII) else text.toml(name)
-    keys: dict[str, Any] = {
-        "source": str(base) if base else "FOLDER OF THE CHECKPOINT",
-        "loader": target.loader,
-        "layout": target.layout if target.layout != Settings().layout else None,
-        "dtype": target.dtype,
-        "adapter": str(adapter or "FOLDER OF THE ADAPTER") if target.adapter else None,
-        "dequantize": target.dequantize or None,
-        "quantize": _said(target.quantize) if target.quantize else "keep" if target.keep else None,
-        "device": {"": None, "cpu": "cpu"}.get(computer.get("device", ""), "gpu"),
-        "max_shard_size": target.max_shard_bytes
-        if target.max_shard_bytes != LAYOUTS[target.layout].default_shard_bytes
-        else None,
-    }
-    lines = [f"{key} = {text.toml(value)}" for key, value in keys.items() if value is not None]
-    return "\n".join([f"[models.{name}]", *lines])
-
-
-def _said(quantize: Quantize) -> dict[str, Any]:
-    """Return what a table says that is not its default."""
-    usual = to_builtins(Quantize())
-    said = {k: v for k, v in to_builtins(quantize, enc_hook=int).items() if v != usual[k]}
-    if rules := said.get("rules"):
-        said["rules"] = [{k: v for k, v in r.items() if v not in (None, False)} for r in rules]
-    return said
 
 
 def _template(target: Target) -> str:
@@ -226,7 +195,13 @@ def _compiled(template: str) -> Template:
 
 
 @cache
-def _versions(*, computed: bool) -> dict[str, str]:
-    """Return the versions of what made a model; MLX's only if anything was computed."""
+def _versions(*, computed: bool, rounded: bool) -> dict[str, str]:
+    """Return the versions of what made a model.
+
+    Args:
+        computed: whether anything was computed; else MLX's is no matter.
+        rounded: whether weights were rounded by what a model made of a text.
+    """
     versions = asking.versions() | {"mlx-make": version("mlx-make")}
+    versions |= {name: version(name) for name in ROUNDING if rounded}
     return versions if computed else {name: versions[name] for name in versions if name != "mlx"}

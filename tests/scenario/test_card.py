@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -185,3 +186,44 @@ def test_metas_checkpoint(tmp_path: Path) -> None:
     built = built_of_metas(tmp_path / "project", "mlx-lm")
     assert card(built)[0]["license"] == "llama2"
     assert (built / "LICENSE").read_text() == LICENSE
+
+
+def test_the_card_s_lines_make_the_same_whatever_was_asked_for(tmp_path: Path) -> None:
+    """Of a budget, of what is rounded on a text, with rules and recipes: nothing is made anew."""
+    project = projects.create(tmp_path, "huggingface", dtype="float32", device="cpu")
+    project.models.clear()
+    (tmp_path / "own.txt").write_text("One two three, and so on to some more words. " * 60)
+    project.quality = {"text": "own.txt", "samples": 2, "sequence_length": 12, "seed": 3}
+    rules = [{"match": "*.v_proj", "bits": 8}, {"match": "*.0.*.up_proj", "skip": True}]
+    budget = {"target_bpw": 7.0, "group_size": 32, "min_bits": 3, "rules": rules}
+    for name, quantize in {
+        "budget": budget,
+        "awq": {**budget, "method": "awq"},
+        "mixed": {"recipe": "mixed_3_6", "rules": rules[1:]},
+    }.items():
+        project.configure(name, dtype="float32", device="cpu", quantize=quantize)
+    project.doit()
+    again = Project(tmp_path / "again", "huggingface", cache=project.store, quality=project.quality)
+    again.folder.mkdir()
+    lines = {name: _lines(project.folder / "build" / name) for name in project.models}
+    for name, said in lines.items():
+        assert str(tmp_path) not in repr(said)
+        (model,) = said["models"].values()
+        again.models[name] = model | {"source": str(project.checkpoint)}
+        assert said.get("quality") == (project.quality if name == "awq" else None)
+    again.quality = {**project.quality, "text": str(tmp_path / "own.txt")}
+    again.configure("mixed")
+    ran = again.doit()
+    assert not {task for task in ran.computed if not task.startswith("pack:")}
+    for name in project.models:
+        for file in ("model.safetensors", "config.json"):
+            assert again.built(name)[file] == project.built(name)[file], (name, file)
+    card_of_awq = (project.folder / "build" / "awq" / "README.md").read_text()
+    sha256 = hashlib.sha256((tmp_path / "own.txt").read_bytes()).hexdigest()
+    assert f"own.txt: SHA-256 {sha256}" in card_of_awq
+
+
+def _lines(built: Path) -> dict:
+    return tomllib.loads(
+        (built / "README.md").read_text().partition("```toml\n")[2].split("```")[0]
+    )
