@@ -8,7 +8,9 @@ added as its ``merge`` does on a CPU, in float32.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from math import prod
 from typing import Any
@@ -38,6 +40,10 @@ from tasks.stages.stage import (
 from tasks.tensors import arrays, mx, rows
 from tasks.tensors.device import device_of
 from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
+
+
+# MLX's CUDA backend returns wrong numbers where several threads multiply matrices.
+_MULTIPLYING = threading.Lock()
 
 
 class FuseParams(Params, frozen=True):
@@ -70,7 +76,7 @@ class Fuse(Stage[FuseParams]):
     """Add an adapter to each layer."""
 
     name = "fuse"
-    version = 2
+    version = 3
     keep = Keep.CONFIGURED
     params = FuseParams
 
@@ -210,25 +216,29 @@ def _fuse(
     delta: Delta, tensors: Mapping[str, mx.array], stream: mx.Stream, weight: mx.array
 ) -> mx.array:
     """Return a weight, (rows, columns) or of experts, with what an adapter does to it."""
-    with mx.stream(stream):
-        if delta.kind == "replace":
-            return tensors["weight"]
-        a, b, scale = tensors["a"], tensors["b"], delta.scale
-        if delta.kind.startswith("peft_"):
-            return _fuse_peft(delta, tensors, weight)
-        if weight.ndim == 3:
-            product = (scale * b) @ a.reshape(len(weight), -1, weight.shape[-1])
-        elif delta.transposed:
-            product = (scale * b.T) @ a.T
-        else:
-            product = (scale * a) @ b
-        weight = weight + product.astype(weight.dtype)
-        if delta.kind == "dora":
-            weight = (tensors["m"] / mx.linalg.norm(weight, axis=1))[:, None] * weight
-        return weight
+    if delta.kind == "replace":
+        return tensors["weight"]
+    if delta.kind.startswith("peft_"):
+        return _fuse_peft(delta, tensors, weight)
+    left, right = tensors["a"], tensors["b"]
+    if weight.ndim == 3:
+        left, right = right, left.reshape(len(weight), -1, weight.shape[-1], stream=stream)
+    elif delta.transposed:
+        left, right = (mx.transpose(each, stream=stream) for each in (right, left))
+    product = mx.matmul(mx.multiply(delta.scale, left, stream=stream), right, stream=stream)
+    weight = mx.add(weight, product.astype(weight.dtype, stream=stream), stream=stream)
+    if delta.kind == "dora":
+        norms = mx.linalg.norm(weight, axis=1, keepdims=True, stream=stream)
+        magnitudes = mx.expand_dims(tensors["m"], 1, stream=stream)
+        factors = mx.divide(magnitudes, norms, stream=stream)
+        weight = mx.multiply(factors, weight, stream=stream)
+    with _MULTIPLYING if stream.device.type == mx.gpu else nullcontext():
+        mx.eval(weight)
+    return weight
 
 
 def _fuse_peft(delta: Delta, tensors: Mapping[str, mx.array], weight: mx.array) -> mx.array:
+    """Return the same on a CPU: a GPU may multiply float32 with less than its precision."""
     a, b = (tensors[role].astype(mx.float32) for role in ("a", "b"))
     product = b @ a
     product = (product.T if delta.transposed else product) * delta.scale

@@ -10,6 +10,7 @@ from typing import Any
 from cache.digest import CHUNK_BYTES, digest, digest_parts
 from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.errors import BuildError
 from tasks.core.spec import MODES
 from tasks.stages import quantize_scheme
 from tasks.stages.quantize_scheme import Setting
@@ -254,6 +255,12 @@ def quantize_block(
     if device == "cpu":
         packed = _quantize_slices(block, setting)
     else:
+        if not kernels.gpu_agrees(block.dtype, **options):
+            raise BuildError(
+                f"MLX cannot quantize to {setting.bits} bits in mode {setting.mode}, "
+                f"{setting.group_size} weights a group, on this GPU: what it makes does not stand "
+                'for what it is given. Use device = "cpu".'
+            )
         packed = kernels.quantize(block, **options, stream=stream)
     not_finite = kernels.not_finite(block, stream)
     pieces = arrays.views(packed, not_finite, together=device == "gpu", stream=stream)

@@ -9,15 +9,27 @@ from threading import Thread
 import mlx.core as mx
 import pytest
 
-from tasks.stages import quantize, running
+from tasks.core.errors import BuildError
+from tasks.layouts.fusions import Delta
+from tasks.stages import fuse, quantize, running
 from tasks.stages.measure import _group_sums
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.sensitivity import _Importance
+from tasks.tensors import kernels
 from tasks.tensors import mx as lazy_mx
 from tasks.tensors.device import backend, default, default_to_cpu
 from tasks.tensors.kernels import not_finite
 
 SETTINGS = [Setting(64, 4, "affine"), Setting(32, 4, "mxfp4"), Setting(16, 4, "nvfp4")]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu() -> Iterator[None]:
+    """Of these tests, on a machine with a GPU too: what leaves a stream brings back one default."""
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
 
 
 @contextmanager
@@ -36,7 +48,10 @@ def no_default() -> Iterator[mx.Stream]:
 
 @pytest.mark.parametrize("rows", [6, 7])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_each_operation_of_a_gpu_names_its_stream(setting: Setting, rows: int) -> None:
+def test_each_operation_of_a_gpu_names_its_stream(
+    setting: Setting, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "gpu_agrees", lambda *_, **__: True)
     block = mx.random.normal((rows, 128)).astype(mx.bfloat16)
     channels, by_row = mx.random.uniform(shape=(2, 128)), mx.random.uniform(shape=(rows,))
     mx.eval(block, channels, by_row, not_finite(block))  # whose bounds are the CPU's, once
@@ -61,9 +76,45 @@ def test_each_operation_of_a_gpu_names_its_stream(setting: Setting, rows: int) -
         assert mx.allclose(made, mx.sum(wide, axis=-1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_what_fuses_on_a_gpu_names_its_stream(kind: str, transposed: bool) -> None:
+    weight, a, b = (mx.random.normal(shape) for shape in ((6, 8), (8, 2), (2, 6)))
+    if not transposed:
+        a, b = b.T, a.T
+    tensors = {"a": a, "b": b, "m": mx.arange(6.0)}
+    mx.eval(weight, tensors)
+    delta = Delta(kind, transposed, 1.5, None, {})
+    with no_default() as stream:
+        fused = fuse._fuse(delta, tensors, stream, weight)
+    expected = weight + ((1.5 * b.T) @ a.T if transposed else (1.5 * a) @ b)
+    if kind == "dora":
+        expected = (tensors["m"] / mx.linalg.norm(expected, axis=1))[:, None] * expected
+    assert mx.array_equal(fused, expected)
+
+
+def test_what_a_gpu_cannot_quantize_to_is_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it has no kernel, MLX returns what lay in memory."""
+    monkeypatch.setattr(lazy_mx, "gpu", mx.cpu, raising=False)
+    options = {"group_size": 64, "bits": 4, "mode": "affine"}
+    block = mx.random.normal((4, 128))
+    kernels.gpu_agrees.cache_clear()
+    assert quantize.quantize_block(block, Setting(**options), "gpu", mx.default_stream(mx.cpu))
+    quantized = kernels.quantize
+
+    def left(*args: mx.array, **options: object) -> tuple[mx.array, ...]:
+        return tuple(mx.zeros_like(part) for part in quantized(*args, **options))
+
+    monkeypatch.setattr(kernels, "quantize", left)
+    kernels.gpu_agrees.cache_clear()
+    with pytest.raises(BuildError, match=r"cannot quantize to 4 bits in mode affine, 64 .* GPU"):
+        quantize.quantize_block(block, Setting(**options), "gpu", mx.default_stream(mx.cpu))
+    kernels.gpu_agrees.cache_clear()
+
+
 def test_only_what_runs_a_model_alone_enters_the_stream_of_a_gpu() -> None:
     """Whose context would send what other threads compute there, too."""
-    enters = re.compile(r'mx\.stream\((mx\.gpu|\S*streams\.get\((?!"cpu"))')
+    enters = re.compile(r'mx\.stream\((?!…|mx\.cpu\)|\S*streams\.get\("cpu"\))')
     folder = Path(running.__file__).parents[1]
     found = {path for path in folder.rglob("*.py") if enters.search(path.read_text("utf-8"))}
     assert found == {Path(running.__file__)}
