@@ -3,12 +3,13 @@
     python benchmarks/vlm.py --folder F               # all, in five settings; Markdown
     python benchmarks/vlm.py --folder F qwen2_vl llava  # these
     python benchmarks/vlm.py --folder F --rounds 3      # time and memory, of Qwen2-VL 2B's shape
+    python benchmarks/vlm.py --folder F --library mlx-embeddings  # of another library
 
-A small random checkpoint is made of each architecture, of the fields of mlx-vlm's own classes
-(tests/support/vlm_checkpoints.py), converted by the peer in this process, and built by one call of
+A small random checkpoint is made of each architecture, of the fields of the library's own classes
+(tests/support/*_checkpoints.py), converted by the peer in this process, and built by one call of
 doit. Names, dtypes, shapes and bytes of all tensors, config.json and the index are compared. What
-the peer refuses is told with its words, and so is what no checkpoint could be made of. It takes
-6 GB, and half an hour on a busy machine; what a folder has already is not made again.
+the peer refuses is told with its words, and so is what no checkpoint could be made of. All of
+mlx-vlm takes 6 GB, and half an hour on a busy machine; what a folder has already is not made again.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
 from measure import ROOT, BenchmarkError, Usage, measure
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support import vlm_checkpoints, vlm_names, vlm_peer
+from support import (
+    embeddings_checkpoints,
+    embeddings_peer,
+    vlm_checkpoints,
+    vlm_names,
+    vlm_peer,
+)
 from support.differences import json_differences, weight_differences
 
 WORDS = 160  # of what the peer says
@@ -47,11 +55,37 @@ VISION = {"embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "depth": 4, "
 SHAPE = {**TEXT, "text_config": TEXT, "vision_config": VISION}
 
 
+class Compared(NamedTuple):
+    """A library that is compared.
+
+    Attributes:
+        layout: its layout's name.
+        checkpoints: the module that makes checkpoints of its architectures.
+        peer: the module that converts them with it.
+        hub: the architectures whose checkpoints have the hub's names.
+    """
+
+    layout: str
+    checkpoints: Any
+    peer: Any
+    hub: frozenset[str] = frozenset()
+
+
+LIBRARIES = {
+    each.layout: each
+    for each in (
+        Compared("mlx-vlm", vlm_checkpoints, vlm_peer, frozenset(vlm_names.HUB)),
+        Compared("mlx-embeddings", embeddings_checkpoints, embeddings_peer),
+    )
+}
+
+
 def main() -> None:
     """Compare, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("architectures", nargs="*")
     parser.add_argument("--folder", type=Path, required=True, help="where there is room for it")
+    parser.add_argument("--library", choices=LIBRARIES, default="mlx-vlm")
     parser.add_argument("--rounds", type=int, help="measure so often instead")
     parser.add_argument("--most-weights", type=int, help="of a checkpoint, else it is left out")
     arguments = parser.parse_args()
@@ -63,36 +97,37 @@ def main() -> None:
         return
     left_out: dict[str, str] = {}
     refused: dict[str, dict[str, str]] = {}
-    for arch in arguments.architectures or vlm_checkpoints.architectures():
-        if cause := _make(arch, folder / "checkpoints" / arch):
+    library = LIBRARIES[arguments.library]
+    for arch in arguments.architectures or library.checkpoints.architectures():
+        if cause := _make(library, arch, folder / "checkpoints" / arch):
             left_out[arch] = cause
         else:
-            refused[arch] = dict(_convert(arch, folder))
-    _build(folder, refused)
-    print(_report(folder, refused, left_out))
+            refused[arch] = dict(_convert(library, arch, folder))
+    _build(library, folder, refused)
+    print(_report(library, folder, refused, left_out))
 
 
-def _make(arch: str, checkpoint: Path) -> str:
+def _make(library: Compared, arch: str, checkpoint: Path) -> str:
     """Make a checkpoint; return why that cannot be, if so."""
     if checkpoint.exists():
         return ""
     try:
-        vlm_checkpoints.make(arch, checkpoint)
+        library.checkpoints.make(arch, checkpoint)
     except Exception as error:
         shutil.rmtree(checkpoint, ignore_errors=True)
         return _words(error)
     return ""
 
 
-def _convert(arch: str, folder: Path) -> Iterator[tuple[str, str]]:
+def _convert(library: Compared, arch: str, folder: Path) -> Iterator[tuple[str, str]]:
     """Have the peer convert a checkpoint; yield the settings that it refuses, and its words."""
-    for name, (_, settings) in vlm_peer.SETTINGS.items():
+    for name, (_, settings) in library.peer.SETTINGS.items():
         reference, said = folder / "references" / f"{arch}-{name}", folder / f"{arch}-{name}.txt"
         if reference.exists():
             continue
         if not said.exists():
             try:
-                vlm_peer.convert(folder / "checkpoints" / arch, reference, **settings)
+                library.peer.convert(folder / "checkpoints" / arch, reference, **settings)
                 continue
             except Exception as error:
                 shutil.rmtree(reference, ignore_errors=True)
@@ -100,11 +135,11 @@ def _convert(arch: str, folder: Path) -> Iterator[tuple[str, str]]:
         yield name, said.read_text()
 
 
-def _build(folder: Path, refused: dict[str, dict[str, str]]) -> None:
+def _build(library: Compared, folder: Path, refused: dict[str, dict[str, str]]) -> None:
     """Build all that the peer converted, each as far as it goes."""
-    lines = ["[defaults]", 'layout = "mlx-vlm"']
+    lines = ["[defaults]", f'layout = "{library.layout}"']
     for arch, settings in refused.items():
-        for name, (toml, _) in vlm_peer.SETTINGS.items():
+        for name, (toml, _) in library.peer.SETTINGS.items():
             if name not in settings:
                 lines += [f"[models.{arch}-{name}]", f'source = "checkpoints/{arch}"', toml]
     (folder / "models.toml").write_text("\n".join(lines) + "\n")
@@ -114,31 +149,36 @@ def _build(folder: Path, refused: dict[str, dict[str, str]]) -> None:
         subprocess.run(command, cwd=ROOT, stdout=output, stderr=output)
 
 
-def _report(folder: Path, refused: dict[str, dict[str, str]], left_out: dict[str, str]) -> str:
+def _report(
+    library: Compared,
+    folder: Path,
+    refused: dict[str, dict[str, str]],
+    left_out: dict[str, str],
+) -> str:
     """Return how many are equal, and what of each other."""
     started = time.strftime("%Y-%m-%d")
     equal: Counter[str] = Counter()
     lines = []
     whole = 0
     for arch, settings in refused.items():
-        names = [name for name in vlm_peer.SETTINGS if name not in settings]
+        names = [name for name in library.peer.SETTINGS if name not in settings]
         found = {name: _differences(folder, f"{arch}-{name}") for name in names}
         equal += Counter(name for name in names if not found[name])
         whole += bool(names) and not any(found.values())
         lines += [f"| {arch} | {name} | {found[name][0]} |" for name in names if found[name]]
         lines += [f"| {arch} | {name} | refused: {said} |" for name, said in settings.items()]
-    converted = {
-        arch for arch, settings in refused.items() if len(settings) < len(vlm_peer.SETTINGS)
-    }
-    total = sum(len(vlm_peer.SETTINGS) - len(settings) for settings in refused.values())
-    hub = len(converted & vlm_names.HUB.keys())
+    count = len(library.peer.SETTINGS)
+    converted = {arch for arch, settings in refused.items() if len(settings) < count}
+    total = sum(count - len(settings) for settings in refused.values())
+    hub = len(converted & library.hub)
+    convert = f"{library.layout.replace('-', '_')}.convert"
     return "\n".join(
         [
             f"{started}: of {len(refused) + len(left_out)} architectures, {len(converted)} are "
-            f"converted by mlx_vlm.convert in some setting, {hub} of them from the hub's names; "
+            f"converted by {convert} in some setting, {hub} of them from the hub's names; "
             f"{whole} of {len(converted)} are equal in all, {equal.total()} of {total} builds:",
             "",
-            *(f"- {name}: {equal[name]}" for name in vlm_peer.SETTINGS),
+            *(f"- {name}: {equal[name]}" for name in library.peer.SETTINGS),
             "",
             "| architecture | setting | |",
             "|---|---|---|",

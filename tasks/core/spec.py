@@ -405,7 +405,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         LayoutName,
         key(
             "What the built model is for: `mlx-lm`; `mlx-vlm`, which keeps what a model sees and "
-            "hears with (`pip install 'mlx-make[vlm]'`); or mlx-examples' `llama.py` (Llama only).",
+            "hears with (`pip install 'mlx-make[vlm]'`); `mlx-embeddings` (`pip install "
+            "'mlx-make[embeddings]'`); or mlx-examples' `llama.py` (Llama only).",
             change="unshard, the later stages for layers that come out differently, and pack",
             example="mlx-examples",
         ),
@@ -414,8 +415,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Dtype | None,
         key(
             "What floating-point tensors are cast to.",
-            default="what `config.json` says, as `mlx_lm.convert`; in layout mlx-examples "
-            '`"float16"`',
+            default="what `config.json` says, as `mlx_lm.convert`; in layouts mlx-examples and "
+            'mlx-embeddings `"float16"`',
             change="cast, quantize and pack",
             example="bfloat16",
         ),

@@ -44,6 +44,7 @@ from tasks.execution.filling.draft import Drafts
 from tasks.execution.log import Log
 from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
 from tasks.execution.streaming.streaming import Streaming
+from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.model import Model
 from tasks.layouts.registry import LAYOUTS, is_read
 from tasks.planning.node import Inputs, Node
@@ -56,8 +57,8 @@ from tasks.tensors import kernels, mx, rows
 
 Word = Literal["equal", "rounding", "different"]
 EQUAL, ROUNDING, DIFFERENT = get_args(Word)
-# Whose models say in config.json how each module is quantized; files of either have the same names.
-LAYOUT, *OTHERS = (LayoutName("mlx-lm"), LayoutName("mlx-vlm"))
+# Whose models say in config.json how each module is quantized; files of all have the same names.
+LAYOUT, *OTHERS = map(LayoutName, LIBRARIES)
 TARGET = "model"  # in a folder of its own
 SOME = 3  # layers that are made where not all are
 # Two devices disagree on a weight that lies as near to one step as to the next. How much nearer one

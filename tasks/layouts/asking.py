@@ -21,7 +21,7 @@ from typing import Any
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import ArchitectureError, BuildError
 from tasks.layouts import verdict
-from tasks.layouts.libraries import LIBRARIES, MLX_LM, missing
+from tasks.layouts.libraries import LIBRARIES, MLX_LM, Library, missing
 from tasks.layouts.llama_names import rope
 
 SCHEMA = 3  # of the probe's answers; raised when they change
@@ -38,11 +38,11 @@ def versions(library: str = MLX_LM) -> dict[str, str]:
     Raises:
         ArchitectureError: the library is not installed.
     """
-    distribution = LIBRARIES[library].DISTRIBUTION
+    asked = LIBRARIES[library]
     try:
-        return {name: version(name) for name in ("mlx", distribution)}
+        return {name: version(name) for name in ("mlx", asked.DISTRIBUTION, *asked.BUILDS_ON)}
     except PackageNotFoundError as error:
-        raise ArchitectureError(missing(LIBRARIES[library])) from error
+        raise ArchitectureError(missing(asked)) from error
 
 
 def question(
@@ -113,23 +113,41 @@ def fail(answer: Mapping[str, str], checkpoint: Checkpoint, library: str) -> Non
         raise BuildError(f"{checkpoint.folder}: {answer['error']}")
     asked = LIBRARIES[library]
     release = f"{library} {versions(library)[asked.DISTRIBUTION]}"
+    having = _having(checkpoint.config.get("model_type"), but=library)
     said = verdict.explained(
         checkpoint.config,
         answer["kind"],
         answer["error"],
         release,
         asked.DISTRIBUTION,
-        asked.TOWERS,
-        _model_types(library),
+        verdict.elsewhere(checkpoint.config, asked.DISTRIBUTION, having, asked.TOWERS),
+        model_types(asked),
     )
     raise ArchitectureError(f"{checkpoint.folder}: {said}")
 
 
-def _model_types(library: str) -> list[str]:
-    """Return the names of a library's modules of models, without importing it."""
-    spec = find_spec(LIBRARIES[library].PACKAGE)
-    folders = (spec and spec.submodule_search_locations) or ()
-    return [path.stem for folder in folders for path in Path(folder, "models").glob("[!_]*")]
+def _having(model_type: object, but: str) -> list[str]:
+    """Return the layouts whose libraries have a class for a model, and how to install these."""
+    module = str(model_type).lower().replace("-", "_")
+    found = []
+    for name, library in LIBRARIES.items():
+        if name == but or module not in (types := model_types(library)):
+            continue
+        install = f" (pip install 'mlx-make[{library.EXTRA}]')" if types is library.KNOWS else ""
+        found.append(f'layout = "{name}"{install}')
+    return found
+
+
+def model_types(library: Library) -> Sequence[str]:
+    """Return what models a library has, by the names of its modules, without importing it.
+
+    Where it is not installed, those that it is known to have.
+    """
+    spec = find_spec(library.PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return library.KNOWS
+    folders = [Path(spec.submodule_search_locations[0], each) for each in library.MODELS]
+    return [path.stem for folder in folders for path in folder.glob("[!_]*")]
 
 
 def _is_small(question: Mapping[str, Any]) -> bool:

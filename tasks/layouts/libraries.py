@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from tasks.layouts import mlx_lm_library, mlx_vlm_library
+from tasks.layouts import mlx_embeddings_library, mlx_lm_library, mlx_vlm_library
 from tasks.layouts.model import Verdict
 
 
@@ -16,9 +16,14 @@ class Library(Protocol):
     Attributes:
         DISTRIBUTION: its name on the package index, whose version an answer depends on.
         PACKAGE: what it is imported as.
+        BUILDS_ON: packages of other libraries that it imports: like its own, they are imported
+            without what their ``__init__`` imports.
         MODULES: those of its modules that are to be imported before MLX's functions are watched.
         STUBS: modules that it imports, with all below them, that take seconds and that it can do
             without here.
+        MODELS: the folders in its package that have a module, or a package, for each model.
+        KNOWS: models that it is known to have, by the names of these modules: what is said of a
+            checkpoint where the library is not installed.
         EXTRA: mlx-make's extra that installs it; "", mlx-make itself does.
         TOWERS: what keeps the parts of a model that see and hear, if not this library; "", it does.
         RUNS: whether its models can be run on text, to calibrate and to evaluate.
@@ -26,8 +31,11 @@ class Library(Protocol):
 
     DISTRIBUTION: str
     PACKAGE: str
+    BUILDS_ON: tuple[str, ...]
     MODULES: tuple[str, ...]
     STUBS: tuple[str, ...]
+    MODELS: tuple[str, ...]
+    KNOWS: tuple[str, ...]
     EXTRA: str
     TOWERS: str
     RUNS: bool
@@ -45,8 +53,8 @@ class Library(Protocol):
     def quantizes(self, model: Any, path: str, module: Any) -> Verdict:
         """Return the model's own word on quantizing a module: yes, no, or with which settings."""
 
-    def count_weights(self, model: Any) -> int:
-        """Return how many weights a model has."""
+    def count_weights(self, model: Any) -> int | None:
+        """Return how many weights a model has; None, the library counts none."""
 
     def recipes(
         self, model: Any, leaves: Iterable[tuple[str, Any]]
@@ -66,8 +74,13 @@ class Library(Protocol):
         """Tell whether the built model's config.json keeps ``vision_config``."""
 
 
-MLX_LM, MLX_VLM = "mlx-lm", "mlx-vlm"
-LIBRARIES: dict[str, Library] = {MLX_LM: mlx_lm_library, MLX_VLM: mlx_vlm_library}
+MLX_LM, MLX_VLM, MLX_EMBEDDINGS = "mlx-lm", "mlx-vlm", "mlx-embeddings"
+# The layout of each has the same name.
+LIBRARIES: dict[str, Library] = {
+    MLX_LM: mlx_lm_library,
+    MLX_VLM: mlx_vlm_library,
+    MLX_EMBEDDINGS: mlx_embeddings_library,
+}
 
 
 def missing(library: Library) -> str:

@@ -130,9 +130,9 @@ def config(target: Target, model: Model, quantization: dict[str, Any] | None) ->
     return dict(sorted(config.items()))
 
 
-def takes(name: str) -> bool:
+def takes(name: str, more: Sequence[str] = ()) -> bool:
     """Tell whether the layout takes over a checkpoint's small file of that name."""
-    return matches(name, (*COPIED, TEMPLATES)) or card.is_document(name)
+    return matches(name, (*COPIED, TEMPLATES, *more)) or card.is_document(name)
 
 
 def sources(checkpoint: Checkpoint, more: Sequence[str] = ()) -> list[Path]:
@@ -226,7 +226,7 @@ def files(
     checkpoint: Checkpoint,
     memos: Memos,
     shards: Sequence[Sequence[tuple[str, int]]],
-    parameters: int,
+    parameters: int | None,
     more: Sequence[str] = (),
 ) -> dict[str, bytes]:
     """Return the files that the layout has besides config.json and the weights.
@@ -235,20 +235,17 @@ def files(
         checkpoint: what the model is built from.
         memos: where a tokenizer is remembered that had to be made.
         shards: the tensors of each weight file: name and size in bytes.
-        parameters: weights of the model, as mlx-lm counts them.
+        parameters: weights of the model, as mlx-lm counts them; None, the index does not say.
         more: see ``sources``.
     """
     names = shard_names(len(shards))
     weight_map = {
         name: file for file, shard in zip(names, shards, strict=True) for name, _ in shard
     }
-    index = {
-        "metadata": {
-            "total_size": sum(size for shard in shards for _, size in shard),
-            "total_parameters": parameters,
-        },
-        "weight_map": dict(sorted(weight_map.items())),
-    }
+    metadata = {"total_size": sum(size for shard in shards for _, size in shard)}
+    if parameters is not None:
+        metadata["total_parameters"] = parameters
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     if checkpoint.names == "meta":
         small = _made_tokenizer(checkpoint, memos)
         copied = card.legal_files(checkpoint.folder)

@@ -11,9 +11,12 @@ from tasks.layouts.model import Verdict
 
 DISTRIBUTION = "mlx-lm"
 PACKAGE = "mlx_lm"
+BUILDS_ON: tuple[str, ...] = ()
 MODULES: tuple[str, ...] = ("mlx_lm.convert", "mlx_lm.utils")
 # They import transformers and torch, which takes seconds.
 STUBS: tuple[str, ...] = ("mlx_lm.tokenizer_utils", "huggingface_hub")
+MODELS: tuple[str, ...] = ("models",)
+KNOWS: tuple[str, ...] = ()
 EXTRA = ""
 TOWERS = 'layout = "mlx-vlm"'
 RUNS = True

@@ -5,14 +5,12 @@ The tokenizer's files are the author's own, as in layout mlx-lm; so are the proc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.checkpoints.small_files import matches
 from tasks.core.spec import Target
 from tasks.layouts import mlx_lm, mlx_vlm_library
 from tasks.layouts.libraries import MLX_VLM
@@ -33,7 +31,6 @@ print(generate(model, processor, prompt, image="picture.jpg").text)
 pipeline_tag = "image-text-to-text"
 # What makes pictures, videos and sounds ready, by the names that transformers and mlx-vlm read.
 PROCESSORS = ("*processor*.json", "system_prompts.json", "viterbi_calibration.json")
-INDEX = "model.safetensors.index.json"
 
 
 def model(checkpoint: Checkpoint, memos: Memos) -> Model:
@@ -68,7 +65,7 @@ def config(target: Target, model: Model, quantization: dict[str, Any] | None) ->
 
 def takes(name: str) -> bool:
     """Tell whether the layout takes over a checkpoint's small file of that name."""
-    return mlx_lm.takes(name) or matches(name, PROCESSORS)
+    return mlx_lm.takes(name, PROCESSORS)
 
 
 def sources(checkpoint: Checkpoint) -> list[Path]:
@@ -88,7 +85,4 @@ def files(
     parameters: int,
 ) -> dict[str, bytes]:
     """Return the files that the layout has besides config.json and the weights."""
-    small = mlx_lm.files(checkpoint, memos, shards, parameters, PROCESSORS)
-    index = json.loads(small[INDEX])
-    del index["metadata"]["total_parameters"]
-    return {**small, INDEX: json.dumps(index, indent=4).encode()}
+    return mlx_lm.files(checkpoint, memos, shards, None, PROCESSORS)

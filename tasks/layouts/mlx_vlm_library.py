@@ -12,12 +12,15 @@ from tasks.layouts.model import Verdict
 
 DISTRIBUTION = "mlx-vlm"
 PACKAGE = "mlx_vlm"
+BUILDS_ON: tuple[str, ...] = ()
 MODULES: tuple[str, ...] = ("mlx_vlm.convert", "mlx_vlm.utils", "mlx_vlm.quant_utils")
 # Of what pictures, sounds and texts are made ready with: ten seconds of imports.
 STUBS: tuple[str, ...] = (
     "transformers", "huggingface_hub", "torch", "scipy", "sentencepiece", "mlx_audio", "PIL", "cv2",
     "datasets", "requests", "llguidance", "mlx_vlm.tokenizer_utils", "mlx_vlm.trainer",
 )  # fmt: skip
+MODELS: tuple[str, ...] = ("models",)
+KNOWS: tuple[str, ...] = ()
 EXTRA = "vlm"
 TOWERS = ""
 FLOAT = "mlx-make float"  # tags what JSON has no number for

@@ -34,7 +34,7 @@ def explained(
     text: str,
     library: str,
     distribution: str,
-    towers: str = "",
+    another: str = "",
     known: Sequence[str] = (),
 ) -> str:
     """Return a library's error with what config.json says about its cause, and the mend.
@@ -45,16 +45,15 @@ def explained(
         text: its message.
         library: the library's name and version.
         distribution: what is installed by pip.
-        towers: what to take for a model that sees or hears, if not this library.
+        another: see ``elsewhere``.
         known: the model types that the library has.
     """
     quantized = config.get("quantization_config") or {}
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     first = f"config.json has quant_method = {method!r}. " if method else ""
     what = _shortened(text) if kind in ("ValueError", "SystemExit") else f"{kind}: {text}"
-    newer = f"A newer one may know it: pip install -U {distribution}"
-    sees = towers and any(SEES.search(key) for key in config)
-    another = f"The model sees or hears, and {towers} may know it. {newer}" if sees else newer
+    newer = _newer(distribution)
+    another = another or newer
     if str(method).lower() in NOT_UNPACKED:
         return first + _not_unpacked(str(method).lower(), library)
     if "not supported" in text and config.get("auto_map"):
@@ -84,6 +83,31 @@ def explained(
         mend = "Its config.json and its weights do not go together: fetch both again."
     stop = "" if what.endswith(".") else "."
     return f"{first}{library} says: {what}{stop} {mend}".rstrip()
+
+
+def elsewhere(
+    config: Mapping[str, Any], distribution: str, having: Sequence[str], towers: str = ""
+) -> str:
+    """Return what may know a model that a library has no class for.
+
+    Args:
+        config: the checkpoint's config.json.
+        distribution: what is installed by pip of the library.
+        having: the layouts whose libraries have a class for it, as models.toml says them.
+        towers: the layout to take for a model that sees or hears, if not this library's.
+    """
+    said = (
+        [f"{' and '.join(having)} {'have' if having[1:] else 'has'} a class for it."]
+        if having
+        else []
+    )
+    if towers and not any(towers in each for each in having) and any(map(SEES.search, config)):
+        said.append(f"The model sees or hears, and {towers} may know it.")
+    return " ".join(said if having else [*said, _newer(distribution)])
+
+
+def _newer(distribution: str) -> str:
+    return f"A newer one may know it: pip install -U {distribution}"
 
 
 def _not_unpacked(method: str, library: str) -> str:

@@ -69,13 +69,13 @@ def test_commands_and_options() -> None:
 def test_flags_of_mlx_lm() -> None:
     """Are all told, and no others; and what they are here is."""
     page = (DOCS / "coming-from.md").read_text(encoding="utf-8")
-    _, of_mlx_lm, of_mlx_vlm, of_convert = re.split("^## ", page, flags=re.MULTILINE)
+    _, of_mlx_lm, *of_others = re.split("^## ", page, flags=re.MULTILINE)
     flags = re.compile(r"`(--?[\w-]+)`")
     rows = re.findall(r"^\| (`-.*?) \| (.*) \|$", of_mlx_lm, re.MULTILINE)
     told = {flag for first, _ in rows for flag in flags.findall(first)}
     options = {o for action in configure_parser()._actions for o in action.option_strings}
     assert told == options - {"-h", "--help"}
-    rows += re.findall(r"^\| (`-.*?) \| (.*) \|$", of_mlx_vlm + of_convert, re.MULTILINE)
+    rows += re.findall(r"^\| (`-.*?) \| (.*) \|$", "".join(of_others), re.MULTILINE)
     known = {*keys_of(Settings), *(f"quantize.{key}" for key in keys_of(Quantize))}
     for _, here in rows:
         named = re.match(r"`([\w.]+)(?: = \{\})?`", here)

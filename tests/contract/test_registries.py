@@ -24,6 +24,7 @@ from tasks.checkpoints.source import Opening
 from tasks.checkpoints.sources import SOURCES
 from tasks.core.errors import ArchitectureError, CheckpointError
 from tasks.core.spec import Quantize, SourceSpec, Target
+from tasks.layouts import asking
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.registry import LAYOUTS, is_read, weight_suffixes
 
@@ -201,8 +202,13 @@ def test_names_of_weight_files(name: str) -> None:
 def test_files_of_a_layout(name: str, kept: Path, memos: Memos) -> None:
     layout = LAYOUTS[name]
     checkpoint = read(kept, memos)
-    if name == "mlx-vlm" and find_spec("mlx_vlm") is None:
-        with pytest.raises(ArchitectureError, match=r"pip install 'mlx-make\[vlm\]'"):
+    if name in LIBRARIES and find_spec(LIBRARIES[name].PACKAGE) is None:
+        extra = rf"pip install 'mlx-make\[{LIBRARIES[name].EXTRA}\]'"
+        with pytest.raises(ArchitectureError, match=extra):
+            layout.model(checkpoint, memos)
+        return
+    if name in LIBRARIES and "llama" not in asking.model_types(LIBRARIES[name]):
+        with pytest.raises(ArchitectureError, match=r'layout = "mlx-lm".* a class for it'):
             layout.model(checkpoint, memos)
         return
     if name == "mlx-examples" and not (kept / "tokenizer.model").exists():
@@ -252,4 +258,7 @@ def test_what_is_said_of_a_library(name: str) -> None:
     assert name == library.DISTRIBUTION
     for module in library.MODULES:
         assert module.partition(".")[0] == library.PACKAGE
+    assert name in LAYOUTS
+    if find_spec(library.PACKAGE):
+        assert {*library.KNOWS} <= {*asking.model_types(library)}
     assert all(one != other for one, other in pairwise(sorted(library.STUBS)))

@@ -34,6 +34,7 @@ from tasks.checkpoints.stored import Stored
 from tasks.cli.session import Session
 from tasks.core.errors import CheckpointError
 from tasks.core.workspace import Workspace
+from tasks.layouts import asking
 
 HAS_GPU = mx.metal.is_available() or mx.cuda.is_available()
 OLD = b"the last build"
@@ -217,7 +218,7 @@ TOML = {
         "Did you mean 'transformers'?", right='loader = "transformers"',
     ),
     "layout": setting(
-        'layout = "mlx_lm"', "layout is 'mlx_lm'; valid: mlx-lm, mlx-examples, mlx-vlm.",
+        'layout = "mlx_lm"', "layout is 'mlx_lm'; valid: mlx-lm, mlx-examples, mlx-vlm, ",
         "Did you mean 'mlx-lm'?", right='layout = "mlx-lm"',
     ),
     "dtype": setting(
@@ -848,6 +849,18 @@ def test_an_unknown_architecture(project: Project) -> None:
     edited("config.json", model_type="lama")(project.copies("llama"))
     said = project.refuses("a: ", "Model type lama not supported")
     assert "pip install" in said  # a newer mlx-lm may know it
+
+
+def test_what_another_library_has_a_class_for(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told with the layout, and with the extra where that is not installed."""
+    edited("config.json", model_type="xlm-roberta")(project.copies("llama"))
+    monkeypatch.setattr(asking, "find_spec", lambda name: None)
+    project.refuses(
+        "mlx-lm ", "Model type xlm-roberta not supported",
+        "layout = \"mlx-embeddings\" (pip install 'mlx-make[embeddings]') has a class for it.",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

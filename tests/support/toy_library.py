@@ -30,8 +30,11 @@ from tasks.layouts.model import Model
 
 DISTRIBUTION = "toy-lm"
 PACKAGE = "toy_lm"
+BUILDS_ON = ()
 MODULES = ("toy_lm.models",)
 STUBS = ("toy_lm.heavy",)
+MODELS = ("models",)
+KNOWS = ()
 EXTRA = ""
 TOWERS = ""
 RUNS = True

@@ -90,4 +90,5 @@ MANY = (
 )
 def test_what_is_told(config: dict, kind: str, text: str, said: str) -> None:
     known = ["llama", "gemma3", "falcon_h1"]
-    assert verdict.explained(config, kind, text, "mlx-lm 1", "mlx-lm", TOWERS, known) == said
+    another = verdict.elsewhere(config, "mlx-lm", (), TOWERS)
+    assert verdict.explained(config, kind, text, "mlx-lm 1", "mlx-lm", another, known) == said
