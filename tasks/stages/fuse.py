@@ -41,7 +41,6 @@ from tasks.tensors import arrays, mx, rows
 from tasks.tensors.device import device_of
 from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
 
-
 # MLX's CUDA backend returns wrong numbers where several threads multiply matrices.
 _MULTIPLYING = threading.Lock()
 

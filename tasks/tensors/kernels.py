@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import gcd, inf
+from typing import Any
 
 from tasks.tensors import mx
 
@@ -129,7 +130,7 @@ def gpu_agrees(dtype: mx.Dtype, group_size: int, bits: int, mode: str) -> bool:
     It need not have the bits that a CPU makes. But where MLX's CUDA backend has no kernel, as of 1
     bit, ``mx.quantize`` returns what lay in memory, without a word.
     """
-    options = {"group_size": group_size, "bits": bits, "mode": mode}
+    options: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
     on_cpu, on_gpu = mx.new_stream(mx.cpu), mx.new_stream(mx.gpu)
     sample = mx.random.normal((8, 512), key=mx.random.key(0), stream=on_cpu)
     sample = sample.astype(dtype, stream=on_cpu)
