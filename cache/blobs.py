@@ -20,10 +20,11 @@ import tempfile
 import threading
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate, groupby, repeat
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, NamedTuple, cast
 
 import msgspec
@@ -95,9 +96,9 @@ class Place(NamedTuple):
 
 
 class Writer:
-    """Takes a blob's bytes, in order."""
+    """Takes a blob's bytes, in order; without a file it only digests them."""
 
-    def __init__(self, file: IO[bytes], offset: int = 0) -> None:
+    def __init__(self, file: IO[bytes] | None, offset: int = 0) -> None:
         self._file = file
         self._offset = offset
         self._state = xxhash.xxh3_128()
@@ -106,7 +107,8 @@ class Writer:
     def write(self, data: memoryview) -> None:
         """Append bytes."""
         self._state.update(data)
-        atomic.write_all(self._file, data, self._offset + self.length)
+        if self._file:
+            atomic.write_all(self._file, data, self._offset + self.length)
         self.length += data.nbytes
 
     @property
@@ -228,50 +230,71 @@ class Blobs:
                 new.rename(self.path(writer.digest))
 
     def write_together(
-        self, sizes: Sequence[int], pieces: Iterable[memoryview], places: Sequence[Place] = ()
-    ) -> None:
-        """Write blobs that come one after another.
+        self,
+        wanted: Mapping[str, int],
+        pieces: Iterable[memoryview],
+        places: Mapping[str, Place] = MappingProxyType({}),
+    ) -> list[str]:
+        """Write blobs that come one after another, those that are not here.
+
+        What is here already is not written again: no byte of a blob ever changes, whatever comes.
 
         Args:
-            sizes: of each, in bytes.
+            wanted: the sizes in bytes of all that come, by digest, in order.
             pieces: their bytes. None of them is a blob before the last has come.
-            places: where each belongs; by default one after another in a container of their own.
+            places: where each belongs; unless all that is not here has one of its size, it lies
+                one after another in a container of its own.
+
+        Returns:
+            The digests of those that did not come: other bytes did in their place.
 
         Raises:
             FileNotFoundError: there is no such container.
             NoRoom: the disk is full.
         """
+        lost = {digest: size for digest, size in wanted.items() if not self.has(digest, size)}
+        there = {each: place for each in lost if (place := places.get(each))}
         own = None
-        if not places:
-            (own,) = self.new_containers(1, sum(sizes))
-            starts = accumulate(sizes, initial=0)
-            places = [Place(own, start, size) for start, size in zip(starts, sizes, strict=False)]
+        # By what is known here: of a blob's size, too, who sends it may say anything.
+        if {each: place.length for each, place in there.items()} != lost:
+            (own,) = self.new_containers(1, sum(lost.values()))
+            starts = accumulate(lost.values(), initial=0)
+            there = {
+                each: Place(own, start, size)
+                for (each, size), start in zip(lost.items(), starts, strict=False)
+            }
         try:
-            digests = self._write_together(sizes, pieces, places)
+            wrong = self._write_together(wanted, pieces, there)
         except BaseException:
             self._drop(own)
             raise
-        self.meter.written += sum(sizes)
-        new = {d: p for d, p in zip(digests, places, strict=True) if not self.has(d, p.length)}
+        self.meter.written += sum(lost.values())
+        new = {d: p for d, p in there.items() if d not in wrong and not self.has(d, p.length)}
         for container in {place.container for place in new.values()}:
             self._begun.keep(container)
         for digest, place in new.items():
             self.refer(digest, [place.part])
         if not new:
             self._drop(own)
+        return wrong
 
     def _write_together(
-        self, sizes: Sequence[int], pieces: Iterable[memoryview], places: Sequence[Place]
+        self, wanted: Mapping[str, int], pieces: Iterable[memoryview], places: Mapping[str, Place]
     ) -> list[str]:
+        """Write what has a place; return the digests of those of which other bytes came."""
         with ExitStack() as stack:
-            stack.enter_context(space.enospc_as_no_room(self.root, sum(sizes)))
+            need = sum(place.length for place in places.values())
+            stack.enter_context(space.enospc_as_no_room(self.root, need))
             files = {
                 path: stack.enter_context(path.open("r+b", buffering=0))
-                for path in {place.container for place in places}
+                for path in {place.container for place in places.values()}
             }
-            writers = [Writer(files[place.container], place.offset) for place in places]
-            _share_out(pieces, writers, sizes)
-        return [writer.digest for writer in writers]
+            writers = [
+                Writer(files[place.container], place.offset) if place else Writer(None)
+                for place in map(places.get, wanted)
+            ]
+            _share_out(pieces, writers, [*wanted.values()])
+        return [d for d, writer in zip(wanted, writers, strict=True) if writer.digest != d]
 
     def _drop(self, container: Path | None) -> None:
         if container:

@@ -61,6 +61,11 @@ class Store:
         actions = Actions(root / "actions", read_only=read_only)
         return cls(blobs, actions, memos, root, Lock(root), read_only=read_only)
 
+    def close(self) -> None:
+        """Let go of the remote store: what is queued for it is dropped."""
+        if self.sharing:
+            self.sharing.close()
+
     def touch(self, path: Path) -> None:
         """Note that a file that is none of a blob, an action or a memo was used."""
         if not self.read_only:

@@ -88,6 +88,7 @@ class Remote:
         self._secret = secret
         self._lock = threading.Lock()
         self._refused = False
+        self._damaged = 0
         self._fetched_bytes = self._pushed_objects = self._pushed_bytes = 0
         self._readers = ThreadPoolExecutor(READERS, "remote-read")
         self._writers = ThreadPoolExecutor(WRITERS, "remote-write")
@@ -133,6 +134,22 @@ class Remote:
                 f"remote {self.name}: {error}. It is not used, and what it is of is made here; "
                 f"others like it are passed over without another word. Check {check}who can "
                 "write there."
+            )
+
+    def report_damage(self, error: Mismatch) -> None:
+        """Report bytes that are not used: the first of them, and by ``close`` how many there were.
+
+        Args:
+            error: what is wrong with them.
+        """
+        with self._lock:
+            self._damaged += 1
+            first = self._damaged == 1
+        if first:
+            what = "put there anew" if self.writable else "stays as it is there (read-only)"
+            self._warn(
+                f"remote {self.name}: damaged: {error}. It is not used: what is wanted of it is "
+                f"made here, if that can be, and {what}; others like it are counted."
             )
 
     def put_record(self, kind: str, key: str, record: Any, *, ask_first: bool = False) -> None:
@@ -246,6 +263,10 @@ class Remote:
 
     def close(self) -> None:
         """Stop: what is queued is dropped, what is under way ends at its next request."""
+        with self._lock:
+            damaged, self._damaged = self._damaged, 0
+        if damaged > 1:
+            self._warn(f"remote {self.name}: {damaged:,} blobs in all are damaged there, not used")
         self._requests.stop()
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._writers.shutdown(wait=False, cancel_futures=True)

@@ -25,13 +25,17 @@ from cache.digest import canonical
 from cache.errors import BlobLost, FileChanged, Mismatch, NotFetched, Refused, printable
 from cache.records.actions import Actions
 from cache.records.manifests import Action, Manifest, ManifestError, Tensor, TensorSpec
+from cache.records.memos import Memos
 from cache.remote.content import blake3_of
 from cache.remote.remote import MAX_RECORD_BYTES, Remote
+from cache.remote.transport import PARALLEL, PIECE_BYTES
 
 KIND = "actions"
 LISTS = "lists"
 MOST_NOTES = 100  # of a result, of those that a remote has
-FETCHES = 8  # packs fetched at once
+FETCHES = 8  # packs fetched at once, where there is the memory
+FETCH_BYTES = (PARALLEL + 1) * PIECE_BYTES  # of memory, that one of them takes
+FALSE = "false_packs"  # the memos of packs that hold other bytes than their records say
 EMPTY: Mapping[str, Place] = MappingProxyType({})
 
 Locate = Callable[[str, Tensor], Sequence[Part]]  # by a tensor's name
@@ -54,6 +58,11 @@ class Pack:
         """The size of all."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def question(self) -> list[Any]:
+        """Whether the bytes are the blobs, for memos: wherever they lie, the answer is the same."""
+        return [self.blake3, [[tensor.digest, tensor.nbytes] for tensor in self.tensors]]
+
 
 @dataclass(frozen=True)
 class _Bytes:
@@ -68,11 +77,28 @@ class _Bytes:
 
 
 class Sharing:
-    """A cache's actions and blobs, read through from ``remote`` and written behind to it."""
+    """A cache's actions and blobs, read through from ``remote`` and written behind to it.
 
-    def __init__(self, actions: Actions, blobs: Blobs, remote: Remote) -> None:
+    Args:
+        actions: the cache's.
+        blobs: the cache's.
+        memos: the cache's.
+        remote: the store.
+        memory: bytes that all that are fetched at once may take; one always is.
+    """
+
+    def __init__(
+        self,
+        actions: Actions,
+        blobs: Blobs,
+        memos: Memos,
+        remote: Remote,
+        *,
+        memory: int = FETCHES * FETCH_BYTES,
+    ) -> None:
         self.actions = actions
         self.blobs = blobs
+        self.memos = memos
         self.remote = remote
         self._lock = threading.Lock()
         self._lists: dict[str, dict[str, Any]] = {}  # records by the action's key, by the list's
@@ -81,7 +107,8 @@ class Sharing:
         self._pushing: dict[str, Future[None]] = {}  # by the action's key
         self._corrupt: set[str] = set()  # BLAKE3
         self._refused: set[str] = set()  # keys
-        self._fetching = ThreadPoolExecutor(FETCHES, "fetch")
+        self._at_once = max(1, min(FETCHES, memory // FETCH_BYTES))
+        self._fetching = ThreadPoolExecutor(self._at_once, "fetch")
 
     def find(self, action: Action, outline: Mapping[str, TensorSpec] | None) -> Manifest | None:
         """Return what the action made elsewhere, recorded here from now on; see ``look_up``."""
@@ -137,40 +164,86 @@ class Sharing:
         by_key: dict[str, list[Tensor]] = {}
         for key, tensor in wanted:
             by_key.setdefault(key, []).append(tensor)
-        list(self._fetching.map(self._fetch_missing, by_key, by_key.values(), repeat(places)))
+        written = self._fetching.map(self._fetch_missing, by_key, by_key.values(), repeat(places))
+        self.blobs.meter.written += sum(written)  # each thread has its own
+
+    def memory(self, count: int) -> int:
+        """Return how many bytes of memory it takes at most to fetch what so many actions made."""
+        return min(count, self._at_once) * FETCH_BYTES
 
     def pack(self, key: str, tensor: Tensor) -> Pack | None:
-        """Return what the remote has of the action of ``key``, by its records, if with a tensor."""
+        """Return what the remote has of the action of ``key``, by its records, if with a tensor.
+
+        What was found to be damaged is not there.
+        """
         if key not in self._packs and self.read(key) is None:
             return None
         pack = self._packs[key]
-        return pack if pack and tensor.digest in {each.digest for each in pack.tensors} else None
+        if pack is None or pack.blake3 in self._corrupt:
+            return None
+        return pack if tensor.digest in {each.digest for each in pack.tensors} else None
 
     def _fetch_missing(
         self, key: str, wanted: Sequence[Tensor], places: Mapping[str, Place]
-    ) -> None:
-        """Make all that the action of ``key`` made blobs of this cache, if one of them is none."""
+    ) -> int:
+        """Make all that the action of ``key`` made blobs of this cache, if one of them is none.
+
+        Returns:
+            How many bytes were written.
+        """
+        before = self.blobs.meter.written
         with self.actions.running(f"fetch {key}"):
             missing = (t for t in wanted if not self.blobs.has(t.digest, t.nbytes))
             packs = (pack for tensor in missing if (pack := self.pack(key, tensor)))
             if pack := next(packs, None):
-                self._fetch(pack, places)
+                self._fetch(key, pack, places)
+        return self.blobs.meter.written - before
 
-    def _fetch(self, pack: Pack, places: Mapping[str, Place]) -> None:
-        sizes = [tensor.nbytes for tensor in pack.tensors]
-        known = [
-            place
-            for each in pack.tensors
-            if (place := places.get(each.digest)) and place.length == each.nbytes
-        ]  # by what is known here: of a tensor's size, too, a remote may say anything
+    def _fetch(self, key: str, pack: Pack, places: Mapping[str, Place]) -> None:
+        """Fetch a pack; what is damaged, twice in a row, is told, and replaced by who may."""
+        if self.memos.get(FALSE, pack.question, bool):
+            self._refuse_pack(key, pack, "as it was before")
+            return
+        for tries_left in (1, 0):
+            try:
+                wrong = self._write(pack, places)
+                break
+            except NotFetched:
+                return
+            except Mismatch as error:
+                if not tries_left:
+                    with self._lock:
+                        self._corrupt.add(pack.blake3)  # so that it is put there anew
+                    self.remote.report_damage(error)
+                    return
+        if wrong:
+            # As long as the record says so: other bytes would have another name.
+            self.memos.put(FALSE, pack.question, True)
+            self._refuse_pack(key, pack, f"as {len(wrong)} of {len(pack.tensors)} digests tell")
+
+    def _write(self, pack: Pack, places: Mapping[str, Place]) -> list[str]:
+        """Fetch a pack; return the digests that other bytes came for.
+
+        Raises:
+            NotFetched: as ``Remote.fetch``.
+            Mismatch: as ``Remote.fetch``.
+        """
+        sizes = {tensor.digest: tensor.nbytes for tensor in pack.tensors}
         pieces = self.remote.fetch(pack.blake3, pack.nbytes)
-        try:
-            self.blobs.write_together(sizes, pieces, known if len(known) == len(sizes) else ())
-        except NotFetched:
-            pass
-        except Mismatch:
-            with self._lock:
-                self._corrupt.add(pack.blake3)  # so that it is put there anew
+        return self.blobs.write_together(sizes, pieces, places)
+
+    def _refuse_pack(self, key: str, pack: Pack, how: str) -> None:
+        """Tell of a pack that its record is not of, and have the record put there anew."""
+        with self._lock:
+            self._refused.add(key)
+            self._packs[key] = None
+        cause = f"it is not what record {KIND}/{key} says, {how}"
+        self.remote.report_damage(Mismatch(pack.blake3, cause))
+
+    def close(self) -> None:
+        """Stop: what is queued, to be fetched or uploaded, is dropped."""
+        self._fetching.shutdown(wait=False, cancel_futures=True)
+        self.remote.close()
 
     def push(self, manifest: Manifest, locate: Locate | None) -> None:
         """Have a result uploaded, by and by.
@@ -228,7 +301,10 @@ class Sharing:
 
         pack = Pack(blake3_of(digested()), tensors)
         source = _Bytes(self.blobs, [part for each in tensors for part in parts[each.digest]])
-        self.remote.push(pack.blake3, pack.nbytes, source, replace=pack.blake3 in self._corrupt)
+        corrupt = pack.blake3 in self._corrupt
+        if self.remote.push(pack.blake3, pack.nbytes, source, replace=corrupt) and corrupt:
+            with self._lock:
+                self._corrupt.discard(pack.blake3)
         return pack.blake3
 
     def push_list(self, key: str, actions: Sequence[str]) -> None:

@@ -75,15 +75,21 @@ class RecordSource(Struct, frozen=True):
 
 
 def keep(
-    store: Store, checkpoint: Checkpoint, digests: Mapping[str, str], small: Mapping[str, bytes]
+    store: Store,
+    checkpoint: Checkpoint,
+    digests: Mapping[str, str],
+    small: Mapping[str, bytes],
+    *,
+    mends: bool = False,
 ) -> tuple[str, int]:
-    """Keep a checkpoint's record.
+    """Keep a checkpoint's record, and share it.
 
     Args:
         store: where.
         checkpoint: the checkpoint.
         digests: of its stored tensors, by key.
         small: the small files that any layout reads, by name.
+        mends: see ``share``.
 
     Returns:
         The record's BLAKE3, and its size in bytes.
@@ -92,7 +98,7 @@ def keep(
     name = _blake3(data)
     if _kept(store, name) is None:
         _keep(store, name, data, small)
-    share(store, name)
+    share(store, name, mends=mends)
     return name, len(data)
 
 
@@ -117,16 +123,17 @@ def share(store: Store, record: str, *, mends: bool = False) -> None:
 
 
 def _push(remote: Remote, name: str, blob: bytes, *, mends: bool) -> None:
-    damaged = False
     if mends:
         try:
             for _ in remote.fetch(name, len(blob)):
                 pass
         except NotFetched:
             pass
-        except Mismatch:
-            damaged = True
-    remote.push(name, len(blob), [blob], replace=damaged)
+        except Mismatch as error:
+            remote.report_damage(error)
+        else:
+            return
+    remote.push(name, len(blob), [blob], replace=mends)
 
 
 def recall(
@@ -257,7 +264,10 @@ def _fetched(store: Store, name: str, nbytes: int) -> bytes | None:
             file: b"".join(remote.fetch(blake3, size))
             for file, (size, blake3) in content["small"].items()
         }
-    except (NotFetched, Mismatch):
+    except NotFetched:
+        return None
+    except Mismatch as error:
+        remote.report_damage(error)
         return None
     _keep(store, name, record, small)
     return record

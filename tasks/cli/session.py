@@ -44,10 +44,14 @@ from tasks.stages import registry
 
 if TYPE_CHECKING:  # imported where they are wanted: a run with nothing to do wants none
     from cache.remote.remote import Remote
+    from cache.remote.sharing import Sharing
     from tasks.cli.schedule import StreamingSchedule
     from tasks.execution.accept import Acceptor
     from tasks.execution.builder import Builder
     from tasks.execution.early import BackgroundPacker
+
+
+FETCHING = 4  # the part of a run's memory that what is fetched at once may take
 
 
 @dataclass(frozen=True)
@@ -161,10 +165,8 @@ class Session:
             store = Store.at(config.cache.dir, read_only=options.read_only)
             remote = _open_remote(config, store.memos, read_only=options.read_only)
             if remote:
-                from cache.remote.sharing import Sharing
-
-                if_it_fails.callback(remote.close)
-                store = replace(store, sharing=Sharing(store.actions, store.blobs, remote))
+                store = replace(store, sharing=_sharing(config, store, remote))
+                if_it_fails.callback(store.close)
             for target in config.targets.values():
                 folder = folder_of(target.source)
                 if folder and makers and folder in makers:
@@ -231,8 +233,7 @@ class Session:
 
     def close(self) -> None:
         """Let go of the remote store: what is queued for it is dropped."""
-        if self.remote:
-            self.remote.close()
+        self.store.close()
 
 
 def _builder(
@@ -240,7 +241,7 @@ def _builder(
 ) -> Builder:
     from tasks.execution.builder import Builder
     from tasks.execution.filling.draft import Drafts
-    from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
+    from tasks.execution.resources import DiskBudget, MemoryBudget
     from tasks.execution.streaming.streaming import Streaming
 
     keep = None if config.cache.keep is None else frozenset(config.cache.keep)
@@ -251,10 +252,24 @@ def _builder(
         log,
         f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}",
         keep,
-        MemoryBudget(config.build.memory_bytes or machine_memory() // 2),
+        MemoryBudget(_memory(config)),
         Drafts(store.blobs, options.packs, workspace.drafts),
         Streaming(store, DiskBudget(), drops=passes),
     )
+
+
+def _sharing(config: Config, store: Store, remote: Remote) -> Sharing:
+    from cache.remote.sharing import Sharing
+
+    memory = _memory(config) // FETCHING
+    return Sharing(store.actions, store.blobs, store.memos, remote, memory=memory)
+
+
+def _memory(config: Config) -> int:
+    """Return how many bytes tasks may hold at once."""
+    from tasks.execution.resources import machine_memory
+
+    return config.build.memory_bytes or machine_memory() // 2
 
 
 def _planner(

@@ -84,7 +84,9 @@ class Build(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     memory_bytes: Annotated[
         Size | None,
         key(
-            "What the layers that are worked on at one time may take together.",
+            "What the layers that are worked on at one time may take together; a quarter of it, or "
+            "50 MB if that is more, is for what is fetched for them. Uploads take up to 100 MB "
+            "besides.",
             default="a share of the machine's memory",
             change="nothing; results do not depend on it",
             example="4GiB",

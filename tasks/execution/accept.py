@@ -29,10 +29,15 @@ from tasks.stages import registry
 from tasks.stages.stage import ActionSpec, LeafStage
 
 
-def snapshot(builder: Builder, plans: Iterable[Plan]) -> LockedSource:
+def snapshot(builder: Builder, plans: Iterable[Plan], *, mends: bool = False) -> LockedSource:
     """Return the source that ``plans`` have in common as it is now, and keep its record.
 
     Tensors that no action digested yet are digested.
+
+    Args:
+        builder: digests what is not known.
+        plans: the targets.
+        mends: see ``record.share``.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -42,7 +47,7 @@ def snapshot(builder: Builder, plans: Iterable[Plan]) -> LockedSource:
     changed_files.refuse_wrong_files(builder, plans)
     checkpoint = plans[0].checkpoint
     unverified = whole_files.unverified(builder.store.memos, checkpoint, digests)
-    return source_record.take(builder.store, checkpoint, digests, unverified)
+    return source_record.take(builder.store, checkpoint, digests, unverified, mends=mends)
 
 
 def _all_digests(builder: Builder, plans: Iterable[Plan]) -> dict[str, str]:

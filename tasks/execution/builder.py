@@ -312,12 +312,15 @@ class Builder:
             return
         read = [inputs[key] for key in keys]
         lost = [each for each in read if not blobs.has(each.tensor.digest, each.tensor.nbytes)]
+        if not lost:
+            return
         makers = {maker: self.manifest(plan, maker).action.key for maker, _ in lost}
         draft = None
-        if packs and lost:
+        if packs:
             draft = self.drafts.begin(plan, makers.__contains__, passes=self.passes(plan))
         places = {inputs[k].tensor.digest: draft.place(k.name) for k in inputs} if draft else {}
-        sharing.fetch_all([(makers[maker], tensor) for maker, tensor in lost], places)
+        with self.memory.reserve(sharing.memory(len(makers))):
+            sharing.fetch_all([(makers[maker], tensor) for maker, tensor in lost], places)
         if draft:
             draft.note_written((key.name, tensor) for key, (_, tensor) in inputs.items())
 

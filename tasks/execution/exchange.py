@@ -46,10 +46,9 @@ def push(builder: Builder, sharing: Sharing, plans: Iterable[Plan]) -> Exchanged
     for same in by_source.values():
         source = same[0].checkpoint.source
         if source.available or source.identity is None:
-            identity = accept.snapshot(builder, same).record
+            accept.snapshot(builder, same, mends=True)
         else:
-            identity = source.identity
-        record.share(builder.store, identity, mends=True)
+            record.share(builder.store, source.identity, mends=True)
 
     def push_one(of: tuple[Plan, Node, Manifest]) -> bool:
         plan, node, manifest = of

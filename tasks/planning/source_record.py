@@ -59,6 +59,8 @@ def take(
     checkpoint: Checkpoint,
     digests: Mapping[str, str],
     unverified: Iterable[str] = (),
+    *,
+    mends: bool = False,
 ) -> LockedSource:
     """Return a checkpoint as models.lock has it, and keep its record.
 
@@ -67,11 +69,12 @@ def take(
         checkpoint: the checkpoint.
         digests: of all its tensors, by key.
         unverified: see ``LockedSource``.
+        mends: see ``record.share``.
     """
     if not checkpoint.source.available:
         raise ValueError("a recalled checkpoint is what its record says")
     small = _small_files(checkpoint)
-    name, nbytes = record.keep(store, checkpoint, digests, small)
+    name, nbytes = record.keep(store, checkpoint, digests, small, mends=mends)
     files = _files(checkpoint, digests, small)
     files = dict(sorted(files.items()))
     revision, hashes = checkpoint.source.revision, _hashes(checkpoint, files)

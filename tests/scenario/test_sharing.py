@@ -542,7 +542,7 @@ def test_a_checkpoint_that_changes_meanwhile(
 
     monkeypatch.setattr(remote, "push", change_and_push)
     made = Manifest(Action("cast", 1, {}, {}), {"a": tensor})
-    assert not Sharing(store.actions, store.blobs, remote).push_now(made, locate)
+    assert not Sharing(store.actions, store.blobs, store.memos, remote).push_now(made, locate)
     assert objects(tmp_path / "remote") == []
 
 
@@ -554,29 +554,57 @@ def test_a_record_that_leaves_its_folder(file: str, tmp_path: Path) -> None:
     for data in (b"x", record):
         assert remote.push(blake3_of([data]), len(data), [data])
     store = Store.at(tmp_path / "cache")
-    store = replace(store, sharing=Sharing(store.actions, store.blobs, remote))
+    store = replace(store, sharing=Sharing(store.actions, store.blobs, store.memos, remote))
     with pytest.raises(CheckpointError, match="no file of a checkpoint's folder"):
         records.recall(store, blake3_of([record]), len(record))
     assert not (tmp_path / "cache" / "sources").exists()
 
 
-def test_a_record_of_a_larger_tensor(tmp_path: Path) -> None:
-    """Nothing is written beyond the place that the tensor has here."""
-    remote = Remote((tmp_path / "remote").as_uri(), warn=pytest.fail)
+@pytest.mark.parametrize(
+    ("data", "names", "times"),
+    [
+        (b"mine others"[:8], "m", 1),  # a tensor that is larger than its place
+        (b"badgbad.", "gm", 1),  # others than its record says
+        (b"badgbad,", "gm", 4),  # not what its name says: twice, and again in another run
+    ],
+)
+def test_packs_that_lie(
+    data: bytes, names: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written beyond a tensor's place, nor over a blob; it is told, and asked once."""
+    said: list[str] = []
+    fetched: list[str] = []
+    fetch = Remote.fetch
+    monkeypatch.setattr(
+        Remote, "fetch", lambda it, name, size: fetched.append(name) or fetch(it, name, size)
+    )
+    remote = Remote((tmp_path / "remote").as_uri(), warn=said.append)
     store = Store.at(tmp_path / "cache")
-    (container,) = store.blobs.new_containers(1, 8)
-    container.write_bytes(b"....next")
-    wanted = Tensor("uint8", (4,), digest(b"mine"))
-    said = Manifest(Action("cast", 1, {}, {}), {"a": replace(wanted, shape=(8,))})
-    data = b"mine others"[:8]
-    assert remote.push(blake3_of([data]), len(data), [data])
-    record = {"manifest": json.loads(said.to_bytes()), "blake3": blake3_of([data])}
-    remote.put_record("actions", said.action.key, record)
-    places = {wanted.digest: Place(container, 0, 4)}
-    sharing = Sharing(store.actions, store.blobs, remote)
-    sharing.fetch_all([(said.action.key, wanted)], places)
-    assert remote.fetched_bytes > len(data)
-    assert container.read_bytes() == b"....next"
+    (container,) = store.blobs.new_containers(1, 16)
+    container.write_bytes(b"good....____next")
+    good, mine = (Tensor("uint8", (4,), digest(each)) for each in (b"good", b"mine"))
+    places = {good.digest: Place(container, 0, 4), mine.digest: Place(container, 8, 4)}
+    store.blobs.refer(good.digest, [places[good.digest].part])
+    blake3 = blake3_of([data])
+    assert remote.push(blake3, len(data), [data])
+    held = {"g": good, "m": replace(mine, shape=(8,)) if names == "m" else mine}
+    made = Manifest(Action("cast", 1, {}, {}), {name: held[name] for name in names})
+    record = {"manifest": json.loads(made.to_bytes()), "blake3": blake3}
+    remote.put_record("actions", made.action.key, record)
+    if times > 1:
+        flip(tmp_path / "remote" / "blobs" / blake3[:2] / blake3[2:])
+    for _ in range(2):
+        remote = Remote((tmp_path / "remote").as_uri(), warn=said.append)
+        sharing = Sharing(store.actions, store.blobs, store.memos, remote)
+        for _ in range(2):
+            sharing.fetch_all([(made.action.key, mine)], places)
+        sharing.close()
+    assert fetched == [blake3] * times
+    assert [f"damaged: remote blob {blake3}" in line for line in said] == [True] * 2
+    assert not store.blobs.has(mine.digest, 4)
+    assert store.blobs.locate(good.digest, 4) == [places[good.digest].part]
+    assert container.read_bytes()[:8] == b"good...."
+    assert container.read_bytes()[12:] == b"next"
 
 
 # Two at once.
@@ -682,7 +710,10 @@ def test_put_right(original: "Machine", tmp_path: Path) -> None:
     for path, data in made.items():
         flip(path, len(data) // 2)
     two = original.beside("two-" + tmp_path.name, checkpoint=True, **{REMOTE: remote.as_uri()})
-    assert warnings(two.doit()) == []
+    first, *_, counted = warnings(two.doit())
+    assert "damaged: remote blob" in first
+    assert "put there anew" in first
+    assert f" {len(made)} blobs in all are damaged" in counted
     assert {path: path.read_bytes() for path in whole} == whole
     three = original.beside("three-" + tmp_path.name, **{REMOTE: remote.as_uri()})
     assert outcomes(three.doit("--locked")).keys() == {"reused", "fetched"}
