@@ -5,12 +5,14 @@ multiplied by more than others before they are rounded, what makes their inputs 
 same, and large weights of a group are cut off where the others gain by it. The paper runs a block
 for each candidate. Here, what a layer makes changes by ``tr(E H Eᵀ)``, where E is the error of its
 weights and H the sum of the products of its inputs' channels: candidates cost no run.
+
+Arrays are NumPy's, whose BLAS is the faster one on a CPU, or MLX's, of a GPU's stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +24,8 @@ ROWS = 512  # of a weight, spread over it, by which scales are judged
 CLIPPED_BYTES = 32 << 20  # of a weight, that clips are looked for of at once
 LEAST = 1e-4  # of what is given, before it is raised to a power
 
+Array = Any  # np.ndarray or mx.array: MLX is not to be imported for this
+
 
 class Rounding(NamedTuple):
     """How a weight will be rounded: ``mx.quantize``'s arguments, and the weight's dtype."""
@@ -31,14 +35,18 @@ class Rounding(NamedTuple):
     mode: str
     dtype: str
 
-    def of(self, weight: np.ndarray) -> np.ndarray:
+    def of(self, weight: Array) -> Array:
         """Return rows as they are once they are rounded: (rows, columns), float32."""
-        size, bits, mode = self.group_size, self.bits, self.mode
+        if not isinstance(weight, np.ndarray):
+            return self._of(weight)
         with mx.stream(mx.cpu):
-            given = mx.array(weight).astype(getattr(mx, self.dtype))
-            packed = mx.quantize(given, size, bits, mode)
-            made = mx.dequantize(*packed, group_size=size, bits=bits, mode=mode)
-            return np.array(made.astype(mx.float32))
+            return np.array(self._of(mx.array(weight)))
+
+    def _of(self, weight: mx.array) -> mx.array:
+        size, bits, mode = self.group_size, self.bits, self.mode
+        packed = mx.quantize(weight.astype(getattr(mx, self.dtype)), size, bits, mode)
+        made = mx.dequantize(*packed, group_size=size, bits=bits, mode=mode)
+        return made.astype(mx.float32)
 
 
 class Columns(NamedTuple):
@@ -51,8 +59,8 @@ class Columns(NamedTuple):
         rows: which of the scales is for each column: (columns,).
     """
 
-    weight: np.ndarray
-    hessian: np.ndarray
+    weight: Array
+    hessian: Array
     rounding: Rounding
     rows: np.ndarray
 
@@ -68,7 +76,8 @@ def best_scale(given: Sequence[Callable[[], Columns]], count: int) -> np.ndarray
     squares = np.zeros(count)
     for read in given:
         each = read()
-        np.add.at(squares, each.rows, np.diag(each.hessian).astype(np.float64))
+        diagonal = np.array(_module(each.hessian).diag(each.hessian))
+        np.add.at(squares, each.rows, diagonal.astype(np.float64))
     if not squares.any() or not np.isfinite(squares).all():
         return np.ones(count, np.float32)
     size = np.maximum(np.sqrt(squares / squares.mean()), LEAST)
@@ -92,18 +101,27 @@ def _centred(scale: np.ndarray) -> np.ndarray:
     return centred
 
 
-def _spread(weight: np.ndarray, share: int) -> np.ndarray:
+def _module(array: Array) -> Any:
+    return np if isinstance(array, np.ndarray) else mx
+
+
+def _spread(weight: Array, share: int) -> Array:
     """Return a part of a weight's rows, spread over them."""
     step = -(-len(weight) // max(ROWS // max(1, share // 4), 32))
-    return np.ascontiguousarray(weight[::step]) if step > 1 else weight
+    return _whole(weight[::step]) if step > 1 else weight
+
+
+def _whole(array: Array) -> Array:
+    return np.ascontiguousarray(array) if isinstance(array, np.ndarray) else array
 
 
 def _loss(given: Columns, scale: np.ndarray) -> float:
-    error = given.rounding.of(given.weight * scale) / scale - given.weight
-    return float(np.vdot(error @ given.hessian, error))
+    factors = _module(given.weight).array(scale)
+    error = given.rounding.of(given.weight * factors) / factors - given.weight
+    return float(_module(error).inner((error @ given.hessian).reshape(-1), error.reshape(-1)))
 
 
-def best_clips(weight: np.ndarray, hessian: np.ndarray, rounding: Rounding) -> np.ndarray:
+def best_clips(weight: Array, hessian: Array, rounding: Rounding) -> np.ndarray:
     """Return how far each group is cut off, in steps of 1/20 of its largest: (rows, groups), uint8.
 
     Args:
@@ -114,39 +132,41 @@ def best_clips(weight: np.ndarray, hessian: np.ndarray, rounding: Rounding) -> n
     blas.one_thread()
     size = rounding.group_size
     groups = weight.shape[1] // size
-    at = np.arange(groups)
+    at = _module(hessian).arange(groups)
     blocks = hessian.reshape(groups, size, groups, size)[at, :, at]
     step = max(1, CLIPPED_BYTES // max(1, weight[:1].nbytes))
     clips = np.zeros((len(weight), groups), np.uint8)
     for start in range(0, len(weight), step):
-        clips[start : start + step] = _clips(weight[start : start + step], blocks, rounding)
+        best = _clips(weight[start : start + step], blocks, rounding)
+        clips[start : start + step] = np.array(best).T
     return clips
 
 
-def _clips(weight: np.ndarray, blocks: np.ndarray, rounding: Rounding) -> np.ndarray:
-    """Return the same of a block of rows; ``blocks``: (groups, group size, group size)."""
+def _clips(weight: Array, blocks: Array, rounding: Rounding) -> Array:
+    """Return the same of a block of rows, transposed; ``blocks``: (groups, size, size)."""
     groups, size, _ = blocks.shape
-    least = np.full((groups, len(weight)), np.inf, np.float32)
-    best = np.zeros(least.shape, np.uint8)
+    module = _module(weight)
+    least = module.full((groups, len(weight)), np.inf, module.float32)
+    best = module.zeros(least.shape, module.uint8)
     for step in range(CLIPS):
-        steps = np.full((len(weight), groups), step, np.uint8)
+        steps = module.full((len(weight), groups), step, module.uint8)
         error = rounding.of(clip(weight, steps)) - weight
-        by_group = np.ascontiguousarray(error.reshape(-1, groups, size).transpose(1, 0, 2))
-        loss = np.einsum("grc,grc->gr", by_group @ blocks, by_group)
-        better = loss < least
-        best[better], least = step, np.minimum(loss, least)
-    return best.T
+        by_group = _whole(error.reshape(-1, groups, size).transpose(1, 0, 2))
+        loss = module.einsum("grc,grc->gr", by_group @ blocks, by_group)
+        best = module.where(loss < least, module.array(step, module.uint8), best)
+        least = module.minimum(loss, least)
+    return best
 
 
-def clip(weight: np.ndarray, steps: np.ndarray) -> np.ndarray:
+def clip(weight: Array, steps: Array) -> Array:
     """Return rows whose groups are cut off.
 
     Args:
         weight: (rows, columns), float32.
         steps: (rows, groups): of 1/20 of the largest of a group.
     """
+    module = _module(weight)
     by_group = weight.reshape(*steps.shape, -1)
-    most = np.abs(by_group).max(axis=-1, keepdims=True)
-    most *= (1 - steps / np.float32(GRID)).astype(np.float32)[..., None]
-    clipped: np.ndarray = np.clip(by_group, -most, most).reshape(weight.shape)
-    return clipped
+    most = module.abs(by_group).max(axis=-1, keepdims=True)
+    most = most * (1 - steps.astype(module.float32) / GRID)[..., None]
+    return module.clip(by_group, -most, most).reshape(weight.shape)

@@ -43,11 +43,12 @@ from tasks.stages.stage import (
     TargetModel,
 )
 from tasks.tensors import arrays, blas, mx
+from tasks.tensors.device import device_of
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tasks.quality.awq import Columns, Rounding
+    from tasks.quality.awq import Array, Columns, Rounding
     from tasks.quality.fold_trials import Made, Proven
 
 INPUT_SCALE, OUTPUT_SCALE, CLIP = "input_scale", "output_scale", "clip"
@@ -90,7 +91,7 @@ class Awq(Stage[AwqParams]):
     """Find scales and clips by which weights lose least when they are rounded."""
 
     name = "awq"
-    version = 2
+    version = 3
     keep = Keep.ALWAYS
     params = AwqParams
 
@@ -269,15 +270,18 @@ class _Search:
         count = prod(self._weights[name].shape[:-2])
         return [partial(read, matrix) for matrix in (range(count) if expert is None else [expert])]
 
-    def _matrix(self, name: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _matrix(self, name: str, number: int) -> tuple[Array, Array]:
         """Return one of a weight's matrices, and its Hessian, as they are before scaling."""
         import numpy as np
 
         weight = self._weights[name]
-        matrix = np.array(weight.reshape(-1, *weight.shape[-2:])[number])
+        matrix = weight.reshape(-1, *weight.shape[-2:])[number]
         source = self._context.rows(Key(Hessians.name, self._params.hessians[name]))
         columns = matrix.shape[-1]
-        return matrix, np.array(source.read(number * columns, (number + 1) * columns))
+        hessian = source.read(number * columns, (number + 1) * columns)
+        if device_of(self._params.device) == "gpu":
+            return matrix, hessian
+        return np.array(matrix), np.array(hessian)
 
     def _rounding(self, name: str) -> Rounding:
         from tasks.quality.awq import Rounding
@@ -303,12 +307,16 @@ class _Search:
             yield np.ascontiguousarray(scale, np.float32).data.cast("B")
 
     def _clips(self, name: str, number: int) -> np.ndarray:
+        import numpy as np
+
         from tasks.quality import awq
 
-        weight, hessian = self._matrix(name, number)
-        if (scale := self._scales.get(f"{name}.{INPUT_SCALE}")) is not None:
-            scale = scale.reshape(-1, scale.shape[-1])[number]
-            weight, hessian = weight * scale, hessian / scale / scale[:, None]
-        if (scale := self._scales.get(f"{name}.{OUTPUT_SCALE}")) is not None:
-            weight = weight / scale.reshape(-1, scale.shape[-1])[number][:, None]
-        return awq.best_clips(weight, hessian, self._rounding(name))
+        with self._runner.stream():
+            weight, hessian = self._matrix(name, number)
+            array = np.array if isinstance(weight, np.ndarray) else mx.array
+            if (scale := self._scales.get(f"{name}.{INPUT_SCALE}")) is not None:
+                of_columns = array(scale.reshape(-1, scale.shape[-1])[number])
+                weight, hessian = weight * of_columns, hessian / of_columns / of_columns[:, None]
+            if (scale := self._scales.get(f"{name}.{OUTPUT_SCALE}")) is not None:
+                weight = weight / array(scale.reshape(-1, scale.shape[-1])[number])[:, None]
+            return awq.best_clips(weight, hessian, self._rounding(name))
