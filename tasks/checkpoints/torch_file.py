@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple
 from cache.records.manifests import DTYPE_BYTES
 from tasks.checkpoints.small_files import damaged
 from tasks.checkpoints.stored import TORCH, Stored, WeightFile, checked_shape
+from tasks.core import pytorch
 from tasks.core.errors import CheckpointError
 
 SUFFIXES: tuple[str, ...] = (".pth", ".bin")
@@ -291,13 +292,12 @@ def _read_with_torch(path: WeightFile) -> list[Stored]:
 
 def _torch(path: Path) -> Any:
     try:
-        import torch
+        return pytorch.module()
     except ImportError as error:
         raise CheckpointError(
             f"{path} is not the usual file of torch.save (a zip archive of plain tensors): only "
             "torch can read it. Install that: pip install 'mlx-make[torch]'"
         ) from error
-    return torch
 
 
 def load_with_torch(path: Path) -> dict[str, Any]:

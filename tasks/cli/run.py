@@ -15,6 +15,7 @@ from tasks.cli.loader import SensitivitiesFirst
 from tasks.cli.options import Options
 from tasks.cli.process import interruptible
 from tasks.cli.state_lock import alone
+from tasks.core import pytorch
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.task_names import task_name
@@ -40,6 +41,7 @@ class Run(Command, DoitRun):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any) -> None:
         cuda.begin()  # now, before all that is imported to run
+        pytorch.leave_out()
         super().__init__(**kwargs)
 
     def execute(self, params: Any, args: list[str]) -> int:

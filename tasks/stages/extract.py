@@ -19,6 +19,7 @@ from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.stored import TORCH
 from tasks.checkpoints.torch_file import load_with_torch
+from tasks.core import pytorch
 from tasks.core.errors import CheckpointError
 from tasks.stages.reasons import Reason, changed_values, tensor_changes
 from tasks.stages.stage import (
@@ -245,9 +246,8 @@ def _with_torch(context: Context, file: str) -> dict[str, str]:
         )
 
     def digests() -> dict[str, str]:
-        import torch
-
         loaded = load_with_torch(path)
+        uint8 = pytorch.module().uint8
         if Stamp.of(path).is_changed(stamp):
             raise FileChanged(str(path))
         digest_of = {}
@@ -255,7 +255,7 @@ def _with_torch(context: Context, file: str) -> dict[str, str]:
             if (stored.file, stored.offset) == (file, TORCH):
                 flat = loaded[stored.name].detach().contiguous().reshape(-1)
                 with context.blobs.writing(stored.nbytes) as writer:
-                    writer.write(memoryview(flat.view(torch.uint8).numpy()))
+                    writer.write(memoryview(flat.view(uint8).numpy()))
                 digest_of[stored.name] = writer.digest
         return digest_of
 

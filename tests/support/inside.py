@@ -23,6 +23,7 @@ from tasks.cli.failures import as_invalid_dodo_file
 from tasks.cli.loader import InstalledLoader
 from tasks.cli.session import Session
 from tasks.config import reader
+from tasks.core import pytorch
 from tasks.tensors import cuda
 
 
@@ -62,6 +63,7 @@ def run(folder: Path, *args: str) -> tuple[int, str, str]:
             contextlib.redirect_stderr(err),
             mock.patch.dict(cmd_run.opt_outfile, default=out),
             mock.patch.object(cuda, "begin"),  # this process goes on, with CUDA as it is
+            mock.patch.object(pytorch, "leave_out"),
         ):
             status = main.run([*args, f"models={folder / 'models.toml'}"]) or 0
     finally:
