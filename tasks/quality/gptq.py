@@ -54,26 +54,33 @@ def order(hessian: np.ndarray, group_size: int) -> Order:
     groups = np.argsort(-given.sum(axis=1), kind="stable")
     inside = np.argsort(-given, axis=1, kind="stable")
     channels = (inside + np.arange(0, diagonal.size, group_size)[:, None])[groups].reshape(-1)
-    hessian = hessian[channels][:, channels].astype(np.float64)
-    hessian[np.diag_indices_from(hessian)] += DAMPING * diagonal.mean() or 1.0
     # Of the reversed matrix, the lower factor is the upper one of the matrix, reversed.
-    upper = np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    return Order(channels, groups, _inverse(upper).astype(np.float32))
+    backwards = channels[::-1]
+    wide = np.empty(hessian.shape, np.float64)
+    for row, channel in zip(wide, backwards, strict=True):
+        row[:] = hessian[channel, backwards]
+    wide[np.diag_indices_from(wide)] += DAMPING * diagonal.mean() or 1.0
+    lower = np.linalg.cholesky(wide)
+    wide[:] = lower[::-1, ::-1]
+    del lower
+    _invert(wide)
+    return Order(channels, groups, wide.astype(np.float32))
 
 
-def _inverse(upper: np.ndarray) -> np.ndarray:
-    """Return the inverse of an upper triangular matrix, in a sixth of the time of any other's."""
+def _invert(upper: np.ndarray) -> None:
+    """Invert an upper triangular matrix in its place, in a sixth of the time of any other's."""
     import numpy as np
 
     size = len(upper)
     if size <= SMALL:
-        return np.triu(np.linalg.inv(upper))
+        upper[:] = np.triu(np.linalg.inv(upper))
+        return
     half = size // 2
-    first, last = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
-    inverse = np.zeros_like(upper, order="C")
-    inverse[:half, :half], inverse[half:, half:] = first, last
-    inverse[:half, half:] = -(first @ (upper[:half, half:] @ last))
-    return inverse
+    beside = upper[:half, half:]
+    _invert(upper[:half, :half])
+    _invert(upper[half:, half:])
+    beside[:] = upper[:half, :half] @ (beside @ upper[half:, half:])
+    np.negative(beside, out=beside)
 
 
 def quantize(

@@ -20,7 +20,7 @@ from tasks.tensors.rows import Rows
 
 METHOD = "gptq"
 BLOCK_BYTES = 16 << 20  # of rows that are rounded together, in float32
-FACTORING = 6 * 8  # bytes for each number of a Hessian, while it is factored
+FACTORING = 4 * 8  # bytes for each number of a Hessian, while it is factored
 
 
 class GptqParams(QuantizeParams, frozen=True, kw_only=True):
