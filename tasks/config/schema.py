@@ -142,6 +142,8 @@ def _quantize() -> Schema:
             "recipe": {"properties": {"mode": {"const": "affine"}}},
             "target_bpw": _without("bits", "recipe", "fit"),
             "fit": _without("bits", "recipe", "target_bpw"),
+            "exact": {"if": {"properties": {"exact": {"const": True}}}}
+            | {"then": _with("target_bpw", "fit")},
             "min_bits": _with("target_bpw", "fit"),
             "context": _with("fit"),
             "candidates": {"if": {"properties": {"candidates": {"minItems": 1}}}}

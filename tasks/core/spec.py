@@ -309,6 +309,15 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
             example=[{"bits": 4}, {"bits": 4, "group_size": 32}, {"bits": 6}],
         ),
     ] = ()
+    exact: Annotated[
+        bool,
+        key(
+            "Whether it is measured what each candidate costs each module, by a run of the model "
+            "with that module alone quantized, and not estimated: hours in place of minutes.",
+            change=_CHOSEN,
+            example=True,
+        ),
+    ] = False
     min_bits: Annotated[
         Annotated[int, Meta(ge=1)] | None,
         key(
@@ -357,7 +366,7 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
             raise Mistakes(Mistake(f"has {both}, which both say how many bits", "drop one"))
         if self.target_bpw is not None and not isfinite(self.target_bpw):
             raise Mistakes(Mistake(f"has target_bpw = {self.target_bpw}", "give a number"))
-        budget = [name for name in ("candidates", "min_bits") if getattr(self, name)]
+        budget = [name for name in ("candidates", "exact", "min_bits") if getattr(self, name)]
         if budget and not given:
             mend = "add target_bpw or fit, or drop it"
             raise Mistakes(Mistake(f"has {budget[0]}, but nothing to choose for", mend))

@@ -17,8 +17,8 @@ from tasks.planning.node import total
 from tasks.planning.plan import Plan
 from tasks.quality import cache_size
 from tasks.stages import quantize, quantize_scheme
+from tasks.stages.forward_params import skeleton_of
 from tasks.stages.quantize_scheme import Setting, weight_name
-from tasks.stages.running import skeleton_of
 
 CONTEXT = 4096  # tokens, where nobody says how many
 

@@ -76,7 +76,7 @@ def _spelled_out(plan: Plan, asked: Quantize) -> Quantize:
         for path in plan.shared.schemes.choosable(asked)
     ]
     return structs.replace(
-        asked, target_bpw=None, fit=None, context=None, candidates=(), min_bits=None,
+        asked, target_bpw=None, fit=None, context=None, candidates=(), exact=False, min_bits=None,
         rules=(*asked.rules, *rules),
     )  # fmt: skip
 

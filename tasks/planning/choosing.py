@@ -91,9 +91,10 @@ def _record(plan: Plan, asked: Quantize) -> dict[str, Any]:
         "target_bpw": asked.target_bpw,
         "fit": asked.fit,
         "context": asked.context,
+        "exact": asked.exact or None,
         "candidates": [list(each) for each in quantize_scheme.candidates(asked)],
         "rules": [_rule(rule) for rule in asked.rules],
-        **_calibration(quality),
+        **_calibration(quality, exact=asked.exact),
         "model": _unquantized(plan),
     }
     return {key: value for key, value in record.items() if value not in (None, [])}
@@ -105,9 +106,9 @@ def _rule(rule: Rule) -> dict[str, Any]:
     return {key: value for key, value in said.items() if key != "dtype" or value}
 
 
-def _calibration(quality: Quality) -> dict[str, Any]:
+def _calibration(quality: Quality, *, exact: bool) -> dict[str, Any]:
     """Return what the choice is calibrated on."""
-    if quality.imatrix is not None:
+    if quality.imatrix is not None and not exact:
         return {"imatrix": imatrix.content(Path(quality.imatrix))}
     own = quality.text is not None
     return {

@@ -342,11 +342,14 @@ class Planner:
         config = layout.config(target, model, scheme.config)
         dtype = target.dtype or layout.default_dtype(checkpoint, model)
         settings = {quantize_scheme.weight_name(path): s for path, s in scheme.settings.items()}
+        exact: frozenset[str] = frozenset()
+        if target.quantize and target.quantize.exact:
+            exact = frozenset(shared.schemes.choosable(target.quantize))
         asked = TargetModel(
             checkpoint, model, shared.stored_layers, shared.layers, dtype, settings,
             shared.computer, target.layout, config, self.quality,
             quantize_scheme.candidates(target.quantize or None), self.memos,
-            registry.roles(fuses=target.adapter is not None), self._adapter(target),
+            registry.roles(fuses=target.adapter is not None), exact, self._adapter(target),
             dtypes=shared.schemes.dtypes(target.quantize or None),
         )  # fmt: skip
         asked = structs.replace(asked, fused=fuse.dtypes(asked))

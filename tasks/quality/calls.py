@@ -17,6 +17,8 @@ import msgspec
 from tasks.tensors import mx
 
 LINEAR = ("mlx.nn.layers.linear", "Linear")
+EMBEDDING = ("mlx.nn.layers.embedding", "Embedding")
+LINEAR_METHODS = {(LINEAR, "__call__"), (EMBEDDING, "as_linear")}  # that a product of BLAS's makes
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -79,7 +81,8 @@ class Watch:
 
         Args:
             model: the library's.
-            linear: what computes a linear layer in place of MLX, given the module and its inputs.
+            linear: what computes a linear layer, or an embedding that is used as one, in place of
+                MLX, given the module and its inputs.
         """
         self._linear = linear
         self._see: See | None = None
@@ -107,10 +110,12 @@ class Watch:
 
     def _watch(self, path: str, module: Any) -> None:
         kind = type(module)
-        is_linear = (kind.__module__, kind.__name__) == LINEAR
-        linear = self._linear if is_linear else None
+        of = (kind.__module__, kind.__name__)
 
-        def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(name: str) -> Callable[..., Any]:
+            method = getattr(kind, name)
+            linear = self._linear if (of, name) in LINEAR_METHODS else None
+
             def call(module: Any, x: mx.array, *args: Any, **named: Any) -> Any:
                 number, self._number = self._number, self._number + 1
                 if self._see:
@@ -121,7 +126,7 @@ class Watch:
             return call
 
         names = (name for name in ("__call__", "as_linear") if hasattr(kind, name))
-        methods = {name: watched(getattr(kind, name)) for name in names}
+        methods = {name: watched(name) for name in names}
         object.__setattr__(module, "__class__", type(kind.__name__, (kind,), methods))
 
     def _note(

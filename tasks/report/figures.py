@@ -21,8 +21,8 @@ from tasks.quality.divergence import ModelQuality
 from tasks.quality.segments import LOGITS
 from tasks.stages import forward, measure, quantize_scheme, registry
 from tasks.stages.forward import Evaluate
+from tasks.stages.forward_params import STATE
 from tasks.stages.quantize_scheme import Setting
-from tasks.stages.running import STATE
 
 # What a module is for, told from its path: the first that matches. Names of mlx-lm's models, and
 # Meta's.

@@ -15,10 +15,8 @@ from msgspec import structs
 from cache.records.manifests import Tensor, TensorSpec
 from tasks.quality.calls import Call, Seen
 from tasks.quality.segments import LOGITS
+from tasks.stages.forward_params import STATE, ForwardParams
 from tasks.stages.running import (
-    STATE,
-    ForwardParams,
-    SegmentRunner,
     UnquantizedStage,
     by_numpy,
     calls_of,
@@ -26,6 +24,7 @@ from tasks.stages.running import (
     specs_of,
     stored,
 )
+from tasks.stages.segment_runner import SegmentRunner
 from tasks.stages.stage import Context, Inputs, Key, Output, Planned, Result, TargetModel
 from tasks.stages.tokens import CALIBRATION_TEXT
 from tasks.tensors import mx
@@ -85,12 +84,9 @@ class Activations(UnquantizedStage):
         def look(index: int) -> list[mx.array]:
             state = runner.look(index, sums.see)
             sums.add()
-            return [state]
+            return state
 
-        if STATE in outputs:
-            tensors = runner.write({STATE: outputs[STATE]}, look)
-        else:
-            tensors = runner.write({}, lambda index: look(index)[:0])
+        tensors = runner.write({n: each for n, each in outputs.items() if n == STATE}, look)
         for name, array in sums.results().items():
             with context.writer(name, array.nbytes) as writer:
                 writer.write(memoryview(array.tobytes()))

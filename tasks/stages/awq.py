@@ -19,17 +19,12 @@ from tasks.quality.calls import Seen
 from tasks.quality.folds import Fold, folds
 from tasks.quality.segments import weight_of
 from tasks.stages import quantize
+from tasks.stages.forward_params import ForwardParams, skeleton_of, state_of
 from tasks.stages.hessians import Hessians, by_weight
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.reasons import Reason, changed_values
-from tasks.stages.running import (
-    ForwardParams,
-    SegmentRunner,
-    plan_segments,
-    skeleton_of,
-    state_of,
-    stored,
-)
+from tasks.stages.running import plan_segments, stored
+from tasks.stages.segment_runner import SegmentRunner
 from tasks.stages.stage import (
     Context,
     Inputs,

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from cache.records.manifests import TensorSpec
 from tasks.quality import divergence
 from tasks.quality.divergence import Comparison, ModelQuality, TopPredictions
+from tasks.stages.forward_params import ForwardParams
 from tasks.stages.running import (
-    ForwardParams,
     ModelStage,
-    SegmentRunner,
     UnquantizedStage,
     of_all_samples,
     plan_segments,
     specs_of,
     stored,
-)  # fmt: skip
+)
+from tasks.stages.segment_runner import SegmentRunner
 from tasks.stages.stage import (
     Context,
     Inputs,

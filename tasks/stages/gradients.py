@@ -18,16 +18,9 @@ from cache.records.manifests import Tensor, TensorSpec
 from tasks.quality.calls import Call, Seen
 from tasks.quality.segments import LOGITS
 from tasks.stages.activations import Activations
-from tasks.stages.running import (
-    STATE,
-    ForwardParams,
-    SegmentRunner,
-    UnquantizedStage,
-    calls_of,
-    plan_segments,
-    specs_of,
-    stored,
-)
+from tasks.stages.forward_params import STATE, ForwardParams
+from tasks.stages.running import UnquantizedStage, calls_of, plan_segments, specs_of, stored
+from tasks.stages.segment_runner import SegmentRunner
 from tasks.stages.stage import Context, Inputs, Key, Need, Output, Planned, Result, TargetModel
 from tasks.stages.tokens import CALIBRATION_TEXT
 from tasks.tensors import mx

@@ -15,18 +15,17 @@ from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.quality.calls import Call, Seen
 from tasks.quality.segments import LOGITS, weight_of
+from tasks.stages.forward_params import ForwardParams, state_of
 from tasks.stages.running import (
-    ForwardParams,
-    SegmentRunner,
     UnquantizedStage,
     by_numpy,
     calls_of,
     of_all_samples,
     plan_segments,
     specs_of,
-    state_of,
     stored,
 )
+from tasks.stages.segment_runner import SegmentRunner
 from tasks.stages.stage import Context, Inputs, Key, Output, Planned, Result, TargetModel
 from tasks.stages.tokens import CALIBRATION_TEXT
 from tasks.tensors import arrays, blas, mx
@@ -126,7 +125,7 @@ class Hessians(UnquantizedStage):
         def look(index: int) -> list[mx.array]:
             state = runner.look(index, sums.see)
             sums.add()
-            return [state][: len(outputs) - len(specs)]
+            return state
 
         states = {name: each for name, each in outputs.items() if name not in specs}
         tensors = runner.write(states, look)

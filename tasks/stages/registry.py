@@ -10,6 +10,7 @@ from tasks.stages.awq import Awq
 from tasks.stages.awq_quantize import METHOD as AWQ
 from tasks.stages.awq_quantize import AwqQuantize
 from tasks.stages.cast import Cast
+from tasks.stages.divergence import Baseline, Divergence
 from tasks.stages.extract import Extract
 from tasks.stages.forward import Evaluate, Forward, Teacher
 from tasks.stages.fuse import Fuse
@@ -40,7 +41,8 @@ EVALUATE, ACTIVATIONS, SENSITIVITY = Evaluate(), Activations(), Sensitivity()
 # What people ask for that runs a model, and all that it takes, which is planned only then.
 ASKED_FOR: tuple[Stage[Any], ...] = (EVALUATE, ACTIVATIONS, SENSITIVITY)
 RUNNING: tuple[Stage[Any], ...] = (
-    Tokens(), Teacher(), Forward(), EVALUATE, ACTIVATIONS, Gradients(), Importances(), SENSITIVITY
+    Tokens(), Teacher(), Forward(), EVALUATE, ACTIVATIONS, Gradients(), Importances(),
+    Baseline(), Divergence(), SENSITIVITY,
 )  # fmt: skip
 
 

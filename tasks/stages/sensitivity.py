@@ -8,7 +8,6 @@ is written.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Hashable, Mapping, Sequence
 from math import fsum, inf, isfinite
@@ -18,6 +17,8 @@ from cache.records.manifests import Manifest, Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.stages import quantize, quantize_scheme
 from tasks.stages.activations import MEAN_SQUARE
+from tasks.stages.candidates import node_name
+from tasks.stages.divergence import Divergence, name_of
 from tasks.stages.gradients import IMPORTANCE, ROW_IMPORTANCE, Gradients
 from tasks.stages.importances import Importances
 from tasks.stages.quantize_scheme import Setting, weight_name
@@ -41,7 +42,6 @@ from tasks.tensors.device import BLOCK_BYTES, device_of
 from tasks.tensors.rows import Rows
 
 SENSITIVITY = "sensitivity"
-_CANDIDATE = re.compile(r"[0-9]+bit-[0-9]+(-[a-z0-9]+)?")
 
 
 class SensitivityParams(Params, frozen=True):
@@ -55,6 +55,7 @@ class SensitivityParams(Params, frozen=True):
         machine: the processor.
         relative: whether it is the part of what the module makes that is lost, by an importance
             matrix, and no divergence.
+        exact: whether it was measured, by ``divergence``, and is only put together.
     """
 
     setting: Setting
@@ -63,12 +64,14 @@ class SensitivityParams(Params, frozen=True):
     device: str = ""
     machine: str = ""
     relative: bool = False
+    exact: bool = False
 
 
 class Sensitivity(Stage[SensitivityParams]):
     """Tell what each way of quantizing each module would cost: divergence, in nats.
 
     By an importance matrix it is a part of what the module makes instead: see ``relative``.
+    Where that is asked for, it is measured: see ``divergence``.
 
     A node is one candidate in one layer. It makes a vector of one number a weight, in the order of
     the sorted names.
@@ -84,6 +87,8 @@ class Sensitivity(Stage[SensitivityParams]):
 
         With an importance matrix it need not be.
         """
+        if target.exact:
+            return _plan_exact(target)
         segments_of: dict[str, list[Need]] = {}
         for node, read in target.planned[Importances.name].items():
             segments_of |= {path: [Need(Importances.name, node)] for path in read.params.names}
@@ -114,7 +119,7 @@ class Sensitivity(Stage[SensitivityParams]):
 
     def plan_key(self, target: TargetModel) -> Hashable:
         """Return what is tried, and on what."""
-        return target.dtype, target.quality, target.candidates
+        return target.dtype, target.quality, target.candidates, target.exact
 
     def outputs(
         self, params: SensitivityParams, inputs: Mapping[Key, TensorSpec]
@@ -125,6 +130,9 @@ class Sensitivity(Stage[SensitivityParams]):
 
     def run(self, params: SensitivityParams, inputs: Inputs, context: Context) -> Result:
         """Quantize each weight, and weigh the error."""
+        if params.exact:
+            context.prefetch(inputs)
+            return _measured(params, context)
         context.prefetch(inputs)
         unquantized = context.planned.roles.unquantized
         numbers = []
@@ -133,10 +141,7 @@ class Sensitivity(Stage[SensitivityParams]):
             path = quantize_scheme.module_path(name)
             importances = _importances(context, inputs, path, relative=params.relative)
             numbers.append(_error(context, weight, importances, params))
-        data = memoryview(struct.pack(f"<{len(numbers)}f", *numbers))
-        with context.writer(SENSITIVITY, data.nbytes) as writer:
-            writer.write(data)
-        return Result({SENSITIVITY: Tensor("float32", (len(numbers),), writer.digest)})
+        return _written(numbers, context)
 
     def memory(self, params: SensitivityParams, checkpoint: Checkpoint) -> int:
         """Return what quantizing takes, and comparing."""
@@ -151,16 +156,39 @@ class Sensitivity(Stage[SensitivityParams]):
         return changed_values(old, new)
 
 
-def node_name(layer: str, setting: Setting) -> str:
-    """Return what the node is called that tries a candidate in a layer."""
-    mode = "" if setting.mode == "affine" else f"-{setting.mode}"
-    return f"{layer}.{setting.bits}bit-{setting.group_size}{mode}"
+def _plan_exact(target: TargetModel) -> dict[str, Planned[SensitivityParams]]:
+    """Plan what puts together what was measured: it quantizes nothing."""
+    tried = target.planned[Divergence.name]
+    measured = {weight_name(path) for path in target.exact}
+    planned = {}
+    for layer, parameters in target.layers.items():
+        names = sorted(p.name for p in parameters if p.name in measured)
+        for setting in target.candidates:
+            by_node = {node_name(quantize_scheme.module_path(n), setting): n for n in names}
+            weights = [name for node, name in by_node.items() if node in tried]
+            if not weights:
+                continue
+            needs = [Need(target.roles.unquantized, layer)]
+            needs += [Need(Divergence.name, node) for node in by_node if node in tried]
+            reads = (*weights, *(name_of(quantize_scheme.module_path(n)) for n in weights))
+            params = SensitivityParams(setting, tuple(weights), exact=True)
+            planned[node_name(layer, setting)] = Planned(params, tuple(needs), frozenset(reads))
+    return planned
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Return the layer and the candidate of a node that is called so; of another stage's, none."""
-    layer, _, candidate = name.rpartition(".")
-    return (layer, candidate) if _CANDIDATE.fullmatch(candidate) else (name, "")
+def _measured(params: SensitivityParams, context: Context) -> Result:
+    numbers = []
+    for name in params.weights:
+        key = Key(Divergence.name, name_of(quantize_scheme.module_path(name)))
+        numbers.append(cast("float", context.rows(key).read(0, 1).item()))
+    return _written(numbers, context)
+
+
+def _written(numbers: Sequence[float], context: Context) -> Result:
+    data = memoryview(struct.pack(f"<{len(numbers)}f", *numbers))
+    with context.writer(SENSITIVITY, data.nbytes) as writer:
+        writer.write(data)
+    return Result({SENSITIVITY: Tensor("float32", (len(numbers),), writer.digest)})
 
 
 def figures(manifest: Manifest, read: Mapping[str, bytes]) -> dict[str, float]:

@@ -201,6 +201,8 @@ class TargetModel(Struct, frozen=True):
         quality: on what text models are run, and how much of it.
         candidates: the ways to quantize a module that are tried, where that is asked for.
         memos: where answers are kept that are worth remembering.
+        exact: the modules of which it is measured what each of these costs, and not estimated, by
+            path.
         roles: which stages do what.
         adapter: what is fused with the weights, if anything is.
         fused: the dtypes of the weights that this changes, once it is, by name.
@@ -222,6 +224,7 @@ class TargetModel(Struct, frozen=True):
     candidates: tuple[Any, ...]
     memos: Memos
     roles: Roles
+    exact: frozenset[str] = frozenset()
     adapter: Adapter | None = None
     fused: Mapping[str, str] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)

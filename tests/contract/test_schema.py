@@ -39,6 +39,7 @@ OTHERS = {
 # What a key needs beside it.
 PARTNERS = {
     "candidates": {"target_bpw": "4.5"},
+    "exact": {"target_bpw": "4.5"},
     "min_bits": {"target_bpw": "4.5"},
     "context": {"fit": '"16GB"'},
 }

@@ -21,7 +21,16 @@ from tasks.tensors import arrays, rows
 # Between them each step of unshard, each mode, tied and sharded tensors, and what a library makes.
 MODELS = {
     "meta": {"dtype": "float16", "quantize": {"bits": 4}},
-    "huggingface": {"dtype": "float32", "quantize": {"bits": 3, "method": "gptq"}},
+    "huggingface": {
+        "dtype": "float32",
+        "quantize": {
+            "target_bpw": 4.6,
+            "candidates": [{"bits": 3}, {"bits": 4}],
+            "exact": True,
+            "method": "gptq",
+            "rules": [{"match": "model.layers.*", "bits": 3}],
+        },
+    },
     "qwen3-moe": {"dtype": "float32", "quantize": {"bits": 4, "group_size": 32, "method": "awq"}},
     "deepseek-v3": {"dtype": "float16", "quantize": {"mode": "mxfp4"}},
 }

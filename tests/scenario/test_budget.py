@@ -184,6 +184,59 @@ def test_sensitivities_are_the_divergence(project: Project) -> None:
         }
 
 
+def divergence(model: nn.Module, plain: np.ndarray, tokens: mx.array) -> float:
+    """Mean KL divergence of what a whole model says from what it said before, nats a token."""
+    found = np.array(mx.concatenate([model(row[None, :-1]) for row in tokens]), np.float64)
+    p, q = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in (plain, found))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def test_exact_is_the_divergence_of_the_whole_model(project: Project) -> None:
+    """With one module alone quantized; each is measured once, and a budget chooses by it."""
+    project.quality = {**QUALITY, "top_logits": 320}
+    candidates = [{"bits": bits, "group_size": 32} for bits in (2, 4)]
+    rules = [{"match": "model.layers.[123].*", "bits": 8, "group_size": 32}]
+    asked = {"target_bpw": 8.2, "candidates": candidates, "rules": rules, "exact": True}
+    project.configure("plain", source="checkpoint", device="cpu", dtype="float32", quantize=False)
+    project.configure(quantize=asked)
+    first = project.doit("pack")
+    ran = {task for task in first.computed if task.startswith("divergence:")}
+    assert len(ran) == 2 * (7 + 2)  # of what is not ruled
+    assert "gradients" not in groups(first.computed)
+
+    session = inside.session(project.folder)
+    found = recorded.sensitivities(session.builder, session.plans["model"])
+    built = project.folder / "build" / "plain"
+    documents = text.calibration(Quality())
+    tokenizer = AutoTokenizer.from_pretrained(built)
+    tokens = mx.array(text.windows(documents, tokenizer, samples=3, length=24, seed=1))
+    model, _ = load_model(built)
+    plain = np.array(mx.concatenate([model(row[None, :-1]) for row in tokens]), np.float64)
+    weights = mx.load(str(built / "model.safetensors"))
+    for path in ("model.embed_tokens", "model.layers.0.mlp.up_proj", "lm_head"):
+        name = f"{path}.weight"
+        for bits in (2, 4):
+            rounded = mx.dequantize(*mx.quantize(weights[name], 32, bits), 32, bits)
+            model.load_weights([(name, rounded)], strict=False)
+            expected = divergence(model, plain, tokens)
+            assert found[name][Setting(32, bits, "affine")] == pytest.approx(expected, rel=2e-3)
+        model.load_weights([(name, weights[name])], strict=False)
+
+    assert {each["bits"] for each in settings_of(project).values()} == {2, 4, 8}
+    project.configure(quantize={**asked, "target_bpw": 8.4})
+    assert groups(project.doit().computed) == {"quantize", "pack"}
+    project.configure(
+        quantize={**asked, "candidates": [*candidates, {"bits": 3, "group_size": 32}]}
+    )
+    third = project.doit("sensitivity:model")
+    assert {task.split(".")[-1] for task in third.computed} == {"3bit-32"}
+    project.configure(quantize={**asked, "exact": False})
+    said = json.loads(project.doit("plan", "--json", expect=1).stdout)["budgets"]["model"]["anew"]
+    assert (
+        said == "target_bpw is 8.2, and 8.4 in models.lock; exact is none, and true in models.lock"
+    )
+
+
 @pytest.mark.parametrize(
     ("quantize", "said"),
     [

@@ -24,7 +24,8 @@ from tasks.planning.forecast import Forecast
 from tasks.planning.plan import Plan
 from tasks.planning.sizes import Traffic
 from tasks.planning.steps import SETTLED, UP_TO_DATE, Step
-from tasks.stages import registry, sensitivity
+from tasks.stages import registry
+from tasks.stages.candidates import split_name
 
 SOMETHING_TO_DO, REFUSED = 1, 3  # exit status of ``doit plan``
 OVERVIEW = "overview"  # reports/index.html, of all targets
@@ -278,7 +279,7 @@ def _folded(layers: list[str]) -> str:
 
     by_candidate: dict[str, list[str]] = {}  # of sensitivities; of all others it is none
     for name in layers:
-        layer, candidate = sensitivity.split_name(name)
+        layer, candidate = split_name(name)
         by_candidate.setdefault(candidate, []).append(layer)
     by_layers: dict[str, list[str]] = {}
     for candidate, of in by_candidate.items():
