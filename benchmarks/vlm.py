@@ -4,6 +4,7 @@
     python benchmarks/vlm.py --folder F qwen2_vl llava  # these
     python benchmarks/vlm.py --folder F --rounds 3      # time and memory, of Qwen2-VL 2B's shape
     python benchmarks/vlm.py --folder F --library mlx-embeddings  # of another library
+    python benchmarks/vlm.py --folder F --mtp           # drafters beside `mlx_vlm.split_mtp`
 
 A small random checkpoint is made of each architecture, of the fields of the library's own classes
 (tests/support/*_checkpoints.py), converted by the peer in this process, and built by one call of
@@ -24,8 +25,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import mlx.core as mx
 from measure import ROOT, BenchmarkError, Usage, measure
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -33,6 +35,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support import (
     embeddings_checkpoints,
     embeddings_peer,
+    mtp_checkpoints,
     vlm_checkpoints,
     vlm_names,
     vlm_peer,
@@ -46,6 +49,12 @@ from support import vlm_peer
 source, output, bits = sys.argv[1:]
 vlm_peer.convert(Path(source), Path(output), quantize=True, q_bits=int(bits))
 """
+DRAFTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("", {}),
+    "4bit": ("quantize = { bits = 4 }", {"q_bits": 4, "q_group_size": 64}),
+    "8bit": ("quantize = { bits = 8, group_size = 32 }", {"q_bits": 8, "q_group_size": 32}),
+    "mxfp4": ('quantize = { mode = "mxfp4" }', {"q_mode": "mxfp4"}),
+}
 # Qwen2-VL 2B's widths, fewer layers of each part.
 TEXT = {
     "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 4, "vocab_size": 151936,
@@ -87,6 +96,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where there is room for it")
     parser.add_argument("--library", choices=LIBRARIES, default="mlx-vlm")
     parser.add_argument("--rounds", type=int, help="measure so often instead")
+    parser.add_argument("--mtp", action="store_true", help="compare drafters instead")
     parser.add_argument("--most-weights", type=int, help="of a checkpoint, else it is left out")
     arguments = parser.parse_args()
     if arguments.most_weights:
@@ -94,6 +104,9 @@ def main() -> None:
     folder = arguments.folder.absolute()
     if arguments.rounds:
         print(_timed(folder, arguments.rounds))
+        return
+    if arguments.mtp:
+        print(_drafters(folder, arguments.architectures or [*mtp_checkpoints.MTP]))
         return
     left_out: dict[str, str] = {}
     refused: dict[str, dict[str, str]] = {}
@@ -142,11 +155,68 @@ def _build(library: Compared, folder: Path, refused: dict[str, dict[str, str]]) 
         for name, (toml, _) in library.peer.SETTINGS.items():
             if name not in settings:
                 lines += [f"[models.{arch}-{name}]", f'source = "checkpoints/{arch}"', toml]
+    _run(folder, lines)
+
+
+def _run(folder: Path, lines: list[str]) -> None:
     (folder / "models.toml").write_text("\n".join(lines) + "\n")
     models = f"models={folder / 'models.toml'}"
     command = [sys.executable, "-m", "doit", "--continue", models]
     with (folder / "build.txt").open("w") as output:
         subprocess.run(command, cwd=ROOT, stdout=output, stderr=output)
+
+
+def _drafters(folder: Path, architectures: list[str]) -> str:
+    """Return how many drafters are equal to what the peer splits off, and what of each other."""
+    from mlx_vlm.split_mtp import split_mtp
+
+    lines = ["[defaults]", 'layout = "mlx-vlm-mtp"']
+    refused: dict[str, str] = {}
+    for arch in architectures:
+        source = folder / "checkpoints" / arch
+        if not source.exists():
+            mtp_checkpoints.make(arch, source)
+        for name, (toml, settings) in DRAFTS.items():
+            reference = folder / "references" / f"{arch}-{name}"
+            shutil.rmtree(reference, ignore_errors=True)
+            try:
+                split_mtp(str(source), str(reference), **settings)
+            except Exception as error:
+                refused[f"{arch}-{name}"] = _words(error)
+            lines += [f"[models.{arch}-{name}]", f'source = "checkpoints/{arch}"', toml]
+    _run(folder, lines)
+    names = [f"{arch}-{name}" for arch in architectures for name in DRAFTS]
+    found = {name: _draft_differences(folder, name) for name in names if name not in refused}
+    equal = [name for name, differences in found.items() if not differences]
+    told = {name: each[0] for name, each in found.items() if each} | refused
+    return "\n".join(
+        [
+            f"{time.strftime('%Y-%m-%d')}: {len(equal)} of {len(found)} drafters are equal, of "
+            f"{len({name.rpartition('-')[0] for name in found})} architectures:",
+            "",
+            "| drafter | |",
+            "|---|---|",
+            *(f"| {name} | {said} |" for name, said in told.items()),
+        ]
+    )
+
+
+def _draft_differences(folder: Path, name: str) -> list[str]:
+    """Return how a drafter differs from the peer's, which may be in other files."""
+    build, reference = folder / "build" / name, folder / "references" / name
+    if not (build / "config.json").exists():
+        return ["it was not built"]
+    whole = []
+    for each in (build, reference):
+        tensors: dict[str, Any] = {}
+        for path in each.glob("*.safetensors"):
+            tensors |= cast("dict[str, mx.array]", mx.load(str(path)))
+        (folder / f"{each.parent.name}-whole").mkdir(exist_ok=True)
+        whole.append(folder / f"{each.parent.name}-whole")
+        file = str(whole[-1] / "model.safetensors")
+        mx.save_safetensors(file, tensors, metadata={"format": "mlx"})
+    ours, theirs = (json.loads((each / "config.json").read_text()) for each in (build, reference))
+    return [*weight_differences(*whole), *json_differences("config.json: ", ours, theirs)]
 
 
 def _report(

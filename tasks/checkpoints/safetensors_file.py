@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from tasks.checkpoints.small_files import damaged
+from tasks.checkpoints.source import Source
 from tasks.checkpoints.stored import Stored, WeightFile, checked_shape
 from tasks.core.errors import CheckpointError
 
@@ -70,6 +71,19 @@ def read(path: WeightFile) -> list[Stored]:
         raise damaged(path, f"its tensors end at byte {begin + filled:,}, the file at {size:,}")
     order = {name: number for number, name in enumerate(header)}
     return sorted(tensors, key=lambda tensor: order[tensor.name])
+
+
+def metadata(source: Source, name: str) -> dict[str, str]:
+    """Return what a source's file says of itself; nothing if it is no safetensors file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if not name.endswith(SUFFIXES):
+        return {}
+    length = int.from_bytes(b"".join(source.read(name, 0, 8)), "little")
+    header = json.loads(b"".join(source.read(name, 8, length)).decode("utf-8-sig"))
+    return dict(header.get("__metadata__") or {})
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import base64
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -132,7 +132,7 @@ def _try(checkpoint: Checkpoint, found: Found, memos: Memos, library: str) -> Re
     block, where it would make whole layers at once.
     """
     if trial := unpack.trial(found):
-        for left_out in dict.fromkeys(((), _predictors(checkpoint))):
+        for left_out in dict.fromkeys(((), predictors(checkpoint))):
             question = {**asking.question(checkpoint, library, {}, left_out), "trial": trial}
             with suppress(ArchitectureError):
                 said = asking.ask(question, library, checkpoint)
@@ -144,8 +144,13 @@ def _try(checkpoint: Checkpoint, found: Found, memos: Memos, library: str) -> Re
     except (ArchitectureError, CheckpointError):
         return Reads(False)
     used = {key for parameter in made.parameters.values() for key in parameter.inputs}
-    packed = (checkpoint.tensors[part] for each in found.packed.values() for part in each.inputs)
-    return Reads(as_it_is=used.issuperset(key for tensor in packed for key in tensor.inputs))
+    packed = [
+        {key for part in each.inputs for key in checkpoint.tensors[part].inputs}
+        for each in found.packed.values()
+    ]
+    if not LIBRARIES[library].PREDICTORS:  # the rest is of the model, and not of the drafter
+        packed = [keys for keys in packed if keys & used]
+    return Reads(as_it_is=all(keys <= used for keys in packed))
 
 
 def _unpacked_note(checkpoint: Checkpoint, found: Found, library: str) -> str:
@@ -184,7 +189,7 @@ def _model(checkpoint: Checkpoint, told: Checkpoint, memos: Memos, library: str)
         *told.notes,
         *_written_out(told.config, library),
         *_predictors_note(left_out, library),
-        *_dropped(answer.dropped, library),
+        *_dropped(answer.dropped, {*predictors(told)}, library),
     )
     runs = LIBRARIES[library].RUNS
     return Model(
@@ -221,21 +226,21 @@ def _fitting_answer(
 
     These are the layers of multi-token prediction, where its class fails on them.
     """
-    predictors = _predictors(checkpoint)
-    for left_out in dict.fromkeys(((), predictors)):
+    drops = predictors(checkpoint) if LIBRARIES[library].PREDICTORS else ()
+    for left_out in dict.fromkeys(((), drops)):
         if answer := _answer(checkpoint, memos, library, left_out, ask=False):
             return *answer, left_out
-    for left_out in dict.fromkeys(((), predictors)):
+    for left_out in dict.fromkeys(((), drops)):
         try:
             if answer := _answer(checkpoint, memos, library, left_out, ask=True):
                 return *answer, left_out
         except ArchitectureError:
-            if left_out == predictors:
+            if left_out == drops:
                 raise
     raise AssertionError("an answer, or an error")
 
 
-def _predictors(checkpoint: Checkpoint) -> tuple[str, ...]:
+def predictors(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the tensors that predict further tokens: by name, or in layers beyond the last.
 
     The latter only where config.json speaks of them: it may be wrong about the number of layers.
@@ -265,7 +270,14 @@ def _predictors_note(left_out: Sequence[str], library: str) -> tuple[str, ...]:
     return (
         f"{plural(len(left_out), 'tensor')} of multi-token prediction left out: "
         f"{LIBRARIES[library].PACKAGE}.convert fails on them, since its class of this model has no "
-        f"place for them ({listed(left_out)})",
+        f"place for them ({listed(left_out)}). {_drafter(library)}",
+    )
+
+
+def _drafter(library: str) -> str:
+    return (
+        f"{LIBRARIES[library].PREDICTORS} makes a drafter of such tensors, for speculative "
+        "decoding, of architectures that have one"
     )
 
 
@@ -381,8 +393,16 @@ def _refuse_integers(
         )
 
 
-def _dropped(names: list[str], library: str) -> tuple[str, ...]:
-    """Return what to say of tensors that belong to no part of the model that a library knows."""
+def _dropped(names: list[str], drafts: Container[str], library: str) -> tuple[str, ...]:
+    """Return what to say of tensors that belong to no part of the model that a library knows.
+
+    Args:
+        names: theirs.
+        drafts: those that predict further tokens.
+        library: which; one that makes a drafter takes nothing else.
+    """
+    if not LIBRARIES[library].PREDICTORS:
+        return ()
     left = [name for name in names if "rotary_emb" not in name]  # these are buffers
     scales = [name for name in left if SCALES.search(name)]
     left = [name for name in left if name not in scales]
@@ -402,6 +422,12 @@ def _dropped(names: list[str], library: str) -> tuple[str, ...]:
                 f"{plural(len(towers), 'tensor')} of what the model sees and hears with left out, "
                 f"as {convert} does: {elsewhere} keeps them ({listed(towers)})"
             )
+    if ahead := [name for name in left if name in drafts]:
+        left = [name for name in left if name not in drafts]
+        notes.append(
+            f"{plural(len(ahead), 'tensor')} of multi-token prediction left out, as {convert} does "
+            f"({listed(ahead)}). {_drafter(library)}"
+        )
     if left:
         notes.append(
             f"{len(left)} tensors of the checkpoint belong to no part of the model that {library} "

@@ -69,6 +69,7 @@ def question(
         "files": files,
         "tensors": _without(checkpoint.table, left_out) if left_out else checkpoint.table,
         **({"values": values} if values else {}),
+        **({"library": library} if library != LIBRARIES[library].DISTRIBUTION else {}),
     }
 
 
@@ -96,7 +97,7 @@ def ask(question: dict[str, Any], library: str, checkpoint: Checkpoint) -> dict[
         if "error" not in answer:
             return dict(answer)
         # A library's own verdicts are ValueErrors; left-out modules can show as any other.
-        if answer["kind"] in ("ValueError", "SystemExit"):
+        if answer["kind"] in ("ValueError", "SystemExit", "ArchitectureError"):
             break
     fail(answer, checkpoint, library)
     raise AssertionError("an error was raised")
@@ -111,8 +112,10 @@ def fail(answer: Mapping[str, str], checkpoint: Checkpoint, library: str) -> Non
     """
     if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict
         raise BuildError(f"{checkpoint.folder}: {answer['error']}")
+    if answer["kind"] == "ArchitectureError":  # said here, of the library
+        raise ArchitectureError(f"{checkpoint.folder}: {answer['error']}")
     asked = LIBRARIES[library]
-    release = f"{library} {versions(library)[asked.DISTRIBUTION]}"
+    release = f"{asked.DISTRIBUTION} {versions(library)[asked.DISTRIBUTION]}"
     having = _having(checkpoint.config.get("model_type"), but=library)
     said = verdict.explained(
         checkpoint.config,

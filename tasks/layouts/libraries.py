@@ -6,7 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from tasks.layouts import mlx_embeddings_library, mlx_lm_library, mlx_vlm_library
+from tasks.layouts import (
+    mlx_embeddings_library,
+    mlx_lm_library,
+    mlx_vlm_library,
+    mlx_vlm_mtp_library,
+)
 from tasks.layouts.model import Verdict
 
 
@@ -26,6 +31,8 @@ class Library(Protocol):
             checkpoint where the library is not installed.
         EXTRA: mlx-make's extra that installs it; "", mlx-make itself does.
         TOWERS: what keeps the parts of a model that see and hear, if not this library; "", it does.
+        PREDICTORS: what makes a drafter of the tensors that predict further tokens, if not this
+            library; "", it does, and takes no others.
         RUNS: whether its models can be run on text, to calibrate and to evaluate.
     """
 
@@ -38,6 +45,7 @@ class Library(Protocol):
     KNOWS: tuple[str, ...]
     EXTRA: str
     TOWERS: str
+    PREDICTORS: str
     RUNS: bool
 
     def load(self, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -74,11 +82,12 @@ class Library(Protocol):
         """Tell whether the built model's config.json keeps ``vision_config``."""
 
 
-MLX_LM, MLX_VLM, MLX_EMBEDDINGS = "mlx-lm", "mlx-vlm", "mlx-embeddings"
+MLX_LM, MLX_VLM, MLX_VLM_MTP, MLX_EMBEDDINGS = "mlx-lm", "mlx-vlm", "mlx-vlm-mtp", "mlx-embeddings"
 # The layout of each has the same name.
 LIBRARIES: dict[str, Library] = {
     MLX_LM: mlx_lm_library,
     MLX_VLM: mlx_vlm_library,
+    MLX_VLM_MTP: mlx_vlm_mtp_library,
     MLX_EMBEDDINGS: mlx_embeddings_library,
 }
 

@@ -26,6 +26,7 @@ KNOWS: tuple[str, ...] = (
 )  # fmt: skip
 EXTRA = "embeddings"
 TOWERS = ""
+PREDICTORS = 'layout = "mlx-vlm-mtp"'
 RUNS = False
 
 

@@ -19,6 +19,7 @@ MODELS: tuple[str, ...] = ("models",)
 KNOWS: tuple[str, ...] = ()
 EXTRA = ""
 TOWERS = 'layout = "mlx-vlm"'
+PREDICTORS = 'layout = "mlx-vlm-mtp"'
 RUNS = True
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 

@@ -23,6 +23,7 @@ MODELS: tuple[str, ...] = ("models",)
 KNOWS: tuple[str, ...] = ()
 EXTRA = "vlm"
 TOWERS = ""
+PREDICTORS = 'layout = "mlx-vlm-mtp"'
 FLOAT = "mlx-make float"  # tags what JSON has no number for
 RUNS = False
 

@@ -12,7 +12,7 @@ from tasks.checkpoints import loaders
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.small_files import matches
 from tasks.core.spec import Target
-from tasks.layouts import mlx_embeddings, mlx_examples, mlx_lm, mlx_vlm
+from tasks.layouts import mlx_embeddings, mlx_examples, mlx_lm, mlx_vlm, mlx_vlm_mtp
 from tasks.layouts.model import Model
 from tasks.layouts.weight_file import WeightFormat
 
@@ -103,6 +103,7 @@ LAYOUTS: dict[str, Layout] = {
     "mlx-lm": mlx_lm,
     "mlx-examples": mlx_examples,
     "mlx-vlm": mlx_vlm,
+    "mlx-vlm-mtp": mlx_vlm_mtp,
     "mlx-embeddings": mlx_embeddings,
 }
 

@@ -207,6 +207,10 @@ def test_files_of_a_layout(name: str, kept: Path, memos: Memos) -> None:
         with pytest.raises(ArchitectureError, match=extra):
             layout.model(checkpoint, memos)
         return
+    if name == "mlx-vlm-mtp":
+        with pytest.raises(ArchitectureError, match="has no drafter for model_type = 'llama'"):
+            layout.model(checkpoint, memos)
+        return
     if name in LIBRARIES and "llama" not in asking.model_types(LIBRARIES[name]):
         with pytest.raises(ArchitectureError, match=r'layout = "mlx-lm".* a class for it'):
             layout.model(checkpoint, memos)
@@ -255,7 +259,7 @@ def test_files_of_a_layout(name: str, kept: Path, memos: Memos) -> None:
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_what_is_said_of_a_library(name: str) -> None:
     library = LIBRARIES[name]
-    assert name == library.DISTRIBUTION
+    assert name.startswith(library.DISTRIBUTION)
     for module in library.MODULES:
         assert module.partition(".")[0] == library.PACKAGE
     assert name in LAYOUTS

@@ -37,6 +37,7 @@ MODELS = ("models",)
 KNOWS = ()
 EXTRA = ""
 TOWERS = ""
+PREDICTORS = 'layout = "mlx-vlm-mtp"'
 RUNS = True
 MODELS = """
 import json

@@ -1,0 +1,78 @@
+"""mlx_vlm_mtp: the layout of a drafter, which mlx_vlm.convert --mtp writes beside the model.
+
+It is made of the tensors that predict further tokens, which the other layouts leave out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from msgspec import structs
+
+from cache.records.memos import Memos
+from tasks.checkpoints import safetensors_file
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.spec import Target
+from tasks.layouts import architecture, mlx_lm, mlx_vlm, mlx_vlm_library
+from tasks.layouts.libraries import MLX_VLM_MTP
+from tasks.layouts.mlx_vlm_mtp_library import FORMAT_FILE
+from tasks.layouts.model import Model
+from tasks.layouts.safetensors_format import SAFETENSORS
+
+weight_format = SAFETENSORS
+default_shard_bytes = 5 << 30
+loaded = "model*.safetensors"
+loading = """\
+from mlx_vlm import load, generate
+from mlx_vlm.speculative.drafters import load_drafter
+
+model, processor = load("path/to/the/model")
+drafter, kind = load_drafter("{model}")
+print(generate(model, processor, prompt="hello", draft_model=drafter, draft_kind=kind).text)
+"""
+pipeline_tag = "text-generation"
+takes = mlx_lm.takes
+sources = mlx_lm.sources
+shard_names = mlx_lm.shard_names
+tokenizer_files = mlx_lm.tokenizer_files
+programs = mlx_lm.programs
+files = mlx_vlm.files
+
+
+def model(checkpoint: Checkpoint, memos: Memos) -> Model:
+    """Return the drafter by mlx-vlm's names.
+
+    Raises:
+        CheckpointError: mlx-vlm has none for such a model, or the checkpoint no tensors for it.
+    """
+    if (kind := _format(checkpoint)) == "mlx":  # then they are made already
+        checkpoint = replace(checkpoint, files={**checkpoint.files, FORMAT_FILE: kind})
+    made = mlx_lm.model(checkpoint, memos, MLX_VLM_MTP)
+    return structs.replace(made, told=made.told or checkpoint)
+
+
+def _format(checkpoint: Checkpoint) -> str | None:
+    """Return what the files say that wrote them that hold what predicts further tokens."""
+    predictors = architecture.predictors(checkpoint)
+    keys = [key for name in predictors for key in checkpoint.tensors[name].inputs]
+    names = {checkpoint.stored[key].file for key in keys} if checkpoint.source.available else set()
+    found = [safetensors_file.metadata(checkpoint.source, name) for name in sorted(names)]
+    return next((said["format"] for said in found if said.get("format") == "mlx"), None)
+
+
+def default_dtype(checkpoint: Checkpoint, model: Model) -> str | None:
+    """Return none: a drafter stays in the dtypes that its tensors have."""
+    return None
+
+
+def check(target: Target, model: Model) -> None:
+    """Every setting is possible in this layout."""
+
+
+def config(target: Target, model: Model, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """Return config.json as ``mlx_vlm.convert --mtp`` writes it."""
+    config = mlx_vlm_library.decode_config(model.config)
+    if quantization is not None:
+        config["quantization"] = config["quantization_config"] = quantization
+    return dict(sorted(config.items()))
