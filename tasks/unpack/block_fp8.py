@@ -15,7 +15,7 @@ from typing import Any
 from msgspec import Struct
 
 from tasks.checkpoints.checkpoint import LogicalTensor
-from tasks.tensors import mx
+from tasks.tensors import fp8, mx
 from tasks.tensors.rows import Rows, count
 from tasks.unpack.packed import FLOATS, Found, Packed, Read, Tensors, activations, require
 
@@ -83,15 +83,8 @@ class BlockFp8(Struct, frozen=True, dict=True):
 
     def read(self, start: int, stop: int) -> mx.array:
         """Return rows ``start`` to ``stop``."""
-        numbers = mx.from_fp8(self.weight.read(start, stop), dtype=mx.float32)
         at = mx.arange(start, stop)
         height = self.shape[-2]
         blocks = -(-height // self.block_rows)
         of_row = self._scales[at // height * blocks + at % height // self.block_rows]
-        if self._scales.shape[1] == 1:
-            return numbers * of_row
-        if numbers.shape[1] % self.block_columns == 0:
-            blocked = numbers.reshape(len(numbers), -1, self.block_columns)
-            return (blocked * of_row[..., None]).reshape(numbers.shape)
-        wide = mx.repeat(of_row, self.block_columns, axis=1)
-        return numbers * wide[:, : numbers.shape[1]]
+        return fp8.scaled(self.weight.read(start, stop), of_row, self.block_columns)
