@@ -50,10 +50,9 @@ from tasks.layouts.registry import LAYOUTS, is_read
 from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan, Planner
 from tasks.stages import quantize_scheme, registry
-from tasks.stages.quantize_scheme import Setting
 from tasks.stages.rules import holder_of
 from tasks.stages.stage import FLOATING, Key
-from tasks.tensors import kernels, mx, rows
+from tasks.tensors import mx, rounding, rows
 
 Word = Literal["equal", "rounding", "different"]
 EQUAL, ROUNDING, DIFFERENT = get_args(Word)
@@ -61,9 +60,6 @@ EQUAL, ROUNDING, DIFFERENT = get_args(Word)
 LAYOUT, *OTHERS = map(LayoutName, LIBRARIES)
 TARGET = "model"  # in a folder of its own
 SOME = 3  # layers that are made where not all are
-# Two devices disagree on a weight that lies as near to one step as to the next. How much nearer one
-# may be, as a part of the largest error in the group, which is about half a step.
-TIE = 1 / 8
 
 
 class Verdict(Struct, frozen=True):
@@ -274,11 +270,11 @@ class Verification(Struct, frozen=True):
         count, first, most, is_tie = 0, None, 0.0, True
         columns = original.shape[-1]
         for start, stop in rows.spans(original, rows.BLOCK_BYTES):
-            block = _compared(
+            block = rounding.compare(
                 original.read(start, stop),
                 [part.read(start, stop) for part in ours],
                 [part.read(start, stop) for part in theirs],
-                setting,
+                setting._asdict(),
             )
             if block.count and first is None:
                 first = start * columns + block.first
@@ -316,38 +312,6 @@ class _Claimed(Struct, frozen=True):
         row = len(self.data) // max(1, rows.count(self))
         data = np.frombuffer(self.data, np.uint8)[start * row : stop * row]
         return mx.array(data).view(getattr(mx, self.dtype)).reshape(stop - start, columns)
-
-
-class _Compared(Struct, frozen=True):
-    """What two quantized blocks of one original are to each other.
-
-    Attributes:
-        count: weights that are not the same.
-        first: the first of them, counted through the block.
-        most: by how much they are not, at most.
-        is_tie: whether each is about as far from the original in both.
-    """
-
-    count: int
-    first: int
-    most: float
-    is_tie: bool
-
-
-def _compared(
-    original: mx.array, ours: Sequence[mx.array], theirs: Sequence[mx.array], setting: Setting
-) -> _Compared:
-    wide = original.astype(mx.float32)
-    restored = (kernels.dequantize(parts, **setting._asdict()) for parts in (ours, theirs))
-    one, other = (each.astype(mx.float32) for each in restored)
-    where = ~(one == other)
-    errors = [mx.abs(wide - each).reshape(-1, setting.group_size) for each in (one, other)]
-    allowed = TIE * mx.max(errors[0], axis=-1, keepdims=True)
-    ties = mx.abs(errors[1] - errors[0]) <= allowed
-    apart = mx.where(where, mx.abs(one - other), 0)
-    flat = where.reshape(-1)
-    is_tie = mx.all(ties | ~where.reshape(ties.shape))
-    return _Compared(int(mx.sum(flat)), int(mx.argmax(flat)), float(mx.max(apart)), bool(is_tie))
 
 
 def _blake3(pieces: Iterable[bytes | memoryview]) -> bytes:
