@@ -98,7 +98,7 @@ class Ranges(Struct, frozen=True):
                     url, json=request, headers=request_headers(), timeout=silence_seconds()
                 )
                 answer = msgspec.json.decode(response.content, type=_Located)
-            except (httpx2.HTTPError, OSError, msgspec.DecodeError, *NO_ANSWER):
+            except (httpx2.HTTPError, OSError, RuntimeError, CutShort, *NO_ANSWER):
                 return
             for item in answer.objects:
                 if item.oid in large and (place := item.actions.get("download")) and place.is_plain:

@@ -18,12 +18,12 @@ from tasks.cli.refused_tasks import refused_tasks
 from tasks.cli.session import Session
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
-from tasks.core.spec import Target
 from tasks.core.task_names import PACK, VERIFY, task_name
 from tasks.core.text import plural
 from tasks.core.workspace import BUILD
 from tasks.execution import verify
-from tasks.execution.verify import DIFFERENT, EQUAL, Claim, Verdict, Verification
+from tasks.execution.claim import Claim, Making
+from tasks.execution.verify import DIFFERENT, EQUAL, Verdict, Verification
 from tasks.planning.plan import Plan
 
 WORDS = {"equal": "equal", "rounding": "equal but for rounding", "different": "different"}
@@ -55,7 +55,6 @@ def _verify(session: Session, plan: Plan) -> dict[str, Any]:
     """
     target = plan.target
     shown = f"{BUILD}/{target.name}"
-    _check_files_say_all(target, shown)
     with (
         tempfile.TemporaryDirectory(prefix="mlx-make-") as name,
         session.builder.logged(task_name(VERIFY, target.name), "it was asked for") as record,
@@ -63,9 +62,8 @@ def _verify(session: Session, plan: Plan) -> dict[str, Any]:
         folder = Path(name)
         built = sources.spec(str(session.workspace.built(target.name)), folder)
         claim = Claim.open(built, shown, folder)
-        verification = Verification.of(
-            claim, target.source, target.source_name, folder, whole=False
-        )
+        making = Making.of(target, session.config.quality, session.lock)
+        verification = Verification.of(claim, making, folder, whole=False)
         verdicts = list(verification.verdicts())
         record["outcome"] = "computed"
     said = summary(shown, verification, target.source_name, verdicts)
@@ -76,27 +74,16 @@ def _verify(session: Session, plan: Plan) -> dict[str, Any]:
     return {"summary": said + more * (len(verification.layers) < verification.all_layers)}
 
 
-def _check_files_say_all(target: Target, shown: str) -> None:
-    """Refuse a target that is made of more than its own files speak of.
-
-    Raises:
-        BuildError: it is.
-    """
-    more = ["an adapter"] * (target.adapter is not None)
-    if target.quantize and target.quantize.method:
-        more.append(f"method = {target.quantize.method!r}")
-    if more:
-        raise BuildError(
-            f"{shown} cannot be verified: it is made with {' and '.join(more)}, of which its files "
-            f"say nothing, and verify goes by those. {COMMAND} --locked with an empty cache "
-            "(MLX_MAKE_CACHE_DIR) makes it anew, and compares it to models.lock."
-        )
-
-
 def summary(model: str, verification: Verification, source: str, verdicts: list[Verdict]) -> str:
     """Return what a model is found to be, and by how much of it."""
     of = f"{len(verification.layers)} of {plural(verification.all_layers, 'layer')}"
-    return f"{model}: {WORDS[verify.worst(verdicts)]}, by {of} made anew from {source}"
+    target = verification.plan.target
+    method = target.quantize.method if target.quantize else None
+    more = f" and {target.adapter_name}" if target.adapter_name else ""
+    more += f", rounded by {method}" if method else ""
+    if method and verify.worst(verdicts) == DIFFERENT:
+        more += ". Another kind of processor, or another version of NumPy, rounds otherwise"
+    return f"{model}: {WORDS[verify.worst(verdicts)]}, by {of} made anew from {source}{more}"
 
 
 def lines(verdicts: list[Verdict]) -> Iterator[str]:

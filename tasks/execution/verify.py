@@ -6,59 +6,42 @@ With that and the source, mlx-make makes the same layers, and each tensor gets a
 
 from __future__ import annotations
 
-import glob
 import tempfile
 import uuid
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from blake3 import blake3
-from msgspec import Struct, structs
+from msgspec import Struct
 
 from cache.records.memos import Memos
 from cache.store import Store
-from tasks.checkpoints import loaders, sources
-from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints import adapter, sources
+from tasks.checkpoints.adapter import Adapter
 from tasks.checkpoints.source import Opening, ReadableSource
 from tasks.checkpoints.stored import Stored
-from tasks.core.errors import ArchitectureError, ConfigError
-from tasks.core.spec import (
-    Dtype,
-    LayoutName,
-    Mode,
-    Quality,
-    Quantize,
-    Rule,
-    Size,
-    SourceName,
-    SourceSpec,
-    Target,
-)
+from tasks.core.spec import Target
 from tasks.core.workspace import Workspace
 from tasks.execution.builder import Builder
+from tasks.execution.claim import Claim, Making, target_of
 from tasks.execution.filling.draft import Drafts
 from tasks.execution.log import Log
 from tasks.execution.resources import DiskBudget, MemoryBudget, machine_memory
+from tasks.execution.streaming.read_groups import needs_first
 from tasks.execution.streaming.streaming import Streaming
-from tasks.layouts.libraries import LIBRARIES
-from tasks.layouts.model import Model
-from tasks.layouts.registry import LAYOUTS, is_read
+from tasks.layouts.registry import is_read
 from tasks.planning.node import Inputs, Node
 from tasks.planning.plan import Plan, Planner
 from tasks.stages import quantize_scheme, registry
-from tasks.stages.rules import holder_of
-from tasks.stages.stage import FLOATING, Key
+from tasks.stages.stage import Key
 from tasks.tensors import mx, rounding, rows
 
 Word = Literal["equal", "rounding", "different"]
 EQUAL, ROUNDING, DIFFERENT = get_args(Word)
-# Whose models say in config.json how each module is quantized; files of all have the same names.
-LAYOUT, *OTHERS = map(LayoutName, LIBRARIES)
-TARGET = "model"  # in a folder of its own
 SOME = 3  # layers that are made where not all are
 
 
@@ -78,42 +61,6 @@ class Verdict(Struct, frozen=True):
     detail: str = ""
 
 
-class Claim(Struct, frozen=True):
-    """A built model, which says of itself how it is quantized.
-
-    Attributes:
-        name: of the built model, for people.
-        checkpoint: the built model, as a checkpoint.
-    """
-
-    name: str
-    checkpoint: Checkpoint
-
-    @classmethod
-    def open(cls, spec: SourceSpec, name: str, folder: Path) -> Claim:
-        """Open a built model.
-
-        Args:
-            spec: where it is.
-            name: for people.
-            folder: to work in.
-
-        Raises:
-            BuildError: there is none.
-        """
-        memos = Memos(folder / "memos")
-        opened = sources.open_source(spec, Opening(is_read, memos, str(folder)))
-        if not opened.names(LAYOUTS[LAYOUT].loaded):
-            for other, layout in LAYOUTS.items():
-                if opened.names(layout.loaded):
-                    raise ConfigError(
-                        f"{name} is of layout {other}, which does not say how each module is "
-                        f"quantized: only a model of layout {' or '.join((LAYOUT, *OTHERS))} can "
-                        "be verified. Build it anew of its source, and compare the files."
-                    )
-        return cls(name, loaders.read(opened, None, memos, named=name))
-
-
 class Verification(Struct, frozen=True):
     """The work of comparing a model with what its source makes.
 
@@ -130,28 +77,33 @@ class Verification(Struct, frozen=True):
     folder: Path
 
     @classmethod
-    def of(
-        cls, claim: Claim, source: SourceSpec, source_name: str, folder: Path, *, whole: bool
-    ) -> Verification:
+    def of(cls, claim: Claim, making: Making, folder: Path, *, whole: bool) -> Verification:
         """Plan it.
 
         Args:
             claim: the model.
-            source: what it is said to be made from.
-            source_name: the same, for people.
+            making: how it is said to be made.
             folder: to work in.
             whole: whether all layers are made.
 
         Raises:
             BuildError: it is no model that could be made of the source.
         """
-        memos = Memos(folder / "memos")
+        opening = Opening(is_read, Memos(folder / "memos"), str(folder))
 
         def open_source(target: Target) -> ReadableSource:
-            return sources.open_source(target.source, Opening(is_read, memos, str(folder)))
+            return sources.open_source(target.source, opening)
 
-        planner = Planner(memos, open_source, lambda target, opened: None, Quality())
-        plan = planner.plan(_target(claim, source, source_name, planner))
+        def read_adapter(target: Target) -> Adapter:
+            assert target.adapter is not None
+            opened = sources.open_source(target.adapter, opening)
+            return adapter.read(opened, Store.at(folder / "adapter"), target.adapter_name or "")
+
+        planner = Planner(
+            opening.memos, open_source, lambda target, opened: None, making.quality,
+            read_adapter=read_adapter,
+        )  # fmt: skip
+        plan = planner.plan(target_of(claim, making, planner))
         layers = [node.layer for node in plan.last]
         if not whole and len(layers) > SOME:
             held = plan.shared.layers
@@ -179,39 +131,53 @@ class Verification(Struct, frozen=True):
             elif (spec := (claimed[name].dtype, claimed[name].shape)) != tuple(specs[name]):
                 detail = f"it is {_spec(*spec)}, and {_spec(*specs[name])} of the source"
                 yield Verdict(name, "", DIFFERENT, detail)
-        for node in self.plan.last:
-            if node.layer in self.layers:
-                yield from self._layer(node)
-
-    def _layer(self, node: Node) -> Iterator[Verdict]:
-        """Make a layer, in a folder that goes with it, and yield a verdict on each tensor."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as name:
-            builder = _builder(Path(name))
-            _make(builder, self.plan, node)
-            tensors = builder.manifest(self.plan, node).tensors
-            outputs = node.as_inputs(tensors)
-            equal = {
-                key.name: self._is_equal(builder, outputs, key)
-                for key in outputs
-                if self._is_comparable(key.name, outputs)
-            }
-            settings = self.plan.model.settings
-            parts = {p: w for w, s in settings.items() for p in quantize_scheme.parts(w, s)}
-            details: dict[str, tuple[Word, str]] = {}
-            for tensor, is_equal in equal.items():
-                if is_equal:
-                    yield Verdict(tensor, node.layer, EQUAL)
+        with ExitStack() as stack:
+            made: set[Node] = set()
+            # What a layer is rounded by comes of all those before it: that stays meanwhile.
+            together = stack.enter_context(_building(self.folder)) if self.runs else None
+            for node in self.plan.last:
+                if node.layer not in self.layers:
                     continue
-                weight = parts.get(tensor)
-                if weight is None or not all(
-                    part in equal for part in quantize_scheme.parts(weight, settings[weight])
-                ):
-                    verdict, detail = self._bytes(builder, outputs, tensor)
-                else:
-                    if weight not in details:
-                        details[weight] = self._weight(builder, node, outputs, weight)
-                    verdict, detail = details[weight]
-                yield Verdict(tensor, node.layer, verdict, detail)
+                if together:
+                    _make(together, self.plan, node, made)
+                    yield from self._layer(node, together)
+                    continue
+                with _building(self.folder) as builder:
+                    _make(builder, self.plan, node, set())
+                    yield from self._layer(node, builder)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model is run for it, on the text that its weights were rounded on."""
+        quantize = self.plan.target.quantize
+        return bool(quantize and quantize.method)
+
+    def _layer(self, node: Node, builder: Builder) -> Iterator[Verdict]:
+        """Yield a verdict on each tensor of a layer that is made."""
+        tensors = builder.manifest(self.plan, node).tensors
+        outputs = node.as_inputs(tensors)
+        equal = {
+            key.name: self._is_equal(builder, outputs, key)
+            for key in outputs
+            if self._is_comparable(key.name, outputs)
+        }
+        settings = self.plan.model.settings
+        parts = {p: w for w, s in settings.items() for p in quantize_scheme.parts(w, s)}
+        details: dict[str, tuple[Word, str]] = {}
+        for tensor, is_equal in equal.items():
+            if is_equal:
+                yield Verdict(tensor, node.layer, EQUAL)
+                continue
+            weight = parts.get(tensor)
+            if weight is None or not all(
+                part in equal for part in quantize_scheme.parts(weight, settings[weight])
+            ):
+                verdict, detail = self._bytes(builder, outputs, tensor)
+            else:
+                if weight not in details:
+                    details[weight] = self._weight(builder, node, outputs, weight)
+                verdict, detail = details[weight]
+            yield Verdict(tensor, node.layer, verdict, detail)
 
     def _is_comparable(self, name: str, outputs: Inputs) -> bool:
         stored = self.claim.checkpoint.stored.get(name)
@@ -284,7 +250,7 @@ class Verification(Struct, frozen=True):
             return ROUNDING, "in scales or biases, and no weight is another for it"
         of = f"{count:,} of {prod(original.shape):,} weights"
         at = _place(first, original.shape)
-        if is_tie:
+        if is_tie and not self.runs:  # which does not round to what is nearest
             return ROUNDING, f"{of}, each as near to the original as ours, by at most {most:.3g}"
         return DIFFERENT, f"{of}, the first at {at}, by at most {most:.3g}"
 
@@ -340,105 +306,11 @@ def _spec(dtype: str, shape: Sequence[int]) -> str:
     return f"{dtype} {'×'.join(map(str, shape)) or 'scalar'}"
 
 
-def _target(claim: Claim, source: SourceSpec, source_name: str, planner: Planner) -> Target:
-    """Return the target that makes the model, by what it says of itself.
-
-    Raises:
-        BuildError: it says nothing that could be made.
-    """
-    checkpoint = claim.checkpoint
-    said = checkpoint.config.get("quantization")
-    shard_bytes = Size(LAYOUTS[LAYOUT].default_shard_bytes)
-    asked = Target(
-        name=TARGET,
-        source=source,
-        source_name=SourceName(source_name),
-        max_shard_bytes=shard_bytes,
-        dtype=_dtype(checkpoint),
-        where=claim.name,
-    )
-    target = structs.replace(asked, layout=_layout(claim, asked, planner))
-    if said is None:
-        return target
-    rules = _rules(planner.share(target).model, checkpoint, said, target.dtype)
-    mode = said.get("mode", "affine")
-    _check_mode(claim, mode)
-    quantize = Quantize(said.get("bits"), said.get("group_size"), mode, rules=tuple(rules))
-    return structs.replace(target, quantize=quantize)
-
-
-def _layout(claim: Claim, target: Target, planner: Planner) -> LayoutName:
-    """Return the layout that has the model's tensors, or the one of which it has the fewest others.
-
-    Raises:
-        BuildError: nothing is made of the source in any.
-    """
-    stored = claim.checkpoint.stored
-    names = {name for name in stored if not name.endswith((".scales", ".biases"))}
-    unlike: dict[LayoutName, int] = {}
-    errors = []
-    for layout in (LAYOUT, *OTHERS):
-        try:
-            model = planner.share(structs.replace(target, layout=layout)).model
-        except ArchitectureError as error:
-            errors.append(error)
-            continue
-        unlike[layout] = len(names ^ model.parameters.keys())
-        if not unlike[layout]:
-            break
-    if not unlike:
-        raise errors[0]
-    return min(unlike, key=lambda layout: unlike[layout])
-
-
-def _rules(
-    model: Model, checkpoint: Checkpoint, said: Mapping[str, Any], usual: Dtype | None
-) -> Iterator[Rule]:
-    """Yield a rule for each module that could be quantized, or is of another dtype than usual."""
-    dtypes: dict[str, set[str]] = {m.path: set() for m in model.modules if m.quantized_names}
-    can = {*dtypes}
-    for parameter in (each for each in model.parameters.values() if each.castable):
-        path = holder_of(parameter.name)
-        found = (checkpoint.stored.get(name) for name in (parameter.name, f"{path}.scales"))
-        dtypes.setdefault(path, set()).update(each.dtype for each in found if each is not None)
-    for path, kinds in dtypes.items():
-        rule = _rule(path, checkpoint, said) if path in can else None
-        floats = [dtype for dtype in get_args(Dtype) if dtype in kinds]
-        if len(floats) == 1 and floats != [usual]:
-            (dtype,) = floats
-            rule = (
-                structs.replace(rule, dtype=dtype) if rule else Rule(glob.escape(path), dtype=dtype)
-            )
-        if rule:
-            yield rule
-
-
-def _rule(path: str, checkpoint: Checkpoint, said: Mapping[str, Any]) -> Rule:
-    """Return the rule that quantizes a module as the model has it."""
-    match = glob.escape(path)
-    own = said.get(path)
-    if f"{path}.scales" not in checkpoint.stored:
-        return Rule(match, skip=True)
-    setting = own if isinstance(own, Mapping) else said
-    mode = setting.get("mode", said.get("mode", "affine"))
-    return Rule(match, setting.get("bits"), setting.get("group_size"), mode)
-
-
-def _check_mode(claim: Claim, mode: object) -> None:
-    if mode not in get_args(Mode):
-        raise ConfigError(
-            f"{claim.name} is quantized in mode {mode!r}, which is none that mlx-make makes: "
-            f"{', '.join(get_args(Mode))}."
-        )
-
-
-def _dtype(checkpoint: Checkpoint) -> Dtype | None:
-    """Return what most of a model's tensors that are not quantized were cast to."""
-    dtypes = [t.dtype for t in checkpoint.stored.values() if t.dtype in FLOATING]
-    if not dtypes:
-        return None
-    (most, _), *_ = Counter(dtypes).most_common(1)
-    return most if most in get_args(Dtype) else None  # type: ignore[return-value]
+@contextmanager
+def _building(folder: Path) -> Iterator[Builder]:
+    """Give what makes layers, in a folder that goes with it."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        yield _builder(Path(name))
 
 
 def _builder(folder: Path) -> Builder:
@@ -456,7 +328,9 @@ def _builder(folder: Path) -> Builder:
     )
 
 
-def _make(builder: Builder, plan: Plan, node: Node) -> None:
-    for need in node.needs:
-        _make(builder, plan, need)
-    builder.run(plan, node, "it is verified")
+def _make(builder: Builder, plan: Plan, node: Node, made: set[Node]) -> None:
+    """Run a node, and before it what it needs, but for what is ``made``: each once."""
+    for each in needs_first([node]):
+        if each not in made:
+            builder.run(plan, each, "it is verified")
+            made.add(each)

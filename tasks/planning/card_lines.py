@@ -24,6 +24,9 @@ from tasks.core.spec import Mode, Quantize, Rule, Settings
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.plan import Plan
 
+# How they, and what Python's help the weights were rounded on, are found again in a card.
+LINES = re.compile(r"^```toml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OF_PYTHON = re.compile(r"^# text: the help of Python (\S+)$", re.MULTILINE)
 FOLDER, ADAPTER = "FOLDER OF THE CHECKPOINT", "FOLDER OF THE ADAPTER"  # what is on no hub
 
 
@@ -68,16 +71,22 @@ def _spelled_out(plan: Plan, asked: Quantize) -> Quantize:
     """Return how a target is quantized, with what a budget chose as rules."""
     if plan.choice is None or plan.choice.settings is None:
         return asked
-    chosen = plan.choice.settings
-    rules = [
-        Rule(escape(path), setting.bits, setting.group_size, cast(Mode, setting.mode))
-        if (setting := chosen.get(path))
-        else Rule(escape(path), skip=True)  # no candidate fits it
-        for path in plan.shared.schemes.choosable(asked)
-    ]
+    schemes, chosen = plan.shared.schemes, plan.choice.settings
+    rule_of = schemes.rule_of(asked)
+    rules = {}
+    for path in schemes.choosable(asked):
+        own = rule_of.get(path)  # of its dtype alone: else nothing is chosen for it
+        dtype, match = own.dtype if own else None, escape(path)
+        if setting := chosen.get(path):
+            size, bits, mode = setting
+            rules[path] = Rule(match, bits, size, cast(Mode, mode), dtype=dtype)
+        else:  # no candidate fits it
+            rules[path] = Rule(match, skip=True, dtype=dtype)
+    others = {rule for path, rule in rule_of.items() if path not in rules}
+    rules_left = [rule for rule in asked.rules if rule in others]
     return structs.replace(
         asked, target_bpw=None, fit=None, context=None, candidates=(), exact=False, min_bits=None,
-        rules=(*asked.rules, *rules),
+        rules=(*rules.values(), *rules_left),
     )  # fmt: skip
 
 

@@ -116,15 +116,20 @@ class Schemes:
         """
         if quantize is None:
             return {}
-        return rules.dtypes(self._model, self._rule_of(quantize))
+        return rules.dtypes(self._model, self.rule_of(quantize))
 
-    def _rule_of(self, quantize: Quantize) -> dict[str, Rule]:
+    def rule_of(self, quantize: Quantize) -> dict[str, Rule]:
+        """Return the rule of each module that has one, by path.
+
+        Raises:
+            ConfigError: a rule matches nothing.
+        """
         return rules.of_modules(self._model, quantize.rules, lambda: why_none(self._model))
 
     def _ruled(self, quantize: Quantize) -> dict[str, Rule]:
         """Return the rules of modules that can be quantized, those that say something of that."""
         can = {m.path for m in self._model.modules if m.quantized_names is not None}
-        rule_of = self._rule_of(quantize).items()
+        rule_of = self.rule_of(quantize).items()
         return {path: rule for path, rule in rule_of if rule.is_of_quantizing and path in can}
 
     def plan(self, quantize: Quantize | None, chosen: Mapping[str, Setting] = _NOTHING) -> Scheme:

@@ -194,12 +194,16 @@ def test_the_card_s_lines_make_the_same_whatever_was_asked_for(tmp_path: Path) -
     project.models.clear()
     (tmp_path / "own.txt").write_text("One two three, and so on to some more words. " * 60)
     project.quality = {"text": "own.txt", "samples": 2, "sequence_length": 12, "seed": 3}
-    rules = [{"match": "*.v_proj", "bits": 8}, {"match": "*.0.*.up_proj", "skip": True}]
+    rules = [
+        {"match": "*.v_proj", "bits": 8},
+        {"match": "*.0.*.up_proj", "skip": True},
+        {"match": "*.1.*.down_proj", "dtype": "float16"},
+    ]
     budget = {"target_bpw": 7.0, "group_size": 32, "min_bits": 3, "rules": rules}
     for name, quantize in {
         "budget": budget,
         "awq": {**budget, "method": "awq"},
-        "mixed": {"recipe": "mixed_3_6", "rules": rules[1:]},
+        "mixed": {"recipe": "mixed_3_6", "rules": rules[:2]},
     }.items():
         project.configure(name, dtype="float32", device="cpu", quantize=quantize)
     project.doit()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support import hub_server, inside, projects
+from support import adapters, hub_server, inside, projects
 from support.projects import Project
 from tasks.checkpoints import safetensors_file
 
@@ -150,3 +150,54 @@ def test_a_model_of_another_layout(project: Project, tmp_path: Path) -> None:
     status, _, err = inside.run(project.folder, "verify", str(tmp_path))
     assert status == 3
     assert f"{tmp_path} is of layout mlx-examples" in err
+
+
+def test_what_its_files_do_not_say(tmp_path: Path) -> None:
+    """An adapter, a text to round on, what a budget chose: of a target, and by a card alone."""
+    project = projects.create(tmp_path, "huggingface", dtype="float32", device="cpu")
+    project.models.clear()
+    project.quality = {"samples": 2, "sequence_length": 12}
+    adapters.make(project.checkpoint, tmp_path / "adapter", "lora")
+    rounded = {"target_bpw": 5.0, "group_size": 32, "method": "awq"}
+    with hub_server.serve(tmp_path / "storage") as hub, hub.inside(tmp_path / "home"):
+        source, trained = hub.repository("some/Model"), hub.repository("some/Adapter")
+        source.add_folder(project.checkpoint)
+        trained.add_folder(tmp_path / "adapter")
+        for name, keys in {
+            "fused": {"adapter": "hf:some/Adapter", "quantize": {"bits": 4}},
+            "rounded": {"quantize": rounded},
+        }.items():
+            project.configure(name, source="hf:some/Model", publish="org/{target}", **keys)
+        project.doit("publish")
+        for moved_on, file in (source, "config.json"), (trained, "adapter_config.json"):
+            moved_on.add({file: b"{}"})
+        for name in project.models:
+            for named in (name, f"hf:org/{name}"):
+                found = verify(project, "--all", named)
+                assert found["verdict"] == "equal"
+                assert found["layers"]["made"] == found["layers"]["all"]
+        said = project.doit("verify:rounded").stdout
+        assert "build/rounded: equal, by 3 of" in said
+        assert "rounded by awq" in said
+
+        altered = tmp_path / "altered"
+        shutil.copytree(project.folder / "build" / "rounded", altered)
+        weight = "model.layers.2.mlp.down_proj.weight"
+        flip(altered, weight, at=5)
+        found = verify(project, "--all", str(altered), expect=1)
+        odd = [each for each in found["tensors"] if each["verdict"] != "equal"]
+        assert [each["tensor"] for each in odd] == [weight]
+
+        card = altered / "README.md"
+        for was, now, fact in (
+            ("Python ", "Python 2.", "and this is Python 3"),
+            ("\nsamples", '\ntext = "secret.txt"\nsamples', "rounded by awq on secret.txt"),
+            ("\ndevice", '\nadapter = "mine"\ndevice', "an adapter is fused with it"),
+        ):
+            text = card.read_text()
+            assert was in text
+            card.write_text(text.replace(was, now))
+            status, _, err = inside.run(project.folder, "verify", str(altered))
+            card.write_text(text)
+            assert status == 3
+            assert fact in err

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from doit.exceptions import InvalidCommand
 from msgspec import to_builtins
+from msgspec.structs import replace
 
 from cache.errors import one_line
 from cache.records.memos import Memos
 from tasks.checkpoints import sources
-from tasks.checkpoints.hub_name import PREFIX, HubName
+from tasks.checkpoints.hub_name import HubName
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import models_file
 from tasks.cli.failures import as_invalid_dodo_file
@@ -26,6 +26,10 @@ from tasks.core.program import COMMAND
 from tasks.core.spec import Mistakes, SourceSpec
 from tasks.core.workspace import Workspace
 from tasks.layouts import card
+from tasks.planning.lockfile import Lock
+
+if TYPE_CHECKING:
+    from tasks.execution.claim import Making
 
 JSON = {
     "name": "as_json",
@@ -52,8 +56,6 @@ SOURCE = {
     "help": "the checkpoint that it was made from, a folder or hf:ORG/NAME[@REVISION]; "
     "without it, what models.toml or the model's card says",
 }
-# Of mlx-make's own cards, in the lines of models.toml.
-PINNED = re.compile(rf'^source = "({PREFIX}[^"]+)"$', re.MULTILINE)
 
 
 class Verify(Command):
@@ -81,14 +83,14 @@ told."""
     def _verify(self, text: str, options: Mapping[str, Any], folder: Path) -> int:
         from tasks.cli import verify_tasks
         from tasks.execution import verify
+        from tasks.execution.claim import Claim
 
-        model, source, said = _places(text, options["source"])
-        claim = verify.Claim.open(model, text, folder)
-        if source is None:
-            said = _source_of(text, claim.checkpoint.folder, Memos(folder / "memos"))
-            source = _spec(said)
-        whole = options["whole"]
-        verification = verify.Verification.of(claim, source, said, folder, whole=whole)
+        model, making = _named(text, options["source"])
+        claim = Claim.open(model, text, folder)
+        if making is None:
+            making = _from_card(text, claim.checkpoint.folder, options["source"], folder)
+        said = making.source_name
+        verification = verify.Verification.of(claim, making, folder, whole=options["whole"])
         verdicts = []
         for _, group in groupby(verification.verdicts(), lambda verdict: verdict.layer):
             of_layer = list(group)
@@ -120,33 +122,57 @@ def _spec(text: str) -> SourceSpec:
         raise BuildError(f"{text}: {error}") from error
 
 
-def _places(text: str, source: str) -> tuple[SourceSpec, SourceSpec | None, str]:
-    """Return where a model is, and what it is made from, as far as the command line says it.
+def _named(text: str, source: str) -> tuple[SourceSpec, Making | None]:
+    """Return where a model is, and how it is made, if it is a target of models.toml.
 
     Args:
         text: the model: a target of models.toml, a folder, or the hub's.
         source: what it is made from; "", that is not said.
     """
-    model, given = _spec(text), _spec(source) if source else None
+    from tasks.execution.claim import Making
+
+    model = _spec(text)
     path, folder = models_file(), sources.folder_of(model)
     if folder and not folder.is_dir() and path.exists():
         config = reader.load(path)
         if text in config.targets:
-            target = config.targets[text]
-            built = Workspace(config.path.parent).built(text)
-            return _spec(str(built)), given or target.source, source or target.source_name
-    return model, given, source
+            lock = Lock.load(config.path.with_suffix(".lock"), strict=False)
+            making = Making.of(config.targets[text], config.quality, lock)
+            if source:
+                making = replace(making, source=_spec(source), source_name=source)
+            return _spec(str(Workspace(config.path.parent).built(text))), making
+    return model, None
 
 
-def _source_of(text: str, folder: Path, memos: Memos) -> str:
-    """Return what a model's card says that it was made from.
+def _from_card(text: str, folder: Path, source: str, scratch: Path) -> Making:
+    """Return how a model was made that is no target of ours.
+
+    Args:
+        text: the model's name, for people.
+        folder: with its small files.
+        source: what it was made from, if that is said.
+        scratch: where is remembered what its card says.
+
+    Raises:
+        BuildError: its card does not say it.
+    """
+    from tasks.execution import claim
+
+    path = folder / card.CARD
+    said = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if making := claim.from_card(said, text, source):
+        return making
+    if not source:
+        source = _base_model(text, folder, Memos(scratch / "memos"))
+    return claim.Making(source=_spec(source), source_name=source)
+
+
+def _base_model(text: str, folder: Path, memos: Memos) -> str:
+    """Return what the front matter of a model's card says that it was made from.
 
     Raises:
         BuildError: it says nothing.
     """
-    path = folder / card.CARD
-    if path.is_file() and (match := PINNED.search(path.read_text(encoding="utf-8"))):
-        return match[1]
     fields, _ = card.front_matter(folder, memos)
     base = fields.get("base_model", "")
     base = base[0] if isinstance(base, list) and len(base) == 1 else base

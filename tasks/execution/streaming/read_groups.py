@@ -88,7 +88,7 @@ def groups(reads: Reads) -> dict[Node, Group]:
     by_node = {node: group_of[next(iter(copies))] for node, copies in reads.items()}
     order = _order(by_node)
     latest: dict[Node, int] = {}  # of the groups that a node and what it needs are of
-    for node in _needs_first(by_node):
+    for node in needs_first(by_node):
         own = order[by_node[node]] if node in by_node else 0
         latest[node] = max(own, *(latest[need] for need in node.needs), 0)
     for node, group in by_node.items():
@@ -120,14 +120,14 @@ def _depths(nodes: Iterable[Node]) -> dict[Node, int]:
     So do those that run a model, segment by segment.
     """
     depths: dict[Node, int] = {}
-    for node in _needs_first(nodes):
+    for node in needs_first(nodes):
         steps = (depths[need] + (need.stage is node.stage) for need in node.needs)
         depths[node] = max(steps, default=0)
     stages = {node.stage.name for node, depth in depths.items() if depth}
     return {node: depth for node, depth in depths.items() if node.stage.name in stages}
 
 
-def _needs_first(nodes: Iterable[Node]) -> list[Node]:
+def needs_first(nodes: Iterable[Node]) -> list[Node]:
     """Return nodes and all that they need, each behind what it needs itself."""
     ordered: dict[Node, None] = {}
     pending = [*nodes]
