@@ -256,6 +256,18 @@ class Sharing:
         if pushing:
             self._pushing[manifest.action.key] = pushing
 
+    def pushed(self, key: str) -> bool:
+        """Tell whether the remote has the bytes of a result, once it was uploaded.
+
+        Args:
+            key: of the action, whose result was found there or is being pushed.
+        """
+        if pushing := self._pushing.get(key):
+            wait([pushing])
+            return self.remote.writable and self._packs.get(key) is not None
+        known = key in self._packs or self.read(key) is not None
+        return known and self.remote.readable and self._packs[key] is not None
+
     def push_now(
         self, manifest: Manifest, locate: Locate | None, *, ask_first: bool = False
     ) -> bool:

@@ -73,7 +73,7 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
         from tasks.cli.doit_database import Checker
         from tasks.cli.failures import as_invalid_dodo_file
         from tasks.config import reader
-        from tasks.execution.resources import threads
+        from tasks.execution.resources import cluster_threads, threads
 
         with as_invalid_dodo_file():
             self._config = reader.load(models_file())
@@ -83,7 +83,9 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
             "backend": "mlx-make",
             "check_file_uptodate": Checker,
             "reporter": "mlx-make",
-            "num_process": threads(target.device for target in self._config.targets.values()),
+            "num_process": cluster_threads()
+            if self._config.build.cluster
+            else threads(target.device for target in self._config.targets.values()),
             "par_type": "thread",
             "verbosity": 2,
         }

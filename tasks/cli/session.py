@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # imported where they are wanted: a run with nothing to do wa
     from tasks.cli.schedule import StreamingSchedule
     from tasks.execution.accept import Acceptor
     from tasks.execution.builder import Builder
+    from tasks.execution.crew import Crew
     from tasks.execution.early import BackgroundPacker
 
 
@@ -95,7 +96,17 @@ class Session:
     @cached_property
     def builder(self) -> Builder:
         """Runs the tasks."""
-        return _builder(self.config, self.options, self.store, self.workspace, self.log)
+        builder = _builder(self.config, self.options, self.store, self.workspace, self.log)
+        return replace(builder, crew=self.crew) if self.crew else builder
+
+    @cached_property
+    def crew(self) -> Crew | None:
+        """Makes the layers in place of this machine, if models.toml names a cluster."""
+        if not self.config.build.cluster or self.options.read_only:
+            return None
+        from tasks.cli import clusters  # where there is one
+
+        return clusters.crew(self.config, self.lock)
 
     @cached_property
     def schedule(self) -> StreamingSchedule | None:
@@ -189,6 +200,8 @@ class Session:
             refused |= {name: _undecided(plans.pop(name)) for name in undecided}
             if not (untouched and untouched.targets) and not undecided:
                 _check_any_is_planned(options, plans, refused)
+            if config.build.cluster and plans and not options.read_only:
+                _check_cluster(config.build.cluster)
             if not undecided:
                 locked_targets.check_plans(lock, plans.values())
             if_it_fails.pop_all()
@@ -197,6 +210,10 @@ class Session:
             untouched,
             {name: plan for name, plan in undecided.items() if _is_asked(options, name)},
         )  # fmt: skip
+
+    def _leave_crew(self) -> None:
+        if crew := vars(self).get("crew"):
+            crew.close()
 
     def abandon(self) -> None:
         """Have all that goes on behind the tasks stop before long; wait for nothing."""
@@ -207,6 +224,7 @@ class Session:
         """End what goes on behind the tasks, and say what the remote store was sent and gave."""
         if self.untouched:
             self.untouched.save()
+        self._leave_crew()
         if "background_packer" in vars(self):
             self.background_packer.stop()
         if "builder" in vars(self):
@@ -232,8 +250,15 @@ class Session:
             )
 
     def close(self) -> None:
-        """Let go of the remote store: what is queued for it is dropped."""
+        """Let go of the cluster, the store and the remote: what is queued for that is dropped."""
+        self._leave_crew()
         self.store.close()
+
+
+def _check_cluster(address: str) -> None:
+    from tasks.cli import clusters  # where there is one
+
+    clusters.check_installed(address)
 
 
 def _builder(
@@ -241,7 +266,7 @@ def _builder(
 ) -> Builder:
     from tasks.execution.builder import Builder
     from tasks.execution.filling.draft import Drafts
-    from tasks.execution.resources import DiskBudget, MemoryBudget
+    from tasks.execution.resources import DiskBudget, MemoryBudget, cores
     from tasks.execution.streaming.streaming import Streaming
 
     keep = None if config.cache.keep is None else frozenset(config.cache.keep)
@@ -252,7 +277,10 @@ def _builder(
         log,
         f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}",
         keep,
-        MemoryBudget(_memory(config)),
+        MemoryBudget(
+            _memory(config),
+            cores() if config.build.cluster else sys.maxsize,  # of more threads, that mostly wait
+        ),
         Drafts(store.blobs, options.packs, workspace.drafts),
         Streaming(store, DiskBudget(), drops=passes),
     )

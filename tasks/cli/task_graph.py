@@ -219,7 +219,8 @@ class TaskGraph:
         """Run a stage on a layer; return the values that doit keeps of the task."""
         session, builder = self.session, self.session.builder
         values: dict[str, Any] = {}
-        builder.streaming.enter(node.name)  # before it holds what others might wait for
+        if not (session.crew and session.crew.takes(plan, node)):
+            builder.streaming.enter(node.name)  # before it holds what others might wait for
         with builder.store.lock.using():
             manifest = builder.run(plan, node, why)
         if isinstance(node.stage, LeafStage):

@@ -15,7 +15,7 @@ from tasks.core import spec
 from tasks.core.text import toml
 
 Kind = Literal[
-    "folder", "file", "files", "text", "texts", "size", "URL", "repository", "switch",
+    "folder", "file", "files", "text", "texts", "size", "URL", "cluster", "repository", "switch",
     "word", "words", "number", "numbers", "count", "decimal", "table", "tables", "named",
 ]  # fmt: skip
 _KINDS: dict[Any, Kind] = {
@@ -26,6 +26,7 @@ _KINDS: dict[Any, Kind] = {
     spec.RepositoryName: "repository",
     spec.Size: "size",
     tables.RemoteURL: "URL",
+    tables.ClusterAddress: "cluster",
     str: "text",
     int: "number",
     float: "decimal",

@@ -18,7 +18,7 @@ from tasks.config import values
 from tasks.config.keys import keys_of
 from tasks.config.lines import Text, Where, spelled
 from tasks.config.mistakes import MistakeList, is_split_name
-from tasks.config.tables import Build, Cache, Document, variable
+from tasks.config.tables import Build, Cache, ClusterAddress, Document, variable
 from tasks.core.errors import ConfigError
 from tasks.core.program import COMMAND
 from tasks.core.spec import (
@@ -117,11 +117,14 @@ class _Reader:
                 self.mistakes.add(mistake, at)
         cache = replace(document.cache, dir=(self.folder / document.cache.dir).absolute())
         self.check_cache_folder(cache.dir)
+        build = document.build
+        if build.cluster and "://" not in build.cluster:
+            build = replace(build, cluster=ClusterAddress(self.folder / build.cluster))
         config = Config(
             self.text.path,
             {name: self.target(name, keys, at) for name, keys, at in targets if "source" in keys},
             cache,
-            document.build,
+            build,
             self.quality(document.quality),
         )
         if self.mistakes:

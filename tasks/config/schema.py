@@ -13,8 +13,8 @@ import msgspec
 
 from tasks.config.keys import Key, keys_of, least
 from tasks.config.reader import MAX_NAME_BYTES
-from tasks.config.tables import Build, Cache, Document, Matrix, Model, RemoteURL
-from tasks.config.values import REMOTE, REMOTES, words
+from tasks.config.tables import Build, Cache, ClusterAddress, Document, Matrix, Model, RemoteURL
+from tasks.config.values import CLUSTER, REMOTE, REMOTES, words
 from tasks.core.spec import (
     MODES,
     Candidate,
@@ -102,6 +102,8 @@ def _custom(kind: type) -> Schema:
         return {"type": ["integer", "string"], **number, "pattern": SIZE}
     if kind is RemoteURL:
         return {"type": "string", "pattern": f"^({REMOTE})$"}
+    if kind is ClusterAddress:
+        return {"type": "string", "pattern": f"^({CLUSTER})$"}
     if kind is RepositoryName:
         return {"type": "string", "pattern": r"^[A-Za-z0-9._-]+/([A-Za-z0-9._-]|\{target\})+$"}
     file = {"type": "string", "pattern": r"^[^\x00]+$"}
@@ -262,6 +264,7 @@ def _kind(key: Key) -> str:
         "words": f"a list of {valid}",
         "size": "a [size](#sizes)",
         "URL": "a [URL](#remotes)",
+        "cluster": "a string, `tcp://HOST:PORT`, `tls://HOST:PORT` or a file",
         "number": "a whole number that the [mode](#modes) takes",
         "count": f"a whole number, at least {least(key.type)}",
         "decimal": "a number above 0",

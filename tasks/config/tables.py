@@ -16,6 +16,12 @@ class RemoteURL(str):
     __slots__ = ()
 
 
+class ClusterAddress(str):
+    """Where a Dask scheduler is reached, or the file of Dask's that says so."""
+
+    __slots__ = ()
+
+
 class Cache(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where results are kept."""
 
@@ -71,6 +77,25 @@ class Cache(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Build(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the work is done."""
 
+    cluster: Annotated[
+        ClusterAddress | None,
+        key(
+            "The scheduler of a Dask [cluster](cluster.md) whose workers make the layers, or a "
+            "scheduler file.",
+            default="none",
+            change="nothing; results do not depend on it",
+            example="tcp://10.0.0.2:8786",
+        ),
+    ] = None
+    cluster_lost: Annotated[
+        Literal["alone", "stop"],
+        key(
+            "What becomes of a build whose cluster does not answer, or has nobody left: it goes on "
+            "alone, or it stops and can be taken up again.",
+            change="nothing; results do not depend on it",
+            example="stop",
+        ),
+    ] = "alone"
     disk_bytes: Annotated[
         Size | None,
         key(

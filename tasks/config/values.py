@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tasks.checkpoints import sources
 from tasks.checkpoints.loaders import LOADERS
-from tasks.config.tables import RemoteURL
+from tasks.config.tables import ClusterAddress, RemoteURL
 from tasks.core.paths import path_of
 from tasks.core.spec import (
     MODES,
@@ -49,6 +49,7 @@ _PATH = r"/[^\x00-\x20\x7f?#]*"
 # Of the hub's own names, without the digits that only it can tell to be taken.
 _WORD = r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 REPOSITORY = rf"(?=.{{3,96}}$){_WORD}/(?!.*\.(?:git|ipynb)$){_WORD}"
+CLUSTER = r"(?:tcp|tls)://(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}|(?!.*://)[^\x00]+"
 REMOTE = rf"(?:(?:s3|gs|az)://[A-Za-z0-9_.-]+|https?://{_HOST})(?:{_PATH})?|file://{_PATH}"
 
 
@@ -75,10 +76,8 @@ def decode(kind: type, value: Any) -> Any:
         return kind(value)
     if kind is Size:
         return _size(value)
-    if kind is RemoteURL:
-        return _remote(value)
-    if kind is Path:
-        return _path(value)
+    if kind in _READERS:
+        return _READERS[kind](value)
     if kind in (TextFile, TextFiles):
         return _text(kind, value)
     if kind is RepositoryName:
@@ -151,6 +150,15 @@ def _remote(value: Any) -> RemoteURL:
     return RemoteURL(value)
 
 
+def _cluster(value: Any) -> ClusterAddress:
+    """Read a scheduler's address, or the path of a file that Dask wrote."""
+    if not isinstance(value, str) or not re.fullmatch(CLUSTER, value):
+        fact = "is no address of a Dask scheduler, and no file"
+        mend = 'write "tcp://HOST:8786", "tls://HOST:8786" or the path of a scheduler file'
+        raise Mistakes(Mistake(fact, mend))
+    return ClusterAddress(value)
+
+
 def _no_remote(url: str) -> Mistake:
     match = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", url, re.DOTALL)
     forms = ", ".join(REMOTES.values())
@@ -190,6 +198,13 @@ def _wrong_numbers(table: Quantize | Rule | Candidate, mode: str, at: At) -> Ite
             near = min(valid, key=lambda n: abs(n - number))
             known = ", ".join(map(str, valid))
             yield Mistake(f"is {number}; mode {mode!r} takes {known}", f"use {near}", (*at, name))
+
+
+_READERS: dict[type, Callable[[Any], Any]] = {
+    RemoteURL: _remote,
+    ClusterAddress: _cluster,
+    Path: _path,
+}
 
 
 def closest(word: str, valid: Iterable[str], near: float = 0.6) -> str | None:

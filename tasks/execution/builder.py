@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +25,9 @@ from tasks.checkpoints import headers
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.workspace import Workspace
+from tasks.execution.crew import Crew, Locate
 from tasks.execution.filling.draft import Drafts, WeightFileDraft
-from tasks.execution.log import Entry, Log
+from tasks.execution.log import Entry, Log, Trace
 from tasks.execution.node_context import NodeContext
 from tasks.execution.resources import MemoryBudget
 from tasks.execution.streaming.hashed_files import HashedFiles
@@ -41,7 +42,6 @@ from tasks.tensors.device import default_to_cpu
 from tasks.tensors.rows import Rows
 
 MOST_LOST = 100  # inputs of one action that are found to be wrong, one at a time
-Locate = Callable[[str, Tensor], Sequence[Part]]  # by a tensor's name
 
 
 def _not_kept(builder: Builder, plan: Plan, node: Node) -> Iterator[Node]:
@@ -65,6 +65,7 @@ class Builder:
         memory: the limit on what actions hold at once.
         drafts: weight files of what is to be packed.
         streaming: fetches what comes from elsewhere, and drops it.
+        crew: other machines that make what is not on record, if there are any.
         hashed: holds files that a hub's client has here against what the hub says.
         streams: MLX's, of each thread.
         computed: keys of the actions that were run.
@@ -82,6 +83,7 @@ class Builder:
     memory: MemoryBudget
     drafts: Drafts
     streaming: Streaming
+    crew: Crew | None = None
     hashed: HashedFiles = field(default_factory=HashedFiles)
     streams: arrays.Streams = field(default_factory=arrays.Streams)
     computed: set[str] = field(default_factory=set)
@@ -102,7 +104,7 @@ class Builder:
         """
         path = Path(node.manifest_path(self.workspace))
         with self.logged(node.name, why) as record:
-            manifest, record["outcome"] = self._run(plan, node)
+            manifest, record["outcome"] = self._run(plan, node, record)
             old = Manifest.at(path)
             explain = node.stage.explain
             if old and (changes := reasons.between(old.action, manifest.action, explain)):
@@ -122,9 +124,12 @@ class Builder:
         atomic.write(path, data, durable=durable)
 
     @contextmanager
-    def logged(self, task: str, why: str) -> Iterator[dict[str, str]]:
-        """Add a line to the build log for what the block does; it sets ``outcome``."""
-        record = {"outcome": "failed", "why": why}
+    def logged(self, task: str, why: str) -> Iterator[dict[str, Any]]:
+        """Add a line to the build log for what the block does.
+
+        It sets ``outcome``; and ``trace``, if another machine did it.
+        """
+        record: dict[str, Any] = {"outcome": "failed", "why": why}
         start, tick = time.time(), time.perf_counter()
         meter = self.store.blobs.meter
         read, written = meter.read, meter.written
@@ -134,19 +139,15 @@ class Builder:
             record["outcome"] = "failed"
             raise
         finally:
-            self._log(
-                Entry(
-                    self.run_id,
-                    task,
-                    record["outcome"],
-                    record["why"],
-                    start,
-                    time.perf_counter() - tick,
-                    meter.read - read,
-                    meter.written - written,
-                    threading.current_thread().name,
-                )
+            trace = record.get("trace") or Trace(
+                "",
+                threading.current_thread().name,
+                start,
+                time.perf_counter() - tick,
+                meter.read - read,
+                meter.written - written,
             )
+            self._log(Entry.of(self.run_id, task, record["outcome"], record["why"], trace))
 
     def _log(self, entry: Entry) -> None:
         try:
@@ -172,22 +173,19 @@ class Builder:
         """Return the tensors that a node reads, and the nodes that made them."""
         return node.inputs({need: self.manifest(plan, need) for need in node.needs})
 
-    def _run(self, plan: Plan, node: Node) -> tuple[Manifest, str]:
+    def _run(self, plan: Plan, node: Node, record: dict[str, Any]) -> tuple[Manifest, str]:
         if node.is_leaf:
-            # What it reads is what it makes: looking means digesting the checkpoint's tensors.
-            self.hashed.begin(plan.checkpoint, node.outputs(), self.store.memos)
-            with self._working(plan, node, node.spec.digest):
-                manifest = self._scan(plan, node, reread=False)
-                known = isinstance(self.store.actions.get(manifest.action), Hit)
-                if known or not plan.checkpoint.source.available:
-                    return manifest, "reused"
-                self.store.actions.put(manifest)
-                return manifest, "computed"
+            return self._run_leaf(plan, node, record)
         inputs = self.inputs(plan, node)
         action = node.action(inputs)
         entry, outcome = self.find(plan, action, node.output_specs())
         if isinstance(entry, Hit):
+            brought = self.crew and self.crew.delivered(node)
+            if brought:
+                outcome, record["trace"] = brought.outcome, brought.trace
             return entry.manifest, outcome
+        if made := self._made_elsewhere(plan, node, record):
+            return made
         with self._working(plan, node, action.key):
             meanwhile = self.store.actions.get(action)
             if isinstance(meanwhile, Hit):
@@ -201,6 +199,44 @@ class Builder:
         if self.store.sharing:
             self.store.sharing.push(manifest, self.shared(plan, node))
         return manifest, "computed"
+
+    def _run_leaf(self, plan: Plan, node: Node, record: dict[str, Any]) -> tuple[Manifest, str]:
+        """Find out what a leaf reads, which is what it makes: the digests of its tensors."""
+        if self.crew:
+            if known := self.recall(plan, node):
+                return known, "reused"
+            if made := self._made_elsewhere(plan, node, record):
+                return made
+        self.hashed.begin(plan.checkpoint, node.outputs(), self.store.memos)
+        with self._working(plan, node, node.spec.digest):
+            manifest = self._scan(plan, node, reread=False)
+            is_known = isinstance(self.store.actions.get(manifest.action), Hit)
+            if is_known or not plan.checkpoint.source.available:
+                return manifest, "reused"
+            self.store.actions.put(manifest)
+            return manifest, "computed"
+
+    def _made_elsewhere(
+        self, plan: Plan, node: Node, record: dict[str, Any]
+    ) -> tuple[Manifest, str] | None:
+        """Have a node made by the crew; None if it is to be made here."""
+        if not self.crew:
+            return None
+        if made := self.crew.make(self, plan, node):
+            record["trace"] = made.trace
+            return made.manifest, made.outcome
+        self.streaming.enter(node.name)  # which it passed by: holding no lock, nor memory
+        return None
+
+    def take(self, plan: Plan, node: Node, manifest: Manifest) -> None:
+        """Put on record what another machine made; its bytes are here, as far as they are wanted.
+
+        Raises:
+            CheckpointError: as of reading a leaf's files.
+        """
+        if node.is_leaf:
+            _leaf(node).note(*self._asked(plan, node), manifest.tensors)
+        self.store.actions.put(manifest)
 
     @contextmanager
     def _working(self, plan: Plan, node: Node, key: str) -> Iterator[None]:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -23,6 +23,26 @@ OUTCOMES = ("computed", "reused", "fetched", "failed")  # reused: from the actio
 # The bounds of what is believed: a damaged line may hold any number, and reports draw it.
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
 _Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+
+
+class Trace(NamedTuple):
+    """When and where something was done.
+
+    Attributes:
+        machine: of a cluster, the machine's name; "" for this one.
+        thread: the thread's name there.
+        start: Unix time, seconds.
+        seconds: wall time.
+        bytes_read: through the store there.
+        bytes_written: the same, with what is packed.
+    """
+
+    machine: str
+    thread: str
+    start: float
+    seconds: float
+    bytes_read: int
+    bytes_written: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,7 @@ class Entry:
         bytes_read: through the store.
         bytes_written: through the store, with what is packed.
         thread: the thread's name.
+        machine: of a cluster, the machine's name; "" for this one.
     """
 
     run: str
@@ -50,6 +71,21 @@ class Entry:
     bytes_read: _Bytes
     bytes_written: _Bytes
     thread: str
+    machine: str = ""
+
+    @classmethod
+    def of(cls, run: str, task: str, outcome: str, why: str, trace: Trace) -> Entry:
+        """Return the line for what was done in a way."""
+        read, written = trace.bytes_read, trace.bytes_written
+        start, seconds = trace.start, trace.seconds
+        return cls(
+            run, task, outcome, why, start, seconds, read, written, trace.thread, trace.machine
+        )
+
+    @property
+    def lane(self) -> str:
+        """The thread, with the machine if it is another."""
+        return f"{self.machine}: {self.thread}" if self.machine else self.thread
 
     @property
     def group(self) -> str:
@@ -87,7 +123,10 @@ class Log:
 
     def add(self, entry: Entry) -> None:
         """Append a line; the oldest half goes when the log has grown past its bound."""
-        line = json.dumps(asdict(entry), ensure_ascii=False).encode(errors="replace") + b"\n"
+        record = asdict(entry)
+        if not entry.machine:
+            del record["machine"]
+        line = json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n"
         with self._lock:
             for listener in self.listeners:
                 listener(entry)

@@ -13,14 +13,19 @@ from tasks.execution import cgroup
 from tasks.tensors.device import default
 
 GPU_THREADS = 4
+CLUSTER_THREADS = 256
 _ALWAYS_OPEN = 24  # files: the terminal, locks, a connection or two
 _OPEN_PER_THREAD = 6  # what it reads and writes, a lock, and as many for packing beside it
 
 
-def raise_file_limit() -> None:
-    """Let this process open as many files as threads on all cores want, as far as it may."""
+def raise_file_limit(*, waits: bool = False) -> None:
+    """Let this process open as many files as threads on all cores want, as far as it may.
+
+    Args:
+        waits: whether other threads wait for a cluster, each with a lock and a connection.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _ALWAYS_OPEN + _OPEN_PER_THREAD * _own_cores()
+    wanted = _open_files(_own_cores()) + 2 * CLUSTER_THREADS * waits
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -35,11 +40,26 @@ def cores() -> int:
     return max(1, min(_own_cores(), (limit - _ALWAYS_OPEN) // _OPEN_PER_THREAD))
 
 
+def _open_files(threads: int) -> int:
+    return _ALWAYS_OPEN + _OPEN_PER_THREAD * threads
+
+
 def _own_cores() -> int:
     """Return how many cores a process has, or how many's time."""
     affinity = hasattr(os, "sched_getaffinity")
     count = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(count, cgroup.limits().cores or count))
+
+
+def cluster_threads() -> int:
+    """Return how many tasks are begun at once where a cluster makes them: they wait for it.
+
+    As many as layers are to be under way, on whatever it has; more are begun as they end.
+    """
+    raise_file_limit(waits=True)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = CLUSTER_THREADS if limit == resource.RLIM_INFINITY else limit - _open_files(_own_cores())
+    return max(cores(), min(CLUSTER_THREADS, free // 2))
 
 
 def threads(devices: Iterable[str | None]) -> int:
@@ -60,11 +80,13 @@ class MemoryBudget:
 
     Args:
         limit: bytes; one action that needs more runs alone.
+        most: actions that run at once; another one within one of them is not counted.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, most: int = sys.maxsize) -> None:
         self.limit = limit
         self._reserved = 0
+        self._free = most
         self._changed = threading.Condition()
         self._thread = threading.local()
 
@@ -75,14 +97,18 @@ class MemoryBudget:
         nested = getattr(self._thread, "depth", 0)
         self._thread.depth = nested + 1
         with self._changed:
-            self._changed.wait_for(lambda: nested or self._reserved + need <= self.limit)
+            self._changed.wait_for(
+                lambda: nested or (self._free and self._reserved + need <= self.limit)
+            )
             self._reserved += need
+            self._free -= not nested
         try:
             yield
         finally:
             self._thread.depth = nested
             with self._changed:
                 self._reserved -= need
+                self._free += not nested
                 self._changed.notify_all()
 
 

@@ -398,9 +398,7 @@ def lanes(build: Timeline) -> Lanes:
     critical = {id(entry) for entry in build.critical}
     for thread in build.threads:
         spans: list[Span] = []
-        for entry in sorted(
-            (e for e in build.entries if e.thread == thread), key=lambda e: e.start
-        ):
+        for entry in sorted((e for e in build.entries if e.lane == thread), key=lambda e: e.start):
             if timeline.end(entry) < start:
                 continue
             span = _span(build, entry, id(entry) in critical, start, seconds)
@@ -437,7 +435,8 @@ def _span(build: Timeline, entry: Entry, critical: bool, start: float, seconds: 
     begin = max(0.0, entry.start - start)
     x, width = WIDTH * begin / seconds, WIDTH * (stop - begin) / seconds
     stage = entry.group if build.builds(entry) else OTHERS
-    title = f"{entry.task}: {entry.outcome}, {words.seconds(entry.seconds)}. {entry.why}"
+    where = f" on {entry.machine}" if entry.machine else ""
+    title = f"{entry.task}{where}: {entry.outcome}, {words.seconds(entry.seconds)}. {entry.why}"
     return Span(stage, entry.outcome in ("reused", "fetched"), critical, x, width, title, 1)
 
 

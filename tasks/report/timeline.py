@@ -40,6 +40,11 @@ class Timeline:
         return entry.target == self.target and entry.group in registry.building()
 
     @property
+    def machines(self) -> list[str]:
+        """Names of the cluster's machines that took part."""
+        return sorted({entry.machine for entry in self.entries if entry.machine})
+
+    @property
     def start(self) -> float:
         """When the first of the target's tasks began, Unix time, seconds."""
         return min(entry.start for entry in self.mine)
@@ -51,9 +56,9 @@ class Timeline:
 
     @property
     def threads(self) -> list[str]:
-        """Names of the threads, in the order in which they began."""
+        """Names of the threads, with their machines', in the order in which they began."""
         ordered = sorted(self.entries, key=lambda entry: entry.start)
-        return list(dict.fromkeys(entry.thread for entry in ordered))
+        return list(dict.fromkeys(entry.lane for entry in ordered))
 
 
 def end(entry: Entry) -> float:
@@ -129,7 +134,7 @@ def trace(timeline: Timeline) -> dict[str, Any]:
         {
             "ph": "X",
             "pid": 1,
-            "tid": threads[entry.thread],
+            "tid": threads[entry.lane],
             "name": entry.task,
             "cat": f"{entry.group},{entry.outcome}",
             "ts": round(1e6 * (entry.start - zero)),  # microseconds

@@ -166,6 +166,22 @@ class Extract(LeafStage[ExtractParams]):
         """Forget the digests of a layer's tensors."""
         context.memos.forget(KIND, [self.version, spec.fingerprint])
 
+    def note(
+        self,
+        spec: ActionSpec[ExtractParams],
+        context: Context,
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Remember the digests of a layer's tensors, and where they lie, if that is here."""
+        checkpoint = context.checkpoint
+        if not checkpoint.source.available:
+            return
+        for key, tensor in tensors.items():
+            if checkpoint.stored[key].offset != TORCH and (part := checkpoint.part(key)):
+                context.blobs.refer(tensor.digest, [part])
+        digests = [tensors[key].digest for key in spec.params.tensors]
+        context.memos.put(KIND, [self.version, spec.fingerprint], digests)
+
     def _remembered(self, spec: ActionSpec[ExtractParams], context: Context) -> list[str] | None:
         """Return the digests of a layer's tensors, if files of these stamps were digested."""
         wanted = spec.params.tensors

@@ -435,6 +435,10 @@ class LeafStage(Stage[P]):
         """Have nothing on record of what ``scan`` found: it is not to be believed."""
 
     @abstractmethod
+    def note(self, spec: ActionSpec[P], context: Context, tensors: Mapping[str, Tensor]) -> None:
+        """Put on record what another machine's ``scan`` found in the same files."""
+
+    @abstractmethod
     def watched(self, spec: ActionSpec[P]) -> Any:
         """Return what the build tool compares to tell whether to scan again, JSON."""
 

@@ -140,6 +140,7 @@ def _right(key: Key) -> st.SearchStrategy[Any]:
         "size": [1, 10**9, "5GiB", "1 MB", "7", "0.5kB"],
         "URL": ["s3://b/c", "gs://b", "az://c/ß/", "https://h:8443/a%20b", "http://[::1]/a@b",
                 "file:///a"],
+        "cluster": ["tcp://10.0.0.2:8786", "tls://[::1]:1", "scheduler.json", "/ß c.json"],
     }  # fmt: skip
     return st.sampled_from(values[key.kind])
 
@@ -203,6 +204,7 @@ WRONG: dict[str, list[Any]] = {
              "1,5GiB", "1" * 19],
     "URL": [5, [], "", "bucket/a", "ftp://host", "S3://b", "s3://", "https:///a", "https://u:p@h",
             "https://h:port", "s3://k@b", "az://c/a?sig=s", "gs://b/#", "file://a/b", "s3://b/a c"],
+    "cluster": [5, [], "", "tcp://host", "http://host:8786", "tcp://host:x", "tcp://:8786"],
     "count": [-1, 5.5, "4", True, []],
     "decimal": [0, -1.5, "4", True, []],
     "number": [0, 7, 5.5, "4", True, []],

@@ -1,0 +1,100 @@
+"""tests of a build on a Dask cluster: whatever its workers do, the same model, by no lie."""
+
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from support import cluster, front_door, projects, running
+from support.front_door import Finished
+from support.projects import Project
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(find_spec("distributed") is None, reason="wants the extra dask"),
+]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return projects.create(tmp_path / "project", "huggingface", **projects.FOUR_BIT)
+
+
+def environment(scheduler: Path, **said: str) -> dict[str, str]:
+    return {"MLX_MAKE_BUILD_CLUSTER": str(scheduler), "MLX_MAKE_SIGNING_KEY": "", **said}
+
+
+def build(project: Project, scheduler: Path, *args: str) -> Finished:
+    return front_door.doit(project.folder, *args, env=environment(scheduler))
+
+
+def machines(done: Finished) -> Counter[str]:
+    """How many tasks each machine did."""
+    return Counter(entry.get("machine", "") for entry in done.entries)
+
+
+def test_workers_make_the_layers(project: Project, tmp_path: Path) -> None:
+    with cluster.running(tmp_path, ["good", "good"]) as (scheduler, _):
+        done = build(project, scheduler)
+        assert project.built() == project.anew()
+        assert machines(done)[""] == 1  # packing
+        threads = {entry["thread"] for entry in done.entries if entry.get("machine")}
+        assert len(threads) == 2
+        assert "nothing to do" in build(project, scheduler).stdout
+        project.configure(quantize={"bits": 8})
+        again = build(project, scheduler)
+        assert project.built() == project.anew()
+        assert machines(again)[""] == 1
+    assert not done.stderr + again.stderr
+
+
+def test_whoever_lies_or_has_no_room_is_passed_over(project: Project, tmp_path: Path) -> None:
+    bad = ["flips a byte", "other shape", "full disk"]
+    with cluster.running(tmp_path, ["good", *bad]) as (scheduler, (process,)):
+        done = build(project, scheduler)
+        said = process.log.read_text()
+    assert project.built() == project.anew()
+    assert {"lied", "full"} <= {*said.splitlines()}
+    assert not done.stderr or "is made here" in done.stderr
+
+
+def test_workers_that_are_others_get_nothing(project: Project, tmp_path: Path) -> None:
+    with cluster.running(tmp_path, ["plain", "other key"]) as (scheduler, _):
+        done = build(project, scheduler)
+    assert project.built() == project.anew()
+    assert machines(done).keys() == {""}
+    (refused, alone) = done.stderr.splitlines()
+    assert "2 workers get no layers" in refused
+    assert "is not started by mlx-make worker" in refused
+    assert "has another signing key" in refused
+    assert "goes on alone" in alone
+
+
+def test_a_killed_worker_s_layer_goes_to_another(project: Project, tmp_path: Path) -> None:
+    with cluster.running(tmp_path, ["good"], ["hangs"]) as (scheduler, (_, doomed)):
+        process = running.start(project, env=environment(scheduler))
+        running.wait_for(lambda: "hangs" in doomed.log.read_text(), process)
+        doomed.end()
+        process.communicate(timeout=cluster.PATIENCE)
+    assert process.returncode == 0
+    assert project.built() == project.anew()
+
+
+def test_without_the_scheduler_it_stops_and_can_be_taken_up(
+    project: Project, tmp_path: Path
+) -> None:
+    with cluster.running(tmp_path, [], ["hangs", "good"]) as (scheduler, (first, second)):
+        env = environment(scheduler, MLX_MAKE_BUILD_CLUSTER_LOST="stop")
+        process = running.start(project, env=env)
+        running.wait_for(lambda: "hangs" in second.log.read_text(), process)
+        running.wait_for(lambda: front_door.log(project.folder), process)
+        first.end()
+        said = "".join(process.communicate(timeout=cluster.PATIENCE))
+    assert process.returncode == 1
+    assert said.count("cluster_lost") == 1
+    done = {entry["task"] for entry in front_door.log(project.folder) if entry.get("machine")}
+    assert done
+    again = project.doit()
+    assert project.built() == project.anew()
+    assert not done & again.computed

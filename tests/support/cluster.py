@@ -1,0 +1,176 @@
+"""cluster: a Dask scheduler and workers on loopback, good ones and bad ones, in processes.
+
+`python -m support.cluster FILE KIND …` is one: the first writes the scheduler's file, the others
+find it. All workers of a process share its event loop; a process of its own is to be killed.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support.front_door import REPOSITORY
+
+PATIENCE = 60  # seconds
+
+
+@dataclass
+class Process:
+    """One of the cluster's processes.
+
+    Attributes:
+        process: of the system.
+        log: what it printed.
+    """
+
+    process: subprocess.Popen
+    log: Path
+
+    def end(self, number: int = signal.SIGKILL) -> None:
+        self.process.send_signal(number)
+        self.process.wait()
+
+
+@contextmanager
+def running(folder: Path, *processes: list[str]) -> Iterator[tuple[Path, list[Process]]]:
+    """Run processes with workers of these kinds; the first has the scheduler, too.
+
+    Args:
+        folder: for the scheduler's file, logs and the workers' own folders.
+        processes: the kinds of the workers of each, see `KINDS`.
+    """
+    file = folder / "scheduler.json"
+    with ExitStack() as stack:
+        started = []
+        for number, kinds in enumerate(processes):
+            log = folder / f"process-{number}.log"
+            started.append(Process(_start(file, log, kinds), log))
+            stack.callback(started[-1].end)
+            wanted = sum(map(len, processes[: number + 1]))
+            await_true(
+                lambda n=wanted: file.exists() and _ready(folder) == n
+            )  # the scheduler's file first
+        yield file, started
+
+
+def _start(file: Path, log: Path, kinds: list[str]) -> subprocess.Popen:
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "support.cluster", str(file), *kinds],
+            cwd=file.parent,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
+        )
+
+
+def _ready(folder: Path) -> int:
+    return sum(log.read_text().count("ready\n") for log in folder.glob("process-*.log"))
+
+
+def await_true(condition: Any) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+def _flips_a_byte(bench: Any) -> None:
+    read = bench.read
+
+    def lying(**asked: Any) -> Any:
+        print("lied", flush=True)
+        data = read(**asked)
+        if data:
+            data[0] ^= 1
+        return data
+
+    bench.read = lying
+
+
+def _other_shape(bench: Any) -> None:
+    """Another result of the same action, well sealed: with one tensor left out."""
+    from dataclasses import replace
+
+    from cache.records.manifests import Manifest
+    from tasks.execution.cluster.unit import signature
+
+    make = bench.make
+
+    def lying(request: bytes, key: str, layers: Any) -> Any:
+        made = make(request, key, layers)
+        print("lied", flush=True)
+        last = Manifest.from_bytes(made.results[-1].manifest)
+        fewer = replace(last, tensors=dict([*last.tensors.items()][1:]))
+        results = [*made.results[:-1], made.results[-1]._replace(manifest=fewer.to_bytes())]
+        return made._replace(results=results, signature=signature(key, results, None))
+
+    bench.make = lying
+
+
+def _full_disk(bench: Any) -> None:
+    import errno
+
+    def full(*_: Any) -> Any:
+        print("full", flush=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    bench._make = full
+
+
+def _hangs(bench: Any) -> None:
+    def hang(*_: Any) -> Any:
+        print("hangs", flush=True)
+        time.sleep(PATIENCE)
+
+    bench.make = hang
+
+
+# What is done to a worker; None: it has no mlx-make at all.
+KINDS: dict[str, Any] = {
+    "good": lambda bench: None,
+    "flips a byte": _flips_a_byte,
+    "other shape": _other_shape,
+    "full disk": _full_disk,
+    "hangs": _hangs,
+    "other key": lambda bench: None,
+    "plain": None,
+}
+
+
+async def _serve(file: Path, kinds: list[str]) -> None:
+    from distributed import Scheduler, Worker
+
+    async with asyncio.timeout(PATIENCE * 5):  # whatever becomes of the tests
+        if not file.exists():
+            scheduler = await Scheduler(host="127.0.0.1", port=0, dashboard=False)
+            scheduler.scheduler_file = str(file)
+            file.with_suffix(".part").write_text(f'{{"address": "{scheduler.address}"}}')
+            file.with_suffix(".part").rename(file)
+        for number, kind in enumerate(kinds):
+            os.environ["MLX_MAKE_SIGNING_KEY"] = "another" if kind == "other key" else ""
+            worker = await Worker(
+                scheduler_file=str(file),
+                nthreads=1,
+                host="127.0.0.1",
+                preload=["mlx_make.worker"] if KINDS[kind] else [],
+                local_directory=str(file.parent / f"{os.getpid()}-{number}"),
+                dashboard=False,
+            )
+            if KINDS[kind]:
+                KINDS[kind](worker.mlx_make)
+            print("ready", flush=True)
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(Path(sys.argv[1]), sys.argv[2:]))
