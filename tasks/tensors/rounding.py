@@ -13,7 +13,7 @@ from tasks.tensors import kernels, mx
 # may be, as a part of the largest error in the group, which is about half a step.
 TIE = 1 / 8
 EDGE_TIE = 1e-3  # of a step: as near to one number of steps as to the next
-DTYPE_STEP = 2.0**-7  # of bfloat16, which scales and weights may be rounded to
+LEAST_EPS = 2.0**-20  # in which divisions of two devices may differ, in float32
 
 
 class Compared(Struct, frozen=True):
@@ -70,32 +70,37 @@ def compare(
 def _other_way(
     groups: mx.array, restored: mx.array, packed: Sequence[mx.array], bits: int
 ) -> mx.array:
-    """Tell which groups are as a device makes them that decides a tie of their scale another way.
+    """Tell which groups are as a device makes them that divides with other last bits.
 
     MLX has a scale be such that the end of a group that is farther from 0 is a whole number of
-    steps: of a group that is as wide above 0 as below that is a tie, which each kind of device
-    decides by the last bit of a division.
+    steps. Of a group that is as wide above 0 as below, that number is a tie; of any, the scale is
+    rounded to its dtype.
 
     Returns:
         (groups, 1).
     """
+    eps = max(mx.finfo(packed[1].dtype).eps, LEAST_EPS)
     ends = [find(groups, axis=-1, keepdims=True) for find in (mx.min, mx.max)]
     top = 2**bits - 1
     scale = mx.maximum((ends[1] - ends[0]) / top, kernels.AFFINE_EPS)
-    below = mx.abs(ends[0]) > mx.abs(ends[1])
-    edge = mx.where(below, *ends)
+    edge = mx.where(mx.abs(ends[0]) > mx.abs(ends[1]), *ends)
     exact = mx.abs(edge) / scale
-    steps = mx.floor(exact)
-    is_tie = mx.abs(exact - steps - 0.5) < EDGE_TIE
+    fraction = exact - mx.floor(exact)
     scales, biases = (part.astype(mx.float32).reshape(-1, 1) for part in packed[1:])
 
     def near(made: mx.array, wanted: mx.array) -> mx.array:
-        return mx.abs(made - wanted) <= DTYPE_STEP * mx.abs(wanted)
+        return mx.abs(made - wanted) <= eps * mx.abs(wanted)
 
     width = mx.abs(scales)
-    either = near(width, mx.abs(edge) / steps) | near(width, mx.abs(edge) / (steps + 1))
+    below, above = (
+        near(width, mx.abs(edge) / mx.floor(exact)),
+        near(width, mx.abs(edge) / mx.ceil(exact)),
+    )
+    is_tie = mx.abs(fraction - 0.5) < EDGE_TIE
+    either = mx.where(is_tie, below | above, mx.where(fraction < 0.5, below, above))
     last = biases + top * scales
     beyond = near(restored, last) & ((groups - last) * scales >= 0)
-    nearest = mx.abs(groups - restored) <= width / 2 + DTYPE_STEP * mx.abs(edge)
+    rounded = 2 * eps * mx.abs(edge)  # of the scale, and of what is restored
+    nearest = mx.abs(groups - restored) <= width / 2 + rounded
     held = mx.all(nearest | beyond, axis=-1, keepdims=True)
-    return is_tie & either & near(biases, edge) & held
+    return either & near(biases, edge) & held

@@ -36,3 +36,19 @@ def test_a_tie_of_a_scale(bits: int) -> None:
         assert not rounding.compare(groups, mine, flipped, setting).is_tie
         scaled = [theirs[0], theirs[1] * 1.1, theirs[2]]
         assert not rounding.compare(groups, mine, scaled, setting).is_tie
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_scale_that_is_rounded_another_way(dtype: mx.Dtype) -> None:
+    groups = mx.random.normal((8, 64), key=mx.random.key(0)).astype(dtype)
+    setting = {"group_size": 64, "bits": 4, "mode": "affine"}
+    mine = kernels.quantize(groups, **setting)
+    bits, edge = mine[1].view(mx.uint16), mine[2].astype(mx.float32)
+    scale = edge / mx.round(edge / mine[1].astype(mx.float32))
+    up = mx.abs(scale) > mx.abs(mine[1].astype(mx.float32))  # what it was rounded away from
+    one = mx.where(up, 1, -1)
+    for ulps, is_tie in ((one, True), (40, False)):
+        theirs = [mine[0], (bits + ulps).astype(mx.uint16).view(dtype), mine[2]]
+        found = rounding.compare(groups, mine, theirs, setting)
+        assert found.count > 300
+        assert found.is_tie is is_tie
