@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cache.digest import digest_file
-from tasks.core.errors import BuildError
+from tasks.checkpoints.small_files import check_regular
+from tasks.core.errors import BuildError, CheckpointError
 from tasks.layouts.model import Model, Module
+from tasks.quality import gguf_file
 
 if TYPE_CHECKING:
     import numpy as np
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 EXTRA = "gguf"
+KIND = "imatrix"
+_NAMED = "imatrix of [quality] names it: mend it, or name another."
 
 
 class Entry(NamedTuple):
@@ -101,7 +105,7 @@ def write(
         there = Path(folder) / path.name
         # It is no model, and has no architecture.
         writer = type("Writer", (gguf.GGUFWriter,), {"add_architecture": lambda _: None})(there, "")
-        writer.add_type(gguf.GGUFType.IMATRIX)
+        writer.add_type(KIND)
         writer.add_array(keys.IMatrix.DATASETS, [*texts])
         writer.add_uint32(keys.IMatrix.CHUNK_COUNT, chunks)
         writer.add_uint32(keys.IMatrix.CHUNK_SIZE, chunk_size)
@@ -121,17 +125,30 @@ def content(path: Path) -> str:
     Raises:
         BuildError: it cannot be read.
     """
+    _check_file(path)
     try:
         return digest_file(path)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, str(error.strerror)) from error
 
 
-def _unreadable(path: Path, error: OSError) -> BuildError:
-    return BuildError(
-        f"{path} cannot be read: {error.strerror}. imatrix of [quality] names it: mend it, or name "
-        "another."
-    )
+def _check_file(path: Path) -> None:
+    """Refuse a pipe or a device, of which there may be no end, and what is larger than any such.
+
+    Raises:
+        BuildError: it is one, or cannot be read.
+    """
+    try:
+        check_regular(path)
+        size = path.stat().st_size
+    except CheckpointError as error:  # which begins with the path
+        raise BuildError(f"{error} {_NAMED}") from error
+    if size > gguf_file.MAX_BYTES:
+        raise _unreadable(path, f"it has {size:,} bytes, over {gguf_file.MAX_BYTES:,}")
+
+
+def _unreadable(path: Path, cause: str) -> BuildError:
+    return BuildError(f"{path} cannot be read: {cause}. {_NAMED}")
 
 
 def read(path: Path) -> dict[str, Entry]:
@@ -140,31 +157,21 @@ def read(path: Path) -> dict[str, Entry]:
     Raises:
         BuildError: it is no importance matrix, or damaged.
     """
-    import numpy as np
-
-    gguf = _gguf()
+    _check_file(path)
     try:
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ValueError("it does not begin as GGUF files do")
-        reader = gguf.GGUFReader(path)
-        field = reader.get_field(gguf.Keys.General.TYPE)
-        kind = field.contents() if field else None
-        if kind != gguf.GGUFType.IMATRIX:
+        said, tensors = gguf_file.read(path)
+        if (kind := said.get("general.type")) != KIND:
             raise ValueError(f"general.type is {kind!r}")
-        tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in reader.tensors}
         entries = {}
         for name, sums in tensors.items():
             if name.endswith(SUMS):
-                entry = Entry(
-                    sums.reshape(-1, sums.shape[-1]),
-                    tensors[name.removesuffix(SUMS) + COUNTS].reshape(-1),
-                )
+                counts = tensors[name.removesuffix(SUMS) + COUNTS]
+                entry = Entry(sums.reshape(-1, sums.shape[-1]), counts.reshape(-1))
                 _check(name, entry)
                 entries[name.removesuffix(SUMS)] = entry
     except OSError as error:
-        raise _unreadable(path, error) from error
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise _unreadable(path, str(error.strerror)) from error
+    except (ValueError, KeyError, IndexError) as error:
         raise BuildError(
             f"{path}, which imatrix of [quality] names, is no importance matrix of llama.cpp's as "
             f"GGUF: {error}. Those of old (.dat) its own tools convert."

@@ -117,9 +117,9 @@ class Importances(Stage[ImportancesParams]):
             BuildError: it is another one by now.
         """
         path = Path(context.planned.quality.imatrix or "")
-        if imatrix.content(path) != params.content:
+        before, entries, after = imatrix.content(path), imatrix.read(path), imatrix.content(path)
+        if not before == after == params.content:
             raise BuildError(f"{path} changed meanwhile. Run {COMMAND} again.")
-        entries = imatrix.read(path)
         tensors = {}
         for module, name in params.names.items():
             means = imatrix.mean_squares(entries[name])
