@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.checkpoints.small_files import damaged
 from tasks.checkpoints.source import Source
-from tasks.checkpoints.stored import Stored, WeightFile, checked_shape
+from tasks.checkpoints.stored import Stored, WeightFile, checked_name, checked_shape
 from tasks.core.errors import CheckpointError
 
 SUFFIXES: tuple[str, ...] = (".safetensors",)
@@ -58,7 +58,7 @@ def read(path: WeightFile) -> list[Stored]:
                     "Convert the checkpoint to one that it has: bfloat16, float16, float32."
                 )
             dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-            name.encode()  # half a surrogate pair is no name
+            checked_name(name)
             shape = checked_shape(entry["shape"])
             stored = Stored(name, dtype, shape, path.name, begin + start)
             if stored.nbytes != end - start:

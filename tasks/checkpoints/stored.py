@@ -10,6 +10,8 @@ from typing import IO, Any, Literal, NamedTuple, Protocol
 from cache.records.manifests import DTYPE_BYTES
 
 MAX_AXIS = 2**31 - 1  # MLX counts along an axis in 32 bits, and wraps around in silence
+MAX_AXES = 64  # as NumPy and torch have them at most
+MAX_NAME = 4096  # characters: names are looked through for layers, experts and patterns
 TORCH = -1  # offset of a tensor that does not lie in its file as plain bytes: torch must read it
 
 
@@ -67,6 +69,16 @@ class Stored(NamedTuple):
 def checked_shape(shape: Iterable[Any]) -> tuple[int, ...]:
     """Return a shape; raise ValueError for what is none, or none that MLX can have."""
     shape = tuple(shape)
+    if len(shape) > MAX_AXES:  # of a million sizes the product takes hours
+        raise ValueError(f"a shape of {len(shape):,} axes, over {MAX_AXES}")
     if not all(type(size) is int and 0 <= size <= MAX_AXIS for size in shape):
         raise ValueError(f"shape {shape}")
     return shape
+
+
+def checked_name(name: str) -> str:
+    """Return a tensor's name; raise ValueError for what is none, or longer than any path."""
+    name.encode()  # half a surrogate pair is no text
+    if len(name) > MAX_NAME:
+        raise ValueError(f"a name of {len(name):,} characters, over {MAX_NAME:,}")
+    return name

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from cache.records.manifests import DTYPE_BYTES
 from tasks.checkpoints.small_files import damaged
-from tasks.checkpoints.stored import TORCH, Stored, WeightFile, checked_shape
+from tasks.checkpoints.stored import TORCH, Stored, WeightFile, checked_name, checked_shape
 from tasks.core import pytorch
 from tasks.core.errors import CheckpointError
 
@@ -103,7 +103,7 @@ def _read_zip(path: WeightFile, archive: zipfile.ZipFile) -> list[Stored]:
             start = tensor.offset * DTYPE_BYTES[tensor.dtype]
             plain = tensor.plain and info.compress_type == zipfile.ZIP_STORED
             offset = starts[tensor.key] + start if plain else TORCH
-            stored = Stored(str(name), tensor.dtype, tensor.shape, path.name, offset)
+            stored = Stored(checked_name(str(name)), tensor.dtype, tensor.shape, path.name, offset)
             if plain and not 0 <= start <= info.file_size - stored.nbytes:
                 raise damaged(path, f"{name} reaches past the end of its storage")
             tensors.append(stored)
@@ -251,7 +251,7 @@ class _Unpickler(pickle.Unpickler):
 def _rebuild_tensor(
     storage: tuple[str, str], offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> _Tensor:
-    expected, step = [], 1
+    shape, expected, step = checked_shape(shape), [], 1
     for size in reversed(shape):
         expected.append(step)
         step *= size
@@ -259,7 +259,7 @@ def _rebuild_tensor(
         size <= 1 or have == want
         for size, have, want in zip(shape, stride, reversed(expected), strict=True)
     )
-    return _Tensor(storage[1], storage[0], checked_shape(shape), offset, contiguous)
+    return _Tensor(storage[1], storage[0], shape, offset, contiguous)
 
 
 def _rebuild_parameter(tensor: _Tensor, *_: Any) -> _Tensor:
@@ -284,7 +284,10 @@ def _read_with_torch(path: WeightFile) -> list[Stored]:
                 f"{path}: {name} has dtype {dtype}, which MLX does not have. "
                 "Convert the checkpoint to one that it has: bfloat16, float16, float32."
             )
-        stored = Stored(name, dtype, tuple(tensor.shape), path.name, TORCH)
+        try:
+            stored = Stored(checked_name(name), dtype, tuple(tensor.shape), path.name, TORCH)
+        except ValueError as error:
+            raise damaged(path, f"it has {error}") from error
         tensors.append(stored)
     _check_expansion(path, tensors)
     return tensors

@@ -89,7 +89,8 @@ def deltas(adapter: Adapter, model: Model, checkpoint: Checkpoint) -> Deltas:
 
 
 def _is_packed(model: Model, name: str) -> bool:
-    path = re.sub(r"\.(lora_[abAB].*|m)$", "", name.removeprefix(PREFIX))
+    path, *_ = re.split(r"\.lora_[abAB]", name.removeprefix(PREFIX), maxsplit=1)
+    path = path.removesuffix(".m")
     return f"{path}.scales" in model.parameters
 
 

@@ -121,6 +121,6 @@ def layer_names(names: list[str]) -> dict[str, str]:
 
 
 def _layer(name: str) -> str:
-    if match := re.match(r"(.*?[^.]+\.\d+)\.", name):
-        return match[1]
+    if match := re.search(r"(?<=[^.])\.\d+(?=\.)", name):
+        return name[: match.end()]
     return name.rsplit(".", 1)[0] if "." in name else name

@@ -102,6 +102,20 @@ def test_an_axis_that_mlx_wraps_around(tmp_path: Path) -> None:
         safetensors_file.read(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [("a" * 5000, [1]), ("\n.lora_a" * 1000, [1]), ("a", [1] * 65)]
+)
+def test_names_and_shapes_without_end(name: str, shape: list, tmp_path: Path) -> None:
+    """What looks through a name, or multiplies sizes, takes the square of how many there are."""
+    header = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}
+    path = safetensors(tmp_path, json.dumps(header).encode(), 4)
+    with pytest.raises(CheckpointError, match=r"over (4,096|64)"):
+        safetensors_file.read(path)
+    torch.save({name: torch.ones(shape)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"over (4,096|64)|dim"):
+        torch_file.read(tmp_path / "a.pth")
+
+
 def test_a_name_twice(tmp_path: Path) -> None:
     """Of two, some readers take the first, some the last, some none."""
     path = safetensors(tmp_path, entry("F32", [1], 4), 4)
