@@ -22,9 +22,9 @@ from tasks.unpack.packed import (
     Packed,
     Read,
     Tensors,
+    group_size,
     paths,
     require,
-    whole_number,
 )
 from tasks.unpack.whole_numbers import WholeNumbers, repacking
 
@@ -47,7 +47,7 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         weight, zeros, scales = (f"{path}.{part}" for part in ("qweight", "qzeros", "scales"))
         columns, words = tensors[weight].shape
         groups = tensors[scales].shape[0] if scales in tensors else 0
-        said = whole_number(settings, "group_size", whole_number(settings, "q_group_size", -1))
+        said = group_size(settings, "group_size", group_size(settings, "q_group_size", -1))
         size = said if said > 0 else columns // max(groups, 1)
         require(scales, tensors, (groups, words * 8), *FLOATS)
         require(weight, tensors, (size * groups, words), *WORDS)

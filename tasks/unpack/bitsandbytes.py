@@ -26,6 +26,7 @@ from tasks.unpack.packed import FLOATS, Found, Packed, Read, Tensors, paths, req
 METHODS: tuple[str, ...] = ("bitsandbytes",)
 NAME = "bitsandbytes"
 STATES = tuple(f".weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+LARGEST_BLOCK = 1 << 20  # bitsandbytes has 4096 at most
 NESTED = ("nested_absmax", "nested_quant_map")
 
 
@@ -71,6 +72,8 @@ def _state(path: str, data: bytes) -> dict[str, Any]:
         numbers = [*shape, said["blocksize"], said.get("nested_blocksize") or 1]
         if len(shape) != 2 or not all(type(n) is int and n > 0 for n in numbers) or shape[1] % 2:
             raise ValueError(f"shape {shape}")
+        if max(numbers[2:]) > LARGEST_BLOCK:  # a nested one's scales are repeated so many times
+            raise ValueError(f"blocks of {max(numbers[2:])} numbers")
         if not isfinite(offset := said.get("nested_offset", 0.0)):
             raise ValueError(f"nested_offset {offset}")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

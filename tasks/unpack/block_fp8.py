@@ -17,7 +17,16 @@ from msgspec import Struct
 from tasks.checkpoints.checkpoint import LogicalTensor
 from tasks.tensors import fp8, mx
 from tasks.tensors.rows import Rows, count
-from tasks.unpack.packed import FLOATS, Found, Packed, Read, Tensors, activations, require
+from tasks.unpack.packed import (
+    FLOATS,
+    LARGEST_GROUP,
+    Found,
+    Packed,
+    Read,
+    Tensors,
+    activations,
+    require,
+)
 
 METHODS: tuple[str, ...] = ("fp8",)
 NAME = "block_fp8"
@@ -49,7 +58,9 @@ def _block(scale: LogicalTensor, shape: tuple[int, ...], said: Any) -> tuple[int
     if prod(scale.shape) == 1:
         return shape[-2], shape[-1]
     match said:
-        case [int() as height, int() as width] if height > 0 and width > 0:
+        case [int() as height, int() as width] if all(
+            0 < side <= LARGEST_GROUP for side in (height, width)
+        ):
             return height, width
     return 128, 128
 

@@ -25,6 +25,7 @@ from tasks.unpack.packed import (
     Read,
     Tensors,
     activations,
+    group_size,
     groups,
     paths,
     require,
@@ -61,7 +62,7 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
                 "in bfloat16."
             )
         high, wide = tensors[name].shape
-        size = whole_number(group, "group_size", -1) or -1
+        size = group_size(group, "group_size", -1)
         columns = wide * 32 // width if words else wide
         if size > 0 and len(tensors[scale].shape) == 2 and tensors[scale].shape[1] > 1:
             columns = min(columns, tensors[scale].shape[1] * size)

@@ -23,6 +23,7 @@ from tasks.unpack.packed import (
     Packed,
     Read,
     Tensors,
+    group_size,
     paths,
     require,
     whole_number,
@@ -36,7 +37,7 @@ BITS = (2, 3, 4, 8)
 
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
     """Return the weights that have ``qweight``."""
-    width, size = whole_number(settings, "bits", 0), whole_number(settings, "group_size", 128)
+    width, size = whole_number(settings, "bits", 0), group_size(settings, "group_size", 128)
     symmetric = settings.get("sym") is True
     packed = {}
     for path in paths(tensors, ".qweight"):

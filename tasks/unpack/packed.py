@@ -13,6 +13,7 @@ Tensors = Mapping[str, LogicalTensor]
 Read = Callable[[str], bytes]
 FLOATS = ("float32", "bfloat16", "float16")
 WORDS = ("int32", "uint32")
+LARGEST_GROUP = 1 << 30  # of any weight's columns; beyond it numbers are none of MLX's
 ACTIVATIONS = (
     ".input_scale", ".activation_scale", "_activation_scale", ".output_scale", ".k_scale",
     ".v_scale", ".q_scale", ".input_global_scale", ".input_zero_point", ".input_scale_ub",
@@ -151,6 +152,20 @@ def whole_number(settings: Mapping[str, Any], key: str, default: int) -> int:
             f"config.json has {key} = {value!r}, which is no whole number. Fetch it again."
         )
     return value
+
+
+def group_size(settings: Mapping[str, Any], key: str, default: int) -> int:
+    """Return how many columns share a scale, or -1: all of a row.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    size = whole_number(settings, key, default)
+    if size != -1 and not 0 < size <= LARGEST_GROUP:
+        raise CheckpointError(
+            f"config.json has {key} = {size}, which is no size of a group. Fetch it again."
+        )
+    return size
 
 
 def require(name: str, tensors: Tensors, shape: Sequence[int], *dtypes: str) -> None:

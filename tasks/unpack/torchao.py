@@ -31,7 +31,7 @@ DATA = re.compile(r"(.*)\._(\w+)_qdata")
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
     """Return the weights that have ``_qdata``."""
     said = dict.fromkeys(_said(settings.get("quant_type"), "weight_dtype"))
-    widths = [int(match[1]) for each in said if (match := re.fullmatch(r"u?int(\d)", str(each)))]
+    widths = [int(match[1]) for each in said if (match := re.fullmatch(r"u?int([1-8])", str(each)))]
     width = widths[0] if len(said) == len(widths) == 1 else 8
     is_int4 = any("Int4" in str(each) for each in _said(settings.get("quant_type"), "_type"))
     packed = {}

@@ -9,6 +9,8 @@ import pytest
 
 from support import checkpoints, inside, packed, peer
 from support.differences import weight_differences
+from tasks.core.errors import CheckpointError
+from tasks.unpack import bitsandbytes
 
 
 def build(folder: Path, source: Path, settings: str = "") -> Path:
@@ -97,6 +99,34 @@ def test_formats(name: str, tmp_path: Path) -> None:
     assert [*weight_differences(built, reference)] == []
     configs = [json.loads((each / "config.json").read_text()) for each in (built, reference)]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("awq", {"group_size": 0}, "group_size = 0, which is no size of a group"),
+        ("gptq-4", {"group_size": 10**30}, "which is no size of a group"),
+    ],
+)
+def test_sizes_that_are_none(name: str, changes: dict, said: str, tmp_path: Path) -> None:
+    """Zero is no size, and MLX counts in 32 bits."""
+    source = tmp_path / "packed"
+    pack, settings = FORMATS[name]
+    plain = checkpoints.make("qwen3", tmp_path / "checkpoint")
+    packed.repack(plain, source, pack, {**settings, **changes})
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "models.toml").write_text(
+        f'[models.model]\nsource = "{source}"\ndequantize = true\n'
+    )
+    assert said in " ".join(inside.doit(project, "plan", expect=3).stderr.split())
+
+
+def test_a_block_that_would_be_memory() -> None:
+    """A nested one's scales are repeated so many times, whatever weight they are of."""
+    state = {"shape": [2, 2], "blocksize": 64, "nested_blocksize": 1 << 31}
+    with pytest.raises(CheckpointError, match="blocks of 2147483648 numbers"):
+        bitsandbytes._state("a", json.dumps(state).encode())
 
 
 def test_without_being_asked(tmp_path: Path) -> None:
