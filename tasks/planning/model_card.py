@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cache.digest import digest, digest_list, digest_record
+from cache.errors import printable
 from cache.records.manifests import Tensor
 from cache.records.memos import Memos
 from tasks.checkpoints import sources
@@ -17,17 +18,17 @@ from tasks.core import text
 from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import Target
 from tasks.layouts import asking, card
+from tasks.layouts.limited import Refused
 from tasks.layouts.registry import LAYOUTS
-from tasks.planning import card_lines
+from tasks.planning import card_lines, card_template
 from tasks.planning.plan import Plan
 from tasks.quality.divergence import ModelQuality
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 VERSION = 3  # raised when a template is given other variables
 ROUNDING = ("numpy", "transformers", "tokenizers")  # what a text is cut by, and weights rounded
+KIND = "project cards"  # of memos
+MAX_TEMPLATE_BYTES = 1 << 20
 SOME_QUALITY = ModelQuality(1, *[1.0] * 8)  # to try a template with
 
 
@@ -66,20 +67,9 @@ def render(
     """
     if not LAYOUTS[plan.target.layout].loading:
         return {}
-    facts = _facts(plan)
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    variables = {
-        **facts,
-        "front_matter": card.to_yaml(_fields(plan, facts["base"], memos)),
-        "weights": text.count(plan.weights),
-        "size": text.size(nbytes),
-        "bits_per_weight": f"{8 * nbytes / plan.weights:.3g}" if plan.weights else "",
-        "error": error,
-        "quality": quality,
-        "digest": digest_list([name, *tensors[name].record] for name in plan.names),
-    }
-    rendered = _rendered(_template(plan.target), variables, plan.target.card or TEMPLATE)
-    return {card.CARD: rendered.encode()}
+    variables = {**_variables(plan, tensors, memos), "error": error, "quality": quality}
+    (text,) = _rendered(plan.target, [variables], memos)
+    return {card.CARD: text.encode()}
 
 
 def check(plan: Plan, memos: Memos) -> None:
@@ -88,10 +78,28 @@ def check(plan: Plan, memos: Memos) -> None:
     Raises:
         ConfigError: it is.
     """
-    if plan.target.card:
+    if plan.target.card and LAYOUTS[plan.target.layout].loading:
         tensors = {name: Tensor("uint8", (), "") for name in plan.names}
-        render(plan, tensors, memos)
-        render(plan, tensors, memos, error=0.1, quality=SOME_QUALITY)
+        variables = _variables(plan, tensors, memos)
+        known: list[dict[str, Any]] = [
+            {"error": None, "quality": None},
+            {"error": 0.1, "quality": SOME_QUALITY},
+        ]
+        _rendered(plan.target, [{**variables, **each} for each in known], memos)
+
+
+def _variables(plan: Plan, tensors: Mapping[str, Tensor], memos: Memos) -> dict[str, Any]:
+    """Return what a template is given but for how good the model is."""
+    facts = _facts(plan)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    return {
+        **facts,
+        "front_matter": card.to_yaml(_fields(plan, facts["base"], memos)),
+        "weights": text.count(plan.weights),
+        "size": text.size(nbytes),
+        "bits_per_weight": f"{8 * nbytes / plan.weights:.3g}" if plan.weights else "",
+        "digest": digest_list([name, *tensors[name].record] for name in plan.names),
+    }
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
@@ -151,7 +159,11 @@ def _template(target: Target) -> str:
         return _default_template()
     try:
         check_regular(target.card)
-        return target.card.read_text(encoding="utf-8")
+        with target.card.open("rb") as file:
+            data = file.read(MAX_TEMPLATE_BYTES + 1)
+        if len(data) > MAX_TEMPLATE_BYTES:
+            raise OSError(f"it has over {MAX_TEMPLATE_BYTES:,} bytes")
+        return data.decode("utf-8")
     except CheckpointError as error:
         raise ConfigError(f"card: {error} Write the template, or drop the key.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -166,32 +178,29 @@ def _default_template() -> str:
     return TEMPLATE.read_text(encoding="utf-8")
 
 
-def _rendered(template: str, variables: Mapping[str, Any], path: Path) -> str:
-    """Fill in a template.
+def _rendered(target: Target, variables: list[dict[str, Any]], memos: Memos) -> list[str]:
+    """Fill in a target's template: the project's own in a process that ends, and not again.
 
     Raises:
         ConfigError: it is wrong.
     """
-    try:
-        return _compiled(template).render(variables)
-    except Exception as error:  # whatever a template leads to: 1 / 0, 'x' * 10**12
-        line = getattr(error, "lineno", None)
+    template = _template(target)
+    if target.card is None:
+        return [card_template.compiled(template).render(each) for each in variables]
+    given = [
+        {**each, "quality": each["quality"] and each["quality"]._asdict()} for each in variables
+    ]
+    question = [VERSION, digest(template.encode()), digest_record(given)]
+    if known := memos.get(KIND, question, list[str]):
+        return known
+    texts = card_template.fill_in(template, given)
+    if isinstance(texts, Refused):
         raise ConfigError(
-            f"card {path}{f', line {line}' if line else ''}: {error}. A card's template is Jinja, "
-            f"and knows {', '.join(sorted(variables))}."
-        ) from error
-
-
-@cache
-def _compiled(template: str) -> Template:
-    """Return a template, ready to be filled in: to compile it takes as long as a small target."""
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import SandboxedEnvironment
-
-    environment = SandboxedEnvironment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    return environment.from_string(template)
+            f"card {target.card}: {printable(texts)}. A card's template is Jinja, and knows "
+            f"{', '.join(sorted(variables[0]))}."
+        )
+    memos.put(KIND, question, texts)
+    return texts
 
 
 @cache

@@ -15,6 +15,8 @@ from huggingface_hub import ModelCard
 
 from support import projects
 from support.projects import Project
+from tasks.layouts.limited import Limits
+from tasks.planning import card_template
 
 LICENSE = "All is allowed.\n"
 
@@ -145,6 +147,20 @@ def test_a_card_of_one_s_own(project: Project) -> None:
         done = project.doit(expect=3)
         assert fact in done.stderr
         assert done.entries == []
+
+
+def test_a_template_that_has_no_end(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails its own target, within bounds of time and memory."""
+    monkeypatch.setattr(card_template, "LIMITS", Limits(2, 1 << 30))
+    many = "{% for n in range(99999) %}"
+    for template, said in (
+        (f"{many * 3}x{'{% endfor %}' * 3}", "it took over 2 s"),
+        ("{{ 'x' * 10 ** 10 }}", "MemoryError"),
+        ("{{ '\\ud800' }}", "surrogates not allowed"),
+    ):
+        (project.folder / "own.md.j2").write_text(template)
+        project.configure(card="own.md.j2")
+        assert said in project.doit("plan", expect=3).stderr
 
 
 def test_a_lock_of_an_older_version(project: Project) -> None:
