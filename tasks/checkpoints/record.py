@@ -19,24 +19,40 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from msgspec import Struct, structs
+from msgspec import Meta, Struct, ValidationError, convert, structs
 
 from cache.errors import Mismatch, NotFetched
 from cache.files import atomic
 from cache.records.kinds import RecordKind
+from cache.records.manifests import TensorSpec
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
-from tasks.checkpoints.small_files import TEMPLATES_FOLDER
+from tasks.checkpoints.small_files import MAX_SMALL_BYTES, TEMPLATES_FOLDER
 from tasks.checkpoints.source import HashedFile
-from tasks.checkpoints.stored import Stored
+from tasks.checkpoints.stored import Stored, checked_shape
 from tasks.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from cache.remote.remote import Remote
 
 SCHEMA = 1
+_Size = Annotated[int, Meta(ge=0, le=MAX_SMALL_BYTES)]
+
+
+class _Record(Struct, frozen=True):
+    """A record as JSON has it: see ``_encode``."""
+
+    schema: int
+    names: str
+    config: dict[str, Any]
+    files: dict[str, str]
+    stored: dict[str, tuple[str, str, tuple[int, ...], str, int]]
+    wholes: dict[str, tuple[str, tuple[int, ...], tuple[str, ...], tuple[Any, ...]]]
+    notes: tuple[str, ...]
+    digests: dict[str, Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]]
+    small: dict[str, tuple[_Size, Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]]]
 
 
 class RecordSource(Struct, frozen=True):
@@ -249,20 +265,9 @@ def _fetched(store: Store, name: str, nbytes: int) -> bytes | None:
     remote = store.sharing.remote
     try:
         record = b"".join(remote.fetch(name, nbytes))
-        content = json.loads(record)
-        if content["schema"] != SCHEMA:
-            raise CheckpointError(
-                f"the record {name} is of schema {content['schema']}, this version reads "
-                f"{SCHEMA}: update mlx-make."
-            )
-        if bad := [file for file in content["small"] if not _is_below(file)]:
-            raise CheckpointError(
-                f"the record {name} names {bad[0]!r}, which is no file of a checkpoint's "
-                "folder. Take models.lock from version control again, and ask who wrote it."
-            )
         small = {
             file: b"".join(remote.fetch(blake3, size))
-            for file, (size, blake3) in content["small"].items()
+            for file, (size, blake3) in _small(name, record).items()
         }
     except NotFetched:
         return None
@@ -271,6 +276,35 @@ def _fetched(store: Store, name: str, nbytes: int) -> bytes | None:
         return None
     _keep(store, name, record, small)
     return record
+
+
+def _small(name: str, data: bytes) -> dict[str, tuple[int, str]]:
+    """Return the size and BLAKE3 of each small file of a record, which may be anybody's.
+
+    Raises:
+        CheckpointError: it is none, or of another version.
+    """
+    try:
+        content = json.loads(data)
+        if (schema := content["schema"]) != SCHEMA:
+            raise CheckpointError(
+                f"the record {name} is of schema {schema}, this version reads {SCHEMA}: update "
+                "mlx-make."
+            )
+        record = convert(content, _Record)
+        if bad := [file for file in record.small if not _is_below(file)]:
+            raise ValueError(f"it names {bad[0]!r}, which is no file of a checkpoint's folder")
+        for dtype, shape in (
+            *((dtype, shape) for _, dtype, shape, _, _ in record.stored.values()),
+            *((dtype, shape) for dtype, shape, _, _ in record.wholes.values()),
+        ):
+            TensorSpec(dtype, checked_shape(shape)).nbytes  # noqa: B018 - for what it raises
+    except (ValueError, LookupError, TypeError, RecursionError, ValidationError) as error:
+        raise CheckpointError(
+            f"the record {name} is no record of a checkpoint ({type(error).__name__}: {error}). "
+            "Take models.lock from version control again, and ask who wrote it."
+        ) from error
+    return record.small
 
 
 def _is_below(name: str) -> bool:

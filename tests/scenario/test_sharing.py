@@ -546,16 +546,30 @@ def test_a_checkpoint_that_changes_meanwhile(
     assert objects(tmp_path / "remote") == []
 
 
-@pytest.mark.parametrize("file", ["../x", "..", "a/b", "/x"])
-def test_a_record_that_leaves_its_folder(file: str, tmp_path: Path) -> None:
+X = blake3_of([b"x"])
+OF_A_SOURCE = {"schema": 1, "names": "llama", "config": {}, "files": {}, "stored": {}, "wholes": {},
+               "notes": [], "digests": {}, "small": {"a": [1, X]}}  # fmt: skip
+NO_RECORDS = (
+    *({"small": {file: [1, X]}} for file in ("../x", "..", "a/b", "/x")),
+    {"small": {"a": [1 << 40, X]}},
+    {"small": {"a": [1, "../" * 21 + "x"]}},
+    {"stored": {"a": ["a", "float8", [1], "file", 0]}},
+    {"wholes": {"a": ["float32", [1] * 65, [], []]}},
+    {"digests": {"a": "../x"}},
+    {"config": None},
+)
+
+
+@pytest.mark.parametrize("changes", NO_RECORDS, ids=str)
+def test_a_record_of_a_source_that_is_none(changes: dict, tmp_path: Path) -> None:
     """By a models.lock that somebody made on purpose: nothing is written."""
     remote = Remote((tmp_path / "remote").as_uri(), warn=pytest.fail)
-    record = json.dumps({"schema": 1, "small": {file: [1, blake3_of([b"x"])]}}).encode()
+    record = json.dumps({**OF_A_SOURCE, **changes}).encode()
     for data in (b"x", record):
         assert remote.push(blake3_of([data]), len(data), [data])
     store = Store.at(tmp_path / "cache")
     store = replace(store, sharing=Sharing(store.actions, store.blobs, store.memos, remote))
-    with pytest.raises(CheckpointError, match="no file of a checkpoint's folder"):
+    with pytest.raises(CheckpointError, match="is no record of a checkpoint"):
         records.recall(store, blake3_of([record]), len(record))
     assert not (tmp_path / "cache" / "sources").exists()
 
