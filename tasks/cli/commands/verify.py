@@ -17,6 +17,7 @@ from cache.errors import one_line
 from cache.records.memos import Memos
 from tasks.checkpoints import sources
 from tasks.checkpoints.hub_name import HubName
+from tasks.checkpoints.small_files import read_bytes
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import models_file
 from tasks.cli.failures import as_invalid_dodo_file
@@ -159,7 +160,7 @@ def _from_card(text: str, folder: Path, source: str, scratch: Path) -> Making:
     from tasks.execution import claim
 
     path = folder / card.CARD
-    said = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    said = read_bytes(path).decode(errors="replace") if path.is_file() else ""
     if making := claim.from_card(said, text, source):
         return making
     if not source:
