@@ -96,7 +96,7 @@ def _key(field: FieldInfo) -> Key:
 def _kind(declared: Any) -> tuple[Kind, tuple[str, ...] | type[Struct]]:
     """Return what a type says that a value is, with its valid words or its table's struct."""
     if get_origin(declared) is Annotated:
-        if least(declared) is not None:
+        if _limit(declared, "ge") is not None:
             return "count", ()
         return _kind(get_args(declared)[0])
     origin, args = get_origin(declared), get_args(declared)
@@ -116,9 +116,16 @@ def _kind(declared: Any) -> tuple[Kind, tuple[str, ...] | type[Struct]]:
     return _KINDS[declared], ()
 
 
-def least(declared: Any) -> int | None:
-    """Return the least that a number may be, where its type says one."""
+def count_in_words(declared: Any) -> str:
+    """Return what a number that counts may be."""
+    most = _limit(declared, "le")
+    bound = "" if most is None else f", at most {most}"
+    return f"a whole number, at least {_limit(declared, 'ge')}{bound}"
+
+
+def _limit(declared: Any, name: str) -> int | None:
+    """Return the least (``ge``) or most (``le``) of a number, where its type says one."""
     of_a_union = get_args(get_args(declared)[0]) if get_args(declared) else ()
     metas = [*get_args(declared)[1:], *(meta for each in of_a_union for meta in get_args(each)[1:])]
-    limits = [meta.ge for meta in metas if isinstance(meta, Meta)]
+    limits = [getattr(meta, name) for meta in metas if isinstance(meta, Meta)]
     return next((int(limit) for limit in limits if limit is not None), None)

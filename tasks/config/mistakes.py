@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import Struct, ValidationError, convert
 
 from tasks.config import values
-from tasks.config.keys import Key, keys_of, least
+from tasks.config.keys import Key, count_in_words, keys_of
 from tasks.config.lines import Text, spelled
 from tasks.config.tables import Build, Cache, Document, Model
 from tasks.config.values import nearest, show
@@ -215,7 +215,7 @@ def _expected(key: Key) -> str:
     return {
         "size": f"bytes or a size such as {example}",
         "number": "a whole number",
-        "count": f"a whole number, at least {least(key.type)}",
+        "count": count_in_words(key.type),
         "decimal": "a number above 0",
         "files": f"a file or a list of files, such as {example}",
         "switch": "true or false",

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from tasks.config.keys import Key, keys_of, least
+from tasks.config.keys import Key, count_in_words, keys_of
 from tasks.config.reader import MAX_NAME_BYTES
 from tasks.config.tables import Build, Cache, ClusterAddress, Document, Matrix, Model, RemoteURL
 from tasks.config.values import CLUSTER, REMOTE, REMOTES, words
@@ -266,7 +266,7 @@ def _kind(key: Key) -> str:
         "URL": "a [URL](#remotes)",
         "cluster": "a string, `tcp://HOST:PORT`, `tls://HOST:PORT` or a file",
         "number": "a whole number that the [mode](#modes) takes",
-        "count": f"a whole number, at least {least(key.type)}",
+        "count": count_in_words(key.type),
         "decimal": "a number above 0",
         "switch": "`true` or `false`",
         "numbers": "a list of whole numbers that the [mode](#modes) takes",

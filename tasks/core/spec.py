@@ -547,6 +547,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = None
 
 
+MAX_SEQUENCE = 1 << 20  # tokens: MLX counts what they are times each other in 64 bits, along one 32
+
+
 class Quality(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """On what text models are run, and how much of it."""
 
@@ -587,7 +590,7 @@ class Quality(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = 32
     sequence_length: Annotated[
         int,
-        Meta(ge=2),
+        Meta(ge=2, le=MAX_SEQUENCE),
         key("Tokens of each sequence.", change=_RUN, example=2048),
     ] = 512
     seed: Annotated[

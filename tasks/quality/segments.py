@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +24,7 @@ import msgspec
 from cache.digest import digest_record
 from cache.records.manifests import TensorSpec
 from cache.records.memos import Memos
+from tasks.core.errors import BuildError
 from tasks.layouts import asking
 from tasks.layouts.array_graph import ArrayGraph, hollow
 from tasks.layouts.importing import importing
@@ -100,9 +102,26 @@ class Skeleton(NamedTuple):
             (folder / "config.json").write_text(json.dumps(self.config))
             start = _write_holes(folder / "model.safetensors", self.tensors)
             fill(folder / "model.safetensors", start)
-            with importing():
+            with importing(), _said_of(self.library, "be loaded"):
                 model, _ = LIBRARIES[self.library].load(folder)
         return model
+
+
+@contextmanager
+def _said_of(library: str, what: str) -> Iterator[None]:
+    """Say what a library's model raises, which may be anything: its settings are a checkpoint's.
+
+    Raises:
+        BuildError: it raises something.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise BuildError(
+            f"{library}'s model cannot {what} as config.json has it ({type(error).__name__}: "
+            f"{error}). Take the checkpoint's own config.json, or leave out what wants the model "
+            "to be run: a budget, a method, its quality."
+        ) from error
 
 
 class Run:
@@ -232,7 +251,7 @@ def _split(skeleton: Skeleton, length: int) -> Split:
         cause = str(error) if isinstance(error, CannotSplit) else f"{type(error).__name__}: {error}"
     model = skeleton.load()
     seen: list[Seen] = []
-    with Watch(model).seeing(seen.append):
+    with _said_of(skeleton.library, f"be run on {length} tokens"), Watch(model).seeing(seen.append):
         logits = model(tokens)
     shape, dtype = tuple(logits.shape), arrays.dtype_name(logits)
     calls = tuple(each.call for each in seen)

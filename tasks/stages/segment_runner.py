@@ -333,10 +333,10 @@ def _check_tokens(tokens: Rows, vocabulary: int) -> None:
         BuildError: there is one.
     """
     ids = tokens.read(0, rows.count(tokens))
-    most = int(mx.max(ids).item()) if ids.size else 0  # type: ignore[arg-type]
-    if most >= vocabulary:
+    each = [int(f(ids).item()) for f in (mx.min, mx.max)] if ids.size else []  # type: ignore[arg-type]
+    if wrong := [number for number in each if not 0 <= number < vocabulary]:
         raise BuildError(
-            f"the checkpoint's tokenizer makes token {most} of the text of [quality], and the "
+            f"the checkpoint's tokenizer makes token {wrong[-1]} of the text of [quality], and the "
             f"model has {vocabulary}. Is it the tokenizer of another model?"
         )
 
