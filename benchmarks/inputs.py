@@ -4,11 +4,13 @@
     python benchmarks/inputs.py --count 10000 --kinds weights.pth plain/checkpoint/config.json
     python benchmarks/inputs.py --together --kinds plain/checkpoint/{tokenizer.json,README.md}
     TMPDIR=/dev/shm python benchmarks/inputs.py --built --kinds gptq peft-lora texts
+    TMPDIR=/dev/shm python benchmarks/inputs.py --project --kinds chosen hub
 
 Each is read: weights must have the tensors and bytes that mx.load or torch.load finds, or be
 refused; all others be read or refused with a message. Packed weights, adapters and texts
-(``--built``) are built, and what is built must be what PyTorch makes of the very same files. An
-exception of any other type would be a traceback. Nothing may take 20 s, nor all of it 1 GiB.
+(``--built``) are built, and what is built must be what PyTorch makes of the very same files. So are
+a project's own files and a hub's answers (``--project``): weights must be those of the whole files.
+An exception of any other type would be a traceback. Nothing may take 20 s, nor all of it 1 GiB.
 Interrupted, it prints what it has.
 """
 
@@ -22,7 +24,7 @@ from measure import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from support import built_inputs, inputs
+from support import built_inputs, inputs, project_inputs
 
 # torch refuses more than it must of an archive of which all that is read is whole.
 HARMLESS = (*inputs.OUTCOMES, "refused by torch alone")
@@ -38,8 +40,13 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=[], help="files, or folders of them")
     parser.add_argument("--together", action="store_true", help="all of them at once")
     parser.add_argument("--built", action="store_true", help="packed weights, adapters, texts")
+    parser.add_argument("--project", action="store_true", help="a project's own, a hub's answers")
     arguments = parser.parse_args()
-    files = built_inputs.BuiltInputs if arguments.built else inputs.Inputs
+    files: type[inputs.Files] = inputs.Inputs
+    if arguments.built:
+        files = built_inputs.BuiltInputs
+    elif arguments.project:
+        files = project_inputs.ProjectInputs
 
     def known(folder: Path) -> list[str]:
         return [*files(folder).kinds]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support import adapted, built_inputs, chats, checkpoints, inside
 from support.built_inputs import BuiltInputs
 from support.inputs import Inputs
+from support.project_inputs import ProjectInputs
 from tasks.core.errors import BuildError
 from tasks.layouts import chats as templates
 from tasks.layouts import fusions
@@ -54,6 +55,14 @@ def test_a_damaged_file_that_is_built(tmp_path: Path) -> None:
     files = BuiltInputs(tmp_path)
     for kind in BUILT:
         for seed in range(3):
+            outcome = files.attempt(seed, kind)
+            assert outcome.outcome in HARMLESS, outcome.detail
+
+
+def test_a_damaged_file_of_a_project_or_answer_of_a_hub(tmp_path: Path) -> None:
+    files = ProjectInputs(tmp_path)
+    for kind in ("card/card.md.j2", "imatrix/model.gguf", "hub/info.json", "hub/batch.json"):
+        for seed in range(2):
             outcome = files.attempt(seed, kind)
             assert outcome.outcome in HARMLESS, outcome.detail
 

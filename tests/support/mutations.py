@@ -1,6 +1,8 @@
 """What can happen to a file's bytes: bits flip, digits change, runs go, come twice or move."""
 
 import random
+from collections.abc import Iterator
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -64,6 +66,37 @@ def _token(data: bytes, chance: random.Random) -> bytes:
     return data[:start] + chance.choice(_TOKENS) + data[end:]
 
 
+def _value(data: bytes, chance: random.Random) -> bytes:
+    """Put something else in place of a value of JSON, or of one of its tables' keys."""
+    import json
+
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        return _token(data, chance)
+    places = [*_places(record)]
+    if not places:
+        return _token(data, chance)
+    table, key = chance.choice(places)
+    way = chance.random()
+    if way < 0.8:
+        table[key] = chance.choice(_VALUES)
+    elif way < 0.9:
+        del table[key]
+    else:
+        other, there = chance.choice(places)
+        table[key] = json.loads(json.dumps(other[there]))
+    return json.dumps(record).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each table and list with each of its keys."""
+    if isinstance(value, dict | list):
+        for key, each in [*(value.items() if isinstance(value, dict) else enumerate(value))]:
+            yield value, key
+            yield from _places(each)
+
+
 def _whole(data: bytes, chance: random.Random) -> bytes:
     return chance.choice(_TOKENS)
 
@@ -73,4 +106,13 @@ _TOKENS = (
     b"{}", b"[[]]", b'"\\ud800"', b'"../../x"', b"\xff\xfe", b"\0", b"[" * 2000, b'{"a":' * 2000,
     b'"' + b"x" * 999,
 )  # fmt: skip
-_WAYS = (_flip, _digit, _digit, _cut, _twice, _replace, _token, _token, _token, _whole)
+# Sizes that are none, or that would be memory; texts that are numbers, paths, or end a line.
+_VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2, 3, 7, 255, 1 << 31, (1 << 32) + 1, 1 << 40, 1 << 63, -(1 << 63),
+    10**30, 0.5, -0.0, 1e-320, 1e308, float("inf"), float("nan"), "", "0", "x", "../../x",
+    "/dev/zero", "a\nb\x1b[2J", "é\u202e", "int0", "x" * 100_000, [], {}, [[]], [0], [1, 2], [None],
+    {"": None}, {"x": {}},
+)  # fmt: skip
+_WAYS = (
+    _flip, _digit, _digit, _cut, _twice, _replace, _token, _token, _token, _whole, _value, _value
+)  # fmt: skip
