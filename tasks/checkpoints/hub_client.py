@@ -29,6 +29,7 @@ CONNECTIONS = 8  # requests at once, as the client's own snapshot_download has
 FIRST_TRIES = 3  # of what is asked before all else: what is kept on this machine may do
 # What the client takes the place of its cache from.
 ENVIRONMENT = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "HOME")
+MAX_NAME_BYTES = 255  # of a file or folder, as file systems have them
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 
@@ -147,8 +148,10 @@ def _hub_file(file: RepoSibling | RepoFile) -> HubFile | None:
     from huggingface_hub import RepoFile
 
     name = file.path if isinstance(file, RepoFile) else file.rfilename
-    if {"", "..", "."} & {*name.split("/")}:
-        raise ValueError(f"{name!r} is no file of a repository")
+    parts = name.split("/")
+    longest = max(len(part.encode()) for part in parts)
+    if {"", "..", "."} & {*parts} or "\0" in name or longest > MAX_NAME_BYTES:
+        raise ValueError(f"{name[:MAX_NAME_BYTES]!r} is no file of a repository")
     if file.size is None or not file.blob_id:
         return None
     digest = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from cache.errors import printable
 from cache.files import atomic, own, trash
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
@@ -71,7 +72,7 @@ def _wait_for(lock: IO[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        holder = lock.read().strip() or "unknown"
+        holder = printable(lock.read(20).strip()) or "unknown"
         print(f"waiting for {COMMAND}, process {holder}, which works here", file=sys.stderr)
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
