@@ -29,6 +29,7 @@ from tasks.core.spec import (
     LayoutName,
     LoaderName,
     Method,
+    Mistakes,
     Mode,
     Quality,
     Quantize,
@@ -41,12 +42,13 @@ from tasks.core.spec import (
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.model import Model
 from tasks.layouts.registry import LAYOUTS, is_read
-from tasks.planning.card_lines import LINES, OF_PYTHON
+from tasks.planning import card_lines
 from tasks.planning.lockfile import Lock
 from tasks.planning.plan import Planner
 from tasks.planning.source_record import LockedSource
 from tasks.stages.rules import holder_of
 from tasks.stages.stage import FLOATING
+from tasks.tensors import modes
 
 # Whose models say in config.json how each module is quantized; files of all have the same names.
 LAYOUT, *OTHERS = map(LayoutName, LIBRARIES)
@@ -163,9 +165,9 @@ def from_card(card: str, name: str, source: str = "") -> Making | None:
     Raises:
         BuildError: it was made with something that is on this machine nowhere.
     """
-    match = LINES.search(card)
+    found = card_lines.of_card(card)
     try:
-        lines = msgspec.convert(tomllib.loads(match[1]) if match else None, _Lines)
+        lines = msgspec.convert(None if found is None else tomllib.loads(found), _Lines)
         ((_, model),) = lines.models.items()
         texts = lines.quality.pop("text", None)
         quality = msgspec.convert(lines.quality, Quality)
@@ -179,17 +181,28 @@ def from_card(card: str, name: str, source: str = "") -> Making | None:
         raise _cannot(name, "an adapter is fused with it that is on no hub")
     if method:
         _check_text(card, name, method, texts)
-    here = Path.cwd()
     return Making(
-        source=sources.spec(source or model.source, here),
+        source=_spec(source or model.source, name),
         source_name=source or model.source,
         loader=LoaderName(model.loader) if model.loader in loaders.LOADERS else None,
-        adapter=sources.spec(model.adapter, here) if model.adapter else None,
+        adapter=_spec(model.adapter, name) if model.adapter else None,
         adapter_name=SourceName(model.adapter) if model.adapter else None,
         dequantize=model.dequantize,
         method=method,
         quality=quality,
     )
+
+
+def _spec(text: str, name: str) -> SourceSpec:
+    """Return what a name on the hub, or one that somebody said, means.
+
+    Raises:
+        BuildError: it means nothing.
+    """
+    try:
+        return sources.spec(text, Path.cwd())
+    except Mistakes as error:
+        raise BuildError(f"{name} is said to be made of {text}: {error}") from error
 
 
 def _check_text(card: str, name: str, method: str, texts: object) -> None:
@@ -198,7 +211,7 @@ def _check_text(card: str, name: str, method: str, texts: object) -> None:
     Raises:
         BuildError: it is.
     """
-    python, match = platform.python_version(), OF_PYTHON.search(card)
+    python, match = platform.python_version(), card_lines.OF_PYTHON.search(card)
     if texts is not None:
         named = texts if isinstance(texts, str) else "texts"
         raise _cannot(
@@ -225,7 +238,7 @@ def target_of(claim: Claim, making: Making, planner: Planner) -> Target:
         BuildError: it says nothing that could be made.
     """
     checkpoint = claim.checkpoint
-    said = checkpoint.config.get("quantization")
+    said = _settings(claim, checkpoint.config.get("quantization"))
     shard_bytes = Size(LAYOUTS[LAYOUT].default_shard_bytes)
     asked = Target(
         name=TARGET,
@@ -243,10 +256,9 @@ def target_of(claim: Claim, making: Making, planner: Planner) -> Target:
     if said is None:
         return target
     rules = _rules(planner.share(target).model, checkpoint, said, target.dtype)
-    mode = said.get("mode", "affine")
-    _check_mode(claim, mode)
+    usual = said[""]
     quantize = Quantize(
-        said.get("bits"), said.get("group_size"), mode, method=making.method, rules=tuple(rules)
+        usual.bits, usual.group_size, usual.mode, method=making.method, rules=tuple(rules)
     )
     return structs.replace(target, quantize=quantize)
 
@@ -276,7 +288,7 @@ def _layout(claim: Claim, target: Target, planner: Planner) -> LayoutName:
 
 
 def _rules(
-    model: Model, checkpoint: Checkpoint, said: Mapping[str, Any], usual: Dtype | None
+    model: Model, checkpoint: Checkpoint, said: Mapping[str, _Setting], usual: Dtype | None
 ) -> Iterator[Rule]:
     """Yield a rule for each module that could be quantized, or is of another dtype than usual."""
     dtypes: dict[str, set[str]] = {m.path: set() for m in model.modules if m.quantized_names}
@@ -297,15 +309,59 @@ def _rules(
             yield rule
 
 
-def _rule(path: str, checkpoint: Checkpoint, said: Mapping[str, Any]) -> Rule:
+def _rule(path: str, checkpoint: Checkpoint, said: Mapping[str, _Setting]) -> Rule:
     """Return the rule that quantizes a module as the model has it."""
     match = glob.escape(path)
-    own = said.get(path)
     if f"{path}.scales" not in checkpoint.stored:
         return Rule(match, skip=True)
-    setting = own if isinstance(own, Mapping) else said
-    mode = setting.get("mode", said.get("mode", "affine"))
-    return Rule(match, setting.get("bits"), setting.get("group_size"), mode)
+    setting = said.get(path, said[""])
+    return Rule(match, setting.bits, setting.group_size, setting.mode)
+
+
+class _Setting(Struct):
+    """What config.json says of how a module is quantized, or "" all of them."""
+
+    mode: Mode = "affine"
+    group_size: int | None = None
+    bits: int | None = None
+
+
+def _settings(claim: Claim, said: Any) -> dict[str, _Setting] | None:
+    """Return what a model says of how it is quantized, by the module's path; None, it is not.
+
+    Raises:
+        ConfigError: nothing can be quantized so.
+    """
+    if said is None:
+        return None
+    if not isinstance(said, Mapping):
+        raise _none_such(claim, "", said, "it is no table")
+    _check_mode(claim, usual := said.get("mode", "affine"))
+    tables = {"": said} | {
+        path: {"mode": usual, **own} for path, own in said.items() if isinstance(own, Mapping)
+    }
+    settings = {}
+    for path, table in tables.items():
+        _check_mode(claim, table.get("mode", usual))
+        try:
+            setting = msgspec.convert(table, _Setting)
+        except msgspec.ValidationError as error:
+            raise _none_such(claim, path, table, str(error)) from error
+        for number, valid in zip(
+            (setting.group_size, setting.bits), modes.numbers(setting.mode), strict=True
+        ):
+            if number is not None and number not in valid:
+                raise _none_such(claim, path, table, f"{number} is none of {valid}")
+        settings[path] = setting
+    return settings
+
+
+def _none_such(claim: Claim, path: str, said: object, cause: str) -> ConfigError:
+    of = f" of {path}" if path else ""
+    return ConfigError(
+        f"{claim.name} cannot be verified: its config.json has quantization{of} = "
+        f"{printable(repr(said))}: {cause}."
+    )
 
 
 def _check_mode(claim: Claim, mode: object) -> None:

@@ -24,8 +24,7 @@ from tasks.core.spec import Mode, Quantize, Rule, Settings
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.plan import Plan
 
-# How they, and what Python's help the weights were rounded on, are found again in a card.
-LINES = re.compile(r"^```toml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# How what Python's help the weights were rounded on is found again in a card.
 OF_PYTHON = re.compile(r"^# text: the help of Python (\S+)$", re.MULTILINE)
 FOLDER, ADAPTER = "FOLDER OF THE CHECKPOINT", "FOLDER OF THE ADAPTER"  # what is on no hub
 
@@ -61,6 +60,13 @@ def lines(plan: Plan, base: HubName | None, adapter: HubName | None) -> str:
     # What was chosen stands above; what was rounded on a text depends on that still.
     quality = _quality(plan) if quantize and quantize.method else ()
     return "\n".join([f"[models.{name}]", *said, *quality])
+
+
+def of_card(card: str) -> str | None:
+    """Return the lines that a card has, if any; anybody may have written it, of any length."""
+    _, begin, rest = f"\n{card}\n".partition("\n```toml\n")
+    said, end, _ = f"\n{rest}".partition("\n```\n")
+    return f"{said}\n" if begin and end else None
 
 
 def _device(backend: str) -> str:

@@ -107,6 +107,34 @@ def test_another_checkpoint_and_other_tensors(project: Project, tmp_path: Path) 
     assert odd == {"model.layers.1.self_attn.q_proj.weight"}
 
 
+CARDS = {
+    "no text": (b"\xff\xfe\x00", "does not say what it was made from"),
+    "no name": (b'```toml\n[models.a]\nsource = "hf:a/\\u001b[2J"\n```\n', "is no name on the hub"),
+    "lines without end": (b"```toml\n" * 200_000, "does not say what it was made from"),
+}
+QUANTIZATIONS = (
+    [], {"bits": "x"}, {"bits": 4, "group_size": 0}, {"mode": []}, {"mode": "mxfp4", "bits": 5},
+    {"bits": 10**30}, {"bits": 4, "group_size": 64, "lm_head": {"bits": [], "group_size": 64}},
+)  # fmt: skip
+
+
+def test_what_anybody_can_say_of_a_model(project: Project, tmp_path: Path) -> None:
+    folder = shutil.copytree(project.folder / "build" / "model", tmp_path / "model")
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    for data, said in CARDS.values():
+        (folder / "README.md").write_bytes(data)
+        status, _, err = inside.run(project.folder, "verify", str(folder))
+        assert (status, said in err, "\x1b" in err) == (3, True, False), err
+    config = json.loads((folder / "config.json").read_text())
+    for said in QUANTIZATIONS:
+        (folder / "config.json").write_text(json.dumps({**config, "quantization": said}))
+        source = ("--source", str(project.checkpoint))
+        status, _, err = inside.run(project.folder, "verify", *source, str(folder))
+        assert status == 3
+        assert "Traceback" not in err
+
+
 def test_as_a_task(project: Project, tmp_path: Path) -> None:
     said = project.doit("verify:plain").stdout
     assert "build/plain: equal, by 3 of " in said
