@@ -33,6 +33,8 @@ from measure import ROOT, BenchmarkError, Usage, measure
 sys.path.insert(0, str(ROOT / "tests"))
 
 from support import (
+    audio_checkpoints,
+    audio_peer,
     embeddings_checkpoints,
     embeddings_peer,
     mtp_checkpoints,
@@ -85,6 +87,7 @@ LIBRARIES = {
     for each in (
         Compared("mlx-vlm", vlm_checkpoints, vlm_peer, frozenset(vlm_names.HUB)),
         Compared("mlx-embeddings", embeddings_checkpoints, embeddings_peer),
+        Compared("mlx-audio", audio_checkpoints, audio_peer),
     )
 }
 

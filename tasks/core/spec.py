@@ -415,8 +415,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         key(
             "What the built model is for: `mlx-lm`; `mlx-vlm`, which keeps what a model sees and "
             "hears with (`pip install 'mlx-make[vlm]'`); `mlx-vlm-mtp`, the drafter that mlx-vlm "
-            "splits off it; `mlx-embeddings` (`pip install 'mlx-make[embeddings]'`); or "
-            "mlx-examples' `llama.py` (Llama only).",
+            "splits off it; `mlx-audio`, of what speaks and hears (`'mlx-make[audio]'`); "
+            "`mlx-embeddings` (`'mlx-make[embeddings]'`); or mlx-examples' `llama.py` (Llama "
+            "only).",
             change="unshard, the later stages for layers that come out differently, and pack",
             example="mlx-examples",
         ),

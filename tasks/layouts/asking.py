@@ -110,7 +110,8 @@ def fail(answer: Mapping[str, str], checkpoint: Checkpoint, library: str) -> Non
         ArchitectureError: that is its verdict on the checkpoint.
         BuildError: it could not read it.
     """
-    if answer["kind"] in ("OSError", "FileChanged"):  # while computing: no verdict
+    failed = answer["kind"] == "OSError" and not verdict.ELSEWHERE.search(answer["error"])
+    if failed or answer["kind"] == "FileChanged":  # while computing: no verdict
         raise BuildError(f"{checkpoint.folder}: {answer['error']}")
     if answer["kind"] == "ArchitectureError":  # said here, of the library
         raise ArchitectureError(f"{checkpoint.folder}: {answer['error']}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tasks.layouts import (
+    mlx_audio_library,
     mlx_embeddings_library,
     mlx_lm_library,
     mlx_vlm_library,
@@ -82,13 +83,15 @@ class Library(Protocol):
         """Tell whether the built model's config.json keeps ``vision_config``."""
 
 
-MLX_LM, MLX_VLM, MLX_VLM_MTP, MLX_EMBEDDINGS = "mlx-lm", "mlx-vlm", "mlx-vlm-mtp", "mlx-embeddings"
+MLX_LM, MLX_VLM, MLX_VLM_MTP = "mlx-lm", "mlx-vlm", "mlx-vlm-mtp"
+MLX_EMBEDDINGS, MLX_AUDIO = "mlx-embeddings", "mlx-audio"
 # The layout of each has the same name.
 LIBRARIES: dict[str, Library] = {
     MLX_LM: mlx_lm_library,
     MLX_VLM: mlx_vlm_library,
     MLX_VLM_MTP: mlx_vlm_mtp_library,
     MLX_EMBEDDINGS: mlx_embeddings_library,
+    MLX_AUDIO: mlx_audio_library,
 }
 
 

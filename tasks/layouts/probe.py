@@ -30,7 +30,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from tasks.layouts.array_graph import ArrayGraph, hollow, zeros
+from tasks.layouts.array_graph import ArrayGraph, hollow
 from tasks.layouts.importing import importing
 from tasks.layouts.libraries import LIBRARIES, Library, missing
 from tasks.layouts.model import layer_names
@@ -193,6 +193,8 @@ def _parameters(
         cast = floating and library.casts(model, name)
         parameters.append([name, dtype, list(array.shape), cast, inputs, steps])
     reach, factors = inputs_reached(mx, tensors.kept, computed) if computed else ({}, [])
+    if nothing := {name: array for name, array in computed.items() if not reach[name]}:
+        _refuse_noise(mx, nothing)
     for parameter in parameters:
         if (name := parameter[0]) in computed:
             parameter[4], parameter[5] = reach[name], [["sanitize", name]]
@@ -316,7 +318,7 @@ def _record_joins(mx: Any) -> Joins:
 
 
 def _leave_out_noise(mx: Any) -> None:
-    """Have modules begin with zeros: the checkpoint's tensors take their place.
+    """Have modules begin with hollow arrays: the checkpoint's tensors take their place.
 
     MLX's generator would hold on to the graph of every random number that was asked for.
     """
@@ -326,12 +328,27 @@ def _leave_out_noise(mx: Any) -> None:
             if args or "shape" not in named:
                 return original(*args, **named)
             dtype = named.get("dtype") or mx.float32
-            return zeros(dtype, tuple(named["shape"])).astype(dtype)  # an object of its own
+            return hollow(mx, str(dtype).removeprefix("mlx.core."), named["shape"])
 
         return begun
 
     mx.random.uniform = quiet(mx.random.uniform)
     mx.random.normal = quiet(mx.random.normal)
+
+
+def _refuse_noise(mx: Any, made_of_nothing: dict[str, Any]) -> None:
+    """Refuse parameters that are made of no tensor, unless they are the same in every run.
+
+    A library that asks for every parameter, as most do, refuses them itself.
+
+    Raises:
+        ValueError: they are what a class begins with, at random.
+    """
+    graph = ArrayGraph(mx, made_of_nothing.values())
+    nodes = zip(made_of_nothing, graph.nodes, strict=True)
+    if left := [name for name, node in nodes if not graph.reach(node, ())[1]]:
+        listed = ",\n".join(left)
+        raise ValueError(f"Missing {len(left)} parameters, which would stay random: \n{listed}.")
 
 
 def _count(module: Any) -> int:

@@ -12,7 +12,7 @@ from tasks.checkpoints import loaders
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.small_files import matches
 from tasks.core.spec import Target
-from tasks.layouts import mlx_embeddings, mlx_examples, mlx_lm, mlx_vlm, mlx_vlm_mtp
+from tasks.layouts import mlx_audio, mlx_embeddings, mlx_examples, mlx_lm, mlx_vlm, mlx_vlm_mtp
 from tasks.layouts.model import Model
 from tasks.layouts.weight_file import WeightFormat
 
@@ -25,7 +25,7 @@ class Layout(Protocol):
         default_shard_bytes: largest size of a weight file, where models.toml does not say it.
         loaded: a shell pattern: what lies in the folder by such a name, clients load.
         loading: the Python code that loads ``{model}``, for its card; "", it has no card.
-        pipeline_tag: what its card says that such a model is for, by the hub's words.
+        pipeline_tag: what its card says that such a model is for, by the hub's words; "", nothing.
     """
 
     weight_format: WeightFormat
@@ -105,6 +105,7 @@ LAYOUTS: dict[str, Layout] = {
     "mlx-vlm": mlx_vlm,
     "mlx-vlm-mtp": mlx_vlm_mtp,
     "mlx-embeddings": mlx_embeddings,
+    "mlx-audio": mlx_audio,
 }
 
 

@@ -26,6 +26,11 @@ def is_below(name: str, modules: Sequence[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
+def is_stub(module: Any) -> bool:
+    """Tell whether a module is one of these."""
+    return isinstance(module, _Stub)
+
+
 @contextmanager
 def stubs(modules: Sequence[str]) -> Iterator[None]:
     """Have stubs imported for these modules and all below them, by this thread."""

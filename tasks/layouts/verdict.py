@@ -10,6 +10,8 @@ from tasks.core.text import some
 
 MAX_NAMES = 3  # names of a list
 SEES = re.compile("vision|visual|vit_|image|audio|speech")  # keys of what sees and hears
+# What is said by a class that reads files of its own, or asks the hub for another model.
+ELSEWHERE = re.compile(r"(FileNotFound|NotFoundError|No such file|Failed to open|huggingface\.co)")
 # Formats that are not unpacked here, by quant_method: their names, and why not.
 CODEBOOKS = "it has no numbers, but the entries of codebooks"
 OWN_LAYOUT = "it lies as the kernels of one kind of processor take it"
@@ -52,8 +54,7 @@ def explained(
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     first = f"config.json has quant_method = {method!r}. " if method else ""
     what = _shortened(text) if kind in ("ValueError", "SystemExit") else f"{kind}: {text}"
-    newer = _newer(distribution)
-    another = another or newer
+    another = another or _newer(distribution)
     if str(method).lower() in NOT_UNPACKED:
         return first + _not_unpacked(str(method).lower(), library)
     if "not supported" in text and config.get("auto_map"):
@@ -64,25 +65,36 @@ def explained(
     if "not supported" in text:
         near = _near(str(config.get("model_type")), known)
         mend = f"It has {near}: if that is meant, write it so. {another}" if near else another
-    elif re.search(r"[Uu]nsupported|[Uu]nknown", text) and not method:
-        mend = newer
-    elif re.search(r"\.(lora_[AB]|base_layer)\.", text):
-        mend = (
+    else:
+        mend = _mend(kind, text, distribution, quantized=bool(method))
+    stop = "" if what.endswith(".") else "."
+    return f"{first}{library} says: {what}{stop} {mend}".rstrip()
+
+
+def _mend(kind: str, text: str, distribution: str, *, quantized: bool) -> str:
+    """Return what to do about an error of a class that a library has."""
+    newer = _newer(distribution)
+    if re.search(r"[Uu]nsupported|[Uu]nknown", text) and not quantized:
+        return newer
+    if re.search(r"\.(lora_[AB]|base_layer)\.", text):
+        return (
             "It was saved with a LoRA adapter on it: fuse that (peft's merge_and_unload), and save "
             "it again."
         )
-    elif "not in model" in text and not method:
-        mend = f"If the checkpoint is whole, {newer[0].lower()}{newer[1:]}"
-    elif kind == "SystemExit":
-        mend = ""
-    elif method:
-        mend = f"If that is no format that {distribution} reads, get the checkpoint in bfloat16."
-    elif (kind == "KeyError" and "." not in text) or "required positional argument" in text:
-        mend = "config.json does not say what this class reads in it: fetch it again."
-    else:
-        mend = "Its config.json and its weights do not go together: fetch both again."
-    stop = "" if what.endswith(".") else "."
-    return f"{first}{library} says: {what}{stop} {mend}".rstrip()
+    if "not in model" in text and not quantized:
+        return f"If the checkpoint is whole, {newer[0].lower()}{newer[1:]}"
+    if ELSEWHERE.search(f"{kind}: {text}"):
+        return (
+            "As it is made, its class reads more than config.json and the weights, which is not "
+            f"done while a build is planned: {distribution.replace('-', '_')}.convert may take it."
+        )
+    if kind == "SystemExit":
+        return ""
+    if quantized:
+        return f"If that is no format that {distribution} reads, get the checkpoint in bfloat16."
+    if (kind == "KeyError" and "." not in text) or "required positional argument" in text:
+        return "config.json does not say what this class reads in it: fetch it again."
+    return "Its config.json and its weights do not go together: fetch both again."
 
 
 def elsewhere(

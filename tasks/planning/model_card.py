@@ -138,7 +138,10 @@ def _facts(plan: Plan) -> dict[str, Any]:
 def _fields(plan: Plan, base: str | None, memos: Memos) -> card.Fields:
     """Return the card's front matter: the checkpoint's, and what is this model's own."""
     fields, _ = card.front_matter(plan.checkpoint.folder, memos)
-    fields = {**fields, "pipeline_tag": LAYOUTS[plan.target.layout].pipeline_tag}
+    tag = LAYOUTS[plan.target.layout].pipeline_tag
+    fields = {k: tag if k == "pipeline_tag" else v for k, v in fields.items()}
+    if not tag:
+        del fields["pipeline_tag"]
     if base:
         fields["base_model"] = base
         if plan.model.adapter:  # of which it is a quantized one, if that is on no hub

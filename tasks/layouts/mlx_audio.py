@@ -1,0 +1,82 @@
+"""mlx_audio: the layout that mlx_audio.convert writes, for what speaks, hears and makes music.
+
+The tokenizer's files are the author's own, as in layout mlx-lm; so are the processors'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache.records.memos import Memos
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.spec import Target
+from tasks.layouts import mlx_lm
+from tasks.layouts.libraries import MLX_AUDIO
+from tasks.layouts.model import Model
+from tasks.layouts.safetensors_format import SAFETENSORS
+
+weight_format = SAFETENSORS
+default_shard_bytes = 5 << 30  # the peer's own limit
+loaded = "model*.safetensors"
+loading = """\
+from mlx_audio.utils import load_model
+
+model = load_model("{model}")
+"""
+pipeline_tag = ""  # it may speak, or hear
+# What makes sounds ready, and what models read beside their tokenizers.
+BESIDE = ("*processor*.json", "normalizer.json", "*.yaml", "*.wav")
+DTYPES = ("float16", "bfloat16", "float32")  # that the peer takes over from config.json
+
+
+def model(checkpoint: Checkpoint, memos: Memos) -> Model:
+    """Return the model by mlx-audio's names.
+
+    Raises:
+        CheckpointError: mlx-audio has no class for it, or would take one of the checkpoint's own.
+    """
+    return mlx_lm.model(checkpoint, memos, MLX_AUDIO, BESIDE)
+
+
+shard_names = mlx_lm.shard_names
+tokenizer_files = mlx_lm.tokenizer_files
+programs = mlx_lm.programs
+
+
+def default_dtype(checkpoint: Checkpoint, model: Model) -> str | None:
+    """Return what mlx_audio.convert casts to by default: ``torch_dtype`` in config.json, if any."""
+    dtype = model.config.get("torch_dtype")
+    return dtype if dtype in DTYPES else None
+
+
+def check(target: Target, model: Model) -> None:
+    """Every setting is possible in this layout."""
+
+
+config = mlx_lm.config
+
+
+def takes(name: str) -> bool:
+    """Tell whether the layout takes over a checkpoint's small file of that name."""
+    return mlx_lm.takes(name, BESIDE)
+
+
+def sources(checkpoint: Checkpoint) -> list[Path]:
+    """Return the checkpoint's small files that go into the built model, as they are or changed.
+
+    Raises:
+        CheckpointError: it has neither a tokenizer nor another processor, or what must not be
+            copied.
+    """
+    return mlx_lm.sources(checkpoint, BESIDE)
+
+
+def files(
+    checkpoint: Checkpoint,
+    memos: Memos,
+    shards: Sequence[Sequence[tuple[str, int]]],
+    parameters: int,
+) -> dict[str, bytes]:
+    """Return the files that the layout has besides config.json and the weights."""
+    return mlx_lm.files(checkpoint, memos, shards, None, BESIDE)

@@ -1,0 +1,137 @@
+"""mlx_audio_library: how mlx-audio is asked what it makes of a checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tasks.layouts.model import Verdict
+from tasks.layouts.stubs import is_stub
+
+DISTRIBUTION = "mlx-audio"
+PACKAGE = "mlx_audio"
+BUILDS_ON: tuple[str, ...] = ()
+MODULES: tuple[str, ...] = ("mlx_audio.convert", "mlx_audio.lm.convert")
+# Of what sounds and texts are made ready with. SNAC is fetched from the hub by a module of a model
+# that has no place for it.
+STUBS: tuple[str, ...] = (
+    "transformers", "huggingface_hub", "torch", "scipy", "sentencepiece", "miniaudio",
+    "sounddevice", "mlx_audio.codec.models.snac",
+)  # fmt: skip
+MODELS: tuple[str, ...] = tuple(f"{each}/models" for each in ("tts", "stt", "sts", "lid", "music"))
+KNOWS: tuple[str, ...] = (
+    "arktts", "bailingmm", "bark", "breeze_tts", "canary", "chatterbox", "chatterbox_turbo",
+    "cohere_asr", "confucius4", "deepfilternet", "dia", "dialogue_sidon", "dramabox",
+    "ecapa_tdnn", "echo_tts", "fireredasr2", "fish_drama3", "fish_qwen3_omni", "fun_asr_nano",
+    "glmasr", "granite_speech", "granite_speech5_ctc", "granite_speech_nar", "higgs_audio",
+    "higgs_audio_3", "higgs_audio_v3", "indextts", "irodori_tts", "kitten_tts", "kokoro",
+    "kugelaudio", "lasr_ctc", "lfm_audio", "lingv3_tts", "longcat_audiodit", "mega_asr",
+    "melotts", "mimo_audio", "mimo_v2_asr", "ming_v3_asr", "ming_v3_audio", "minimax_music3",
+    "mms", "moonshine", "moss_music", "moss_transcribe_diarize", "moss_tts", "moss_tts_delay",
+    "moss_tts_local", "moss_tts_nano", "mossformer2_se", "nemotron_asr", "nemotron_voicechat",
+    "omnivoice", "outetts", "parakeet", "phonon", "phonon2", "pocket_tts", "qwen2_audio",
+    "qwen3_asr", "qwen3_forced_aligner", "qwen3_tts", "rumik_oss", "sam_audio", "sensevoice",
+    "sesame", "soprano", "spark", "tada", "vibevoice", "vibevoice_asr", "voxcpm", "voxcpm2",
+    "voxtral", "voxtral_realtime", "voxtral_tts", "wav2vec", "wav2vec2", "whisper", "zonos2",
+)  # fmt: skip
+EXTRA = "audio"
+TOWERS = ""
+PREDICTORS = 'layout = "mlx-vlm-mtp"'
+RUNS = False
+
+
+def load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the model in a folder and its configuration, as ``mlx_audio.convert`` writes them.
+
+    It has no loader: convert itself is asked, but for casting and writing. What kind of model it is
+    convert tells from the path first; here it is told what config.json says.
+    """
+    module = importlib.import_module("mlx_audio.convert")
+    writing = importlib.import_module("mlx_audio.lm.convert")
+    made: dict[str, Any] = {}
+    replaced: dict[tuple[Any, str], Any] = {
+        (module, "MODEL_CONVERSION_DTYPES"): (),
+        (module, "copy_model_files"): lambda *_: None,
+        (writing, "save_model"): lambda _, model, **__: made.update(model=model),
+        (writing, "save_config"): lambda config, **_: made.update(config=config),
+    }
+    transformers = importlib.import_module("transformers")
+    if is_stub(transformers):
+        replaced[transformers, "AutoTokenizer"] = _Tokenizer
+    for (of, name), value in replaced.items():  # modules are imported for one answer
+        setattr(of, name, value)
+    domain = _domain(module, module.load_config(folder))
+    module.convert(str(folder), str(folder / "built"), model_domain=domain)
+    return made["model"], made["config"]
+
+
+class _Tokenizer:
+    """Stands for the tokenizer that a model's class makes itself: it decides nothing of weights."""
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> _Tokenizer:
+        """Return one that has nothing."""
+        return cls()
+
+
+def _domain(module: Any, config: dict[str, Any]) -> str:
+    """Return what kind of model it is, of a checkpoint whose path says nothing."""
+    for domain in module.Domain:  # of a model by its very name no other module is imported
+        if config["model_type"].lower() in module.get_model_types(domain):
+            return str(domain.value)
+    return str(module.detect_model_domain(config, Path()).value)
+
+
+def casts(model: Any, name: str) -> bool:
+    """Tell that ``mlx_audio.convert`` casts every parameter."""
+    return True
+
+
+def quantizes(model: Any, path: str, module: Any) -> Verdict:
+    """Return the word of ``mlx_audio.convert`` and of the model on quantizing a module."""
+    said: Verdict = _convert().build_quant_predicate(model)(path, module)
+    return said
+
+
+def count_weights(model: Any) -> None:
+    """Return nothing: mlx-audio counts none."""
+
+
+def recipes(
+    model: Any, leaves: Iterable[tuple[str, Any]]
+) -> dict[str, dict[str, int | Verdict] | str]:
+    """Return each mixed recipe's word by module path, or why it does not fit the model.
+
+    Their groups are of 64 weights, whatever the target's are.
+    """
+    convert = _convert()
+    leaves = [(path, module) for path, module in leaves if hasattr(module, "to_quantized")]
+    words: dict[str, dict[str, int | Verdict] | str] = {}
+    for recipe in convert.QUANT_RECIPES:
+        try:
+            predicate = convert.build_quant_predicate(model, recipe)
+            words[recipe] = {path: predicate(path, module) for path, module in leaves}
+        except Exception as error:  # mlx_audio.convert would raise the very same
+            words[recipe] = str(error)
+    return words
+
+
+def prompt_cache(model: Any) -> list[Any]:
+    """Return none: its models are not run."""
+    return []
+
+
+def encode_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration as JSON has it."""
+    return config
+
+
+def keeps_vision_config(model: Any) -> bool:
+    """Tell that ``mlx_audio.convert`` takes ``vision_config`` out of config.json."""
+    return False
+
+
+def _convert() -> Any:
+    return importlib.import_module("mlx_audio.convert")
