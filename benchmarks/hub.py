@@ -3,6 +3,7 @@
     python benchmarks/hub.py                                      # TinyLlama's shape, 2.2 GB
     python benchmarks/hub.py --shape 8b --disk 7GB --scratch /mnt/7g --cases build variants
     python benchmarks/hub.py --shape 3b --cases kills --kills 30
+    python benchmarks/hub.py --shape 3b --cases kills --targets four mx
     python benchmarks/hub.py --cases beside --rate 200 --repeats 3
     python benchmarks/hub.py --shape 70b --files 30 --scratch /mnt/44g --cases limits --repeats 1
     python benchmarks/hub.py --shape 70b --layers 8 --rate 200 --cases limits
@@ -16,8 +17,8 @@ have a disk that is no larger than that, give it a file system of its own:
 - build: to 4 bits. Bytes that the storage sent beside the checkpoint's, the most memory of all
   processes, the most bytes of the disk at once.
 - variants: 4 and 8 bits, mxfp4, and 4 bits of float16, in one run.
-- kills: a build that is killed (SIGKILL) at random moments and begun again each time; moments are
-  told by the bytes that the storage has sent, whatever the speed.
+- kills: a build of ``--targets`` that is killed (SIGKILL) at random moments and begun again
+  each time; moments are told by the bytes that the storage has sent, whatever the speed.
 - beside: the first case, and ``hf download`` with ``mlx_lm.convert`` behind it, in turn, from a
   storage that sends no faster than ``--rate``; medians, and their ratio.
 - limits: the first case, the same bytes through huggingface_hub's client to /dev/null
@@ -25,7 +26,7 @@ have a disk that is no larger than that, give it a file system of its own:
   medians, and the ratio to the slower of the two. Of each also the seconds of processors that it
   took and that the hub took meanwhile, which is a part of the same machine.
 
-The weight files of "kills" must be those of "build".
+The weight files of "kills" must be those of a build that nothing happens to.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class Benchmark:
         self.times: int = arguments.kills
         self.repeats: int = arguments.repeats
         self.environ = hub.environ(home)
-        self.digest = ""
+        self.targets = {name: VARIANTS[name] for name in arguments.targets}
 
     def sent(self) -> int:
         """The bytes that the storage has sent since it was asked last."""
@@ -198,9 +199,7 @@ class Benchmark:
     def build(self) -> list[str]:
         """One target."""
         command = write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
-        cells = self._measured("build, 4 bit", command)
-        self.digest = digest(self.scratch / "build" / "four")
-        return cells
+        return self._measured("build, 4 bit", command)
 
     def variants(self) -> list[str]:
         """Four targets."""
@@ -284,10 +283,11 @@ class Benchmark:
         ]
 
     def kills(self) -> list[str]:
-        """One target, killed again and again."""
-        if not self.digest:
-            self.build()
-        command = write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
+        """Targets, killed again and again."""
+        command = write_models(self.scratch, self.targets, self.disk)
+        self._measured("", command)
+        expected = self._digests()
+        command = write_models(self.scratch, self.targets, self.disk)
         environ = os.environ | self.environ
         self.sent()
         dice = random.Random(0)
@@ -307,9 +307,13 @@ class Benchmark:
             process.wait()
         subprocess.run(command, cwd=ROOT, env=environ, check=True, stdout=subprocess.DEVNULL)
         used.stop()
-        if digest(self.scratch / "build" / "four") != self.digest:
+        if self._digests() != expected:
             raise BenchmarkError("a build that was killed has other bytes")
-        return self._row(f"killed {self.times} times", time.perf_counter() - begin, 0, used.most)
+        what = f"{' and '.join(self.targets)}, killed {self.times} times"
+        return self._row(what, time.perf_counter() - begin, 0, used.most)
+
+    def _digests(self) -> list[str]:
+        return [digest(self.scratch / "build" / name) for name in self.targets]
 
 
 def main() -> None:
@@ -324,6 +328,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="an empty folder (default: a temporary one)")
     parser.add_argument("--cases", nargs="+", default=["build", "variants", "kills"])
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--targets", nargs="+", choices=VARIANTS, default=["four"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rate", type=float, help="MB a second that the storage sends at most")
     arguments = parser.parse_args()

@@ -172,6 +172,13 @@ def test_from_the_hub(project: Project, converted: Path, tmp_path: Path) -> None
         assert "--source" in err
 
 
+def test_what_is_not_built(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_bytes((project.folder / "models.toml").read_bytes())
+    status, _, err = inside.run(tmp_path, "verify", "plain")
+    assert status == 3
+    assert f"plain is not built: there is no {tmp_path / 'build' / 'plain'}" in err
+
+
 def test_a_model_of_another_layout(project: Project, tmp_path: Path) -> None:
     (tmp_path / "weights.00.npz").write_bytes(b"PK")
     (tmp_path / "config.json").write_text("{}")

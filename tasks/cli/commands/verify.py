@@ -141,7 +141,13 @@ def _named(text: str, source: str) -> tuple[SourceSpec, Making | None]:
             making = Making.of(config.targets[text], config.quality, lock)
             if source:
                 making = replace(making, source=_spec(source), source_name=source)
-            return _spec(str(Workspace(config.path.parent).built(text))), making
+            built = Workspace(config.path.parent).built(text)
+            if not built.is_dir():
+                raise BuildError(
+                    f"{text} is not built: there is no {built}. {COMMAND} verify:{text} builds it "
+                    "first."
+                )
+            return _spec(str(built)), making
     return model, None
 
 
