@@ -12,7 +12,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import msgspec
 from msgspec import Struct, structs
@@ -101,6 +101,9 @@ class Making(Struct, frozen=True, kw_only=True):
         adapter: what was fused with it.
         adapter_name: the same, for people.
         dequantize: whether the source's packed weights went back to floats.
+        as_packed: whether nothing was quantized but what the source has packed, if that is known.
+        keep: whether that was asked for.
+        dtype: what was cast to then, if anything: of packed weights floats may be of several.
         method: what its weights were rounded by, if not to nearest.
         quality: the text on which, and how much of it.
     """
@@ -111,6 +114,9 @@ class Making(Struct, frozen=True, kw_only=True):
     adapter: SourceSpec | None = None
     adapter_name: SourceName | None = None
     dequantize: bool = False
+    as_packed: bool = False
+    keep: bool = False
+    dtype: Dtype | None = None
     method: Method | None = None
     quality: Quality = Quality()
 
@@ -125,6 +131,9 @@ class Making(Struct, frozen=True, kw_only=True):
             adapter=adapter and _pinned(adapter, lock.adapters.get(str(adapter))),
             adapter_name=target.adapter_name,
             dequantize=target.dequantize,
+            as_packed=not target.quantize,
+            keep=target.keep,
+            dtype=target.dtype,
             method=target.quantize.method if target.quantize else None,
             quality=quality,
         )
@@ -144,7 +153,8 @@ class _Model(Struct):
     loader: str | None = None
     adapter: str | None = None
     dequantize: bool = False
-    quantize: dict[str, Any] | str = {}
+    dtype: Dtype | None = None
+    quantize: dict[str, Any] | Literal["keep"] | None = None
 
 
 class _Lines(Struct):
@@ -188,6 +198,9 @@ def from_card(card: str, name: str, source: str = "") -> Making | None:
         adapter=_spec(model.adapter, name) if model.adapter else None,
         adapter_name=SourceName(model.adapter) if model.adapter else None,
         dequantize=model.dequantize,
+        as_packed=not isinstance(model.quantize, dict),
+        keep=model.quantize == "keep",
+        dtype=model.dtype,
         method=method,
         quality=quality,
     )
@@ -253,6 +266,8 @@ def target_of(claim: Claim, making: Making, planner: Planner) -> Target:
         where=claim.name,
     )
     target = structs.replace(asked, layout=_layout(claim, asked, planner))
+    if making.as_packed:
+        return structs.replace(target, dtype=making.dtype, keep=making.keep)
     if said is None:
         return target
     rules = _rules(planner.share(target).model, checkpoint, said, target.dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support import adapters, hub_server, inside, projects
+from support import adapters, checkpoints, hub_server, inside, packed, projects
 from support.projects import Project
 from tasks.checkpoints import safetensors_file
 
@@ -170,6 +170,24 @@ def test_from_the_hub(project: Project, converted: Path, tmp_path: Path) -> None
         status, _, err = inside.run(project.folder, "verify", "hf:org/Model-4bit")
         assert status == 3
         assert "--source" in err
+
+
+def test_what_its_author_packed(tmp_path: Path) -> None:
+    """Of which floats may be of several dtypes, and words are repacked."""
+    plain = checkpoints.make("qwen3", tmp_path / "plain")
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"}
+    packed.repack(plain, tmp_path / "gptq", packed.gptq(4), gptq)
+    fp4 = packed.compressed("mxfp4-pack-quantized", type="float")
+    packed.repack(plain, tmp_path / "mxfp4", packed.mxfp4(), fp4)
+    lines = [f'[models.{kind}]\nsource = "{kind}"\n' for kind in ("gptq", "mxfp4")]
+    (tmp_path / "models.toml").write_text("".join(lines))
+    inside.doit(tmp_path)
+    for name in ("gptq", "mxfp4"):
+        built = str(tmp_path / "build" / name)
+        for args in ([name], ["--source", str(tmp_path / name), built]):
+            status, out, err = inside.run(tmp_path, "verify", "--all", *args)
+            assert status == 0, out + err
+            assert f"{args[-1]}: equal, by" in out
 
 
 def test_what_is_not_built(project: Project, tmp_path: Path) -> None:
