@@ -123,7 +123,7 @@ def _quality(plan: Plan) -> Iterator[str]:
         names = [Path(name).name for name in quality.text]
         yield f"text = {text.toml(names[0] if len(names) == 1 else names)}"
         for name, path in zip(names, quality.text, strict=True):
-            yield f"# {name}: SHA-256 {_sha256(plan, Path(path))}"
+            yield f"# {text.toml(name)}: SHA-256 {_sha256(plan, Path(path))}"
     for key in ("samples", "sequence_length", "seed"):
         yield f"{key} = {getattr(quality, key)}"
 

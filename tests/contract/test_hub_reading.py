@@ -235,6 +235,18 @@ def test_no_place_of_a_large_file(said, hub: Hub, repository: Repository, open_s
     read(source)
 
 
+def test_places_of_large_files_that_come_in_drips(
+    hub: Hub, repository: Repository, open_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source()
+    assert source.available
+    with monkeypatch.context() as slow:
+        slow.setattr(hub_requests, "PROGRESS_SECONDS", -1.0)  # so that any is late
+        source._ranges.locate(["model.safetensors"])
+    assert hub.asked("POST")
+    read(source)
+
+
 def test_a_server_that_is_never_well_again(
     hub: Hub, repository: Repository, open_source, monkeypatch: pytest.MonkeyPatch
 ) -> None:

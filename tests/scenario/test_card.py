@@ -240,7 +240,7 @@ def test_the_card_s_lines_make_the_same_whatever_was_asked_for(tmp_path: Path) -
             assert again.built(name)[file] == project.built(name)[file], (name, file)
     card_of_awq = (project.folder / "build" / "awq" / "README.md").read_text()
     sha256 = hashlib.sha256((tmp_path / "own.txt").read_bytes()).hexdigest()
-    assert f"own.txt: SHA-256 {sha256}" in card_of_awq
+    assert f'# "own.txt": SHA-256 {sha256}' in card_of_awq
 
 
 def _lines(built: Path) -> dict:
