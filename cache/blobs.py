@@ -38,6 +38,7 @@ from cache.files.stamp import Stamp
 from cache.records.sealed import Damaged, Unsealed, seal, unseal
 
 CONTAINERS = "packs"  # its name on disk
+MOST_REMEMBERED = 4096  # references
 _Parts = list[
     list[str | int]
 ]  # path, offset, length, and the file's stamp if it is not the store's
@@ -125,6 +126,8 @@ class Blobs:
         self._read_only = read_only
         self._dropping = threading.Lock()
         self._begun = Begun(root / CONTAINERS)
+        # References as they were read last, which is believed as long as they have these stamps.
+        self._references: dict[str, tuple[Stamp, list[Part]]] = {}
         self.meter = Meter()
 
     def path(self, digest: str) -> Path:
@@ -400,6 +403,7 @@ class Blobs:
             is_here = False
         if not is_here and not self._refers(digest, parts):
             record = [[self._relative(p.path), p.offset, p.length, *(p.stamp or ())] for p in parts]
+            self._references.pop(digest, None)
             atomic.write(self.reference_path(digest), seal(digest, record))
 
     def _refers(self, digest: str, parts: Sequence[Part]) -> bool:
@@ -469,6 +473,29 @@ class Blobs:
                     self.meter.read += length
                     yield buffer[:length]
 
+    def digest_each(self, parts: Iterable[Part]) -> Iterator[str]:
+        """Yield the digest of each run of bytes; a file is opened once for those that follow.
+
+        Raises:
+            FileChanged: a file is not, or no longer, the one that the part was found in.
+        """
+        buffer = memoryview(bytearray(0))
+        for (path, stamp), run in groupby(parts, key=lambda part: (part.path, part.stamp)):
+            with naming(path), _opened(path, stamp) as file:
+                for part in run:
+                    size = min(CHUNK_BYTES, part.length)
+                    buffer = buffer if len(buffer) >= size else memoryview(bytearray(size))
+                    yield digest_parts(self._read_chunks(file.fileno(), part, buffer))
+
+    def _read_chunks(self, descriptor: int, part: Part, buffer: memoryview) -> Iterator[memoryview]:
+        for start in range(0, part.length, CHUNK_BYTES):
+            length = min(CHUNK_BYTES, part.length - start)
+            piece = part._replace(offset=part.offset + start, length=length)
+            self.fill(descriptor, piece, buffer[:length])
+            part.check(descriptor)
+            self.meter.read += length
+            yield buffer[:length]
+
     def reference_path(self, digest: str) -> Path:
         """Return where it is written where the bytes of ``digest`` lie."""
         return Path(self._reference_file(digest))
@@ -479,7 +506,8 @@ class Blobs:
     def _locate_reference(self, digest: str, length: int) -> list[Part]:
         reference = self._reference_file(digest)
         try:
-            parts, sealed = self._read_reference(digest, reference)
+            written = Stamp.of(reference)
+            parts, sealed = self._remembered(digest, reference, written)
         except FileNotFoundError:
             raise BlobLost(digest, "not in the store") from None
         except Damaged as error:
@@ -500,9 +528,27 @@ class Blobs:
             if short or digest != digest_parts(self.chunks(now)):
                 raise BlobLost(digest, f"{', '.join(stamps)} changed since it was read")
             self.refer(digest, now)
-        with suppress(FileNotFoundError):  # there are the bytes by now
-            self._touch(reference, Stamp.of(reference))
+        else:
+            self._touch(reference, written)
         return now
+
+    def _remembered(self, digest: str, path: str, written: Stamp) -> tuple[list[Part], bool]:
+        """As ``_read_reference``: a mixture of experts asks for the same thousands again and again.
+
+        Args:
+            digest: the blob.
+            path: the reference.
+            written: its stamp, from before it is read.
+        """
+        known = self._references.get(digest)
+        if known and known[0] == written:
+            return known[1], True
+        parts, sealed = self._read_reference(digest, path)
+        if sealed:
+            if len(self._references) >= MOST_REMEMBERED:
+                self._references.clear()
+            self._references[digest] = written, parts
+        return parts, sealed
 
     def _relative(self, path: str) -> str:
         """Return a path as references name it: relative if it is the store's, which may move."""

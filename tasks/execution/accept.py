@@ -58,7 +58,8 @@ def _all_digests(builder: Builder, plans: Iterable[Plan]) -> dict[str, str]:
         for node in plan.leaves:
             if node.spec.digest not in seen:
                 seen.add(node.spec.digest)
-                tensors = builder.scan(plan, node).tensors
+                found = builder.recall(plan, node) or builder.scan(plan, node)
+                tensors = found.tensors
                 digests |= {key: tensor.digest for key, tensor in tensors.items()}
     if rest := [key for key in plan.checkpoint.stored if key not in digests]:
         stage = next(stage for stage in registry.PIPELINE if isinstance(stage, LeafStage))

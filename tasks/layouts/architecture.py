@@ -154,9 +154,9 @@ def _try(checkpoint: Checkpoint, found: Found, memos: Memos, library: str) -> Re
 
 
 def _unpacked_note(checkpoint: Checkpoint, found: Found, library: str) -> str:
-    method = unpack.settings_of(checkpoint).get("quant_method")
+    method, form = unpack.settings_of(checkpoint).get("quant_method"), found.called or found.format
     return (
-        f"{plural(len(found.packed), 'weight')} unpacked, of {found.format}: config.json has "
+        f"{plural(len(found.packed), 'weight')} unpacked, of {form}: config.json has "
         f"quant_method = {method!r}, for which {library}'s class of this model has no code"
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from cache.digest import digest_parts
+from cache.blobs import Part
 from cache.errors import FileChanged
 from cache.files.stamp import Stamp
 from cache.records.manifests import Tensor, TensorSpec
@@ -99,27 +99,19 @@ class Extract(LeafStage[ExtractParams]):
         remembered = self._remembered(spec, context)
         known = None if reread else remembered
         fetched = self._fetched(spec, context, remembered, reread=reread)
-        tensors: dict[str, Tensor] = {}
-        for index, (key, wanted) in enumerate(spec.params.tensors.items()):
-            stored = checkpoint.stored[key]
-            if key in fetched:
-                tensors[key] = Tensor(wanted.dtype, wanted.shape, fetched[key])
-                continue
-            if known and blobs.has(known[index], stored.nbytes):
-                tensors[key] = Tensor(wanted.dtype, wanted.shape, known[index])
-                continue
-            try:
-                if stored.offset == TORCH:
-                    digest = _with_torch(context, stored.file)[stored.name]
-                else:
-                    part = checkpoint.part(key)
-                    assert part is not None  # else it is fetched
-                    digest = digest_parts(blobs.chunks([part]))
-                    blobs.refer(digest, [part])
-            except OSError as error:
-                path = checkpoint.source.path(stored.file) or stored.file
-                raise CheckpointError(f"{path} cannot be read: {error}") from error
-            tensors[key] = Tensor(wanted.dtype, wanted.shape, digest)
+        found = dict(fetched)
+        for index, key in enumerate(spec.params.tensors):
+            if (
+                known
+                and key not in found
+                and blobs.has(known[index], checkpoint.stored[key].nbytes)
+            ):
+                found[key] = known[index]
+        found |= _digested(context, [key for key in spec.params.tensors if key not in found])
+        tensors = {
+            key: Tensor(wanted.dtype, wanted.shape, found[key])
+            for key, wanted in spec.params.tensors.items()
+        }
         digests = [tensor.digest for tensor in tensors.values()]
         if digests != remembered:
             context.memos.put(KIND, [self.version, spec.fingerprint], digests)
@@ -232,6 +224,38 @@ class Extract(LeafStage[ExtractParams]):
         """Compare stored tensors by key."""
         changed = tensor_changes(old.get("tensors") or {}, new.get("tensors") or {})
         return changed + changed_values(old, new, but=("tensors",))
+
+
+def _digested(context: Context, keys: Sequence[str]) -> dict[str, str]:
+    """Return the digests of stored tensors of files of this machine, by key; the cache has them.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        FileChanged: a file changes meanwhile.
+    """
+    checkpoint, blobs = context.checkpoint, context.blobs
+    digests: dict[str, str] = {}
+    parts: dict[str, Part] = {}
+    key = ""
+    try:
+        for key in keys:
+            stored = checkpoint.stored[key]
+            if stored.offset == TORCH:
+                digests[key] = _with_torch(context, stored.file)[stored.name]
+            else:
+                part = checkpoint.part(key)
+                assert part is not None  # else it is fetched
+                parts[key] = part
+        each = blobs.digest_each(parts.values())
+        for key, part in parts.items():
+            digests[key] = next(each)
+            blobs.refer(digests[key], [part])
+    except OSError as error:
+        file = checkpoint.stored[key].file
+        raise CheckpointError(
+            f"{checkpoint.source.path(file) or file} cannot be read: {error}"
+        ) from error
+    return digests
 
 
 def _recalled(

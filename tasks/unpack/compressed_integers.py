@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from tasks.checkpoints.checkpoint import LogicalTensor
 from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, whole
@@ -48,24 +49,17 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         if name is None or tensors[name].dtype not in ("int32", "int8", "uint32"):
             continue
         scale = f"{path}.weight_scale"
-        group = next((g for g in all_groups if g.get("type", "int") == "int"), {})
         words = name.endswith("packed")
-        width = whole_number(group, "num_bits", 8)
+        high, wide = tensors[name].shape
+        if len(all_groups) > 1:
+            width, columns, size = _by_itself(path, tensors, read, words=words)
+        else:
+            width, columns, size = _as_said(all_groups, tensors[name], tensors[scale], words=words)
         if words and width not in WORD_BITS:
             raise CheckpointError(
                 f"{path} is packed to {width} bits, which is not unpacked here. Get the "
                 "checkpoint in bfloat16."
             )
-        if len({g.get("num_bits") for g in all_groups}) > 1 and words:
-            raise CheckpointError(
-                "its groups have several num_bits, which are not unpacked here. Get the checkpoint "
-                "in bfloat16."
-            )
-        high, wide = tensors[name].shape
-        size = group_size(group, "group_size", -1)
-        columns = wide * 32 // width if words else wide
-        if size > 0 and len(tensors[scale].shape) == 2 and tensors[scale].shape[1] > 1:
-            columns = min(columns, tensors[scale].shape[1] * size)
         require(name, tensors, (high, wide), *(WORDS if words else ("int8",)))
         _check(path, tensors, (high, columns), size, 32 // width if words else 0)
         others = [f"{path}.weight_zero_point", f"{path}.weight_g_idx"]
@@ -85,6 +79,55 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         return None
     shapes = tuple(name for name in tensors if name.endswith(".weight_shape"))
     return Found(NAME, packed, activations(tensors), shapes)
+
+
+def _as_said(
+    all_groups: Sequence[Mapping[str, Any]],
+    weight: LogicalTensor,
+    scale: LogicalTensor,
+    *,
+    words: bool,
+) -> tuple[int, int, int]:
+    """Return a weight's bits, columns and group size, where config.json has one group of weights.
+
+    Args:
+        all_groups: what it says of them.
+        weight: as it is stored.
+        scale: its scales.
+        words: whether its numbers are packed.
+    """
+    group = next((g for g in all_groups if g.get("type", "int") == "int"), {})
+    width, size = whole_number(group, "num_bits", 8), group_size(group, "group_size", -1)
+    wide = weight.shape[1]
+    columns = wide * 32 // width if words and width > 0 else wide
+    if size > 0 and len(scale.shape) == 2 and scale.shape[1] > 1:
+        columns = min(columns, scale.shape[1] * size)
+    return width, columns, size
+
+
+def _by_itself(path: str, tensors: Tensors, read: Read, *, words: bool) -> tuple[int, int, int]:
+    """Return a weight's bits, columns and group size by its tensors: it may be of any group.
+
+    Which one, the targets of each say: classes, names and patterns. Its tensors cannot be wrong.
+
+    Raises:
+        CheckpointError: they do not tell.
+    """
+    weight, scale = f"{path}.weight_packed" if words else f"{path}.weight", f"{path}.weight_scale"
+    wide, width = tensors[weight].shape[1], 8
+    columns = wide
+    if words:
+        shape = f"{path}.weight_shape"
+        if shape not in tensors or tensors[shape].dtype not in ("int64", "int32"):
+            raise CheckpointError(f"{shape} is missing. Fetch the checkpoint again.")
+        data = read(shape)
+        size = len(data) // 2
+        columns = int.from_bytes(data[size:], "little", signed=True)
+        fits = [bits for bits in WORD_BITS if columns > 0 and -(-columns * bits // 32) == wide]
+        width = fits[0] if fits else 0
+    sides = tensors[scale].shape
+    groups = sides[1] if len(sides) == 2 else 1
+    return width, columns, -(-columns // groups) if groups > 1 else -1
 
 
 def _check(path: str, tensors: Tensors, shape: tuple[int, int], size: int, numbers: int) -> None:

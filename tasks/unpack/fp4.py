@@ -57,7 +57,11 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
                 require(of_all, tensors, () if is_bare else (1,), *FLOATS)
                 inputs, how, held = (*inputs, f"{path}.{part}"), {"divides": divides}, None
         packed[f"{path}.weight"] = Packed((high, columns), inputs, how, held)
-    return Found(NAME, packed, activations(tensors)) if packed else None
+    exponents = {each.settings.get("exponents", False) for each in packed.values()}
+    called = " and ".join(
+        mode for mode, has in (("nvfp4", False), ("mxfp4", True)) if has in exponents
+    )
+    return Found(NAME, packed, activations(tensors), (), called) if packed else None
 
 
 def _weights(tensors: Tensors) -> Iterator[tuple[str, str, str]]:

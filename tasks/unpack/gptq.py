@@ -37,19 +37,12 @@ BITS = (2, 3, 4, 8)
 
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
     """Return the weights that have ``qweight``."""
-    width, size = whole_number(settings, "bits", 0), group_size(settings, "group_size", 128)
-    symmetric = settings.get("sym") is True
+    symmetric = settings.get("sym") is True and not settings.get("dynamic")
     packed = {}
     for path in paths(tensors, ".qweight"):
-        if width not in BITS or settings.get("dynamic"):
-            what = f"bits = {width!r}" if width not in BITS else "dynamic"
-            raise CheckpointError(
-                f"config.json has {what}, and GPTQ is unpacked of {', '.join(map(str, BITS))} bits "
-                "alike. Get the checkpoint in bfloat16."
-            )
         names = [f"{path}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")]
-        words, high = tensors[names[0]].shape
-        columns = words * 32 // width
+        width, columns, size = _sizes(names, settings, tensors)
+        high = tensors[names[0]].shape[1]
         groups = -(-columns // size) if size > 0 else 1
         require(names[0], tensors, (-(-columns * width // 32), high), *WORDS)
         require(names[2], tensors, (groups, high), *FLOATS)
@@ -68,6 +61,34 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         )  # fmt: skip
         packed[f"{path}.weight"] = Packed((high, columns), there, how, held)
     return Found(NAME, packed) if packed else None
+
+
+def _sizes(
+    names: Sequence[str], settings: Mapping[str, Any], tensors: Tensors
+) -> tuple[int, int, int]:
+    """Return a weight's bits, columns and group size.
+
+    ``dynamic`` says others for some modules, by patterns: then the weight's own tensors tell.
+
+    Raises:
+        CheckpointError: of so many bits it is not unpacked.
+    """
+    words = tensors[names[0]].shape[0]
+    width, size = whole_number(settings, "bits", 0), group_size(settings, "group_size", 128)
+    if settings.get("dynamic"):
+        if not all(name in tensors for name in names[2:]):
+            raise CheckpointError(
+                f"config.json has dynamic bits, and of {names[0]} no g_idx tells how many it has. "
+                "Get the checkpoint in bfloat16."
+            )
+        columns, groups = tensors[names[3]].shape[0], tensors[names[2]].shape[0]
+        width, size = words * 32 // max(columns, 1), -(-columns // max(groups, 1))
+    if width not in BITS:
+        raise CheckpointError(
+            f"{names[0]} has {width} bits, and GPTQ is unpacked of {', '.join(map(str, BITS))} "
+            "bits. Get the checkpoint in bfloat16."
+        )
+    return width, columns if settings.get("dynamic") else words * 32 // width, size
 
 
 def rows(sources: Sequence[Rows], shape: tuple[int, ...], settings: Any) -> Rows:

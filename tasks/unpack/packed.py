@@ -60,28 +60,32 @@ class Packed(NamedTuple):
         inputs: the names of the tensors that it is made of, in the format's order.
         settings: what else it takes to unpack it, JSON.
         repacking: how MLX holds it, if it can.
+        format: its name, a key of ``registry.FORMATS``; "", that of all that was found.
     """
 
     shape: tuple[int, ...]
     inputs: tuple[str, ...]
     settings: dict[str, Any]
     repacking: Repacking | None = None
+    format: str = ""
 
 
 class Found(NamedTuple):
-    """What a checkpoint holds in a format.
+    """What a checkpoint holds in a format, or in several.
 
     Attributes:
-        format: its name, a key of ``registry.FORMATS``.
+        format: its name, a key of ``registry.FORMATS``; of several, their names.
         packed: the weights, by the name that each has once it is unpacked.
         left_out: tensors that are of no weight, such as scales of activations.
         used_up: others that say no more than headers do.
+        called: what people call it, if that is not its name.
     """
 
     format: str
     packed: dict[str, Packed]
     left_out: tuple[str, ...] = ()
     used_up: tuple[str, ...] = ()
+    called: str = ""
 
 
 class Format(Protocol):

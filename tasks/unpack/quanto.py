@@ -49,7 +49,8 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
             require(inputs[2], tensors, (groups, 1), *FLOATS)
             columns = _columns(path, settings["config"], size, groups)
             how: dict[str, Any] = {"bits": BITS[kind], "group_size": size}
-            held = repacking(BITS[kind], size, columns, dtype, centred=True)
+            held = repacking(BITS[kind], size, columns, _wider(dtype, tensors[inputs[2]].dtype),
+                             centred=True)  # fmt: skip
             shape = (groups * size // columns, columns)
         elif kind in ("qint8", "qfloat8", "qfloat8_e4m3fn"):
             inputs = (f"{path}.weight._data", scale)
@@ -67,6 +68,11 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         packed[f"{path}.weight"] = Packed(shape, inputs, how, held)
     left_out = tuple(name for name in tensors if name.endswith(ACTIVATIONS))
     return Found(NAME, packed, left_out) if packed else None
+
+
+def _wider(scale: str, shift: str) -> str:
+    """Return the dtype that holds scales and shifts, both of which MLX has in one dtype."""
+    return scale if scale == shift else "float32"
 
 
 def _columns(path: str, config: Mapping[str, Any], size: int, groups: int) -> int:

@@ -76,18 +76,21 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def found(checkpoint: Checkpoint) -> Found | None:
-    """Return what a checkpoint holds in a format that can be unpacked, if it does.
+    """Return what a checkpoint holds in formats that can be unpacked, if it does.
+
+    Layers may be of several: attention in FP8, say, and experts in NVFP4.
 
     Raises:
         CheckpointError: it is in one, of a variant that cannot.
     """
     settings = settings_of(checkpoint)
     method = settings.get("quant_method")
+    all_found = []
     for module in FORMATS.values():
         if method in module.METHODS:
             try:
                 if one := module.found(settings, checkpoint.tensors, partial(_read, checkpoint)):
-                    return one
+                    all_found.append(one)
             except CheckpointError as error:
                 raise CheckpointError(f"{checkpoint.folder}: {error}") from error
             except ODD as error:
@@ -95,7 +98,23 @@ def found(checkpoint: Checkpoint) -> Found | None:
                     f"{checkpoint.folder}: its tensors are not as {method!r} has them "
                     f"({type(error).__name__}: {error}). Download it anew."
                 ) from error
-    return None
+    return _together(all_found)
+
+
+def _together(all_found: Sequence[Found]) -> Found | None:
+    """Return as one what is of several formats; a weight is of the first that finds it."""
+    if len(all_found) < 2:
+        return all_found[0] if all_found else None
+    packed: dict[str, Packed] = {}
+    for one in all_found:
+        packed = {n: each._replace(format=one.format) for n, each in one.packed.items()} | packed
+    return Found(
+        "+".join(one.format for one in all_found),
+        packed,
+        tuple(dict.fromkeys(name for one in all_found for name in one.left_out)),
+        tuple(dict.fromkeys(name for one in all_found for name in one.used_up)),
+        " and ".join(one.called or one.format for one in all_found),
+    )
 
 
 def _read(checkpoint: Checkpoint, name: str) -> bytes:
@@ -116,7 +135,7 @@ def trial(found: Found) -> dict[str, Any] | None:
     if found.format not in TRIED:
         return None
     weights: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for name, (shape, inputs, settings, _) in found.packed.items():
+    for name, (shape, inputs, settings, *_) in found.packed.items():
         edges = [n % side > 0 for n, side in zip(shape[-2:], settings["block"], strict=True)]
         kind = f"{len(shape)} {edges} {list(shape[-2:]) == settings['block']}"
         alike = weights.setdefault((kind, name.rpartition(".layers.")[2].count("."), shape), [])
@@ -186,8 +205,9 @@ def unpacked(checkpoint: Checkpoint, found: Found, dtype: str = "float32") -> Ch
             raise CheckpointError(f"{checkpoint.folder}: {name} is both packed and sharded.")
         keys = tuple(key for part in inputs for key in part.inputs)
         packing = [1, list(each.shape), len(keys), each.settings]
-        own = dtype or _dtype(found.format, each, inputs)
-        step = ["unpack", found.format, own, [packing]]
+        name_of = each.format or found.format
+        own = dtype or _dtype(name_of, each, inputs)
+        step = ["unpack", name_of, own, [packing]]
         tensors[name] = LogicalTensor(own, each.shape, keys, (step,))
     config = _without_settings(checkpoint.config)
     files = {n: text for n, text in checkpoint.files.items() if n not in SETTINGS_FILES}

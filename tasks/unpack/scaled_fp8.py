@@ -14,22 +14,22 @@ from typing import Any
 from tasks.core.errors import CheckpointError
 from tasks.tensors.rows import Rows
 from tasks.unpack.block_fp8 import BlockFp8
-from tasks.unpack.packed import Found, Packed, Read, Tensors, activations, groups
+from tasks.unpack.packed import FLOATS, Found, Packed, Read, Tensors, activations, groups
 
 METHODS: tuple[str, ...] = ("fbgemm_fp8", "compressed-tensors", "modelopt", "fp8")
 NAME = "scaled_fp8"
-SCALE = "weight_scale"
+OF_EXPERTS = "_proj_scale"  # where FBGEMM has all of a layer in one tensor
 
 
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
     """Return the weights of bytes that have ``weight_scale``, of floats, beside them."""
     packed = {}
-    for scale in (name for name in tensors if name.endswith(SCALE)):
+    for scale in (name for name in tensors if name.endswith(("weight_scale", OF_EXPERTS))):
         name = scale.removesuffix("_scale")
         if name not in tensors or tensors[name].dtype != "uint8":
             continue
-        if not tensors[scale].dtype.endswith(("float16", "float32")):  # of blocks of four bits
-            return None
+        if tensors[scale].dtype not in FLOATS:  # of four bits
+            continue
         shape = tensors[name].shape
         how = {"block": _block(settings, tensors, scale, shape)}
         packed[name] = Packed(shape, (name, scale), how)
@@ -46,6 +46,10 @@ def _block(
     """
     sides = tuple(tensors[scale].shape)
     rows, columns = shape[-2:]
+    if scale.endswith(OF_EXPERTS):  # of each expert's outputs, which are its columns there
+        if len(shape) != 3 or sides not in ((shape[0], 1, columns), (shape[0], columns, 1)):
+            raise CheckpointError(_unfit(scale, sides, shape))
+        return [rows, 1]
     if prod(sides) == 1 and len(shape) == 2:
         return [rows, columns]
     if sides in ((*shape[:-1], 1), shape[:-1]):
@@ -57,7 +61,11 @@ def _block(
             case [int() as high, int() as wide]:
                 if sides == (*shape[:-2], -(-rows // high), -(-columns // wide)):
                     return [high, wide]
-    raise CheckpointError(
+    raise CheckpointError(_unfit(scale, sides, shape))
+
+
+def _unfit(scale: str, sides: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    return (
         f"{scale} has shape {sides}, which fits neither the rows nor the blocks of {shape}. Get "
         "the checkpoint in bfloat16."
     )

@@ -84,6 +84,38 @@ FORMATS = {
     "nf4": (packed.bitsandbytes("nf4"), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "fp4-nested": (packed.bitsandbytes("fp4", nested=True), {"quant_method": "bitsandbytes"}),
     "int8": (packed.bitsandbytes("int8"), {"quant_method": "bitsandbytes"}),
+    "several-formats": (
+        packed.by_path(
+            {
+                "self_attn.[qk]_proj": packed.scaled_fp8(),
+                "self_attn": packed.nvfp4(),
+                "down_proj": packed.compressed_integers(8, packs=True, zeros=False),
+                "": packed.compressed_integers(4, packs=True, zeros=True, size=64),
+            }
+        ),
+        {
+            "quant_method": "compressed-tensors",
+            "format": "mixed-precision",
+            "ignore": ["lm_head", "re:.*norm"],
+            "config_groups": {
+                name: {"targets": [target], "weights": weights}
+                for name, target, weights in (
+                    ("group_0", "re:.*q_proj", {"num_bits": 8, "type": "float"}),
+                    ("group_1", "re:.*down_proj", {"num_bits": 8, "type": "int", "group_size": 32}),
+                    ("group_2", "Linear", {"num_bits": 4, "type": "int", "group_size": 64}),
+                )
+            },
+        },
+    ),
+    "gptq-dynamic": (
+        packed.by_path({"down_proj": packed.gptq(8), "": packed.gptq(4, shuffled=True)}),
+        {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 32,
+            "dynamic": {"+:.*down_proj": {"bits": 8}},
+        },
+    ),
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """packed: small checkpoints as their authors ship them quantized, and the floats they stand for."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,6 +234,15 @@ def compressed_integers(bits: int, *, packs: bool, zeros: bool, size: int = 32) 
         elif zeros:
             parts["weight_zero_point"] = (zero - half).to(torch.int8)
         return {f"{path}.{name}": part for name, part in parts.items()}, floats
+
+    return pack
+
+
+def by_path(packers: dict[str, Packer]) -> Packer:
+    """As of several formats: each weight by the first whose pattern its path has."""
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        return next(packers[each] for each in packers if re.search(each, path))(path, weight)
 
     return pack
 

@@ -36,6 +36,7 @@ def affine() -> list[tuple[mx.array, ...]]:
         ("block_fp8", fp8((1,)), {"block": [HIGH, WIDE]}),
         ("scaled_fp8", fp8((HIGH, 1)), {"block": [1, WIDE]}),
         ("scaled_fp8", fp8((HIGH,)), {"block": [1, WIDE]}),
+        ("scaled_fp8", fp8((1, WIDE)), {"block": [HIGH, 1]}),
         ("scaled_fp8", fp8(()), {"block": [HIGH, WIDE]}),
         ("mlx", affine(), {"group_size": GROUP_SIZE, "bits": BITS, "mode": "affine"}),
     ],
