@@ -91,6 +91,10 @@ class FolderSource(Struct, frozen=True, dict=True):
         return not all(map(is_pointer, self.weights()))
 
     @property
+    def unreachable(self) -> None:
+        """None: it lies nowhere else."""
+
+    @property
     def digests(self) -> Mapping[str, str]:
         """None."""
         return {}

@@ -96,6 +96,12 @@ class HubSource(Struct, frozen=True, dict=True):
                 raise
             return False
 
+    @property
+    def unreachable(self) -> CheckpointError | None:
+        """Why the hub did not say what it holds, if what the client has here stands for it."""
+        listed: tuple[Snapshot, HubUnreachable | None] | None = vars(self).get("_listed")
+        return listed[1] if listed else None  # else what asked it has raised
+
     @cached_property
     def digests(self) -> Mapping[str, str]:
         """Those of the record that models.lock has of this very commit."""
@@ -276,9 +282,18 @@ class HubSource(Struct, frozen=True, dict=True):
             if path.startswith(begin)
         }
 
-    @cached_property
+    @property
     def _snapshot(self) -> Snapshot:
         """What the repository holds at the commit that it is taken at.
+
+        Raises:
+            CheckpointError: it is not to be had.
+        """
+        return self._listed[0]
+
+    @cached_property
+    def _listed(self) -> tuple[Snapshot, HubUnreachable | None]:
+        """What the repository holds at a commit; and why that may be a part of it.
 
         Which one, models.lock says, or models.toml; else what was the newest when it was asked for
         first here, so that nothing moves by itself before models.lock has it.
@@ -302,18 +317,18 @@ class HubSource(Struct, frozen=True, dict=True):
             commit = None if opening.newest else remembered
         listed = [KIND, VERSION, "files", hub_client.environment(), hub_name.repository]
         if commit and (snapshot := opening.memos.get(KIND, [*listed, commit], Snapshot)):
-            return snapshot
+            return snapshot, None
         try:
             snapshot = hub_client.snapshot(hub_name.repository, commit or hub_name.revision)
-        except HubUnreachable:
+        except HubUnreachable as error:
             cached = hub_client.cached_snapshot(hub_name.repository, commit or hub_name.revision)
             if cached is None or opening.newest:
                 raise
-            return cached  # not remembered: it may be a part
+            return cached, error  # not remembered: it may be a part
         opening.memos.put(KIND, [*listed, snapshot.commit], to_builtins(snapshot))
         if not hub_name.revision or not hub_client.COMMIT.fullmatch(hub_name.revision):
             opening.memos.put(KIND, question, snapshot.commit)
-        return snapshot
+        return snapshot, None
 
 
 def _stamp(file: HubFile) -> Stamp:

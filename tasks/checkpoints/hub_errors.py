@@ -149,7 +149,8 @@ def _raise_of_status(error: Any, repository: str, revision: str | None, name: st
     else:
         text = (
             f"{_host(error.response)} answers with status {status} to a request for "
-            f"{name or 'what it holds'} of {repository}: {_reason(error)}"
+            f"{name or 'what it holds'} of {repository}: {_reason(error).rstrip('.')}. Look "
+            "whether it is a hub (HF_ENDPOINT), or a proxy answers in its place."
         )
     raise CheckpointError(text) from error
 

@@ -70,6 +70,18 @@ def read(
     Raises:
         CheckpointError: it is missing, incomplete or damaged, or no loader knows it.
     """
+    try:
+        return _read(source, loader, memos, named)
+    except CheckpointError as error:
+        cause = source.unreachable
+        if cause is None or isinstance(error, type(cause)):
+            raise
+        raise CheckpointError(
+            f"{cause} What is on this machine of it is no whole checkpoint: {error}"
+        ) from error
+
+
+def _read(source: ReadableSource, loader: str | None, memos: Memos, named: str) -> Checkpoint:
     folder = source.small_files
     if not os.path.isdir(folder):  # Path.is_dir raises for a name too long
         if os.path.exists(folder):

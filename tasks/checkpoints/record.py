@@ -74,6 +74,10 @@ class RecordSource(Struct, frozen=True):
         return False
 
     @property
+    def unreachable(self) -> None:
+        """None: it lies nowhere else."""
+
+    @property
     def hashes(self) -> Mapping[str, HashedFile]:
         """None."""
         return {}

@@ -11,6 +11,7 @@ from msgspec import Struct
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.stored import Stored
+from tasks.core.errors import CheckpointError
 
 
 class LockedCommit(Struct, frozen=True):
@@ -78,6 +79,10 @@ class Source(Protocol):
     @property
     def available(self) -> bool:
         """Whether the weights can be read."""
+
+    @property
+    def unreachable(self) -> CheckpointError | None:
+        """Why no more is known than what is on this machine, where there may be more elsewhere."""
 
     @property
     def digests(self) -> Mapping[str, str]:

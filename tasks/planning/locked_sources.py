@@ -90,6 +90,7 @@ def recall(lock: Lock, store: Store, target: Target, here: ReadableSource) -> Ch
     mismatched = []
     try:
         mismatched = source_record.mismatched_files(here.small_files, source)
+        refusal = here.unreachable
     except CheckpointError as error:  # of a hub: there is no folder to compare
         refusal = error
     if mismatched:

@@ -383,6 +383,16 @@ def test_locked_without_a_network(hub: Hub, tmp_path: Path) -> None:
     assert sum(request.sent for request in headers) < 300_000
     assert third.built() == built
 
+    shutil.rmtree(tmp_path / "home")
+    snapshot_download("org/model", allow_patterns=["*.json"])
+    hub.fault = lambda request: busy(3600)
+    few = like(project, tmp_path / "few")  # of the client's files: what they lack is on the hub
+    for said in "And what models.lock says of it (record ", "no whole checkpoint: ":
+        told = few.doit(expect=3).stderr
+        assert "answers with status 429, again and again. It asks to be left alone" in told
+        assert said in told
+        (few.folder / "models.lock").unlink(missing_ok=True)
+
 
 def test_init(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project, repository = published(hub, tmp_path / "project")

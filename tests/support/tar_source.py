@@ -64,6 +64,10 @@ class TarSource:
         return self.archive.exists()
 
     @property
+    def unreachable(self) -> None:
+        return None
+
+    @property
     def digests(self) -> Mapping[str, str]:
         return {}
 
