@@ -7,6 +7,7 @@ own, within limits of time and memory.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,6 +29,7 @@ SCHEMA = 3  # of the probe's answers; raised when they change
 # Where a question has no more, it is asked in this process; else within limits in one of its own.
 SMALL_TENSORS, SMALL_TEXT, SMALL_NUMBER, SMALL_COUNT = 50_000, 4 << 20, 1 << 31, 4096
 COUNTS = re.compile("layer|depth|block|expert|head")  # keys of what a class makes so many of
+SMALL_PRODUCT = 1 << 20  # of the two largest of these: modules in modules, a minute to make
 ASK_SECONDS, ASK_BYTES = 600, 16 << 30
 
 
@@ -157,8 +159,10 @@ def model_types(library: Library) -> Sequence[str]:
 def _is_small(question: Mapping[str, Any]) -> bool:
     """Tell whether no model of such a size can take this process's time and memory."""
     config = json.loads(question["files"]["config.json"])
+    counts = sorted(n for key, n in _whole(config) if COUNTS.search(key))
     return (
-        len(question["tensors"]) <= SMALL_TENSORS
+        math.prod(counts[-2:]) <= SMALL_PRODUCT
+        and len(question["tensors"]) <= SMALL_TENSORS
         and sum(map(len, question["files"].values())) <= SMALL_TEXT
         and all(n <= (SMALL_COUNT if COUNTS.search(k) else SMALL_NUMBER) for k, n in _whole(config))
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,12 +17,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+PATIENCE = 5  # how many times the seconds of processors may pass
+MOST_ANSWER = 256 << 20  # characters of an answer, which this process has to hold
+
 
 class Limits(NamedTuple):
     """What a process may take.
 
     Attributes:
-        seconds: of time.
+        seconds: of processors; several times as much may pass where others want them, too.
         nbytes: of memory.
     """
 
@@ -48,14 +52,17 @@ def call(module: str, files: Mapping[str, bytes], limits: Limits, given: Any = N
             done = subprocess.run(
                 # -P: the current folder may have a tasks/ of its own.
                 [sys.executable, "-P", "-m", module, name],
-                input=json.dumps([limits.nbytes, given]),
-                capture_output=True,
+                input=json.dumps([*limits, given]),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # it may have no end
                 text=True,
                 env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-                timeout=limits.seconds,
+                timeout=PATIENCE * limits.seconds,
             )
         except subprocess.TimeoutExpired:
-            return Refused(f"it took over {limits.seconds} s")
+            return Refused(f"it took over {PATIENCE * limits.seconds} s")
+    if done.returncode == -signal.SIGXCPU:
+        return Refused(f"it took over {limits.seconds} s of a processor")
     try:
         answer, cause = json.loads(done.stdout)
     except ValueError:
@@ -72,14 +79,19 @@ def serve(answer: Callable[[Path, Any], Any]) -> None:
 
     Whatever it raises is a verdict on the files.
     """
-    wanted, given = json.load(sys.stdin)
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    seconds, nbytes, given = json.load(sys.stdin)
+    for kind, wanted in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_DATA, nbytes)):
+        _, hard = resource.getrlimit(kind)
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(kind, (limit, hard))
     # Where torch is installed, transformers imports it: 3 s, and nothing here needs it.
     sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        said = [answer(Path(sys.argv[1]), given), ""]
-    except Exception as error:
-        said = [None, f"{type(error).__name__}: {error}"]
-    json.dump(said, sys.stdout)
+        said = json.dumps([answer(Path(sys.argv[1]), given), ""])
+        if len(said) > MOST_ANSWER:
+            raise ValueError(f"it makes {len(said):,} characters of it")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # Rust's panics are no Exception
+        said = json.dumps([None, f"{type(error).__name__}: {error}"])
+    sys.stdout.write(said)

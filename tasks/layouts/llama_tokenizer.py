@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from cache.errors import printable
 from tasks.checkpoints.small_files import check_regular, read_bytes
 from tasks.core.errors import CheckpointError
+from tasks.layouts import limited
+from tasks.layouts.limited import Limits, Refused
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 Kind = Literal["sentencepiece", "tiktoken"]
 Release = Literal["3", "3.1"]
 
+LIMITS = Limits(seconds=120, nbytes=8 << 30)
 VERSION = 1  # raised when what is made of a tokenizer.model changes
 _SPECIAL_COUNT = 256
 # How the special tokens that follow the ranks begin, by release, as in transformers'
@@ -136,6 +139,31 @@ def special_tokens(release: Release) -> tuple[str, ...]:
     taken = sum(token.startswith("<|reserved_special_token_") for token in head)
     rest = (f"<|reserved_special_token_{taken + i}|>" for i in range(_SPECIAL_COUNT - len(head)))
     return (*head, *rest)
+
+
+def make(model_file: Path, *, release: Release) -> dict[str, bytes]:
+    """As `files`, in a process of bounded time and room: pieces may be of a kind that takes both.
+
+    Raises:
+        TokenizerError: as `files`; or it takes more.
+    """
+    asked = [str(model_file.absolute()), release]
+    made = limited.call("tasks.layouts.llama_tokenizer", {}, LIMITS, asked)
+    if isinstance(made, Refused):
+        raise TokenizerError(f"{model_file}: no tokenizer can be made of it ({made}); {_REPLACE}")
+    if isinstance(made, str):
+        raise TokenizerError(made)
+    return {name: text.encode("latin-1") for name, text in made.items()}
+
+
+def _make(_: Path, asked: Any) -> dict[str, str] | str:
+    """Return the files' bytes as latin-1, or why there are none."""
+    model_file, release = asked
+    try:
+        made = files(Path(model_file), release=release)
+    except TokenizerError as error:
+        return str(error)
+    return {name: data.decode("latin-1") for name, data in made.items()}
 
 
 def files(model_file: Path, *, release: Release = "3.1") -> dict[str, bytes]:
@@ -371,3 +399,7 @@ def _config(**tokens: str) -> bytes:
 
 def _dump(tokenizer: Tokenizer) -> bytes:
     return tokenizer.to_str().encode()
+
+
+if __name__ == "__main__":
+    limited.serve(_make)

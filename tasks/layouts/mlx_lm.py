@@ -285,10 +285,10 @@ def _made_tokenizer(checkpoint: Checkpoint, memos: Memos) -> dict[str, bytes]:
     path = checkpoint.folder / "tokenizer.model"
     release = llama_tokenizer.release_of(checkpoint.config)
     question = [llama_tokenizer.VERSION, digest(read_bytes(path)), release, _tokenizer_versions()]
-    with importing():
+    with importing():  # one at a time, and once
         answer = memos.get("tokenizers", question, dict[str, str])
         if answer is None:
-            files = llama_tokenizer.files(path, release=release)
+            files = llama_tokenizer.make(path, release=release)
             answer = {name: data.decode("latin-1") for name, data in files.items()}
             memos.put("tokenizers", question, answer)
     return {name: text.encode("latin-1") for name, text in answer.items()}

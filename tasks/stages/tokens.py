@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from array import array
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from cache.digest import digest, digest_record
@@ -16,9 +13,8 @@ from cache.records.manifests import Tensor, TensorSpec
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.layouts import chats
-from tasks.layouts.importing import importing
 from tasks.layouts.registry import LAYOUTS
-from tasks.quality import text
+from tasks.quality import cutting, text
 from tasks.quality.text import Document
 from tasks.stages.reasons import Reason, changed_values
 from tasks.stages.stage import (
@@ -112,15 +108,14 @@ class Tokens(Stage[TokensParams]):
             raise BuildError(f"a text of [quality] changed meanwhile. Run {COMMAND} again.")
         files = _files(context.planned)
         documents = _rendered(texts[params.text], files)
-        with _said_of_the_tokenizer():
-            ids = text.windows(
-                documents,
-                _tokenizer(files),
-                samples=params.samples,
-                length=params.sequence_length,
-                seed=params.seed,
-            )
-            data = memoryview(array("i", [token for run in ids for token in run])).cast("B")
+        ids = cutting.windows(
+            files,
+            documents,
+            samples=params.samples,
+            length=params.sequence_length,
+            seed=params.seed,
+        )
+        data = memoryview(array("i", [token for run in ids for token in run])).cast("B")
         with context.writer(TOKENS, data.nbytes) as writer:
             writer.write(data)
         return Result({TOKENS: Tensor("int32", (len(ids), len(ids[0])), writer.digest)})
@@ -150,30 +145,3 @@ def _rendered(documents: Sequence[Document], files: Mapping[str, bytes]) -> list
     """Return documents as texts."""
     texts = iter(chats.render(files, [each for each in documents if not isinstance(each, str)]))
     return [each if isinstance(each, str) else next(texts) for each in documents]
-
-
-@contextmanager
-def _said_of_the_tokenizer() -> Iterator[None]:
-    """Say what a tokenizer raises, which may be anything: it is a program of the checkpoint's."""
-    try:
-        yield
-    except BuildError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise BuildError(
-            "the model's tokenizer does not take the text of [quality] "
-            f"({type(error).__name__}: {error}). Download the checkpoint anew."
-        ) from error
-
-
-def _tokenizer(files: Mapping[str, bytes]) -> Any:
-    with tempfile.TemporaryDirectory() as folder, importing():
-        from transformers import AutoTokenizer
-
-        for name, data in files.items():
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
