@@ -79,11 +79,19 @@ class _Values(msgspec.Struct, frozen=True):
     values: _LeftState = msgspec.field(name="_values_:", default=_LeftState())
 
 
+class _Line(msgspec.Struct, frozen=True, array_like=True):
+    """What the first line has of a target's: so that it need not be read to know it again."""
+
+    digest: str
+    groups: list[str]  # of its tasks
+
+
 class _Head(msgspec.Struct, frozen=True):
     """The first line: tasks of no target, and where behind it each target's line lies."""
 
     tasks: _Tasks = {}
     targets: dict[str, tuple[int, int]] = {}  # start, length
+    lines: dict[str, _Line] = {}  # an older version wrote none
 
 
 class _StoredTasks:
@@ -107,7 +115,7 @@ class _StoredTasks:
     def _read(self) -> None:
         with open(self._file, "rb", closefd=False) as file:
             line = file.readline()
-            self._start = len(line)
+            self._start, self._size = len(line), os.fstat(self._file).st_size
             try:
                 self.head = unseal(_key(), line.removesuffix(b"\n"), _Head)
             except Damaged:
@@ -126,6 +134,13 @@ class _StoredTasks:
         if all(map(_is_whole, tasks.values())):
             for task, known in tasks.items():
                 self.older.setdefault(_target(task), {})[task] = known
+
+    def line(self, target: str) -> _Line | None:
+        """Return what is known of a target's line, if it is there."""
+        start, length = self.head.targets.get(target, (0, -1))
+        if self._file < 0 or length < 0 or self._start + start + length > self._size:
+            return None
+        return self.head.lines.get(target) or _line(target, self.bytes_of(target))
 
     def bytes_of(self, target: str) -> bytes:
         """Return a target's line; nothing, if there is none."""
@@ -147,7 +162,8 @@ class Database:
     """doit's database (a backend plugin): one file, replaced whole, and only if it changed.
 
     ```
-    {"seal":…,"key":"doit.json:","value":{"tasks":{…},"targets":{"TARGET":[START,LENGTH],…}}}
+    {"seal":…,"key":"doit.json:","value":{"tasks":{…},"targets":{"TARGET":[START,LENGTH],…},
+     "lines":{"TARGET":[DIGEST,[GROUP,…]],…}}}
     {"seal":…,"key":"doit.json:TARGET","value":{"TASK":{…},…}}
     …
     ```
@@ -205,14 +221,8 @@ class Database:
         Returns:
             None if nothing is saved, or anything of these groups, or what nobody wrote.
         """
-        data = self._saved.bytes_of(target)
-        if not data or not without:
-            return digest(data) if data else None
-        try:
-            tasks = unseal(_key(target), data.removesuffix(b"\n"), dict[str, msgspec.Raw])
-        except Damaged:
-            return None
-        return None if {*without} & {*map(group_of, tasks)} else digest(data)
+        line = self._saved.line(target)
+        return None if line is None or {*without}.intersection(line.groups) else line.digest
 
     def left(self, target: str) -> dict[str, Left]:
         """Return what a target's tasks left in their manifests, by task, as far as it is known."""
@@ -236,11 +246,15 @@ class Database:
         lines: dict[str, bytes | None] = dict.fromkeys(self._saved.head.targets)  # as they are
         lines |= {n: seal(_key(n), self._part_of(n)) + b"\n" for n in self._changed if n}
         places, end = {}, 0
+        known: dict[str, list[Any]] = {}
         for name, line in lines.items():
             length = self._saved.head.targets[name][1] if line is None else len(line)
             places[name] = (end, length)
             end += length
-        head = seal(_key(), {"tasks": self._part_of(""), "targets": places}) + b"\n"
+            if now := self._saved.line(name) if line is None else _line(name, line):
+                known[name] = [now.digest, now.groups]
+        head = seal(_key(), {"tasks": self._part_of(""), "targets": places, "lines": known})
+        head += b"\n"
         try:
             with atomic.temporary(Path(self.name).parent, len(head) + end) as new:
                 atomic.write_all(new.file, memoryview(head))
@@ -271,6 +285,15 @@ class Database:
 def _target(task_id: str) -> str:
     """Return the target of a task's name, STAGE:TARGET[:LAYER]; nothing, if it is of none."""
     return task_id.split(":", 2)[1] if ":" in task_id else ""
+
+
+def _line(target: str, data: bytes) -> _Line | None:
+    """Return what the first line is to have of a target's; None, if nobody wrote that."""
+    try:
+        tasks = unseal(_key(target), data.removesuffix(b"\n"), dict[str, msgspec.Raw])
+    except Damaged:
+        return None
+    return _Line(digest(data), sorted({*map(group_of, tasks)}))
 
 
 def _key(target: str = "") -> str:

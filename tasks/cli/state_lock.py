@@ -7,7 +7,7 @@ import fcntl
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -41,10 +41,22 @@ def alone(models: Path) -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         trash.remove_behind(*(state / TRASH).glob(f"{atomic.TEMPORARY}*"))
-        workspace = Workspace(state.parent)
-        for manifests in (state / "manifests").glob("*"):
-            _clear(workspace, manifests.name)
+        _clear_all(Workspace(state.parent))
         yield
+
+
+def _clear_all(workspace: Workspace) -> None:
+    """Clear the folders of all targets, of which there may be a thousand: few are touched."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        targets = os.listdir(workspace.state / "manifests")
+        with os.scandir(workspace.built("")) as entries:
+            # A link leads to where else nobody looks.
+            there = [
+                e.name for e in entries if e.is_symlink() or e.name.startswith(atomic.TEMPORARY)
+            ]
+        some = {name.removeprefix(atomic.TEMPORARY).removesuffix("~") for name in there}
+        for target in some.intersection(targets):
+            _clear(workspace, target)
 
 
 def _clear(workspace: Workspace, target: str) -> None:
