@@ -160,8 +160,8 @@ class TaskGraph:
             target = plan.target
             task = task_name(stage.group, target.name)
             message = (
-                f"{target.name} is not run: models of layout {target.layout!r} are built here, and "
-                'not run. Name a variant of it with layout = "mlx-lm".'
+                f"{target.name} is not run: {plan.why_not_run.rstrip('.')}. Name a variant of "
+                'it with layout = "mlx-lm".'
             )
 
             def fail(task: str = task, message: str = message) -> dict[str, Any]:

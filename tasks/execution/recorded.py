@@ -30,14 +30,14 @@ def sensitivities(
     """
     nodes = plan.nodes(Sensitivity.name)
     if not nodes:
-        if plan.model.model.runs:
+        if not plan.why_not_run:
             raise ConfigError(
                 "target_bpw and fit choose among modules that can be quantized, and "
                 f"{quantize_scheme.why_none(plan.model.model)}"
             )
         raise ConfigError(
-            f"target_bpw and fit need to run the model, and layout {plan.target.layout!r} is of no "
-            'library that can be asked to. Use bits, or layout = "mlx-lm".'
+            f"target_bpw and fit need to run the model: {plan.why_not_run.rstrip('.')}. Use bits, "
+            'or layout = "mlx-lm".'
         )
     found: dict[str, dict[Setting, float]] = {}
     for node, manifest in zip(nodes, builder.on_record(plan, nodes), strict=True):

@@ -73,6 +73,12 @@ class Library(Protocol):
         A number is bits, in groups of the target's size.
         """
 
+    def on_text(self, model: Any) -> Any:
+        """Return the same model such that, called with tokens, it makes logits, if it runs.
+
+        Its parameters keep their names, and its blocks are its ``layers``.
+        """
+
     def prompt_cache(self, model: Any) -> list[Any]:
         """Return an empty cache for a model to go on with a text, a part a layer, if it runs."""
 

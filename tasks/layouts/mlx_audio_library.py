@@ -118,6 +118,11 @@ def recipes(
     return words
 
 
+def on_text(model: Any) -> Any:
+    """Return the model, which is not run."""
+    return model
+
+
 def prompt_cache(model: Any) -> list[Any]:
     """Return none: its models are not run."""
     return []

@@ -22,7 +22,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.small_files import TEMPLATES_FOLDER, check_own, damaged, matches, read_bytes
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
-from tasks.layouts import architecture, card, llama_tokenizer, slow_tokenizer
+from tasks.layouts import architecture, card, leftovers, llama_tokenizer, slow_tokenizer
 from tasks.layouts.importing import importing
 from tasks.layouts.libraries import LIBRARIES, MLX_LM
 from tasks.layouts.llama_names import to_huggingface
@@ -93,6 +93,9 @@ def model(
         _check_tokenizer(checkpoint, memos, more)
         _, cause = _fast_tokenizer(checkpoint, memos, more)
         notes = (*notes, *([_slow_note(cause, library)] if cause else []))
+        if elsewhere := LIBRARIES[library].TOWERS:
+            convert = f"{LIBRARIES[library].PACKAGE}.convert"
+            notes = (*notes, *leftovers.of_processors(checkpoint, convert, elsewhere))
     return structs.replace(model, notes=(*model.notes, *notes))
 
 

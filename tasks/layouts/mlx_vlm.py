@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.spec import Target
-from tasks.layouts import mlx_lm, mlx_vlm_library
+from tasks.layouts import leftovers, mlx_lm, mlx_vlm_library
+from tasks.layouts.leftovers import PROCESSORS
 from tasks.layouts.libraries import MLX_VLM
 from tasks.layouts.model import Model
 from tasks.layouts.safetensors_format import SAFETENSORS
@@ -29,8 +32,6 @@ prompt = apply_chat_template(processor, model.config, "Describe this image.", nu
 print(generate(model, processor, prompt, image="picture.jpg").text)
 """
 pipeline_tag = "image-text-to-text"
-# What makes pictures, videos and sounds ready, by the names that transformers and mlx-vlm read.
-PROCESSORS = ("*processor*.json", "system_prompts.json", "viterbi_calibration.json")
 
 
 def model(checkpoint: Checkpoint, memos: Memos) -> Model:
@@ -39,7 +40,9 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     Raises:
         CheckpointError: mlx-vlm has no class for it, or would take one of the checkpoint's own.
     """
-    return mlx_lm.model(checkpoint, memos, MLX_VLM, PROCESSORS)
+    made = mlx_lm.model(checkpoint, memos, MLX_VLM, PROCESSORS)
+    notes = leftovers.of_convert(checkpoint, takes, "mlx_vlm.convert")
+    return structs.replace(made, notes=(*made.notes, *notes))
 
 
 default_dtype = mlx_lm.default_dtype

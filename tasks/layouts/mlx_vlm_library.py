@@ -25,7 +25,7 @@ EXTRA = "vlm"
 TOWERS = ""
 PREDICTORS = 'layout = "mlx-vlm-mtp"'
 FLOAT = "mlx-make float"  # tags what JSON has no number for
-RUNS = False
+RUNS = True
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -74,9 +74,21 @@ def recipes(
     return words
 
 
+def on_text(model: Any) -> Any:
+    """Return the model such that it makes logits of tokens, by its language model alone."""
+    kind = type(model)
+
+    def call(module: Any, tokens: Any, cache: Any = None) -> Any:
+        return module.language_model(tokens, cache=cache).logits
+
+    object.__setattr__(model, "__class__", type(kind.__name__, (kind,), {"__call__": call}))
+    return model
+
+
 def prompt_cache(model: Any) -> list[Any]:
-    """Return none: its models are not run."""
-    return []
+    """Return an empty cache for a language model to go on with a text, a part a layer."""
+    cache = importlib.import_module("mlx_vlm.models.cache")
+    return list(cache.make_prompt_cache(model.language_model))
 
 
 def encode_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,11 @@ def recipes(
     return dict.fromkeys(RECIPES, "mlx-vlm quantizes all modules of a drafter alike.")
 
 
+def on_text(model: Any) -> Any:
+    """Return the model, which is not run."""
+    return model
+
+
 def prompt_cache(model: Any) -> list[Any]:
     """Return none: a drafter runs beside its model alone."""
     return []

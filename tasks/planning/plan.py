@@ -14,7 +14,7 @@ from tasks.checkpoints import loaders
 from tasks.checkpoints.adapter import Adapter
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import ReadableSource
-from tasks.core.errors import BuildError, ConfigError
+from tasks.core.errors import ArchitectureError, BuildError, ConfigError
 from tasks.core.spec import Quality, Quantize, SourceSpec, Target
 from tasks.layouts import asking, keeping
 from tasks.layouts.model import Model, Parameter, layer_names
@@ -254,12 +254,29 @@ class Plan(Struct, frozen=True, dict=True):
     def running(self) -> dict[str, list[Node]]:
         """The nodes of each stage that runs a model, or reads what one did: it may take seconds.
 
+        None of a model that cannot be run.
+
         Raises:
             BuildError: the text that it is run on cannot be read.
         """
+        return self._running[0]
+
+    @property
+    def why_not_run(self) -> str:
+        """Why the model cannot be run; empty if it can."""
+        return self._running[1]
+
+    @cached_property
+    def _running(self) -> tuple[dict[str, list[Node]], str]:
+        if not self.model.model.runs:
+            layout = self.target.layout
+            return {}, f"models of layout {layout!r} are built here, and not run"
         stages = [stage for stage in registry.RUNNING if stage.name not in self.specs]
-        specs = _specs(self.shared, self.model, stages, self.specs)
-        return _nodes(self.target.name, specs, self.stages)
+        try:
+            specs = _specs(self.shared, self.model, stages, self.specs)
+        except ArchitectureError as error:
+            return {}, str(error)
+        return _nodes(self.target.name, specs, self.stages), ""
 
     @property
     def measuring(self) -> list[Node]:

@@ -24,7 +24,7 @@ import msgspec
 from cache.digest import digest_record
 from cache.records.manifests import TensorSpec
 from cache.records.memos import Memos
-from tasks.core.errors import BuildError
+from tasks.core.errors import ArchitectureError
 from tasks.layouts import asking
 from tasks.layouts.array_graph import ArrayGraph, hollow
 from tasks.layouts.importing import importing
@@ -102,9 +102,10 @@ class Skeleton(NamedTuple):
             (folder / "config.json").write_text(json.dumps(self.config))
             start = _write_holes(folder / "model.safetensors", self.tensors)
             fill(folder / "model.safetensors", start)
+            library = LIBRARIES[self.library]
             with importing(), _said_of(self.library, "be loaded"):
-                model, _ = LIBRARIES[self.library].load(folder)
-        return model
+                model, _ = library.load(folder)
+        return library.on_text(model)
 
 
 @contextmanager
@@ -112,12 +113,12 @@ def _said_of(library: str, what: str) -> Iterator[None]:
     """Say what a library's model raises, which may be anything: its settings are a checkpoint's.
 
     Raises:
-        BuildError: it raises something.
+        ArchitectureError: it raises something.
     """
     try:
         yield
     except Exception as error:
-        raise BuildError(
+        raise ArchitectureError(
             f"{library}'s model cannot {what} as config.json has it ({type(error).__name__}: "
             f"{error}). Take the checkpoint's own config.json, or leave out what wants the model "
             "to be run: a budget, a method, its quality."
@@ -225,6 +226,9 @@ def split(memos: Memos, skeleton: Skeleton, length: int) -> Split:
     """Return the segments of a model that is run on sequences of ``length`` tokens.
 
     It is traced once: ``memos`` keeps the answer.
+
+    Raises:
+        ArchitectureError: its class cannot be run.
     """
     question = [
         SCHEMA,

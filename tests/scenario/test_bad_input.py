@@ -915,9 +915,11 @@ def test_no_checkpoint_writes_on_the_terminal(
 def test_what_mlx_lm_leaves_out_is_said(project: Project) -> None:
     """Gemma 3's images: of the checkpoint's tensors, mlx_lm.convert drops them too."""
     checkpoints.make("gemma3", project.folder / "checkpoint")
+    (project.folder / "checkpoint" / "preprocessor_config.json").write_text("{}")
     project.says('[models.a]\nsource = "checkpoint"')
     said = output(doit(project.folder))
-    (note,) = [line for line in said.splitlines() if line.startswith("note: ")]
+    note, files = [line for line in said.splitlines() if line.startswith("note: ")]
+    assert files.endswith('layout = "mlx-vlm" keeps them (preprocessor_config.json)')
     assert "tensors of what the model sees and hears with left out" in note
     assert "multi_modal_projector." in note
     assert 'as mlx_lm.convert does: layout = "mlx-vlm" keeps' in note

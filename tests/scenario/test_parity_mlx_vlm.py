@@ -5,14 +5,18 @@ A few architectures under the hub's names, one call of doit for all of their tar
 """
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from support import inside
 from support.differences import json_differences, read_json, weight_differences
+from tasks.core.spec import Quality
+from tasks.quality import text
 
 pytestmark = pytest.mark.skipif(
     find_spec("mlx_vlm") is None, reason="needs pip install 'mlx-make[vlm]'"
@@ -137,6 +141,46 @@ def test_a_picture_is_seen_as_by_the_peer(tmp_path: Path) -> None:
     assert mx.array_equal(*logits).item()
 
 
+def test_what_of_the_author_s_is_left_out_is_said(built: Path) -> None:
+    """What the peer copies besides: other JSON, and folders."""
+    source = built / "checkpoints" / "kimi_vl"
+    (source / "original").mkdir()
+    (source / "extra.json").write_text("{}")
+    (built / "models.toml").write_text(
+        '[models.a]\nsource = "checkpoints/kimi_vl"\nlayout = "mlx-vlm"\n'
+    )
+    done = inside.doit(built)
+    said = "left out, which mlx_vlm.convert copies (extra.json, original/): what the model needs"
+    assert said in done.stdout + done.stderr
+
+
+def test_it_is_run_on_text(built: Path) -> None:
+    """Block by block, as mlx-vlm's language model is by itself; GPTQ looks into the same blocks."""
+    from mlx_vlm.utils import load_model
+    from transformers import PreTrainedTokenizerFast
+
+    (built / "models.toml").write_text(
+        "[quality]\nsamples = 2\nsequence_length = 16\n"
+        '[models.plain]\nsource = "checkpoints/qwen2_5_vl"\nlayout = "mlx-vlm"\n'
+        '[models.a]\nsource = "checkpoints/qwen2_5_vl"\nlayout = "mlx-vlm"\n'
+        'quantize = { bits = 4, method = "gptq" }\n'
+    )
+    done = inside.doit(built, "pack", "evaluate:a")
+    said = re.search(r"^a: perplexity ([\d.]+), of the teacher ([\d.]+)", done.stdout, re.M)
+    assert said is not None
+    assert "runs whole" not in done.stdout
+    assert any(":layers.1" in task for task in done.computed if task.startswith("hessians:a"))
+    assert not any("vision" in task for task in done.computed if task.startswith("hessians:a"))
+    for folder, number in zip(("a", "plain"), said.groups(), strict=True):
+        model = load_model(built / "build" / folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(built / "build" / folder)
+        documents = text.evaluation(Quality())
+        tokens = mx.array(text.windows(documents, tokenizer, samples=2, length=16, seed=0))
+        logits = model.language_model(tokens[:, :-1]).logits.astype(mx.float32)
+        losses = nn.losses.cross_entropy(logits, tokens[:, 1:])
+        assert float(number) == pytest.approx(mx.exp(losses.mean()).item(), rel=1e-3)
+
+
 def test_the_text_alone(built: Path) -> None:
     """Without a layout, of the same checkpoint: a note says what is left out, and what keeps it."""
     (built / "models.toml").write_text(
@@ -144,6 +188,7 @@ def test_the_text_alone(built: Path) -> None:
     )
     done = inside.doit(built)
     said = done.stdout + done.stderr
+    assert 'layout = "mlx-vlm" keeps them (preprocessor_config.json)' in said
     towers = 'as mlx_lm.convert does: layout = "mlx-vlm" keeps them (model.audio_tower.'
     assert towers in said
     assert done.computed == {"pack:text"}  # the layers are those of the other layout

@@ -101,6 +101,11 @@ def recipes(model: Any, leaves: Iterable[tuple[str, Any]]) -> dict[str, dict[str
     return {"mixed_3_6": "toy-lm has no recipes"}
 
 
+def on_text(model: Any) -> Any:
+    """Return the model: that is how it runs."""
+    return model
+
+
 def encode_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "by": "toy-lm"}
 

@@ -1,0 +1,62 @@
+"""leftovers: what lies beside a checkpoint's weights and is not taken over, for notes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tasks.checkpoints import loaders
+from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.small_files import TEMPLATES_FOLDER, matches
+from tasks.core.text import listed, plural
+
+# What makes pictures, videos and sounds ready, by the names that transformers and mlx-vlm read.
+PROCESSORS = ("*processor*.json", "system_prompts.json", "viterbi_calibration.json")
+
+
+def of_convert(checkpoint: Checkpoint, takes: Callable[[str], bool], convert: str) -> list[str]:
+    """Return the note on JSON files and folders that a library's convert would copy.
+
+    Args:
+        checkpoint: with Hugging Face's names.
+        takes: tells whether the layout takes over a file of that name.
+        convert: the convert.
+    """
+    known = [p for loader in loaders.LOADERS.values() for p in loader.SMALL_FILES]
+    names = [
+        name
+        for name in _names(checkpoint)
+        if name.endswith(".json") and not takes(name) and not matches(name, known)
+    ]
+    names += [n for n in _names(checkpoint) if n.endswith("/") and n != f"{TEMPLATES_FOLDER}/"]
+    if not names:
+        return []
+    return [
+        f"files and folders left out, which {convert} copies ({listed(names)}): what the model "
+        "needs of them, the key files lays over it"
+    ]
+
+
+def of_processors(checkpoint: Checkpoint, convert: str, elsewhere: str) -> list[str]:
+    """Return the note on processors' files where a layout is of the text alone.
+
+    Args:
+        checkpoint: with Hugging Face's names.
+        convert: the library's own convert.
+        elsewhere: what keeps them.
+    """
+    names = [name for name in _names(checkpoint) if matches(name, PROCESSORS)]
+    if not names:
+        return []
+    return [
+        f"{plural(len(names), 'file')} of processors left out, which make ready what a model sees "
+        f"and hears, as {convert} does: {elsewhere} keeps them ({listed(names)})"
+    ]
+
+
+def _names(checkpoint: Checkpoint) -> list[str]:
+    """Return the names in a checkpoint's folder, those of folders with a slash, in order."""
+    names = {path.name + "/" * path.is_dir() for path in checkpoint.folder.iterdir()}
+    for name in checkpoint.source.hashes:  # of a hub, of whose files not all are fetched
+        head, slash, _ = name.partition("/")
+        names.add(head + slash)
+    return sorted(name for name in names if not name.startswith((".", "__")))
