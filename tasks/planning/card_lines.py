@@ -20,9 +20,10 @@ from tasks.checkpoints import file_digests
 from tasks.checkpoints.hub_name import HubName
 from tasks.core import text
 from tasks.core.errors import ConfigError
-from tasks.core.spec import Mode, Quantize, Rule, Settings
+from tasks.core.spec import MODES, Mode, Quantize, Rule, Settings
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.plan import Plan
+from tasks.stages.quantize_scheme import Setting
 
 # How what Python's help the weights were rounded on is found again in a card.
 OF_PYTHON = re.compile(r"^# text: the help of Python (\S+)$", re.MULTILINE)
@@ -84,8 +85,7 @@ def _spelled_out(plan: Plan, asked: Quantize) -> Quantize:
         own = rule_of.get(path)  # of its dtype alone: else nothing is chosen for it
         dtype, match = own.dtype if own else None, escape(path)
         if setting := chosen.get(path):
-            size, bits, mode = setting
-            rules[path] = Rule(match, bits, size, cast(Mode, mode), dtype=dtype)
+            rules[path] = Rule(match, *_but_usual(setting, asked), dtype=dtype)
         else:  # no candidate fits it
             rules[path] = Rule(match, skip=True, dtype=dtype)
     others = {rule for path, rule in rule_of.items() if path not in rules}
@@ -94,6 +94,14 @@ def _spelled_out(plan: Plan, asked: Quantize) -> Quantize:
         asked, target_bpw=None, fit=None, context=None, candidates=(), exact=False, min_bits=None,
         rules=(*rules.values(), *rules_left),
     )  # fmt: skip
+
+
+def _but_usual(setting: Setting, asked: Quantize) -> tuple[int, int | None, Mode | None]:
+    """Return a module's bits, and its group size and mode where they are not the target's."""
+    if setting.mode != asked.mode:
+        return setting.bits, setting.group_size, cast(Mode, setting.mode)
+    usual = asked.group_size or MODES[asked.mode][0][0]
+    return setting.bits, None if setting.group_size == usual else setting.group_size, None
 
 
 def _table(quantize: Quantize) -> str:

@@ -215,9 +215,10 @@ def test_the_card_s_lines_make_the_same_whatever_was_asked_for(tmp_path: Path) -
         {"match": "*.0.*.up_proj", "skip": True},
         {"match": "*.1.*.down_proj", "dtype": "float16"},
     ]
+    others = [{"bits": 3}, {"bits": 8, "group_size": 64}, {"mode": "mxfp8"}, {"mode": "mxfp4"}]
     budget = {"target_bpw": 7.0, "group_size": 32, "min_bits": 3, "rules": rules}
     for name, quantize in {
-        "budget": budget,
+        "budget": {**budget, "candidates": others},
         "awq": {**budget, "method": "awq"},
         "mixed": {"recipe": "mixed_3_6", "rules": rules[:2]},
     }.items():
