@@ -23,6 +23,10 @@ def dask_setup(worker: Worker) -> None:
     """Have a worker make layers: Dask calls this as it starts."""
     if str(SOURCE) not in sys.path:  # of an installed mlx-make
         sys.path.insert(0, str(SOURCE))
+    # By one thread: units import them in several, which Python 3.11 was seen to fail at.
+    import httpx2  # noqa: F401
+    import huggingface_hub.errors  # noqa: F401
+
     from cache.store import Store
     from tasks.execution.cluster import machine, scheduler
     from tasks.execution.cluster.workbench import Workbench
@@ -43,11 +47,8 @@ def dask_setup(worker: Worker) -> None:
         data = await asyncio.to_thread(lambda: bench.read(**asked))
         return None if data is None else to_serialize(data)
 
-    async def taken(key: str) -> None:
-        await asyncio.to_thread(bench.taken, key)
-
     setattr(worker, scheduler.ATTRIBUTE, bench)
-    worker.handlers |= {scheduler.HANDLER: read, scheduler.TAKEN: taken}
+    worker.handlers[scheduler.HANDLER] = read
     resources = machine.resources(worker.state.nthreads)
     worker.state.total_resources |= resources
     worker.state.available_resources |= resources

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support import cluster, front_door, projects, running
+from support import cluster, front_door, hub_server, projects, running
 from support.front_door import Finished
 from support.projects import Project
 
@@ -98,3 +98,30 @@ def test_without_the_scheduler_it_stops_and_can_be_taken_up(
     again = project.doit()
     assert project.built() == project.anew()
     assert not done & again.computed
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_two_builds_of_a_hub_s_checkpoint_make_each_layer_once(
+    remote: bool, tmp_path: Path
+) -> None:
+    ours = [projects.create(tmp_path / name, "huggingface", **projects.FOUR_BIT) for name in "ab"]
+    expected = ours[0].anew()
+    (tmp_path / "remote").mkdir()
+    where = f"file://{tmp_path}/remote" if remote else ""
+    with hub_server.serve(tmp_path / "uploaded") as hub, hub.inside(tmp_path / "home"):
+        hub.repository("org/model").add_folder(ours[0].checkpoint)
+        for project in ours:
+            project.configure(source="hf:org/model")
+        with cluster.running(tmp_path, ["says", "says"]) as (scheduler, (workers,)):
+            env = environment(scheduler, MLX_MAKE_CACHE_REMOTE=where)
+            builds = [running.start(project, env=env) for project in ours]
+            said = [build.communicate(timeout=cluster.PATIENCE) for build in builds]
+            printed = workers.log.read_text()
+    made = [line for line in printed.splitlines() if line.startswith("made")]
+    assert [build.returncode for build in builds] == [0, 0], said
+    assert "Traceback" not in printed, printed
+    assert len(made) == len({*made}) == len(projects.LAYERS["huggingface"])
+    for project in ours:
+        assert {**project.built(), "README.md": ""} == {**expected, "README.md": ""}
+        assert not any((project.store / "blobs" / "packs").glob("*.part"))
+    assert any((tmp_path / "remote").rglob("*")) == remote

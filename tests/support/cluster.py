@@ -127,6 +127,18 @@ def _full_disk(bench: Any) -> None:
     bench._make = full
 
 
+def _says_what_it_makes(bench: Any) -> None:
+    make = bench.make
+
+    def saying(request: bytes, key: str, layers: Any) -> Any:
+        made = make(request, key, layers)
+        if any(result.outcome == "computed" for result in made.results):
+            print("made", key, flush=True)
+        return made
+
+    bench.make = saying
+
+
 def _hangs(bench: Any) -> None:
     def hang(*_: Any) -> Any:
         print("hangs", flush=True)
@@ -142,6 +154,7 @@ KINDS: dict[str, Any] = {
     "other shape": _other_shape,
     "full disk": _full_disk,
     "hangs": _hangs,
+    "says": _says_what_it_makes,
     "other key": lambda bench: None,
     "plain": None,
 }

@@ -93,6 +93,7 @@ class Cluster:
         self._requests: dict[str, bytes] = {}  # the same
         self._classes: set[str] = set()
         self._asked: dict[Unit, _Asked] = {}
+        self._futures: list[Future] = []
         self._known: set[str] = set()  # addresses that were looked into
         self._said: set[str] = set()
 
@@ -212,10 +213,10 @@ class Cluster:
                 raise _Failed(
                     f"{number}", "a worker", one_line(f"{type(error).__name__}: {error}")
                 ) from error
-            finally:
-                future.release()
             if isinstance(made, Cannot):
                 raise _Failed(*made)
+            with self._lock:  # until this build ends: another one may ask for the same
+                self._futures.append(future)
             return made
 
     def _arguments(self, unit: Unit) -> tuple[bytes, str, list[tuple[str, str]]]:
@@ -264,7 +265,6 @@ class Cluster:
                 recorder.take(unit.plan, node, manifests[node])
         except (Unlike, Gone) as error:
             raise _Failed(made.worker, made.machine, str(error)) from error
-        connection.taken(made.worker, unit.key)
         self.machines.add(made.machine)
         return {
             node: Delivered(

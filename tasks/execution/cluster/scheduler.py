@@ -12,7 +12,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as Coming
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +27,6 @@ SILENT_SECONDS = 30  # after which a worker that sends no heartbeat is given up
 PIECE_BYTES = 4 << 20
 PIECES = 3  # that are under way of one tensor
 HANDLER = "mlx_make_read"
-TAKEN = "mlx_make_taken"
 ATTRIBUTE = "mlx_make"  # of a worker: its workbench, and what it says of itself
 
 
@@ -226,15 +224,6 @@ class Connection:
             return await asyncio.wait_for(asked, ANSWER_SECONDS)
 
         return asyncio.run_coroutine_threadsafe(read(), self.client.loop.asyncio_loop)
-
-    def taken(self, worker: str, key: str) -> None:
-        """Tell a worker that the bytes of a unit are here; nobody waits for an answer."""
-
-        async def tell() -> None:
-            await getattr(self.client.rpc(worker), TAKEN)(key=key)
-
-        with suppress(RuntimeError):  # of a loop that is closed
-            asyncio.run_coroutine_threadsafe(tell(), self.client.loop.asyncio_loop)
 
     def close(self) -> None:
         """Let go of the scheduler, which forgets what nobody else asked for."""

@@ -7,7 +7,6 @@ import pickle
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from cache.remote.sharing import Sharing
 
 MOST_PLANS = 32  # of targets, which a worker keeps in memory
-HELD_SECONDS = 600  # for which what is fetched of a checkpoint stays, until its unit was taken
 MAX_PIECE_BYTES = 16 << 20  # of what is read at once
 
 
@@ -100,7 +98,6 @@ class Workbench:
     _plans: dict[str, _Planned] = field(default_factory=dict)
     _planning: threading.Lock = field(default_factory=threading.Lock)
     _sharing: dict[Remote, Sharing] = field(default_factory=dict)
-    _held: dict[str, tuple[float, Streaming]] = field(default_factory=dict)
 
     def make(self, request: bytes, key: str, layers: Sequence[tuple[str, str]]) -> Made | Cannot:
         """Make a unit, or say why that cannot be done here.
@@ -124,7 +121,7 @@ class Workbench:
             raise _Unlike(f"its plan has no {':'.join(unknown[0])}")
         nodes = [planned.nodes[layer] for layer in layers]
         plan, sharing = planned.plan, planned.builder.store.sharing
-        with self._units_own(planned, key, nodes) as builder, self.store.lock.using():
+        with self._units_own(planned, nodes) as builder, self.store.lock.using():
             assert isinstance(builder.log, _Lines)
             manifests: dict[Node, Manifest] = {}
             for node in nodes:
@@ -133,11 +130,9 @@ class Workbench:
             wanted = [node for node in nodes if builder.shared(plan, node)]
             keys = [manifests[node].action.key for node in wanted]
             shared = sharing is not None and all(map(sharing.pushed, keys))
-            if not shared:  # what is lost meanwhile is made again: it is about to be read
+            if not shared:
                 for node in wanted:
-                    tensors = node.as_inputs(manifests[node].tensors)
-                    for tensor in tensors:
-                        builder.locate(plan, tensors, tensor)
+                    self._keep(builder, plan, node, manifests[node])
         now = time.time()
         results = [
             self._result(manifests[node].to_bytes(), builder.log.lines.get(node.name), now)
@@ -156,39 +151,34 @@ class Workbench:
         return Result(manifest, entry.outcome, trace)
 
     @contextmanager
-    def _units_own(self, planned: _Planned, key: str, nodes: Sequence[Node]) -> Iterator[Builder]:
-        """Give a builder with a log of its own, and a streaming of what the unit reads.
-
-        What is fetched stays until ``taken``: what is only passed on is read where it lies.
-        """
-        self._let_go()
-        plan = planned.plan
-        streaming = Streaming(
-            planned.builder.store, DiskBudget(), drops=planned.builder.passes(plan)
-        )
+    def _units_own(self, planned: _Planned, nodes: Sequence[Node]) -> Iterator[Builder]:
+        """Give a builder with a log of its own, and a streaming of what the unit reads."""
+        plan, store = planned.plan, planned.builder.store
+        streaming = Streaming(store, DiskBudget(), drops=planned.builder.passes(plan))
         streaming.arrange([(plan, node) for node in nodes])
         streaming.begin(())
         try:
             yield replace(planned.builder, log=_Lines(), streaming=streaming)
-        except BaseException:
-            _end(streaming, nodes)
-            raise
-        if streaming.order:
-            self._held[f"{key} {uuid.uuid4().hex}"] = time.monotonic(), streaming
-        else:
-            _end(streaming, nodes)
+        finally:
+            for node in nodes:
+                streaming.finished(node.name)
+            streaming.end()
 
-    def taken(self, key: str) -> None:
-        """Take note that the coordinator has the bytes of a unit."""
-        for held in [each for each in [*self._held] if each.startswith(key)]:
-            if found := self._held.pop(held, None):
-                _end(found[1], found[1].order)
+    def _keep(self, builder: Builder, plan: Plan, node: Node, manifest: Manifest) -> None:
+        """Have the bytes of what a node made lie here, where nothing that passes takes them along.
 
-    def _let_go(self) -> None:
-        """Drop what nobody came for."""
-        for key, (since, _) in [*self._held.items()]:
-            if time.monotonic() - since > HELD_SECONDS:
-                self.taken(key)
+        What is lost is made again: it is about to be read.
+        """
+        blobs, inputs = builder.store.blobs, node.as_inputs(manifest.tensors)
+        for key, (_, tensor) in inputs.items():
+            parts = builder.locate(plan, inputs, key)
+            if not builder.passes(plan) or blobs.path(tensor.digest).exists():
+                continue
+            with blobs.scratch(tensor.nbytes) as folder:
+                path = folder / "passed-on"
+                with path.open("wb") as file:
+                    file.writelines(map(bytes, blobs.chunks(parts)))
+                blobs.adopt(path)
 
     def read(self, digest: str, nbytes: int, offset: int, length: int) -> memoryview | None:
         """Return a piece of a blob, or None if it is not here any more.
@@ -259,17 +249,9 @@ class Workbench:
         return self._sharing[remote]
 
     def close(self) -> None:
-        """Let go of remote stores, and of what was fetched."""
-        for key in [*self._held]:
-            self.taken(key)
+        """Let go of remote stores."""
         for sharing in self._sharing.values():
             sharing.close()
-
-
-def _end(streaming: Streaming, nodes: Sequence[Node]) -> None:
-    for node in [*nodes]:
-        streaming.finished(node.name)
-    streaming.end()
 
 
 def _planner(store: Store, lock: Lock, request: Request) -> Planner:
