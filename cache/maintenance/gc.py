@@ -7,15 +7,23 @@ only what they used of late. See ``cache.lock`` on builds that run meanwhile.
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
+from typing import cast
 
 from cache.files import atomic
-from cache.maintenance.survey import CORRUPT, File, Files, Survey
+from cache.maintenance.files import File, Files, ordered
+from cache.maintenance.survey import CORRUPT, Survey
 
 RECORD_SECONDS = 90 * 24 * 3600  # how long records (all but blobs) are kept that nobody uses
+
+
+# When it was last used, whether a blob's file is the last of it, and what gives its files.
+_Group = tuple[int, bool, Callable[[], list[File]]]
 
 
 @dataclass(frozen=True)
@@ -77,20 +85,16 @@ def collect(
         remove: removes a file; the lock must be held alone.
     """
     stays = survey.reach(wanted.blobs)
-    filled = {key for digest in survey.parts for key in survey.pinned(digest)}
+    filled = {*survey.references.keys}
     records = {"action": wanted.actions, "memo": frozenset[str]()}
     records |= dict.fromkeys(survey.others, wanted.others)
     collected = Collection({}, 0, survey.size)
-    seen: set[File] = set()  # of those that are in several groups
     for file in survey.files:
         if _is_garbage(file, records, filled, now):
-            seen.add(file)
             collected.remove(file, GARBAGE)
             remove(file)
     for group in chain(_blobs(survey, stays), _records(survey, wanted)):
-        # What lies in two files is in both groups, and goes with the first.
-        new = [file for file in group if file not in seen]
-        seen.update(file for file in new if file.kind == "reference")
+        new = [file for file in group if not _is_garbage(file, records, filled, now)]
         if max_bytes is not None and collected.size > max_bytes:
             for file in new:
                 collected.remove(file, EVICTED)
@@ -126,48 +130,95 @@ def _blobs(survey: Survey, stays: set[str]) -> Iterator[list[File]]:
     A file in which a reference's parts lie is used whenever that is. If it is a blob it goes after
     it; a container goes with all references into it, since there is no room to be had of a part.
     """
+    files, references = survey.own_files, survey.references
     containers = survey.of("container")
-    inside: dict[str, list[File]] = defaultdict(list)
-    groups = []
-    for digest, file in survey.of("reference").items():
-        where = survey.pinned(digest)
-        for key in where:
-            inside[key].append(file)
-        if not any(key in containers for key in where):
-            groups.append([file])
-    files = survey.own_files
-    held = {key: files[key] for key in inside if key in files}
-    # The file last: if removing is interrupted, no reference is left to nothing.
-    groups += [[*inside[key], file] for key, file in chain(held.items(), containers.items())]
+    lying = _LyingIn(survey, stays)
+    groups = [*lying.groups(stays)]
+    filled = {*references.keys}
+    for key, container in containers.items():
+        if key not in filled and key not in stays:
+            groups.append((int(container.used), False, partial(list, [container])))
+    groups.sort(key=_turn)
+    held = {key for key in references.keys if key not in containers}
+    without = {files.find(key) for key in stays | held}
+    alone: Iterator[_Group] = (
+        (time, False, partial(lying.by_itself, index))
+        for time, index in _oldest_first(references.files, lying.goes_with_another)
+    )
+    blobs: Iterator[_Group] = (
+        (time, True, partial(_at, files, index))
+        for time, index in _oldest_first(files, without.__contains__)
+    )
+    for _, _, group in heapq.merge(groups, alone, blobs, key=_turn):
+        yield group()
 
-    def turn(group: list[File]) -> tuple[int, bool]:
-        return int(max(file.used for file in group)), group[-1].kind == "blob"
 
-    unwanted = [group for group in groups if stays.isdisjoint(file.key for file in group)]
-    alone = _oldest_first(files, stays.union(held))
-    yield from heapq.merge(sorted(unwanted, key=turn), alone, key=turn)
+class _LyingIn:
+    """What lies in which of the cache's files: some bytes for each reference."""
+
+    def __init__(self, survey: Survey, stays: set[str]) -> None:
+        self._references = references = survey.references
+        containers, files = survey.of("container"), survey.own_files
+        self._own = [containers.get(key) or files.get(key) for key in references.keys]
+        self._inside: dict[int, array[int]] = defaultdict(lambda: array("Q"))
+        self._latest: dict[int, float] = defaultdict(float)
+        self._pinned: set[int] = set()  # files in which something lies that stays
+        self._gone: set[int] = set()  # what lies in two files goes with the first
+        self._with_another = bytearray(len(references.files))
+        stay = {references.files.find(key) for key in stays}
+        for index, used in enumerate(references.files.used):
+            where = references.where(index)
+            for place in where:
+                self._inside[place].append(index)
+                self._latest[place] = max(self._latest[place], used)
+            if index in stay:
+                self._pinned.update(where)
+            kinds = {file.kind for place in where if (file := self._own[place])}
+            self._with_another[index] = index in stay or "container" in kinds
+
+    def groups(self, stays: set[str]) -> Iterator[_Group]:
+        """Yield a group for each file in which something lies, if nothing of it stays."""
+        for place, file in enumerate(self._own):
+            if file and place not in self._pinned and file.key not in stays:
+                used = max(self._latest[place], file.used)
+                yield int(used), file.kind == "blob", partial(self._lying_in, place, file)
+
+    def _lying_in(self, place: int, file: File) -> list[File]:
+        new = [index for index in self._inside[place] if index not in self._gone]
+        self._gone.update(index for index in new if len(self._references.where(index)) > 1)
+        # The file last: if removing is interrupted, no reference is left to nothing.
+        return [*map(self._references.files.at, new), file]
+
+    def goes_with_another(self, index: int) -> bool:
+        """Tell whether a reference stays, or goes with the container in which it lies."""
+        return bool(self._with_another[index])
+
+    def by_itself(self, index: int) -> list[File]:
+        """Return the files of a reference that goes alone."""
+        new = index not in self._gone
+        if self._references.where(index):
+            self._gone.add(index)
+        return [self._references.files.at(index)] if new else []
 
 
-def _oldest_first(files: Files, without: Iterable[str]) -> Iterator[list[File]]:
-    """Yield blobs in which no reference's parts lie, each alone: there may be millions.
+def _at(files: Files, index: int) -> list[File]:
+    return [files.at(index)]
 
-    Args:
-        files: those that have a file.
-        without: keys of those to be left out.
-    """
-    left_out = {files.find(key) for key in without}
-    order = [int(used) << 32 | index for index, used in enumerate(files.used)]
-    order.sort()
-    for each in order:
-        index = each & 0xFFFFFFFF
-        if index not in left_out:
-            yield [files.at(index)]
+
+def _turn(group: _Group) -> tuple[int, bool]:
+    return group[:2]
+
+
+def _oldest_first(files: Files, is_left_out: Callable[[int], bool]) -> Iterator[tuple[int, int]]:
+    """Yield when files were last used, and their places among them: there may be millions."""
+    used = array("Q", map(int, files.used))
+    places = array("Q", range(len(used)))
+    return ((time, index) for time, index in ordered(used, places) if not is_left_out(index))
 
 
 def _records(survey: Survey, wanted: Wanted) -> Iterator[list[File]]:
     """Yield other records, each alone; after the blobs, since they are small and save much."""
-    unwanted = [
-        *(file for key, file in survey.of("action").items() if key not in wanted.actions),
+    rest = [
         *(
             file
             for kind in survey.others
@@ -176,4 +227,8 @@ def _records(survey: Survey, wanted: Wanted) -> Iterator[list[File]]:
         ),
         *(survey.of("memo").values() if not wanted.memos else ()),
     ]
-    yield from ([file] for file in sorted(unwanted, key=lambda file: file.used))
+    rest.sort(key=lambda file: int(file.used))
+    actions = cast(Files, survey.of("action"))
+    kept = {actions.find(key) for key in wanted.actions}
+    oldest = (actions.at(index) for _, index in _oldest_first(actions, kept.__contains__))
+    yield from ([file] for file in heapq.merge(rest, oldest, key=lambda file: int(file.used)))

@@ -15,7 +15,8 @@ from cache.blobs import Blobs
 from cache.digest import digest_file, digest_parts
 from cache.errors import FileChanged
 from cache.files.stamp import Stamp
-from cache.maintenance.survey import CORRUPT, File, Survey
+from cache.maintenance.files import File
+from cache.maintenance.survey import CORRUPT, Survey
 from cache.records.manifests import Manifest, ManifestError, OtherSchema
 from cache.records.sealed import Damaged, Unsealed, unseal
 
@@ -108,24 +109,25 @@ def set_aside(root: Path, file: File) -> None:
     os.replace(file.path, target)
 
 
-def made_of(wrong: Iterable[str], manifests: Iterable[Manifest]) -> set[str]:
+def made_of(wrong: Iterable[str], manifests: Callable[[], Iterable[Manifest]]) -> set[str]:
     """Return the keys of the actions that may have read wrong bytes, or what was made of them.
 
     Whether they did so before the bytes went wrong, nobody knows.
 
     Args:
         wrong: digests of the blobs.
-        manifests: what was made.
+        manifests: yields what was made; called several times, for there may be millions.
     """
     keys: set[str] = set()
     spoilt = set(wrong)
-    rest = list(manifests)
-    while now := [m for m in rest if spoilt & {read[-1] for read in m.action.inputs.values()}]:
-        for manifest in now:
-            keys.add(manifest.action.key)
+    before = None
+    while spoilt and len(keys) != before:
+        before = len(keys)
+        for manifest in manifests():
             read = {read[-1] for read in manifest.action.inputs.values()}
-            spoilt |= {tensor.digest for tensor in manifest.tensors.values()} - read
-        rest = [manifest for manifest in rest if manifest.action.key not in keys]
+            if manifest.action.key not in keys and not spoilt.isdisjoint(read):
+                keys.add(manifest.action.key)
+                spoilt |= {tensor.digest for tensor in manifest.tensors.values()} - read
     return keys
 
 

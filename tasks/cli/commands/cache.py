@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from doit.cmdparse import CmdOption, CmdParse, CmdParseError
@@ -16,7 +17,8 @@ from cache.errors import CacheError, one_line
 from cache.files import trash
 from cache.lock import Lock
 from cache.maintenance import gc, verify
-from cache.maintenance.survey import CORRUPT, File, Survey
+from cache.maintenance.files import File
+from cache.maintenance.survey import CORRUPT, Survey
 from cache.remote.remote import Remote
 from cache.remote.sharing import Sharing
 from tasks.cli import failures
@@ -124,10 +126,10 @@ def verify_all(config: Config, options: Mapping[str, Any]) -> int:
     if quick:
         del counts["blob"]
     else:  # what references say to lie in containers are blobs, too
-        inside = survey.owned.inside
-        records = [survey.of("reference")[digest].size for digest in inside]
-        counts["reference"] = _sum(counts["reference"], -len(inside), -sum(records))
-        counts["blob"] = _sum(counts["blob"], len(inside), sum(inside.values()))
+        owned = survey.owned
+        records = [owned.references.files.sizes[index] for index in owned.every_inside()]
+        counts["reference"] = _sum(counts["reference"], -len(records), -sum(records))
+        counts["blob"] = _sum(counts["blob"], len(records), owned.size_inside)
     said = (f"{n} {cache_stats.KIND_NAMES[kind]} ({size(s)})" for kind, (n, s) in counts.items())
     sizes = f", and the sizes of {len(survey.own_files)} blobs" if quick else ""
     print(f"{config.cache.dir}: read {', '.join(said)}{sizes}; {len(wrong) or 'none'} corrupt")
@@ -147,7 +149,7 @@ def _forget(
     """Forget what may have been made of wrong bytes; return the tasks, or the keys of others'."""
     spoilt = {file.key for file, _ in wrong if file.kind in ("blob", "reference")}
     ours = list(built)
-    keys = verify.made_of(spoilt, [*survey.manifests(), *(r.manifest for r in ours)])
+    keys = verify.made_of(spoilt, lambda: chain(survey.manifests(), (r.manifest for r in ours)))
     # A packed file that the cache has as a whole is build/'s own.
     packed = [record.manifest for record in ours if is_packing(record.task)]
     keys |= {

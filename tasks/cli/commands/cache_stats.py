@@ -53,13 +53,8 @@ def _kinds(survey: Survey) -> Iterator[str]:
         if count or kind in ("blob", "reference", "action", "memo"):
             rows.append((name, str(count), size(nbytes)))
     yield from aligned(rows, WIDTH)
-    elsewhere = {
-        (part.path, part.offset): part.length
-        for parts in survey.parts.values()
-        for part in parts
-        if part.stamp
-    }
-    yield f"References name {size(sum(elsewhere.values()))} in checkpoints, which are not copied."
+    elsewhere = size(survey.references.elsewhere())
+    yield f"References name {elsewhere} in checkpoints, which are not copied."
 
 
 def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Iterator[str]:
@@ -90,9 +85,10 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     if shared_bytes:
         yield f"What several targets share, {size(shared_bytes)}, is counted once in (all)."
     # What lies in one container with something that is needed stays with it.
-    needed = sum(
-        digest in in_use or bool(survey.pinned(digest) & in_use)
-        for digest in own.keys() & (in_use | survey.parts.keys())
+    needed = sum(map(own.__contains__, in_use)) + sum(
+        not in_use.isdisjoint(survey.references.pinned(index))
+        for index in own.every_inside()
+        if survey.references.files.key_at(index) not in in_use
     )
     if count := len(own) - needed:
         removes = f"{COMMAND} cache gc removes such with a size cap"
@@ -146,7 +142,7 @@ class _FirstStages:
         self._survey = survey
         self._stages = registry.names()
         self._of_files = bytearray([len(self._stages)]) * len(survey.owned.files)
-        self._of_inside = dict.fromkeys(survey.owned.inside, len(self._stages))
+        self._of_inside = bytearray([len(self._stages)]) * len(survey.references.files)
 
     def see(self, manifest: Manifest) -> None:
         """Take note of what a manifest names."""
@@ -154,10 +150,16 @@ class _FirstStages:
             return
         stage = self._stages.index(manifest.action.stage)
         for digest in self._survey.reach(tensor.digest for tensor in manifest.tensors.values()):
-            if (index := self._survey.owned.files.find(digest)) is not None:
-                self._of_files[index] = min(self._of_files[index], stage)
-            elif digest in self._of_inside:
-                self._of_inside[digest] = min(self._of_inside[digest], stage)
+            of, index = self._find(digest)
+            if index is not None:
+                of[index] = min(of[index], stage)
+
+    def _find(self, digest: str) -> tuple[bytearray, int | None]:
+        """Return where it is noted who made a blob."""
+        owned = self._survey.owned
+        if (index := owned.files.find(digest)) is not None:
+            return self._of_files, index
+        return self._of_inside, owned.find_inside(digest)
 
     def sizes(self, without: Collection[str] = ()) -> list[int]:
         """Return the bytes of the blobs that each stage made, and at last those of all blobs.
@@ -165,17 +167,16 @@ class _FirstStages:
         Args:
             without: digests of those to be left out.
         """
-        files, inside = self._survey.owned.files, self._survey.owned.inside
+        owned = self._survey.owned
         sizes = [0] * (len(self._stages) + 1)  # the last: nobody knows
-        for stage, nbytes in zip(self._of_files, files.sizes, strict=True):
+        for stage, nbytes in zip(self._of_files, owned.files.sizes, strict=True):
             sizes[stage] += nbytes
-        for digest, nbytes in inside.items():
-            sizes[self._of_inside[digest]] += nbytes
+        for index in owned.every_inside():
+            sizes[self._of_inside[index]] += owned.references.sizes[index]
         for digest in without:
-            if (index := files.find(digest)) is not None:
-                sizes[self._of_files[index]] -= files.sizes[index]
-            elif digest in inside:
-                sizes[self._of_inside[digest]] -= inside[digest]
+            of, place = self._find(digest)
+            if place is not None:
+                sizes[of[place]] -= owned[digest]
         return [*sizes[:-1], sum(sizes)]
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cache.blobs import Blobs, Part
 from cache.digest import digest
 from cache.maintenance import gc, survey
+from cache.maintenance.files import File
 
 # On a busy machine any example may seem slow.
 calm = settings(deadline=None)
@@ -51,11 +52,11 @@ def test_what_is_evicted_at_any_size(
         for path, (age, _) in zip([*paths, *referred], [*held, *references], strict=True):
             os.utime(path, (10**9 - age, 10**9 - age))
         found = survey.inventory(Path(folder))
-        _ = found.parts  # read while they are there
+        _ = found.references  # read while they are there
 
     kept = frozenset(name for i, name in enumerate(names) if i in wanted)
     cap = round(found.size * share)
-    removed: list[survey.File] = []
+    removed: list[File] = []
     made = gc.collect(found, gc.Wanted(blobs=kept), cap, 10**9, removed.append)
     gone = {*removed}
     evicted = sum(count for (why, _), (count, _) in made.removed.items() if why == gc.EVICTED)
