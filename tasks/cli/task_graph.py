@@ -161,7 +161,7 @@ class TaskGraph:
             task = task_name(stage.group, target.name)
             message = (
                 f"{target.name} is not run: {plan.why_not_run.rstrip('.')}. Name a variant of "
-                'it with layout = "mlx-lm".'
+                'it with layout = "mlx-lm", if mlx-lm has it, too.'
             )
 
             def fail(task: str = task, message: str = message) -> dict[str, Any]:

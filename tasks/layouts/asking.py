@@ -42,7 +42,8 @@ def versions(library: str = MLX_LM) -> dict[str, str]:
     """
     asked = LIBRARIES[library]
     try:
-        return {name: version(name) for name in ("mlx", asked.DISTRIBUTION, *asked.BUILDS_ON)}
+        others = [package.replace("_", "-") for package in asked.BUILDS_ON]
+        return {name: version(name) for name in ("mlx", asked.DISTRIBUTION, *others)}
     except PackageNotFoundError as error:
         raise ArchitectureError(missing(asked)) from error
 
@@ -139,21 +140,24 @@ def _having(model_type: object, but: str) -> list[str]:
     for name, library in LIBRARIES.items():
         if name == but or module not in (types := model_types(library)):
             continue
-        install = f" (pip install 'mlx-make[{library.EXTRA}]')" if types is library.KNOWS else ""
+        missed = types is library.KNOWS and library.EXTRA
+        install = f" (pip install 'mlx-make[{library.EXTRA}]')" if missed else ""
         found.append(f'layout = "{name}"{install}')
     return found
 
 
 def model_types(library: Library) -> Sequence[str]:
-    """Return what models a library has, by the names of its modules, without importing it.
+    """Return what models a library has, without importing it.
 
-    Where it is not installed, those that it is known to have.
+    By the names of its modules, and those that it is known to have: the latter alone where it is
+    not installed.
     """
     spec = find_spec(library.PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         return library.KNOWS
     folders = [Path(spec.submodule_search_locations[0], each) for each in library.MODELS]
-    return [path.stem for folder in folders for path in folder.glob("[!_]*")]
+    found = [path.stem for folder in folders for path in folder.glob("[!_]*")]
+    return [*found, *library.KNOWS]
 
 
 def _is_small(question: Mapping[str, Any]) -> bool:

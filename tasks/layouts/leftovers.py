@@ -13,21 +13,31 @@ from tasks.core.text import listed, plural
 PROCESSORS = ("*processor*.json", "system_prompts.json", "viterbi_calibration.json")
 
 
-def of_convert(checkpoint: Checkpoint, takes: Callable[[str], bool], convert: str) -> list[str]:
-    """Return the note on JSON files and folders that a library's convert would copy.
+def of_convert(
+    checkpoint: Checkpoint,
+    takes: Callable[[str], bool],
+    convert: str,
+    suffixes: tuple[str, ...] = (".json",),
+    *,
+    folders: bool = True,
+) -> list[str]:
+    """Return the note on files and folders that a library's convert would copy.
 
     Args:
         checkpoint: with Hugging Face's names.
         takes: tells whether the layout takes over a file of that name.
         convert: the convert.
+        suffixes: of files that it copies.
+        folders: whether it copies these.
     """
     known = [p for loader in loaders.LOADERS.values() for p in loader.SMALL_FILES]
     names = [
         name
         for name in _names(checkpoint)
-        if name.endswith(".json") and not takes(name) and not matches(name, known)
+        if name.endswith(suffixes) and not takes(name) and not matches(name, known)
     ]
-    names += [n for n in _names(checkpoint) if n.endswith("/") and n != f"{TEMPLATES_FOLDER}/"]
+    if folders:
+        names += [n for n in _names(checkpoint) if n.endswith("/") and n != f"{TEMPLATES_FOLDER}/"]
     if not names:
         return []
     return [

@@ -28,8 +28,8 @@ class Library(Protocol):
         STUBS: modules that it imports, with all below them, that take seconds and that it can do
             without here.
         MODELS: the folders in its package that have a module, or a package, for each model.
-        KNOWS: models that it is known to have, by the names of these modules: what is said of a
-            checkpoint where the library is not installed.
+        KNOWS: models that it is known to have, by the names of these modules or by others that it
+            takes for one of them: what is said of a checkpoint where it is not installed.
         EXTRA: mlx-make's extra that installs it; "", mlx-make itself does.
         TOWERS: what keeps the parts of a model that see and hear, if not this library; "", it does.
         PREDICTORS: what makes a drafter of the tensors that predict further tokens, if not this

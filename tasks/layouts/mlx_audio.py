@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from msgspec import structs
+
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.spec import Target
-from tasks.layouts import mlx_lm
+from tasks.layouts import leftovers, mlx_lm
 from tasks.layouts.libraries import MLX_AUDIO
 from tasks.layouts.model import Model
 from tasks.layouts.safetensors_format import SAFETENSORS
@@ -27,6 +29,7 @@ model = load_model("{model}")
 pipeline_tag = ""  # it may speak, or hear
 # What makes sounds ready, and what models read beside their tokenizers.
 BESIDE = ("*processor*.json", "normalizer.json", "*.yaml", "*.wav")
+COPIED = (".json", ".pt", ".txt", ".model", ".tiktoken")  # what the peer copies, whatever it is
 DTYPES = ("float16", "bfloat16", "float32")  # that the peer takes over from config.json
 
 
@@ -36,7 +39,9 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     Raises:
         CheckpointError: mlx-audio has no class for it, or would take one of the checkpoint's own.
     """
-    return mlx_lm.model(checkpoint, memos, MLX_AUDIO, BESIDE)
+    made = mlx_lm.model(checkpoint, memos, MLX_AUDIO, BESIDE)
+    notes = leftovers.of_convert(checkpoint, takes, "mlx_audio.convert", COPIED)
+    return structs.replace(made, notes=(*made.notes, *notes))
 
 
 shard_names = mlx_lm.shard_names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ STUBS: tuple[str, ...] = (
 )  # fmt: skip
 MODELS: tuple[str, ...] = tuple(f"{each}/models" for each in ("tts", "stt", "sts", "lid", "music"))
 KNOWS: tuple[str, ...] = (
+    "csm", "granite_speech_plus", "higgs_multimodal_qwen3", "lfm2_audio", "parakeet_tdt",
     "arktts", "bailingmm", "bark", "breeze_tts", "canary", "chatterbox", "chatterbox_turbo",
     "cohere_asr", "confucius4", "deepfilternet", "dia", "dialogue_sidon", "dramabox",
     "ecapa_tdnn", "echo_tts", "fireredasr2", "fish_drama3", "fish_qwen3_omni", "fun_asr_nano",
@@ -46,7 +48,7 @@ def load(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Return the model in a folder and its configuration, as ``mlx_audio.convert`` writes them.
 
     It has no loader: convert itself is asked, but for casting and writing. What kind of model it is
-    convert tells from the path first; here it is told what config.json says.
+    convert tells from the path first; here it is told.
     """
     module = importlib.import_module("mlx_audio.convert")
     writing = importlib.import_module("mlx_audio.lm.convert")
@@ -62,7 +64,7 @@ def load(folder: Path) -> tuple[Any, dict[str, Any]]:
         replaced[transformers, "AutoTokenizer"] = _Tokenizer
     for (of, name), value in replaced.items():  # modules are imported for one answer
         setattr(of, name, value)
-    domain = _domain(module, module.load_config(folder))
+    domain = _name(folder, module)
     module.convert(str(folder), str(folder / "built"), model_domain=domain)
     return made["model"], made["config"]
 
@@ -76,12 +78,27 @@ class _Tokenizer:
         return cls()
 
 
-def _domain(module: Any, config: dict[str, Any]) -> str:
-    """Return what kind of model it is, of a checkpoint whose path says nothing."""
-    for domain in module.Domain:  # of a model by its very name no other module is imported
-        if config["model_type"].lower() in module.get_model_types(domain):
-            return str(domain.value)
-    return str(module.detect_model_domain(config, Path()).value)
+def _name(folder: Path, module: Any) -> str:
+    """Have config.json name the model as mlx-audio's module for it is called; return its domain.
+
+    Other names for it its loaders know; for convert they have to be in the path.
+
+    Raises:
+        ValueError: it is none of mlx-audio's.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    registry = importlib.import_module("mlx_audio.registry")
+    said = str(registry.model_type_from_config(config)).lower()
+    domains = [domain.value for domain in module.Domain]
+    names = {domain: registry._remapping(domain).get(said) for domain in domains}
+    for named in (dict.fromkeys(domains, said), names):
+        for domain, name in named.items():
+            if name in registry._families(domain):
+                if name != said:
+                    path.write_text(json.dumps({**config, "model_type": name}))
+                return str(domain)
+    raise ValueError(f"Model type {said} not supported.")
 
 
 def casts(model: Any, name: str) -> bool:

@@ -15,7 +15,7 @@ from msgspec import structs
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.spec import Target
-from tasks.layouts import mlx_lm
+from tasks.layouts import leftovers, mlx_lm
 from tasks.layouts.libraries import MLX_EMBEDDINGS
 from tasks.layouts.model import Model
 from tasks.layouts.safetensors_format import SAFETENSORS
@@ -46,7 +46,8 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
         CheckpointError: mlx-embeddings has no class for it, or would take one of the checkpoint's.
     """
     made = mlx_lm.model(checkpoint, memos, MLX_EMBEDDINGS, BESIDE)
-    notes = [NAME_NOTE] if _is_siglip(made.config) else []
+    notes = leftovers.of_convert(checkpoint, takes, "mlx_embeddings.convert", folders=False)
+    notes += [NAME_NOTE] if _is_siglip(made.config) else []
     return structs.replace(made, notes=(*made.notes, *notes))
 
 

@@ -18,6 +18,7 @@ from tasks.core import text
 from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import Target
 from tasks.layouts import asking, card
+from tasks.layouts.libraries import MLX_LM
 from tasks.layouts.limited import Refused
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning import card_lines, card_template
@@ -42,7 +43,11 @@ def params(plan: Plan) -> str:
 
 def program() -> list[Any]:
     """Return what any target's card depends on beside the target."""
-    return [VERSION, digest(_default_template().encode()), _versions(computed=True, rounded=True)]
+    return [
+        VERSION,
+        digest(_default_template().encode()),
+        _versions(MLX_LM, computed=True, rounded=True),
+    ]
 
 
 def render(
@@ -128,7 +133,9 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "quantized": [f"{words}: {text.plural(n, 'module')}" for words, n in counts.items()],
         "dtype": plan.model.dtype,
         "versions": _versions(
-            computed=bool(computer), rounded=bool(target.quantize and target.quantize.method)
+            plan.model.model.library or MLX_LM,
+            computed=bool(computer),
+            rounded=bool(target.quantize and target.quantize.method),
         ),
         "computer": [computer[key] for key in ("device", "machine") if key in computer],
         "toml": card_lines.lines(plan, base, adapter),
@@ -207,13 +214,14 @@ def _rendered(target: Target, variables: list[dict[str, Any]], memos: Memos) -> 
 
 
 @cache
-def _versions(*, computed: bool, rounded: bool) -> dict[str, str]:
+def _versions(library: str, *, computed: bool, rounded: bool) -> dict[str, str]:
     """Return the versions of what made a model.
 
     Args:
+        library: whose classes it is of.
         computed: whether anything was computed; else MLX's is no matter.
         rounded: whether weights were rounded by what a model made of a text.
     """
-    versions = asking.versions() | {"mlx-make": version("mlx-make")}
+    versions = asking.versions(library) | {"mlx-make": version("mlx-make")}
     versions |= {name: version(name) for name in ROUNDING if rounded}
     return versions if computed else {name: versions[name] for name in versions if name != "mlx"}

@@ -318,9 +318,10 @@ def _verdicts(model: Model, quantize: Quantize) -> Iterator[tuple[Module, Verdic
     """
     recipe = model.recipes.get(quantize.recipe) if quantize.recipe else None
     if quantize.recipe and recipe is None:
+        has = f"s, which are {', '.join(model.recipes)}. Use one of these, or bits."
         raise ConfigError(
-            f"recipe {quantize.recipe!r} is none of {model.library}'s, which are "
-            f"{', '.join(model.recipes)}. Use one of these, or bits."
+            f"recipe {quantize.recipe!r} is none of {model.library}'"
+            + (has if model.recipes else "s, which has none. Use bits instead.")
         )
     if isinstance(recipe, str):
         raise ConfigError(
