@@ -105,6 +105,7 @@ def main() -> None:
     if arguments.most_weights:
         vlm_checkpoints.MOST_WEIGHTS = arguments.most_weights
     folder = arguments.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     if arguments.rounds:
         print(_timed(folder, arguments.rounds))
         return

@@ -113,12 +113,56 @@ KDA = {
         "short_conv_kernel_size": 4,
     }
 }  # fmt: skip
+GLM_5 = {
+    "num_attention_heads": 4, "num_key_value_heads": 4, "index_topk": 64, "index_kpool": 16,
+    "qk_rope_head_dim": 0, "mla_use_nope": True,
+}  # fmt: skip
+MAMBA = {
+    "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_proj_bias": False, "mamba_d_state": 16,
+    "mamba_d_conv": 4, "mamba_n_groups": 1, "mamba_conv_bias": True, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "shared_intermediate_size": 128,
+}  # fmt: skip
+MODERN_BERT = {
+    "model_type": "modernbert", "vocab_size": 320, "hidden_size": 128, "num_hidden_layers": 4,
+    "intermediate_size": 128, "num_attention_heads": 4,
+}  # fmt: skip
+STACK = [128, 64, 32, 32, 32]  # widths of convolutions
+
+
+def convolutions(**own: Any) -> dict[str, Any]:
+    """What a stack of MoGe's convolutions is."""
+    resamplers = [*["conv_transpose"] * 3, "bilinear"]
+    norms = {"res_block_in_norm": "none", "res_block_hidden_norm": "none"}
+    blocks = {"num_res_blocks": [0, 1, 1, 1, 0], "resamplers": resamplers}
+    return {"dim_in": STACK, "dim_res_blocks": STACK, **norms, **blocks, **own}
+
+
+MUSE = {"rope_parameters": {"rope_theta": 10000.0}, "layer_rope_theta": [10000.0] * 4}
+KIMI_3 = {
+    **KDA, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+    "v_head_dim": 32, "num_experts": 4, "moe_intermediate_size": 128, "attn_res_block_size": 2,
+    "routed_expert_hidden_size": 128, "activation_situ_beta": 1.0,
+    "activation_situ_linear_beta": 1.0,
+}  # fmt: skip
 MIMO = {"moe_layer_freq": [0, 1, 1, 1], "hybrid_layer_pattern": [0, 1, 1, 0]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "baichuan_m1": {"sliding_window_layers": [1, 3], "conv_window": 2},
+    "clef": {
+        "head_config": {
+            "hidden_size": 128,
+            "width": 64,
+            "routing_layers": 1,
+            "layers": 1,
+            "heads": 2,
+            "feedforward": 128,
+        }
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseekocr_2": {
+        "vision_config": {"width": {"qwen2-0-5b": {"dim": 128}, "sam_vit_b": {}}, "params": {}}
     },
     "exaone4": {"sliding_window_pattern": "LLLG"},
     "exaone_moe": {
@@ -132,10 +176,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "activation_sparsity_pattern": [0.0] * 4,
         }
     },
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "glm5_next": {**GLM_5, "text_config": GLM_5},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, **MAMBA},
     "hunyuan": {"rope_scaling": {"alpha": 1.0, "factor": 1.0, "type": "dynamic"}},
     "jamba": {"layers_block_type": ["mamba", "attention"] * 2},
+    "kimi_k3": {**KIMI_3, "text_config": KIMI_3},
     "kimi_linear": KDA,
+    "laya": {"encoder_config": MODERN_BERT, "decision_config": {}},
     "limite": {"rope_n_pairs": 8},
     "llama4_text": {"no_rope_layers": [1, 1, 1, 0]},
     "llava": CLIP,
@@ -149,8 +196,46 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mimo_v2": {**MIMO, "text_config": MIMO},
     "mimo_v2_flash": {**MIMO, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "moge3": {
+        "encoder": {
+            "embed_dim": 128,
+            "depth": 4,
+            "num_heads": 4,
+            "ffn": "mlp",
+            "dim_out": 128,
+            "intermediate_layers": [0, 1, 2, 3],
+        },
+        "neck": convolutions(dim_in=[130, 2, 2, 2, 2], dim_out=None),
+        "points_head": convolutions(dim_out=[*[None] * 4, 3]),
+        "mask_head": convolutions(dim_out=[*[None] * 4, 1]),
+        "normal_head": convolutions(dim_out=[*[None] * 4, 3]),
+        "scale_head": {"dims": [128, 128, 1]},
+        "refiner": {
+            "encoder_channels": 130,
+            "model_channels": [32, 64, 128],
+            "downsample_factors": [2, 2],
+            "encoder_downsample": 4,
+        },
+    },
+    "multi_modality": {
+        "vision_config": {"params": {}, "cls": "CLIPVisionTower", "model_type": "vision"},
+        "aligner_config": {
+            "cls": "MlpProjector",
+            "model_type": "aligner",
+            "params": {
+                "depth": 2,
+                "input_dim": 128,
+                "n_embed": 128,
+                "projector_type": "mlp_gelu",
+            },
+        },
+    },
+    "muse_spark": {**MUSE, "text_config": MUSE},
     "nemotron_h": HYBRID,
     "nemotron_h_nano_omni": {"text_config": HYBRID, "llm_config": HYBRID},
+    "nemotron_nas": {
+        "block_configs": [{"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.0}}] * 4
+    },
     "nemotron_voicechat": {"text_config": HYBRID, "llm_config": HYBRID},
     "openelm": {"num_query_heads": [4] * 4, "num_kv_heads": [2] * 4, "ffn_multipliers": [1.0] * 4},
     "paddleocr_vl": {"head_dim": 32, "text_config": {"head_dim": 32}},
