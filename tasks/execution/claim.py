@@ -25,6 +25,7 @@ from tasks.checkpoints.hub_name import PREFIX
 from tasks.checkpoints.source import Opening
 from tasks.core.errors import ArchitectureError, BuildError, ConfigError
 from tasks.core.spec import (
+    Device,
     Dtype,
     LayoutName,
     LoaderName,
@@ -104,6 +105,7 @@ class Making(Struct, frozen=True, kw_only=True):
         as_packed: whether nothing was quantized but what the source has packed, if that is known.
         keep: whether that was asked for.
         dtype: what was cast to then, if anything: of packed weights floats may be of several.
+        device: what computed it, if that is known and can be had here.
         method: what its weights were rounded by, if not to nearest.
         quality: the text on which, and how much of it.
     """
@@ -117,6 +119,7 @@ class Making(Struct, frozen=True, kw_only=True):
     as_packed: bool = False
     keep: bool = False
     dtype: Dtype | None = None
+    device: Device | None = None
     method: Method | None = None
     quality: Quality = Quality()
 
@@ -134,6 +137,7 @@ class Making(Struct, frozen=True, kw_only=True):
             as_packed=not target.quantize,
             keep=target.keep,
             dtype=target.dtype,
+            device=target.device,
             method=target.quantize.method if target.quantize else None,
             quality=quality,
         )
@@ -154,6 +158,7 @@ class _Model(Struct):
     adapter: str | None = None
     dequantize: bool = False
     dtype: Dtype | None = None
+    device: str | None = None
     quantize: dict[str, Any] | Literal["keep"] | None = None
 
 
@@ -201,6 +206,7 @@ def from_card(card: str, name: str, source: str = "") -> Making | None:
         as_packed=not isinstance(model.quantize, dict),
         keep=model.quantize == "keep",
         dtype=model.dtype,
+        device="cpu" if model.device == "cpu" else None,  # a GPU need not be here
         method=method,
         quality=quality,
     )
@@ -263,6 +269,7 @@ def target_of(claim: Claim, making: Making, planner: Planner) -> Target:
         dequantize=making.dequantize,
         max_shard_bytes=shard_bytes,
         dtype=_dtype(checkpoint),
+        device=making.device,
         where=claim.name,
     )
     target = structs.replace(asked, layout=_layout(claim, asked, planner))
