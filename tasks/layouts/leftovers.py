@@ -11,6 +11,7 @@ from tasks.core.text import listed, plural
 
 # What makes pictures, videos and sounds ready, by the names that transformers and mlx-vlm read.
 PROCESSORS = ("*processor*.json", "system_prompts.json", "viterbi_calibration.json")
+WEIGHTS = "model*.safetensors"
 
 
 def of_convert(
@@ -61,6 +62,14 @@ def of_processors(checkpoint: Checkpoint, convert: str, elsewhere: str) -> list[
         f"{plural(len(names), 'file')} of processors left out, which make ready what a model sees "
         f"and hears, as {convert} does: {elsewhere} keeps them ({listed(names)})"
     ]
+
+
+def weights_in_folders(checkpoint: Checkpoint) -> list[str]:
+    """Return the weight files one folder below a checkpoint's own, which no loader reads."""
+    here = checkpoint.folder
+    found = {path.relative_to(here).as_posix() for path in here.glob(f"*/{WEIGHTS}")}
+    found |= {name for name in checkpoint.source.hashes if matches(name, [f"*/{WEIGHTS}"])}
+    return sorted(found)
 
 
 def _names(checkpoint: Checkpoint) -> list[str]:

@@ -14,7 +14,9 @@ from msgspec import structs
 
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
+from tasks.core.text import listed
 from tasks.layouts import leftovers, mlx_lm
 from tasks.layouts.libraries import MLX_EMBEDDINGS
 from tasks.layouts.model import Model
@@ -43,8 +45,16 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     """Return the model by mlx-embeddings' names.
 
     Raises:
-        CheckpointError: mlx-embeddings has no class for it, or would take one of the checkpoint's.
+        CheckpointError: mlx-embeddings has no class for it, or would take one of the checkpoint's;
+            or parts of it lie in folders.
     """
+    if parts := leftovers.weights_in_folders(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.folder}: mlx_embeddings.convert reads {listed(parts)} as parts of the "
+            "model, and here weights lie beside config.json alone. Save theirs there, as "
+            "model-parts.safetensors, by the model's names for them (of EmbeddingGemma, "
+            "dense.0.weight and dense.1.weight)."
+        )
     made = mlx_lm.model(checkpoint, memos, MLX_EMBEDDINGS, BESIDE)
     notes = leftovers.of_convert(checkpoint, takes, "mlx_embeddings.convert", folders=False)
     notes += [NAME_NOTE] if _is_siglip(made.config) else []

@@ -4,6 +4,7 @@ A few architectures, one call of doit for all of their targets. `benchmarks/vlm.
 that mlx-embeddings has.
 """
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -86,3 +87,22 @@ def test_what_mlx_embeddings_converts_is_verified(
     status, out, err = inside.run(built, "verify", "--all", *source, "references/bert-4bit")
     assert (status, err) == (0, "")
     assert out.endswith("made anew from checkpoints/bert\n")
+
+
+def test_parts_in_folders(built: Path) -> None:
+    """As sentence-transformers saves EmbeddingGemma's head: in one file with the rest, they do."""
+    source = built / "checkpoints" / "parts"
+    shutil.copytree(built / "checkpoints" / "gemma3_text", source)
+    arrays = mx.load(str(source / "model.safetensors"))
+    mx.eval(arrays)
+    heads = {name: arrays.pop(name) for name in list(arrays) if name.startswith("dense.")}
+    mx.save_safetensors(str(source / "model.safetensors"), arrays)
+    (source / "2_Dense").mkdir()
+    mx.save_safetensors(str(source / "2_Dense" / "model.safetensors"), heads)
+    toml = '[models.a]\nsource = "checkpoints/parts"\nlayout = "mlx-embeddings"\n'
+    (built / "models.toml").write_text(toml)
+    assert "2_Dense/model.safetensors as parts of" in inside.doit(built, expect=3).stderr
+    shutil.move(source / "2_Dense" / "model.safetensors", source / "model-parts.safetensors")
+    inside.doit(built)
+    plain = built / "references" / "gemma3_text-plain"
+    assert [*weight_differences(built / "build" / "a", plain)] == []

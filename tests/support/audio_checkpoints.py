@@ -151,8 +151,8 @@ def _taken(make: Callable[[], Any], parameters: dict[str, Any]) -> dict[str, Any
         ValueError: it does not take them so either.
     """
     turned = {name for name, array in parameters.items() if array.ndim > 2}
+    arrays = {name: _random(name, array, name in turned) for name, array in parameters.items()}
     while True:
-        arrays = {name: _random(name, array, name in turned) for name, array in parameters.items()}
         model, weights = make(), dict(arrays)
         try:
             if hasattr(model, "sanitize"):
@@ -164,6 +164,7 @@ def _taken(make: Callable[[], Any], parameters: dict[str, Any]) -> dict[str, Any
             if not refused or refused[1] not in turned:
                 raise
             turned.remove(refused[1])
+            arrays[refused[1]] = _random(refused[1], parameters[refused[1]], False)
 
 
 def _flat(model: Any) -> dict[str, Any]:
