@@ -105,6 +105,10 @@ class Model(Struct, frozen=True):
     runs: bool = False
 
 
+PREFIXES = re.compile(r"^((language_model|model|transformer|backbone)\.)+")
+NUMBER = re.compile(r"(?<=[^.])\.\d+(?=\.)")
+
+
 def layer_names(names: list[str]) -> dict[str, str]:
     """Return the layer of each parameter or tensor name.
 
@@ -113,14 +117,13 @@ def layer_names(names: list[str]) -> dict[str, str]:
     two layers would then share a name.
     """
     full = {name: _layer(name) for name in names}
-    short = {layer: re.sub(r"^((language_model|model|transformer|backbone)\.)+", "", layer)
-             for layer in full.values()}  # fmt: skip
+    short = {layer: PREFIXES.sub("", layer) for layer in dict.fromkeys(full.values())}
     if len(set(short.values())) < len(short):
         short = {layer: layer for layer in short}
     return {name: short[layer] for name, layer in full.items()}
 
 
 def _layer(name: str) -> str:
-    if match := re.search(r"(?<=[^.])\.\d+(?=\.)", name):
+    if match := NUMBER.search(name):
         return name[: match.end()]
     return name.rsplit(".", 1)[0] if "." in name else name

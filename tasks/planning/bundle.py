@@ -22,7 +22,7 @@ from tasks.core.program import COMMAND
 from tasks.core.task_names import PACK
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning import model_card
-from tasks.planning.node import Inputs, Node, total
+from tasks.planning.node import Inputs, Known, Node, total
 from tasks.planning.plan import Plan
 
 VERSION = 1
@@ -259,7 +259,13 @@ def specs_digest(weights: Weights[T]) -> str:
     )
 
 
-def writes_in_place(plan: Plan, is_made: Callable[[Node], bool], *, passes: bool = False) -> bool:
+def writes_in_place(
+    plan: Plan,
+    is_made: Callable[[Node], bool],
+    *,
+    passes: bool = False,
+    known: Known | None = None,
+) -> bool:
     """Tell whether a target's layers write their tensors straight into its weight files.
 
     They do where most bytes are of layers that the run makes; but not with CUDA, whose threads
@@ -270,23 +276,26 @@ def writes_in_place(plan: Plan, is_made: Callable[[Node], bool], *, passes: bool
         is_made: tells whether a node is made in this run.
         passes: whether its checkpoint does: then they do in any case, lest the disk have them
             twice.
+        known: what nodes make that were asked before.
     """
     if passes:
         return True
     if plan.shared.computer.device == "cuda":
         return False
-    written = sum(total(node.new_specs().values()) for node in plan.last if is_made(node))
-    return 2 * written > sum(total(node.output_specs().values()) for node in plan.last)
+    known = {} if known is None else known
+    written = sum(total(node.new_specs(known).values()) for node in plan.last if is_made(node))
+    return 2 * written > sum(total(node.output_specs(known).values()) for node in plan.last)
 
 
-def in_place(node: Node, *, passes: bool) -> dict[str, TensorSpec]:
+def in_place(node: Node, *, passes: bool, known: Known | None = None) -> dict[str, TensorSpec]:
     """Return what a last node writes in its place in a weight file, where layers do.
 
     Args:
         node: the node.
         passes: whether its checkpoint does: then what the node only passes on is written, too.
+        known: what nodes make that were asked before.
     """
-    return node.output_specs() if passes else node.new_specs()
+    return node.output_specs(known) if passes else node.new_specs(known)
 
 
 def inputs(plan: Plan, outputs: Mapping[Node, Mapping[str, Tensor]]) -> Inputs:

@@ -25,7 +25,7 @@ from tasks.layouts.registry import LAYOUTS
 from tasks.planning import bundle, locked_sources, locked_targets, sizes
 from tasks.planning.bundle import Bundle
 from tasks.planning.lockfile import LOCKED_OTHERWISE, Lock
-from tasks.planning.node import Inputs, Node, total
+from tasks.planning.node import Inputs, Known, Node, total
 from tasks.planning.plan import Plan
 from tasks.planning.sizes import Traffic
 from tasks.planning.steps import FETCH, IGNORED, REUSE, RUN, SETTLED, UP_TO_DATE, Step, TaskState
@@ -122,6 +122,7 @@ class Forecast:
         self._checked: set[str] = set()  # sources
         self._running: dict[str, bool] = {}  # identities of what will be made, and whether surely
         self._there: set[str] = set()  # digests of blobs that will be in the cache
+        self._made: tuple[Plan | None, Known] = None, {}  # what nodes make, of one target
         # Else any result may be on record that is not known before it is made.
         self._empty = not self._store.actions.root.exists()
 
@@ -248,7 +249,7 @@ class Forecast:
         inputs = self._known_outputs(last)
         in_place = self._written_in_place(plan)
         if not all(self._results[node].manifest for node in last):
-            size = sum(total(node.output_specs().values()) for node in last)
+            size = sum(total(node.output_specs(self._outputs(plan)).values()) for node in last)
             parts = [bundle.params(plan), [self._results[node].identity for node in last]]
             shared = self._runs(digest_record(parts))
             certain = not shared and self._surely(saved, last)
@@ -301,9 +302,13 @@ class Forecast:
             return 0
         to_run = {node for node in plan.last if self.steps[node.name].state == RUN}
         passes = sizes.passes(plan.checkpoint, self._build.keep)
-        if not bundle.writes_in_place(plan, to_run.__contains__, passes=passes):
+        known = self._outputs(plan)
+        made = to_run.__contains__
+        if not bundle.writes_in_place(plan, made, passes=passes, known=known):
             return 0
-        return sum(total(bundle.in_place(node, passes=passes).values()) for node in to_run)
+        return sum(
+            total(bundle.in_place(node, passes=passes, known=known).values()) for node in to_run
+        )
 
     def _leaf(self, plan: Plan, node: Node, saved: TaskState, old: Manifest | None) -> None:
         why = saved.why([])
@@ -363,12 +368,16 @@ class Forecast:
         changed = [self._path(need) for need in self._changed(saved, node.needs)]
         explained = old and reasons.between(old.action, action, node.stage.explain)
         why = explained or saved.why(changed)
-        recorded, state = self._recorded(plan, action, node.output_specs())
+        recorded, state = self._recorded(plan, action, node.output_specs(self._outputs(plan)))
         if recorded:
             self._results[node] = _Result(recorded.result, recorded)
             self._put(node, state, why)
             return
-        manifest = None if node.new_specs() else Manifest(action, _passed_on(node, inputs))
+        manifest = (
+            None
+            if node.new_specs(self._outputs(plan))
+            else Manifest(action, _passed_on(node, inputs))
+        )
         identity = manifest.result if manifest else action.key
         self._results[node] = _Result(identity, manifest, new=True)
         if self._runs(action.key):
@@ -482,7 +491,7 @@ class Forecast:
             self._refuse_making(plan, maker)
             return 0
         inputs = self._inputs(maker)
-        output = maker.outputs()[name]
+        output = maker.outputs(self._outputs(plan))[name]
         if (
             not self._keeps(plan, maker) and output.origin is not Origin.STORED
         ):  # made as it is read
@@ -523,10 +532,16 @@ class Forecast:
         sizes = {name: tensor.nbytes for name, tensor in packed.tensors.items()}
         return all(_size(folder / name) == size for name, size in sizes.items())
 
+    def _outputs(self, plan: Plan) -> Known:
+        """Return what nodes of a target make that were asked before: the latest target's."""
+        if self._made[0] is not plan:
+            self._made = plan, {}
+        return self._made[1]
+
     def _traffic(self, plan: Plan, node: Node) -> Traffic:
         if self._quick:
             return NOTHING
-        return sizes.traffic(node, self._kept(plan), plan.checkpoint)
+        return sizes.traffic(node, self._kept(plan), plan.checkpoint, self._outputs(plan))
 
     def _path(self, node: Node) -> str:
         return node.manifest_path(self._build.workspace)

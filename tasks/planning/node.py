@@ -105,13 +105,16 @@ class Node:
             known[self] = self.spec.stage.outputs(self.spec.params, self.input_specs(known))
         return known[self]
 
-    def output_specs(self) -> dict[str, TensorSpec]:
-        """Return the dtypes and shapes of what it will make."""
-        return {name: output.spec for name, output in self.outputs().items()}
+    def output_specs(self, known: Known | None = None) -> dict[str, TensorSpec]:
+        """Return the dtypes and shapes of what it will make; ``known`` as of outputs."""
+        return {name: output.spec for name, output in self.outputs(known).items()}
 
-    def new_specs(self) -> dict[str, TensorSpec]:
-        """Return the dtypes and shapes of what it makes, without what it only passes on."""
-        outputs = self.outputs().items()
+    def new_specs(self, known: Known | None = None) -> dict[str, TensorSpec]:
+        """Return the dtypes and shapes of what it makes, without what it only passes on.
+
+        ``known`` as of outputs.
+        """
+        outputs = self.outputs(known).items()
         return {n: output.spec for n, output in outputs if output.origin is not Origin.PASSED_ON}
 
     def as_inputs(self, tensors: Mapping[str, Tensor]) -> Inputs:

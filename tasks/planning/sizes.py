@@ -80,9 +80,14 @@ def reads(node: Node, keep: Collection[str], known: Known | None = None) -> set[
     }
 
 
-def traffic(node: Node, keep: Collection[str], checkpoint: Checkpoint) -> Traffic:
-    """Return the bytes that a node's action reads and writes, if nothing of it is there yet."""
-    known: Known = {}
+def traffic(
+    node: Node, keep: Collection[str], checkpoint: Checkpoint, known: Known | None = None
+) -> Traffic:
+    """Return the bytes that a node's action reads and writes, if nothing of it is there yet.
+
+    ``known`` as of ``reads``.
+    """
+    known = {} if known is None else known
     outputs = node.outputs(known)
     if node.is_leaf:
         fetched = [name for name in outputs if name in checkpoint.fetched]

@@ -37,17 +37,22 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
     """Return the weights that have ``…_scale_inv`` beside them."""
     block = settings.get("weight_block_size")
     packed = {}
-    for scale in tensors:
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}  # a mixture has thousands of few shapes
+    for scale, tensor in tensors.items():
+        if not scale.endswith(SCALES):
+            continue
         name = scale.removesuffix(SCALES)
-        if name == scale or name not in tensors or tensors[name].dtype != "uint8":
+        if name not in tensors or tensors[name].dtype != "uint8":
             continue
         shape = tensors[name].shape
-        sides = _block(tensors[scale], shape, block)
-        blocks = tuple(-(-n // b) for n, b in zip(shape[-2:], sides, strict=False))
-        whole = tensors[scale].shape in ((), (1,))
-        of = tensors[scale].shape if whole else (*shape[:-2], *blocks)
-        require(scale, tensors, of, *FLOATS)
-        packed[name] = Packed(shape, (name, scale), {"block": list(sides)})
+        kind = (shape, tensor.dtype, tensor.shape)
+        if kind not in known:
+            sides = _block(tensor, shape, block)
+            blocks = tuple(-(-n // b) for n, b in zip(shape[-2:], sides, strict=False))
+            of = tensor.shape if tensor.shape in ((), (1,)) else (*shape[:-2], *blocks)
+            require(scale, tensors, of, *FLOATS)
+            known[kind] = {"block": list(sides)}
+        packed[name] = Packed(shape, (name, scale), known[kind])
     if not packed:
         return None
     return Found(NAME, packed, activations(tensors))

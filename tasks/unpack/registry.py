@@ -199,11 +199,14 @@ def unpacked(checkpoint: Checkpoint, found: Found, dtype: str = "float32") -> Ch
     gone = {*found.left_out, *found.used_up}
     gone |= {name for each in found.packed.values() for name in each.inputs}
     tensors = {name: t for name, t in checkpoint.tensors.items() if name not in gone}
+    stored = checkpoint.tensors
     for name, each in found.packed.items():
-        inputs = [checkpoint.tensors[part] for part in each.inputs]
-        if any(part.steps for part in inputs):
-            raise CheckpointError(f"{checkpoint.folder}: {name} is both packed and sharded.")
-        keys = tuple(key for part in inputs for key in part.inputs)
+        inputs = [stored[part] for part in each.inputs]
+        keys: tuple[str, ...] = ()
+        for part in inputs:
+            keys += part.inputs
+            if part.steps:
+                raise CheckpointError(f"{checkpoint.folder}: {name} is both packed and sharded.")
         packing = [1, list(each.shape), len(keys), each.settings]
         name_of = each.format or found.format
         own = dtype or _dtype(name_of, each, inputs)

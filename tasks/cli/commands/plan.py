@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -58,6 +59,7 @@ it or a target cannot be planned."""
         """Load the tasks, and say what is asked."""
         # What nothing happened to is told in one line, but as JSON task by task.
         self.options = Options(skip_targets=not args and not params["as_json"])
+        gc.disable()  # as in run: thousands of tasks are made, and none goes
         return super().execute(params, args)
 
     def _execute(self, as_json: bool) -> int:
