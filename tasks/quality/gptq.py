@@ -10,6 +10,7 @@ groups before have left of it, and in the precision in which they are stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.tensors import blas, mx
@@ -21,6 +22,7 @@ DAMPING = 0.01  # of the diagonal's mean, added to it, as the paper has it
 
 
 SMALL = 64  # matrices that are inverted in one go
+BLOCK = 4096  # channels that are worked on together: more are factored in blocks of these
 
 
 class Order(NamedTuple):
@@ -38,33 +40,85 @@ class Order(NamedTuple):
     factor: np.ndarray
 
 
-def order(hessian: np.ndarray, group_size: int) -> Order:
+def order(read: Callable[[], Iterable[np.ndarray]], channels: int, group_size: int) -> Order:
     """Return the order in which channels are rounded.
 
+    It holds one matrix in float64, which is worked on in its place, and blocks of ``BLOCK`` rows.
+
     Args:
-        hessian: the sum over inputs x of xxᵀ: (channels, channels). If all of it is zero, errors
-            are not handed on.
-        group_size: how many channels share a scale.
+        read: yields the rows of the sum over inputs x of xxᵀ, float32, some at a time. If all of it
+            is zero, errors are not handed on.
+        channels: how many there are.
+        group_size: how many of them share a scale.
     """
     import numpy as np
 
     blas.one_thread()
-    diagonal = np.diag(hessian).astype(np.float64)
+    diagonal = np.concatenate(
+        [rows[np.arange(len(rows)), np.arange(at, at + len(rows))] for at, rows in _placed(read())]
+    ).astype(np.float64)
     given = diagonal.reshape(-1, group_size)
     groups = np.argsort(-given.sum(axis=1), kind="stable")
     inside = np.argsort(-given, axis=1, kind="stable")
-    channels = (inside + np.arange(0, diagonal.size, group_size)[:, None])[groups].reshape(-1)
+    numbers = (inside + np.arange(0, channels, group_size)[:, None])[groups].reshape(-1)
     # Of the reversed matrix, the lower factor is the upper one of the matrix, reversed.
-    backwards = channels[::-1]
-    wide = np.empty(hessian.shape, np.float64)
-    for row, channel in zip(wide, backwards, strict=True):
-        row[:] = hessian[channel, backwards]
-    wide[np.diag_indices_from(wide)] += DAMPING * diagonal.mean() or 1.0
-    lower = np.linalg.cholesky(wide)
-    wide[:] = lower[::-1, ::-1]
-    del lower
-    _invert(wide)
-    return Order(channels, groups, wide.astype(np.float32))
+    backwards = numbers[::-1]
+    place = np.empty(channels, np.int64)
+    place[backwards] = np.arange(channels)
+    factor = np.empty((channels, channels), np.float64)
+    for at, rows in _placed(read()):
+        for row, to in zip(rows, place[at : at + len(rows)], strict=True):
+            factor[to] = row[backwards]
+    factor[np.diag_indices_from(factor)] += DAMPING * diagonal.mean() or 1.0
+    _factor(factor)
+    _reverse(factor)
+    _invert(factor)
+    return Order(numbers, groups, _narrow(factor))
+
+
+def order_memory(channels: int) -> int:
+    """Return the bytes that ``order`` holds at once."""
+    together = min(channels, BLOCK)
+    return 8 * (channels**2 + channels * together + 2 * together**2)
+
+
+def _placed(blocks: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield blocks of rows, with the number of each one's first row."""
+    at = 0
+    for rows in blocks:
+        yield at, rows
+        at += len(rows)
+
+
+def _factor(matrix: np.ndarray) -> None:
+    """Put the lower Cholesky factor of a matrix in its place, ``BLOCK`` columns at a time."""
+    import numpy as np
+
+    size = len(matrix)
+    if size <= BLOCK:
+        matrix[:] = np.linalg.cholesky(matrix)
+        return
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        own = np.linalg.cholesky(matrix[start:stop, start:stop])
+        matrix[start:stop, start:stop] = own
+        matrix[start:stop, stop:] = 0
+        inverse = np.ascontiguousarray(own.T)
+        _invert(inverse)
+        below = matrix[stop:, start:stop]
+        below[:] = below @ inverse
+        for column in range(stop, size, BLOCK):
+            ahead = matrix[column:, column : column + BLOCK]
+            ahead -= below[column - stop :] @ below[column - stop :][:BLOCK].T
+
+
+def _reverse(matrix: np.ndarray) -> None:
+    """Reverse the rows and columns of a matrix, in its place."""
+    for first in range((len(matrix) + 1) // 2):
+        last = len(matrix) - 1 - first
+        row = matrix[first, ::-1].copy()
+        matrix[first] = matrix[last, ::-1]
+        matrix[last] = row
 
 
 def _invert(upper: np.ndarray) -> None:
@@ -76,11 +130,26 @@ def _invert(upper: np.ndarray) -> None:
         upper[:] = np.triu(np.linalg.inv(upper))
         return
     half = size // 2
-    beside = upper[:half, half:]
+    beside, last = upper[:half, half:], upper[half:, half:]
     _invert(upper[:half, :half])
-    _invert(upper[half:, half:])
-    beside[:] = upper[:half, :half] @ (beside @ upper[half:, half:])
+    _invert(last)
+    step = BLOCK if size > BLOCK else size  # whole, or so many rows, then columns, at a time
+    for start in range(0, half, step):
+        beside[start : start + step] = beside[start : start + step] @ last
+    for start in range(0, size - half, step):
+        beside[:, start : start + step] = upper[:half, :half] @ beside[:, start : start + step]
     np.negative(beside, out=beside)
+
+
+def _narrow(matrix: np.ndarray) -> np.ndarray:
+    """Return a matrix of float64 in float32, in the first half of the same memory."""
+    import numpy as np
+
+    size = len(matrix)
+    narrow = matrix.reshape(-1).view(np.float32)[: size * size].reshape(size, size)
+    for number, row in enumerate(matrix):
+        narrow[number] = row.astype(np.float32)  # a copy: of the first row, both are in one place
+    return narrow
 
 
 def quantize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
 
 from msgspec import structs
 
@@ -12,15 +14,17 @@ from tasks.core.errors import BuildError
 from tasks.quality import gptq
 from tasks.stages import hessians
 from tasks.stages.hessians import Hessians
-from tasks.stages.quantize import Quantize, Quantized, QuantizeParams, write_parts
+from tasks.stages.quantize import Quantize, Quantized, QuantizeParams, Quantizer, write_parts
 from tasks.stages.quantize_scheme import Setting, parts
 from tasks.stages.stage import Context, Inputs, Key, Need, Output, Planned, Result, TargetModel
 from tasks.tensors import arrays, blas, kernels, rows
 from tasks.tensors.rows import Rows
 
+if TYPE_CHECKING:
+    import numpy as np
+
 METHOD = "gptq"
 BLOCK_BYTES = 16 << 20  # of rows that are rounded together, in float32
-FACTORING = 4 * 8  # bytes for each number of a Hessian, while it is factored
 
 
 class GptqParams(QuantizeParams, frozen=True, kw_only=True):
@@ -31,12 +35,14 @@ class GptqParams(QuantizeParams, frozen=True, kw_only=True):
         numpy: NumPy's version, which factors the Hessians.
         hessians: the name of each weight's, by the weight's; others are rounded to nearest.
         channels: of the largest.
+        together: how many channels are factored at once, where there are more.
     """
 
     method: str
     numpy: str
     hessians: dict[str, str]
     channels: int
+    together: int = 0
 
 
 class Gptq(Quantize):
@@ -72,12 +78,14 @@ class Gptq(Quantize):
         if not given:
             return planned
         parameters = target.layers[layer]
+        channels = max(p.shape[-1] for p in parameters if p.name in given)
         params = GptqParams(
             **structs.asdict(params),
             method=METHOD,
             numpy=blas.version(),
             hessians={weight: name for weight, (_, name) in given.items()},
-            channels=max(p.shape[-1] for p in parameters if p.name in given),
+            channels=channels,
+            together=gptq.BLOCK if channels > gptq.BLOCK else 0,
         )
         segments = dict.fromkeys(segment for segment, _ in given.values())
         reads = frozenset((*(p.name for p in parameters), *params.hessians.values()))
@@ -109,22 +117,16 @@ class Gptq(Quantize):
         rounded = params.settings.keys() - params.hessians.keys()
         return structs.replace(made, notes=(*made.notes, *map(note.format, sorted(rounded))))
 
-    def quantize(
-        self, key: Key, setting: Setting, params: QuantizeParams, context: Context
-    ) -> tuple[dict[str, Tensor], bool]:
-        """Quantize a weight by its Hessian, if it has one."""
-        if not isinstance(params, GptqParams) or key.name not in params.hessians:
-            return super().quantize(key, setting, params, context)
-        of = Key(Hessians.name, params.hessians[key.name])
-        weight = context.rows(key)
-        blocks = _blocks(key.name, weight, context.rows(of), setting)
-        return write_parts(context, key.name, weight, setting, blocks)
+    def quantizer(self, params: QuantizeParams, context: Context) -> Quantizer:
+        """Return what quantizes a weight by its Hessian, if it has one."""
+        nearest = super().quantizer(params, context)
+        return _Rounding(nearest, params, context) if isinstance(params, GptqParams) else nearest
 
     def memory(self, params: QuantizeParams, checkpoint: Checkpoint) -> int:
         """Return the size of a few blocks, and of a Hessian that is factored."""
         nbytes = super().memory(params, checkpoint)
         if isinstance(params, GptqParams):
-            nbytes += FACTORING * params.channels**2 + 4 * BLOCK_BYTES
+            nbytes += gptq.order_memory(params.channels) + 4 * BLOCK_BYTES
         return nbytes
 
     def describe(self, params: QuantizeParams) -> str:
@@ -136,29 +138,65 @@ def _is_weight(key: Key) -> bool:
     return key.stage != Hessians.name
 
 
-def _blocks(name: str, weight: Rows, given: Rows, setting: Setting) -> Iterator[Quantized]:
+class _Rounding:
+    """Rounds one weight of a layer after another: those that share a Hessian, by one factor."""
+
+    def __init__(self, nearest: Quantizer, params: GptqParams, context: Context) -> None:
+        self._nearest = nearest
+        self._params = params
+        self._context = context
+        self._last: tuple[str, int] | None = None
+        self._orders: list[gptq.Order] = []
+
+    def __call__(self, key: Key, setting: Setting) -> tuple[dict[str, Tensor], bool]:
+        if key.name not in self._params.hessians:
+            return self._nearest(key, setting)
+        weight = self._context.rows(key)
+        of = self._params.hessians[key.name], setting.group_size
+        orders: Iterable[gptq.Order] = self._orders
+        if self._last != of:
+            self._last, self._orders = None, []  # before the next takes its memory
+            given = self._context.rows(Key(Hessians.name, of[0]))
+            orders = _orders(key.name, given, weight.shape[-1], setting.group_size)
+            if rows.count(given) == weight.shape[-1]:
+                self._last, self._orders = of, [*orders]
+                orders = self._orders
+        return write_parts(
+            self._context, key.name, weight, setting, _blocks(weight, orders, setting)
+        )
+
+
+def _orders(name: str, given: Rows, channels: int, group_size: int) -> Iterator[gptq.Order]:
+    """Yield the order in which the channels of each of a weight's matrices are rounded."""
+    import numpy as np
+
+    def read(first: int) -> Iterator[np.ndarray]:
+        step = max(1, BLOCK_BYTES // (4 * channels))
+        for start in range(first, first + channels, step):
+            block = np.array(given.read(start, min(start + step, first + channels)))
+            if not np.isfinite(block).all():
+                raise BuildError(
+                    f"{name} cannot be rounded by {METHOD}: what it is given on the calibration "
+                    "text holds NaN or infinity, by weights that do, or a dtype that overflows. "
+                    'Try dtype = "float32" or "bfloat16", or leave method out.'
+                )
+            yield block
+
+    for first in range(0, rows.count(given), channels):
+        yield gptq.order(partial(read, first), channels, group_size)
+
+
+def _blocks(weight: Rows, orders: Iterable[gptq.Order], setting: Setting) -> Iterator[Quantized]:
     """Yield a weight's rows, quantized: of each of its matrices by its own Hessian.
 
     By the CPU: for a GPU there is too little to do at once.
     """
-    import numpy as np
-
     channels = weight.shape[-1]
-    matrices = rows.count(given) // channels
-    per_matrix = rows.count(weight) // matrices
-    for matrix in range(matrices):
-        hessian = np.array(given.read(matrix * channels, (matrix + 1) * channels))
-        if not np.isfinite(hessian).all():
-            raise BuildError(
-                f"{name} cannot be rounded by {METHOD}: what it is given on the calibration "
-                "text holds NaN or infinity, by weights that do, or a dtype that overflows. Try "
-                'dtype = "float32" or "bfloat16", or leave method out.'
-            )
-        order = gptq.order(hessian, setting.group_size)
-        first = matrix * per_matrix
-        step = max(1, BLOCK_BYTES // (4 * channels * weight.unit)) * weight.unit
-        for start in range(first, first + per_matrix, step):
-            block = weight.read(start, min(start + step, first + per_matrix))
+    step = max(1, BLOCK_BYTES // (4 * channels * weight.unit)) * weight.unit
+    for matrix, order in enumerate(orders):
+        first = matrix * weight.shape[-2]
+        for start in range(first, first + weight.shape[-2], step):
+            block = weight.read(start, min(start + step, first + weight.shape[-2]))
             packed = gptq.quantize(block, order, group_size=setting.group_size, bits=setting.bits)
             not_finite = kernels.not_finite(block)
             pieces = arrays.views(packed, not_finite, together=False)

@@ -76,7 +76,7 @@ class Hessians(UnquantizedStage):
     """Tell how the input channels of each linear layer go together."""
 
     name = "hessians"
-    version = 3
+    version = 4
     text = CALIBRATION_TEXT
 
     def plan_key(self, target: TargetModel) -> Hashable:
@@ -137,9 +137,13 @@ class Hessians(UnquantizedStage):
         return Result({name: tensors[name] for name in outputs}, runner.notes)
 
     def memory(self, params: ForwardParams, checkpoint: Checkpoint) -> int:
-        """Return the size of the segment's weights, of states, and of the Hessians, twice."""
-        hessians = sum(spec.nbytes for spec in _specs(params).values())
-        return super().memory(params, checkpoint) + 2 * hessians
+        """Return the size of the segment's weights, of states, of the Hessians and of a product."""
+        specs = _specs(params).values()
+        if params.device == "cpu":
+            product = max((blas.gram_memory(spec.shape[-1]) for spec in specs), default=0)
+        else:
+            product = sum(spec.nbytes for spec in specs)
+        return super().memory(params, checkpoint) + sum(s.nbytes for s in specs) + product
 
 
 def _specs(params: ForwardParams) -> dict[str, TensorSpec]:
@@ -192,11 +196,7 @@ class _Products:
             else:
                 given = {0: inputs}
             for number, rows in given.items():
-                product, total = self._product(rows.astype(mx.float32)), totals[number]
-                if total is not None:
-                    product += total
-                mx.eval(product)
-                totals[number] = product
+                totals[number] = self._added(totals[number], rows.astype(mx.float32))
         self._ahead.clear()
 
     def take(self, name: str) -> Iterator[memoryview]:
@@ -210,7 +210,16 @@ class _Products:
             else:
                 yield (np.zeros(shape, np.float32) if total is None else total).data.cast("B")
 
-    def _product(self, rows: mx.array) -> mx.array | np.ndarray:
+    def _added(self, total: mx.array | np.ndarray | None, rows: mx.array) -> mx.array | np.ndarray:
+        """Return a total, to which the products of columns are added."""
         import numpy as np
 
-        return blas.gram(np.array(rows)) if self._by_numpy else rows.T @ rows
+        if not self._by_numpy:
+            product = rows.T @ rows if total is None else total + rows.T @ rows
+            mx.eval(product)
+            return product
+        if total is None:
+            total = np.zeros((rows.shape[-1], rows.shape[-1]), np.float32)
+        assert isinstance(total, np.ndarray)
+        blas.add_gram(total, np.array(rows, copy=False))
+        return total

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -66,6 +67,10 @@ def settings_digest(settings: Mapping[str, Setting]) -> str:
     return digest(QuantizeParams({**settings}).encoded)
 
 
+# Quantizes a weight; returns its parts by name, and whether all of it was finite.
+Quantizer = Callable[[Key, Setting], tuple[dict[str, Tensor], bool]]
+
+
 class Quantize(Stage[QuantizeParams]):
     """Quantize each layer."""
 
@@ -106,12 +111,13 @@ class Quantize(Stage[QuantizeParams]):
         """Quantize a layer."""
         tensors: dict[str, Tensor] = {}
         notes = []
+        quantize = self.quantizer(params, context)
         for key in inputs:
             setting = params.settings.get(key.name)
             if setting is None:
                 tensors[key.name] = self.leave(key, params, context)
                 continue
-            packed, finite = self.quantize(key, setting, params, context)
+            packed, finite = quantize(key, setting)
             if not finite:
                 notes.append(
                     f"{key.name} holds NaN or infinity, which no quantized weight can show"
@@ -129,6 +135,10 @@ class Quantize(Stage[QuantizeParams]):
     def leave(self, key: Key, params: QuantizeParams, context: Context) -> Tensor:
         """Return a tensor that is not quantized: as it is."""
         return context.pass_on(key)
+
+    def quantizer(self, params: QuantizeParams, context: Context) -> Quantizer:
+        """Return what quantizes one weight of a layer after another."""
+        return partial(self.quantize, params=params, context=context)
 
     def quantize(
         self, key: Key, setting: Setting, params: QuantizeParams, context: Context

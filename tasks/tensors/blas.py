@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+COLUMNS = 2048  # of which products are added up at once
+
+
 @functools.cache
 def one_thread() -> None:
     """Have BLAS use one thread from now on, in all of this process.
@@ -25,15 +28,28 @@ def one_thread() -> None:
     threadpoolctl.threadpool_limits(1, user_api="blas")
 
 
-def gram(rows: np.ndarray) -> np.ndarray:
-    """Return the products of columns, (columns, columns): the same to the bit in any threads.
+def add_gram(total: np.ndarray, rows: np.ndarray) -> None:
+    """Add the products of columns to a total: the same to the bit in any threads.
 
     Args:
+        total: (columns, columns), float32.
         rows: (rows, columns), float32.
     """
     one_thread()
-    made: np.ndarray = rows.T @ rows
-    return made
+    columns = rows.shape[1]
+    if columns <= COLUMNS:
+        total += rows.T @ rows
+        return
+    for start in range(0, columns, COLUMNS):  # what is symmetric, once
+        stop = min(start + COLUMNS, columns)
+        products = rows[:, start:stop].T @ rows[:, start:]
+        total[start:stop, start:] += products
+        total[stop:, start:stop] += products[:, stop - start :].T
+
+
+def gram_memory(columns: int) -> int:
+    """Return the bytes that ``add_gram`` takes beside the total."""
+    return 4 * columns * min(columns, COLUMNS)
 
 
 def linear(module: Any, x: mx.array) -> mx.array:
