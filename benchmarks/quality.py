@@ -2,6 +2,8 @@
 
 ``method = "gptq"`` beside ``mlx_lm.gptq``, ``method = "awq"`` beside ``mlx_lm.awq``: time of the
 wall and of the processor, peak memory, perplexity on held-out text as mlx-lm itself measures it.
+With --rounds each runs so often, ours and the peer's in turn and from nothing: medians are shown.
+With --blocks of a model's first blocks alone, of which perplexity says nothing.
 """
 
 from __future__ import annotations
@@ -10,9 +12,13 @@ import argparse
 import contextlib
 import io
 import json
+import re
+import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 from measure import Usage, measure
@@ -31,7 +37,7 @@ peer.main()
 METHODS = ("gptq", "awq")
 # How the peers round embeddings, which both leave to the nearest.
 EMBEDDINGS = {"gptq": {"bits": 6}, "awq": {"bits": 4, "group_size": 32}}
-HEADER = "| | wall s | of the peer's | processor s | peak MB | of the peer's | perplexity |"
+HEADER = "| | wall s | peer's | processor s | peer's | peak MB | peer's | perplexity |"
 
 
 def tokens_of(folder: Path, asked: argparse.Namespace) -> tuple[Any, Any]:
@@ -86,33 +92,72 @@ def _toml(value: Any) -> str:
     return f"[{', '.join(map(_toml, value))}]" if isinstance(value, list) else json.dumps(value)
 
 
-def _compare(method: str, folder: Path, asked: argparse.Namespace, held_out: Any) -> None:
-    """Run a method and its peer, and print a table."""
-    doit = [sys.executable, "-m", "doit", f"models={folder / 'models.toml'}"]
+def _peer(method: str, folder: Path, asked: argparse.Namespace) -> list[str]:
     device = "gpu" if asked.device == "gpu" else "cpu"
     peer = [sys.executable, "-c", PEER, method, str(folder / "tokens.safetensors"), device]
     peer += ["--model", str(asked.checkpoint.resolve()), "--bits", str(asked.bits)]
     peer += ["--group-size", str(asked.group_size)]
-    peer += ["--mlx-path", str(folder / "build" / f"peer-{method}")]
-    usages: dict[str, Usage] = {
-        method: measure([*doit, f"pack:{method}"]),
-        f"{method}-again": measure([*doit, f"pack:{method}-again"]),
-        f"peer-{method}": measure(peer),
-    }
+    return [*peer, "--mlx-path", str(folder / "build" / f"peer-{method}")]
+
+
+def _forget(folder: Path) -> None:
+    """Have the next run begin from nothing."""
+    for each in (folder / ".mlx-make", folder / "build"):
+        shutil.rmtree(each, ignore_errors=True)
+    (folder / "models.lock").unlink(missing_ok=True)
+
+
+def _compare(method: str, folder: Path, asked: argparse.Namespace, held_out: Any) -> None:
+    """Run a method and its peer in turn, and print a table of medians."""
+    doit = [sys.executable, "-m", "doit", f"models={folder / 'models.toml'}"]
+    usages: dict[str, list[Usage]] = {method: [], f"{method}-again": [], f"peer-{method}": []}
+    for _ in range(asked.rounds):
+        _forget(folder)
+        usages[method].append(measure([*doit, f"pack:{method}"]))
+        usages[f"{method}-again"].append(measure([*doit, f"pack:{method}-again"]))
+        usages[f"peer-{method}"].append(measure(_peer(method, folder, asked)))
     measure([*doit, f"pack:nearest-{method}", "pack:plain"])
-    base = usages[f"peer-{method}"]
-    print(f"\n{HEADER}\n|{'---|' * 7}")
+    base = _medians(usages[f"peer-{method}"])
+    print(f"\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
     for name in ("plain", f"nearest-{method}", *usages):
-        cells = ["", "", "", "", ""]
-        if usage := usages.get(name):
-            cells[:3] = (
-                f"{usage.seconds:.1f}",
-                f"{usage.seconds / base.seconds:.2f}",
-                (f"{usage.processor:.1f}"),
-            )
-            cells[3:] = f"{usage.peak_rss / 1e6:.0f}", f"{usage.peak_rss / base.peak_rss:.2f}"
+        cells = [""] * len(base) * 2
+        if name in usages:
+            found = _medians(usages[name])
+            cells = [
+                cell
+                for own, peers in zip(found, base, strict=True)
+                for cell in (f"{own:.1f}", f"{own / peers:.2f}")
+            ]
         known = f"{_perplexity(folder / 'build' / name, held_out):.3f}" if asked.perplexity else ""
         print(f"| {' | '.join([name, *cells, known])} |", flush=True)
+
+
+def _medians(usages: Sequence[Usage]) -> tuple[float, float, float]:
+    """Return seconds, processor seconds, and the peak of memory in MB."""
+    return (
+        median(each.seconds for each in usages),
+        median(each.processor for each in usages),
+        median(each.peak_rss / 1e6 for each in usages),
+    )
+
+
+def first_blocks(source: Path, folder: Path, count: int) -> None:
+    """Write a model's first blocks as a checkpoint of their own."""
+    import mlx.core as mx
+
+    folder.mkdir()
+    weights: dict[str, mx.array] = {}
+    for path in source.iterdir():
+        if path.suffix == ".safetensors":
+            weights |= cast("dict[str, mx.array]", mx.load(str(path)))
+        elif path.is_file() and not path.name.endswith(".index.json"):
+            shutil.copy(path, folder)
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": count}
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    numbers = {name: re.search(r"\.layers\.(\d+)\.", name) for name in weights}
+    kept = {n: weights[n] for n, found in numbers.items() if not found or int(found[1]) < count}
+    mx.save_safetensors(str(folder / "model.safetensors"), kept, metadata={"format": "pt"})
 
 
 def main() -> None:
@@ -125,6 +170,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--rounds", type=int, default=1, help="how often each runs, in turn")
+    parser.add_argument("--blocks", type=int, help="of the model, the first so many alone")
     parser.add_argument("--perplexity", action=argparse.BooleanOptionalAction, default=True)
     asked = parser.parse_args()
     import mlx.core as mx
@@ -132,6 +179,9 @@ def main() -> None:
     mx.set_default_device(getattr(mx, asked.device))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if asked.blocks:
+            first_blocks(asked.checkpoint, folder / "checkpoint", asked.blocks)
+            asked.checkpoint = folder / "checkpoint"
         _project(folder, asked)
         calibration, held_out = tokens_of(asked.checkpoint, asked)
         mx.save_safetensors(str(folder / "tokens.safetensors"), {"tokens": calibration})

@@ -1,6 +1,6 @@
 """Models that are calibrated, chosen, rounded and evaluated again and again: the same to the bit.
 
-By one thread and by several, BLAS being told of one and of several, each from nothing: whatever each
+By one thread and by several, BLAS being told of one and of several, each from nothing: what each
 stage made, of whatever layer, has the same digest each time.
 
     python benchmarks/repeat.py CHECKPOINT --samples 2 --sequence-length 64
@@ -48,7 +48,7 @@ def _made(checkpoint: Path, asked: argparse.Namespace, count: int, threads: int)
         )  # fmt: skip
         if done.returncode:
             sys.exit(f"{done.stdout}\n{done.stderr}")
-        made = {}
+        made: dict[str, str] = {}
         for path in sorted((folder / ".mlx-make" / "manifests").rglob("*.json")):
             if manifest := Manifest.at(path):
                 where = str(path.relative_to(folder))
