@@ -219,6 +219,13 @@ class Session:
         """Have all that goes on behind the tasks stop before long; wait for nothing."""
         if "background_packer" in vars(self):
             self.background_packer.abandon()
+        self._await_threads()
+
+    def _await_threads(self) -> None:
+        if "builder" in vars(self):
+            from tasks.execution import ended_threads
+
+            ended_threads.wait(self.builder.threads)
 
     def finish(self) -> None:
         """End what goes on behind the tasks, and say what the remote store was sent and gave."""
@@ -230,6 +237,7 @@ class Session:
         if "builder" in vars(self):
             from tasks.execution import changed_files  # as the builder: not for nothing to do
 
+            self._await_threads()
             self.builder.streaming.end()
             for plan in self.plans.values():
                 with suppress(CheckpointError):  # its packing says so, if it comes to that

@@ -73,6 +73,7 @@ class Builder:
         once_lock: held while they do.
         lists: targets whose results a remote was asked for, all at once.
         lists_lock: held while it is.
+        threads: numbers of those that actions ran in, as the system has them.
     """
 
     store: Store
@@ -91,6 +92,7 @@ class Builder:
     once_lock: threading.Lock = field(default_factory=threading.Lock)
     lists: set[str] = field(default_factory=set)
     lists_lock: threading.Lock = field(default_factory=threading.Lock)
+    threads: set[int] = field(default_factory=set)
 
     def context(self, plan: Plan, node: Node, inputs: Inputs) -> NodeContext:
         """Return what the node's stage may do."""
@@ -385,6 +387,7 @@ class Builder:
         return None if tensors is None else Manifest(node.action(node.as_inputs(tensors)), tensors)
 
     def _make(self, plan: Plan, node: Node, inputs: Inputs) -> Manifest:
+        self.threads.add(threading.get_native_id())
         for _ in range(MOST_LOST):
             context = self.context(plan, node, inputs)
             try:
