@@ -19,9 +19,8 @@ from tasks.core.task_names import LOCK, PACK, task_name
 from tasks.core.workspace import BUILD
 from tasks.execution import cleaning
 from tasks.execution.filling import place
-from tasks.layouts.registry import weight_suffixes
 from tasks.planning import bundle, locked_sources
-from tasks.planning.node import Node
+from tasks.planning.node import Node, total
 from tasks.planning.plan import Plan
 from tasks.stages import registry
 from tasks.stages.stage import LeafStage, Stage
@@ -268,11 +267,8 @@ class TaskGraph:
             packing = Packing(session.builder, plan, acceptance, begun, stamps)
             manifest = packing.run(why)
         acceptance.update_lock()
-        bits = 8 * sum(
-            tensor.nbytes
-            for name, tensor in manifest.tensors.items()
-            if name.endswith(weight_suffixes())
-        )
+        # As mlx_lm.convert prints it: of tensors, without the headers of their files.
+        bits = 8 * total(bundle.specs(plan).values())
         return {
             "outputs": place.stamps(str(session.workspace.built(target)), list(manifest.tensors)),
             "size": sum(tensor.nbytes for tensor in manifest.tensors.values()),

@@ -119,8 +119,3 @@ def is_read(name: str) -> bool:
 def is_loaded(name: str) -> bool:
     """Tell whether clients of any layout load what lies in a built folder by that name."""
     return "/" not in name and any(fnmatchcase(name, each.loaded) for each in LAYOUTS.values())
-
-
-def weight_suffixes() -> tuple[str, ...]:
-    """Return what the names of weight files end with, whatever the layout."""
-    return tuple({layout.weight_format.suffix: None for layout in LAYOUTS.values()})

@@ -26,7 +26,7 @@ from tasks.unpack.packed import (
     paths,
     require,
 )
-from tasks.unpack.whole_numbers import WholeNumbers, repacking
+from tasks.unpack.whole_numbers import Transposed, repacking
 
 METHODS: tuple[str, ...] = ("awq",)
 NAME = "awq"
@@ -68,28 +68,20 @@ def held_bytes(nbytes: Sequence[int]) -> int:
     return 2 * sum(nbytes)
 
 
-class Awq(WholeNumbers, frozen=True, dict=True):
+class Awq(Transposed, frozen=True, dict=True):
     """A weight that is stored transposed: its words are read at once, and unpacked by rows."""
 
     @cached_property
-    def _words(self) -> tuple[mx.array, mx.array]:
-        return whole(self.sources[0]), whole(self.sources[1])
-
-    @cached_property
-    def _scales(self) -> mx.array:
-        return whole(self.sources[2]).astype(mx.float32)
+    def _zeros(self) -> mx.array:
+        return whole(self.sources[1])
 
     def numbers(self, start: int, stop: int) -> mx.array:
         """Return the numbers of rows."""
-        return _numbers(self._words[0], start, stop)
+        return _numbers(self._words, start, stop)
 
     def zeros(self, start: int, stop: int) -> mx.array:
         """Return the zero points of rows."""
-        return _numbers(self._words[1], start, stop).astype(mx.float32)
-
-    def scales(self, start: int, stop: int) -> mx.array:
-        """Return the scales of rows."""
-        return self._scales[:, start:stop].T
+        return _numbers(self._zeros, start, stop).astype(mx.float32)
 
 
 def _numbers(words: mx.array, start: int, stop: int) -> mx.array:

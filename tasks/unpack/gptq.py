@@ -28,7 +28,7 @@ from tasks.unpack.packed import (
     require,
     whole_number,
 )
-from tasks.unpack.whole_numbers import WholeNumbers, repacking
+from tasks.unpack.whole_numbers import Transposed, repacking
 
 METHODS: tuple[str, ...] = ("gptq",)
 NAME = "gptq"
@@ -101,12 +101,8 @@ def held_bytes(nbytes: Sequence[int]) -> int:
     return 2 * sum(nbytes)
 
 
-class Gptq(WholeNumbers, frozen=True, dict=True):
+class Gptq(Transposed, frozen=True, dict=True):
     """A weight that is stored transposed: its words are read at once, and unpacked by rows."""
-
-    @cached_property
-    def _words(self) -> mx.array:
-        return whole(self.sources[0])
 
     @cached_property
     def _zeros(self) -> mx.array:
@@ -114,10 +110,6 @@ class Gptq(WholeNumbers, frozen=True, dict=True):
         zeros: mx.array = numbers.astype(mx.float32) + self.settings["offset"]
         mx.eval(zeros)
         return zeros
-
-    @cached_property
-    def _scales(self) -> mx.array:
-        return whole(self.sources[2]).astype(mx.float32)
 
     @cached_property
     def group_of(self) -> mx.array | None:
@@ -133,10 +125,6 @@ class Gptq(WholeNumbers, frozen=True, dict=True):
     def zeros(self, start: int, stop: int) -> mx.array:
         """Return the zero points of rows."""
         return self._zeros[start:stop]
-
-    def scales(self, start: int, stop: int) -> mx.array:
-        """Return the scales of rows."""
-        return self._scales[:, start:stop].T
 
     def words(self, start: int, stop: int) -> mx.array:
         """Return the same words by rows: both count from the lowest bit on."""

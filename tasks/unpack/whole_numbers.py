@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
-from tasks.tensors.rows import Rows
+from tasks.tensors.rows import Rows, whole
 from tasks.unpack import bits
 from tasks.unpack.packed import Repacking
 
@@ -109,6 +109,25 @@ class WholeNumbers(Struct, frozen=True, dict=True):
         if group_of is not None:
             return values[:, group_of]
         return bits.grouped(values, self.group_size, self.shape[1])
+
+
+class Transposed(WholeNumbers, frozen=True, dict=True):
+    """A weight that is stored transposed: its tensors are read at once, and unpacked by rows.
+
+    The first has its words, (…, rows), the third its scales, (groups, rows).
+    """
+
+    @cached_property
+    def _words(self) -> mx.array:
+        return whole(self.sources[0])
+
+    @cached_property
+    def _scales(self) -> mx.array:
+        return whole(self.sources[2]).astype(mx.float32)
+
+    def scales(self, start: int, stop: int) -> mx.array:
+        """Return the scales of rows."""
+        return self._scales[:, start:stop].T
 
 
 class Affine(Struct, frozen=True):

@@ -218,6 +218,11 @@ def test_in_a_pipe(tmp_path: Path) -> None:
         tasks += f", {counts['reused']} reused" if counts["reused"] else ""
         pattern = rf"build/{target}: {SIZE}, {bits} bits per weight, {tasks} {TOOK}"
         assert re.fullmatch(pattern, built)
+        index = project.folder / "build" / target / "model.safetensors.index.json"
+        if index.exists():  # as mlx_lm.convert counts
+            said = json.loads(index.read_text())["metadata"]
+            wanted = 8 * said["total_size"] / said["total_parameters"]
+            assert f" {wanted:.3g} bits per weight" in built
         assert lines.index(f"{target}: extract") < lines.index(f"{target}: pack")
         assert lines.index(f"{target}: pack") < lines.index(built)
     assert [line.split(":")[0] for line in lines if "bits per" in line] == [
