@@ -6,13 +6,14 @@ import json
 from collections import Counter
 from typing import Any
 
-from tasks.checkpoints.small_files import damaged
+from tasks.checkpoints.small_files import check_values, damaged
 from tasks.checkpoints.source import Source
 from tasks.checkpoints.stored import Stored, WeightFile, checked_name, checked_shape
 from tasks.core.errors import CheckpointError
 
 SUFFIXES: tuple[str, ...] = (".safetensors",)
 MAX_HEADER_BYTES = 100_000_000  # as the safetensors library allows
+MOST_VALUES = 5_000_000  # of JSON: of 450,000 tensors, five times those of the largest models
 
 
 # Both spelled as mx.load gives them back, and no others than it takes. MLX has no eight-bit floats:
@@ -39,6 +40,7 @@ def read(path: WeightFile) -> list[Stored]:
         raw = file.read(length)
     begin = 8 + length
     try:
+        check_values(raw, MOST_VALUES)
         text = raw.decode("utf-8-sig")
         header = json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
         metadata = header.pop("__metadata__", None)
@@ -82,8 +84,13 @@ def metadata(source: Source, name: str) -> dict[str, str]:
     if not name.endswith(SUFFIXES):
         return {}
     length = int.from_bytes(b"".join(source.read(name, 0, 8)), "little")
-    header = json.loads(b"".join(source.read(name, 8, length)).decode("utf-8-sig"))
-    return dict(header.get("__metadata__") or {})
+    if length > MAX_HEADER_BYTES:
+        return {}  # of which who reads its tensors says that it is damaged
+    try:
+        header = json.loads(b"".join(source.read(name, 8, length)).decode("utf-8-sig"))
+        return dict(header.get("__metadata__") or {})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

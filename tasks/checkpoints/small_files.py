@@ -15,6 +15,7 @@ from tasks.checkpoints.stored import WeightFile
 from tasks.core.errors import CheckpointError
 
 MAX_SMALL_BYTES = 512 << 20  # of a file read whole: the largest tokenizers have a tenth of it
+MOST_VALUES = 10_000_000  # in a file of JSON: the largest tokenizers have a quarter; they take 1 GB
 MAX_LINE_BYTES = 1000
 TEMPLATES_FOLDER = "additional_chat_templates"  # the one folder whose files are small files, too
 SHARED_BLOBS = (
@@ -43,12 +44,36 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
             f"{path} is missing: {what}. Fetch it from where the checkpoint came from."
         )
     try:
-        value = json.loads(read_text(path))
+        value = parse_json(read_text(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON: {error}. Fetch it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is no JSON object. Fetch it again.")
     return value
+
+
+def check_values(data: str | bytes, most: int = MOST_VALUES) -> None:
+    """Refuse JSON of so many values that reading them takes far more memory than its bytes.
+
+    Raises:
+        ValueError: it is such.
+    """
+    marks: tuple[Any, ...] = ("[", "{", ":", ",") if isinstance(data, str) else (
+        b"[", b"{", b":", b","
+    )  # fmt: skip
+    if len(data) > most and (count := sum(map(data.count, marks))) > most:
+        raise ValueError(f"it has {count:,} values, names and commas, over {most:,}")
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Return what JSON says, of a file or an answer that may be anybody's.
+
+    Raises:
+        ValueError: it is none, or has more values than any such file.
+        RecursionError: it is nested too deep.
+    """
+    check_values(data)
+    return json.loads(data)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -12,7 +11,7 @@ from typing import Any
 
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
-from tasks.checkpoints.small_files import numbered, read_json, read_text
+from tasks.checkpoints.small_files import numbered, parse_json, read_json, read_text
 from tasks.checkpoints.source import ReadableSource
 from tasks.checkpoints.stored import TORCH, Stored
 from tasks.core.errors import CheckpointError
@@ -112,7 +111,7 @@ def _adapters(source: ReadableSource) -> list[str]:
 def _refuse_other_json(path: Path) -> None:
     """Refuse a file of JSON that is no object; of what is no JSON, mlx-lm takes no notice."""
     try:
-        value = json.loads(read_text(path)) if path.exists() else {}
+        value = parse_json(read_text(path)) if path.exists() else {}
     except ValueError:
         return
     except RecursionError as error:

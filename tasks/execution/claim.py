@@ -367,7 +367,7 @@ def _settings(claim: Claim, said: Any) -> dict[str, _Setting] | None:
         _check_mode(claim, table.get("mode", usual))
         try:
             setting = msgspec.convert(table, _Setting)
-        except msgspec.ValidationError as error:
+        except ValueError as error:  # msgspec's, or of half a character in a text
             raise _none_such(claim, path, table, str(error)) from error
         for number, valid in zip(
             (setting.group_size, setting.bits), modes.numbers(setting.mode), strict=True

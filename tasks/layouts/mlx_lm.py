@@ -19,7 +19,15 @@ from cache.errors import printable
 from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.checkpoints.small_files import TEMPLATES_FOLDER, check_own, damaged, matches, read_bytes
+from tasks.checkpoints.small_files import (
+    TEMPLATES_FOLDER,
+    check_own,
+    check_values,
+    damaged,
+    matches,
+    parse_json,
+    read_bytes,
+)
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
 from tasks.layouts import architecture, card, leftovers, llama_tokenizer, slow_tokenizer
@@ -200,9 +208,10 @@ def _unreadable(path: Path) -> str:
     try:
         if data.startswith(codecs.BOM_UTF8) and path.suffix == ".json":
             return "it begins with a byte order mark (save it as UTF-8 without one)"
+        check_values(data)
         if path.name == slow_tokenizer.FAST:  # up to 30 MB; tokenizers is as strict
             msgspec.json.decode(data, type=msgspec.Raw)
-        elif path.suffix == ".json" and not isinstance(json.loads(data), dict):
+        elif path.suffix == ".json" and not isinstance(parse_json(data), dict):
             return "it is no JSON object"
         data.decode()
     except (ValueError, RecursionError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
-from msgspec import Struct, ValidationError, convert, structs
+from msgspec import Struct, convert, structs
 
 from cache.errors import printable
 from tasks.core.errors import CheckpointError, ConfigError
@@ -362,7 +362,7 @@ def _given(config: Mapping[str, Any]) -> dict[str, Any] | None:
         if said.mode in MODES:
             return dict(given)
         cause = f"mode is none of {', '.join(MODES)}"
-    except ValidationError as error:
+    except ValueError as error:  # msgspec's, or of half a character in a text
         cause = str(error)
     raise CheckpointError(
         f"config.json has quantization = {printable(repr(given))}: {cause}. Fetch it again."

@@ -113,8 +113,9 @@ CARDS = {
     "lines without end": (b"```toml\n" * 200_000, "does not say what it was made from"),
 }
 QUANTIZATIONS = (
-    [], {"bits": "x"}, {"bits": 4, "group_size": 0}, {"mode": []}, {"mode": "mxfp4", "bits": 5},
-    {"bits": 10**30}, {"bits": 4, "group_size": 64, "lm_head": {"bits": [], "group_size": 64}},
+    [], {"bits": "x"}, {"mode": "\ud800"}, {"bits": 4, "group_size": 0}, {"mode": []},
+    {"mode": "mxfp4", "bits": 5}, {"bits": 10**30},
+    {"bits": 4, "group_size": 64, "lm_head": {"bits": [], "group_size": 64}},
 )  # fmt: skip
 
 

@@ -119,6 +119,8 @@ sequence_length = 8
 text = "text.txt"
 evaluate_text = "models.toml"
 """
+# What a file is damaged from on, by what stands behind its name.
+PARTS = {"quality": b"[quality]", "chosen": b'"chosen"', "quantization": b'"quantization"'}
 ON_HUB = '[models.model]\nsource = "hf:org/model"\ndtype = "float16"\n'
 LIST = "another text of the list\n" * 8
 WEIGHTS = "model*.safetensors"
@@ -145,6 +147,9 @@ class ProjectInputs(Files):
             "texts/text.jsonl": self._cut,
             "run/checkpoint/config.json": self._run,
             "run/checkpoint/tokenizer.json": self._run,
+            "claimed/model/config.json": self._verified,
+            "claimed/model/config.json#quantization": self._verified,
+            "claimed/model/README.md": self._verified,
             "imatrix/model.gguf": _importances,
             INFO: self._fetched,
             TREE: self._fetched,
@@ -169,7 +174,7 @@ class ProjectInputs(Files):
     def damaged(self, kind: str, whole: bytes, seed: int) -> bytes:
         _, _, part = kind.partition("#")
         if part:
-            at = whole.index(b"[quality]" if part == "quality" else b'"chosen"')
+            at = whole.index(PARTS[part])
             return whole[:at] + mutated(whole[at:], random.Random(f"{kind} {seed}"))
         return super().damaged(kind, whole, seed)
 
@@ -205,6 +210,14 @@ class ProjectInputs(Files):
         checkpoints.make("qwen3", folder / "checkpoint", **TINY)
         (folder / "text.txt").write_text("the player of the other tower\n" * 8)
         (folder / "models.toml").write_text(RUN)
+
+    def _make_claimed(self, folder: Path) -> None:
+        checkpoints.make("qwen3", folder / "checkpoint", **TINY)
+        (folder / "models.toml").write_text(f"{RUN.partition('quantize')[0]}quantize.bits = 4\n")
+        assert not _doit(folder)
+        shutil.copytree(folder / "build" / "model", folder / "model")
+        for path in (folder / "model").iterdir():
+            path.chmod(0o644)
 
     def _make_imatrix(self, folder: Path) -> None:
         chance = np.random.default_rng(0)
@@ -269,6 +282,16 @@ class ProjectInputs(Files):
         (folder / "models.lock").unlink(missing_ok=True)
         _forget(folder)
         return _doit(folder)
+
+    def _verified(self, path: Path) -> str:
+        """Verify a model that may be anybody's: it is one of three things, or that is told."""
+        folder = path.parents[1]
+        source = ("--source", str(folder / "checkpoint"))
+        with mock.patch.object(asking, "_ask_process", ask_here):
+            status, out, err = inside.run(folder, "verify", *source, str(path.parent))
+        if "Traceback" in out + err:
+            return f"traceback\n{out}{err}"
+        return "" if status in (0, 1) else f"{OUTCOMES[1]}\n{out}{err}"
 
     def _fetched(self, path: Path) -> str:
         """Build by a hub that gives an answer from a file; no other is asked for it."""

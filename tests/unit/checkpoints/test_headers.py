@@ -116,6 +116,20 @@ def test_names_and_shapes_without_end(name: str, shape: list, tmp_path: Path) ->
         torch_file.read(tmp_path / "a.pth")
 
 
+def test_values_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON of some bytes is ten times as many once it is read."""
+    monkeypatch.setattr(safetensors_file, "MOST_VALUES", 50)
+    names = {str(n): {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for n in range(9)}
+    path = safetensors(tmp_path, json.dumps(names).encode(), 0)
+    with pytest.raises(CheckpointError, match="it has 99 values, names and commas, over 50"):
+        safetensors_file.read(path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"a": [[]] * 50}))
+    monkeypatch.setattr(small_files.check_values, "__defaults__", (50,))
+    with pytest.raises(CheckpointError, match="is no JSON: it has 102 values"):
+        small_files.read_json(config, "")
+
+
 def test_a_name_twice(tmp_path: Path) -> None:
     """Of two, some readers take the first, some the last, some none."""
     path = safetensors(tmp_path, entry("F32", [1], 4), 4)
