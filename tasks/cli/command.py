@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getopt
 import sys
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,8 @@ class Command(DoitCommand):  # type: ignore[misc]
         """Do what is asked; of a name that there is not, say which are near."""
         with piped():
             self.outstream = sys.stdout  # doit took it when there may have been none
+            if not self.names_tasks:  # a task's own options stand behind it
+                in_args = _options_first(in_args, self.cmdparser)
             try:
                 return int(super().parse_execute(in_args) or 0)
             except CmdParseError as error:
@@ -119,6 +122,22 @@ class Command(DoitCommand):  # type: ignore[misc]
         mend = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         shown = f"{COMMAND} list shows them, with --all each layer's."
         return f"there is no {kind} {name!r}. {mend}{shown}"
+
+
+def _options_first(args: list[str], parser: Any) -> list[str]:
+    """Return arguments with the options first, which may stand behind names as well."""
+    short, long = parser.get_short(), parser.get_long()
+    try:
+        options, names = getopt.gnu_getopt(args, short, long)
+    except getopt.GetoptError:  # the parser says which, if it comes first
+        return sorted(args, key=lambda each: not each.startswith("-"))
+    first = []
+    for option, value in options:
+        if option.startswith("--"):
+            first.append(f"{option}={value}" if f"{option[2:]}=" in long else option)
+        else:
+            first.append(option + value)
+    return [*first, "--", *names]
 
 
 def _raise_of_output(error: OSError) -> None:

@@ -207,14 +207,15 @@ class Lock:
         built = self.targets.get(plan.target.name)
         if not source or not built:
             return None
-        adapter = self.adapters.get(str(plan.target.adapter))
+        named = plan.target.adapter
+        adapter = self.adapters.get(str(named)) if named else None
         pinned = [adapter.json] if adapter else []
         return digest_record([source.json, built.without_sha256.json, *pinned])
 
     def _save(self, targets: Mapping[str, Target]) -> None:
         """Write the file, without what models.toml does not have any more."""
         kept = {target.source_name for target in targets.values()}
-        adapters = {str(target.adapter) for target in targets.values()}
+        adapters = {str(target.adapter) for target in targets.values() if target.adapter}
         lock_format.write(
             self.path,
             Locked(

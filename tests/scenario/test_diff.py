@@ -17,7 +17,7 @@ RULE = [{"match": PATH, "bits": 8}]
 
 
 def said(project: Project, *names: str, status: int = 1) -> dict:
-    return json.loads(project.doit("diff", "--json", *names, expect=status).stdout)
+    return json.loads(project.doit("diff", *names, "--json", expect=status).stdout)
 
 
 def error(project: Project, *names: str) -> str:

@@ -149,7 +149,7 @@ def test_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = create(tmp_path, "qwen3-moe")
     monkeypatch.chdir(tmp_path)
     project.doit("activations:model")
-    project.doit("imatrix", "-o", "moe.gguf", "model")
+    project.doit("imatrix", "model", "-o", "moe.gguf")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "moe.gguf").tensors}
     config = json.loads((project.checkpoint / "config.json").read_text())
     experts = config["num_experts"]
