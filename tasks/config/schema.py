@@ -355,7 +355,8 @@ error.
 `dtype` makes norms or a router wider or narrower than the rest, as in
 `{ match = "*norm", dtype = "float32" }`; `config.json` need not say it, since loaders keep what
 they find. MLX computes in what holds both operands: of `float16` and `bfloat16` that is `float32`,
-for all that follows."""
+for all that follows. A last rule `{ match = "*", skip = true }` is for what is cast and not
+quantized."""
 
 CANDIDATES = """\
 The keys of each element of `quantize.candidates`, which `target_bpw` and `fit` choose of, module by

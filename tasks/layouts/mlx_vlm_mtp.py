@@ -46,19 +46,26 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     Raises:
         CheckpointError: mlx-vlm has none for such a model, or the checkpoint no tensors for it.
     """
-    if (kind := _format(checkpoint)) == "mlx":  # then they are made already
+    if (kind := _format(checkpoint, memos)) == "mlx":  # then they are made already
         checkpoint = replace(checkpoint, files={**checkpoint.files, FORMAT_FILE: kind})
     made = mlx_lm.model(checkpoint, memos, MLX_VLM_MTP)
     return structs.replace(made, told=made.told or checkpoint)
 
 
-def _format(checkpoint: Checkpoint) -> str | None:
-    """Return what the files say that wrote them that hold what predicts further tokens."""
-    predictors = architecture.predictors(checkpoint)
+def _format(checkpoint: Checkpoint, memos: Memos) -> str:
+    """Return what a file says that wrote it that holds what predicts further tokens."""
+    source, predictors = checkpoint.source, architecture.predictors(checkpoint)
     keys = [key for name in predictors for key in checkpoint.tensors[name].inputs]
-    names = {checkpoint.stored[key].file for key in keys} if checkpoint.source.available else set()
-    found = [safetensors_file.metadata(checkpoint.source, name) for name in sorted(names)]
-    return next((said["format"] for said in found if said.get("format") == "mlx"), None)
+    names = sorted({checkpoint.stored[key].file for key in keys})
+    question = [source.identity, names]
+    said = memos.get("formats", question, str) if source.identity else None
+    if said is None:
+        read = names if source.available else []
+        found = {safetensors_file.metadata(source, name).get("format", "") for name in read}
+        said = "mlx" if "mlx" in found else ""
+        if source.identity and source.available:
+            memos.put("formats", question, said)
+    return said
 
 
 def default_dtype(checkpoint: Checkpoint, model: Model) -> str | None:
