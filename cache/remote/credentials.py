@@ -37,6 +37,22 @@ _AWS_ELSEWHERE = (
 )
 
 
+def aws_unsigned(profile: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether what is put need not be hashed for its signature: TLS guards it on the way.
+
+    SHA-256 takes as long as all else of an upload, and blobs have digests of their own. Over http
+    the signature is all that guards it. ``AWS_UNSIGNED_PAYLOAD`` says otherwise.
+
+    Args:
+        profile: as ``aws_profile`` returns it.
+        environ: the environment.
+    """
+    if "AWS_UNSIGNED_PAYLOAD" in environ:
+        return environ["AWS_UNSIGNED_PAYLOAD"].lower() in ("1", "true", "yes", "on")
+    said = [profile.get("endpoint"), *map(environ.get, _AWS_SETTINGS["endpoint_url"][1])]
+    return not any(endpoint and not endpoint.startswith("https:") for endpoint in said)
+
+
 def aws_profile(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return what the profile in ``~/.aws`` says and the environment does not, for obstore.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cache.remote import faults
-from cache.remote.credentials import aws_profile
+from cache.remote.credentials import aws_profile, aws_unsigned
 from cache.remote.faults import Absent, Fault, NoRanges, WrongSize
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ class Transport:
         from obstore.store import from_url
 
         config: Any = aws_profile() if self._scheme == "s3" else {}
+        if self._scheme == "s3" and aws_unsigned(config):
+            config["unsigned_payload"] = True
         return from_url(url, config=config, client_options=client, retry_config=retry)
 
     def get(self, path: str, limit: int) -> bytes:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from cache.digest import canonical
 from cache.errors import BadRemote, Mismatch, NotFetched, Refused, printable
-from cache.remote import address, http_transport, transport
+from cache.remote import address, credentials, http_transport, transport
 from cache.remote import remote as remote_module
 from cache.remote.content import blake3_of
 from cache.remote.faults import Fault
@@ -999,3 +999,20 @@ remote.close()
 assert not {"obstore", "blake3", "httpx2"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+@pytest.mark.parametrize(
+    ("profile", "environ", "unsigned"),
+    [
+        ({}, {}, True),  # of AWS
+        ({}, {"AWS_ENDPOINT_URL": "https://r2.example"}, True),
+        ({}, {"AWS_ENDPOINT_URL": "http://minio.lan:9000"}, False),
+        ({"endpoint": "http://minio.lan:9000"}, {}, False),
+        ({}, {"AWS_UNSIGNED_PAYLOAD": "false"}, False),
+        ({}, {"AWS_UNSIGNED_PAYLOAD": "true", "AWS_ENDPOINT_URL": "http://minio.lan"}, True),
+    ],
+)
+def test_what_tls_guards_is_not_hashed_for_its_signature(
+    profile: dict, environ: dict, unsigned: bool
+) -> None:
+    assert credentials.aws_unsigned(profile, environ) is unsigned
