@@ -39,6 +39,8 @@ def test_workers_make_the_layers(project: Project, tmp_path: Path) -> None:
         done = build(project, scheduler)
         assert project.built() == project.anew()
         assert machines(done)[""] == 1  # packing
+        (machine,) = machines(done).keys() - {""}
+        assert f"layers on {machine}" in done.stdout
         threads = {entry["thread"] for entry in done.entries if entry.get("machine")}
         assert len(threads) == 2
         assert "nothing to do" in build(project, scheduler).stdout

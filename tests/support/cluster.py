@@ -19,6 +19,7 @@ from typing import Any
 from support.front_door import REPOSITORY
 
 PATIENCE = 60  # seconds
+LONGEST = int(os.environ.get("CLUSTER_SECONDS", "300"))
 
 
 @dataclass
@@ -51,7 +52,7 @@ def running(folder: Path, *processes: list[str]) -> Iterator[tuple[Path, list[Pr
         started = []
         for number, kinds in enumerate(processes):
             log = folder / f"process-{number}.log"
-            started.append(Process(_start(file, log, kinds), log))
+            started.append(Process(start(file, log, kinds), log))
             stack.callback(started[-1].end)
             wanted = sum(map(len, processes[: number + 1]))
             await_true(
@@ -60,16 +61,18 @@ def running(folder: Path, *processes: list[str]) -> Iterator[tuple[Path, list[Pr
         yield file, started
 
 
-def _start(file: Path, log: Path, kinds: list[str]) -> subprocess.Popen:
+def start(file: Path, log: Path, kinds: list[str]) -> subprocess.Popen:
+    """Start one of the processes, which is the caller's to end."""
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     with log.open("w") as output:
-        return subprocess.Popen(
+        process: subprocess.Popen = subprocess.Popen(
             [sys.executable, "-m", "support.cluster", str(file), *kinds],
-            cwd=file.parent,
+            cwd=log.parent,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             stdout=output,
             stderr=output,
         )
+    return process
 
 
 def _ready(folder: Path) -> int:
@@ -139,6 +142,14 @@ def _says_what_it_makes(bench: Any) -> None:
     bench.make = saying
 
 
+def _sleeps(bench: Any) -> None:
+    """As `benchmarks/cluster.py` simulates it."""
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    import cluster
+
+    cluster.sleeps(bench)
+
+
 def _hangs(bench: Any) -> None:
     def hang(*_: Any) -> Any:
         print("hangs", flush=True)
@@ -155,6 +166,7 @@ KINDS: dict[str, Any] = {
     "full disk": _full_disk,
     "hangs": _hangs,
     "says": _says_what_it_makes,
+    "sleeps": _sleeps,
     "other key": lambda bench: None,
     "plain": None,
 }
@@ -163,7 +175,7 @@ KINDS: dict[str, Any] = {
 async def _serve(file: Path, kinds: list[str]) -> None:
     from distributed import Scheduler, Worker
 
-    async with asyncio.timeout(PATIENCE * 5):  # whatever becomes of the tests
+    async with asyncio.timeout(LONGEST):  # whatever becomes of who started it
         if not file.exists():
             scheduler = await Scheduler(host="127.0.0.1", port=0, dashboard=False)
             scheduler.scheduler_file = str(file)

@@ -25,12 +25,13 @@ from tasks.cli.terminal import progress
 from tasks.cli.terminal.live import Line, Live
 from tasks.cli.terminal.progress import OUTCOMES, Overall, Work
 from tasks.core.task_names import group_of, is_packing, target_of
-from tasks.core.text import clock, duration, plural, size
+from tasks.core.text import clock, duration, plural, size, some
 from tasks.core.workspace import BUILD
 from tasks.execution.log import Entry
 from tasks.planning.refused import Refused, messages
 
 LINE_SECONDS = 10.0  # between two plain lines on how far it is
+MOST_MACHINES = 8  # whose names are shown
 SPINNER = "|/-\\"
 STYLES = {"waiting": "dim", "done": "green", "failed": "bold red"}
 
@@ -57,6 +58,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         self._overall = Overall()
         self._outcomes: dict[str, str] = {}  # of all tasks that were looked into
         self._finished: list[str] = []  # before the first task began
+        self._machines: set[str] = set()  # of a cluster, that made anything
 
     def initialize(self, tasks: Mapping[str, Any], selected_tasks: Iterable[str]) -> None:
         """Take note of what a run may do; it is looked at once something is to be done."""
@@ -197,6 +199,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
 
     def _log(self, entry: Entry) -> None:
         self._outcomes[entry.task] = entry.outcome
+        if entry.machine:
+            self._machines.add(entry.machine)
         if work := self._works.get(entry.target):
             work.log(entry)
 
@@ -234,17 +238,23 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             f"{plural(failed, 'target')} failed" if failed else "",
         ]
         took = duration(time.monotonic() - self._start)
+        made = f", layers on {self._on}" if self._machines else ""
         folder = self._session.workspace.folder if self._session else Path.cwd()
         where = "" if folder == Path.cwd() else f", in {folder}"
         peak = size(_peak_memory_bytes())
-        return f"{', '.join(filter(None, what))} in {took}, peak memory {peak}{where}\n"
+        return f"{', '.join(filter(None, what))} in {took}{made}, peak memory {peak}{where}\n"
+
+    @property
+    def _on(self) -> str:
+        """The names of a cluster's machines that made anything."""
+        return some(sorted([*self._machines]), MOST_MACHINES)
 
     def _lines(self, columns: int, height: int) -> list[Line]:
         """Return what is shown now: a heading, each target that fits, and all of them together."""
         now = time.monotonic()
         overall = self._overall.see(self._works.values(), now)
         shown = self._shown
-        room = max(height - 4, 1)
+        room = max(height - 4 - bool(self._machines), 1)
         more = len(shown) - room
         together = [_together(shown, *overall)] if len(shown) > 1 else []
         if more > 0:  # those at work first
@@ -256,6 +266,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         shown_lines = list(zip(lines, styles, strict=False))
         if more > 0:
             shown_lines.insert(room + 1, (f"  and {more} more"[: columns - 1], "dim"))
+        if self._machines:
+            shown_lines.append((f"  layers on {self._on}"[: columns - 1], "dim"))
         return shown_lines
 
 

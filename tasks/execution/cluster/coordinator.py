@@ -77,7 +77,6 @@ class Cluster:
 
     def __init__(self, address: str, request: Callable[[Plan], Request], *, stops: bool) -> None:
         self.address = address
-        self.machines: set[str] = set()
         self._request = request
         self._stops = stops
         self._facts = machine.facts()
@@ -265,7 +264,6 @@ class Cluster:
                 recorder.take(unit.plan, node, manifests[node])
         except (Unlike, Gone) as error:
             raise _Failed(made.worker, made.machine, str(error)) from error
-        self.machines.add(made.machine)
         return {
             node: Delivered(
                 manifests[node],
