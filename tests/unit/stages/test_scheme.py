@@ -160,9 +160,9 @@ def test_fp8_that_a_class_takes_for_numbers(
 
 
 def test_scales_that_are_left_out() -> None:
-    notes = architecture._dropped(["a.rotary_emb.inv_freq"], "mlx-lm")
+    notes = architecture._dropped(["a.rotary_emb.inv_freq"], (), "mlx-lm")
     assert notes == ()
-    scales, rest = architecture._dropped(["a.weight_scale_inv", "a.input_scale"], "mlx-lm")
+    scales, rest = architecture._dropped(["a.weight_scale_inv", "a.input_scale"], (), "mlx-lm")
     assert "1 tensor that mlx-lm leaves out" in scales
     assert scales.endswith("a.weight_scale_inv")
     assert rest.endswith("a.input_scale")
