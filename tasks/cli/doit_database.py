@@ -136,11 +136,10 @@ class _StoredTasks:
                 self.older.setdefault(_target(task), {})[task] = known
 
     def line(self, target: str) -> _Line | None:
-        """Return what is known of a target's line, if it is there."""
+        """Return what the first line has of a target's, if that is there."""
         start, length = self.head.targets.get(target, (0, -1))
-        if self._file < 0 or length < 0 or self._start + start + length > self._size:
-            return None
-        return self.head.lines.get(target) or _line(target, self.bytes_of(target))
+        there = length >= 0 and self._start + start + length <= self._size
+        return self.head.lines.get(target) if there else None
 
     def bytes_of(self, target: str) -> bytes:
         """Return a target's line; nothing, if there is none."""
@@ -222,6 +221,8 @@ class Database:
             None if nothing is saved, or anything of these groups, or what nobody wrote.
         """
         line = self._saved.line(target)
+        if line is None and (data := self._saved.bytes_of(target)):  # an older version's
+            line = _line(target, data) if without else _Line(digest(data), [])
         return None if line is None or {*without}.intersection(line.groups) else line.digest
 
     def left(self, target: str) -> dict[str, Left]:
@@ -251,7 +252,8 @@ class Database:
             length = self._saved.head.targets[name][1] if line is None else len(line)
             places[name] = (end, length)
             end += length
-            if now := self._saved.line(name) if line is None else _line(name, line):
+            now = self._saved.line(name) if line is None else None
+            if now := now or _line(name, line or self._saved.bytes_of(name)):
                 known[name] = [now.digest, now.groups]
         head = seal(_key(), {"tasks": self._part_of(""), "targets": places, "lines": known})
         head += b"\n"
