@@ -60,12 +60,13 @@ def answer(question: dict[str, Any], library: Library) -> dict[str, Any]:
     """Answer a question; what is replaced meanwhile is put back. No model may run beside it."""
     import mlx.core as mx
 
-    patched = (mx, "load stack concatenate"), (mx.random, "uniform normal")
+    patched = (mx, "load stack concatenate quantize"), (mx.random, "uniform normal")
     functions = [(m, name, getattr(m, name)) for m, names in patched for name in names.split()]
     printed = io.StringIO()  # standard output is the answer's
     modules = {n: sys.modules.pop(n) for n in list(sys.modules) if _is_replaced(n, library)}
     light = stubs(library.STUBS) if question["light"] else contextlib.nullcontext()
     try:
+        mx.quantize = _of_groups(mx.quantize)
         if question["light"]:
             _leave_out_packages(library)
         with light, contextlib.redirect_stdout(printed):
@@ -84,6 +85,20 @@ def answer(question: dict[str, Any], library: Library) -> dict[str, Any]:
             if _is_replaced(name, library):
                 del sys.modules[name]
         sys.modules.update(modules)
+
+
+def _of_groups(quantize: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``mx.quantize``, which divides by the group size: by 0 it ends the process.
+
+    Libraries work that out of shapes, and a checkpoint's need not fit its config.json.
+    """
+
+    def checked(weight: Any, group_size: int | None = None, *args: Any, **named: Any) -> Any:
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"{group_size} is no size of a group of weights")
+        return quantize(weight, group_size, *args, **named)
+
+    return checked
 
 
 def _is_replaced(name: str, library: Library) -> bool:

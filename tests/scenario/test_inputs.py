@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from doit.exceptions import InvalidDodoFile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -38,6 +39,16 @@ def test_a_damaged_file_beside_weights(files: Inputs) -> None:
         for seed in range(4):
             outcome = files.attempt(seed, kind)
             assert outcome.outcome in HARMLESS, outcome.detail
+
+
+def test_a_size_that_a_library_divides_by(files: Inputs) -> None:
+    """By 0 it would end the process: mlx-lm tells groups from shapes, which need not fit."""
+    path = files.folder / "quantized/checkpoint/config.json"
+    whole = path.read_bytes()
+    path.write_text(json.dumps({**json.loads(whole), "intermediate_size": 1}))
+    with pytest.raises(InvalidDodoFile, match="0 is no size of a group of weights"):
+        files.kinds["quantized/checkpoint/config.json"](path)
+    path.write_bytes(whole)
 
 
 # One of a format that reads numbers at places that a file says, and one of what PEFT trained.
