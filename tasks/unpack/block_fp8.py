@@ -15,7 +15,7 @@ from typing import Any
 from msgspec import Struct
 
 from tasks.checkpoints.checkpoint import LogicalTensor
-from tasks.tensors import fp8, mx
+from tasks.tensors import mx
 from tasks.tensors.rows import Rows, count
 from tasks.unpack.packed import (
     FLOATS,
@@ -99,6 +99,8 @@ class BlockFp8(Struct, frozen=True, dict=True):
 
     def read(self, start: int, stop: int) -> mx.array:
         """Return rows ``start`` to ``stop``."""
+        from tasks.tensors import fp8  # with NumPy, which reading models.toml does without
+
         at = mx.arange(start, stop)
         height = self.shape[-2]
         blocks = -(-height // self.block_rows)
