@@ -18,7 +18,7 @@ from tasks.execution.log import Trace
 from tasks.planning import source_record
 from tasks.planning.choice import Choice
 from tasks.planning.lockfile import Lock
-from tasks.planning.node import Node
+from tasks.planning.node import Known, Node
 from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource
 
@@ -231,6 +231,7 @@ def check(unit: Unit, made: Made, secret: bytes | None) -> dict[Node, Manifest]:
         if signed != [digest(result.manifest) for result in made.results]:
             raise Unlike("its results are not those that were signed")
         manifests: dict[Node, Manifest] = {}
+        known: Known = {}  # a layer may have thousands of tensors
         for node, result in zip(unit.nodes, made.results, strict=True):
             manifest = Manifest.from_bytes(result.manifest)
             manifests[node] = manifest
@@ -242,7 +243,7 @@ def check(unit: Unit, made: Made, secret: bytes | None) -> dict[Node, Manifest]:
             if manifest.action != node.action(inputs):
                 raise Unlike(f"{node.name} is of another action")
             specs = {name: tensor.spec for name, tensor in manifest.tensors.items()}
-            if specs != node.output_specs():
+            if specs != {name: output.spec for name, output in node.outputs(known).items()}:
                 raise Unlike(f"{node.name} has other tensors, or of other dtypes or shapes")
     except (ManifestError, Refused, ValueError) as error:
         raise Unlike(str(error)) from error
