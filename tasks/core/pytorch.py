@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 _LOCK = threading.Lock()
+_LEFT_OUT = threading.Event()  # by ``leave_out``: where None is anybody else's, it stays
 
 
 def leave_out() -> None:
@@ -17,7 +18,9 @@ def leave_out() -> None:
     Where that is installed transformers imports it, for tokenizers too: 180 MB and some seconds, of
     which nothing is used.
     """
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    if "torch" not in sys.modules:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        _LEFT_OUT.set()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it is not there
 
 
@@ -28,6 +31,7 @@ def module() -> Any:
         ImportError: it is not installed.
     """
     with _LOCK:
-        if sys.modules.get("torch", ...) is None:
+        if _LEFT_OUT.is_set():
             del sys.modules["torch"]
+            _LEFT_OUT.clear()
         return importlib.import_module("torch")

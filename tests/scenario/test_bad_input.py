@@ -189,8 +189,8 @@ TOML = {
     ),
     "unknown in quantize": setting(
         "quantize = { bit = 4 }", "quantize.bit is an unknown key",
-        "valid: bits, group_size, mode, recipe, target_bpw, fit, context, candidates, min_bits, "
-        "method, rules. Did you mean 'bits'?",
+        "valid: bits, group_size, mode, recipe, target_bpw, fit, context, candidates, exact, "
+        "min_bits, method, rules. Did you mean 'bits'?",
         right="quantize = { bits = 4 }",
     ),
     "unknown in quantize, a table": Case(
