@@ -105,7 +105,8 @@ class Hook:
 
     def record(self):
         self.inside.hook = True
-        facts = {"opened": self.opened, "modules": sorted(sys.modules), "events": self.count}
+        modules = sorted(name for name, module in sys.modules.items() if module is not None)
+        facts = {"opened": self.opened, "modules": modules, "events": self.count}
         with open(self.orders["record"], "w", encoding="utf-8") as file:
             json.dump(facts, file)
 
