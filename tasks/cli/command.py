@@ -59,15 +59,17 @@ class Command(DoitCommand):  # type: ignore[misc]
         """Do what is asked; of a name that there is not, say which are near."""
         with piped():
             self.outstream = sys.stdout  # doit took it when there may have been none
-            if not self.names_tasks:  # a task's own options stand behind it
-                in_args = _options_first(in_args, self.cmdparser)
             try:
+                if not self.names_tasks:  # a task's own options stand behind it
+                    in_args = _options_first(in_args, self.cmdparser)
                 return int(super().parse_execute(in_args) or 0)
             except CmdParseError as error:
                 message = parse_error_message(error, self.cmd_options)
                 if message is None:
                     raise
-                raise CmdParseError(f"{message}. {COMMAND} help {self.name} shows all.") from error
+                raise CmdParseError(f"{message}. {self._all_options}") from error
+            except getopt.GetoptError as error:
+                raise CmdParseError(f"{error}. {self._all_options}") from error
             except InvalidCommand as error:
                 if name := name_not_found(error):
                     raise InvalidCommand(self._unknown(name)) from error
@@ -80,6 +82,10 @@ class Command(DoitCommand):  # type: ignore[misc]
             finally:
                 if self.loader and self.loader.session:
                     self.loader.session.close()
+
+    @property
+    def _all_options(self) -> str:
+        return f"{COMMAND} help {self.name} shows all."
 
     def execute(self, params: Any, args: list[str]) -> int:
         """Do what is asked; of options behind names that doit refuses, say where they go."""
@@ -125,12 +131,14 @@ class Command(DoitCommand):  # type: ignore[misc]
 
 
 def _options_first(args: list[str], parser: Any) -> list[str]:
-    """Return arguments with the options first, which may stand behind names as well."""
-    short, long = parser.get_short(), parser.get_long()
-    try:
-        options, names = getopt.gnu_getopt(args, short, long)
-    except getopt.GetoptError:  # the parser says which, if it comes first
-        return sorted(args, key=lambda each: not each.startswith("-"))
+    """Return arguments with the options first, which may stand behind names as well.
+
+    Raises:
+        getopt.GetoptError: there is no such option, or it has a value and takes none, or the
+            reverse.
+    """
+    long = parser.get_long()
+    options, names = getopt.gnu_getopt(args, parser.get_short(), long)
     first = []
     for option, value in options:
         if option.startswith("--"):
