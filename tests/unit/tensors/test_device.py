@@ -11,7 +11,7 @@ import pytest
 
 from tasks.core.errors import BuildError
 from tasks.layouts.fusions import Delta
-from tasks.stages import fuse, quantize, running
+from tasks.stages import fuse, quantize, segment_runner
 from tasks.stages.measure import _group_sums
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.sensitivity import _Importance
@@ -115,9 +115,9 @@ def test_what_a_gpu_cannot_quantize_to_is_no_weight(monkeypatch: pytest.MonkeyPa
 def test_only_what_runs_a_model_alone_enters_the_stream_of_a_gpu() -> None:
     """Whose context would send what other threads compute there, too."""
     enters = re.compile(r'mx\.stream\((?!…|mx\.cpu\)|\S*streams\.get\("cpu"\))')
-    folder = Path(running.__file__).parents[1]
+    folder = Path(segment_runner.__file__).parents[1]
     found = {path for path in folder.rglob("*.py") if enters.search(path.read_text("utf-8"))}
-    assert found == {Path(running.__file__)}
+    assert found == {Path(segment_runner.__file__)}
 
 
 def test_what_names_no_stream_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
