@@ -122,3 +122,8 @@ class ReadableSource(Source, Protocol):
         Raises:
             CheckpointError: a file is damaged, or of a kind that must not be read.
         """
+
+
+def is_pinned(source: Source) -> bool:
+    """Tell whether something else than the files that are read says which bytes they hold."""
+    return source.revision is not None or not source.available

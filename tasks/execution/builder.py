@@ -22,6 +22,7 @@ from cache.records.actions import Corrupt, Hit, Miss
 from cache.records.manifests import Action, Manifest, ManifestError, Tensor, TensorSpec
 from cache.store import Store
 from tasks.checkpoints import headers
+from tasks.checkpoints.source import is_pinned
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.workspace import Workspace
@@ -186,7 +187,8 @@ class Builder:
             if brought:
                 outcome, record["trace"] = brought.outcome, brought.trace
             return entry.manifest, outcome
-        if made := self._made_elsewhere(plan, node, record):
+        made = self._made_elsewhere(plan, node, record)
+        if made and made[0].action == action:
             return made
         with self._working(plan, node, action.key):
             meanwhile = self.store.actions.get(action)
@@ -207,8 +209,9 @@ class Builder:
         if self.crew:
             if known := self.recall(plan, node):
                 return known, "reused"
-            if made := self._made_elsewhere(plan, node, record):
-                return made
+            pinned = is_pinned(plan.checkpoint.source)
+            if pinned and (made := self._made_elsewhere(plan, node, record)):
+                return made  # else only what is read here says which bytes are asked for
         self.hashed.begin(plan.checkpoint, node.outputs(), self.store.memos)
         with self._working(plan, node, node.spec.digest):
             manifest = self._scan(plan, node, reread=False)

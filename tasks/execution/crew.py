@@ -48,6 +48,9 @@ class Recorder(Protocol):
     def shared(self, plan: Plan, node: Node) -> Locate | None:
         """Return what locates a node's tensors, or None if their bytes are not shared."""
 
+    def recall(self, plan: Plan, node: Node) -> Manifest | None:
+        """Return what a leaf is known to read, without reading it."""
+
     def take(self, plan: Plan, node: Node, manifest: Manifest) -> None:
         """Put on record what another machine made; its bytes are here, as far as wanted."""
 

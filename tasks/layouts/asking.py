@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -91,7 +92,10 @@ def ask(question: dict[str, Any], library: str, checkpoint: Checkpoint) -> dict[
     for light in (True, False):
         asked = {**question, "light": light}
         # Starting a process costs more than the answer, most of all where MLX brings up a GPU.
-        if light and _is_small(question):
+        # Within this process only where nothing runs beside it: modules and MLX's own functions are
+        # replaced meanwhile.
+        alone = threading.current_thread() is threading.main_thread()
+        if light and alone and _is_small(question):
             from tasks.layouts import probe  # once for a checkpoint
 
             answer = json.loads(json.dumps(probe.answer(asked, LIBRARIES[library])))

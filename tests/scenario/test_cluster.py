@@ -1,5 +1,7 @@
 """tests of a build on a Dask cluster: whatever its workers do, the same model, by no lie."""
 
+import os
+import shutil
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +16,9 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(find_spec("distributed") is None, reason="wants the extra dask"),
 ]
+
+
+READ_HERE = len(projects.LAYERS["huggingface"])  # of a folder: which bytes are asked for
 
 
 @pytest.fixture
@@ -34,11 +39,15 @@ def machines(done: Finished) -> Counter[str]:
     return Counter(entry.get("machine", "") for entry in done.entries)
 
 
+def made_by_workers(project: Project) -> set[str]:
+    return {entry["task"] for entry in front_door.log(project.folder) if entry.get("machine")}
+
+
 def test_workers_make_the_layers(project: Project, tmp_path: Path) -> None:
     with cluster.running(tmp_path, ["good", "good"]) as (scheduler, _):
         done = build(project, scheduler)
         assert project.built() == project.anew()
-        assert machines(done)[""] == 1  # packing
+        assert machines(done)[""] == READ_HERE + 1  # packing
         (machine,) = machines(done).keys() - {""}
         assert f"layers on {machine}" in done.stdout
         threads = {entry["thread"] for entry in done.entries if entry.get("machine")}
@@ -52,13 +61,50 @@ def test_workers_make_the_layers(project: Project, tmp_path: Path) -> None:
 
 
 def test_whoever_lies_or_has_no_room_is_passed_over(project: Project, tmp_path: Path) -> None:
-    bad = ["flips a byte", "other shape", "full disk"]
+    bad = ["flips a byte", "other shape", "full disk", "raises", "reads another"]
+    _change(shutil.copytree(project.checkpoint, f"{project.checkpoint}-other"))
     with cluster.running(tmp_path, ["good", *bad]) as (scheduler, (process,)):
         done = build(project, scheduler)
         said = process.log.read_text()
     assert project.built() == project.anew()
-    assert {"lied", "full"} <= {*said.splitlines()}
+    assert {"lied", "full", "raised"} <= {*said.splitlines()}
     assert not done.stderr or "is made here" in done.stderr
+
+
+def test_only_workers_that_fail(project: Project, tmp_path: Path) -> None:
+    """They are not asked for the same without end."""
+    with cluster.running(tmp_path, ["raises", "reads another"]) as (scheduler, _):
+        _change(shutil.copytree(project.checkpoint, f"{project.checkpoint}-other"))
+        done = build(project, scheduler)
+    assert project.built() == project.anew()
+    assert machines(done).keys() == {""}
+    assert "is made here" in done.stderr
+    assert "out of memory" in done.stderr
+    assert "other bytes than the checkpoint has here" in done.stderr
+
+
+def test_checkpoints_that_only_their_bytes_tell_apart(project: Project, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(project.checkpoint, project.folder / "tuned"))
+    _change(other)
+    project.configure("tuned", source="tuned", **projects.FOUR_BIT)
+    with cluster.running(tmp_path, ["good"]) as (scheduler, _):
+        build(project, scheduler)
+    built = [project.built(name) for name in ("model", "tuned")]
+    assert built[0] != built[1]
+    for folder in (project.state, project.folder / "build"):
+        shutil.rmtree(folder)
+    project.doit()
+    assert [project.built(name) for name in ("model", "tuned")] == built
+
+
+def _change(folder: str | Path) -> None:
+    """Change weights, under the same sizes and times."""
+    for path in Path(folder).glob("*.safetensors"):
+        stat, data = path.stat(), bytearray(path.read_bytes())
+        for at in range(8 + int.from_bytes(data[:8], "little"), len(data), 2):
+            data[at] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def test_workers_that_are_others_get_nothing(project: Project, tmp_path: Path) -> None:
@@ -90,12 +136,12 @@ def test_without_the_scheduler_it_stops_and_can_be_taken_up(
         env = environment(scheduler, MLX_MAKE_BUILD_CLUSTER_LOST="stop")
         process = running.start(project, env=env)
         running.wait_for(lambda: "hangs" in second.log.read_text(), process)
-        running.wait_for(lambda: front_door.log(project.folder), process)
+        running.wait_for(lambda: made_by_workers(project), process)
         first.end()
         said = "".join(process.communicate(timeout=cluster.PATIENCE))
     assert process.returncode == 1
     assert said.count("cluster_lost") == 1
-    done = {entry["task"] for entry in front_door.log(project.folder) if entry.get("machine")}
+    done = made_by_workers(project)
     assert done
     again = project.doit()
     assert project.built() == project.anew()

@@ -130,6 +130,33 @@ def _full_disk(bench: Any) -> None:
     bench._make = full
 
 
+def _raises(bench: Any) -> None:
+    def fail(*_: Any) -> Any:
+        print("raised", flush=True)
+        raise RuntimeError("[metal] out of memory")
+
+    bench._make = fail
+
+
+def _reads_another(bench: Any) -> None:
+    """Of the checkpoint's files, which have other bytes where this worker is."""
+    import pickle
+
+    from msgspec import structs
+
+    make = bench.make
+
+    def lying(request: bytes, key: str, layers: Any) -> Any:
+        print("lied", flush=True)
+        asked = pickle.loads(request)
+        source = asked.target.source
+        other = structs.replace(source, location=f"{source.location}-other")
+        target = structs.replace(asked.target, source=other)
+        return make(pickle.dumps(asked._replace(target=target), 5), key, layers)
+
+    bench.make = lying
+
+
 def _says_what_it_makes(bench: Any) -> None:
     make = bench.make
 
@@ -164,6 +191,8 @@ KINDS: dict[str, Any] = {
     "flips a byte": _flips_a_byte,
     "other shape": _other_shape,
     "full disk": _full_disk,
+    "raises": _raises,
+    "reads another": _reads_another,
     "hangs": _hangs,
     "says": _says_what_it_makes,
     "sleeps": _sleeps,

@@ -11,14 +11,17 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cache.blobs import Place
+from cache.digest import digest_record
 from cache.errors import one_line
 from cache.records.manifests import Manifest
+from tasks.checkpoints.source import is_pinned
 from tasks.core.errors import BuildError, Stopped
 from tasks.core.program import COMMAND
 from tasks.core.text import plural, some
@@ -46,9 +49,10 @@ class _Lost(Exception):
 class _Failed(Exception):
     """A worker cannot make a unit, or what it made is of no use."""
 
-    def __init__(self, worker: str, machine: str, cause: str) -> None:
-        super().__init__(f"{machine} ({worker}): {cause}")
+    def __init__(self, worker: str, machine: str, cause: str, *, is_hopeless: bool = False) -> None:
+        super().__init__(f"{machine} ({worker}): {cause}" if worker else f"{machine}: {cause}")
         self.worker = worker
+        self.is_hopeless = is_hopeless  # so many workers ended at it that no other is asked
 
 
 @dataclass
@@ -89,7 +93,7 @@ class Cluster:
         self._scheduler = ""  # its id: another one knows of nothing
         self._empty: set[str] = set()  # resources that nobody offered for long
         self._units: dict[str, dict[Node, Unit]] = {}  # by target
-        self._requests: dict[str, bytes] = {}  # the same
+        self._requests: dict[str, tuple[bytes, Any]] = {}  # the same
         self._classes: set[str] = set()
         self._asked: dict[Unit, _Asked] = {}
         self._futures: list[Future] = []
@@ -100,6 +104,8 @@ class Cluster:
 
     def takes(self, plan: Plan, node: Node) -> bool:
         """Tell whether a node would be handed over."""
+        if node.is_leaf and not is_pinned(plan.checkpoint.source):
+            return False
         unit = self._unit(plan, node)
         return not self._lost and unit is not None and not self._asked_of(unit).is_ours
 
@@ -148,13 +154,16 @@ class Cluster:
     def _made(self, recorder: Recorder, unit: Unit) -> dict[Node, Delivered] | None:
         """Return what workers made of a unit, put on record; None: nobody did."""
         excluded: dict[str, str] = {}  # causes, by worker
+        known = _known(recorder, unit)
         try:
-            while len(excluded) < ATTEMPTS:
+            for attempt in range(ATTEMPTS):
                 try:
-                    made = self._asked_for(unit, excluded)
-                    return self._taken(recorder, unit, made)
+                    made = self._asked_for(unit, known, excluded)
+                    return self._taken(recorder, unit, known, made)
                 except _Failed as failed:
-                    excluded[failed.worker] = str(failed)
+                    excluded[failed.worker or f"attempt {attempt}"] = str(failed)
+                    if failed.is_hopeless:
+                        break
         except _Lost as lost:
             if excluded and not self._lost:  # by those who are left
                 self._warn(f"{self._name(unit)} is made here: {'; '.join(excluded.values())}")
@@ -178,7 +187,9 @@ class Cluster:
     def _name(unit: Unit) -> str:
         return f"{unit.plan.target.name} {unit.nodes[-1].layer}"
 
-    def _asked_for(self, unit: Unit, excluded: dict[str, str]) -> Made:
+    def _asked_for(
+        self, unit: Unit, known: Mapping[Node, Manifest], excluded: dict[str, str]
+    ) -> Made:
         """Have a unit made by a worker.
 
         Raises:
@@ -189,12 +200,13 @@ class Cluster:
 
         connection = self._connected()
         resource = machine.resource(self._facts, self._class_of(unit.plan))
-        arguments = self._arguments(unit)
+        arguments, settings = self._arguments(unit)
         number = 0
         while True:
             able = self._able(resource, excluded)
             # Whoever asks for the same of the same workers has one task with this.
-            key = " ".join(["mlx-make", unit.key, *sorted(excluded), *["again"] * number])
+            of = digest_record([_identity(unit, known), settings])
+            key = " ".join(["mlx-make", unit.key, of, *sorted(excluded), *["again"] * number])
             try:
                 future = connection.submit(key, arguments, resource, able if excluded else None)
             except Gone:
@@ -209,21 +221,25 @@ class Cluster:
             except _Lost:
                 raise
             except Exception as error:  # of any kind: what a worker raised
-                raise _Failed(
-                    f"{number}", "a worker", one_line(f"{type(error).__name__}: {error}")
-                ) from error
+                cause = one_line(f"{type(error).__name__}: {error}")
+                ended = type(error).__name__ == "KilledWorker"
+                raise _Failed("", "a worker", cause, is_hopeless=ended) from error
             if isinstance(made, Cannot):
                 raise _Failed(*made)
             with self._lock:  # until this build ends: another one may ask for the same
                 self._futures.append(future)
             return made
 
-    def _arguments(self, unit: Unit) -> tuple[bytes, str, list[tuple[str, str]]]:
+    def _arguments(self, unit: Unit) -> tuple[tuple[bytes, str, list[tuple[str, str]]], Any]:
+        """Return what a worker is told, and where its results go: what is kept, and the remote."""
         target = unit.plan.target.name
         with self._lock:
             if target not in self._requests:
-                self._requests[target] = self._request(unit.plan).to_bytes()
-            return self._requests[target], unit.key, unit.layers
+                request = self._request(unit.plan)
+                goes_to = request.settings.keep, request.settings.remote
+                self._requests[target] = request.to_bytes(), goes_to
+            request_bytes, settings = self._requests[target]
+        return (request_bytes, unit.key, unit.layers), settings
 
     def _class_of(self, plan: Plan) -> str:
         device_class = machine.class_of(plan)
@@ -247,7 +263,9 @@ class Cluster:
         made: Made | Cannot = future.result(timeout=EMPTY_SECONDS)
         return made
 
-    def _taken(self, recorder: Recorder, unit: Unit, made: Made) -> dict[Node, Delivered]:
+    def _taken(
+        self, recorder: Recorder, unit: Unit, known: Mapping[Node, Manifest], made: Made
+    ) -> dict[Node, Delivered]:
         """Put on record here what a worker made, once its bytes are here.
 
         Raises:
@@ -258,10 +276,11 @@ class Cluster:
         connection = self._connected()
         now = time.time()
         try:
-            manifests = check(unit, made, machine.secret())
+            manifests = check(unit, made, known, machine.secret())
             for node in unit.nodes:
                 self._bring(connection, recorder, unit.plan, node, manifests[node], made)
-                recorder.take(unit.plan, node, manifests[node])
+                if node not in known:  # what was read here is on record, by what this machine read
+                    recorder.take(unit.plan, node, manifests[node])
         except (Unlike, Gone) as error:
             raise _Failed(made.worker, made.machine, str(error)) from error
         return {
@@ -439,3 +458,22 @@ class Cluster:
             self._said.add(text)
         if is_new:
             print(f"warning: {one_line(text)}", file=sys.stderr)
+
+
+def _known(recorder: Recorder, unit: Unit) -> dict[Node, Manifest]:
+    """Return what a unit's leaves are known here to be."""
+    known = {}
+    for node in unit.nodes:
+        with suppress(BuildError):  # the checkpoint is not here: a worker may have it
+            if node.is_leaf and (manifest := recorder.recall(unit.plan, node)):
+                known[node] = manifest
+    return known
+
+
+def _identity(unit: Unit, known: Mapping[Node, Manifest]) -> list[Any] | None:
+    """Return which bytes a unit reads, of a checkpoint that no commit pins."""
+    source = unit.plan.checkpoint.source
+    if source.revision:
+        return None
+    digests = [[tensor.digest for tensor in known[node].tensors.values()] for node in known]
+    return digests or [str(source.location)]

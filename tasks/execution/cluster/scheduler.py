@@ -19,6 +19,7 @@ from distributed import Client, Future, get_worker
 
 from cache.errors import CacheError, one_line
 from cache.records.manifests import Tensor
+from tasks.execution.cluster.machine import PREFIX
 from tasks.execution.cluster.unit import Cannot, Made
 
 CONNECT_SECONDS = 20
@@ -53,17 +54,21 @@ def make(request: bytes, key: str, layers: Sequence[tuple[str, str]]) -> Made | 
 
 
 def survey() -> Callable[..., Any]:
-    """Return what tells the scheduler's workers, and removes those that are silent.
+    """Return what tells the scheduler's workers, and removes those of ours that are silent.
 
-    Frozen, or cut off without a word: Dask's own limit is minutes (``worker-ttl``).
+    Frozen, or cut off without a word: Dask's own limit is minutes (``worker-ttl``), and stays that
+    of others' workers, whose data is not ours to lose.
     """
 
-    async def look(patience: float, dask_scheduler: Any = None) -> tuple[str, list[Any]]:
+    async def look(
+        patience: float, prefix: str, dask_scheduler: Any = None
+    ) -> tuple[str, list[Any]]:
         import time
 
         now = time.time()
         for address, state in [*dask_scheduler.workers.items()]:
-            if now - state.last_seen > patience:
+            is_ours = any(name.startswith(prefix) for name in state.resources)
+            if is_ours and now - state.last_seen > patience:
                 await dask_scheduler.remove_worker(
                     address, stimulus_id=f"mlx-make-silent-{now}", expected=True
                 )
@@ -142,7 +147,7 @@ class Connection:
         Raises:
             Gone: the scheduler does not answer.
         """
-        scheduler, found = self._ask(self.client.run_on_scheduler, survey(), SILENT_SECONDS)
+        scheduler, found = self._ask(self.client.run_on_scheduler, survey(), SILENT_SECONDS, PREFIX)
         return scheduler, [Member(*each) for each in found]
 
     def describe(self, workers: Sequence[str], packages: Sequence[str]) -> Mapping[str, Any]:

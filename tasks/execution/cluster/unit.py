@@ -13,6 +13,7 @@ from cache.digest import digest, digest_record
 from cache.errors import CacheError, Refused
 from cache.records.manifests import Manifest, ManifestError
 from cache.remote.signing import check_signature, sign
+from tasks.checkpoints.source import is_pinned
 from tasks.core.spec import Quality, Target
 from tasks.execution.log import Trace
 from tasks.planning import source_record
@@ -76,14 +77,13 @@ class Request(NamedTuple):
             sources[name] = source_record.pinned(plan.checkpoint)
         adapter = plan.model.adapter
         pinned = source_record.pinned_adapter(adapter)
-        is_pinned = source.revision or not source.available
         return cls(
             structs.replace(plan.target, where=None, files=None, card=None, card_name=None),
             settings,
             sources,
             {str(plan.target.adapter): pinned} if pinned else {},
             plan.choice,
-            {} if is_pinned else files(plan),
+            {} if is_pinned(source) else files(plan),
         )
 
     def to_bytes(self) -> bytes:
@@ -105,7 +105,8 @@ class Unit:
 
     Attributes:
         plan: the target.
-        key: digest of all that they make; the same for whoever asks for the same.
+        key: digests of all that they make, and of what a pinned checkpoint is; the same for whoever
+            asks for the same.
         nodes: in an order in which they can be made.
     """
 
@@ -159,7 +160,12 @@ def _unit(plan: Plan, nodes: dict[Node, None]) -> Unit:
     ]
     source = plan.checkpoint.source
     origin = source.revision or (sorted(files(plan).items()) if source.available else None)
-    return Unit(plan, digest_record([made, origin]), tuple(ordered))
+    return Unit(plan, f"{digest_record(made)} {digest_record(origin)}", tuple(ordered))
+
+
+def is_same_work(unit: Unit, key: str) -> bool:
+    """Tell whether a unit makes what one of that key does, wherever its checkpoint is read."""
+    return unit.key.split()[0] == key.split()[0]
 
 
 class Result(NamedTuple):
@@ -217,11 +223,19 @@ def signature(key: str, results: list[Result], secret: bytes | None) -> bytes:
     return sign(KIND, key, [digest(result.manifest) for result in results], secret)
 
 
-def check(unit: Unit, made: Made, secret: bytes | None) -> dict[Node, Manifest]:
+def check(
+    unit: Unit, made: Made, leaves: Mapping[Node, Manifest], secret: bytes | None
+) -> dict[Node, Manifest]:
     """Return what was made, once it is known to be of the very actions that were asked for.
 
     As with what a remote store has: dtypes and shapes are held against the plan, bytes against
     their digests as they come; that these are the right ones, a signing key vouches for.
+
+    Args:
+        unit: what was asked for.
+        made: what came.
+        leaves: what those are that were read here.
+        secret: the signing key, if there is one.
 
     Raises:
         Unlike: it is not.
@@ -235,6 +249,8 @@ def check(unit: Unit, made: Made, secret: bytes | None) -> dict[Node, Manifest]:
         for node, result in zip(unit.nodes, made.results, strict=True):
             manifest = Manifest.from_bytes(result.manifest)
             manifests[node] = manifest
+            if node in leaves and manifest.tensors != leaves[node].tensors:
+                raise Unlike(f"{node.name} is of other bytes than the checkpoint has here")
             inputs: Any = (
                 node.as_inputs(manifest.tensors)
                 if node.is_leaf

@@ -25,7 +25,18 @@ from tasks.core.errors import BuildError
 from tasks.core.workspace import Workspace
 from tasks.execution.builder import Builder
 from tasks.execution.cluster import machine
-from tasks.execution.cluster.unit import Cannot, Made, Remote, Request, Result, files, signature
+from tasks.execution.cluster.unit import (
+    Cannot,
+    Made,
+    Remote,
+    Request,
+    Result,
+    Unit,
+    files,
+    is_same_work,
+    signature,
+    units,
+)
 from tasks.execution.filling.draft import Drafts
 from tasks.execution.log import Entry, Log, Trace
 from tasks.execution.resources import DiskBudget, MemoryBudget
@@ -55,11 +66,13 @@ class _Planned:
         plan: it.
         nodes: by stage and layer.
         builder: makes its units; each has a log and a streaming of its own.
+        units: by node.
     """
 
     plan: Plan
     nodes: dict[tuple[str, str], Node]
     builder: Builder
+    units: dict[Node, Unit]
 
 
 class _Lines(Log):
@@ -113,6 +126,9 @@ class Workbench:
             if isinstance(error, OSError) and space.is_full(error):
                 error = space.no_room(self.store.root)
             return Cannot(self.address, self.name, one_line(str(error)))
+        except Exception as error:  # of any kind: another worker may not meet it
+            cause = one_line(f"{type(error).__name__}: {error}")
+            return Cannot(self.address, self.name, cause)
 
     def _make(
         self, planned: _Planned, key: str, layers: Sequence[tuple[str, str]]
@@ -120,6 +136,11 @@ class Workbench:
         if unknown := [layer for layer in layers if layer not in planned.nodes]:
             raise _Unlike(f"its plan has no {':'.join(unknown[0])}")
         nodes = [planned.nodes[layer] for layer in layers]
+        if not is_same_work(planned.units[nodes[-1]], key):
+            raise _Unlike(
+                "its plan of it is another: by a package's version, config.json or the text to "
+                "calibrate on"
+            )
         plan, sharing = planned.plan, planned.builder.store.sharing
         with self._units_own(planned, nodes) as builder, self.store.lock.using():
             assert isinstance(builder.log, _Lines)
@@ -227,7 +248,7 @@ class Workbench:
             (node.stage.name, node.layer): node
             for stage in plan.stages.values() for node in stage
         }  # fmt: skip
-        return _Planned(plan, nodes, builder)
+        return _Planned(plan, nodes, builder, units(plan))
 
     def _shares(self, remote: Remote | None) -> Sharing | None:
         """Return what this cache has in common with a build's remote store, if it has one."""
