@@ -603,7 +603,8 @@ class Quality(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         key(
             "How many of the most likely next tokens of the unquantized model are kept to compare "
             "with; all others count as one.",
-            change="the last segment of teacher, and evaluate",
+            change="the last segment of teacher, and evaluate; of exact sensitivities, "
+            "baseline, divergence and sensitivity",
             example=4096,
         ),
     ] = 1024

@@ -116,6 +116,7 @@ def _calibration(quality: Quality, *, exact: bool) -> dict[str, Any]:
         "samples": quality.samples,
         "sequence_length": quality.sequence_length,
         "seed": quality.seed,
+        **({"top_logits": quality.top_logits} if exact else {}),
     }
 
 
@@ -130,6 +131,7 @@ def _unquantized(plan: Plan) -> str:
     return digest_record([plan.target.layout, plan.model.dtype or "", made_by])
 
 
+_OF_TEXT = ("text", "samples", "sequence_length", "seed", "top_logits")
 _WORDS = {
     "candidates": "the candidates",
     "rules": "the rules",
@@ -146,11 +148,13 @@ def _differences(plan: Plan, record: Mapping[str, Any], built: Built, lock: Lock
         return f"it is locked of another {plan.target.source_name}"
     was = built.chosen_for or {}
     found = []
-    keys = dict.fromkeys([*record, *was])
-    if ("imatrix" in record) != ("imatrix" in was):  # then all else of it is another, too
-        keys = {k: None for k in keys if k not in ("text", "samples", "sequence_length", "seed")}
-    for key in keys:
-        if record.get(key) == was.get(key):
+    follows: set[str] = set()  # what is another with something else that is
+    if ("imatrix" in record) != ("imatrix" in was):
+        follows.update(_OF_TEXT)
+    if record.get("exact") != was.get("exact"):
+        follows.add("top_logits")
+    for key in dict.fromkeys([*record, *was]):
+        if key in follows or record.get(key) == was.get(key):
             continue
         if word := _WORDS.get(key):
             found.append(

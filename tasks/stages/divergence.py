@@ -9,7 +9,7 @@ weights are in memory of one at a time.
 from __future__ import annotations
 
 import struct
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from math import fsum, inf, isfinite
 from typing import Any, cast
 
@@ -126,9 +126,9 @@ class Divergence(Stage[DivergenceParams]):
         (weight, setting), *_ = params.settings.items()
         rounded = {weight: _rounded(context, weight, setting, params.device)}
         runner = SegmentRunner(_UNQUANTIZED, params, inputs, context, replaced=rounded)
-        total = fsum(nats for each in _compared(runner) for nats in each)
-        mean = max(0.0, total / (runner.samples * params.shape[1]))
-        data = memoryview(struct.pack("<f", mean if isfinite(mean) else inf))
+        nats = (nats for each in _compared(runner) for nats in each)
+        mean = mean_of(nats, runner.samples * params.shape[1])
+        data = memoryview(struct.pack("<f", mean))
         with context.writer(_name(params), data.nbytes) as writer:
             writer.write(data)
         tensor = Tensor("float32", (1,), writer.digest)
@@ -182,6 +182,12 @@ def _name(params: DivergenceParams) -> str:
 def name_of(path: str) -> str:
     """Return what is called so that is told of a module."""
     return f"{path}.{DIVERGENCE}"
+
+
+def mean_of(nats: Iterable[float], tokens: int) -> float:
+    """Return the mean divergence; infinity where a model says what is no number."""
+    mean = fsum(nats) / tokens
+    return max(0.0, mean) if isfinite(mean) else inf  # of NaN, max would make 0
 
 
 def _compared(runner: SegmentRunner) -> Iterator[list[float]]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -20,7 +21,9 @@ from tasks.core.spec import Quality
 from tasks.execution import recorded
 from tasks.planning import knapsack
 from tasks.planning.knapsack import Option
+from tasks.quality import divergence as compared
 from tasks.quality import text
+from tasks.stages.divergence import mean_of
 from tasks.stages.quantize_scheme import Setting
 
 QUALITY = {"samples": 3, "sequence_length": 24, "seed": 1, "top_logits": 16}
@@ -230,11 +233,25 @@ def test_exact_is_the_divergence_of_the_whole_model(project: Project) -> None:
     )
     third = project.doit("sensitivity:model")
     assert {task.split(".")[-1] for task in third.computed} == {"3bit-32"}
+    project.quality = {**QUALITY, "top_logits": 319}
+    project.configure(quantize={**asked, "target_bpw": 8.4})
+    said = json.loads(project.doit("plan", "--json", expect=1).stdout)["budgets"]["model"]["anew"]
+    assert said == "top_logits is 319, and 320 in models.lock"
+    project.quality = {**QUALITY, "top_logits": 320}
     project.configure(quantize={**asked, "exact": False})
     said = json.loads(project.doit("plan", "--json", expect=1).stdout)["budgets"]["model"]["anew"]
     assert (
         said == "target_bpw is 8.2, and 8.4 in models.lock; exact is none, and true in models.lock"
     )
+
+
+def test_what_a_broken_model_says_costs_more_than_all() -> None:
+    """Not nothing, as the larger of 0 and NaN would have it."""
+    logits, following = mx.random.normal((4, 8)), mx.arange(4)
+    teacher = compared.top_predictions(logits, following, 8)
+    broken = mx.where(mx.arange(8) == 3, mx.nan, logits)
+    nats = compared.compare(broken, following, teacher).divergence.tolist()
+    assert mean_of(nats, 4) == math.inf
 
 
 @pytest.mark.parametrize(
