@@ -55,7 +55,8 @@ def gram_memory(columns: int) -> int:
 def linear(module: Any, x: mx.array) -> mx.array:
     """Return what an ``mlx.nn.Linear`` makes, which MLX's wheels for Linux take ages for on a CPU.
 
-    They have the reference BLAS. Products are of float32, whatever the inputs are of.
+    They have the reference BLAS. Products are of float32, whatever the inputs are of; the result
+    is of the type that MLX makes of both.
 
     Args:
         module: with a weight, (rows, columns), and perhaps a bias, (rows,).
@@ -67,7 +68,8 @@ def linear(module: Any, x: mx.array) -> mx.array:
     wide = (each.astype(mx.float32) for each in (x, module.weight))
     given, weight = (np.array(each, copy=False) for each in wide)
     flat = given.reshape(-1, given.shape[-1]) @ weight.T
-    made = mx.array(flat).reshape(*x.shape[:-1], -1).astype(x.dtype)
+    both = mx.result_type(x, module.weight)
+    made = mx.array(flat).reshape(*x.shape[:-1], -1).astype(both)
     return made + module.bias if "bias" in module else made
 
 

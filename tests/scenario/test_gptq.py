@@ -74,6 +74,23 @@ def test_experts_have_their_own(tmp_path: Path) -> None:
     mlx_lm.load(str(one.folder / "build" / "model"))
 
 
+def test_modules_that_are_wider_than_the_rest(tmp_path: Path) -> None:
+    """All that follows them is of their type, as MLX has it."""
+    project = create(tmp_path)
+    wider = {**GPTQ, "rules": [{"match": "*.o_proj", "dtype": "float32"}]}
+    project.configure(dtype="bfloat16", quantize=wider)
+    project.doit("pack:model")
+    built = project.folder / "build" / "model"
+    tensors = {
+        name: each
+        for path in built.glob("*.safetensors")
+        for name, each in mx.load(str(path)).items()
+    }
+    attention = "model.layers.0.self_attn"
+    kinds = {name: tensors[f"{attention}.{name}.scales"].dtype for name in ("o_proj", "q_proj")}
+    assert kinds == {"o_proj": mx.float32, "q_proj": mx.bfloat16}
+
+
 def test_what_does_not_go_together(tmp_path: Path) -> None:
     project = create(tmp_path)
     project.configure(quantize={"mode": "mxfp4", "method": "gptq"})
