@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from cache.records.manifests import Tensor
 from tasks.core.errors import BuildError
@@ -82,10 +83,10 @@ class SegmentRunner:
                     lambda file, start: self._fill(file, start, skeleton.tensors)
                 )
                 mx.eval(self._model.parameters())
-                self._watch = Watch(self._model, linear)
+                self._watch = self._watched(linear)
                 return
             self._model = skeleton.load()
-            self._watch = Watch(self._model, linear)
+            self._watch = self._watched(linear)
         self._not_loaded = self._parameters()
         names = [segment.name for segment in self._split.segments]
         self._number = names.index(params.segment)
@@ -118,6 +119,11 @@ class SegmentRunner:
             left = [each for each in before.items() if each[0] not in kept]
             self._model.load_weights(left, strict=False)
             self._load(name for name in self._reads if name not in before)
+
+    def _watched(self, linear: Any) -> Watch:
+        # What watches a model refers to it and back: its weights would stay for long.
+        weakref.finalize(self, _let_go, self._model).atexit = False
+        return Watch(self._model, linear)
 
     @property
     def samples(self) -> int:
@@ -358,3 +364,9 @@ def _surprise(logits: mx.array, index: int) -> mx.array:
 
 def _notes(split: Split) -> tuple[str, ...]:
     return (f"the model runs whole, not block by block: {split.whole}",) if split.whole else ()
+
+
+def _let_go(model: Any) -> None:
+    """Take a model's weights from it, whoever still has it."""
+    for module in model.modules():
+        module.clear()

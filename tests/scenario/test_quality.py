@@ -1,6 +1,7 @@
 """How good a model is: what `doit evaluate` says is what mlx-lm's own model does on the text."""
 
 import contextlib
+import gc
 import io
 import json
 import re
@@ -21,6 +22,7 @@ from support.projects import Project
 from tasks.core.spec import Quality
 from tasks.quality import segments, text
 from tasks.report.figures import Reader
+from tasks.stages import segment_runner
 
 QUALITY = {"samples": 3, "sequence_length": 24, "seed": 1, "top_logits": 16}
 RUNS = ("tokens", "teacher", "forward", "evaluate")
@@ -58,6 +60,27 @@ def logits(folder: Path, tokens: mx.array) -> np.ndarray:
 def log_softmax(values: np.ndarray) -> np.ndarray:
     shifted = values - values.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def test_weights_are_let_go_of_as_a_segment_ends(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only once Python looks for what refers to itself."""
+    held: list[int] = []
+    let_go = segment_runner._let_go
+
+    def seen(model: nn.Module) -> None:
+        let_go(model)
+        held.append(len(model.parameters()))
+
+    monkeypatch.setattr(segment_runner, "_let_go", seen)
+    gc.disable()
+    try:
+        done = inside.doit(project.folder, "evaluate:model")
+    finally:
+        gc.enable()
+    ran = [task for task in done.computed if task.startswith(("teacher", "forward", "evaluate"))]
+    assert held == [0] * len(ran)
 
 
 @pytest.mark.parametrize("kept", [16, 320], ids=["some", "all"])
