@@ -198,6 +198,8 @@ class _Reader:
 
     def target(self, name: str, keys: Table, at: At) -> Target:
         """Return a target, of keys that are right one by one and name a source."""
+        if at[2:3] == ("matrix",):
+            keys = {**keys, "quantize": self.without_choosers(keys["quantize"], at)}
         settings = convert(keys, Settings, dec_hook=values.decode)
         if at[2:3] == ("matrix",) and isinstance(settings.quantize, Quantize):
             self.check_matrix(settings.quantize, at)
@@ -247,11 +249,21 @@ class _Reader:
             self.mistakes.note(fact, (*at, "publish"), 'write "ORG/{target}"')
         self.published.setdefault(name.casefold(), target)
 
+    def without_choosers(self, quantize: Table, at: At) -> Table:
+        """Note what chooses bits itself beside a matrix's, and return the rest."""
+        choosers = {
+            "recipe": f"recipe {quantize.get('recipe')!r}, which sets",
+            "target_bpw": "target_bpw, which chooses",
+            "fit": "fit, which chooses",
+        }
+        given = [name for name in choosers if quantize.get(name) is not None]
+        for name in given:
+            fact = f"is for {choosers[name]} bits itself"
+            self.mistakes.note(fact, at[:-1], f"drop {name}, or the matrix")  # once for all bits
+        return {"bits": quantize["bits"]} if given else quantize
+
     def check_matrix(self, quantize: Quantize, at: At) -> None:
         """Note what is wrong with the bits of a matrix's variant."""
-        if quantize.recipe:
-            fact = f"is for recipe {quantize.recipe!r}, which sets bits itself"
-            self.mistakes.note(fact, at, "drop the recipe, or the matrix")
         for mistake in values.wrong_numbers(quantize):
             if mistake.at == ("bits",):
                 self.mistakes.note(mistake.fact, at, mistake.mend)

@@ -551,7 +551,15 @@ def test_a_matrix_makes_variants(folder: Path) -> None:
         ),
         (
             "matrix = { bits = [8] }\nquantize = { recipe = 'mixed_3_6' }",
-            "3: models.a.matrix.bits[0] is for recipe 'mixed_3_6', which sets bits itself. Drop",
+            "3: models.a.matrix.bits is for recipe 'mixed_3_6', which sets bits itself. Drop",
+        ),
+        (
+            "matrix = { bits = [4, 8] }\nquantize = { target_bpw = 4, exact = true }",
+            "3: models.a.matrix.bits is for target_bpw, which chooses bits itself. Drop target_bpw",
+        ),
+        (
+            "matrix = { bits = [4] }\nquantize = { fit = '8GB', context = 4096 }",
+            "3: models.a.matrix.bits is for fit, which chooses bits itself. Drop fit, or the",
         ),
     ],
 )
