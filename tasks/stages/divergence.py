@@ -24,7 +24,7 @@ from tasks.stages import quantize
 from tasks.stages.activations import Activations
 from tasks.stages.candidates import node_name
 from tasks.stages.forward import TOP_PREDICTIONS, Teacher
-from tasks.stages.forward_params import ForwardParams
+from tasks.stages.forward_params import ForwardParams, skeleton_of
 from tasks.stages.quantize_scheme import Setting, module_path
 from tasks.stages.reasons import Reason
 from tasks.stages.running import by_numpy, plan_segments, stored
@@ -75,9 +75,11 @@ class DivergenceParams(ForwardParams, frozen=True, kw_only=True):
 
     Attributes:
         state_nbytes: of the states of all sequences between two segments, at most.
+        weight_nbytes: of the weight, rounded, which is there from the first segment to the last.
     """
 
     state_nbytes: int
+    weight_nbytes: int
 
 
 _UNQUANTIZED = Baseline()  # runs the model as it is before it is quantized, on the same text
@@ -104,15 +106,17 @@ class Divergence(Stage[DivergenceParams]):
         if not target.exact:
             return {}
         segments = list(plan_segments(_UNQUANTIZED, target, before=Activations.name).values())
-        widths = {p.name: p.shape[-1] for layer in target.layers.values() for p in layer}
+        tensors = skeleton_of(target, {}).tensors
         planned = {}
         for path in sorted(target.exact):
             weight = weight_of(path)
             reading = (i for i, each in enumerate(segments) if weight in (each.reads or ()))
             run = segments[next(reading, len(segments)) :]
-            fitting = (each for each in target.candidates if not widths[weight] % each.group_size)
+            spec = tensors[weight]
+            fitting = (each for each in target.candidates if not spec.shape[-1] % each.group_size)
             for setting in fitting if run else ():
-                planned[node_name(path, setting)] = _planned(run, target, weight, setting)
+                made = _planned(run, target, weight, setting, spec.nbytes)
+                planned[node_name(path, setting)] = made
         return planned
 
     def outputs(
@@ -135,8 +139,13 @@ class Divergence(Stage[DivergenceParams]):
         return Result({_name(params): tensor}, runner.notes)
 
     def memory(self, params: DivergenceParams, checkpoint: Checkpoint) -> int:
-        """Return the size of a segment's weights and of all states, before and after it."""
-        return _UNQUANTIZED.memory(params, checkpoint) + 2 * params.state_nbytes
+        """Return the size of a segment's weights, of all states, before and after it, and of one.
+
+        As that is put together of blocks, it is there twice; but then no segment is, of which the
+        first is at least as large.
+        """
+        states = 2 * params.state_nbytes
+        return _UNQUANTIZED.memory(params, checkpoint) + states + params.weight_nbytes
 
     def runs_alone(self, params: DivergenceParams) -> bool:
         """Tell whether a GPU computes, as of other stages that run a model."""
@@ -152,7 +161,11 @@ class Divergence(Stage[DivergenceParams]):
 
 
 def _planned(
-    run: Sequence[Planned[ForwardParams]], target: TargetModel, weight: str, setting: Setting
+    run: Sequence[Planned[ForwardParams]],
+    target: TargetModel,
+    weight: str,
+    setting: Setting,
+    nbytes: int,
 ) -> Planned[DivergenceParams]:
     """Plan to run segments, the last of which makes logits."""
     states = [each.params.spec.nbytes for each in run[:-1]]
@@ -168,6 +181,7 @@ def _planned(
         DivergenceParams(
             **structs.asdict(params),
             state_nbytes=max(states, default=0) * target.quality.samples,
+            weight_nbytes=nbytes,
         ),
         (*needs, Need(Baseline.name, LOGITS)),
         frozenset(TOP_PREDICTIONS).union(*(each.reads or () for each in run)),

@@ -21,9 +21,10 @@ from tasks.core.spec import Quality
 from tasks.execution import recorded
 from tasks.planning import knapsack
 from tasks.planning.knapsack import Option
+from tasks.planning.plan import Plan
 from tasks.quality import divergence as compared
 from tasks.quality import text
-from tasks.stages.divergence import mean_of
+from tasks.stages.divergence import Baseline, Divergence, mean_of
 from tasks.stages.quantize_scheme import Setting
 
 QUALITY = {"samples": 3, "sequence_length": 24, "seed": 1, "top_logits": 16}
@@ -194,6 +195,15 @@ def divergence(model: nn.Module, plain: np.ndarray, tokens: mx.array) -> float:
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
+def check_memory(plan: Plan) -> None:
+    """Beside the weights of a segment is the rounded one, of float32, to the last."""
+    for params in (node.params for node in plan.nodes("divergence")):
+        held = Divergence().memory(params, plan.checkpoint) - 2 * params.state_nbytes
+        ((name, _),) = params.settings.items()
+        weight = 4 * math.prod(plan.checkpoint.tensors[name].shape)
+        assert held - Baseline().memory(params, plan.checkpoint) == weight
+
+
 def test_exact_is_the_divergence_of_the_whole_model(project: Project) -> None:
     """With one module alone quantized; each is measured once, and a budget chooses by it."""
     project.quality = {**QUALITY, "top_logits": 320}
@@ -208,6 +218,7 @@ def test_exact_is_the_divergence_of_the_whole_model(project: Project) -> None:
     assert "gradients" not in groups(first.computed)
 
     session = inside.session(project.folder)
+    check_memory(session.plans["model"])
     found = recorded.sensitivities(session.builder, session.plans["model"])
     built = project.folder / "build" / "plain"
     documents = text.calibration(Quality())
