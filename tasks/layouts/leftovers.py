@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 from tasks.checkpoints import loaders
 from tasks.checkpoints.checkpoint import Checkpoint
@@ -65,11 +67,13 @@ def of_processors(checkpoint: Checkpoint, convert: str, elsewhere: str) -> list[
 
 
 def weights_in_folders(checkpoint: Checkpoint) -> list[str]:
-    """Return the weight files one folder below a checkpoint's own, which no loader reads."""
+    """Return the weight files in folders below a checkpoint's own, which no loader reads."""
     here = checkpoint.folder
-    found = {path.relative_to(here).as_posix() for path in here.glob(f"*/{WEIGHTS}")}
-    found |= {name for name in checkpoint.source.hashes if matches(name, [f"*/{WEIGHTS}"])}
-    return sorted(found)
+    # Links to folders are followed once, by the first: to follow all may take for ever.
+    paths = {*here.glob(f"*/{WEIGHTS}"), *here.rglob(WEIGHTS)}
+    found = {path.relative_to(here).as_posix() for path in paths}
+    found |= {name for name in checkpoint.source.hashes if fnmatchcase(Path(name).name, WEIGHTS)}
+    return sorted(name for name in found if "/" in name and "/." not in f"/{name}")
 
 
 def _names(checkpoint: Checkpoint) -> list[str]:

@@ -102,7 +102,10 @@ def test_parts_in_folders(built: Path) -> None:
     toml = '[models.a]\nsource = "checkpoints/parts"\nlayout = "mlx-embeddings"\n'
     (built / "models.toml").write_text(toml)
     assert "2_Dense/model.safetensors as parts of" in inside.doit(built, expect=3).stderr
-    shutil.move(source / "2_Dense" / "model.safetensors", source / "model-parts.safetensors")
+    (source / "deeper").mkdir()
+    (source / "2_Dense").rename(source / "deeper" / "2_Dense")
+    assert "deeper/2_Dense/model.safetensors as parts" in inside.doit(built, expect=3).stderr
+    shutil.move(source / "deeper/2_Dense/model.safetensors", source / "model-parts.safetensors")
     inside.doit(built)
     plain = built / "references" / "gemma3_text-plain"
     assert [*weight_differences(built / "build" / "a", plain)] == []
