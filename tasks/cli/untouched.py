@@ -27,6 +27,8 @@ from tasks.cli.failures import message
 from tasks.core.program import ROOT
 from tasks.core.spec import Target
 from tasks.core.workspace import Workspace
+from tasks.layouts import asking
+from tasks.layouts.libraries import MLX_LM
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning import model_card
 from tasks.planning.lockfile import Lock
@@ -155,6 +157,7 @@ def _of_shared(target: Target, shared: SharedPlan) -> list[Any]:
         [checkpoint.tensors, checkpoint.stamps, checkpoint.changed_at, checkpoint.notes],
         [shared.model, shared.computer, LAYOUTS[target.layout].programs(checkpoint)],
         [(str(path), *Stamp.of(path)) for path in files],
+        asking.versions(shared.model.library or MLX_LM),  # the card names them
     ]
 
 

@@ -42,11 +42,11 @@ def params(plan: Plan) -> str:
 
 
 def program() -> list[Any]:
-    """Return what any target's card depends on beside the target."""
+    """Return what any target's card depends on beside the target and its library's versions."""
     return [
         VERSION,
         digest(_default_template().encode()),
-        _versions(MLX_LM, computed=True, rounded=True),
+        {name: version(name) for name in ("mlx-make", *ROUNDING)},
     ]
 
 

@@ -21,6 +21,7 @@ from tasks.cli.session import Session
 from tasks.cli.task_graph import TaskGraph
 from tasks.cli.untouched import Untouched
 from tasks.config import reader
+from tasks.layouts import asking
 from tasks.planning.node import Node
 from tasks.planning.plan import Plan
 from tasks.stages import registry
@@ -201,6 +202,18 @@ def test_another_version_of_a_stage_is_looked_at(tmp_path: Path) -> None:
     assert skipped(project)
     with mock.patch.object(registry.PIPELINE[-1], "version", 99):
         assert not skipped(project)
+
+
+def test_another_release_of_the_library_is_looked_at(tmp_path: Path) -> None:
+    """Of whichever the layout asks: the card names it."""
+    project = projects.create(tmp_path, "huggingface", **FOUR_BIT)
+    project.doit()
+    project.doit()
+    assert skipped(project)
+    real = asking.versions()
+    for release, expected in ((real["mlx-lm"], True), ("0.0.1", False)):
+        with mock.patch.object(asking, "versions", lambda *_, r=release: real | {"mlx-lm": r}):
+            assert skipped(project) == expected
 
 
 def test_an_untouched_target_keeps_its_lines_in_the_lock(tmp_path: Path) -> None:
