@@ -13,7 +13,9 @@ from msgspec import structs
 from cache.records.memos import Memos
 from tasks.checkpoints import safetensors_file
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
+from tasks.core.text import listed
 from tasks.layouts import architecture, mlx_lm, mlx_vlm, mlx_vlm_library
 from tasks.layouts.libraries import MLX_VLM_MTP
 from tasks.layouts.mlx_vlm_mtp_library import FORMAT_FILE
@@ -44,7 +46,8 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     """Return the drafter by mlx-vlm's names.
 
     Raises:
-        CheckpointError: mlx-vlm has none for such a model, or the checkpoint no tensors for it.
+        CheckpointError: mlx-vlm has none for such a model, or the checkpoint no tensors for it; or
+            its weight files, which say what wrote them, are not here.
     """
     if (kind := _format(checkpoint, memos)) == "mlx":  # then they are made already
         checkpoint = replace(checkpoint, files={**checkpoint.files, FORMAT_FILE: kind})
@@ -53,17 +56,32 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
 
 
 def _format(checkpoint: Checkpoint, memos: Memos) -> str:
-    """Return what a file says that wrote it that holds what predicts further tokens."""
+    """Return what a file says that wrote it that holds what predicts further tokens.
+
+    Norms are moved by it: where it is not known, nothing is taken for it.
+
+    Raises:
+        CheckpointError: the files are not here, and it was not asked of them before.
+    """
     source, predictors = checkpoint.source, architecture.predictors(checkpoint)
     keys = [key for name in predictors for key in checkpoint.tensors[name].inputs]
-    names = sorted({checkpoint.stored[key].file for key in keys})
-    question = [source.identity, names]
+    files = {checkpoint.stored[key].file for key in keys}
+    names = sorted(name for name in files if name.endswith(safetensors_file.SUFFIXES))
+    if not names:
+        return ""
+    # A commit is of all folders of a repository, and files have the same names in each.
+    question = [source.identity, source.location, names]
     said = memos.get("formats", question, str) if source.identity else None
     if said is None:
-        read = names if source.available else []
-        found = {safetensors_file.metadata(source, name).get("format", "") for name in read}
+        if not source.available:
+            raise CheckpointError(
+                f"{source.location}: whether its norms are MLX's or PyTorch's is said by "
+                f"{listed(names)} alone, not by models.lock, and the weight files cannot be read. "
+                "Get the checkpoint, or have its hub reachable."
+            ) from source.unreachable
+        found = {safetensors_file.metadata(source, name).get("format", "") for name in names}
         said = "mlx" if "mlx" in found else ""
-        if source.identity and source.available:
+        if source.identity:
             memos.put("formats", question, said)
     return said
 
