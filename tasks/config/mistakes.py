@@ -113,12 +113,18 @@ class MistakeList:
                     self.note(mistake.fact, at, mistake.mend or example)
             elif key.kind == "word" and isinstance(value, str):
                 self._explain_word(value, key, at)
-            elif key.kind == "words" and isinstance(value, list):
-                for i, word in enumerate(value):
-                    self._explain_word(word, key, (*at, i))
+            elif key.kind in ("words", "texts") and isinstance(value, list):
+                self._explain_list(value, key, at)
             else:
                 fact = f"is {show(value)}, must be {_expected(key)}"
-                self.note(fact, at, _mend_number(value) if key.name == "bits" else "")
+                self.note(fact, at, _mend_value(value, key))
+
+    def _explain_list(self, value: list[Any], key: Key, at: At) -> None:
+        for i, each in enumerate(value):
+            if key.kind == "words":
+                self._explain_word(each, key, (*at, i))
+            elif not isinstance(each, str):
+                self.note(f"is {show(each)}, must be a string", (*at, i))
 
     def _explain_word(self, word: Any, key: Key, at: At) -> None:
         if word not in key.valid:
@@ -221,14 +227,17 @@ def _expected(key: Key) -> str:
         "switch": "true or false",
         "table": f"a table such as {example}" if key.example else "a table",
         "tables": f"a list such as {example}",
+        "texts": f"a list of strings, such as {example}",
         "words": f"a list such as {example}",
         "numbers": f"a list such as {example}",
         "named": "a table",
     }.get(key.kind, "a string")
 
 
-def _mend_number(value: Any) -> str:
-    if not isinstance(value, float):
+def _mend_value(value: Any, key: Key) -> str:
+    if key.kind == "texts" and isinstance(value, str):
+        return f"write {toml([value])}"
+    if key.name != "bits" or not isinstance(value, float):
         return ""
     if value.is_integer():
         return f"write {value:.0f}"

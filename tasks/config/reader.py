@@ -35,7 +35,9 @@ from tasks.core.spec import (
 )
 from tasks.core.workspace import BUILD
 from tasks.layouts.registry import LAYOUTS
+from tasks.stages import registry
 
+HOST_AND_PORT = r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}"
 MAX_NAME_BYTES = 200  # file systems take 255, and temporary names are longer
 
 Table = dict[str, Any]
@@ -119,7 +121,7 @@ class _Reader:
         self.check_cache_folder(cache.dir)
         build = document.build
         if build.cluster and "://" not in build.cluster:
-            build = replace(build, cluster=ClusterAddress(self.folder / build.cluster))
+            build = replace(build, cluster=self.scheduler_file(build.cluster))
         config = Config(
             self.text.path,
             {name: self.target(name, keys, at) for name, keys, at in targets if "source" in keys},
@@ -180,6 +182,13 @@ class _Reader:
                 at,
                 "use letters, digits, '-', '_', '+' and '.', a letter, digit or '_' first",
             )
+        if name in registry.groups():
+            self.mistakes.note(
+                f"makes the target name {name!r}, which is the name of a stage: {COMMAND} {name} "
+                "does that of every target",
+                at,
+                "rename the model or the variant",
+            )
         if len(name.encode()) > MAX_NAME_BYTES:
             self.mistakes.note(
                 f"makes a target name of {len(name.encode())} bytes, more than {MAX_NAME_BYTES}",
@@ -235,6 +244,15 @@ class _Reader:
             evaluate_text=held_out and TextFile((self.folder / held_out).absolute()),
             imatrix=imatrix and TextFile((self.folder / imatrix).absolute()),
         )
+
+    def scheduler_file(self, name: ClusterAddress) -> ClusterAddress:
+        """Return a scheduler file's path, absolute; note what must be an address instead."""
+        path = self.folder / name
+        # A file may yet come into being, as the cluster starts.
+        if re.fullmatch(HOST_AND_PORT, name, re.ASCII) and not path.exists():
+            fact = f"is {name!r}, and there is no such file"
+            self.mistakes.note(fact, ("build", "cluster"), f'did you mean "tcp://{name}"?')
+        return ClusterAddress(path)
 
     def check_repository(self, target: str, publish: RepositoryName | None, at: At) -> None:
         """Note a repository that no hub takes, or that another target is published to."""

@@ -337,7 +337,8 @@ Editors (Even Better TOML, Taplo, Tombi) complete and explain keys and mark mist
 
 MODELS = """\
 A model, built into `build/NAME`: letters, digits, `-`, `_`, `+` and `.`, the first a letter,
-digit or `_`, the last no `.`. With a `.` it stands in quotes: `[models."llama-3.1"]`.
+digit or `_`, the last no `.`. With a `.` it stands in quotes: `[models."llama-3.1"]`. The name of
+a stage, such as `awq`, is no target's.
 
 `[defaults]` takes the same keys but `matrix`, for all models; `[models.NAME.variants.VARIANT]`
 takes them for another target, `NAME-VARIANT`. What is said nearest holds. A table such as

@@ -271,10 +271,10 @@ dtype = "float16"
 source = "{source}"
 dtype = "float16"
 quantize = {{ bits = 4 }}
-[models.awq]
+[models.integers]
 source = "{awq}"
 dtype = "float16"
-[models.awq.variants.kept]
+[models.integers.variants.kept]
 quantize = "keep"
 """)
     said = " ".join(inside.doit(project, "plan", expect=1).stdout.split())
@@ -286,7 +286,8 @@ quantize = "keep"
         assert words in said
     inside.doit(project)
     floats, kept = (
-        mx.load(str(project / "build" / name / "model.safetensors")) for name in ("awq", "awq-kept")
+        mx.load(str(project / "build" / name / "model.safetensors"))
+        for name in ("integers", "integers-kept")
     )
     path = "model.layers.0.mlp.switch_mlp.up_proj"
     assert f"{path}.scales" not in floats
@@ -294,7 +295,9 @@ quantize = "keep"
     held = mx.dequantize(*(parts[:1] + [p.astype(mx.float32) for p in parts[1:]]), 32, 4)
     difference = mx.abs(held - floats[f"{path}.weight"].astype(mx.float32))
     assert 0 < mx.max(difference).item() < 0.005 * mx.max(parts[1]).item()
-    cards = [(project / "build" / n / "README.md").read_text() for n in ("awq", "awq-kept")]
+    cards = [
+        (project / "build" / n / "README.md").read_text() for n in ("integers", "integers-kept")
+    ]
     assert ['quantize = "keep"' in card for card in cards] == [False, True]
 
 

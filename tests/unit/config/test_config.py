@@ -459,6 +459,16 @@ def test_a_file_of_another_kind_is_not_told_key_by_key(folder: Path) -> None:
         ("[models.a]\nsource = 'b'\nquantize = { bits = 3.5 }", "a whole number. For a mixture of"),
         ("[models.a]\nsource = 'b'\nquantize = { bits = 3.5 }", 'such as recipe = "mixed_3_6"'),
         ("[models.a]\nsource = 'b'\nquantize = { bits = 4.0 }", "must be a whole number. Write 4"),
+        ("[models.a]\nsource = 'b'\ntags = 'x'", "tags is 'x', must be a list of strings, such as"),
+        ("[models.a]\nsource = 'b'\ntags = 'x'", 'Write ["x"]'),
+        ("[models.a]\nsource = 'b'\ntags = ['a', 3]", "3: models.a.tags[1] is 3, must be a string"),
+        ("[models.awq]\nsource = 'b'", "1: models.awq makes the target name 'awq', which is"),
+        ("[models.pack]\nsource = 'b'", "1: models.pack makes the target name 'pack', which is"),
+        (
+            "[build]\ncluster = '127.0.0.1:8786'\n[models.a]\nsource = 'b'",
+            "2: build.cluster is '127.0.0.1:8786', and there is no such file. "
+            'Did you mean "tcp://127.0.0.1:8786"?',
+        ),
     ],
 )
 def test_what_a_mistake_should_have_been(folder: Path, toml: str, words: str) -> None:
