@@ -24,6 +24,8 @@ from tasks.core.program import COMMAND
 from tasks.planning.source_record import LockedSource
 
 VERSION = 1
+# What to do about the project's own file, once it is damaged.
+RESTORE = "Take it from version control again, or remove it: the next build writes it anew."
 
 _256_BITS = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _RECORD = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
@@ -137,12 +139,13 @@ def read(path: Path) -> Locked:
     return parse(path.read_bytes(), path)
 
 
-def parse(data: bytes, path: Path) -> Locked:
+def parse(data: bytes, path: Path, mend: str = RESTORE) -> Locked:
     """Return what the bytes of such a file say.
 
     Args:
         data: the bytes.
         path: what the file is called.
+        mend: what to do about a file that is none.
 
     Raises:
         ConfigError: the file is damaged, or a newer version wrote it.
@@ -161,10 +164,7 @@ def parse(data: bytes, path: Path) -> Locked:
                 f"checkout --ours {path.name}), then {COMMAND} lock and {COMMAND}: they "
                 "write it anew."
             ) from error
-        raise ConfigError(
-            f"{path} is no lock file: {error}. Take it from version control again, or remove "
-            "it: the next build writes it anew."
-        ) from error
+        raise ConfigError(f"{path} is no lock file: {error}. {mend}") from error
     sources = {name: source.locked() for name, source in lock.sources.items()}
     adapters = {name: adapter.locked() for name, adapter in lock.adapters.items()}
     return Locked(sources, lock.targets, adapters)

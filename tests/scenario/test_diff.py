@@ -101,4 +101,7 @@ def test_two_builds_of_one(tmp_path: Path) -> None:
     assert not forgotten["a"]["on_record"]
     assert "is not on record here" in project.doit("diff", "model@HEAD", expect=1).stdout
     assert "git has no models.lock of it" in error(project, "model@HEAD~7")
+    other = project.folder / "models.toml"
+    assert "Name a models.lock, or a revision of git." in error(project, f"model@{other}")
+    assert "remove" not in error(project, f"model@{other}")
     assert "there is no target 'other'" in error(project, "other")

@@ -119,8 +119,13 @@ class _Sides:
     def _locked(self, name: str, target: str, revision: str) -> Build:
         lock = self._config.path.with_suffix(".lock")
         file = Path(revision)
-        data = file.read_bytes() if file.is_file() else _of_git(lock, revision)
-        locked = lock_format.parse(data, file if file.is_file() else lock).targets.get(target)
+        if file.is_file():
+            own = file.samefile(lock) if lock.exists() else False
+            mend = lock_format.RESTORE if own else f"Name a {lock.name}, or a revision of git."
+            read = lock_format.parse(file.read_bytes(), file, mend)
+        else:
+            read = lock_format.parse(_of_git(lock, revision), lock)
+        locked = read.targets.get(target)
         if locked is None:
             raise InvalidCommand(f"{name}: {lock.name} has no {target} there")
         return Build.locked(name, self._store, self.workspace, target, locked)
