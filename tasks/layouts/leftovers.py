@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tasks.checkpoints import loaders
+from tasks.checkpoints import loaders, safetensors_file
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.small_files import TEMPLATES_FOLDER, matches
 from tasks.core.text import listed, plural
@@ -63,6 +63,30 @@ def of_processors(checkpoint: Checkpoint, convert: str, elsewhere: str) -> list[
     return [
         f"{plural(len(names), 'file')} of processors left out, which make ready what a model sees "
         f"and hears, as {convert} does: {elsewhere} keeps them ({listed(names)})"
+    ]
+
+
+def weight_files(checkpoint: Checkpoint) -> tuple[set[str], set[str]]:
+    """Return the weight files that a checkpoint was read of, and the .safetensors left beside."""
+    read = {stored.file for stored in checkpoint.stored.values()} | checkpoint.stamps.keys()
+    names = {name for name in _names(checkpoint) if name.endswith(safetensors_file.SUFFIXES)}
+    return read, names - read
+
+
+def of_weights(checkpoint: Checkpoint, convert: str) -> list[str]:
+    """Return the note on .safetensors that were not read, and that a library's convert would.
+
+    Args:
+        checkpoint: what was read.
+        convert: the convert.
+    """
+    read, names = weight_files(checkpoint)
+    if not names:
+        return []
+    return [
+        f"weight files left out, which {convert} reads or copies ({listed(sorted(names))}): the "
+        f"model is made of {listed(sorted(read))}. What else it needs, put into the built folder, "
+        "where it stays"
     ]
 
 

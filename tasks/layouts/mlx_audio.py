@@ -12,7 +12,9 @@ from msgspec import structs
 
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
+from tasks.core.text import listed
 from tasks.layouts import leftovers, mlx_lm
 from tasks.layouts.libraries import MLX_AUDIO
 from tasks.layouts.model import Model
@@ -30,6 +32,7 @@ pipeline_tag = ""  # it may speak, or hear
 # What makes sounds ready, and what models read beside their tokenizers.
 BESIDE = ("*processor*.json", "normalizer.json", "*.yaml", "*.wav")
 COPIED = (".json", ".pt", ".txt", ".model", ".tiktoken")  # what the peer copies, whatever it is
+CONSOLIDATED = "consolidated"  # as names of Mistral's own weight files begin
 DTYPES = ("float16", "bfloat16", "float32")  # that the peer takes over from config.json
 
 
@@ -37,11 +40,30 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     """Return the model by mlx-audio's names.
 
     Raises:
-        CheckpointError: mlx-audio has no class for it, or would take one of the checkpoint's own.
+        CheckpointError: mlx-audio has no class for it, or would take one of the checkpoint's own,
+            or other weight files.
     """
+    _refuse_two_kinds(checkpoint)
     made = mlx_lm.model(checkpoint, memos, MLX_AUDIO, BESIDE)
     notes = leftovers.of_convert(checkpoint, takes, "mlx_audio.convert", COPIED)
+    notes += leftovers.of_weights(checkpoint, "mlx_audio.convert")
     return structs.replace(made, notes=(*made.notes, *notes))
+
+
+def _refuse_two_kinds(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of which mlx_audio.convert reads other files than were read.
+
+    Where there are files of Mistral's names, it takes these alone.
+    """
+    read, names = leftovers.weight_files(checkpoint)
+    mistral = {name for name in (*read, *names) if name.startswith(CONSOLIDATED)}
+    if mistral and mistral != read:
+        raise CheckpointError(
+            f"{checkpoint.source.location} has {listed(sorted(mistral))}, which mlx_audio.convert "
+            f"reads alone, and here {listed(sorted(read))} would be read: they may hold other "
+            "tensors. Put config.json, the tokenizer's files and either kind into a folder of "
+            "their own, and name that as source."
+        )
 
 
 shard_names = mlx_lm.shard_names
