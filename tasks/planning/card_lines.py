@@ -24,6 +24,7 @@ from tasks.core.spec import MODES, Mode, Quantize, Rule, Settings
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.plan import Plan
 from tasks.stages.quantize_scheme import Setting
+from tasks.stages.rules import holder_of
 
 # How what Python's help the weights were rounded on is found again in a card.
 OF_PYTHON = re.compile(r"^# text: the help of Python (\S+)$", re.MULTILINE)
@@ -88,7 +89,10 @@ def _spelled_out(plan: Plan, asked: Quantize) -> Quantize:
             rules[path] = Rule(match, *_but_usual(setting, asked), dtype=dtype)
         else:  # no candidate fits it
             rules[path] = Rule(match, skip=True, dtype=dtype)
-    others = {rule for path, rule in rule_of.items() if path not in rules}
+    # One that casts nothing of what is left would be refused, and does nothing there.
+    castable = {holder_of(p.name) for p in plan.shared.model.parameters.values() if p.castable}
+    left = [(path, rule) for path, rule in rule_of.items() if path not in rules]
+    others = {rule for path, rule in left if rule.is_of_quantizing or path in castable}
     rules_left = [rule for rule in asked.rules if rule in others]
     return structs.replace(
         asked, target_bpw=None, fit=None, context=None, candidates=(), exact=False, min_bits=None,
