@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from support import front_door, inside, projects, running
 from support.projects import Project
+from tasks.core.program import COMMAND
 
 UNREAD = 141  # as shells report SIGPIPE
 MLX_MAKE = "import sys; from mlx_make.cli import main; sys.exit(main())"
@@ -282,3 +284,18 @@ def test_not_beside_a_build(project: Project, command: str) -> None:
         assert process.stderr.readline().startswith("waiting for doit, process ")
     _, said = process.communicate(timeout=running.DEADLINE_SECONDS)
     assert (process.returncode, said) == (0, "")
+
+
+def test_a_worker_without_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.cli.commands.worker.find_spec", lambda _: None)
+    status, _, said = inside.run(tmp_path, "worker", "tcp://127.0.0.1:8786")
+    assert status == 3
+    assert said == f"ERROR: {COMMAND} worker needs Dask: pip install 'mlx-make[dask]'\n"
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(find_spec("distributed") is None, reason="wants the extra dask")
+def test_a_worker_without_an_address(tmp_path: Path) -> None:
+    status, _, said = inside.run(tmp_path, "worker", "--nthreads", "2")
+    assert status == 3
+    assert said.startswith(f"ERROR: {COMMAND} worker needs the scheduler's address: ")
