@@ -73,7 +73,7 @@ def _project(folder: Path, asked: argparse.Namespace) -> None:
     for method, embeddings in EMBEDDINGS.items():
         rules = [{"match": "*embed_tokens", **embeddings}]
         settings[f"nearest-{method}"] = _toml({**common, "rules": rules})
-        settings[method] = _toml({**common, "method": method, "rules": rules})
+        settings[f"by-{method}"] = _toml({**common, "method": method, "rules": rules})
         other = {"group_size": 128 if asked.group_size == 32 else 32}
         settings[f"{method}-again"] = _toml({**common, **other, "method": method, "rules": rules})
     tables = [
@@ -110,10 +110,14 @@ def _forget(folder: Path) -> None:
 def _compare(method: str, folder: Path, asked: argparse.Namespace, held_out: Any) -> None:
     """Run a method and its peer in turn, and print a table of medians."""
     doit = [sys.executable, "-m", "doit", f"models={folder / 'models.toml'}"]
-    usages: dict[str, list[Usage]] = {method: [], f"{method}-again": [], f"peer-{method}": []}
+    usages: dict[str, list[Usage]] = {
+        f"by-{method}": [],
+        f"{method}-again": [],
+        f"peer-{method}": [],
+    }
     for _ in range(asked.rounds):
         _forget(folder)
-        usages[method].append(measure([*doit, f"pack:{method}"]))
+        usages[f"by-{method}"].append(measure([*doit, f"pack:by-{method}"]))
         usages[f"{method}-again"].append(measure([*doit, f"pack:{method}-again"]))
         usages[f"peer-{method}"].append(measure(_peer(method, folder, asked)))
     measure([*doit, f"pack:nearest-{method}", "pack:plain"])

@@ -23,7 +23,7 @@ from cache.records.manifests import Manifest
 WAYS = ((1, 1), (2, 2), (8, 4), (2, 1), (1, 2))  # -n, and the threads that BLAS is told of
 MODELS = {
     "gptq": '{ bits = 4, method = "gptq" }',
-    "awq": '{ bits = 4, method = "awq" }',
+    "awq-4bit": '{ bits = 4, method = "awq" }',
     "budget": "{ target_bpw = 4.5, group_size = 64 }",
 }
 GROUPS = ("pack", "activations", "sensitivity", "evaluate")

@@ -219,7 +219,7 @@ def test_the_card_s_lines_make_the_same_whatever_was_asked_for(tmp_path: Path) -
     budget = {"target_bpw": 7.0, "group_size": 32, "min_bits": 3, "rules": rules}
     for name, quantize in {
         "budget": {**budget, "candidates": others},
-        "awq": {**budget, "method": "awq"},
+        "scaled": {**budget, "method": "awq"},
         "mixed": {"recipe": "mixed_3_6", "rules": rules[:2]},
     }.items():
         project.configure(name, dtype="float32", device="cpu", quantize=quantize)
@@ -231,7 +231,7 @@ def test_the_card_s_lines_make_the_same_whatever_was_asked_for(tmp_path: Path) -
         assert str(tmp_path) not in repr(said)
         (model,) = said["models"].values()
         again.models[name] = model | {"source": str(project.checkpoint)}
-        assert said.get("quality") == (project.quality if name == "awq" else None)
+        assert said.get("quality") == (project.quality if name == "scaled" else None)
     again.quality = {**project.quality, "text": str(tmp_path / "own.txt")}
     again.configure("mixed")
     ran = again.doit()
@@ -239,7 +239,7 @@ def test_the_card_s_lines_make_the_same_whatever_was_asked_for(tmp_path: Path) -
     for name in project.models:
         for file in ("model.safetensors", "config.json"):
             assert again.built(name)[file] == project.built(name)[file], (name, file)
-    card_of_awq = (project.folder / "build" / "awq" / "README.md").read_text()
+    card_of_awq = (project.folder / "build" / "scaled" / "README.md").read_text()
     sha256 = hashlib.sha256((tmp_path / "own.txt").read_bytes()).hexdigest()
     assert f'# "own.txt": SHA-256 {sha256}' in card_of_awq
 

@@ -127,7 +127,7 @@ def test_mistyped(project: Project, call: str, told: str) -> None:
 def test_how_a_target_is_named(tmp_path: Path) -> None:
     """As in models.toml, by its folder, or by how no other's name begins; a task goes first."""
     project = projects.create(tmp_path / "p", "meta", **projects.FOUR_BIT)
-    for target in ("other", "other-2", "cast"):
+    for target in ("other", "other-2", "castle"):
         project.configure(target, **projects.FOUR_BIT)
     folder = project.folder
 
@@ -138,8 +138,8 @@ def test_how_a_target_is_named(tmp_path: Path) -> None:
     assert built("build/mod/") == {"model"}
     assert built("other") == {"model", "other"}
     assert built("cast") == {"model", "other"}
-    assert built("build/cast/") == {"model", "other", "cast"}
-    assert built(str(folder / "build" / "other-2")) == {"model", "other", "cast", "other-2"}
+    assert built("build/cast/") == {"model", "other", "castle"}
+    assert built(str(folder / "build" / "other-2")) == {"model", "other", "castle", "other-2"}
     assert inside.doit(folder, "plan", "model").stdout == "up to date: model\n"
     assert inside.doit(folder, "list", "build/model").stdout.startswith("pack:model ")
     inside.doit(folder, "forget", "model")
