@@ -5,19 +5,20 @@ The tokenizer's files are the author's own, as in layout mlx-lm; so are the proc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from msgspec import structs
 
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
-from tasks.core.errors import CheckpointError
+from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import Target
 from tasks.core.text import listed
 from tasks.layouts import leftovers, mlx_lm
 from tasks.layouts.libraries import MLX_AUDIO
-from tasks.layouts.model import Model
+from tasks.layouts.model import Model, Module
 from tasks.layouts.safetensors_format import SAFETENSORS
 
 weight_format = SAFETENSORS
@@ -33,6 +34,7 @@ pipeline_tag = ""  # it may speak, or hear
 BESIDE = ("*processor*.json", "normalizer.json", "*.yaml", "*.wav")
 COPIED = (".json", ".pt", ".txt", ".model", ".tiktoken")  # what the peer copies, whatever it is
 CONSOLIDATED = "consolidated"  # as names of Mistral's own weight files begin
+CONVERTED_WIDTHS = 64  # multiples of which mlx_audio.convert quantizes alone
 DTYPES = ("float16", "bfloat16", "float32")  # that the peer takes over from config.json
 
 
@@ -81,7 +83,54 @@ def check(target: Target, model: Model) -> None:
     """Every setting is possible in this layout."""
 
 
-config = mlx_lm.config
+def config(target: Target, model: Model, quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """Return config.json as mlx_audio.convert writes it.
+
+    Raises:
+        ConfigError: by rules or a budget, modules are quantized as mlx-audio does not load them.
+    """
+    if quantization and target.quantize and (target.quantize.rules or target.quantize.chooses):
+        for module in model.modules:
+            if module.quantized_names is not None:
+                _check_loads(model, module, quantization)
+    return mlx_lm.config(target, model, quantization)
+
+
+def _check_loads(model: Model, module: Module, quantization: Mapping[str, Any]) -> None:
+    """Refuse settings of a module that ``mlx_audio.utils.apply_quantization`` passes over.
+
+    It asks the target's own group size and the model's class first, and the module's own last.
+
+    Raises:
+        ConfigError: it does.
+    """
+    said, verdict, usual = quantization.get(module.path), module.verdict, quantization["group_size"]
+    width = model.parameters[f"{module.path}.weight"].shape[-1]
+    fits = width % usual == 0
+    if isinstance(verdict, dict) and fits:
+        skipped = not said and width % _numbers(verdict)[0] == 0
+        if skipped or (said and _numbers(said) != _numbers(verdict)):
+            raise ConfigError(
+                f"{module.path}: mlx-audio loads it as its model's class says alone, {verdict}, "
+                "whatever a rule says. Take it out of quantize.rules."
+            )
+    elif said and not fits:
+        raise ConfigError(
+            f"{module.path}: its width {width:,} is no multiple of {usual}, the target's group "
+            "size, which mlx-audio asks before a module's own: it could not load it quantized. Set "
+            f"group_size = {said['group_size']} of quantize itself, or have a rule skip it."
+        )
+    # Other widths convert leaves whatever the class says, and the loader does not.
+    elif said and not verdict and width % CONVERTED_WIDTHS == 0:
+        raise ConfigError(
+            f"{module.path}: its model's class in mlx-audio does not quantize it, and could not "
+            "load it quantized, whatever a rule says. Take it out of quantize.rules."
+        )
+
+
+def _numbers(said: Mapping[str, Any]) -> tuple[int, int, str]:
+    """Return settings with what ``to_quantized`` takes where nothing is said."""
+    return said.get("group_size") or 64, said.get("bits") or 4, said.get("mode") or "affine"
 
 
 def takes(name: str) -> bool:
