@@ -8,6 +8,7 @@ long, and a slow line has its time. No more is read than was asked for.
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 PIECE_BYTES = 12 << 20  # S3 takes 10,000 parts: blobs of 120 GB
+FILE_CHUNK = 1 << 20  # bytes of a file that are read at once, which never is slow to come
 PARALLEL = 3  # pieces of one blob under way at once
 CONNECT_SECONDS = 5
 FIRST_SECONDS = 2  # a server that never answered is not waited for longer
@@ -152,9 +154,8 @@ class Transport:
 
     def _received(self, result: GetResult, most: int) -> memoryview:
         """Return what a server sends, and of more than is wanted nothing."""
-        if self._scheme == "file":  # no server: its size is what it says
-            return memoryview(result.bytes())
-        data = memoryview(bytearray(most))
+        # Not of the heap, of which each thread keeps what was let go of: 170 MB, not 50.
+        data = memoryview(mmap.mmap(-1, most)) if most else memoryview(bytearray())
         count = 0
         for chunk in self._chunks(result):
             length = min(len(chunk), most - count)
@@ -170,7 +171,7 @@ class Transport:
         Raises:
             Fault: it comes too slowly.
         """
-        chunks = iter(result.stream(min_chunk_size=1))
+        chunks = iter(result.stream(min_chunk_size=FILE_CHUNK if self._scheme == "file" else 1))
         waited, count = 0.0, 0
         while True:
             begin = time.monotonic()

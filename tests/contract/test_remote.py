@@ -416,7 +416,7 @@ print(pushed - before >> 10, peak() - before >> 10)
     )
     assert done.returncode == 0, done.stderr
     pushed, fetched = map(int, done.stdout.split())
-    assert max(pushed, fetched) < 160, (pushed, fetched)  # MiB; the blob has 192
+    assert max(pushed, fetched) < 160, (pushed, fetched)  # MiB; the blob has 288
 
 
 # Faults
