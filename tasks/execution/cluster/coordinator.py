@@ -450,7 +450,8 @@ class Cluster:
         if refused:
             count = plural(len(refused), "worker")
             listed = some(refused, MOST_NAMES, "; ")
-            self._warn(f"cluster {self.address}: {count} get no layers: {listed}")
+            verb = "gets" if len(refused) == 1 else "get"
+            self._warn(f"cluster {self.address}: {count} {verb} no layers: {listed}")
 
     def _warn(self, text: str) -> None:
         with self._lock:
