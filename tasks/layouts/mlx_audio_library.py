@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tasks.layouts import mixed_recipes
 from tasks.layouts.model import Verdict
 from tasks.layouts.stubs import is_stub
 
@@ -116,23 +117,17 @@ def count_weights(model: Any) -> None:
     """Return nothing: mlx-audio counts none."""
 
 
-def recipes(
-    model: Any, leaves: Iterable[tuple[str, Any]]
-) -> dict[str, dict[str, int | Verdict] | str]:
+def recipes(model: Any, leaves: Iterable[tuple[str, Any]]) -> mixed_recipes.Words:
     """Return each mixed recipe's word by module path, or why it does not fit the model.
 
     Their groups are of 64 weights, whatever the target's are.
     """
     convert = _convert()
-    leaves = [(path, module) for path, module in leaves if hasattr(module, "to_quantized")]
-    words: dict[str, dict[str, int | Verdict] | str] = {}
-    for recipe in convert.QUANT_RECIPES:
-        try:
-            predicate = convert.build_quant_predicate(model, recipe)
-            words[recipe] = {path: predicate(path, module) for path, module in leaves}
-        except Exception as error:  # mlx_audio.convert would raise the very same
-            words[recipe] = str(error)
-    return words
+    return mixed_recipes.words(
+        convert.QUANT_RECIPES,
+        lambda recipe: convert.build_quant_predicate(model, recipe),
+        leaves,
+    )
 
 
 def on_text(model: Any) -> Any:

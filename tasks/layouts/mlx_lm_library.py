@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tasks.layouts import mixed_recipes
 from tasks.layouts.model import Verdict
 
 DISTRIBUTION = "mlx-lm"
@@ -47,24 +48,15 @@ def count_weights(model: Any) -> int:
     return int(_utils().get_total_parameters(model))
 
 
-def recipes(
-    model: Any, leaves: Iterable[tuple[str, Any]]
-) -> dict[str, dict[str, int | Verdict] | str]:
+def recipes(model: Any, leaves: Iterable[tuple[str, Any]]) -> mixed_recipes.Words:
     """Return each mixed recipe's bits by module path, or why it does not fit the model."""
     convert = importlib.import_module("mlx_lm.convert")
-    leaves = list(leaves)
-    bits: dict[str, dict[str, int | Verdict] | str] = {}
-    for recipe in RECIPES:
-        try:
-            predicate = convert.mixed_quant_predicate_builder(recipe, model, 64)
-            bits[recipe] = {
-                path: predicate(path, module)["bits"]
-                for path, module in leaves
-                if hasattr(module, "to_quantized")
-            }
-        except Exception as error:  # mlx_lm.convert would raise the very same
-            bits[recipe] = str(error)
-    return bits
+
+    def bits(recipe: str) -> Callable[[str, Any], Any]:
+        predicate = convert.mixed_quant_predicate_builder(recipe, model, 64)
+        return lambda path, module: predicate(path, module)["bits"]
+
+    return mixed_recipes.words(RECIPES, bits, leaves)
 
 
 def on_text(model: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tasks.layouts import mixed_recipes
 from tasks.layouts.model import Verdict
 
 DISTRIBUTION = "mlx-vlm"
@@ -55,23 +56,17 @@ def count_weights(model: Any) -> int:
     return int(importlib.import_module("mlx_vlm.quant_utils").get_total_parameters(model))
 
 
-def recipes(
-    model: Any, leaves: Iterable[tuple[str, Any]]
-) -> dict[str, dict[str, int | Verdict] | str]:
+def recipes(model: Any, leaves: Iterable[tuple[str, Any]]) -> mixed_recipes.Words:
     """Return each mixed recipe's word by module path, or why it does not fit the model.
 
     Their groups are of 64 weights, whatever the target's are.
     """
     convert = importlib.import_module("mlx_vlm.convert")
-    leaves = [(path, module) for path, module in leaves if hasattr(module, "to_quantized")]
-    words: dict[str, dict[str, int | Verdict] | str] = {}
-    for recipe in convert.QUANT_RECIPES:
-        try:
-            predicate = convert.mixed_quant_predicate_builder(recipe, model)
-            words[recipe] = {path: predicate(path, module) for path, module in leaves}
-        except Exception as error:  # mlx_vlm.convert would raise the very same
-            words[recipe] = str(error)
-    return words
+    return mixed_recipes.words(
+        convert.QUANT_RECIPES,
+        lambda recipe: convert.mixed_quant_predicate_builder(recipe, model),
+        leaves,
+    )
 
 
 def on_text(model: Any) -> Any:
