@@ -193,7 +193,7 @@ def _weight_files(
             notes.append(f"{what} It is left aside: no weight file is missing")
         named = {name for name in weight_map.values() if fnmatchcase(name, pattern)}
         if beside := sorted({*weight_map.values()} - named):
-            notes.append(f"{', '.join(beside)} left out: mlx_lm.convert reads {pattern} alone")
+            notes.append(f"{', '.join(beside)} left out: {pattern} alone is read")
         if missing := sorted(named.difference(names)):
             if not _is_whole(source.location, names, row):
                 raise CheckpointError(

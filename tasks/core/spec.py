@@ -358,7 +358,7 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
         """
         if self.recipe and self.mode != "affine":
             fact = f"has recipe {self.recipe!r} with mode {self.mode!r}"
-            raise Mistakes(Mistake(fact, "drop one: mlx-lm's recipes are for mode 'affine'"))
+            raise Mistakes(Mistake(fact, "drop one: recipes are for mode 'affine'"))
         given = [name for name in ("target_bpw", "fit") if getattr(self, name) is not None]
         fixed = [name for name in ("bits", "recipe") if getattr(self, name) is not None]
         if len(given) > 1 or (given and fixed):
@@ -465,8 +465,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     device: Annotated[
         Device | None,
         key(
-            "Where quantize computes, and mlx-lm's own `sanitize`; a CPU and a GPU need not agree "
-            "to the bit.",
+            "Where quantize computes, and the library's own `sanitize`; a CPU and a GPU need not "
+            "agree to the bit.",
             default="MLX's default device",
             change="what `sanitize` computes, quantize and pack",
             example="cpu",

@@ -96,7 +96,7 @@ def model(
         named = to_huggingface(checkpoint, _token_ids(checkpoint, memos))
     model = architecture.model(named, memos, library)
     _, notes = card.front_matter(checkpoint.folder, memos)
-    notes = (*notes, *_dtype_notes(checkpoint.config))
+    notes = (*notes, *_dtype_notes(checkpoint.config, library))
     if checkpoint.names != "meta":
         _check_tokenizer(checkpoint, memos, more)
         _, cause = _fast_tokenizer(checkpoint, memos, more)
@@ -107,12 +107,13 @@ def model(
     return structs.replace(model, notes=(*model.notes, *notes))
 
 
-def _dtype_notes(config: Mapping[str, Any]) -> list[str]:
+def _dtype_notes(config: Mapping[str, Any], library: str) -> list[str]:
     """Return the note on a dtype in config.json that torch has not."""
+    load = f"{LIBRARIES[library].PACKAGE}.load"
     said = {key: config.get(key) for key in ("dtype", "torch_dtype")}
     return [
         f"config.json has {key} = {printable(repr(value))}, which is no dtype: where torch is "
-        'installed, transformers refuses it, and mlx_lm.load with it. Write one, as "bfloat16"'
+        f'installed, transformers refuses it, and {load} with it. Write one, as "bfloat16"'
         for key, value in said.items()
         if isinstance(value, str) and not re.fullmatch(TORCH_DTYPES, value)
     ]

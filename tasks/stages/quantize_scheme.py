@@ -84,8 +84,8 @@ class _WithoutRules(NamedTuple):
 
 
 UNPACKED = (
-    "Build from the checkpoint that was not quantized, or say dequantize = true, as mlx_lm.convert "
-    "has -d: its weights go back to floats first"
+    "Build from the checkpoint that was not quantized, or say dequantize = true: its weights go "
+    "back to floats first"
 )
 
 
@@ -226,7 +226,7 @@ class Schemes:
             del outcomes[path]
         for module in self._model.modules:
             if not module.quantized_names and module.path in outcomes:
-                _check_known(module, outcomes[module.path])
+                _check_known(self._model, module, outcomes[module.path])
         return outcomes, sum(rule.skip for rule in ruled.values())
 
 
@@ -340,11 +340,11 @@ def _verdicts(model: Model, quantize: Quantize) -> Iterator[tuple[Module, Verdic
             yield module, word
 
 
-def _check_known(module: Module, outcome: _Outcome) -> None:
+def _check_known(model: Model, module: Module, outcome: _Outcome) -> None:
     if outcome.setting:
         raise ConfigError(
-            f"{module.path} is quantized by mlx-lm in a way of its own, which mlx-make does "
-            f'not know. Skip it: rules = [{{ match = "{module.path}", skip = true }}]'
+            f"{module.path} is quantized by {model.library} in a way of its own, which mlx-make "
+            f'does not know. Skip it: rules = [{{ match = "{module.path}", skip = true }}]'
         )
 
 

@@ -42,7 +42,7 @@ WORDS = {
     "concatenate": "shards joined",
     "stack": "experts stacked",
     "half_split": "rows of wq and wk reordered",
-    "sanitize": "mlx-lm's sanitize",
+    "sanitize": "the library's sanitize",
 }
 
 
@@ -213,7 +213,7 @@ class Unshard(Stage[UnshardParams]):
         """Compare recipes by name, and what a library's ``sanitize`` depends on."""
         reasons = tensor_changes(old.get("tensors") or {}, new.get("tensors") or {})
         if old.get("sanitize") != new.get("sanitize"):
-            reasons.append(Reason("what mlx-lm's sanitize depends on changed"))
+            reasons.append(Reason("what the library's sanitize depends on changed"))
         return reasons + changed_values(old, new, but=("tensors", "sanitize"))
 
 

@@ -143,7 +143,7 @@ SAME: dict[str, tuple[Callable[[Path], None], str, bool]] = {
     "an index of a folder": (index_of_a_folder, f"{INDEX} has no weight_map", True),
     "an adapter beside": (adapter_beside, "adapter_model.safetensors left out: a LoRA", True),
     "Meta's file beside": (metas_file_beside, "", True),
-    "mtp beside": (mtp_beside, "mtp.safetensors left out: mlx_lm.convert reads model*", True),
+    "mtp beside": (mtp_beside, "mtp.safetensors left out: model*.safetensors alone is read", True),
     "mtp not fetched": (mtp_not_fetched, "mtp.safetensors left out", True),
     "macOS's files": (apple_double, "", True),
     "two rows": (two_rows, "", True),
