@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tasks.layouts.answers import claim_stdout
+
 PATIENCE = 5  # how many times the seconds of processors may pass
 MOST_ANSWER = 256 << 20  # characters of an answer, which this process has to hold
 
@@ -79,6 +81,7 @@ def serve(answer: Callable[[Path, Any], Any]) -> None:
 
     Whatever it raises is a verdict on the files.
     """
+    answers = claim_stdout()
     seconds, nbytes, given = json.load(sys.stdin)
     for kind, wanted in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_DATA, nbytes)):
         _, hard = resource.getrlimit(kind)
@@ -94,4 +97,5 @@ def serve(answer: Callable[[Path, Any], Any]) -> None:
         raise
     except BaseException as error:  # Rust's panics are no Exception
         said = json.dumps([None, f"{type(error).__name__}: {error}"])
-    sys.stdout.write(said)
+    with answers:
+        answers.write(said)

@@ -28,8 +28,9 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TextIO, cast
 
+from tasks.layouts.answers import claim_stdout
 from tasks.layouts.array_graph import ArrayGraph, hollow
 from tasks.layouts.importing import importing
 from tasks.layouts.libraries import LIBRARIES, Library, missing
@@ -46,23 +47,30 @@ Joins = dict[int, tuple[str, int, list[Any], Any]]
 
 def main() -> None:
     """Answer one question, or begin to compute."""
+    answers = claim_stdout()
     question = json.loads(sys.stdin.readline())
     if limit := question.get("limit_bytes"):
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-    answered = answer(question, LIBRARIES[sys.argv[1]])
-    json.dump(answered, sys.stdout)
+    answered = answer(question, LIBRARIES[sys.argv[1]], answers)
+    with answers:
+        json.dump(answered, answers)
 
 
 @importing()
-def answer(question: dict[str, Any], library: Library) -> dict[str, Any]:
-    """Answer a question; what is replaced meanwhile is put back. No model may run beside it."""
+def answer(
+    question: dict[str, Any], library: Library, answers: TextIO | None = None
+) -> dict[str, Any]:
+    """Answer a question; what is replaced meanwhile is put back. No model may run beside it.
+
+    Asked to compute, it writes further answers to ``answers`` until there are no more requests.
+    """
     import mlx.core as mx
 
     patched = (mx, "load stack concatenate quantize"), (mx.random, "uniform normal")
     functions = [(m, name, getattr(m, name)) for m, names in patched for name in names.split()]
-    printed = io.StringIO()  # standard output is the answer's
+    printed = io.StringIO()
     modules = {n: sys.modules.pop(n) for n in list(sys.modules) if _is_replaced(n, library)}
     light = stubs(library.STUBS) if question["light"] else contextlib.nullcontext()
     try:
@@ -72,7 +80,7 @@ def answer(question: dict[str, Any], library: Library) -> dict[str, Any]:
         with light, contextlib.redirect_stdout(printed):
             for name in library.MODULES:
                 importlib.import_module(name)
-            return _answer(question, library, mx)
+            return _answer(question, library, mx, answers)
     except SystemExit as error:  # a model's module that lacks a package says so and leaves
         said = printed.getvalue().strip()
         return {"error": f"{said or 'nothing'} (exit status {error.code}).", "kind": "SystemExit"}
@@ -105,7 +113,9 @@ def _is_replaced(name: str, library: Library) -> bool:
     return is_below(name, (*library.STUBS, library.PACKAGE, *library.BUILDS_ON))
 
 
-def _answer(question: dict[str, Any], library: Library, mx: Any) -> dict[str, Any]:
+def _answer(
+    question: dict[str, Any], library: Library, mx: Any, answers: TextIO | None
+) -> dict[str, Any]:
     tensors = {name: (dtype, shape) for name, dtype, shape in question["tensors"]}
     given = {name: hollow(mx, dtype, shape) for name, (dtype, shape) in tensors.items()}
     if "trial" in question:
@@ -133,7 +143,7 @@ def _answer(question: dict[str, Any], library: Library, mx: Any) -> dict[str, An
             arrays.clear()
         parameters_of = dict(_flat(model.parameters()))
         del model
-        serve(parameters_of, files, sys.__stdout__)
+        serve(parameters_of, files, answers)
         return {}
     done = _done_to(mx, given, kept)
     if unread := done.looked_at - values.keys():
