@@ -39,6 +39,17 @@ def has_ctime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return request.param
 
 
+@pytest.fixture
+def by_cpu() -> Iterator[None]:
+    """MLX's default device is the CPU, as it is while actions run, also where there is a GPU."""
+    import mlx.core as mx
+
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
+
+
 @pytest.fixture(autouse=True)
 def reaped() -> Iterator[None]:
     """No process outlives the test that started it."""

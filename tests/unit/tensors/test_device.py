@@ -20,16 +20,9 @@ from tasks.tensors import mx as lazy_mx
 from tasks.tensors.device import backend, default, default_to_cpu
 from tasks.tensors.kernels import not_finite
 
+# What leaves a stream brings back one default.
+pytestmark = pytest.mark.usefixtures("by_cpu")
 SETTINGS = [Setting(64, 4, "affine"), Setting(32, 4, "mxfp4"), Setting(16, 4, "nvfp4")]
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu() -> Iterator[None]:
-    """Of these tests, on a machine with a GPU too: what leaves a stream brings back one default."""
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(device)
 
 
 @contextmanager
