@@ -3,7 +3,9 @@
 ``method = "gptq"`` beside ``mlx_lm.gptq``, ``method = "awq"`` beside ``mlx_lm.awq``: time of the
 wall and of the processor, peak memory, perplexity on held-out text as mlx-lm itself measures it.
 With --rounds each runs so often, ours and the peer's in turn and from nothing: medians are shown.
-With --blocks of a model's first blocks alone, of which perplexity says nothing.
+With --blocks of a model's first blocks alone, of which perplexity says nothing. With --peer-blocks
+1 2 the peer does the first block, and the first two, and a line through both says what all take.
+On a GPU, what MLX's arrays held at most is shown beside the memory of the process.
 """
 
 from __future__ import annotations
@@ -19,17 +21,30 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from measure import Usage, measure
+from measure import measure
 
-# The peer on tokens of a file, in place of those that it would download.
-PEER = """
-import importlib, os, sys
+# Notes what MLX's arrays held at most, as a process ends.
+NOTED = """
+import atexit, os, sys
 import mlx.core as mx
+def note():
+    with open(os.environ["ARRAYS_PEAK"], "w") as file:
+        file.write(str(mx.get_peak_memory()))
+if "ARRAYS_PEAK" in os.environ:
+    atexit.register(note)
+"""
+OURS = f"""{NOTED}
+import runpy
+runpy.run_module("doit", run_name="__main__")
+"""
+# The peer on tokens of a file, in place of those that it would download.
+PEER = f"""{NOTED}
+import importlib
 method, tokens, device = sys.argv.pop(1), sys.argv.pop(1), sys.argv.pop(1)
 mx.set_default_device(getattr(mx, device))
-peer = importlib.import_module(f"mlx_lm.quant.{method}")
+peer = importlib.import_module(f"mlx_lm.quant.{{method}}")
 peer.load_data = lambda *_, **__: mx.load(tokens)["tokens"]
 os.chdir(os.path.dirname(tokens))  # one writes what it found out to where it is called
 peer.main()
@@ -37,7 +52,34 @@ peer.main()
 METHODS = ("gptq", "awq")
 # How the peers round embeddings, which both leave to the nearest.
 EMBEDDINGS = {"gptq": {"bits": 6}, "awq": {"bits": 4, "group_size": 32}}
-HEADER = "| | wall s | peer's | processor s | peer's | peak MB | peer's | perplexity |"
+
+
+class Cost(NamedTuple):
+    """What a run takes.
+
+    Attributes:
+        seconds: of wall.
+        processor: seconds of processors.
+        peak: of memory, MB.
+        arrays: MB that MLX's arrays held at most, on a GPU.
+    """
+
+    seconds: float
+    processor: float
+    peak: float
+    arrays: float = 0.0
+
+    def beyond(self, few: Cost, blocks: float) -> Cost:
+        """Return what more blocks take, by a line through this and a run of fewer.
+
+        Args:
+            few: the run of fewer.
+            blocks: how many more, for each by which this has more than that.
+        """
+        return Cost(*(now + blocks * (now - then) for now, then in zip(self, few, strict=True)))
+
+
+HEADS = ("wall s", "processor s", "peak MB", "arrays MB")
 
 
 def tokens_of(folder: Path, asked: argparse.Namespace) -> tuple[Any, Any]:
@@ -92,12 +134,35 @@ def _toml(value: Any) -> str:
     return f"[{', '.join(map(_toml, value))}]" if isinstance(value, list) else json.dumps(value)
 
 
-def _peer(method: str, folder: Path, asked: argparse.Namespace) -> list[str]:
+def _peer(method: str, checkpoint: Path, folder: Path, asked: argparse.Namespace) -> list[str]:
     device = "gpu" if asked.device == "gpu" else "cpu"
     peer = [sys.executable, "-c", PEER, method, str(folder / "tokens.safetensors"), device]
-    peer += ["--model", str(asked.checkpoint.resolve()), "--bits", str(asked.bits)]
+    peer += ["--model", str(checkpoint.resolve()), "--bits", str(asked.bits)]
     peer += ["--group-size", str(asked.group_size)]
     return [*peer, "--mlx-path", str(folder / "build" / f"peer-{method}")]
+
+
+def _cost(command: Sequence[str], folder: Path, asked: argparse.Namespace) -> Cost:
+    peak = folder / "arrays-peak"
+    environ = {"ARRAYS_PEAK": str(peak)} if asked.device == "gpu" else {}
+    usage = measure(command, **environ)
+    arrays = int(peak.read_text()) / 1e6 if environ else 0.0
+    return Cost(usage.seconds, usage.processor, usage.peak_rss / 1e6, arrays)
+
+
+def _cost_of_peer(method: str, folder: Path, asked: argparse.Namespace) -> Cost:
+    """Return what the peer takes: of the model, or as two of its first blocks' parts say."""
+    if not asked.peer_blocks:
+        return _cost(_peer(method, asked.checkpoint, folder, asked), folder, asked)
+    few, more = asked.peer_blocks
+    costs = []
+    for count in (few, more):
+        part = folder / f"first-{count}"
+        if not part.exists():
+            first_blocks(asked.checkpoint, part, count)
+        costs.append(_cost(_peer(method, part, folder, asked), folder, asked))
+    config = json.loads((asked.checkpoint / "config.json").read_text())
+    return costs[1].beyond(costs[0], (config["num_hidden_layers"] - more) / (more - few))
 
 
 def _forget(folder: Path) -> None:
@@ -109,40 +174,37 @@ def _forget(folder: Path) -> None:
 
 def _compare(method: str, folder: Path, asked: argparse.Namespace, held_out: Any) -> None:
     """Run a method and its peer in turn, and print a table of medians."""
-    doit = [sys.executable, "-m", "doit", f"models={folder / 'models.toml'}"]
-    usages: dict[str, list[Usage]] = {
-        f"by-{method}": [],
-        f"{method}-again": [],
-        f"peer-{method}": [],
-    }
+    doit = [sys.executable, "-c", OURS, f"models={folder / 'models.toml'}"]
+    costs: dict[str, list[Cost]] = {f"by-{method}": [], f"{method}-again": [], f"peer-{method}": []}
     for _ in range(asked.rounds):
         _forget(folder)
-        usages[f"by-{method}"].append(measure([*doit, f"pack:by-{method}"]))
-        usages[f"{method}-again"].append(measure([*doit, f"pack:{method}-again"]))
-        usages[f"peer-{method}"].append(measure(_peer(method, folder, asked)))
-    measure([*doit, f"pack:nearest-{method}", "pack:plain"])
-    base = _medians(usages[f"peer-{method}"])
-    print(f"\n{HEADER}\n|{'---|' * (HEADER.count('|') - 1)}")
-    for name in ("plain", f"nearest-{method}", *usages):
+        for name in (f"by-{method}", f"{method}-again"):
+            costs[name].append(_cost([*doit, f"pack:{name}"], folder, asked))
+        costs[f"peer-{method}"].append(_cost_of_peer(method, folder, asked))
+    names = [*costs]
+    if asked.perplexity:
+        names[:0] = ["plain", f"nearest-{method}"]
+        measure([*doit, f"pack:nearest-{method}", "pack:plain"])
+    heads = HEADS if asked.device == "gpu" else HEADS[:-1]
+    header = f"| | {' '.join(f'{head} | of the peer |' for head in heads)} perplexity |"
+    print(f"\n{header}\n|{'---|' * (header.count('|') - 1)}")
+    base = _medians(costs[f"peer-{method}"])[: len(heads)]
+    for name in names:
         cells = [""] * len(base) * 2
-        if name in usages:
-            found = _medians(usages[name])
+        if name in costs:
+            found = _medians(costs[name])[: len(heads)]
             cells = [
                 cell
                 for own, peers in zip(found, base, strict=True)
                 for cell in (f"{own:.1f}", f"{own / peers:.2f}")
             ]
-        known = f"{_perplexity(folder / 'build' / name, held_out):.3f}" if asked.perplexity else ""
-        print(f"| {' | '.join([name, *cells, known])} |", flush=True)
+        known = asked.perplexity and not (asked.peer_blocks and name.startswith("peer"))
+        said = f"{_perplexity(folder / 'build' / name, held_out):.3f}" if known else ""
+        print(f"| {' | '.join([name, *cells, said])} |", flush=True)
 
 
-def _medians(usages: Sequence[Usage]) -> tuple[float, float, float]:
-    """Return seconds, processor seconds, and the peak of memory in MB."""
-    return (
-        median(each.seconds for each in usages),
-        median(each.processor for each in usages),
-        median(each.peak_rss / 1e6 for each in usages),
-    )
+def _medians(costs: Sequence[Cost]) -> Cost:
+    return Cost(*map(median, zip(*costs, strict=True)))
 
 
 def first_blocks(source: Path, folder: Path, count: int) -> None:
@@ -176,8 +238,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--rounds", type=int, default=1, help="how often each runs, in turn")
     parser.add_argument("--blocks", type=int, help="of the model, the first so many alone")
+    parser.add_argument(
+        "--peer-blocks", nargs=2, type=int, metavar=("FEW", "MORE"), help="what the peer does"
+    )
     parser.add_argument("--perplexity", action=argparse.BooleanOptionalAction, default=True)
     asked = parser.parse_args()
+    if asked.peer_blocks and not 0 < asked.peer_blocks[0] < asked.peer_blocks[1]:
+        parser.error("--peer-blocks takes two numbers, the larger one last")
     import mlx.core as mx
 
     mx.set_default_device(getattr(mx, asked.device))

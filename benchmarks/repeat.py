@@ -3,6 +3,8 @@
 By one thread and by several, BLAS being told of one and of several, each from nothing: what each
 stage made, of whatever layer, has the same digest each time.
 
+With --blocks of a model's first blocks alone.
+
     python benchmarks/repeat.py CHECKPOINT --samples 2 --sequence-length 64
 """
 
@@ -17,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from measure import ROOT
+from quality import first_blocks
 
 from cache.records.manifests import Manifest
 
@@ -36,7 +39,7 @@ def _made(checkpoint: Path, asked: argparse.Namespace, count: int, threads: int)
         lines = [
             f"[quality]\nsamples = {asked.samples}\nsequence_length = {asked.sequence_length}",
             f"[defaults]\nsource = {json.dumps(str(checkpoint.resolve()))}",
-            'dtype = "float32"\ndevice = "cpu"',
+            f'dtype = "float32"\ndevice = "{asked.device}"',
             *(f"[models.{target}]\nquantize = {said}" for target, said in MODELS.items()),
         ]
         (folder / "models.toml").write_text("\n".join(lines))
@@ -64,16 +67,23 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a Hugging Face folder")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--sequence-length", type=int, default=64)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--blocks", type=int, help="of the model, the first so many alone")
     asked = parser.parse_args()
     first: dict[str, str] = {}
-    for count, threads in WAYS:
-        made = _made(asked.checkpoint, asked, count, threads)
-        first = first or made
-        other = [name for name in {**first, **made} if first.get(name) != made.get(name)]
-        said = "the same" if not other else f"{len(other)} OTHERS: {other[:5]}"
-        print(f"-n {count}, BLAS of {threads}: {len(made)} tensors, {said}", flush=True)
-        if other:
-            sys.exit(1)
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint: Path = asked.checkpoint
+        if asked.blocks:
+            checkpoint = Path(name) / "checkpoint"
+            first_blocks(asked.checkpoint, checkpoint, asked.blocks)
+        for count, threads in WAYS:
+            made = _made(checkpoint, asked, count, threads)
+            first = first or made
+            other = [name for name in {**first, **made} if first.get(name) != made.get(name)]
+            said = "the same" if not other else f"{len(other)} OTHERS: {other[:5]}"
+            print(f"-n {count}, BLAS of {threads}: {len(made)} tensors, {said}", flush=True)
+            if other:
+                sys.exit(1)
 
 
 if __name__ == "__main__":
