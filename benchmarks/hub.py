@@ -7,11 +7,14 @@
     python benchmarks/hub.py --cases beside --rate 200 --repeats 3
     python benchmarks/hub.py --shape 70b --files 30 --scratch /mnt/44g --cases limits --repeats 1
     python benchmarks/hub.py --shape 70b --layers 8 --rate 200 --cases limits
+    python benchmarks/hub.py --shape 8b --cases limits --device gpu --scratch /dev/shm/hub
 
-The tests' hub on loopback serves the checkpoint through huggingface_hub's own client; a generator
-makes its bytes as they are asked for. Each case begins with an empty folder in ``--scratch``. To
-have a disk that is no larger than that, give it a file system of its own:
+The tests' hub on loopback serves the checkpoint through huggingface_hub's own client; its bytes are
+64 MiB in memory that the system sends again and again, and lie on no disk. Each case begins with
+an empty folder in ``--scratch``. To have a disk that is no larger than that, give it a file system
+of its own, or one in memory, where a slow disk is not to be measured:
 
+    mount -t tmpfs -o size=44g none /mnt/44g
     truncate -s 7G disk && mkfs.ext4 -q -m 0 disk && mount -o loop disk /mnt/7g
 
 - build: to 4 bits. Bytes that the storage sent beside the checkpoint's, the most memory of all
@@ -24,7 +27,9 @@ have a disk that is no larger than that, give it a file system of its own:
 - limits: the first case, the same bytes through huggingface_hub's client to /dev/null
   (``download_alone.py``), and ``mx.quantize`` of as many weights (``quantize_alone.py``), in turn;
   medians, and the ratio to the slower of the two. Of each also the seconds of processors that it
-  took and that the hub took meanwhile, which is a part of the same machine.
+  took and that the hub took meanwhile, which is a part of the same machine. ``--device gpu``
+  has the build and ``mx.quantize`` compute on a GPU. 70 B parameters are 141 GB, which pass through
+  ``--scratch`` on their way to 40: one repeat takes some minutes on 16 cores.
 
 The weight files of "kills" must be those of a build that nothing happens to.
 """
@@ -45,6 +50,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +61,7 @@ from measure import ROOT, BenchmarkError, Usage, measure
 
 sys.path.insert(0, str(ROOT / "tests"))
 from support import hub_server
-from support.hub_repositories import Content, Generated
+from support.hub_repositories import Content, Generated, Span
 
 SHAPES = {
     "tiny": checkpoint.Shape(layers=4, hidden=256, intermediate=512, heads=4, vocab=2048),
@@ -87,8 +93,8 @@ def weight_files(shape: checkpoint.Shape, count: int) -> dict[str, Content]:
     """The weight files, of about one size, whose bytes nothing stores."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(POOL_BYTES // 2, generator=generator).mul_(checkpoint.DEVIATION)
-    pool = bytes(checkpoint.raw(values.to(torch.bfloat16)))
-    pool += pool[:PIECE]
+    memory = os.memfd_create("weights")  # which the system sends from without a copy
+    os.write(memory, checkpoint.raw(values.to(torch.bfloat16)))
     tensors = list(checkpoint.tensors(shape))
     share = sum(tensor.nbytes(DTYPE) for tensor in tensors) // count
     files: list[list[checkpoint.Tensor]] = [[]]
@@ -96,27 +102,33 @@ def weight_files(shape: checkpoint.Shape, count: int) -> dict[str, Content]:
         if len(files) < count and sum(each.nbytes(DTYPE) for each in files[-1]) >= share:
             files.append([])
         files[-1].append(tensor)
-    return {
-        f"model-{number:05}-of-{len(files):05}.safetensors": _generated(held, number, pool)
+    contents = {
+        f"model-{number:05}-of-{len(files):05}.safetensors": _generated(held, number, memory)
         for number, held in enumerate(files, start=1)
     }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # what a hub has of each file
+        list(pool.map(lambda content: content.sha256, contents.values()))
+    return {**contents}
 
 
-def _generated(held: list[checkpoint.Tensor], number: int, pool: bytes) -> Generated:
+def _generated(held: list[checkpoint.Tensor], number: int, memory: int) -> Generated:
     head = checkpoint.header(held, dtype=DTYPE)
     size = len(head) + sum(tensor.nbytes(DTYPE) for tensor in held)
+    place = os.lseek(memory, 0, os.SEEK_END)
+    os.write(memory, head)
 
-    def pieces(start: int, nbytes: int) -> Iterator[bytes]:
-        stop = min(size, start + nbytes)
-        if start < len(head):
-            yield head[start:stop]
-        at = max(start, len(head))
+    def spans(start: int, nbytes: int) -> Iterator[Span]:
+        at, stop = start, min(size, start + nbytes)
         while at < stop:
-            begin = (at - len(head) + number * 2 * 1_000_003) % POOL_BYTES
-            yield pool[begin : begin + min(PIECE, stop - at)]
-            at += PIECE
+            if at < len(head):
+                span = Span(memory, place + at, min(len(head), stop) - at)
+            else:
+                begin = (at - len(head) + number * 2 * 1_000_003) % POOL_BYTES
+                span = Span(memory, begin, min(PIECE, POOL_BYTES - begin, stop - at))
+            yield span
+            at += span.nbytes
 
-    return Generated(size, pieces)
+    return Generated(size, spans)
 
 
 class MostUsed(threading.Thread):
@@ -184,7 +196,11 @@ class Benchmark:
         self.times: int = arguments.kills
         self.repeats: int = arguments.repeats
         self.environ = hub.environ(home)
-        self.targets = {name: VARIANTS[name] for name in arguments.targets}
+        device = f'device = "{arguments.device}"\n'
+        self.device: str = arguments.device
+        self.lines = {name: device + lines for name, lines in VARIANTS.items()}
+        self.four = {"four": self.lines["four"]}
+        self.targets = {name: self.lines[name] for name in arguments.targets}
 
     def sent(self) -> int:
         """The bytes that the storage has sent since it was asked last."""
@@ -198,12 +214,12 @@ class Benchmark:
 
     def build(self) -> list[str]:
         """One target."""
-        command = write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
+        command = write_models(self.scratch, self.four, self.disk)
         return self._measured("build, 4 bit", command)
 
     def variants(self) -> list[str]:
         """Four targets."""
-        command = write_models(self.scratch, VARIANTS, self.disk)
+        command = write_models(self.scratch, self.lines, self.disk)
         return self._measured("four variants", command)
 
     def _measured(self, what: str, command: list[str]) -> list[str]:
@@ -229,7 +245,7 @@ class Benchmark:
         convert = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(download), "-q"]
         for _ in range(self.repeats):
             shutil.rmtree(home, ignore_errors=True)
-            command = write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
+            command = write_models(self.scratch, self.four, self.disk)
             ours.append(measure(command, **online).seconds)
             shutil.rmtree(home, ignore_errors=True)
             write_models(self.scratch, {}, None)
@@ -245,24 +261,24 @@ class Benchmark:
         """One target, and what no build of it can be quicker than, in turn."""
         online = {"HF_HUB_OFFLINE": "0", **self.environ}
         download, quantize = (ROOT / f"benchmarks/{n}_alone.py" for n in ("download", "quantize"))
+        of = [str(self.weights), "--device", self.device]
         commands = {
             "download alone": [sys.executable, str(download), "bench/model"],
-            "quantize alone": [sys.executable, str(quantize), str(self.weights)],
+            "quantize alone": [sys.executable, str(quantize), *of],
+            "build": write_models(self.scratch, self.four, self.disk),
         }
-        usages: dict[str, list[Usage]] = {"build": [], **{name: [] for name in commands}}
-        of_hub: dict[str, list[float]] = {name: [] for name in usages}
-        build = write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
+        usages: dict[str, list[Usage]] = {name: [] for name in commands}
+        of_hub: dict[str, list[float]] = {name: [] for name in commands}
         used, fetched = MostUsed(self.scratch), 0
         used.start()
         for _ in range(self.repeats):
-            write_models(self.scratch, {"four": VARIANTS["four"]}, self.disk)
-            self.sent()
-            for name, command in {"build": build, **commands}.items():
+            write_models(self.scratch, self.four, self.disk)
+            for name, command in commands.items():
+                self.sent()
                 begin = time.process_time()
                 usages[name].append(measure(command, **online))
                 of_hub[name].append(time.process_time() - begin)
-                if name == "build":
-                    fetched += self.sent()
+            fetched += self.sent()
         used.stop()
         wall = {name: statistics.median(each.seconds for each in usages[name]) for name in usages}
         for name, each in usages.items():
@@ -270,14 +286,13 @@ class Benchmark:
             hub = statistics.median(of_hub[name])
             print(f"| {name}: processors {spent:.1f} s, of the hub {hub:.1f} s "
                   f"| {wall[name]:.1f} | | | |", flush=True)  # fmt: skip
-        slower = max(wall[name] for name in commands)
-        what = f"limits: {wall['build'] / slower:.2f} of {slower:.1f} s"
+        built = wall.pop("build")
+        slower = max(wall.values())
         memory = max(usage.peak_rss for usage in usages["build"])
-        ratio = f"{fetched / (self.repeats * self.size):.4f}"
         return [
-            what,
-            f"{wall['build']:.1f}",
-            ratio,
+            f"limits: {built / slower:.2f} of {slower:.1f} s",
+            f"{built:.1f}",
+            f"{fetched / (self.repeats * self.size):.4f}",
             f"{memory / 2**20:,.0f}",
             f"{used.most / 1e9:.2f}",
         ]
@@ -329,6 +344,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["build", "variants", "kills"])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--targets", nargs="+", choices=VARIANTS, default=["four"])
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rate", type=float, help="MB a second that the storage sends at most")
     arguments = parser.parse_args()

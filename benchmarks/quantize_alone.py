@@ -1,21 +1,24 @@
 """quantize_alone: mx.quantize on all cores, of as many weights as a checkpoint has, and no more.
 
     python benchmarks/quantize_alone.py model.safetensors     # or how many weights, as 70000000000
+    python benchmarks/quantize_alone.py 70000000000 --device gpu
 
-Blocks of the weights' size in mlx-make (2 MiB of bfloat16) that lie in memory, 4 bits, affine.
+Blocks of the weights' size in mlx-make (2 MiB of bfloat16, on a GPU 32) that lie in memory, 4 bits,
+affine.
 """
 
+import argparse
 import json
 import math
 import os
 import struct
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
-SHAPE = (512, 2048)
+SHAPES = {"cpu": (512, 2048), "gpu": (8192, 2048)}
 
 
 def weights(path: Path) -> int:
@@ -27,10 +30,10 @@ def weights(path: Path) -> int:
     return sum(math.prod(e["shape"]) for e in header.values() if len(e["shape"]) > 1)
 
 
-def work(blocks: int) -> None:
+def work(blocks: int, device: str) -> None:
     """Quantizes that many blocks, in this thread."""
-    with mx.stream(mx.new_stream(mx.cpu)):
-        block = (mx.random.normal(SHAPE) * 0.02).astype(mx.bfloat16)
+    with mx.stream(mx.new_stream(getattr(mx, device))):
+        block = (mx.random.normal(SHAPES[device]) * 0.02).astype(mx.bfloat16)
         mx.eval(block)
         for _ in range(blocks):
             mx.eval(mx.quantize(block, 64, 4))
@@ -38,12 +41,18 @@ def work(blocks: int) -> None:
 
 def main() -> None:
     """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("weights", help="a safetensors file, or how many weights")
+    parser.add_argument("--device", choices=SHAPES, default="cpu")
+    arguments = parser.parse_args()
+    of, device = arguments.weights, arguments.device
     cores = len(os.sched_getaffinity(0))
-    of = sys.argv[1]
     count = int(of) if of.isdecimal() else weights(Path(of))
-    blocks = count / math.prod(SHAPE)
+    blocks = math.ceil(count / math.prod(SHAPES[device]) / cores)
     with ThreadPoolExecutor(cores) as pool:
-        list(pool.map(work, [math.ceil(blocks / cores)] * cores))
+        list(pool.map(partial(work, device=device), [blocks] * cores))
     os._exit(0)  # MLX at times aborts as it takes down the streams of threads that ended
 
 

@@ -143,24 +143,27 @@ def _append(
     state: xxhash.xxh3_128,
 ) -> int:
     """Write what comes from ``begin`` on, and the digest behind each piece; return how much."""
-    at, piece = begin, xxhash.xxh3_128()
+    at, buffer, held = begin, memoryview(bytearray(PIECE_BYTES)), 0
     for chunk in data:
         rest = memoryview(chunk)
-        while rest:
-            now, rest = (
-                rest[: PIECE_BYTES - at % PIECE_BYTES],
-                rest[PIECE_BYTES - at % PIECE_BYTES :],
-            )
-            atomic.write_all(file, now, at)
-            state.update(now)
-            piece.update(now)
-            at += len(now)
-            if at % PIECE_BYTES == 0:
-                digests.write(piece.digest())
-                piece.reset()
-    if at % PIECE_BYTES:
-        digests.write(piece.digest())
+        while rest:  # small as it comes from a socket: with each call other threads are waited for
+            now = rest[: PIECE_BYTES - held]
+            buffer[held : held + len(now)] = now
+            rest, held = rest[len(now) :], held + len(now)
+            if held == PIECE_BYTES:
+                at, held = at + _write(file, digests, at, buffer, state), 0
+    if held:
+        at += _write(file, digests, at, buffer[:held], state)
     return at - begin
+
+
+def _write(
+    file: IO[bytes], digests: IO[bytes], at: int, piece: memoryview, state: xxhash.xxh3_128
+) -> int:
+    atomic.write_all(file, piece, at)
+    state.update(piece)
+    digests.write(_digest(piece))
+    return len(piece)
 
 
 def _digest(data: memoryview) -> bytes:

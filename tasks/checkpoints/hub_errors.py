@@ -143,8 +143,9 @@ def _raise_of_status(error: Any, repository: str, revision: str | None, name: st
         waits = retry_after(error.response)
         when = f" It asks to be left alone for {waits:,.0f} s." if waits else ""
         raise HubUnreachable(
-            f"{_host(error.response)} answers with status {status}, again and again.{when} "
-            "Try again later: what was fetched is kept."
+            f"{_host(error.response)} answers with status {status} to a request for "
+            f"{name or 'what it holds'} of {repository}, again and again.{when} Try again later: "
+            "what was fetched is kept."
         ) from error
     else:
         text = (

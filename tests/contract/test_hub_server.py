@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import (
@@ -17,7 +18,7 @@ from huggingface_hub import (
 )
 
 from support import hub_server
-from support.hub_repositories import Generated
+from support.hub_repositories import Generated, Span
 
 WEIGHTS = bytes(range(256)) * 40
 
@@ -147,8 +148,8 @@ def test_who_may_not_is_refused(hub, model, tmp_path):
         )
 
 
-def _get(span=(0, 4096)):
-    url = hf_hub_url("org/model", "a/model.safetensors")
+def _get(span=(0, 4096), name="a/model.safetensors"):
+    url = hf_hub_url("org/model", name)
     return get_session().get(url, headers={"Range": f"bytes={span[0]}-{span[1] - 1}"}, timeout=5)
 
 
@@ -191,19 +192,24 @@ def test_it_misbehaves_when_told(hub, model):
     assert _get().status_code == 403
 
 
-def test_generated_bytes_are_served_at_a_rate(hub, model):
-    def pieces(start, nbytes):
-        for at in range(start, start + nbytes, 1 << 16):
-            yield bytes([at >> 16 & 255]) * min(1 << 16, start + nbytes - at)
+def test_generated_bytes_are_served_at_a_rate(hub, model, tmp_path):
+    data = bytes(range(256)) * 300
+    (tmp_path / "bytes").write_bytes(data)
 
-    model.add({"big.safetensors": Generated(4 << 20, pieces)})
-    hub.rate = 16 << 20
-    path = hf_hub_download("org/model", "big.safetensors")
-    with open(path, "rb") as file:
-        assert (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            == hub.repositories["org/model"].files["big.safetensors"].content.sha256
-        )
+    def spans(start, nbytes):  # the same bytes over and over
+        stop = start + nbytes
+        while start < stop:
+            at = start % len(data)
+            span = Span(file.fileno(), at, min(len(data) - at, stop - start))
+            start += span.nbytes
+            yield span
+
+    with open(tmp_path / "bytes", "rb") as file:
+        model.add({"big.safetensors": Generated(4 << 20, spans)})
+        hub.rate = 16 << 20
+        path = Path(hf_hub_download("org/model", "big.safetensors"))
+        assert _get((76799, 76802), "big.safetensors").content == b"\xff\0\1"
+    assert path.read_bytes() == (data * 55)[: 4 << 20]
 
 
 def test_a_client_in_another_process_finds_it_by_its_variables(hub, model, tmp_path):

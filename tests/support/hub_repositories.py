@@ -1,12 +1,13 @@
 """hub_repositories: what a model hub holds: repositories of files, in commits and branches."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import yaml
 
@@ -67,17 +68,25 @@ class OnDisk:
                 yield piece
 
 
+class Span(NamedTuple):
+    """Bytes of an open file."""
+
+    descriptor: int
+    start: int
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class Generated:
-    """Bytes that nothing stores.
+    """Bytes that nothing stores as they are: spans of open files, each of them many times over.
 
     Attributes:
         size: how many there are.
-        pieces: gives those from a first one on, so many of them.
+        spans: gives those from a first one on, so many of them.
     """
 
     size: int
-    pieces: Callable[[int, int], Iterator[bytes]]
+    spans: Callable[[int, int], Iterator[Span]]
 
     @cached_property
     def sha256(self) -> str:
@@ -87,7 +96,8 @@ class Generated:
         return digest.hexdigest()
 
     def read(self, start: int, nbytes: int) -> Iterator[bytes]:
-        return self.pieces(start, nbytes)
+        for span in self.spans(start, nbytes):
+            yield os.pread(span.descriptor, span.nbytes, span.start)
 
 
 @dataclass(frozen=True)
