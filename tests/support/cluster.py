@@ -1,7 +1,8 @@
 """cluster: a Dask scheduler and workers on loopback, good ones and bad ones, in processes.
 
-`python -m support.cluster FILE KIND …` is one: the first writes the scheduler's file, the others
-find it. All workers of a process share its event loop; a process of its own is to be killed.
+`python -m support.cluster FILE KIND …` is one, `… FILE scheduler KIND …` that which writes the
+scheduler's file; the others wait for it. All workers of a process share its event loop; a process
+of its own is to be killed.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from typing import Any
 from support.front_door import REPOSITORY
 
 PATIENCE = 60  # seconds
+SCHEDULER = "scheduler"
 LONGEST = int(os.environ.get("CLUSTER_SECONDS", "300"))
 
 
@@ -52,12 +54,11 @@ def running(folder: Path, *processes: list[str]) -> Iterator[tuple[Path, list[Pr
         started = []
         for number, kinds in enumerate(processes):
             log = folder / f"process-{number}.log"
-            started.append(Process(start(file, log, kinds), log))
+            first = [] if number else [SCHEDULER]
+            started.append(Process(start(file, log, [*first, *kinds]), log))
             stack.callback(started[-1].end)
-            wanted = sum(map(len, processes[: number + 1]))
-            await_true(
-                lambda n=wanted: file.exists() and _ready(folder) == n
-            )  # the scheduler's file first
+        wanted = sum(map(len, processes))
+        await_true(lambda: file.exists() and _ready(folder) == wanted)
         yield file, started
 
 
@@ -157,6 +158,16 @@ def _reads_another(bench: Any) -> None:
     bench.make = lying
 
 
+def _other_store(bench: Any) -> None:
+    """What has the remote store's name where this worker is, is another."""
+    shares = bench._shares
+
+    def other(remote: Any) -> Any:
+        return shares(remote and remote._replace(url=f"{remote.url}-of-another"))
+
+    bench._shares = other
+
+
 def _says_what_it_makes(bench: Any) -> None:
     make = bench.make
 
@@ -192,6 +203,7 @@ KINDS: dict[str, Any] = {
     "other shape": _other_shape,
     "full disk": _full_disk,
     "raises": _raises,
+    "other store": _other_store,
     "reads another": _reads_another,
     "hangs": _hangs,
     "says": _says_what_it_makes,
@@ -205,11 +217,14 @@ async def _serve(file: Path, kinds: list[str]) -> None:
     from distributed import Scheduler, Worker
 
     async with asyncio.timeout(LONGEST):  # whatever becomes of who started it
-        if not file.exists():
+        if kinds[:1] == [SCHEDULER]:
+            kinds = kinds[1:]
             scheduler = await Scheduler(host="127.0.0.1", port=0, dashboard=False)
             scheduler.scheduler_file = str(file)
             file.with_suffix(".part").write_text(f'{{"address": "{scheduler.address}"}}')
             file.with_suffix(".part").rename(file)
+        while not file.exists():
+            await asyncio.sleep(0.02)
         for number, kind in enumerate(kinds):
             os.environ["MLX_MAKE_SIGNING_KEY"] = "another" if kind == "other key" else ""
             worker = await Worker(

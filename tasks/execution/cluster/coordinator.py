@@ -99,6 +99,7 @@ class Cluster:
         self._futures: list[Future] = []
         self._known: set[str] = set()  # addresses that were looked into
         self._said: set[str] = set()
+        self._failures: dict[frozenset[str], int] = {}  # units made here, by those who could not
 
     # The crew's contract
 
@@ -135,6 +136,9 @@ class Cluster:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if more := sum(self._failures.values()) - len(self._failures):
+            self._failures.clear()
+            self._warn(f"{more} more of the cluster's layers were made here, for the same causes")
         if self._connection:
             self._connection.close()
 
@@ -165,15 +169,22 @@ class Cluster:
                     if failed.is_hopeless:
                         break
         except _Lost as lost:
-            if excluded and not self._lost:  # by those who are left
-                self._warn(f"{self._name(unit)} is made here: {'; '.join(excluded.values())}")
-            elif self._stops:
-                raise self._stopped(lost) from lost
-            else:
+            if self._lost or not excluded:  # else nobody is left but those who failed
+                if self._stops:
+                    raise self._stopped(lost) from lost
                 self._warn(f"{lost}; the build goes on alone")
-            return None
-        self._warn(f"{self._name(unit)} is made here: {'; '.join(excluded.values())}")
+                return None
+        self._note_failure(unit, excluded)
         return None
+
+    def _note_failure(self, unit: Unit, causes: Mapping[str, str]) -> None:
+        """Say of a unit why it is made here; of others that the same workers fail at, how many."""
+        workers = frozenset(causes)
+        with self._lock:
+            self._failures[workers] = self._failures.get(workers, 0) + 1
+            is_first = self._failures[workers] == 1
+        if is_first:
+            self._warn(f"{self._name(unit)} is made here: {'; '.join(causes.values())}")
 
     def _stopped(self, lost: _Lost) -> BuildError:
         """Return what ends the build; of all who wait, one says why."""
@@ -331,7 +342,7 @@ class Cluster:
                     writer.write(piece)
             if writer.digest != tensor.digest:
                 raise Unlike(f"{name} has other bytes than its digest says")
-        if sharing and not made.shared:
+        if sharing:  # also what a worker says is there: its remote may be another of that name
             sharing.push(manifest, recorder.shared(plan, node))
 
     # The cluster
@@ -432,21 +443,22 @@ class Cluster:
         """Say once of workers that are new, all together, why they get no layers."""
         ours = [machine.resource(self._facts, each) for each in self._classes]
         others = [
-            member.address for member in members
+            member for member in members
             if member.address not in self._known
             and not any(resource in member.resources for resource in ours)
         ]  # fmt: skip
         if not others or not self._classes:
             return
-        refused = []
-        for address, answer in connection.describe(others, machine.PACKAGES).items():
+        refused = [f"{each.address} is silent" for each in others if each.is_silent]
+        asked = [each.address for each in others if not each.is_silent]
+        for address, answer in connection.describe(asked, machine.PACKAGES).items():
             if isinstance(answer, Exception):
                 refused.append(f"{address} does not answer: {one_line(str(answer))}")
                 continue
             name, facts, there = answer
             if cause := machine.differences(self._facts, facts, self._classes, there):
                 refused.append(f"{name} ({address}) {cause}")
-        self._known |= {*others}
+        self._known |= {each.address for each in others}
         if refused:
             count = plural(len(refused), "worker")
             listed = some(refused, MOST_NAMES, "; ")

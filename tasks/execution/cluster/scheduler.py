@@ -15,6 +15,8 @@ from concurrent.futures import Future as Coming
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import dask
+from dask.utils import parse_timedelta
 from distributed import Client, Future, get_worker
 
 from cache.errors import CacheError, one_line
@@ -22,9 +24,9 @@ from cache.records.manifests import Tensor
 from tasks.execution.cluster.machine import PREFIX
 from tasks.execution.cluster.unit import Cannot, Made
 
-CONNECT_SECONDS = 20
 ANSWER_SECONDS = 30  # for one piece, or the scheduler's word
-SILENT_SECONDS = 30  # after which a worker that sends no heartbeat is given up
+TOLD_SECONDS = 5  # in which a worker that is none of ours says what it is
+SILENT_SECONDS = 30  # after which a worker that sends no heartbeat is given up, at the latest
 PIECE_BYTES = 4 << 20
 PIECES = 3  # that are under way of one tensor
 HANDLER = "mlx_make_read"
@@ -41,10 +43,12 @@ class Member(NamedTuple):
     Attributes:
         address: where it is reached.
         resources: what it offers.
+        is_silent: whether it is another's, and sends no heartbeat.
     """
 
     address: str
     resources: dict[str, float]
+    is_silent: bool
 
 
 def make(request: bytes, key: str, layers: Sequence[tuple[str, str]]) -> Made | Cannot:
@@ -65,14 +69,16 @@ def survey() -> Callable[..., Any]:
     ) -> tuple[str, list[Any]]:
         import time
 
-        now = time.time()
+        now, workers = time.time(), []
         for address, state in [*dask_scheduler.workers.items()]:
             is_ours = any(name.startswith(prefix) for name in state.resources)
-            if is_ours and now - state.last_seen > patience:
+            is_silent = now - state.last_seen > patience
+            if is_ours and is_silent:
                 await dask_scheduler.remove_worker(
                     address, stimulus_id=f"mlx-make-silent-{now}", expected=True
                 )
-        workers = [(a, dict(state.resources)) for a, state in dask_scheduler.workers.items()]
+            else:
+                workers.append((address, dict(state.resources), is_silent))
         return dask_scheduler.id, workers
 
     return look
@@ -120,6 +126,9 @@ class Connection:
     def open(cls, address: str) -> Connection:
         """Connect to the scheduler at an address, or that a file of Dask's names.
 
+        How long that is tried, also where the connection is lost, Dask's own settings say
+        (``distributed.comm.timeouts.connect``).
+
         Raises:
             Gone: nobody answers.
         """
@@ -131,7 +140,7 @@ class Connection:
         try:
             if "scheduler_file" in keys and not os.path.exists(address):
                 raise Gone(f"{address} does not exist")
-            client = Client(**keys, timeout=CONNECT_SECONDS, set_as_default=False, name="mlx-make")
+            client = Client(**keys, set_as_default=False, name="mlx-make")
         except (OSError, TimeoutError, ValueError) as error:
             raise Gone(one_line(str(error)) or type(error).__name__) from error
         return cls(client, address)
@@ -142,12 +151,14 @@ class Connection:
         return self.client.status in ("running", "connecting")
 
     def members(self) -> tuple[str, list[Member]]:
-        """Return the scheduler's id, and the workers without those that are silent.
+        """Return the scheduler's id, and the workers without those of ours that are silent.
 
         Raises:
             Gone: the scheduler does not answer.
         """
-        scheduler, found = self._ask(self.client.run_on_scheduler, survey(), SILENT_SECONDS, PREFIX)
+        limit = dask.config.get("distributed.scheduler.worker-ttl")  # where it is less than ours
+        patience = min(SILENT_SECONDS, parse_timedelta(limit) if limit else SILENT_SECONDS)
+        scheduler, found = self._ask(self.client.run_on_scheduler, survey(), patience, PREFIX)
         return scheduler, [Member(*each) for each in found]
 
     def describe(self, workers: Sequence[str], packages: Sequence[str]) -> Mapping[str, Any]:
@@ -156,10 +167,19 @@ class Connection:
         Raises:
             Gone: the scheduler does not answer.
         """
-        answers: Mapping[str, Any] = self._ask(
-            self.client.run, inquiry(ATTRIBUTE, packages), workers=[*workers], on_error="return"
-        )
-        return answers
+        asked = inquiry(ATTRIBUTE, packages)
+
+        async def answer(worker: str) -> Any:  # each has its own time: one that is frozen has none
+            answers = self.client.run(asked, workers=[worker], on_error="return", asynchronous=True)
+            try:
+                return (await asyncio.wait_for(answers, TOLD_SECONDS))[worker]
+            except TimeoutError:
+                return TimeoutError(f"it says nothing for {TOLD_SECONDS} s")
+
+        async def all_answers() -> list[Any]:
+            return await asyncio.gather(*map(answer, workers))
+
+        return dict(zip(workers, self._sync(all_answers), strict=True))
 
     def _ask(self, call: Callable[..., Any], *args: Any, **keys: Any) -> Any:
         async def answer() -> Any:
