@@ -44,6 +44,13 @@ def fields(words: mx.array, bits: int) -> mx.array:
     return numbers.reshape(words.shape[0], -1)
 
 
+def powers_of_two(exponents: mx.array) -> mx.array:
+    """Return what bytes of E8M0 stand for, float32: 2 to each less 127; 255 is no number."""
+    # A power of two has its exponent alone; 0 stands for 2^-127, which float32 has as 2^22.
+    powers = mx.maximum(exponents.astype(mx.uint32) << 23, 1 << 22).view(mx.float32)
+    return mx.where(exponents == 255, mx.nan, powers)
+
+
 def pack(numbers: mx.array, bits: int) -> mx.array:
     """Return numbers that follow each other without a gap in words, the first lowest.
 

@@ -1,8 +1,9 @@
 """block_fp8: 8-bit floats (E4M3) with a scale for each block, as DeepSeek and Qwen ship them.
 
 ``weight`` (rows, columns) and ``weight_scale_inv`` (rows / 128, columns / 128), by which it is
-multiplied; blocks at the edges may be cut off. The same arithmetic as ``FineGrainedFP8Config``'s
-dequantization in transformers (``integrations/finegrained_fp8.py``): both in float32.
+multiplied: floats, or bytes that are powers of two (E8M0). Blocks at the edges may be cut off. The
+same arithmetic as ``FineGrainedFP8Config``'s dequantization in transformers
+(``integrations/finegrained_fp8.py``): both in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from msgspec import Struct
 from tasks.checkpoints.checkpoint import LogicalTensor
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, count
+from tasks.unpack import bits, mxfp8
 from tasks.unpack.packed import (
     FLOATS,
     LARGEST_GROUP,
@@ -36,13 +38,14 @@ SCALES = "_scale_inv"
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
     """Return the weights that have ``…_scale_inv`` beside them."""
     block = settings.get("weight_block_size")
+    others = mxfp8.weights(tensors)
     packed = {}
     known: dict[tuple[Any, ...], dict[str, Any]] = {}  # a mixture has thousands of few shapes
     for scale, tensor in tensors.items():
         if not scale.endswith(SCALES):
             continue
         name = scale.removesuffix(SCALES)
-        if name not in tensors or tensors[name].dtype != "uint8":
+        if name not in tensors or tensors[name].dtype != "uint8" or name in others:
             continue
         shape = tensors[name].shape
         kind = (shape, tensor.dtype, tensor.shape)
@@ -50,7 +53,7 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
             sides = _block(tensor, shape, block)
             blocks = tuple(-(-n // b) for n, b in zip(shape[-2:], sides, strict=False))
             of = tensor.shape if tensor.shape in ((), (1,)) else (*shape[:-2], *blocks)
-            require(scale, tensors, of, *FLOATS)
+            require(scale, tensors, of, *FLOATS, "uint8")
             known[kind] = {"block": list(sides)}
         packed[name] = Packed(shape, (name, scale), known[kind])
     if not packed:
@@ -94,7 +97,10 @@ class BlockFp8(Struct, frozen=True, dict=True):
 
     @cached_property
     def _scales(self) -> mx.array:
-        scales = self.scale.read(0, count(self.scale)).astype(mx.float32)
+        scales = self.scale.read(0, count(self.scale))
+        if scales.dtype == mx.uint8:
+            scales = bits.powers_of_two(scales)
+        scales = scales.astype(mx.float32)
         return scales.reshape(-1, -(-self.shape[-1] // self.block_columns))
 
     def read(self, start: int, stop: int) -> mx.array:

@@ -1,7 +1,8 @@
 """compressed_integers: compressed-tensors' ``pack-quantized`` and ``int-quantized``.
 
 ``pack-quantized``: ``weight_packed`` (rows, words) of int32, the first number in the lowest bits,
-each with half of the range added (``compressors/quantized_compressors/pack_quantized.py``).
+each with half of the range added, one after another without a gap
+(``compressors/pack_quantized/helpers.py``).
 ``int-quantized``: ``weight`` of int8. Both have ``weight_scale`` (rows, groups), asymmetric ones
 ``weight_zero_point``, which pack-quantized packs along the rows, and where columns are in an order
 of their own ``weight_g_idx``. A weight is (number - zero point) · scale.
@@ -13,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from tasks.checkpoints.checkpoint import LogicalTensor
 from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, whole
@@ -36,7 +36,6 @@ from tasks.unpack.whole_numbers import WholeNumbers, repacking
 
 METHODS: tuple[str, ...] = ("compressed-tensors",)
 NAME = "compressed_integers"
-WORD_BITS = (2, 4, 8)
 
 
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
@@ -50,18 +49,17 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
             continue
         scale = f"{path}.weight_scale"
         words = name.endswith("packed")
-        high, wide = tensors[name].shape
+        high, _ = tensors[name].shape
         if len(all_groups) > 1:
             width, columns, size = _by_itself(path, tensors, read, words=words)
         else:
-            width, columns, size = _as_said(all_groups, tensors[name], tensors[scale], words=words)
-        if words and width not in WORD_BITS:
+            width, columns, size = _as_said(path, all_groups, tensors, read, words=words)
+        if words and not 1 <= width <= 8:
             raise CheckpointError(
                 f"{path} is packed to {width} bits, which is not unpacked here. Get the "
                 "checkpoint in bfloat16."
             )
-        require(name, tensors, (high, wide), *(WORDS if words else ("int8",)))
-        _check(path, tensors, (high, columns), size, 32 // width if words else 0)
+        _check(path, tensors, (high, columns), size, width if words else 0)
         others = [f"{path}.weight_zero_point", f"{path}.weight_g_idx"]
         there = [other for other in others if other in tensors]
         how: dict[str, Any] = {
@@ -82,27 +80,45 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
 
 
 def _as_said(
+    path: str,
     all_groups: Sequence[Mapping[str, Any]],
-    weight: LogicalTensor,
-    scale: LogicalTensor,
+    tensors: Tensors,
+    read: Read,
     *,
     words: bool,
 ) -> tuple[int, int, int]:
     """Return a weight's bits, columns and group size, where config.json has one group of weights.
 
     Args:
+        path: the module's.
         all_groups: what it says of them.
-        weight: as it is stored.
-        scale: its scales.
+        tensors: the checkpoint's.
+        read: returns a small tensor's bytes.
         words: whether its numbers are packed.
     """
     group = next((g for g in all_groups if g.get("type", "int") == "int"), {})
     width, size = whole_number(group, "num_bits", 8), group_size(group, "group_size", -1)
-    wide = weight.shape[1]
-    columns = wide * 32 // width if words and width > 0 else wide
-    if size > 0 and len(scale.shape) == 2 and scale.shape[1] > 1:
-        columns = min(columns, scale.shape[1] * size)
-    return width, columns, size
+    scale = tensors[f"{path}.weight_scale"].shape
+    if not words or width < 1:
+        return width, tensors[f"{path}.weight"].shape[1] if not words else 0, size
+    if size > 0 and len(scale) == 2 and scale[1] > 1:
+        return width, scale[1] * size, size
+    if f"{path}.weight_shape" in tensors:
+        return width, _columns(path, tensors, read), size
+    return width, tensors[f"{path}.weight_packed"].shape[1] * 32 // width, size
+
+
+def _columns(path: str, tensors: Tensors, read: Read) -> int:
+    """Return how many columns ``weight_shape`` says, of which the last word may hold fewer.
+
+    Raises:
+        CheckpointError: it is missing, or no such tensor.
+    """
+    shape = f"{path}.weight_shape"
+    if shape not in tensors or tensors[shape].dtype not in ("int64", "int32"):
+        raise CheckpointError(f"{shape} is missing. Fetch the checkpoint again.")
+    data = read(shape)
+    return int.from_bytes(data[len(data) // 2 :], "little", signed=True)
 
 
 def _by_itself(path: str, tensors: Tensors, read: Read, *, words: bool) -> tuple[int, int, int]:
@@ -117,20 +133,15 @@ def _by_itself(path: str, tensors: Tensors, read: Read, *, words: bool) -> tuple
     wide, width = tensors[weight].shape[1], 8
     columns = wide
     if words:
-        shape = f"{path}.weight_shape"
-        if shape not in tensors or tensors[shape].dtype not in ("int64", "int32"):
-            raise CheckpointError(f"{shape} is missing. Fetch the checkpoint again.")
-        data = read(shape)
-        size = len(data) // 2
-        columns = int.from_bytes(data[size:], "little", signed=True)
-        fits = [bits for bits in WORD_BITS if columns > 0 and -(-columns * bits // 32) == wide]
+        columns = _columns(path, tensors, read)
+        fits = [bits for bits in range(1, 9) if columns > 0 and -(-columns * bits // 32) == wide]
         width = fits[0] if fits else 0
     sides = tensors[scale].shape
     groups = sides[1] if len(sides) == 2 else 1
     return width, columns, -(-columns // groups) if groups > 1 else -1
 
 
-def _check(path: str, tensors: Tensors, shape: tuple[int, int], size: int, numbers: int) -> None:
+def _check(path: str, tensors: Tensors, shape: tuple[int, int], size: int, width: int) -> None:
     """Refuse scales, zero points and an order of columns that do not fit a weight.
 
     Args:
@@ -138,12 +149,17 @@ def _check(path: str, tensors: Tensors, shape: tuple[int, int], size: int, numbe
         tensors: the checkpoint's.
         shape: the weight's.
         size: of a group; negative, all columns.
-        numbers: in a word; 0, zero points are not packed.
+        width: bits of a number; 0, they are not packed, nor are zero points.
 
     Raises:
         CheckpointError: they do not.
     """
     rows, columns = shape
+    if width:
+        words = -(-columns * width // 32)
+        require(f"{path}.weight_packed", tensors, (rows, words), *WORDS)
+    else:
+        require(f"{path}.weight", tensors, shape, "int8")
     scale = f"{path}.weight_scale"
     groups = 1
     of = tuple(tensors[scale].shape)
@@ -152,8 +168,8 @@ def _check(path: str, tensors: Tensors, shape: tuple[int, int], size: int, numbe
         of = (rows, groups)
     require(scale, tensors, of, *FLOATS)
     if (zeros := f"{path}.weight_zero_point") in tensors:
-        if numbers:
-            require(zeros, tensors, (-(-rows // numbers), groups), *WORDS)
+        if width:
+            require(zeros, tensors, (-(-rows * width // 32), groups), *WORDS)
         else:
             require(zeros, tensors, of, "int8")
     if (order := f"{path}.weight_g_idx") in tensors:
@@ -184,7 +200,7 @@ class Integers(WholeNumbers, frozen=True, dict=True):
             return None
         zeros = whole(self.sources[2])
         if self.settings["bits"]:
-            return bits.fields(zeros.T, self.bits).T[: self.shape[0]].astype(mx.float32)
+            return bits.stream(zeros, self.bits, self.shape[0]).astype(mx.float32)
         zeros = zeros.reshape(self.shape[0] if zeros.size > 1 else 1, -1)
         signed: mx.array = zeros.astype(mx.float32) + (1 << (self.bits - 1))
         return signed
@@ -203,6 +219,8 @@ class Integers(WholeNumbers, frozen=True, dict=True):
         """Return the numbers of rows, with half of the range added."""
         numbers = self.sources[0].read(start, stop)
         if self.settings["bits"]:
+            if 32 % self.bits:
+                return bits.stream(numbers.T, self.bits, self.shape[1]).T
             return bits.fields(numbers, self.bits)[:, : self.shape[1]]
         return (numbers.astype(mx.int32) + (1 << (self.bits - 1))).astype(mx.uint32)
 

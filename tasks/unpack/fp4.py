@@ -14,8 +14,10 @@ from typing import Any
 
 from msgspec import Struct
 
+from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
 from tasks.tensors.rows import Rows, whole
+from tasks.unpack import bits, mxfp8
 from tasks.unpack.packed import (
     FLOATS,
     Found,
@@ -42,6 +44,11 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
     for name, scale, path in _weights(tensors):
         high, wide = tensors[name].shape
         columns = wide * 2
+        if name.endswith("_packed") and wide == tensors[scale].shape[-1] * 24:
+            raise CheckpointError(
+                f"{path} is packed to MXFP6, which is not unpacked here. Get the checkpoint in "
+                "bfloat16."
+            )
         mode, size = ("mxfp4", MX_GROUP_SIZE)
         if columns // GROUP_SIZE == tensors[scale].shape[-1]:
             mode, size = ("nvfp4", GROUP_SIZE)
@@ -66,7 +73,10 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
 
 def _weights(tensors: Tensors) -> Iterator[tuple[str, str, str]]:
     """Yield the names of each weight's tensor and its scales, and its path."""
+    others = mxfp8.weights(tensors)
     for path in paths(tensors, ".weight_scale"):
+        if f"{path}.weight" in others:
+            continue
         scale = f"{path}.weight_scale"
         for name in (f"{path}.weight_packed", f"{path}.weight"):
             both = [tensors[each] for each in (name, scale) if each in tensors]
@@ -110,12 +120,10 @@ class Fp4(Struct, frozen=True):
     def _scales(self, octets: mx.array) -> mx.array:
         if not self.settings.get("exponents"):
             return mx.from_fp8(octets, dtype=mx.float32)
-        # A power of two has its exponent alone; 0 stands for 2^-127, which float32 has as 2^22.
-        exponents = mx.maximum(octets.astype(mx.uint32) << 23, 1 << 22)
-        return mx.where(octets == 255, mx.nan, exponents.view(mx.float32))
+        return bits.powers_of_two(octets)
 
 
-class Halves(Struct, frozen=True):
+class SameBytes(Struct, frozen=True):
     """The numbers of such a weight, or its scales, as MLX has them: the same bytes."""
 
     source: Rows
@@ -124,7 +132,7 @@ class Halves(Struct, frozen=True):
 
     @property
     def dtype(self) -> str:
-        """Words of eight numbers; of scales, bytes."""
+        """Words of 32 bits; of scales, bytes."""
         return "uint32" if self.part == "weight" else "uint8"
 
     @property

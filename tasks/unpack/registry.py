@@ -23,6 +23,7 @@ from tasks.unpack import (
     gptq,
     hqq,
     mlx_packed,
+    mxfp8,
     quanto,
     scaled_fp8,
     torchao,
@@ -31,6 +32,7 @@ from tasks.unpack.packed import Format, Found, Packed, Repacking
 from tasks.unpack.whole_numbers import Affine, WholeNumbers
 
 FORMATS: dict[str, Format] = {
+    mxfp8.NAME: mxfp8,
     block_fp8.NAME: block_fp8,
     fp4.NAME: fp4,
     scaled_fp8.NAME: scaled_fp8,
@@ -325,8 +327,8 @@ def _as(
     parts: Sequence[Rows],
     shape: tuple[int, ...],
 ) -> Rows:
-    if isinstance(step, steps.Repack) and step.format == fp4.NAME:
-        return fp4.Halves(parts[0 if step.part == "weight" else 1], step.part)
+    if isinstance(step, steps.Repack) and step.format in (fp4.NAME, mxfp8.NAME):
+        return fp4.SameBytes(parts[0 if step.part == "weight" else 1], step.part)
     made = FORMATS[step.format].rows(parts, shape, packing.settings)
     if isinstance(step, steps.Repack):
         assert isinstance(made, WholeNumbers)

@@ -1,10 +1,11 @@
 """torchao: its plain tensors, as transformers saves them with safetensors.
 
 Of a weight of ``NAME.weight``, ``NAME._weight_qdata`` and ``NAME._weight_scale``. ``Int8Tensor``
-and ``IntxUnpackedToInt8Tensor``: (rows, columns) of int8 and (rows, groups), with ``_zero_point``
-perhaps: (number - zero point) · scale. ``Int4Tensor``: (rows, columns / 2), the even column in the
-lower half, signed, and (groups, rows): number · scale + zero point. ``Float8Tensor``: E4M3, and a
-scale of the whole, rows or blocks (``quantization/quantize_/workflows``).
+and ``IntxUnpackedToInt8Tensor``: (…, rows, columns) of int8 and (…, rows, groups), with
+``_zero_point`` perhaps: (number - zero point) · scale. ``Int4Tensor``: (rows, columns / 2), the
+even column in the lower half, signed, and (groups, rows): number · scale + zero point.
+``Float8Tensor``: E4M3, and a scale of the whole, rows or blocks
+(``quantization/quantize_/workflows``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from tasks.core.errors import CheckpointError
 from tasks.tensors import mx
-from tasks.tensors.rows import Rows, whole
+from tasks.tensors.rows import Rows, count, whole
 from tasks.unpack import bits
 from tasks.unpack.block_fp8 import BlockFp8
 from tasks.unpack.packed import FLOATS, Found, Packed, Read, Repacking, Tensors, require
@@ -53,14 +54,14 @@ def _packed(inputs: tuple[str, ...], tensors: Tensors, width: int, *, is_int4: b
         CheckpointError: it is of a layout for one kind of processor.
     """
     data, scale = tensors[inputs[0]], tensors[inputs[1]]
-    if len(data.shape) != 2 or data.dtype not in ("int8", "uint8"):
+    if len(data.shape) not in (2, 3) or data.dtype not in ("int8", "uint8"):
         raise CheckpointError(_refused(inputs[0], tensors))
-    high, wide = data.shape
+    *lead, high, wide = data.shape
     sides = tuple(scale.shape)
     require(inputs[1], tensors, sides, *FLOATS)
     for zeros in inputs[2:]:
         require(zeros, tensors, sides, *(FLOATS if is_int4 else ("int8", *FLOATS)))
-    if is_int4 and len(inputs) == 3 and sides[1:] == (high,):
+    if is_int4 and len(inputs) == 3 and not lead and sides[1:] == (high,):
         columns = wide * 2
         size = columns // sides[0]
         if size * sides[0] != columns:
@@ -69,20 +70,19 @@ def _packed(inputs: tuple[str, ...], tensors: Tensors, width: int, *, is_int4: b
         return Packed(
             (high, columns), inputs, {"kind": "int4", "bits": 4, "group_size": size}, held
         )
-    groups = sides[-1] if len(sides) == 2 else 1
-    down = sides[0] if len(sides) == 2 else max(1, prod(sides))
-    if not (groups and down) or wide % groups or high % down:
+    down, groups = sides[-2:] if len(sides) > 1 else (max(1, prod(sides)), 1)
+    if list(sides[:-2]) != lead or not (groups and down) or wide % groups or high % down:
         raise CheckpointError(_refused(inputs[1], tensors))
     if data.dtype == "uint8":
         how: dict[str, Any] = {"kind": "fp8", "block": [high // down, wide // groups]}
-        return Packed((high, wide), inputs, how)
-    if prod(sides) != high * groups and prod(sides) != 1:
+        return Packed(data.shape, inputs, how)
+    if down != high and (prod(sides) != 1 or lead):
         raise CheckpointError(_refused(inputs[0], tensors))
     size = wide // groups if groups > 1 else -1
-    held_so: Repacking | None = repacking(width, size, wide, scale.dtype, centred=len(inputs) == 2)
-    return Packed(
-        (high, wide), inputs, {"kind": "int8", "bits": width, "group_size": size}, held_so
-    )
+    held_so: Repacking | None = None
+    if not lead:
+        held_so = repacking(width, size, wide, scale.dtype, centred=len(inputs) == 2)
+    return Packed(data.shape, inputs, {"kind": "int8", "bits": width, "group_size": size}, held_so)
 
 
 def _refused(name: str, tensors: Tensors) -> str:
@@ -144,7 +144,7 @@ class Int4(WholeNumbers, frozen=True, dict=True):
 
 
 class Int8(WholeNumbers, frozen=True, dict=True):
-    """A weight of a number a byte, though it may have fewer bits."""
+    """A weight of a number a byte, though it may have fewer bits; (…, rows, columns)."""
 
     @cached_property
     def _zeros(self) -> mx.array:
@@ -156,7 +156,7 @@ class Int8(WholeNumbers, frozen=True, dict=True):
         return self._by_rows(whole(self.sources[1]).astype(mx.float32))
 
     def _by_rows(self, values: mx.array) -> mx.array:
-        return values.reshape(1, 1) if values.size == 1 else values.reshape(self.shape[0], -1)
+        return values.reshape(1, 1) if values.size == 1 else values.reshape(count(self), -1)
 
     def numbers(self, start: int, stop: int) -> mx.array:
         """Return the numbers of rows, with half of the range added."""
@@ -170,8 +170,8 @@ class Int8(WholeNumbers, frozen=True, dict=True):
             CheckpointError: they have more bits than config.json says.
         """
         numbers = self.numbers(start, stop)
-        count = 1 << self.bits
-        bits.checked(numbers.view(mx.int32), count, f"_weight_qdata plus {count // 2}")
+        stop_at = 1 << self.bits
+        bits.checked(numbers.view(mx.int32), stop_at, f"_weight_qdata plus {stop_at // 2}")
         return bits.pack(numbers, self.bits)
 
     def zeros(self, start: int, stop: int) -> mx.array:

@@ -108,7 +108,7 @@ class WholeNumbers(Struct, frozen=True, dict=True):
             return values
         if group_of is not None:
             return values[:, group_of]
-        return bits.grouped(values, self.group_size, self.shape[1])
+        return bits.grouped(values, self.group_size, self.shape[-1])
 
 
 class Transposed(WholeNumbers, frozen=True, dict=True):

@@ -53,9 +53,9 @@ def test_a_size_that_a_library_divides_by(files: Inputs) -> None:
 
 # One of a format that reads numbers at places that a file says, and one of what PEFT trained.
 BUILT = (
-    "gptq/checkpoint/model.safetensors#layout",
-    "gptq/checkpoint/model.safetensors#data",
-    "gptq/checkpoint/config.json#quantization",
+    "gptq-4/checkpoint/model.safetensors#layout",
+    "gptq-4/checkpoint/model.safetensors#data",
+    "gptq-4/checkpoint/config.json#quantization",
     "peft-lora/adapter/adapter_model.safetensors#layout",
     "peft-lora/adapter/adapter_config.json",
 )

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-from support import checkpoints, inside, packed, peer
+from support import checkpoints, formats, inside, packed, peer
 from support.differences import weight_differences
 from tasks.core.errors import CheckpointError
 from tasks.unpack import bitsandbytes
@@ -33,98 +33,14 @@ def test_a_class_that_unpacks_by_itself(tmp_path: Path) -> None:
 
 
 PARTS = ("weight", "scales", "biases")
-INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
-FORMATS = {
-    "block-fp8": (packed.block_fp8(), packed.BLOCK_FP8),
-    "fbgemm": (packed.scaled_fp8(), {"quant_method": "fbgemm_fp8"}),
-    "modelopt-fp8": (
-        packed.scaled_fp8(whole=True),
-        {"quant_method": "modelopt", "quant_algo": "FP8"},
-    ),
-    "float-quantized": (packed.scaled_fp8(), packed.compressed("float-quantized", type="float")),
-    "nvfp4": (packed.nvfp4(), packed.compressed("nvfp4-pack-quantized", type="float")),
-    "modelopt-nvfp4": (
-        packed.nvfp4(modelopt=True),
-        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-    ),
-    "mxfp4": (packed.mxfp4(), packed.compressed("mxfp4-pack-quantized", type="float")),
-    "pack-quantized": (
-        packed.compressed_integers(4, packs=True, zeros=True),
-        packed.compressed("pack-quantized", **INT4, symmetric=False),
-    ),
-    "pack-quantized-8": (
-        packed.compressed_integers(8, packs=True, zeros=False),
-        packed.compressed("pack-quantized", **{**INT4, "num_bits": 8}),
-    ),
-    "int-quantized": (
-        packed.compressed_integers(8, packs=False, zeros=True),
-        packed.compressed("int-quantized", **{**INT4, "num_bits": 8}),
-    ),
-    **{
-        f"gptq-{bits}": (
-            packed.gptq(bits, shuffled=bits == 4, v2=bits == 2),
-            {"quant_method": "gptq", "bits": bits, "group_size": 32,
-             "checkpoint_format": "gptq_v2" if bits == 2 else "gptq"},
-        )
-        for bits in (2, 3, 4)
-    },
-    "awq": (
-        packed.awq(),
-        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
-    ),
-    **{f"hqq-{bits}": (packed.hqq(bits), {"quant_method": "hqq"}) for bits in (3, 4)},
-    **{
-        f"torchao-{kind}": (
-            packed.torchao(kind),
-            {"quant_method": "torchao", "quant_type": {"default": {"_type": f"{kind}Config"}}},
-        )
-        for kind in ("Int4", "Int8", "fp8")
-    },
-    "quanto": (packed.quanto(), {"quant_method": "quanto"}),
-    "nf4": (packed.bitsandbytes("nf4"), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
-    "fp4-nested": (packed.bitsandbytes("fp4", nested=True), {"quant_method": "bitsandbytes"}),
-    "int8": (packed.bitsandbytes("int8"), {"quant_method": "bitsandbytes"}),
-    "several-formats": (
-        packed.by_path(
-            {
-                "self_attn.[qk]_proj": packed.scaled_fp8(),
-                "self_attn": packed.nvfp4(),
-                "down_proj": packed.compressed_integers(8, packs=True, zeros=False),
-                "": packed.compressed_integers(4, packs=True, zeros=True, size=64),
-            }
-        ),
-        {
-            "quant_method": "compressed-tensors",
-            "format": "mixed-precision",
-            "ignore": ["lm_head", "re:.*norm"],
-            "config_groups": {
-                name: {"targets": [target], "weights": weights}
-                for name, target, weights in (
-                    ("group_0", "re:.*q_proj", {"num_bits": 8, "type": "float"}),
-                    ("group_1", "re:.*down_proj", {"num_bits": 8, "type": "int", "group_size": 32}),
-                    ("group_2", "Linear", {"num_bits": 4, "type": "int", "group_size": 64}),
-                )
-            },
-        },
-    ),
-    "gptq-dynamic": (
-        packed.by_path({"down_proj": packed.gptq(8), "": packed.gptq(4, shuffled=True)}),
-        {
-            "quant_method": "gptq",
-            "bits": 4,
-            "group_size": 32,
-            "dynamic": {"+:.*down_proj": {"bits": 8}},
-        },
-    ),
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", formats.FORMATS)
 def test_formats(name: str, tmp_path: Path) -> None:
     """Of a class that has no code for them: to the bit the floats that they stand for."""
     arch = "qwen3-moe" if name in ("block-fp8", "gptq-4", "nf4") else "qwen3"
     source = tmp_path / "packed"
-    pack, settings = FORMATS[name]
+    pack, settings = formats.FORMATS[name]
     plain = packed.repack(checkpoints.make(arch, tmp_path / "checkpoint"), source, pack, settings)
     reference = peer.convert(plain, tmp_path / "peer", dtype="float32")
     built = build(tmp_path / "project", source, 'dtype = "float32"\ndequantize = true')
@@ -143,7 +59,7 @@ def test_formats(name: str, tmp_path: Path) -> None:
 def test_sizes_that_are_none(name: str, changes: dict, said: str, tmp_path: Path) -> None:
     """Zero is no size, and MLX counts in 32 bits."""
     source = tmp_path / "packed"
-    pack, settings = FORMATS[name]
+    pack, settings = formats.FORMATS[name]
     plain = checkpoints.make("qwen3", tmp_path / "checkpoint")
     packed.repack(plain, source, pack, {**settings, **changes})
     project = tmp_path / "project"
@@ -164,7 +80,7 @@ def test_a_block_that_would_be_memory() -> None:
 def test_without_being_asked(tmp_path: Path) -> None:
     """What mlx-lm does not read is unpacked, and then quantized as asked for."""
     source = tmp_path / "packed"
-    pack, settings = FORMATS["gptq-4"]
+    pack, settings = formats.FORMATS["gptq-4"]
     plain = packed.repack(checkpoints.make("qwen3", tmp_path / "x"), source, pack, settings)
     reference = peer.convert(plain, tmp_path / "peer", quantize=True, q_bits=4)
     built = build(tmp_path / "project", source, "quantize = { bits = 4 }")
@@ -195,42 +111,11 @@ def test_dequantize(arch: str, made: dict, asked: dict, tmp_path: Path) -> None:
         assert configs[0] == configs[1]
 
 
-def gptq_settings(bits: int, **more: object) -> dict:
-    return {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": False, **more}
-
-
-INT8 = {**INT4, "num_bits": 8, "strategy": "channel", "group_size": None}
-KEPT = {
-    "pack-quantized": (
-        packed.compressed_integers(4, packs=True, zeros=False),
-        packed.compressed("pack-quantized", **INT4),
-        (32, 4, "affine"),
-    ),
-    "int-quantized": (
-        packed.compressed_integers(8, packs=False, zeros=False, size=0),
-        packed.compressed("int-quantized", **INT8),
-        (64, 8, "affine"),
-    ),
-    "gptq-3": (
-        packed.gptq(3, symmetric=True), gptq_settings(3, sym=True), (32, 3, "affine"),
-    ),
-    "quanto": (packed.quanto(), {"quant_method": "quanto"}, (32, 4, "affine")),
-    "mxfp4": (
-        packed.mxfp4(), packed.compressed("mxfp4-pack-quantized", type="float"), (32, 4, "mxfp4"),
-    ),
-    "nvfp4": (
-        packed.nvfp4(whole=False),
-        packed.compressed("nvfp4-pack-quantized", type="float"),
-        (16, 4, "nvfp4"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", formats.KEPT)
 def test_kept(name: str, tmp_path: Path) -> None:
     """The very same values, in MLX's own packing: dequantized, those of the format to the bit."""
     source = tmp_path / "packed"
-    pack, settings, setting = KEPT[name]
+    pack, settings, setting = formats.KEPT[name]
     arch = "qwen3-moe" if name in ("pack-quantized", "gptq-3", "mxfp4") else "qwen3"
     packed.repack(checkpoints.make(arch, tmp_path / "checkpoint"), source, pack, settings)
     variant = '[models.model.variants.floats]\ndtype = "float32"\ndequantize = true'
@@ -259,8 +144,8 @@ def test_what_is_kept_is_said(tmp_path: Path) -> None:
     """By default only without loss; asked for, as near as can be; both are told of before."""
     source, awq = tmp_path / "packed", tmp_path / "awq"
     plain = checkpoints.make("qwen3-moe", tmp_path / "checkpoint")
-    packed.repack(plain, source, *KEPT["pack-quantized"][:2])
-    packed.repack(plain, awq, *FORMATS["awq"])
+    packed.repack(plain, source, *formats.KEPT["pack-quantized"][:2])
+    packed.repack(plain, awq, *formats.FORMATS["awq"])
     project = tmp_path / "project"
     project.mkdir()
     (project / "models.toml").write_text(f"""
@@ -305,7 +190,7 @@ def test_what_cannot_be_kept(tmp_path: Path) -> None:
     """Zero points, or bits, that are others than config.json says, or nothing that is packed."""
     plain = checkpoints.make("qwen3", tmp_path / "checkpoint")
     source = tmp_path / "packed"
-    packed.repack(plain, source, packed.gptq(4), gptq_settings(4, sym=True))
+    packed.repack(plain, source, packed.gptq(4), formats.gptq_settings(4, sym=True))
     few = {"default": {"_type": "IntxWeightOnlyConfig", "weight_dtype": "int2"}}
     of_few = {"quant_method": "torchao", "quant_type": few}
     packed.repack(plain, tmp_path / "few", packed.torchao("Int8"), of_few)

@@ -17,56 +17,19 @@ import mlx.core as mx
 import torch
 from safetensors.torch import load_file
 
-from support import adapted, chats, checkpoints, inside, packed, unpacked
+from support import adapted, chats, checkpoints, formats, inside, packed, unpacked
 from support.inputs import OUTCOMES, Files, ask_here
 from support.mutations import mutated
 from tasks.layouts import asking, limited
 from tasks.layouts import chats as chats_module
 
 TINY = {"num_hidden_layers": 1, "head_dim": 16, "hidden_size": 64, "intermediate_size": 64}
-INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
-PACKED: dict[str, tuple[packed.Packer, dict]] = {
-    "fp8": (packed.block_fp8(32), {**packed.BLOCK_FP8, "weight_block_size": [32, 32]}),
-    "nvfp4": (packed.nvfp4(), packed.compressed("nvfp4-pack-quantized", type="float")),
-    "modelopt": (
-        packed.nvfp4(modelopt=True),
-        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-    ),
-    "float-quantized": (packed.scaled_fp8(), packed.compressed("float-quantized", type="float")),
-    "pack-quantized": (
-        packed.compressed_integers(4, packs=True, zeros=True),
-        packed.compressed("pack-quantized", **INT4, symmetric=False),
-    ),
-    "int-quantized": (
-        packed.compressed_integers(8, packs=False, zeros=True),
-        packed.compressed("int-quantized", **{**INT4, "num_bits": 8}),
-    ),
-    "gptq": (
-        packed.gptq(4, shuffled=True),
-        {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"},
-    ),
-    "awq": (
-        packed.awq(),
-        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
-    ),
-    "nf4": (packed.bitsandbytes("nf4"), {"quant_method": "bitsandbytes", "load_in_4bit": True}),
-    "fp4": (
-        packed.bitsandbytes("fp4", nested=True, block=64),
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    ),
-    "hqq": (packed.hqq(4), {"quant_method": "hqq"}),
-    "quanto": (packed.quanto(), {"quant_method": "quanto"}),
-    "torchao-int4": (
-        packed.torchao("Int4"),
-        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4Config"}}},
-    ),
-    "torchao-int8": (
-        packed.torchao("Int8"),
-        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8Config"}}},
-    ),
-    "int8": (packed.bitsandbytes("int8"), {"quant_method": "bitsandbytes", "load_in_8bit": True}),
-}  # fmt: skip
-UNCOMPARED = ("hqq", "quanto", "torchao-int4", "torchao-int8")  # built or refused, and no more
+PACKED = (
+    "block-fp8", "nvfp4", "modelopt-nvfp4", "mxfp8", "float-quantized", "pack-quantized",
+    "pack-quantized-3", "int-quantized", "gptq-4", "awq", "nf4", "fp4-nested", "int8", "hqq-4",
+    "quanto", "torchao-Int4", "torchao-Int8",
+)  # fmt: skip
+UNCOMPARED = ("hqq-4", "quanto", "torchao-Int4", "torchao-Int8")  # built or refused, and no more
 WEIGHTS = "model.safetensors"
 FLOATS = 'dtype = "float32"\ndequantize = true\n'
 SMALL = ("[quality]\nsamples = 3\nsequence_length = 8\n"
@@ -120,7 +83,7 @@ class BuiltInputs(Files):
         lines = MODEL
         if name in PACKED:
             plain = checkpoints.make("qwen3", self.folder / f"{name}-plain", **TINY)
-            packed.repack(plain, folder / "checkpoint", *PACKED[name])
+            packed.repack(plain, folder / "checkpoint", *formats.FORMATS[name])
             lines += FLOATS
         elif name == "mlx":
             _quantized_by_mlx(folder)

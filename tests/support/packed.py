@@ -50,8 +50,10 @@ def repack(source: Path, folder: Path, pack: Packer, settings: dict) -> Path:
     return plain
 
 
-def block_fp8(block: int = 128, *, scale_dtype: torch.dtype = torch.float32) -> Packer:
-    """As DeepSeek and Qwen: E4M3, and a scale for each block."""
+def block_fp8(
+    block: int = 128, *, scale_dtype: torch.dtype = torch.float32, powers: bool = False
+) -> Packer:
+    """As DeepSeek and Qwen: E4M3, and a scale for each block, or the exponent of one."""
 
     def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         rows, columns = weight.shape
@@ -60,10 +62,12 @@ def block_fp8(block: int = 128, *, scale_dtype: torch.dtype = torch.float32) -> 
         wide[:rows, :columns] = weight
         tiles = wide.reshape(down, block, across, block)
         scale = (tiles.abs().amax((1, 3)) / 448).to(scale_dtype)
+        scale = scale.log2().ceil().exp2() if powers else scale
         each = scale.float()[:, None, :, None].clamp_min(1e-12)
         octets = (tiles / each).to(torch.float8_e4m3fn)
         floats = (octets.float() * scale.float()[:, None, :, None]).reshape(wide.shape)
         numbers = octets.reshape(wide.shape)[:rows, :columns].contiguous()
+        scale = (scale.log2() + 127).to(torch.uint8) if powers else scale
         parts = {f"{path}.weight": numbers, f"{path}.weight_scale_inv": scale}
         return parts, floats[:rows, :columns].contiguous()
 
@@ -133,6 +137,23 @@ def mxfp4() -> Packer:
             f"{path}.weight_scale": (exponent + 127).to(torch.uint8),
         }
         return parts, (signed * each).reshape(weight.shape)
+
+    return pack
+
+
+def mxfp8() -> Packer:
+    """As compressed-tensors: E4M3 in groups of 32, scales that are powers of two."""
+
+    def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        groups = weight.reshape(len(weight), -1, 32)
+        exponent = (groups.abs().amax(-1) / 448).log2().ceil()
+        octets = (groups / exponent.exp2()[..., None]).to(torch.float8_e4m3fn)
+        floats = (octets.float() * exponent.exp2()[..., None]).reshape(weight.shape)
+        scale = (exponent + 127).to(torch.uint8)
+        return {
+            f"{path}.weight": octets.reshape(weight.shape),
+            f"{path}.weight_scale": scale,
+        }, floats
 
     return pack
 
@@ -214,8 +235,9 @@ def compressed_integers(bits: int, *, packs: bool, zeros: bool, size: int = 32) 
     """As compressed-tensors' pack-quantized and int-quantized; size 0: a scale for each row."""
 
     def words(numbers: torch.Tensor) -> torch.Tensor:
-        each = numbers.reshape(len(numbers), -1, 32 // bits) << (bits * torch.arange(32 // bits))
-        return each.sum(-1).to(torch.uint32).view(torch.int32)
+        short = -numbers.shape[1] % 32  # numbers of whole words
+        stream = _stream(torch.nn.functional.pad(numbers, (0, short)).T, bits).T
+        return stream[:, : -(-numbers.shape[1] * bits // 32)].contiguous()
 
     def pack(path: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         half = 2 ** (bits - 1)

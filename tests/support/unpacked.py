@@ -78,8 +78,12 @@ def _fp8(settings: dict, tensors: Tensors, path: str) -> torch.Tensor | None:
     if scale is None or weight.itemsize != 1:
         return None
     weight = weight.view(torch.float8_e4m3fn)
-    _check(scale.dtype in (torch.float32, torch.bfloat16, torch.float16))
     rows, columns = weight.shape
+    if scale.dtype in OCTETS:
+        if tuple(scale.shape) == (rows, columns // 32) and columns % 32 == 0:
+            return weight.float() * _powers(scale).repeat_interleave(32, 1)
+        scale = _powers(scale)
+    _check(scale.dtype in (torch.float32, torch.bfloat16, torch.float16))
     if scale.numel() == 1:
         return weight.float() * scale.float().reshape(())
     match settings.get("weight_block_size"):
@@ -90,6 +94,11 @@ def _fp8(settings: dict, tensors: Tensors, path: str) -> torch.Tensor | None:
     _check(tuple(scale.shape) == (-(-rows // high), -(-columns // wide)))
     by_row = scale.float()[torch.arange(rows) // high]
     return weight.float() * by_row[:, torch.arange(columns) // wide]
+
+
+def _powers(exponents: torch.Tensor) -> torch.Tensor:
+    """What bytes of E8M0 stand for."""
+    return exponents.view(torch.float8_e8m0fnu).float()
 
 
 def _stream(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -206,6 +215,10 @@ def _compressed(settings: dict, tensors: Tensors, path: str) -> torch.Tensor | N
         _check(tuple(scale.shape) == (len(weight), weight.shape[1] // 8) and whole.numel() == 1)
         each = scale.view(torch.float8_e4m3fn).float() / whole.float().reshape(())
         return _e2m1(weight) * each.repeat_interleave(16, 1)
+    weight = tensors.get(f"{path}.weight")
+    if weight is not None and weight.dtype in OCTETS and scale.dtype in OCTETS:
+        _check(tuple(scale.shape) == (len(weight), weight.shape[1] // 32))
+        return weight.view(torch.float8_e4m3fn).float() * _powers(scale).repeat_interleave(32, 1)
     _check(scale.is_floating_point() and scale.itemsize > 1)
     if (weight := tensors.get(f"{path}.weight")) is not None and weight.dtype in OCTETS:
         _check(tuple(scale.shape) in ((len(weight), 1), weight.shape[:1]) or scale.numel() == 1)
@@ -216,11 +229,13 @@ def _compressed(settings: dict, tensors: Tensors, path: str) -> torch.Tensor | N
         numbers, half = weight.float(), 0
     else:
         words, bits = tensors[f"{path}.weight_packed"], group["num_bits"]
-        _check(words.dtype in WORDS and bits in (2, 4, 8))
+        _check(words.dtype in WORDS and bits in range(1, 9) and words.ndim == 2)
         half = 2 ** (bits - 1)
-        shifts = bits * torch.arange(32 // bits)
-        each = (words.long()[..., None] >> shifts) & (2**bits - 1)
-        numbers = (each.reshape(len(words), -1) - half).float()
+        columns = int(tensors[f"{path}.weight_shape"][-1])
+        if scale.ndim == 2 and scale.shape[1] > 1 and (group.get("group_size") or -1) > 0:
+            columns = scale.shape[1] * group["group_size"]
+        _check(words.shape[1] == -(-columns * bits // 32) > 0)
+        numbers = (_stream(words.T, bits, columns).T - half).float()
     rows, columns = numbers.shape
     _check(scale.ndim == 2 and scale.shape[0] == rows)
     size = group.get("group_size") or -1
@@ -231,8 +246,8 @@ def _compressed(settings: dict, tensors: Tensors, path: str) -> torch.Tensor | N
     if zero is not None:
         if half:
             _check(zero.dtype in WORDS)
-            each = (zero.long()[:, None] >> shifts[:, None]) & (2**bits - 1)
-            zero = each.reshape(-1, zero.shape[1])[:rows] - half
+            _check(zero.ndim == 2 and len(zero) == -(-rows * bits // 32))
+            zero = _stream(zero, bits, rows) - half
         else:
             _check(zero.dtype == torch.int8)
         _check(tuple(zero.shape) == tuple(scale.shape))

@@ -28,6 +28,54 @@ def affine() -> list[tuple[mx.array, ...]]:
     return [tuple(mx.quantize(weight, GROUP_SIZE, BITS)) for weight in weights]
 
 
+def stored(arrays: list[mx.array], folder: Path) -> list[rows.Stored]:
+    sources = []
+    for array in arrays:
+        path = folder / str(len([*folder.iterdir()]))
+        path.write_bytes(bytes(view(array)))
+        part = Part(str(path), 0, array.nbytes, Stamp.of(path))
+        sources.append(rows.Stored(Blobs(folder), [part], dtype_name(array), array.shape))
+    return sources
+
+
+def read(tensor: rows.Rows) -> bytes:
+    return b"".join(bytes(view(block)) for block in rows.blocks(tensor, 4 * WIDE * 4))
+
+
+def torchao(groups: int) -> list[tuple[mx.array, ...]]:
+    return [
+        (
+            mx.random.randint(-128, 127, (HIGH, WIDE)).astype(mx.int8),
+            mx.random.uniform(shape=(HIGH, groups)),
+            mx.random.randint(-128, 127, (HIGH, groups)).astype(mx.int8),
+        )
+        for _ in range(COUNT)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "how"),
+    [
+        ("block_fp8", fp8((2, 2)), {"block": [4, 32]}),
+        ("torchao", torchao(1), {"kind": "int8", "bits": 8, "group_size": -1}),
+        ("torchao", torchao(4), {"kind": "int8", "bits": 8, "group_size": 16}),
+        ("torchao", fp8((HIGH, 1)), {"kind": "fp8", "block": [1, WIDE]}),
+    ],
+)
+def test_in_one_tensor(name: str, tensors: list, how: dict, tmp_path: Path) -> None:
+    """So are those that a checkpoint has in one tensor already."""
+    inputs = len(tensors[0])
+
+    def made(sources: list[rows.Stored], shape: list[int]) -> rows.Rows:
+        told = ["unpack", name, "float32", [[1, shape, inputs, how]]]
+        return registry.apply(sources, steps.read([told]))
+
+    whole = stored([mx.stack(parts) for parts in zip(*tensors, strict=True)], tmp_path)
+    each = stored([array for parts in tensors for array in parts], tmp_path)
+    single = [made(each[at : at + inputs], [HIGH, WIDE]) for at in range(0, len(each), inputs)]
+    assert read(made(whole, [COUNT, HIGH, WIDE])) == b"".join(map(read, single))
+
+
 @pytest.mark.parametrize(
     ("name", "tensors", "how"),
     [
@@ -42,21 +90,13 @@ def affine() -> list[tuple[mx.array, ...]]:
     ],
 )
 def test_a_stack(name: str, tensors: list[tuple[mx.array, ...]], how: dict, tmp_path: Path) -> None:
-    sources = []
-    for array in (array for parts in tensors for array in parts):
-        path = tmp_path / str(len(sources))
-        path.write_bytes(bytes(view(array)))
-        part = Part(str(path), 0, array.nbytes, Stamp.of(path))
-        sources.append(rows.Stored(Blobs(tmp_path), [part], dtype_name(array), array.shape))
+    sources = stored([array for parts in tensors for array in parts], tmp_path)
     inputs = len(tensors[0])
 
     def made(sources: list[rows.Stored], count: int) -> rows.Rows:
         packing = [count, [HIGH, WIDE], inputs, how]
         told = ["unpack", name, "bfloat16", [packing]]
         return registry.apply(sources, steps.read([told, ["stack", 0]] if count > 1 else [told]))
-
-    def read(tensor: rows.Rows) -> bytes:
-        return b"".join(bytes(view(block)) for block in rows.blocks(tensor, 4 * WIDE * 4))
 
     whole = made(sources, COUNT)
     assert whole.shape == (COUNT, HIGH, WIDE)
