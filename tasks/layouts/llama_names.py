@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -30,6 +30,10 @@ META_TO_HUGGINGFACE = {
 }
 HUGGINGFACE_TO_META = {new: old for old, new in META_TO_HUGGINGFACE.items()}
 BUFFER = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # worked out again by every implementation
+# What a model's code imports of other models': a module and names of it, or modules.
+BUILDS_ON = re.compile(
+    r"^from (?:\.+|\w+\.(?:\w+\.)*?models\b\.?)(\w*)(?:\.\w+)* import (.+)$", re.MULTILINE
+)
 # config.json's names for what params.json says.
 LLAMA_3_SCALING = {
     "rope_type": "llama3",
@@ -173,7 +177,7 @@ def _reader(package: str, model_type: str, wrapper: str) -> _Reader:
     if spec is None or not spec.submodule_search_locations:
         return _Reader()
     folder = Path(spec.submodule_search_locations[0])
-    models, utils = folder / "models", folder / "utils.py"
+    models, utils = (*folder.glob("models"), *folder.glob("*/models")), folder / "utils.py"
     if not utils.is_file():
         return _Reader()
     text = utils.read_text(encoding="utf-8")
@@ -194,14 +198,14 @@ def _reader(package: str, model_type: str, wrapper: str) -> _Reader:
     )
 
 
-def _beside(models: Path, source: str, seen: set[str]) -> str:
+def _beside(models: Sequence[Path], source: str, seen: set[str]) -> str:
     """Return the code that a model's builds on: of modules, else of packages with what they use."""
     used = {
         name
-        for module, several in re.findall(r"^from \.+(\w*)(?:\.\w+)* import (.+)$", source, re.M)
+        for module, several in BUILDS_ON.findall(source)
         for name in ([module] if module else re.split(r", *", several))
     }
-    packages = {name for name in used if name and (models / name).is_dir()}
+    packages = {name for name in used if name and any((each / name).is_dir() for each in models)}
     texts = []
     for name in sorted((packages or used) - seen):  # of packages, modules beside are tools
         seen.add(name)
@@ -211,10 +215,11 @@ def _beside(models: Path, source: str, seen: set[str]) -> str:
     return "\n".join(texts)
 
 
-def _source(models: Path, name: str) -> str:
+def _source(models: Sequence[Path], name: str) -> str:
     """Return the code of a model's module, or of all that its package has; "" if it is none."""
-    path = models / name
-    files = sorted(path.glob("*.py")) if name and path.is_dir() else [path.with_suffix(".py")]
+    files: list[Path] = []
+    for path in (each / name for each in models if name):
+        files += sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
     return "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 

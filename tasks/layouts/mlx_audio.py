@@ -16,7 +16,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import Target
 from tasks.core.text import listed
-from tasks.layouts import leftovers, mlx_lm
+from tasks.layouts import leftovers, mlx_audio_library, mlx_lm
 from tasks.layouts.libraries import MLX_AUDIO
 from tasks.layouts.model import Model, Module
 from tasks.layouts.safetensors_format import SAFETENSORS
@@ -35,6 +35,10 @@ BESIDE = ("*processor*.json", "normalizer.json", "*.yaml", "*.wav")
 COPIED = (".json", ".pt", ".txt", ".model", ".tiktoken")  # what the peer copies, whatever it is
 CONSOLIDATED = "consolidated"  # as names of Mistral's own weight files begin
 CONVERTED_WIDTHS = 64  # multiples of which mlx_audio.convert quantizes alone
+OWN_NOTE = (
+    "what mlx_audio.convert copies for this model beside its weights, other repositories' perhaps, "
+    "is left to its class: what the model needs of it, the key files lays over it"
+)
 DTYPES = ("float16", "bfloat16", "float32")  # that the peer takes over from config.json
 
 
@@ -49,6 +53,7 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     made = mlx_lm.model(checkpoint, memos, MLX_AUDIO, BESIDE)
     notes = leftovers.of_convert(checkpoint, takes, "mlx_audio.convert", COPIED)
     notes += leftovers.of_weights(checkpoint, "mlx_audio.convert")
+    notes += [OWN_NOTE] if mlx_audio_library.copies_itself(made.config["model_type"]) else []
     return structs.replace(made, notes=(*made.notes, *notes))
 
 

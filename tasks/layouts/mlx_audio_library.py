@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tasks.layouts import mixed_recipes
@@ -40,6 +42,10 @@ KNOWS: tuple[str, ...] = (
     "voxtral", "voxtral_realtime", "voxtral_tts", "wav2vec", "wav2vec2", "whisper", "zonos2",
 )  # fmt: skip
 EXTRA = "audio"
+# What some models' modules write beside the weights themselves, of other repositories, too.
+COPIES = "copy_supporting_files"
+OWN_WRITERS = (COPIES, "write_model_card")
+TOKENIZERS = (("transformers", "AutoTokenizer"), ("sentencepiece", "SentencePieceProcessor"))
 TOWERS = ""
 PREDICTORS = 'layout = "mlx-vlm-mtp"'
 RUNS = False
@@ -60,9 +66,23 @@ def load(folder: Path) -> tuple[Any, dict[str, Any]]:
         (writing, "save_model"): lambda _, model, **__: made.update(model=model),
         (writing, "save_config"): lambda config, **_: made.update(config=config),
     }
-    transformers = importlib.import_module("transformers")
-    if is_stub(transformers):
-        replaced[transformers, "AutoTokenizer"] = _Tokenizer
+    for package, name in TOKENIZERS:
+        tokenizers = importlib.import_module(package)
+        if is_stub(tokenizers):
+            replaced[tokenizers, name] = _Tokenizer
+    find = module.get_model_class
+
+    def found(*asked: Any) -> Any:
+        of_model = find(*asked)
+        for name in OWN_WRITERS:
+            if hasattr(of_model, name):
+                setattr(of_model, name, lambda *_: None)
+        return of_model
+
+    replaced[module, "get_model_class"] = found
+    mimi = importlib.import_module("mlx_audio.codec.models.mimi.mimi")
+    # Of random weights: of a model that has a place for it, these are then missing.
+    replaced[mimi.Mimi, "from_pretrained"] = lambda *_: mimi.Mimi(mimi.mimi_202407(32))
     for (of, name), value in replaced.items():  # modules are imported for one answer
         setattr(of, name, value)
     domain = _name(folder, module)
@@ -70,12 +90,28 @@ def load(folder: Path) -> tuple[Any, dict[str, Any]]:
     return made["model"], made["config"]
 
 
+def copies_itself(model_type: str) -> bool:
+    """Tell whether a model's module copies what it needs beside its weights in a way of its own.
+
+    Told from its source: nothing is imported.
+    """
+    spec = find_spec(PACKAGE)
+    folders = [Path(each) for each in (spec and spec.submodule_search_locations) or ()]
+    paths = (folder / each / model_type / "__init__.py" for folder in folders for each in MODELS)
+    return any(COPIES in path.read_text(encoding="utf-8") for path in paths if path.is_file())
+
+
 class _Tokenizer:
     """Stands for the tokenizer that a model's class makes itself: it decides nothing of weights."""
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.bos_token, self.eos_token = "<s>", "</s>"
+        self.bos_token_id, self.eos_token_id = 1, 2
+        self._tokenizer = SimpleNamespace()
+
     @classmethod
     def from_pretrained(cls, *_: Any, **__: Any) -> _Tokenizer:
-        """Return one that has nothing."""
+        """Return one, of whichever name."""
         return cls()
 
 

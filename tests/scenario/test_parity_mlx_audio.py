@@ -17,8 +17,13 @@ pytestmark = pytest.mark.skipif(
     find_spec("mlx_audio") is None, reason="needs pip install 'mlx-make[audio]'"
 )
 
-# Of the hub's names; of an encoder that is asked for by alias; and a language model that speaks.
-ARCHITECTURES = ("stt-whisper", "stt-parakeet", "tts-llama", "tts-qwen3_tts")
+# Of the hub's names; of an encoder that is asked for by alias; a language model that speaks; of
+# rope_parameters; of a codec and a tokenizer that its class makes itself; of files that it copies.
+ARCHITECTURES = (
+    "stt-whisper", "stt-parakeet", "tts-llama", "tts-qwen3_tts", "tts-fish_drama3", "tts-sesame",
+    "tts-lingv3_tts",
+)  # fmt: skip
+RECIPES = ("tts-llama", "tts-sesame")  # to which the peer's recipes fit
 INDEX = "model.safetensors.index.json"
 
 
@@ -32,19 +37,21 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for arch in ARCHITECTURES:
         source = audio_checkpoints.make(arch, folder / "checkpoints" / arch)
         for name, (toml, settings) in audio_peer.SETTINGS.items():
-            if name == "mixed_4_6" and arch != "tts-llama":
-                continue  # the peer's recipes do not fit the others
+            if name == "mixed_4_6" and arch not in RECIPES:
+                continue
             audio_peer.convert(source, folder / "references" / f"{arch}-{name}", **settings)
             lines += [f"[models.{arch}-{name}]", f'source = "checkpoints/{arch}"', toml]
     (folder / "models.toml").write_text('[defaults]\nlayout = "mlx-audio"\n' + "\n".join(lines))
-    inside.doit(folder)
+    done = inside.doit(folder)
+    note = "tts-lingv3_tts-plain: what mlx_audio.convert copies for this model beside"
+    assert note in done.stdout + done.stderr
     return folder
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_build_is_what_mlx_audio_writes(built: Path, arch: str) -> None:
     references = sorted((built / "references").glob(f"{arch}-*"))
-    assert len(references) == (5 if arch == "tts-llama" else 4)
+    assert len(references) == (5 if arch in RECIPES else 4)
     for reference in references:
         build = built / "build" / reference.name
         found = [*weight_differences(build, reference)]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,16 +25,32 @@ SETTINGS: dict[str, tuple[str, dict[str, object]]] = {
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Have nothing said and nothing fetched: neither tokenizers nor SNAC, as modules do at once."""
+    """Have nothing said and nothing fetched: neither tokenizers nor codecs, as modules do at once.
+
+    Nor what tells speakers apart, which two classes have copied beside the weights.
+    """
     snac = importlib.import_module("mlx_audio.codec.models.snac")
+    mimi = importlib.import_module("mlx_audio.codec.models.mimi.mimi")
+    spm = importlib.import_module("sentencepiece")
+    ming = importlib.import_module("mlx_audio.tts.models.lingv3_tts.conversion")
+    ming_audio = importlib.import_module("mlx_audio.sts.models.ming_v3_audio.conversion")
     nn, transformers = map(importlib.import_module, ("mlx.nn", "transformers"))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()):
         patch.setattr(snac.SNAC, "from_pretrained", lambda *_, **__: nn.Module())
-        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: object())
+        patch.setattr(mimi.Mimi, "from_pretrained", lambda _: mimi.Mimi(mimi.mimi_202407(32)))
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", _tokenizer)
+        patch.setattr(spm, "SentencePieceProcessor", _tokenizer)
         patch.setattr(logging, "error", lambda *_: None)
-        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        for module in (ming, ming_audio):
+            patch.setattr(module, "copy_speaker_weights", lambda *_: None)
         with redirect_stderr(StringIO()):
             yield
+
+
+def _tokenizer(*_: object, **__: object) -> SimpleNamespace:
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    return SimpleNamespace(bos_token="<s>", eos_token="</s>", **ids, _tokenizer=SimpleNamespace())
 
 
 def convert(source: Path, destination: Path, **settings: object) -> Path:
