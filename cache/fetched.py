@@ -148,8 +148,12 @@ def _append(
         rest = memoryview(chunk)
         while rest:  # small as it comes from a socket: with each call other threads are waited for
             now = rest[: PIECE_BYTES - held]
+            rest = rest[len(now) :]
+            if len(now) == PIECE_BYTES:
+                at += _write(file, digests, at, now, state)
+                continue
             buffer[held : held + len(now)] = now
-            rest, held = rest[len(now) :], held + len(now)
+            held += len(now)
             if held == PIECE_BYTES:
                 at, held = at + _write(file, digests, at, buffer, state), 0
     if held:

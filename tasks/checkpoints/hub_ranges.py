@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import httpx2
 
 REDIRECTS = 5
+PAST_BYTES = 32 << 20  # of what is left of an answer, from which on it is read past the client
+PIECE_BYTES = 256 << 10
 LOCATED = 100  # files in a request, the most that git-lfs itself asks for
 
 
@@ -67,7 +69,7 @@ class Ranges(Struct, frozen=True):
         with errors_of_reading(self.repository, self.commit, name):
             while at < end:
                 with patience, self._opened(name, at, end) as response:
-                    for data in patience.watch(response.iter_raw()):
+                    for data in patience.watch(_body(response)):
                         if len(data) > end - at:
                             raise self._other(name, f"more than the {end - at:,} bytes asked for")
                         at += len(data)
@@ -225,3 +227,34 @@ def _stream(address: str, place: str, start: int, end: int) -> Iterator[httpx2.R
         extensions=marks,
     ) as response:  # fmt: skip
         yield response
+
+
+def _body(response: httpx2.Response) -> Iterator[bytes]:
+    """Yield the bytes of an answer as they come; of a large one, past the client.
+
+    The client copies all, four times, in pieces of 64 KiB, while no other thread of Python's runs:
+    a build would wait for it. The connection is of no use for another request afterwards.
+
+    Raises:
+        httpx2.TransportError: the connection is cut, or silent for too long.
+    """
+    import httpcore2
+    import httpx2
+
+    pieces = response.iter_raw()
+    yield (first := next(pieces, b""))  # with what the client has read already
+    length = response.headers.get("content-length", "")
+    left = int(length) - len(first) if re.fullmatch(NUMBER, length) else 0
+    stream = response.extensions.get("network_stream")
+    is_plain = response.http_version == "HTTP/1.1" and "transfer-encoding" not in response.headers
+    if stream is None or not is_plain or left < PAST_BYTES:
+        yield from pieces
+        return
+    try:
+        while left and (piece := stream.read(min(PIECE_BYTES, left), silence_seconds())):
+            left -= len(piece)
+            yield piece
+    except httpcore2.TimeoutException as error:
+        raise httpx2.ReadTimeout(str(error), request=response.request) from error
+    except httpcore2.NetworkError as error:
+        raise httpx2.ReadError(str(error), request=response.request) from error

@@ -91,6 +91,14 @@ PASSING = (
 )  # fmt: skip
 
 
+@pytest.fixture(params=[False, True], ids=["by the client", "past it"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How most of a large answer is read."""
+    if request.param:
+        monkeypatch.setattr(hub_ranges, "PAST_BYTES", 1)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fault", PASSING, ids=repr)
 def test_what_passes(fault: Fault, hub: Hub, repository: Repository, open_source) -> None:
     """It goes on at the byte where it ended, and what was there is not asked for again."""
@@ -126,6 +134,7 @@ def test_a_client_that_another_thread_closes(
         get_session().get(page("api/models/org/model"))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fault", [Longer(1), Longer(100_000), Unranged()], ids=repr)
 def test_what_is_no_answer(fault: Fault, hub: Hub, repository: Repository, open_source) -> None:
     for place in range(1, 5):
@@ -555,6 +564,7 @@ def test_small_files_come_in_spite_of_what_passes(
         assert {name: (folder / name).read_bytes() for name in SMALL} == SMALL
 
 
+@pytest.mark.usefixtures("way")
 def test_several_read_at_once(hub: Hub, repository: Repository, open_source) -> None:
     """With one client, whose connections are kept; what goes wrong with one is not the others'."""
     source = open_source()
