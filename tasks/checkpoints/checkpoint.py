@@ -44,6 +44,8 @@ class Checkpoint:
         stamps: of each weight file; none if the weights are not available.
         notes: what people should know, e.g. files that were left out.
         config_file: the file that ``config`` is from; unknown of a record.
+        written_by: what wrote the tensors that predict further tokens, ``mlx`` or any other: "", as
+            models.lock has it of a record; None, the weight files are to be asked.
     """
 
     source: Source
@@ -55,6 +57,7 @@ class Checkpoint:
     stamps: dict[str, Stamp]
     notes: tuple[str, ...] = field(default=())
     config_file: str = ""
+    written_by: str | None = None
 
     @property
     def folder(self) -> Path:

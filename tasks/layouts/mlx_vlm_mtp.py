@@ -49,13 +49,13 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
         CheckpointError: mlx-vlm has none for such a model, or the checkpoint no tensors for it; or
             its weight files, which say what wrote them, are not here.
     """
-    if (kind := _format(checkpoint, memos)) == "mlx":  # then they are made already
+    if (kind := written_by(checkpoint, memos)) == "mlx":  # then they are made already
         checkpoint = replace(checkpoint, files={**checkpoint.files, FORMAT_FILE: kind})
     made = mlx_lm.model(checkpoint, memos, MLX_VLM_MTP)
     return structs.replace(made, told=made.told or checkpoint)
 
 
-def _format(checkpoint: Checkpoint, memos: Memos) -> str:
+def written_by(checkpoint: Checkpoint, memos: Memos) -> str:
     """Return what a file says that wrote it that holds what predicts further tokens.
 
     Norms are moved by it: where it is not known, nothing is taken for it.
@@ -63,6 +63,8 @@ def _format(checkpoint: Checkpoint, memos: Memos) -> str:
     Raises:
         CheckpointError: the files are not here, and it was not asked of them before.
     """
+    if checkpoint.written_by is not None:
+        return checkpoint.written_by
     source, predictors = checkpoint.source, architecture.predictors(checkpoint)
     keys = [key for name in predictors for key in checkpoint.tensors[name].inputs]
     files = {checkpoint.stored[key].file for key in keys}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -46,12 +46,19 @@ class _Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     revision: str | None = None
     hashes: dict[str, tuple[_COUNT, str]] | None = None
     unverified: tuple[str, ...] | None = None
+    written_by: Literal["mlx", ""] | None = None
 
     def locked(self) -> LockedSource:
         files: dict[str, list[Any]] = {name: list(of) for name, of in self.files.items()}
         hashes: dict[str, list[Any]] = {n: list(of) for n, of in (self.hashes or {}).items()}
         return LockedSource(
-            files, self.record, self.nbytes, self.revision, hashes or None, self.unverified
+            files,
+            self.record,
+            self.nbytes,
+            self.revision,
+            hashes or None,
+            self.unverified,
+            self.written_by,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from cache.records.manifests import Tensor
@@ -114,7 +115,7 @@ def recall(lock: Lock, store: Store, target: Target, here: ReadableSource) -> Ch
             f"source {target.source} {fact}, and {record_is}. Get the checkpoint, or name the "
             "remote that it was built with: [cache] remote."
         )
-    return checkpoint
+    return replace(checkpoint, written_by=source.written_by)
 
 
 def check_layer(lock: Lock, store: Store, plan: Plan, tensors: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from tasks.checkpoints.loaders import weight_patterns
 from tasks.checkpoints.small_files import read_bytes
 from tasks.checkpoints.stored import Stored
 from tasks.core.errors import CheckpointError
+from tasks.layouts import architecture, mlx_vlm_mtp
 from tasks.layouts.registry import LAYOUTS
 
 
@@ -35,6 +36,8 @@ class LockedSource:
         hashes: of a source on the hub: size and ``sha256:…``, or ``git:…``, of each of the files.
         unverified: the weight files that were fetched in parts, by several runs, so that nobody
             held all their bytes against the sha256 that is known of them.
+        written_by: see ``Checkpoint``; None, nothing in it predicts further tokens, or an older
+            version locked it.
     """
 
     files: dict[str, list[Any]]
@@ -43,12 +46,13 @@ class LockedSource:
     revision: str | None = None
     hashes: dict[str, list[Any]] | None = None
     unverified: tuple[str, ...] | None = None
+    written_by: str | None = None
 
     @property
     def json(self) -> dict[str, Any]:
         """What models.lock has: of a folder, no hashes."""
         record = asdict(self)
-        for name in ("hashes", "unverified"):
+        for name in ("hashes", "unverified", "written_by"):
             if record[name] is None:
                 del record[name]
         return record
@@ -78,7 +82,12 @@ def take(
     files = _files(checkpoint, digests, small)
     files = dict(sorted(files.items()))
     revision, hashes = checkpoint.source.revision, _hashes(checkpoint, files)
-    return LockedSource(files, name, nbytes, revision, hashes or None, tuple(unverified) or None)
+    written_by = None
+    if architecture.predictors(checkpoint):
+        written_by = mlx_vlm_mtp.written_by(checkpoint, store.memos)
+    return LockedSource(
+        files, name, nbytes, revision, hashes or None, tuple(unverified) or None, written_by
+    )
 
 
 def pinned(checkpoint: Checkpoint) -> LockedSource:

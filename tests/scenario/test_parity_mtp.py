@@ -125,3 +125,24 @@ def test_fp8_is_kept_as_mxfp8(tmp_path: Path) -> None:
     assert [*weight_differences(build, reference)] == []
     assert read_json(build / "config.json") == read_json(reference / "config.json")
     assert read_json(build / "config.json")["quantization"]["mode"] == "mxfp8"
+
+
+def test_the_lock_alone_says_what_wrote_the_norms(tmp_path: Path) -> None:
+    """On another machine, which has no checkpoint: MLX has moved these norms, and nobody does."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    source = mtp_checkpoints.make("qwen3_5", here / "checkpoint")
+    weights = mx.load(str(source / "model.safetensors"))
+    mx.save_safetensors(str(source / "model.safetensors"), weights, {"format": "mlx"})
+    toml = (
+        f'[cache]\nremote = "{(tmp_path / "remote").as_uri()}"\n'
+        '[models.a]\nsource = "checkpoint"\nlayout = "mlx-vlm-mtp"\n'
+    )
+    (here / "models.toml").write_text(toml)
+    inside.doit(here)
+    there.mkdir()
+    for name in ("models.toml", "models.lock"):
+        (there / name).write_bytes((here / name).read_bytes())
+    assert read_json(there / "models.lock")["sources"]["checkpoint"]["written_by"] == "mlx"
+    inside.doit(there, "--locked")
+    assert [*weight_differences(there / "build" / "a", here / "build" / "a")] == []
+    assert (there / "models.lock").read_bytes() == (here / "models.lock").read_bytes()

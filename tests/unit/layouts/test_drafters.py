@@ -36,7 +36,7 @@ def _format(source: Any, memos: Memos, file: str = FILE) -> str:
     stored = {NORM: Stored(NORM, "float32", (4,), file, 100)}
     tensors = {NORM: LogicalTensor("float32", (4,), (NORM,))}
     checkpoint = Checkpoint(source, "huggingface", {}, {}, stored, tensors, {})
-    return mlx_vlm_mtp._format(checkpoint, memos)
+    return mlx_vlm_mtp.written_by(checkpoint, memos)
 
 
 def test_two_folders_of_one_commit_share_no_answer(tmp_path: Path) -> None:
