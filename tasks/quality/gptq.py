@@ -6,6 +6,11 @@ inputs' channels, the *Hessian*. Groups of channels that share a scale are taken
 what they are given, the largest first, and the channels of a group likewise, since what is rounded
 late has few others left to make it good. A group's scales are found as it begins, of what the
 groups before have left of it, and in the precision in which they are stored.
+
+The paper takes rows of a factor of the inverse of H. With H itself as CCᵀ, C triangular, the change
+is the sum of the squares of EC: what a column of that has of earlier channels' errors, the channels
+of a group make good together, by the inverse of their own part of C. That comes to the same, and
+nothing larger is inverted.
 """
 
 from __future__ import annotations
@@ -18,11 +23,9 @@ from tasks.tensors import blas, mx
 if TYPE_CHECKING:
     import numpy as np
 
+VERSION = 2  # of this; raised when it makes other numbers
 DAMPING = 0.01  # of the diagonal's mean, added to it, as the paper has it
-
-
-SMALL = 64  # matrices that are inverted in one go
-BLOCK = 4096  # channels that are worked on together: more are factored in blocks of these
+BLOCK = 512  # channels that are factored together: the fastest, and more take more memory
 
 
 class Order(NamedTuple):
@@ -31,8 +34,9 @@ class Order(NamedTuple):
     Attributes:
         channels: their numbers, in order: (channels,).
         groups: numbers of the groups, in order.
-        factor: upper triangular U with UᵀU the inverse of the Hessian in that order: (channels,
-            channels), float32.
+        factor: what an earlier channel's error, in a row, adds to a later one, in a column: of
+            another group, as that begins; of its own, to what that is then. Upper triangular,
+            (channels, channels), float32.
     """
 
     channels: np.ndarray
@@ -72,7 +76,10 @@ def order(read: Callable[[], Iterable[np.ndarray]], channels: int, group_size: i
     factor[np.diag_indices_from(factor)] += DAMPING * diagonal.mean() or 1.0
     _factor(factor)
     _reverse(factor)
-    _invert(factor)
+    for start in range(0, channels, group_size):
+        before, own = np.split(factor[: start + group_size, start : start + group_size], [start])
+        before[:] = before @ np.linalg.inv(own)
+        own /= own.diagonal().copy()
     return Order(numbers, groups, _narrow(factor))
 
 
@@ -103,10 +110,8 @@ def _factor(matrix: np.ndarray) -> None:
         own = np.linalg.cholesky(matrix[start:stop, start:stop])
         matrix[start:stop, start:stop] = own
         matrix[start:stop, stop:] = 0
-        inverse = np.ascontiguousarray(own.T)
-        _invert(inverse)
         below = matrix[stop:, start:stop]
-        below[:] = below @ inverse
+        below[:] = below @ np.linalg.inv(own).T
         for column in range(stop, size, BLOCK):
             ahead = matrix[column:, column : column + BLOCK]
             ahead -= below[column - stop :] @ below[column - stop :][:BLOCK].T
@@ -119,26 +124,6 @@ def _reverse(matrix: np.ndarray) -> None:
         row = matrix[first, ::-1].copy()
         matrix[first] = matrix[last, ::-1]
         matrix[last] = row
-
-
-def _invert(upper: np.ndarray) -> None:
-    """Invert an upper triangular matrix in its place, in a sixth of the time of any other's."""
-    import numpy as np
-
-    size = len(upper)
-    if size <= SMALL:
-        upper[:] = np.triu(np.linalg.inv(upper))
-        return
-    half = size // 2
-    beside, last = upper[:half, half:], upper[half:, half:]
-    _invert(upper[:half, :half])
-    _invert(last)
-    step = BLOCK if size > BLOCK else size  # whole, or so many rows, then columns, at a time
-    for start in range(0, half, step):
-        beside[start : start + step] = beside[start : start + step] @ last
-    for start in range(0, size - half, step):
-        beside[:, start : start + step] = upper[:half, :half] @ beside[:, start : start + step]
-    np.negative(beside, out=beside)
 
 
 def _narrow(matrix: np.ndarray) -> np.ndarray:
@@ -174,12 +159,14 @@ def quantize(
     scales, biases = np.empty((2, len(order.groups), left.shape[1]), np.float32)
     for number, group in enumerate(order.groups):
         start, stop = number * group_size, (number + 1) * group_size
-        scale, bias = _scale(left[start:stop], weight.dtype, bits)
-        factor = order.factor[start:stop]
+        factor = order.factor[:stop, start:stop]
+        made_good = factor[:start].T @ left[:start]
+        made_good += left[start:stop]
+        scale, bias = _scale(made_good, weight.dtype, bits)
         codes[order.channels[start:stop]], errors = _round_group(
-            2**bits - 1, left[start:stop], scale, bias, factor[:, start:stop]
+            2**bits - 1, made_good, scale, bias, factor[start:]
         )
-        left[stop:] -= factor[:, stop:].T @ errors
+        left[start:stop] += errors - made_good  # of errors alone
         scales[group], biases[group] = scale, bias
     return (
         mx.array(_pack(np.ascontiguousarray(codes.T), bits)),
@@ -213,23 +200,30 @@ def _round_group(
 
     Args:
         most: the largest code.
-        group: (channels, rows), which is overwritten.
+        group: (channels, rows), what groups before add to it included.
         scale: (rows,).
         bias: (rows,).
         factor: (channels, channels).
 
     Returns:
-        Codes, uint8, and what is to be made good of their errors: (channels, rows).
+        Codes, uint8, and errors: (channels, rows).
     """
     import numpy as np
 
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    adds = np.ascontiguousarray(factor.T)
     codes, errors = np.empty(group.shape, np.uint8), np.empty_like(group)
     for at, channel in enumerate(group):
-        code = np.clip(np.rint((channel - bias) * inverse), 0, most)
-        errors[at] = (channel - (code * scale + bias)) / factor[at, at]
-        codes[at] = code
-        group[at + 1 :] -= factor[at, at + 1 :, None] * errors[at]
+        rounded = adds[at, :at] @ errors[:at]
+        rounded += channel
+        rounded -= bias
+        rounded *= inverse
+        np.rint(rounded, out=rounded)
+        np.clip(rounded, 0, most, out=rounded)
+        codes[at] = rounded
+        rounded *= scale
+        rounded += bias
+        np.subtract(channel, rounded, out=errors[at])
     return codes, errors
 
 

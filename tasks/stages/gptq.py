@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -16,6 +16,7 @@ from tasks.stages import hessians
 from tasks.stages.hessians import Hessians
 from tasks.stages.quantize import Quantize, Quantized, QuantizeParams, Quantizer, write_parts
 from tasks.stages.quantize_scheme import Setting, parts
+from tasks.stages.reasons import Reason
 from tasks.stages.stage import Context, Inputs, Key, Need, Output, Planned, Result, TargetModel
 from tasks.tensors import arrays, blas, kernels, rows
 from tasks.tensors.rows import Rows
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 METHOD = "gptq"
-BLOCK_BYTES = 16 << 20  # of rows that are rounded together, in float32
+BLOCK_BYTES = 8 << 20  # of rows that are rounded together, in float32
 
 
 class GptqParams(QuantizeParams, frozen=True, kw_only=True):
@@ -35,14 +36,14 @@ class GptqParams(QuantizeParams, frozen=True, kw_only=True):
         numpy: NumPy's version, which factors the Hessians.
         hessians: the name of each weight's, by the weight's; others are rounded to nearest.
         channels: of the largest.
-        together: how many channels are factored at once, where there are more.
+        rounding: the version of what rounds.
     """
 
     method: str
     numpy: str
     hessians: dict[str, str]
     channels: int
-    together: int = 0
+    rounding: int
 
 
 class Gptq(Quantize):
@@ -85,7 +86,7 @@ class Gptq(Quantize):
             numpy=blas.version(),
             hessians={weight: name for weight, (_, name) in given.items()},
             channels=channels,
-            together=gptq.BLOCK if channels > gptq.BLOCK else 0,
+            rounding=gptq.VERSION,
         )
         segments = dict.fromkeys(segment for segment, _ in given.values())
         reads = frozenset((*(p.name for p in parameters), *params.hessians.values()))
@@ -132,6 +133,14 @@ class Gptq(Quantize):
     def describe(self, params: QuantizeParams) -> str:
         """Return the settings, and the method."""
         return f"{super().describe(params)} by GPTQ"
+
+    def explain(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Reason]:
+        """Compare as other methods do, and the version of what rounds."""
+        reasons = super().explain(old, new)
+        was, now = (each.get("rounding", 1) for each in (old, new))
+        if was != now and old.get("method") == new.get("method"):
+            reasons.append(Reason(f"mlx-make's {METHOD} {was} → {now}"))
+        return reasons
 
 
 def _is_weight(key: Key) -> bool:
