@@ -124,6 +124,7 @@ class World:
         name = f"layers.{pick.randrange(2)}.feed_forward.w1.weight"
         projects.alter(self.mine / "checkpoint", name)
         self.configure(self.mine)
+        self.remove_unknown()  # of which lock tells, too
         inside.doit(self.mine, "lock")
 
     def lost_blobs(self, pick: random.Random) -> None:

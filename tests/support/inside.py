@@ -18,12 +18,13 @@ from unittest import mock
 from doit import cmd_run
 from doit.doit_cmd import DoitConfig, DoitMain
 
-from support import front_door
+from support import front_door, warm
 from tasks.cli.failures import as_invalid_dodo_file
 from tasks.cli.loader import InstalledLoader
 from tasks.cli.session import Session
 from tasks.config import reader
 from tasks.core import pytorch
+from tasks.layouts import limited
 from tasks.tensors import cuda
 
 
@@ -64,6 +65,7 @@ def run(folder: Path, *args: str) -> tuple[int, str, str]:
             mock.patch.dict(cmd_run.opt_outfile, default=out),
             mock.patch.object(cuda, "begin"),  # this process goes on, with CUDA as it is
             mock.patch.object(pytorch, "leave_out"),
+            mock.patch.object(limited, "subprocess", warm),
         ):
             status = main.run([*args, f"models={folder / 'models.toml'}"]) or 0
     finally:
