@@ -7,6 +7,7 @@ each name what it must do, and pyproject.toml admits only releases with which th
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from doit import cmd_run, doit_cmd, get_var, plugin
+from doit import cmd_run, doit_cmd, get_var, loader, plugin
 from doit.cmd_clean import Clean as DoitClean
 from doit.cmd_forget import Forget as DoitForget
 from doit.cmd_info import Info as DoitInfo
@@ -62,6 +63,19 @@ def plugins_of(*, group: str) -> Any:
 def read_plugins_once() -> None:
     """Have doit look through what is installed once, not for each kind of plugin: 5 ms each."""
     plugin.entry_points = plugins_of
+
+
+# Which tasks there are
+
+
+def line_of(creator: Any) -> tuple[list[str], int]:
+    """Return where a creator of tasks begins, without the lines that it has."""
+    return [], inspect.unwrap(creator).__code__.co_firstlineno
+
+
+def read_no_source() -> None:
+    """Have doit, which puts creators in order by their lines, not read all their code: 8 ms."""
+    loader.inspect = SimpleNamespace(**{**vars(inspect), "getsourcelines": line_of})
 
 
 # What people type

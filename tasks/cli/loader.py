@@ -11,7 +11,12 @@ from doit.cmd_base import DodoTaskLoader, NamespaceTaskLoader
 from doit.exceptions import InvalidDodoFile
 
 from tasks.cli.command import Command
-from tasks.cli.doit_adapter import command_line_variables, models_file, read_plugins_once
+from tasks.cli.doit_adapter import (
+    command_line_variables,
+    models_file,
+    read_no_source,
+    read_plugins_once,
+)
 from tasks.cli.options import DEFAULT
 from tasks.cli.target_names import task_named
 from tasks.core.program import IS_CHECKOUT, ROOT
@@ -59,6 +64,7 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         read_plugins_once()
+        read_no_source()
 
     def load_doit_config(self) -> dict[str, Any]:
         """Return DOIT_CONFIG: threads, and all state beside models.toml.

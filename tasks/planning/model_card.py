@@ -41,6 +41,7 @@ def params(plan: Plan) -> str:
     return digest_record([VERSION, template, _facts(plan), plan.target.tags])
 
 
+@cache
 def program() -> list[Any]:
     """Return what any target's card depends on beside the target and its library's versions."""
     return [

@@ -3,6 +3,7 @@
 A test that fails here tells which name of doit's a new release changed, and what for we need it.
 """
 
+import functools
 import inspect
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doit import cmd_run, doit_cmd, plugin
+from doit import cmd_run, doit_cmd, loader, plugin
 from doit.cmd_base import Command, NamespaceTaskLoader
 from doit.cmd_clean import Clean
 from doit.cmd_forget import Forget
@@ -308,6 +309,35 @@ def test_clean_forget_and_info(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     said = run("ourinfo", "cast:model:0")
     assert "cast:model:0" in said
     assert "big" not in said
+
+
+def test_creators_stand_in_the_order_of_their_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decorated one and one of an object, too, as by what doit would read of their code."""
+    monkeypatch.setattr(loader, "inspect", inspect)
+
+    class Graph:
+        def first(self) -> dict[str, Any]:
+            return {"actions": None}
+
+    def second() -> dict[str, Any]:
+        return {"actions": None}
+
+    @functools.wraps(second)
+    def wrapped() -> dict[str, Any]:
+        return second()
+
+    def third() -> dict[str, Any]:
+        return {"actions": None}
+
+    creators = {"task_3": third, "task_2": wrapped, "task_1": Graph().first}
+
+    def order() -> list[str]:
+        return [task.name for task in loader.load_tasks(creators)]
+
+    as_doit_does = order()
+    monkeypatch.setattr(inspect, "getsourcelines", None)
+    doit_adapter.read_no_source()
+    assert order() == as_doit_does == ["1", "2", "3"]
 
 
 def test_plugins_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
