@@ -19,8 +19,9 @@ import xxhash
 from msgspec import Struct
 
 from cache.digest import digest, digest_record
-from cache.errors import WrongLength
+from cache.errors import NoRoom, WrongLength
 from cache.fetched import FetchedBlobs
+from cache.files import own
 from cache.files.stamp import changed_at
 from cache.store import Store
 from tasks.checkpoints import file_digests
@@ -43,8 +44,9 @@ class _Weights:
         source: where they come from.
         file: its name.
         nbytes: its size.
-        store: where they are kept if they are in no file of this machine; a store that is
-            ``read_only`` keeps none.
+        store: where they are kept if they are in no file of this machine, also by a plan, which
+            keeps little else: else a build would fetch them again. Where it cannot be written,
+            they are fetched each time.
     """
 
     def __init__(self, source: ReadableSource, file: str, nbytes: int, store: Store) -> None:
@@ -52,6 +54,7 @@ class _Weights:
         self._store = store
         self._fetching = threading.Lock()
         self._here: Path | None = source.path(file)
+        self._keeps = True
 
     def read(self, start: int, nbytes: int) -> Iterator[bytes]:
         """Yield bytes of the file.
@@ -66,16 +69,23 @@ class _Weights:
         return FolderSource(path.parent).read(path.name, start, nbytes)
 
     def _fetched(self) -> Path | None:
-        """Return a file of this machine that has the bytes, once it does."""
+        """Return a file of this machine that has the bytes, once it does; None, none can."""
         with self._fetching:
-            if self._here is None and not self._store.read_only:
+            if self._here is None and self._keeps:
                 try:
                     self._blobs.fetch(self._key, self.nbytes, self._rest)
+                except NoRoom:
+                    if not self._store.read_only:
+                        raise
+                    self._keeps = False
                 except (OSError, WrongLength) as error:
-                    raise CheckpointError(
-                        f"{self.file} of {self.source.location} cannot be fetched: {error}"
-                    ) from error
-                self._here = Path(self._blobs.part(self._key, self.nbytes).path)
+                    if not isinstance(error, OSError) or error.errno not in own.UNWRITABLE:
+                        raise CheckpointError(
+                            f"{self.file} of {self.source.location} cannot be fetched: {error}"
+                        ) from error
+                    self._keeps = False
+                else:
+                    self._here = Path(self._blobs.part(self._key, self.nbytes).path)
             return self._here
 
     def _rest(self, start: int) -> Iterator[bytes]:
@@ -83,7 +93,7 @@ class _Weights:
 
     def drop(self) -> None:
         """Keep nothing of bytes that were fetched and are others than they should be."""
-        if self.source.path(self.file) is None and not self._store.read_only:
+        if self.source.path(self.file) is None and self._keeps:
             self._blobs.drop(self._key, None)
 
     @property

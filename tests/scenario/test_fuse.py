@@ -162,7 +162,8 @@ def test_an_adapter_on_the_hub(tmp_path: Path) -> None:
         assert not (project / "build").exists()
         hub.fault = lambda asked: None
         del hub.requests[:]
-        inside.doit(project)
+        for command, status in (("plan", 1), ("plan", 1), ("run", 0)):
+            inside.doit(project, command, expect=status)
         assert but_card(project / "build/model") == expected[0]
         assert sum(request.sent for request in hub.asked(path=sha256)) == size
         card = (project / "build/model/README.md").read_text()
