@@ -31,12 +31,14 @@ class Budget(NamedTuple):
         nbytes: what the model may have.
         rest: what it has of what nothing is chosen for.
         options: what each module has in each setting that there is to choose of, by path.
+        fixed: the settings of the others that are quantized, by path.
     """
 
     words: str
     nbytes: int
     rest: int
     options: dict[str, dict[Setting, int]]
+    fixed: dict[str, Setting]
 
     @classmethod
     def of(cls, plan: Plan, asked: Quantize) -> Budget:
@@ -50,7 +52,8 @@ class Budget(NamedTuple):
             ConfigError: it is too small for any choice.
         """
         paths = {weight_name(path): path for path in plan.shared.schemes.choosable(asked)}
-        fixed = plan.shared.schemes.plan(asked).settings
+        given = plan.shared.schemes.plan(asked).settings
+        fixed: dict[str, Setting] = {}
         candidates = quantize_scheme.candidates(asked)
         rest = 0
         options: dict[str, dict[Setting, int]] = {}
@@ -60,12 +63,13 @@ class Budget(NamedTuple):
             fitting = [each for each in candidates if spec.shape and not spec.shape[-1] % each[0]]
             if path is not None and fitting:
                 options[path] = {each: _packed(parameter, spec, each) for each in fitting}
-            elif setting := fixed.get(quantize_scheme.module_path(parameter.name)):
+            elif setting := given.get(at := quantize_scheme.module_path(parameter.name)):
+                fixed[at] = setting
                 rest += _packed(parameter, spec, setting)
             else:
                 rest += spec.nbytes
         nbytes, words = _limit(plan, asked, [*options])
-        budget = cls(words, nbytes, rest, options)
+        budget = cls(words, nbytes, rest, options, fixed)
         if budget.fewest > nbytes:
             raise ConfigError(
                 f"{words} cannot be: with the fewest bits of all candidates it is "

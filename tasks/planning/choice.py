@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from tasks.core.text import plural, size
+from tasks.core.text import listed, plural, size
 from tasks.stages.quantize_scheme import Setting
 
 
@@ -34,6 +34,7 @@ class Choice(Struct, frozen=True):
         origin: where they come from.
         record: what is chosen for, as models.lock has it.
         anew: why what models.lock has is not taken; nothing, where it is, or has none.
+        absent: files that it was chosen by and that are not here: what is locked stands.
     """
 
     budget: str
@@ -47,6 +48,7 @@ class Choice(Struct, frozen=True):
     chosen: int | None = None
     origin: Origin = Origin.OPEN
     anew: str = ""
+    absent: tuple[str, ...] = ()
 
     @property
     def words(self) -> str:
@@ -62,6 +64,8 @@ class Choice(Struct, frozen=True):
         counts = Counter(self.settings.values())
         each = ", ".join(f"{counts[s]} × {_short(s)}" for s in sorted(counts, key=_by_bits))
         origin = "as models.lock has it" if self.origin is Origin.LOCKED else "chosen now"
+        if self.absent:
+            origin += f" ({listed(self.absent)} not being here)"
         if self.anew:
             origin = f"chosen anew, since {self.anew}"
         return f"{each}: {size(self.chosen)} of {within}, {origin}"

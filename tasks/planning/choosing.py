@@ -52,11 +52,14 @@ def choose(
         BuildError: the text to calibrate on cannot be read.
     """
     budget = Budget.of(plan, asked)
+    built = None if anew else lock.targets.get(plan.target.name)
+    was = (built.chosen_for if built else None) or {}
+    absent = _absent(plan.model.quality, was)
     choice = Choice(
         budget.words, budget.nbytes, budget.fewest, budget.most,
-        quantize_scheme.candidates(asked), len(budget.options), _record(plan, asked),
+        quantize_scheme.candidates(asked), len(budget.options),
+        _record(plan, asked, was if absent else {}), absent=absent,
     )  # fmt: skip
-    built = None if anew else lock.targets.get(plan.target.name)
     if built and built.chosen is not None:
         settings = _settings(built, budget)
         why = _differences(plan, choice.record, built, lock)
@@ -84,8 +87,32 @@ def _made(
     return structs.replace(choice, settings=settings, chosen=chosen, origin=origin)
 
 
-def _record(plan: Plan, asked: Quantize) -> dict[str, Any]:
-    """Return what a choice is made for, short enough for models.lock to have it."""
+def _absent(quality: Quality, was: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what is calibrated on and not here, where a choice for such is locked.
+
+    That choice is of what was there: a clone builds with it, though it has neither.
+    """
+    if quality.imatrix is not None and "imatrix" in was:
+        files: tuple[str, ...] = (quality.imatrix,)
+    elif "text" in was:
+        held_out = (quality.evaluate_text,) if quality.evaluate_text else ()
+        files = (*(quality.text or ()), *held_out)
+    else:
+        files = ()
+    return tuple(file for file in files if not Path(file).exists())
+
+
+def _record(plan: Plan, asked: Quantize, was: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a choice is made for, short enough for models.lock to have it.
+
+    Args:
+        plan: the target, as if it were not quantized.
+        asked: its budget, and what there is to choose of.
+        was: what models.lock has of what is calibrated on and not here.
+
+    Raises:
+        BuildError: that cannot be read.
+    """
     quality = plan.model.quality
     record = {
         "target_bpw": asked.target_bpw,
@@ -94,7 +121,7 @@ def _record(plan: Plan, asked: Quantize) -> dict[str, Any]:
         "exact": asked.exact or None,
         "candidates": [list(each) for each in quantize_scheme.candidates(asked)],
         "rules": [_rule(rule) for rule in asked.rules],
-        **_calibration(quality, exact=asked.exact),
+        **_calibration(quality, was, exact=asked.exact),
         "model": _unquantized(plan),
     }
     return {key: value for key, value in record.items() if value not in (None, [])}
@@ -106,13 +133,15 @@ def _rule(rule: Rule) -> dict[str, Any]:
     return {key: value for key, value in said.items() if key != "dtype" or value}
 
 
-def _calibration(quality: Quality, *, exact: bool) -> dict[str, Any]:
+def _calibration(quality: Quality, was: Mapping[str, Any], *, exact: bool) -> dict[str, Any]:
     """Return what the choice is calibrated on."""
     if quality.imatrix is not None and not exact:
-        return {"imatrix": imatrix.content(Path(quality.imatrix))}
-    own = quality.text is not None
+        return {"imatrix": was.get("imatrix") or imatrix.content(Path(quality.imatrix))}
+    own = "default"
+    if quality.text is not None:
+        own = was.get("text") or text.digest(text.calibration(quality))
     return {
-        "text": text.digest(text.calibration(quality)) if own else "default",
+        "text": own,
         "samples": quality.samples,
         "sequence_length": quality.sequence_length,
         "seed": quality.seed,
@@ -169,7 +198,9 @@ def _differences(plan: Plan, record: Mapping[str, Any], built: Built, lock: Lock
 def _settings(built: Built, budget: Budget) -> dict[str, Setting] | None:
     """Return the locked settings of what there is to choose for; None if they are no choice."""
     locked = {path: Setting(*each) for path, each in (built.chosen or {}).items()}
-    settings = {path: locked[path] for path in budget.options if path in locked}
+    settings = {path: locked.pop(path) for path in budget.options if path in locked}
     if any(settings.get(path) not in options for path, options in budget.options.items()):
+        return None
+    if locked != budget.fixed:
         return None
     return settings if budget.size(settings) <= budget.nbytes else None

@@ -336,10 +336,12 @@ def test_what_is_locked_is_built(project: Project) -> None:
         "pack",
     }
     assert project.built() == built
-    record = json.loads(lock.read_bytes())
-    record["targets"]["model"]["chosen"]["lm_head"] = [32, 7, "affine"]
-    lock.write_text(json.dumps(record))
-    assert "is no choice of these candidates" in project.doit("--locked", expect=3).stderr
+    whole = lock.read_bytes()
+    for path, setting in (("lm_head", [32, 7, "affine"]), ("model.norm", [32, 4, "affine"])):
+        record = json.loads(whole)
+        record["targets"]["model"]["chosen"][path] = setting
+        lock.write_text(json.dumps(record))
+        assert "is no choice of these candidates" in project.doit("--locked", expect=3).stderr
     project.configure(
         quantize={**asked, "target_bpw": 4.5, "rules": [{"match": "lm_head", "bits": 8}]}
     )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -136,13 +137,19 @@ def check_choice(project: Project, sums: dict[str, np.ndarray]) -> None:
         (content.replace(b"imatrix", b"control"), "general.type is 'control'"),
         (content[: len(content) // 2], "is no importance matrix"),
         (content.replace(b"blk.", b"blo."), "lm_head"),
-        (None, "No such file"),
     ):
-        other.unlink() if data is None else other.write_bytes(data)
+        other.write_bytes(data)
         if said != "lm_head":
             assert said in project.doit("plan", expect=3).stderr
         else:  # what is left of it tells of the head alone
             assert "importances run" in " ".join(project.doit("plan", expect=1).stdout.split())
+    other.unlink()  # what is locked stands without it
+    assert not project.doit("--locked").computed
+    shutil.rmtree(project.folder / "build")
+    said = "".join(project.doit("plan", expect=1).stdout.split())  # folded after hyphens, too
+    assert f"asmodels.lockhasit({other}notbeinghere)" in said, said
+    (project.folder / "models.lock").unlink()
+    assert "No such file" in project.doit("plan", expect=3).stderr
 
 
 def test_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
