@@ -44,10 +44,12 @@ def by_cpu() -> Iterator[None]:
     """MLX's default device is the CPU, as it is while actions run, also where there is a GPU."""
     import mlx.core as mx
 
-    device = mx.default_device()
+    from tasks.tensors import device
+
+    own = device.default()
     mx.set_default_device(mx.cpu)
     yield
-    mx.set_default_device(device)
+    mx.set_default_device(getattr(mx, own))
 
 
 @pytest.fixture(autouse=True)

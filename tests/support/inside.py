@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
+import mlx.core as mx
 from doit import cmd_run
 from doit.doit_cmd import DoitConfig, DoitMain
 
@@ -25,7 +26,7 @@ from tasks.cli.session import Session
 from tasks.config import reader
 from tasks.core import pytorch
 from tasks.layouts import limited
-from tasks.tensors import cuda
+from tasks.tensors import cuda, device
 
 
 def session(folder: Path) -> Session:
@@ -72,4 +73,7 @@ def run(folder: Path, *args: str) -> tuple[int, str, str]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         gc.unfreeze()
+        # As in a process of its own: what a test has the peer do next is done by its default.
+        mx.set_default_device(getattr(mx, device.default()))
+        device.default_to_cpu.cache_clear()
     return status, out.getvalue(), err.getvalue()

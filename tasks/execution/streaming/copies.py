@@ -128,5 +128,5 @@ class Copies:
 
     def close(self) -> None:
         """Let other runs take what is left."""
-        for descriptor in self._locks:
-            os.close(descriptor)
+        while self._locks:  # each once: its number may soon be another file's
+            os.close(self._locks.pop())

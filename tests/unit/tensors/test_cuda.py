@@ -59,6 +59,7 @@ def test_devices_have_keys_of_their_own(tmp_path: Path, monkeypatch: pytest.Monk
         told = [node for stage in nodes.values() for node in stage]
         return {node.name: node.spec.digest for node in told}
 
+    monkeypatch.setattr(device, "backend", lambda _: "cpu")
     by_cpu = keys()
     monkeypatch.setattr(device, "backend", lambda _: "cuda")
     other = {name for name, key in keys().items() if key != by_cpu[name]}
