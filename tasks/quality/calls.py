@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from tasks.quality.products import Products
 from tasks.tensors import mx
 
-LINEAR = ("mlx.nn.layers.linear", "Linear")
-EMBEDDING = ("mlx.nn.layers.embedding", "Embedding")
-LINEAR_METHODS = {(LINEAR, "__call__"), (EMBEDDING, "as_linear")}  # that a product of BLAS's makes
+_NONE: Products = {}
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -74,17 +73,14 @@ Pass = Callable[[int, "mx.array"], "mx.array"]
 class Watch:
     """Watches the modules of a model."""
 
-    def __init__(
-        self, model: Any, linear: Callable[[Any, mx.array], mx.array] | None = None
-    ) -> None:
+    def __init__(self, model: Any, products: Products = _NONE) -> None:
         """Watch a model.
 
         Args:
             model: the library's.
-            linear: what computes a linear layer, or an embedding that is used as one, in place of
-                MLX, given the module and its inputs.
+            products: what computes some modules in place of their own methods.
         """
-        self._linear = linear
+        self._products = products
         self._see: See | None = None
         self._pass: Pass | None = None
         self._number = 0
@@ -114,13 +110,13 @@ class Watch:
 
         def watched(name: str) -> Callable[..., Any]:
             method = getattr(kind, name)
-            linear = self._linear if (of, name) in LINEAR_METHODS else None
+            product = self._products.get((of, name), method)
 
             def call(module: Any, x: mx.array, *args: Any, **named: Any) -> Any:
                 number, self._number = self._number, self._number + 1
                 if self._see:
                     self._note(number, path, module.weight, x, args, named)
-                made = (linear or method)(module, x, *args, **named)
+                made = product(module, x, *args, **named)
                 return self._pass(number, made) if self._pass else made
 
             return call

@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cache.digest import digest_file
+from cache.digest import digest_file, digest_record
+from cache.records.memos import Memos
 from tasks.checkpoints.small_files import check_regular
 from tasks.core.errors import BuildError, CheckpointError
 from tasks.layouts.model import Model, Module
@@ -23,6 +25,7 @@ from tasks.quality import gguf_file
 if TYPE_CHECKING:
     import numpy as np
 
+SCHEMA = 1  # of what is remembered of names
 SUMS, COUNTS = ".in_sum2", ".counts"
 EXTRA = "gguf"
 KIND = "imatrix"
@@ -45,25 +48,47 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise BuildError(
-            "Importance matrices are read and written by the package gguf, which is not installed: "
-            f"pip install 'mlx-make[{EXTRA}]'"
-        ) from error
+        raise _no_gguf() from error
     return gguf
 
 
-def names(model: Model) -> dict[str, str]:
+def _version() -> str:
+    """Return the package's version, without importing it: what it names may be known already."""
+    try:
+        return metadata.version("gguf")
+    except metadata.PackageNotFoundError as error:
+        raise _no_gguf() from error
+
+
+def _no_gguf() -> BuildError:
+    return BuildError(
+        "Importance matrices are read and written by the package gguf, which is not installed: "
+        f"pip install 'mlx-make[{EXTRA}]'"
+    )
+
+
+def names(memos: Memos, model: Model) -> dict[str, str]:
     """Return what llama.cpp calls the weights of a model's modules, by path, as far as it does.
 
     Of architectures that it knows by a name like the model's own, or else of that which has names
-    for the most modules.
+    for the most modules. They are asked once: ``memos`` keeps the answer.
     """
-    gguf = _gguf()
     modules = [module for module in model.modules if module.quantized_names is not None]
     called = {module.path: _called(model, module) for module in modules}
+    kind = re.sub(r"[_-]|text$", "", str(model.config.get("model_type", "")).lower())
+    question = [SCHEMA, _version(), kind, digest_record([*called.items()])]
+    answer = memos.get("llama names", question, dict[str, str])
+    if answer is None:
+        answer = _names(kind, called)
+        memos.put("llama names", question, answer)
+    return answer
+
+
+def _names(kind: str, called: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the same of a kind of model, and of what its modules' weights may be called."""
+    gguf = _gguf()
     numbers = [int(n) for path in called for n in re.findall(r"\.(\d+)\.", f".{path}.")]
     blocks = max(numbers, default=0) + 1
-    kind = re.sub(r"[_-]|text$", "", str(model.config.get("model_type", "")).lower())
     known = {name.replace("-", "").replace("_", ""): a for a, name in gguf.MODEL_ARCH_NAMES.items()}
     best: dict[str, str] = {}
     for arch in [known[kind]] if kind in known else known.values():

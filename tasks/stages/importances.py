@@ -70,7 +70,7 @@ class Importances(Stage[ImportancesParams]):
         if target.quality.imatrix is None:
             return {}
         path = Path(target.quality.imatrix)
-        entries, called = imatrix.read(path), imatrix.names(target.model)
+        entries, called = imatrix.read(path), imatrix.names(target.memos, target.model)
         shapes = {
             module.path: target.model.parameters[weight_name(module.path)].shape
             for module in target.model.modules

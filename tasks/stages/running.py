@@ -81,8 +81,9 @@ class ModelStage(Stage[ForwardParams]):
         return Result(runner.write(outputs, lambda index: [runner.run(index)]))
 
     def memory(self, params: ForwardParams, checkpoint: Checkpoint) -> int:
-        """Return the size of the weights, where NumPy multiplies in float32 too; of states."""
-        wide = 2 * params.nbytes if "numpy" in params.versions else 0  # at most: see blas.linear
+        """Return the size of the weights, where a CPU multiplies in float32 too; of states."""
+        widens = "numpy" in params.versions or params.dtype != "float32"
+        wide = 2 * params.nbytes if params.device == "cpu" and widens else 0  # at most
         return params.nbytes + wide + STATES_AT_ONCE * params.spec.nbytes + IN_FLIGHT_BYTES
 
     def runs_alone(self, params: ForwardParams) -> bool:

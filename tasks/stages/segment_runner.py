@@ -10,14 +10,14 @@ from typing import Any, Protocol, cast
 
 from cache.records.manifests import Tensor
 from tasks.core.errors import BuildError
-from tasks.quality import segments
+from tasks.quality import products, segments
 from tasks.quality.calls import Seen, Watch
 from tasks.quality.segments import LOGITS, Run, Segment, Split
 from tasks.stages.forward_params import STATE, ForwardParams, skeleton_of, state_of
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.stage import Context, Inputs, Key, Output, TargetModel
 from tasks.stages.tokens import TOKENS
-from tasks.tensors import arrays, blas, mx, rows
+from tasks.tensors import arrays, mx, rows
 from tasks.tensors.device import device_of
 from tasks.tensors.rows import Rows
 
@@ -75,7 +75,6 @@ class SegmentRunner:
         skeleton = skeleton_of(context.planned, stage.settings(context.planned))
         self._split = segments.split(context.planned.memos, skeleton, params.shape[1])
         self.notes = _notes(self._split)
-        linear = blas.linear if "numpy" in params.versions else None
         _check_tokens(self._rows[self._tokens], self._split.segments[-1].shape[-1])
         with self.stream():
             if params.whole:
@@ -83,10 +82,10 @@ class SegmentRunner:
                     lambda file, start: self._fill(file, start, skeleton.tensors)
                 )
                 mx.eval(self._model.parameters())
-                self._watch = self._watched(linear)
+                self._watch = self._watched()
                 return
             self._model = skeleton.load()
-            self._watch = self._watched(linear)
+            self._watch = self._watched()
         self._not_loaded = self._parameters()
         names = [segment.name for segment in self._split.segments]
         self._number = names.index(params.segment)
@@ -120,10 +119,13 @@ class SegmentRunner:
             self._model.load_weights(left, strict=False)
             self._load(name for name in self._reads if name not in before)
 
-    def _watched(self, linear: Any) -> Watch:
+    def _watched(self) -> Watch:
         # What watches a model refers to it and back: its weights would stay for long.
         weakref.finalize(self, _let_go, self._model).atexit = False
-        return Watch(self._model, linear)
+        if self._device == "gpu":
+            return Watch(self._model)
+        by_numpy = "numpy" in self._params.versions
+        return Watch(self._model, products.BY_NUMPY if by_numpy else products.ON_CPU)
 
     @property
     def samples(self) -> int:

@@ -74,6 +74,18 @@ def test_experts_have_their_own(tmp_path: Path) -> None:
     mlx_lm.load(str(one.folder / "build" / "model"))
 
 
+def test_experts_in_16_bits_on_a_cpu(tmp_path: Path) -> None:
+    """MLX has no products of experts there but of float32, in which they are made."""
+    project = create(tmp_path, "qwen3-moe")
+    candidates = [{**SETTING, "bits": bits} for bits in (4, 6)]
+    quantize = {"target_bpw": 6, "candidates": candidates, "method": "gptq"}
+    project.configure(dtype="bfloat16", quantize=quantize)
+    said = project.doit("pack:model", "evaluate:model").stdout
+    assert "model: perplexity " in said
+    manifest = json.loads(project.manifest("hessians", "layers.0").read_bytes())
+    assert "model.layers.0.mlp.switch_mlp.down_proj.hessian" in {n for n, *_ in manifest["tensors"]}
+
+
 def test_modules_that_are_wider_than_the_rest(tmp_path: Path) -> None:
     """All that follows them is of their type, as MLX has it."""
     project = create(tmp_path)

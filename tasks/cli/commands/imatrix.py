@@ -89,7 +89,7 @@ no name for are left out, and named."""
         nodes = plan.nodes(registry.ACTIVATIONS.name)
         found: dict[str, Entry] = {}
         without: list[str] = []
-        called = imatrix.names(plan.shared.model)
+        called = imatrix.names(plan.model.memos, plan.shared.model)
         for node, manifest in zip(nodes, builder.on_record(plan, nodes), strict=True):
             if manifest is None:
                 raise InvalidCommand(

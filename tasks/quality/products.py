@@ -1,0 +1,42 @@
+"""products: what computes modules on a CPU, where MLX's kernels are slow, or there are none.
+
+Each is given a module and what the module's own method is given, and returns what that would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tasks.tensors import blas, mx
+
+LINEAR = ("mlx.nn.layers.linear", "Linear")
+EMBEDDING = ("mlx.nn.layers.embedding", "Embedding")
+EXPERTS = ("mlx_lm.models.switch_layers", "SwitchLinear")
+
+Method = tuple[tuple[str, str], str]  # a class's module and name, and the method's name
+Products = Mapping[Method, Callable[..., mx.array]]
+
+
+def experts(module: Any, x: mx.array, indices: mx.array, **named: Any) -> mx.array:
+    """Return what experts make, in the type that MLX makes of both, by products of float32.
+
+    MLX has none of another type on a CPU; of float32, this is what mlx-lm's own makes, to the bit.
+
+    Args:
+        module: with a weight, (experts, rows, columns), and perhaps a bias, (experts, rows).
+        x: (…, 1, columns).
+        indices: of experts, (…).
+        named: what ``mx.gather_mm`` is told besides.
+    """
+    wide, weight = (each.astype(mx.float32) for each in (x, module.weight))
+    made = mx.gather_mm(wide, weight.swapaxes(-1, -2), rhs_indices=indices, **named)
+    made = made.astype(mx.result_type(x, module.weight))
+    return made + mx.expand_dims(module.bias[indices], -2) if "bias" in module else made
+
+
+ON_CPU: Products = {(EXPERTS, "__call__"): experts}
+# What looks into a model may differ in the last bits from what MLX would make.
+BY_NUMPY: Products = {
+    **ON_CPU, (LINEAR, "__call__"): blas.linear, (EMBEDDING, "as_linear"): blas.linear
+}  # fmt: skip
