@@ -209,7 +209,7 @@ class HubSource(Struct, frozen=True, dict=True):
             CheckpointError: it cannot be read, or ends before that.
         """
         if path := self.path(name):
-            return FolderSource(path.parent).read(name, start, nbytes)
+            return FolderSource(path.parent).read(path.name, start, nbytes)
         return self._ranges.read(self._path(name), start, nbytes)
 
     def names(self, pattern: str) -> list[str]:

@@ -6,7 +6,7 @@ import os
 from typing import Protocol
 
 from cache.records.memos import Memos
-from tasks.checkpoints import llama, transformers
+from tasks.checkpoints import llama, mistral, transformers
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.hub_name import hint
 from tasks.checkpoints.source import ReadableSource
@@ -38,7 +38,7 @@ class Loader(Protocol):
         """
 
 
-LOADERS: dict[str, Loader] = {"llama": llama, "transformers": transformers}
+LOADERS: dict[str, Loader] = {"llama": llama, "transformers": transformers, "mistral": mistral}
 
 
 def weight_patterns() -> tuple[str, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from cache.files.stamp import Stamp
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint, LogicalTensor
 from tasks.checkpoints.small_files import numbered, parse_json, read_json, read_text
@@ -23,7 +24,11 @@ KINDS = (
     ("*.safetensors", r".*-(\d+)-of-(\d+)\.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", r"pytorch_model-(\d+)-of-(\d+)\.bin", "pytorch_model.bin.index.json"),
 )
-WEIGHTS = tuple(pattern for pattern, *_ in KINDS)
+MISTRAL = "consolidated*.safetensors"
+PARTS = "*/model*.safetensors"  # of sentence-transformers: what follows the model, in folders
+MODULES = "modules.json"  # which says so
+WEIGHTS = (*(pattern for pattern, *_ in KINDS), PARTS)
+WeightFiles = tuple[list[str], Mapping[str, str], tuple[str, ...]]
 HOLDS = "*.safetensors or pytorch_model*.bin with config.json (Hugging Face)"
 # Of a model that was saved in a wrapper. Before all names: DataParallel's, Lightning Fabric's.
 OUTER = ("module.", "_forward_module.")
@@ -41,13 +46,32 @@ SMALL_FILES = ("config.json", *SIDE_FILES, ADAPTER, *{index: None for _, _, inde
 def fits(source: ReadableSource) -> bool:
     """Tell whether a source looks like one of these."""
     if source.has("config.json") or _adapters(source):
-        return True
+        return not is_mistral(source)
     weights = any(source.names(pattern) for pattern, *_ in KINDS)
     return weights and not source.has("params.json")
 
 
+def is_mistral(source: ReadableSource) -> bool:
+    """Tell whether a source has its weights by Mistral's own names alone."""
+    mistral = source.names(MISTRAL)
+    return source.has("config.json") and bool(mistral) and mistral == source.names("*.safetensors")
+
+
 def read(source: ReadableSource, memos: Memos) -> Checkpoint:
     """Read the checkpoint's headers.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    return read_files(source, memos, _weight_files)
+
+
+def read_files(
+    source: ReadableSource, memos: Memos, choose: Callable[[ReadableSource], WeightFiles]
+) -> Checkpoint:
+    """Read the headers of the weight files that ``choose`` returns.
+
+    With these an index's map from tensors to files, and notes on what is left out.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -60,8 +84,10 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
         raise CheckpointError(
             f"{folder / 'config.json'} has no model_type, which names the architecture."
         )
-    names, weight_map, notes = _weight_files(source)
+    names, weight_map, notes = choose(source)
     tables = source.headers(names, memos)
+    if source.has(MODULES):
+        tables |= {name: _part(source, name, memos) for name in source.names(PARTS)}
     stored = _stored(folder, (header for _, header in tables.values()), weight_map)
     _drop_tied_head(config, stored)
     if not stored:
@@ -80,6 +106,13 @@ def read(source: ReadableSource, memos: Memos) -> Checkpoint:
     return Checkpoint(
         source, "huggingface", config, files, stored, tensors, stamps, notes, "config.json"
     )
+
+
+def _part(source: ReadableSource, name: str, memos: Memos) -> tuple[Stamp, list[Stored]]:
+    """Return a part's stamp and tensors, by names that begin with its folder's."""
+    ((stamp, tensors),) = source.headers([name], memos).values()
+    folder = name.partition("/")[0]
+    return stamp, [t._replace(name=f"{folder}.{t.name}", file=name) for t in tensors]
 
 
 def is_adapter(source: ReadableSource) -> bool:
@@ -173,9 +206,7 @@ def _drop_tied_head(config: dict[str, Any], stored: dict[str, Stored]) -> None:
         del stored[head.name]
 
 
-def _weight_files(
-    source: ReadableSource,
-) -> tuple[list[str], Mapping[str, str], tuple[str, ...]]:
+def _weight_files(source: ReadableSource) -> WeightFiles:
     """Return the names of the weight files, the index's map, and notes on what is left out."""
     for pattern, row, index in KINDS:
         adapters = _adapters(source)
@@ -203,14 +234,15 @@ def _weight_files(
             notes.append(f"{index} is not of these files, and left aside: no {missing[0]} is here")
             named, weight_map = set(), {}
         if not named:
-            _refuse_gaps(source.location, names, row)
+            refuse_gaps(source.location, names, row)
             return names, weight_map, tuple(notes)
         series = {_series(name, row) for name in named} - {""}  # an index may name a part of one
         used = [name for name in names if name in named or _series(name, row) in series]
         if extra := [name for name in names if name not in used]:
             notes.append(f"{', '.join(extra)} left out: not in {index}")
         return used, weight_map, tuple(notes)
-    below = {path.parent for kind in WEIGHTS for path in source.small_files.glob(f"*/{kind}")}
+    kinds = [pattern for pattern, *_ in KINDS]
+    below = {path.parent for kind in kinds for path in source.small_files.glob(f"*/{kind}")}
     there = (
         f" Its folder {min(below).name} has some: put them beside config.json."
         if below
@@ -247,7 +279,7 @@ def _series(name: str, row: str) -> str:
     return f"{name[: match.start(1)]}N{name[match.end(1) :]}" if match else ""
 
 
-def _refuse_gaps(location: str, names: Iterable[str], row: str) -> None:
+def refuse_gaps(location: str, names: Iterable[str], row: str) -> None:
     """Refuse a row of files with a gap; there may be several rows.
 
     Their names begin otherwise, or their files are so many others: parts of one model that were

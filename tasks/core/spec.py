@@ -404,7 +404,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     loader: Annotated[
         LoaderName | None,
         key(
-            "What reads the checkpoint: `llama` Meta's, `transformers` Hugging Face's.",
+            "What reads the checkpoint: `llama` Meta's, `transformers` Hugging Face's, `mistral` "
+            "`consolidated*.safetensors`, whatever lies beside them.",
             default="told from what the folder holds",
             change="the same as another `source`",
             example="transformers",

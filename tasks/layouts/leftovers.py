@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -73,14 +74,16 @@ def weight_files(checkpoint: Checkpoint) -> tuple[set[str], set[str]]:
     return read, names - read
 
 
-def of_weights(checkpoint: Checkpoint, convert: str) -> list[str]:
+def of_weights(checkpoint: Checkpoint, convert: str, unread: tuple[str, ...] = ()) -> list[str]:
     """Return the note on .safetensors that were not read, and that a library's convert would.
 
     Args:
         checkpoint: what was read.
         convert: the convert.
+        unread: patterns of what it neither reads nor copies.
     """
     read, names = weight_files(checkpoint)
+    names = {name for name in names if not matches(name, unread)}
     if not names:
         return []
     return [
@@ -90,14 +93,36 @@ def of_weights(checkpoint: Checkpoint, convert: str) -> list[str]:
     ]
 
 
+def without_parts(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint without the tensors that lie in folders of their own, if it has any."""
+    files = {key: stored.file for key, stored in checkpoint.stored.items()}
+    tensors = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if not any("/" in files[key] for key in tensor.inputs)
+    }
+    return checkpoint if tensors == checkpoint.tensors else replace(checkpoint, tensors=tensors)
+
+
+def of_parts(checkpoint: Checkpoint, library: str) -> str:
+    """Return the note on weights in folders that a library does not read."""
+    read, _ = weight_files(checkpoint)
+    parts = sorted(name for name in read if "/" in name)
+    return (
+        f"weight files left out, of what follows the model ({listed(parts)}): {library} does not "
+        'take them, layout = "mlx-embeddings" does'
+    )
+
+
 def weights_in_folders(checkpoint: Checkpoint) -> list[str]:
-    """Return the weight files in folders below a checkpoint's own, which no loader reads."""
+    """Return the weight files in folders below a checkpoint's own that were not read."""
     here = checkpoint.folder
     # Links to folders are followed once, by the first: to follow all may take for ever.
     paths = {*here.glob(f"*/{WEIGHTS}"), *here.rglob(WEIGHTS)}
     found = {path.relative_to(here).as_posix() for path in paths}
     found |= {name for name in checkpoint.source.hashes if fnmatchcase(Path(name).name, WEIGHTS)}
-    return sorted(name for name in found if "/" in name and "/." not in f"/{name}")
+    read, _ = weight_files(checkpoint)
+    return sorted(n for n in found - read if "/" in n and "/." not in f"/{n}")
 
 
 def _names(checkpoint: Checkpoint) -> list[str]:

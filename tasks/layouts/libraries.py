@@ -35,6 +35,7 @@ class Library(Protocol):
         PREDICTORS: what makes a drafter of the tensors that predict further tokens, if not this
             library; "", it does, and takes no others.
         RUNS: whether its models can be run on text, to calibrate and to evaluate.
+        PARTS: whether it takes what follows a model, whose weights lie in folders of their own.
     """
 
     DISTRIBUTION: str
@@ -48,6 +49,7 @@ class Library(Protocol):
     TOWERS: str
     PREDICTORS: str
     RUNS: bool
+    PARTS: bool
 
     def load(self, folder: Path) -> tuple[Any, dict[str, Any]]:
         """Return the model that a folder holds, and its configuration.

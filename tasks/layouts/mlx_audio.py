@@ -6,6 +6,7 @@ The tokenizer's files are the author's own, as in layout mlx-lm; so are the proc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from msgspec import structs
 
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.transformers import MISTRAL
 from tasks.core.errors import CheckpointError, ConfigError
 from tasks.core.spec import Target
 from tasks.core.text import listed
@@ -33,7 +35,6 @@ pipeline_tag = ""  # it may speak, or hear
 # What makes sounds ready, and what models read beside their tokenizers.
 BESIDE = ("*processor*.json", "normalizer.json", "*.yaml", "*.wav")
 COPIED = (".json", ".pt", ".txt", ".model", ".tiktoken")  # what the peer copies, whatever it is
-CONSOLIDATED = "consolidated"  # as names of Mistral's own weight files begin
 CONVERTED_WIDTHS = 64  # multiples of which mlx_audio.convert quantizes alone
 OWN_NOTE = (
     "what mlx_audio.convert copies for this model beside its weights, other repositories' perhaps, "
@@ -49,28 +50,35 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
         CheckpointError: mlx-audio has no class for it, or would take one of the checkpoint's own,
             or other weight files.
     """
-    _refuse_two_kinds(checkpoint)
+    mistral = _refuse_two_kinds(checkpoint)
     made = mlx_lm.model(checkpoint, memos, MLX_AUDIO, BESIDE)
     notes = leftovers.of_convert(checkpoint, takes, "mlx_audio.convert", COPIED)
-    notes += leftovers.of_weights(checkpoint, "mlx_audio.convert")
+    unread = (leftovers.WEIGHTS,) if mistral else ()
+    notes += leftovers.of_weights(checkpoint, "mlx_audio.convert", unread)
     notes += [OWN_NOTE] if mlx_audio_library.copies_itself(made.config["model_type"]) else []
     return structs.replace(made, notes=(*made.notes, *notes))
 
 
-def _refuse_two_kinds(checkpoint: Checkpoint) -> None:
+def _refuse_two_kinds(checkpoint: Checkpoint) -> bool:
     """Refuse a checkpoint of which mlx_audio.convert reads other files than were read.
 
     Where there are files of Mistral's names, it takes these alone.
+
+    Returns:
+        Whether there are, and were read.
+
+    Raises:
+        CheckpointError: there are, and others were read.
     """
     read, names = leftovers.weight_files(checkpoint)
-    mistral = {name for name in (*read, *names) if name.startswith(CONSOLIDATED)}
+    mistral = {name for name in (*read, *names) if fnmatchcase(name, MISTRAL)}
     if mistral and mistral != read:
         raise CheckpointError(
             f"{checkpoint.source.location} has {listed(sorted(mistral))}, which mlx_audio.convert "
-            f"reads alone, and here {listed(sorted(read))} would be read: they may hold other "
-            "tensors. Put config.json, the tokenizer's files and either kind into a folder of "
-            "their own, and name that as source."
+            f"reads alone, and here {listed(sorted(read))} would be read, which may hold other "
+            'tensors. Read as it does: loader = "mistral"'
         )
+    return bool(mistral)
 
 
 shard_names = mlx_lm.shard_names

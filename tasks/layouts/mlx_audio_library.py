@@ -49,6 +49,7 @@ TOKENIZERS = (("transformers", "AutoTokenizer"), ("sentencepiece", "SentencePiec
 TOWERS = ""
 PREDICTORS = 'layout = "mlx-vlm-mtp"'
 RUNS = False
+PARTS = False
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -14,6 +14,7 @@ from msgspec import structs
 
 from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.transformers import MODULES
 from tasks.core.errors import CheckpointError
 from tasks.core.spec import Target
 from tasks.core.text import listed
@@ -51,9 +52,8 @@ def model(checkpoint: Checkpoint, memos: Memos) -> Model:
     if parts := leftovers.weights_in_folders(checkpoint):
         raise CheckpointError(
             f"{checkpoint.folder}: mlx_embeddings.convert reads {listed(parts)} as parts of the "
-            "model, and here weights lie beside config.json alone. Save theirs there, as "
-            "model-parts.safetensors, by the model's names for them (of EmbeddingGemma, "
-            "dense.0.weight and dense.1.weight)."
+            "model, and here those are read that lie beside config.json, or one folder below where "
+            f"a {MODULES} lists them. Put the others elsewhere if they are another model's."
         )
     made = mlx_lm.model(checkpoint, memos, MLX_EMBEDDINGS, BESIDE)
     notes = leftovers.of_convert(checkpoint, takes, "mlx_embeddings.convert", folders=False)

@@ -28,6 +28,7 @@ EXTRA = "embeddings"
 TOWERS = ""
 PREDICTORS = 'layout = "mlx-vlm-mtp"'
 RUNS = False
+PARTS = True
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:

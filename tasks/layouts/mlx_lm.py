@@ -94,7 +94,11 @@ def model(
     named = checkpoint
     if checkpoint.names == "meta":
         named = to_huggingface(checkpoint, _token_ids(checkpoint, memos))
-    model = architecture.model(named, memos, library)
+    told = named if LIBRARIES[library].PARTS else leftovers.without_parts(named)
+    model = architecture.model(told, memos, library)
+    if told is not named:
+        note = leftovers.of_parts(named, LIBRARIES[library].DISTRIBUTION)
+        model = structs.replace(model, told=model.told or told, notes=(*model.notes, note))
     _, notes = card.front_matter(checkpoint.folder, memos)
     notes = (*notes, *_dtype_notes(checkpoint.config, library))
     if checkpoint.names != "meta":

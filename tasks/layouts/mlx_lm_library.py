@@ -22,6 +22,7 @@ EXTRA = ""
 TOWERS = 'layout = "mlx-vlm"'
 PREDICTORS = 'layout = "mlx-vlm-mtp"'
 RUNS = True
+PARTS = False
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
 

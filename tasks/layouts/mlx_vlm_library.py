@@ -27,6 +27,7 @@ TOWERS = ""
 PREDICTORS = 'layout = "mlx-vlm-mtp"'
 FLOAT = "mlx-make float"  # tags what JSON has no number for
 RUNS = True
+PARTS = False
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:

@@ -30,6 +30,7 @@ EXTRA = "vlm"
 TOWERS = ""
 PREDICTORS = ""
 RUNS = False
+PARTS = False
 FORMAT_FILE = "format.txt"  # of a question: what safetensors files say that wrote them
 
 

@@ -28,7 +28,12 @@ from tasks.layouts import asking
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.registry import LAYOUTS, is_read
 
-KINDS = {"llama": "meta", "transformers": "huggingface"}  # a checkpoint for each loader
+# A checkpoint for each loader: of which project's kind, and what its weight files are called.
+KINDS = {
+    "llama": ("meta", ""),
+    "transformers": ("huggingface", ""),
+    "mistral": ("huggingface", "consolidated"),
+}
 
 
 @pytest.fixture(scope="module", params=["meta", "huggingface"])
@@ -143,7 +148,12 @@ def test_a_record_is_a_source_without_weights(kept: Path, tmp_path: Path, memos:
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_loader_reads_its_kind_alone(name: str, tmp_path: Path, memos: Memos) -> None:
-    source = FolderSource(projects.create(tmp_path / "project", KINDS[name]).checkpoint)
+    kind, called = KINDS[name]
+    source = FolderSource(projects.create(tmp_path / "project", kind).checkpoint)
+    if called:
+        (source.small_files / "model.safetensors.index.json").unlink(missing_ok=True)
+        for file in source.names("model*"):
+            source.path(file).rename(source.path(file.replace("model", called)))
     assert [each for each, loader in LOADERS.items() if loader.fits(source)] == [name]
     checkpoint = LOADERS[name].read(source, memos)
     assert checkpoint.source is source

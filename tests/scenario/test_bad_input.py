@@ -214,7 +214,7 @@ TOML = {
     ),
     # Values that are none
     "loader": setting(
-        'loader = "transfromers"', "loader is 'transfromers'; valid: llama, transformers.",
+        'loader = "transfromers"', "loader is 'transfromers'; valid: llama, transformers, mistral.",
         "Did you mean 'transformers'?", right='loader = "transformers"',
     ),
     "layout": setting(

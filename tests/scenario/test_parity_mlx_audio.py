@@ -4,6 +4,7 @@ A few architectures, one call of doit for all of their targets. `benchmarks/vlm.
 that mlx-audio has.
 """
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -80,3 +81,24 @@ def test_what_is_not_filled_is_refused(built: Path) -> None:
     (built / "models.toml").write_text(toml)
     done = inside.doit(built, expect=3)
     assert "parameters, which would stay random: model.enc." in done.stdout + done.stderr
+
+
+def test_of_two_kinds_of_weights_mistral_s_own_are_taken(built: Path) -> None:
+    """As Voxtral's repositories hold the model twice, by names that differ."""
+    from support import audio_peer
+
+    source = built / "checkpoints" / "both"
+    shutil.copytree(built / "checkpoints" / "tts-llama", source)
+    arrays = mx.load(str(source / "model.safetensors"))
+    mistral = {name: array * 2 for name, array in arrays.items()}
+    mx.save_safetensors(str(source / "consolidated.safetensors"), mistral)
+    toml = f'[models.a]\nsource = "{source}"\nlayout = "mlx-audio"\n'
+    (built / "models.toml").write_text(toml)
+    assert 'Read as it does: loader = "mistral"' in inside.doit(built, expect=3).stderr
+    (built / "models.toml").write_text(toml + 'loader = "mistral"\n')
+    done = inside.doit(built)
+    assert "model.safetensors left out: consolidated*.safetensors alone is read" in done.stdout
+    assert "reads or copies" not in done.stdout
+    peer = audio_peer.convert(source, built / "references" / "both")
+    (peer / "consolidated.safetensors").unlink()  # copied, and then its loader reads both
+    assert [*weight_differences(built / "build" / "a", peer)] == []

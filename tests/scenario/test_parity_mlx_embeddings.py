@@ -90,22 +90,30 @@ def test_what_mlx_embeddings_converts_is_verified(
 
 
 def test_parts_in_folders(built: Path) -> None:
-    """As sentence-transformers saves EmbeddingGemma's head: in one file with the rest, they do."""
+    """As sentence-transformers saves EmbeddingGemma's head."""
+    from support import embeddings_peer
+
     source = built / "checkpoints" / "parts"
     shutil.copytree(built / "checkpoints" / "gemma3_text", source)
     arrays = mx.load(str(source / "model.safetensors"))
     mx.eval(arrays)
-    heads = {name: arrays.pop(name) for name in list(arrays) if name.startswith("dense.")}
+    for number in range(2):
+        (source / f"{number + 2}_Dense").mkdir()
+        head = {"linear.weight": arrays.pop(f"dense.{number}.weight")}
+        mx.save_safetensors(str(source / f"{number + 2}_Dense" / "model.safetensors"), head)
     mx.save_safetensors(str(source / "model.safetensors"), arrays)
-    (source / "2_Dense").mkdir()
-    mx.save_safetensors(str(source / "2_Dense" / "model.safetensors"), heads)
     toml = '[models.a]\nsource = "checkpoints/parts"\nlayout = "mlx-embeddings"\n'
     (built / "models.toml").write_text(toml)
-    assert "2_Dense/model.safetensors as parts of" in inside.doit(built, expect=3).stderr
+    inside.doit(built)
+    assert read_json(built / "models.lock")["sources"]["checkpoints/parts"]["files"].keys() >= {
+        "2_Dense/model.safetensors", "3_Dense/model.safetensors",
+    }  # fmt: skip
+    peer = embeddings_peer.convert(source, built / "references" / "parts")
+    assert [*weight_differences(built / "build" / "a", peer)] == []
+    (built / "models.toml").write_text(toml.replace("embeddings", "lm"))
+    done = inside.doit(built)  # mlx-lm has the model, and not what follows it
+    assert "left out, of what follows the model (2_Dense/model.safetensors," in done.stdout
     (source / "deeper").mkdir()
     (source / "2_Dense").rename(source / "deeper" / "2_Dense")
+    (built / "models.toml").write_text(toml)
     assert "deeper/2_Dense/model.safetensors as parts" in inside.doit(built, expect=3).stderr
-    shutil.move(source / "deeper/2_Dense/model.safetensors", source / "model-parts.safetensors")
-    inside.doit(built)
-    plain = built / "references" / "gemma3_text-plain"
-    assert [*weight_differences(built / "build" / "a", plain)] == []

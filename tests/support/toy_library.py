@@ -39,6 +39,7 @@ EXTRA = ""
 TOWERS = ""
 PREDICTORS = 'layout = "mlx-vlm-mtp"'
 RUNS = True
+PARTS = False
 MODELS = """
 import json
 import mlx.core as mx
