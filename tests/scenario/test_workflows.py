@@ -64,6 +64,25 @@ def test_shellcheck(tmp_path: Path) -> None:
     check(BIN / "shellcheck", *scripts)
 
 
+def test_what_wants_a_library_is_run_with_it() -> None:
+    """Tests that are skipped where a library is missing, by a job that installs the extras."""
+    wants = {
+        str(path.relative_to(front_door.REPOSITORY)): extra
+        for path in (front_door.REPOSITORY / "tests").rglob("test_*.py")
+        for extra in re.findall(
+            r"""find_spec\("\w+"\) is None, reason="needs pip install 'mlx-make\[(\w+)\]'""",
+            path.read_text(encoding="utf-8"),
+        )
+    }
+    ci = next(path for path in WORKFLOWS if path.name == "ci.yml")
+    steps = yaml.safe_load(ci.read_text(encoding="utf-8"))["jobs"]["libraries"]["steps"]
+    install, _, run = (step["run"] for step in steps if "run" in step)
+    assert sorted(wants) == sorted(word for word in run.split() if word.startswith("tests/"))
+    extras = re.search(r"\[(.*)\]", install)
+    assert extras
+    assert {"dev", *wants.values()} == {*extras[1].split(",")}
+
+
 @pytest.mark.parametrize("path", [ACTION, *WORKFLOWS, DOCS], ids=lambda path: path.name)
 def test_actions_are_pinned(path: Path) -> None:
     used = re.findall(r"uses: (\S+)(.*)", path.read_text(encoding="utf-8"))
