@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tasks.tensors import blas, mx
+from tasks.tensors.device import BLOCK_BYTES
 
 GRID = 20  # candidates for a scale: powers 0, 1/20, … of what channels are given
 CLIPS = 10  # of a clip: all of a group, 19/20 of it, …
 ROWS = 512  # of a weight, spread over it, by which scales are judged
-CLIPPED_BYTES = 32 << 20  # of a weight, that clips are looked for of at once
 LEAST = 1e-4  # of what is given, before it is raised to a power
 
 Array = Any  # np.ndarray or mx.array: MLX is not to be imported for this
@@ -121,20 +121,34 @@ def _loss(given: Columns, scale: np.ndarray) -> float:
     return float(_module(error).inner((error @ given.hessian).reshape(-1), error.reshape(-1)))
 
 
-def best_clips(weight: Array, hessian: Array, rounding: Rounding) -> np.ndarray:
+def own_blocks(hessian: Array, size: int, scale: Array | None) -> Array:
+    """Return what of a Hessian is of each group by itself: (groups, size, size).
+
+    Args:
+        hessian: (columns, columns).
+        size: of a group.
+        scale: by which columns are divided: (columns,); None if they are not.
+    """
+    groups = len(hessian) // size
+    at = _module(hessian).arange(groups)
+    blocks = hessian.reshape(groups, size, groups, size)[at, :, at]
+    if scale is None:
+        return blocks
+    return blocks / scale.reshape(groups, 1, size) / scale.reshape(groups, size, 1)
+
+
+def best_clips(weight: Array, blocks: Array, rounding: Rounding) -> np.ndarray:
     """Return how far each group is cut off, in steps of 1/20 of its largest: (rows, groups), uint8.
 
     Args:
         weight: (rows, columns), float32, scaled.
-        hessian: of what it is given, scaled: (columns, columns).
+        blocks: what ``own_blocks`` returns of what it is given, scaled.
         rounding: how it will be rounded.
     """
     blas.one_thread()
-    size = rounding.group_size
-    groups = weight.shape[1] // size
-    at = _module(hessian).arange(groups)
-    blocks = hessian.reshape(groups, size, groups, size)[at, :, at]
-    step = max(1, CLIPPED_BYTES // max(1, weight[:1].nbytes))
+    groups = len(blocks)
+    at_once = BLOCK_BYTES["cpu" if isinstance(weight, np.ndarray) else "gpu"]
+    step = max(1, at_once // max(1, weight[:1].nbytes))
     clips = np.zeros((len(weight), groups), np.uint8)
     for start in range(0, len(weight), step):
         best = _clips(weight[start : start + step], blocks, rounding)

@@ -86,7 +86,7 @@ class Awq(Stage[AwqParams]):
     """Find scales and clips by which weights lose least when they are rounded."""
 
     name = "awq"
-    version = 3
+    version = 4
     keep = Keep.ALWAYS
     params = AwqParams
 
@@ -276,7 +276,7 @@ class _Search:
         hessian = source.read(number * columns, (number + 1) * columns)
         if device_of(self._params.device) == "gpu":
             return matrix, hessian
-        return np.array(matrix), np.array(hessian)
+        return np.array(matrix, copy=False), np.array(hessian, copy=False)
 
     def _rounding(self, name: str) -> Rounding:
         from tasks.quality.awq import Rounding
@@ -309,9 +309,12 @@ class _Search:
         with self._runner.stream():
             weight, hessian = self._matrix(name, number)
             array = np.array if isinstance(weight, np.ndarray) else mx.array
+            rounding, of_columns = self._rounding(name), None
             if (scale := self._scales.get(f"{name}.{INPUT_SCALE}")) is not None:
                 of_columns = array(scale.reshape(-1, scale.shape[-1])[number])
-                weight, hessian = weight * of_columns, hessian / of_columns / of_columns[:, None]
+                weight = weight * of_columns
+            blocks = awq.own_blocks(hessian, rounding.group_size, of_columns)
+            del hessian  # large, and no more of it is needed
             if (scale := self._scales.get(f"{name}.{OUTPUT_SCALE}")) is not None:
                 weight = weight / array(scale.reshape(-1, scale.shape[-1])[number])[:, None]
-            return awq.best_clips(weight, hessian, self._rounding(name))
+            return awq.best_clips(weight, blocks, rounding)
