@@ -12,7 +12,7 @@ from pathlib import Path
 
 def sent(files: list[Path], store: Path) -> list[int]:
     """Return the bytes that are sent for each file, in this order, to a store that begins empty."""
-    import hf_xet  # type: ignore[import-untyped]
+    import hf_xet
 
     nbytes = []
     for path in files:

@@ -46,7 +46,7 @@ def answers_of_a_hub(repository: str, name: str = "") -> Iterator[None]:
     except (HFValidationError, httpx2.TransportError):
         raise
     except (httpx2.RequestError, httpx2.InvalidURL, *NO_ANSWER) as error:
-        cause = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0][:200].rstrip(".")
         raise HubUnreachable(
             f"{endpoint()} gives no answer of a hub for {name or 'what it holds'} of "
             f"{repository}: {cause}. Look whether it is one (HF_ENDPOINT), and what is between: a "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
@@ -26,6 +27,7 @@ from tasks.checkpoints.hub_requests import (
     silence_seconds,
 )
 from tasks.checkpoints.hub_session import BATCH, READ_BY_PIECES, session
+from tasks.checkpoints.hub_xet import Xet
 from tasks.core.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ PIECE_BYTES = 256 << 10
 LOCATED = 100  # files in a request, the most that git-lfs itself asks for
 
 
-class Ranges(Struct, frozen=True):
+class Ranges(Struct, frozen=True, dict=True):
     """The bytes of a repository's files at a commit. Safe in threads.
 
     Attributes:
@@ -51,6 +53,10 @@ class Ranges(Struct, frozen=True):
     files: Mapping[str, HubFile]
     _addresses: dict[str, str] = field(default_factory=dict)  # signed ones, while they hold
     _reached: set[Any] = field(default_factory=set)  # origins that have answered
+
+    @cached_property
+    def _xet(self) -> Xet:
+        return Xet(self.repository, self.commit)
 
     def read(self, name: str, start: int, nbytes: int) -> Iterator[bytes]:
         """Yield bytes of a file. A connection that is cut or stalls goes on where it ended.
@@ -66,6 +72,11 @@ class Ranges(Struct, frozen=True):
                 f"{start + nbytes:,}: its header is of another file."
             )
         at, end, patience = start, start + nbytes, Patience()
+        for data in self._xet.read(name, start, end):
+            if len(data) > end - at:
+                break
+            at += len(data)
+            yield data
         with errors_of_reading(self.repository, self.commit, name):
             while at < end:
                 with patience, self._opened(name, at, end) as response:

@@ -23,6 +23,7 @@ from pathlib import Path
 from unittest import mock
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+from support import xet_server
 from support.hub_repositories import (
     ATTRIBUTES,
     Commit,
@@ -191,6 +192,7 @@ class Hub:
         address_seconds: how long a signed address is good.
         rate: bytes a second that all answers together are sent at; None: as fast as can be.
         page: entries of a page of a repository's tree.
+        xet_url: where large files are had as Xet has them, if they are.
     """
 
     folder: Path
@@ -204,6 +206,7 @@ class Hub:
     address_seconds: float = 3600
     rate: float | None = None
     page: int = 1000
+    xet_url: str = ""
     url: str = ""
     storage_url: str = ""
     expired: set[str] = field(default_factory=set)
@@ -242,7 +245,7 @@ class Hub:
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",  # whose own servers are not here
+            "HF_HUB_DISABLE_XET": "" if self.xet_url else "1",
         }
         return variables | ({} if token is None else {"HF_TOKEN": token})
 
@@ -260,7 +263,11 @@ class Hub:
         cache, url = home / "hub", mirror or self.url
         template = url + "/{repo_id}/resolve/{revision}/{filename}"
         values = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
-        values |= {"HF_HOME": str(home), "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": True}
+        values |= {
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_DISABLE_XET": not self.xet_url,
+        }
         values |= {"HF_TOKEN_PATH": str(home / "token"), "HF_XET_CACHE": str(home / "xet")}
         with ExitStack() as stack:
             for name, value in values.items():
@@ -644,6 +651,7 @@ class _HubHandler(_Handler):
         ("POST", rf"/api/models/{_REPO}/paths-info/{_REV}", "_paths"),
         ("POST", rf"/api/models/{_REPO}/preupload/{_REV}", "_preupload"),
         ("POST", rf"/api/models/{_REPO}/commit/{_REV}", "_commit"),
+        ("GET", rf"/api/models/{_REPO}/xet-read-token/{_REV}", "_xet_access"),
         ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", "_batch"),
         ("GET", rf"/{_REPO}/resolve/{_REV}/(?P<path>.+)", "_resolve"),
         ("GET", rf"/api/resolve-cache/models/{_REPO}/{_REV}/(?P<path>.+)", "_cached"),
@@ -905,7 +913,21 @@ class _HubHandler(_Handler):
             "X-Linked-Etag": f'"{etag}"',
             "X-Linked-Size": str(file.content.size),
         }
+        if file.large and self.hub.xet_url:
+            headers["X-Xet-Hash"] = file.content.sha256
+            access = f"{self.hub.url}/api/models/{name}/xet-read-token/{commit.oid}"
+            headers["Link"] = f'<{access}>; rel="xet-auth"'
         self._answer(302 if file.large else 307, b"", headers)
+
+    def _xet_access(self, name: str, revision: str) -> None:
+        """Say who has large files as Xet has them, and give a token for that."""
+        repository, _ = self._at(name, revision)
+        self._admit(repository)
+        until = int(time.time()) + 3600
+        url, token = self.hub.xet_url, xet_server.TOKEN
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token}
+        headers["X-Xet-Token-Expiration"] = str(until)
+        self._json({"casUrl": url, "accessToken": token, "exp": until}, headers=headers)
 
     def _cached(self, name: str, revision: str, path: str) -> None:
         commit, file = self._found(name, revision, path)
