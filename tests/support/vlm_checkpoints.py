@@ -104,7 +104,7 @@ def _hub(arch: str, name: str, shape: Shape) -> dict[str, Shape]:
     """Return what the hub has of a parameter: the shape of each tensor by its name."""
     if arch not in HUB:
         return {name: shape}
-    if len(shape) > 3 and name.endswith("weight"):
+    if len(shape) > 3 and name.endswith(("weight", "basis")):
         shape = (shape[0], shape[-1], *shape[1:-1])
     renamed = next((each for each in HUB[arch] if re.search(each.pattern, name)), None)
     if renamed is None:
@@ -112,6 +112,10 @@ def _hub(arch: str, name: str, shape: Shape) -> dict[str, Shape]:
     if renamed.name is None:
         return {}
     name = re.sub(renamed.pattern, renamed.name, name, count=1)
+    if renamed.turned:
+        return {name: shape[::-1]}
+    if renamed.times > 1:
+        return {name: (shape[0] * renamed.times, *shape[1:])}
     if renamed.halves:
         experts, rows, columns = shape
         return {name: (experts, columns, rows * renamed.halves)}

@@ -11,11 +11,15 @@ class Renamed(NamedTuple):
         name: what the match is on the hub; with `{expert}` in it, each of a stack by itself. None:
             nothing, since it is a half of another.
         halves: how many of such a stack of experts are in one, turned, as (expert, in, out).
+        turned: whether a matrix is turned there, as (in, out).
+        times: how many of it are in one there, of which the rest belong to no parameter.
     """
 
     pattern: str
     name: str | None
     halves: int = 0
+    turned: bool = False
+    times: int = 1
 
 
 LM_HEAD = Renamed(r"^language_model\.lm_head", "lm_head")
@@ -56,6 +60,33 @@ HUB: dict[str, tuple[Renamed, ...]] = {
         Renamed(r"^language_model\.model\.", "model.language_model."),
         Renamed("^", "model."),
     ),
+    "falcon_perception": (
+        Renamed(r"cross_attn\.q_proj\.", "cross_attn.attention.in_proj_", times=3),
+        Renamed(r".*cross_attn\.k_proj\..*", None),
+        Renamed(r"^(itok_upsampler\.\w+encoder|itok_upsampler\.aggregation)\.conv\.", r"\1.0."),
+        Renamed(r"cross_decode\.conv\.", "cross_decode.conv2d."),
+        Renamed(r"^(itok_upsampler\.\w+)\.lfu\.basis$", r"\1.0.basis"),
+        *(
+            Renamed(
+                rf"^(itok_upsampler\.\w+)\.blocks\.{block}\.{own}\.",
+                rf"\1.{block + 1}.{hub}.",
+            )
+            for block in range(4)
+            for own, hub in {
+                "norm1": "block.0",
+                "conv1": "block.2",
+                "norm2": "block.3",
+                "conv2": "block.5",
+                "shortcut": "shortcut",
+            }.items()
+        ),
+    ),
+    "gpt2": (
+        Renamed(
+            r"^language_model\.model\.(.*\.(?:c_attn|c_proj|c_fc)\.weight)$", r"\1", turned=True
+        ),
+        Renamed(r"^language_model\.model\.", ""),
+    ),
     "gpt_neox": (
         Renamed(r"^language_model\.model\.h\.", "gpt_neox.layers."),
         Renamed(r"^language_model\.model\.embed_out", "embed_out"),
@@ -92,6 +123,7 @@ HUB: dict[str, tuple[Renamed, ...]] = {
         *fused(r"language_model\.model\.", r"(?:switch_mlp|experts)", "model.language_model."),
         *QWEN_3,
     ),
+    "rt_detr_v2": (),
     "recurrent_gemma": (Renamed("lm_head", None), Renamed(r"^language_model\.", "")),
 }
 
@@ -146,6 +178,13 @@ KIMI_3 = {
 }  # fmt: skip
 MIMO = {"moe_layer_freq": [0, 1, 1, 1], "hybrid_layer_pattern": [0, 1, 1, 0]}
 SETTINGS: dict[str, dict[str, Any]] = {
+    "prism_hadamard_qwen35": {
+        "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
+        "modules": [
+            {"path": f"model.{path}", "embedding": "embed" in path, "dtype": "float16", "block": 0}
+            for path in ("embed_tokens", "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
+        ],
+    },
     "baichuan_m1": {"sliding_window_layers": [1, 3], "conv_window": 2},
     "clef": {
         "head_config": {
