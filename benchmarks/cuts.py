@@ -3,13 +3,15 @@
     python benchmarks/cuts.py              # 25 of each harm
     python benchmarks/cuts.py --count 1000 --harms SIGKILL power
 
-Each build is a process of its own, from nothing or over another build. At one of its calls of the
-system about a file of the project, any from open to fsync, it gets a signal, or that call fails or
-is cut short. Or the power goes, there or after the build's end: names and bytes are lost that
-nobody synced. What is in build/ must then be what was there or what is wanted, whole, and what is
-wanted if the build said so; no traceback may be printed; and the next build must come out equal to
-the byte and leave nothing behind. It takes Linux and gcc, for tests/support/hook/faults.c.
-Interrupted, it prints what it has.
+Each build is a process of its own, from nothing or over another build, of a checkpoint in a folder
+or on a hub, and with a remote store or without: a folder, which comes to harm as the project does,
+or a server. At one of its calls of the system about a file of the project, any from open to fsync,
+it gets a signal, or that call fails or is cut short. Or the power goes, there or after the build's
+end: names and bytes are lost that nobody synced. What is in build/ must then be what was there or
+what is wanted, whole, and what is wanted if the build said so; no traceback may be printed; and the
+next build must come out equal to the byte and leave nothing behind, and so must one by what is in
+the store then. It takes Linux and gcc, for tests/support/hook/faults.c. Interrupted, it prints what
+it has.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ def main() -> None:
 
     parser = tally.parser(__doc__, count=25, what="harm")
     parser.add_argument("--harms", nargs="*", default=cuts.HARMS, help=", ".join(cuts.HARMS))
+    parser.add_argument("--sources", nargs="*", default=cuts.SOURCES, help=", ".join(cuts.SOURCES))
     arguments = parser.parse_args()
     rounds = tally.rounds([[harm] for harm in arguments.harms], arguments)
 
     def prepare(folder: Path) -> tally.Attempt:
-        attempts = cuts.Cuts(folder)
+        attempts = cuts.Cuts(folder, sources=tuple(arguments.sources))
         return lambda seed, harm: attempts.attempt(harm, seed)
 
     right = [outcome for outcome in cuts.OUTCOMES if outcome != "wrong"]

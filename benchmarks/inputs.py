@@ -28,6 +28,7 @@ from support import built_inputs, inputs, project_inputs
 
 # torch refuses more than it must of an archive of which all that is read is whole.
 HARMLESS = (*inputs.OUTCOMES, "refused by torch alone")
+MANY = 1000  # attempts of a process, where most of them build nothing
 
 
 def main() -> None:
@@ -64,6 +65,7 @@ def main() -> None:
         heading="file | damaged",
         arguments=arguments,
         most_bytes=1 << 30,
+        batch=tally.BATCH if arguments.built else MANY,
     )
 
 

@@ -55,6 +55,7 @@ def run(
     heading: str,
     arguments: Namespace,
     most_bytes: float = float("inf"),
+    batch: int = BATCH,
 ) -> None:
     """Make attempts, and print a table of their outcomes; interrupted, of those so far.
 
@@ -66,6 +67,7 @@ def run(
         heading: of the table's first two columns.
         arguments: those of ``parser``.
         most_bytes: of memory that a process may take.
+        batch: how many attempts a process makes.
 
     Raises:
         BenchmarkError: something came out wrong.
@@ -76,8 +78,8 @@ def run(
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     left = iter(rounds)
     with suppress(KeyboardInterrupt):
-        while (batch := [*islice(left, BATCH)]) and time.monotonic() < end:
-            for (_, kinds), (outcome, detail) in zip(batch, _batch(batch, prepare), strict=False):
+        while (some := [*islice(left, batch)]) and time.monotonic() < end:
+            for (_, kinds), (outcome, detail) in zip(some, _batch(some, prepare), strict=False):
                 attempts += 1
                 for kind in kinds:
                     counts[kind][outcome] += 1

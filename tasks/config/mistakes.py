@@ -100,7 +100,7 @@ class MistakeList:
 
     def _explain_value(self, value: Any, key: Key, at: At) -> None:
         """Note what is wrong with the value of a key."""
-        if key.table and (inner := _tables_in(value, key)) is not None:
+        if key.table and value != [] and (inner := _tables_in(value, key)) is not None:
             for below, table in inner.items():
                 self.explain(table, key.table, (*at, *below))
             return

@@ -148,8 +148,7 @@ def _quantize() -> Schema:
             | {"then": _with("target_bpw", "fit")},
             "min_bits": _with("target_bpw", "fit"),
             "context": _with("fit"),
-            "candidates": {"if": {"properties": {"candidates": {"minItems": 1}}}}
-            | {"then": _with("target_bpw", "fit")},
+            "candidates": _with("target_bpw", "fit"),
         },
         "allOf": [
             {

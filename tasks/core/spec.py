@@ -300,7 +300,7 @@ class Quantize(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = None
     candidates: Annotated[
-        tuple[Candidate, ...],
+        Annotated[tuple[Candidate, ...], Meta(min_length=1)],
         key(
             "What `target_bpw` and `fit` choose of.",
             default="all bits of the mode, in groups of `group_size`, or without it of all sizes "

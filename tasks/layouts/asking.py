@@ -1,7 +1,7 @@
 """asking: how one of the ``libraries`` is asked what it makes of a checkpoint.
 
-The question is answered by ``probe``, in this process where the model is small, else in one of its
-own, within limits of time and memory.
+The question is answered by ``probe``, in this process where the model is small and the answer soon
+there, else in one of its own, within limits of time and memory.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import ArchitectureError, BuildError
 from tasks.layouts import verdict
 from tasks.layouts.libraries import LIBRARIES, MLX_LM, Library, missing
+from tasks.layouts.limited import PATIENCE, Limits, TooLong
 from tasks.layouts.llama_names import rope
 
 SCHEMA = 3  # of the probe's answers; raised when they change
@@ -31,7 +33,9 @@ SCHEMA = 3  # of the probe's answers; raised when they change
 SMALL_TENSORS, SMALL_TEXT, SMALL_NUMBER, SMALL_COUNT = 50_000, 4 << 20, 1 << 31, 4096
 COUNTS = re.compile("layer|depth|block|expert|head")  # keys of what a class makes so many of
 SMALL_PRODUCT = 1 << 20  # of the two largest of these: modules in modules, a minute to make
-ASK_SECONDS, ASK_BYTES = 600, 16 << 30
+SMALL_SECONDS = 5  # of processors, that this process gives to such a question
+# In a process of its own; one that looks small has some size that makes it large, as none should.
+SMALL, LARGE = Limits(30, 4 << 30), Limits(600, 16 << 30)
 
 
 @cache
@@ -89,18 +93,16 @@ def ask(question: dict[str, Any], library: str, checkpoint: Checkpoint) -> dict[
         ArchitectureError: it does not know the architecture, or refuses the checkpoint.
     """
     answer: dict[str, Any] = {}
+    small = _is_small(question)
+    limits = SMALL if small else LARGE
     for light in (True, False):
         asked = {**question, "light": light}
         # Starting a process costs more than the answer, most of all where MLX brings up a GPU.
         # Within this process only where nothing runs beside it: modules and MLX's own functions are
         # replaced meanwhile.
         alone = threading.current_thread() is threading.main_thread()
-        if light and alone and _is_small(question):
-            from tasks.layouts import probe  # once for a checkpoint
-
-            answer = json.loads(json.dumps(probe.answer(asked, LIBRARIES[library])))
-        else:
-            answer = _ask_process(asked, library, checkpoint.folder)
+        here = _ask_here(asked, library) if light and alone and small else None
+        answer = here or _ask_process(asked, library, checkpoint.folder, limits)
         if "error" not in answer:
             return dict(answer)
         # A library's own verdicts are ValueErrors; left-out modules can show as any other.
@@ -198,26 +200,51 @@ def command(library: str) -> tuple[list[str], dict[str, str]]:
     return start, {**os.environ, "PYTHONPATH": path}
 
 
-def _ask_process(question: dict[str, Any], library: str, folder: Path) -> Any:
+def _ask_here(question: dict[str, Any], library: str) -> Any:
+    """Return the answer, if it is soon there."""
+    from tasks.layouts import probe  # once for a checkpoint
+
+    try:
+        return json.loads(
+            json.dumps(probe.answer(question, LIBRARIES[library], seconds=SMALL_SECONDS))
+        )
+    except TooLong:
+        return None
+
+
+def _ask_process(question: dict[str, Any], library: str, folder: Path, limits: Limits) -> Any:
     start, environment = command(library)
     try:
         done = subprocess.run(
             start,
-            input=json.dumps({**question, "limit_bytes": ASK_BYTES}),
+            input=json.dumps({**question, "limits": limits}),
             capture_output=True,
             text=True,
             env=environment,
-            timeout=ASK_SECONDS,
+            timeout=PATIENCE * limits.seconds,
         )
     except subprocess.TimeoutExpired:
-        raise ArchitectureError(
-            f"{folder}: {library} did not say within {ASK_SECONDS} s what it makes of it. "
-            "config.json asks for a model of a size that it was hardly meant to. Fetch it again."
-        ) from None
+        wall = PATIENCE * limits.seconds
+        raise _too_large(folder, f"{library} did not say within {wall} s") from None
+    if done.returncode == -signal.SIGXCPU:
+        seconds = f"{limits.seconds} s of a processor"
+        raise _too_large(folder, f"{library} did not say within {seconds}")
     try:
-        return json.loads(done.stdout)
+        answer = json.loads(done.stdout)
     except ValueError:
         raise ArchitectureError(
             f"{folder}: asking {library} failed (exit status {done.returncode}):\n"
             f"{done.stderr[-2000:]}"
         ) from None
+    if answer.get("kind") == "MemoryError":
+        raise _too_large(
+            folder, f"{library} cannot say in {limits.nbytes / (1 << 30):g} GiB of memory"
+        )
+    return answer
+
+
+def _too_large(folder: Path, fact: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"{folder}: {fact} what it makes of it. config.json asks for a model of a size that it was "
+        "hardly meant to. Fetch it again."
+    )

@@ -15,11 +15,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from tasks.layouts.answers import claim_stdout
 
 PATIENCE = 5  # how many times the seconds of processors may pass
+AGAIN_SECONDS = 0.5
 MOST_ANSWER = 256 << 20  # characters of an answer, which this process has to hold
 
 
@@ -33,6 +35,13 @@ class Limits(NamedTuple):
 
     seconds: int
     nbytes: int
+
+    def begin(self) -> None:
+        """Have them hold for this process."""
+        for kind, wanted in zip((resource.RLIMIT_CPU, resource.RLIMIT_DATA), self, strict=True):
+            _, hard = resource.getrlimit(kind)
+            limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(kind, (limit, hard))
 
 
 def call(module: str, files: Mapping[str, bytes], limits: Limits, given: Any = None) -> Any:
@@ -76,17 +85,47 @@ class Refused(str):
     """Why there is no answer."""
 
 
+class TooLong(BaseException):
+    """What was done in this process took too long; no library catches it as an error of its own."""
+
+
+def within(seconds: float, function: Callable[..., Any], *args: Any) -> Any:
+    """Return what a Python function returns, called in the main thread.
+
+    Args:
+        seconds: of processors, after which it is interrupted.
+        function: the function.
+        args: its arguments.
+
+    Raises:
+        TooLong: it was.
+    """
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code is function.__code__:  # and what follows it is never interrupted
+                # Once more, lest that was in a destructor, from which no exception comes out.
+                signal.setitimer(signal.ITIMER_VIRTUAL, AGAIN_SECONDS)
+                raise TooLong
+            frame = frame.f_back
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        return function(*args)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def serve(answer: Callable[[Path, Any], Any]) -> None:
     """Print what a function makes of the folder of files, and of what else is given.
 
     Whatever it raises is a verdict on the files.
     """
     answers = claim_stdout()
-    seconds, nbytes, given = json.load(sys.stdin)
-    for kind, wanted in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_DATA, nbytes)):
-        _, hard = resource.getrlimit(kind)
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(kind, (limit, hard))
+    *limits, given = json.load(sys.stdin)
+    Limits(*limits).begin()
     # Where torch is installed, transformers imports it: 3 s, and nothing here needs it.
     sys.modules["torch"] = None  # type: ignore[assignment]
     try:

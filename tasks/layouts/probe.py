@@ -21,7 +21,6 @@ import importlib
 import importlib.util
 import io
 import json
-import resource
 import sys
 import tempfile
 import types
@@ -34,6 +33,7 @@ from tasks.layouts.answers import claim_stdout
 from tasks.layouts.array_graph import ArrayGraph, hollow
 from tasks.layouts.importing import importing
 from tasks.layouts.libraries import LIBRARIES, Library, missing
+from tasks.layouts.limited import Limits, within
 from tasks.layouts.model import layer_names
 from tasks.layouts.sanitizing import Files, serve
 from tasks.layouts.stubs import is_below, stubs
@@ -49,10 +49,8 @@ def main() -> None:
     """Answer one question, or begin to compute."""
     answers = claim_stdout()
     question = json.loads(sys.stdin.readline())
-    if limit := question.get("limit_bytes"):
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    if limits := question.get("limits"):
+        Limits(*limits).begin()
     answered = answer(question, LIBRARIES[sys.argv[1]], answers)
     with answers:
         json.dump(answered, answers)
@@ -60,11 +58,22 @@ def main() -> None:
 
 @importing()
 def answer(
-    question: dict[str, Any], library: Library, answers: TextIO | None = None
+    question: dict[str, Any],
+    library: Library,
+    answers: TextIO | None = None,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Answer a question; what is replaced meanwhile is put back. No model may run beside it.
 
-    Asked to compute, it writes further answers to ``answers`` until there are no more requests.
+    Args:
+        question: see ``tasks.layouts.asking``.
+        library: that is asked.
+        answers: asked to compute, it writes further answers there, until there are no more
+            requests.
+        seconds: of processors, that it may take besides being imported; without, any.
+
+    Raises:
+        TooLong: it takes longer.
     """
     import mlx.core as mx
 
@@ -80,7 +89,8 @@ def answer(
         with light, contextlib.redirect_stdout(printed):
             for name in library.MODULES:
                 importlib.import_module(name)
-            return _answer(question, library, mx, answers)
+            asked = question, library, mx, answers
+            return within(seconds, _answer, *asked) if seconds else _answer(*asked)
     except SystemExit as error:  # a model's module that lacks a package says so and leaves
         said = printed.getvalue().strip()
         return {"error": f"{said or 'nothing'} (exit status {error.code}).", "kind": "SystemExit"}

@@ -49,7 +49,7 @@ class Budget(NamedTuple):
             asked: its budget, and what there is to choose of.
 
         Raises:
-            ConfigError: it is too small for any choice.
+            ConfigError: it is too small for any choice, or too large for there to be one.
         """
         paths = {weight_name(path): path for path in plan.shared.schemes.choosable(asked)}
         given = plan.shared.schemes.plan(asked).settings
@@ -75,6 +75,12 @@ class Budget(NamedTuple):
                 f"{words} cannot be: with the fewest bits of all candidates it is "
                 f"{size(budget.fewest)}, and may be {size(max(nbytes, 0))}. Raise it, or add "
                 "candidates of fewer bits."
+            )
+        if asked.target_bpw is not None and budget.most < nbytes:
+            most = 8 * budget.most / plan.shared.weights([*options])
+            raise ConfigError(
+                f"{words} leaves nothing to choose: with the most bits of all candidates it is "
+                f"{most:.4g}. Lower it, or set bits in place of it."
             )
         return budget
 

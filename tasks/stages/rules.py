@@ -39,6 +39,9 @@ def of_modules(model: Model, rules: Sequence[Rule], why_none: Callable[[], str])
         new = {path: rule for path in matched if path not in rule_of}
         if not new or (rule.says_how and new.keys().isdisjoint(can)):
             kinds = paths if not rule.says_how else can
+            taken = [rule_of[path].match for path in kinds if path in matched and path in rule_of]
+            if taken:
+                raise ConfigError(_taken(rule, [*dict.fromkeys(taken)]))
             raise ConfigError(_unmatched(rule, kinds, why_none, dtype=kinds is not can))
         if rule.dtype and not any(p.castable for path in new for p in held.get(path, ())):
             raise ConfigError(
@@ -107,8 +110,17 @@ def _unmatched(rule: Rule, paths: list[str], why_none: Callable[[], str], *, dty
     patterns = {re.sub(r"\.\d+\.", ".*.", path): None for path in paths}
     near = get_close_matches(rule.match, [*paths, *patterns], 1)
     return (
-        f"rule {rule.match!r} matches no {what}, or none that an earlier rule left. There are "
-        f"{', '.join(paths[:3])}, … ({len(paths)} in all); "
+        f"rule {rule.match!r} matches no {what}. There are {', '.join(paths[:3])}, … "
+        f"({len(paths)} in all); "
         + (f"near is {near[0]!r}; " if near else "")
         + "'*' matches any run of characters."
+    )
+
+
+def _taken(rule: Rule, earlier: list[str]) -> str:
+    """Return what to say of a rule that earlier ones, by what they match, leave nothing."""
+    names = listed([repr(match) for match in earlier])
+    return (
+        f"rule {rule.match!r} is for no module: the first rule that matches one is its only one, "
+        f"and all that it matches have {names} before it. Put it first, or drop one."
     )

@@ -471,14 +471,19 @@ PLANS = {
     ),
     "dtype of what matches nothing": Case(
         MODEL + 'quantize = { rules = [{ match = "model.nrom", dtype = "float32" }] }',
-        ("a: rule 'model.nrom' matches no module, or none that an earlier", "near is 'model.norm'"),
+        ("a: rule 'model.nrom' matches no module. There are", "near is 'model.norm'"),
     ),
     "rule behind another": Case(
         MODEL
         + 'quantize = { rules = [{ match = "*", bits = 6 }, { match = "lm_head", bits = 8 }] }',
-        ("a: rule 'lm_head' matches no module that can be quantized, or none that an earlier",),
+        ("a: rule 'lm_head' is for no module", "all that it matches have '*' before it"),
         MODEL
         + 'quantize = { rules = [{ match = "lm_head", bits = 8 }, { match = "*", bits = 6 }] }',
+    ),
+    "rule behind one of a dtype": Case(
+        MODEL
+        + 'quantize.rules = [{ match = "*", dtype = "float32" }, { match = "*head", bits = 8 }]',
+        ("a: rule '*head' is for no module", "all that it matches have '*' before it"),
     ),
     "recipe on a model without down_proj": Case(
         MODEL.replace("llama", "starcoder2") + 'quantize = { recipe = "mixed_3_6" }',

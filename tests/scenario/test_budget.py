@@ -149,7 +149,7 @@ def importances(folder: Path, tokens: mx.array) -> dict[str, np.ndarray]:
 def test_sensitivities_are_the_divergence(project: Project) -> None:
     """To the second order: by gradients of the whole model, and by the real divergence."""
     project.configure("plain", source="checkpoint", device="cpu", dtype="float32", quantize=False)
-    project.configure(quantize={"target_bpw": 11.0, "group_size": 32, "candidates": [{"bits": 8}]})
+    project.configure(quantize={"target_bpw": 9.0, "group_size": 32, "candidates": [{"bits": 8}]})
     project.doit("pack:plain", "sensitivity:model")
     session = inside.session(project.folder)
     plan = session.plans["model"]
@@ -273,6 +273,8 @@ def test_what_a_broken_model_says_costs_more_than_all() -> None:
         ({"target_bpw": 4.5, "min_bits": 9}, "min_bits = 9 leaves none"),
         ({"target_bpw": 4.5, "bits": 4}, "which both say how many bits"),
         ({"bits": 4, "candidates": [{"bits": 4}]}, "nothing to choose for"),
+        ({"target_bpw": 4.5, "candidates": []}, "quantize.candidates is [], must be a list"),
+        ({"target_bpw": 400, "group_size": 32}, "target_bpw = 400.0 leaves nothing to choose"),
     ],
 )
 def test_what_cannot_be_is_said(project: Project, quantize: dict, said: str) -> None:

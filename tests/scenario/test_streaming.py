@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cache import fetched
+from cache.store import Store
 from support import inside, projects, tar_source
 from support.projects import FOUR_BIT, Project
 from support.tar_source import TarSource
@@ -17,6 +18,8 @@ from tasks.checkpoints import safetensors_file
 from tasks.checkpoints.sources import SOURCES
 from tasks.core.errors import CheckpointError
 from tasks.execution.resources import DiskBudget
+from tasks.execution.streaming.copies import Copies
+from tasks.execution.streaming.whole_files import WholeFile
 
 
 class Reads:
@@ -265,3 +268,22 @@ def test_a_build_that_was_cut_off(
     project.configure(quantize={"bits": 8})  # all bytes pass again
     inside.doit(project.folder)
     assert unverified(project) == []
+
+
+def test_what_a_power_cut_left_of_copies(project: Project, reads: Reads, tmp_path: Path) -> None:
+    """Their sizes, and nothing of their bytes: no file is taken for another because of them."""
+    say(project, hashes(project))
+    checkpoint = inside.session(project.folder).plans["model"].checkpoint
+    store = Store.at(tmp_path / "store")
+    copies = Copies(store)
+    name, (_, sha256) = min(hashes(project).items())
+    keys = [key for key, stored in checkpoint.stored.items() if stored.file == name]
+    for key in keys:
+        copies.fetch(copies.of(checkpoint, key))
+    lost = tmp_path / "store" / "blobs" / "packs" / copies.of(checkpoint, keys[0]).name
+    lost.write_bytes(bytes(lost.stat().st_size))
+    file = WholeFile(checkpoint, name, sha256)
+    file.advance(store.blobs, copies, lambda copy: True)
+    assert file.actual == sha256
+    assert [*file.digests] == [keys[0]]
+    assert not lost.exists()

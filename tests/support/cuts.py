@@ -1,21 +1,31 @@
-"""cuts: builds that are killed, refused a call of the system, or left without power."""
+"""cuts: builds that are killed, refused a call of the system, or left without power.
+
+Of checkpoints in folders and on a hub, and with a remote store: a folder, which comes to harm as
+the project does, or a server.
+"""
 
 import errno
 import importlib
+import json
 import os
 import random
 import shutil
 import signal
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 from unittest import mock
 
 from mlx_make import cli
-from support import faults, forked
-from support.projects import FOUR_BIT, SOURCES, Project, contents, create
+from support import checkpoints, faults, forked, hub_server, servers
+from support.machines import REMOTE
+from support.projects import FOUR_BIT, Project, contents, create
+from support.projects import SOURCES as FOLDERS
 from support.running import temporary
 
 CHANGED = {"dtype": "bfloat16", "quantize": {"bits": 8}, "max_shard_size": "300kB"}
@@ -29,8 +39,11 @@ HARMS = (
     *(number.name for number in SIGNALS), *(errno.errorcode[cause] for cause in REFUSALS), SHORT,
     POWER,
 )  # fmt: skip
+STORE, SERVER, HUB = "store", "server", "hub"
+SOURCES = (*FOLDERS, STORE, SERVER, HUB)
 # What may become of a build, each with the next one whole.
 OUTCOMES = ("built all the same", "stopped, nothing built", "stopped, as it was", "wrong")
+REPOSITORY = "org/model"
 Contents = dict[str, str]
 
 
@@ -51,6 +64,27 @@ class Start:
     calls: int
 
 
+class Where(NamedTuple):
+    """Where a build finds what is not in its folder.
+
+    Attributes:
+        environ: variables that name a remote store.
+        hub: the URL of the hub that its checkpoint is on.
+    """
+
+    environ: Mapping[str, str] = MappingProxyType({})
+    hub: str = ""
+
+    @contextmanager
+    def there(self, folder: Path) -> Iterator[None]:
+        """Have a build of a project find it."""
+        hub = hub_server.Hub(folder)
+        hub.url = self.hub
+        around = hub.inside(folder / "home") if self.hub else nullcontext()
+        with mock.patch.dict(os.environ, self.environ), around:
+            yield
+
+
 @dataclass
 class Cuts:
     """Attempts in a folder; each begins as its seed tells.
@@ -58,10 +92,14 @@ class Cuts:
     Attributes:
         folder: where all lies.
         starts: how builds begin, by source, and whether something else is built there.
+        urls: of what is served, by source, once something is.
+        sources: those that are taken.
     """
 
     folder: Path
     starts: dict[tuple[str, bool], Start] = field(default_factory=dict)
+    urls: dict[str, str] = field(default_factory=dict)
+    sources: tuple[str, ...] = SOURCES
 
     @property
     def work(self) -> Path:
@@ -71,17 +109,18 @@ class Cuts:
     def attempt(self, harm: str, seed: int) -> tuple[str, str]:
         """Build with a harm; return one of `OUTCOMES`, and what is wrong."""
         choose = random.Random(f"{harm} {seed}")
-        source, again = choose.choice(SOURCES), choose.random() < 0.7
+        source, again = choose.choice(self.sources), choose.random() < 0.7
         start = self._start(source, again)
         at = choose.randrange(1, start.calls)
         if harm == POWER and choose.random() < 0.3:
             at = 0  # after its end
-        self._put(start, again)
+        self._put(start, source, again)
+        where = self._where(source, f"{harm}-{seed}")
         journal = self.folder / "journal" if harm == POWER else None
-        ended = self._call(_harmed, self.work, at, _number(harm), journal)
+        ended = self._call(_harmed, self.work, where, at, _number(harm), journal)
         lost = faults.cut_power(self.work, journal, choose) if journal else []
         built = contents(self.work / "build" / "model")
-        wrong = [*_wrong(harm, ended, built, start), *self._left(start)]
+        wrong = [*_wrong(harm, ended, built, start), *self._left(start, where)]
         if wrong:
             what = f"{harm} at call {at} of {source}{' again' * again}, seed {seed}"
             facts = [f"{what}: {'; '.join(wrong)}", ended.said, *lost]
@@ -90,24 +129,40 @@ class Cuts:
             return OUTCOMES[0], ""
         return (OUTCOMES[2] if built == start.before and built else OUTCOMES[1]), ""
 
-    def _left(self, start: Start) -> list[str]:
-        """What is wrong with the next build."""
-        status, said, built, left = self._value(_next, self.work)
-        return [
-            *([f"the next build fails: {said}"] if status or "Traceback" in said else []),
-            *(["the next build is another"] if not status and built != start.wanted else []),
-            *([f"left behind: {left}"] if left else []),
-        ]
+    def _left(self, start: Start, where: Where) -> Iterator[str]:
+        """What is wrong with the next build, and with what another machine builds by the store."""
+        others = ["the next build", *["a build by the store"] * (REMOTE in where.environ)]
+        for which in others:
+            status, said, built, left = self._value(_next, self.work, where)
+            if status or "Traceback" in said:
+                yield f"{which} fails: {said}"
+            elif built != start.wanted:
+                yield f"{which} is another"
+            if left:
+                yield f"left behind by {which}: {left}"
+            for folder in (".mlx-make", "build"):
+                shutil.rmtree(self.work / folder, ignore_errors=True)
+
+    def _where(self, source: str, name: str) -> Where:
+        """Where a build finds a hub, and a store of its own."""
+        if source in (HUB, SERVER) and not self.urls:
+            self.urls = _serve(self.folder / "served")
+        return {
+            STORE: Where(environ={REMOTE: (self.work / "store").as_uri()}),
+            SERVER: Where(environ={REMOTE: f"{self.urls.get(SERVER)}/{name}"}),
+            HUB: Where(hub=self.urls.get(HUB, "")),
+        }.get(source, Where())
 
     def _start(self, source: str, again: bool) -> Start:
         if (source, again) not in self.starts:
             shutil.rmtree(self.work, ignore_errors=True)
             kept = self.folder / f"{source}{'-again' * again}"
-            before, wanted = self._value(_prepare, self.work, source, again)
+            where = self._where(source, f"{again}")
+            before, wanted = self._value(_prepare, self.work, where, source, again)
             self.work.rename(kept)
             start = Start(kept, before, wanted, 0)
-            self._put(start, again)
-            start.calls, modules = self._value(_counted, self.work)
+            self._put(start, source, again)
+            start.calls, modules = self._value(_counted, self.work, where)
             for name in modules:  # once for all; nothing of it may start a thread
                 with suppress(ImportError):
                     importlib.import_module(name)
@@ -115,12 +170,12 @@ class Cuts:
             self.starts[source, again] = start
         return self.starts[source, again]
 
-    def _put(self, start: Start, again: bool) -> None:
+    def _put(self, start: Start, source: str, again: bool) -> None:
         """Put a project in its place; what is built is known to be up to date there."""
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(start.folder, self.work, symlinks=True)
         if again:
-            self._value(_change, self.work)
+            self._value(_change, self.work, self._where(source, "changed"))
 
     def _call(self, function, *args) -> forked.Ended:
         return forked.call(function, *args, folder=self.folder)
@@ -153,26 +208,61 @@ def _wrong(harm: str, ended: forked.Ended, built: Contents, start: Start):
         yield "what is built is neither what was there nor what is wanted"
 
 
+def _serve(folder: Path) -> dict[str, str]:
+    """Have a hub and a store be served, by a process that lives as long as this one."""
+    receive, send = os.pipe()
+    this = os.getpid()
+    if not os.fork():
+        try:
+            os.close(receive)
+            with hub_server.serve(folder / "uploaded") as hub, servers.faulty() as server:
+                hub.repository(REPOSITORY).add_folder(checkpoints.make("llama", folder / "model"))
+                urls = {HUB: hub.url, SERVER: f"http://127.0.0.1:{server.port}"}
+                os.write(send, json.dumps(urls).encode())
+                os.close(send)
+                while os.getppid() == this:
+                    time.sleep(0.1)
+        finally:
+            os._exit(0)
+    os.close(send)
+    with open(receive) as file:
+        return dict(json.load(file))
+
+
 # In processes of their own.
 
 
-def _prepare(folder: Path, source: str, again: bool) -> tuple[Contents, Contents]:
+def _prepare(folder: Path, where: Where, source: str, again: bool) -> tuple[Contents, Contents]:
     """Make a project of which nothing is built, or something else."""
-    project = create(folder, source, **FOUR_BIT)
-    before = {}
-    if again:
-        project.doit()
-        before = project.built()
-        project.configure(**CHANGED)
-    wanted = project.anew()
+    keys = {**FOUR_BIT, "source": f"hf:{REPOSITORY}"} if source == HUB else FOUR_BIT
+    kind = source if source in FOLDERS else "huggingface"
+    before, wanted = {}, {}
+    with where.there(folder):
+        project = create(folder, kind, **keys)
+        if again:
+            project.doit()
+            before = project.built()
+            project.configure(**CHANGED)
+        if source == HUB:
+            other = create(folder.parent / "other", kind, **project.models["model"])
+            other.doit()
+            wanted = other.built()
+            shutil.rmtree(other.folder)
+        else:
+            wanted = project.anew()
     project.configure(**FOUR_BIT, max_shard_size=None)
     return before, wanted
 
 
-def _change(folder: Path) -> None:
-    project = Project(folder, "")
-    project.doit()
+def _change(folder: Path, where: Where) -> None:
+    project = Project(folder, "", {"model": {"source": _source(where)}})
+    with where.there(folder):
+        project.doit()
     project.configure(**CHANGED)
+
+
+def _source(where: Where) -> str:
+    return f"hf:{REPOSITORY}" if where.hub else "checkpoint"
 
 
 def _main(folder: Path) -> int:
@@ -180,20 +270,23 @@ def _main(folder: Path) -> int:
         return cli.main()
 
 
-def _counted(folder: Path) -> tuple[int, list[str]]:
+def _counted(folder: Path, where: Where) -> tuple[int, list[str]]:
     before = {*sys.modules}
-    faults.arm(folder, 0, 0)
-    _main(folder)
+    with where.there(folder):
+        faults.arm(folder, 0, 0)
+        _main(folder)
     return faults.calls(), sorted(sys.modules.keys() - before)
 
 
-def _harmed(folder: Path, at: int, harm: int, journal: Path | None) -> int:
-    faults.arm(folder, at, harm, journal)
-    return _main(folder)
+def _harmed(folder: Path, where: Where, at: int, harm: int, journal: Path | None) -> int:
+    with where.there(folder):
+        faults.arm(folder, at, harm, journal)
+        return _main(folder)
 
 
-def _next(folder: Path) -> tuple[int, str, Contents, list[str]]:
+def _next(folder: Path, where: Where) -> tuple[int, str, Contents, list[str]]:
     project = Project(folder, "")
-    done = project.doit(expect=None)
+    with where.there(folder):
+        done = project.doit(expect=None)
     said = f"{done.stdout}{done.stderr}"
     return done.returncode, said, project.built(), temporary(folder / "build")

@@ -219,6 +219,6 @@ def _plan(folder: Path) -> str:
     return ""
 
 
-def ask_here(question: dict[str, Any], library: str, _: Path) -> Any:
+def ask_here(question: dict[str, Any], library: str, *_: object) -> Any:
     """Ask a library as a process of its own would be asked, which takes seconds to start."""
     return json.loads(json.dumps(probe.answer(question, LIBRARIES[library])))

@@ -34,9 +34,17 @@ from tasks.quality.imatrix import Entry
 
 TINY = {"num_hidden_layers": 1, "head_dim": 16, "hidden_size": 64, "intermediate_size": 64}
 TODAY = """\
+[cache]
+dir = ".mlx-make/cache"
+keep = ["cast"]
+max_size = "20GB"
+remote = "file:///nonexistent/store"
+mode = "off"
 [build]
 memory = "4GiB"
 disk = "12GB"
+cluster = "tcp://127.0.0.1:9"
+cluster_lost = "stop"
 [defaults]
 publish = "org/{target}"
 create = false
@@ -65,6 +73,9 @@ source = "checkpoint"
 layout = "mlx-lm"
 loader = "transformers"
 quantize = { fit = "2MB", context = 16, group_size = 32 }
+[models.exact]
+source = "checkpoint"
+quantize = { target_bpw = 6.0, exact = true, group_size = 32 }
 [models.tuned]
 source = "checkpoint"
 adapter = "adapter"
@@ -174,8 +185,13 @@ class ProjectInputs(Files):
     def damaged(self, kind: str, whole: bytes, seed: int) -> bytes:
         _, _, part = kind.partition("#")
         if part:
-            at = whole.index(PARTS[part])
-            return whole[:at] + mutated(whole[at:], random.Random(f"{kind} {seed}"))
+            at, end = whole.index(PARTS[part]), len(whole)
+            if part != "quality":  # the value, and nothing behind it
+                at += len(PARTS[part]) + 2
+                end = at + json.JSONDecoder().raw_decode(whole[at:].decode())[1]
+            return (
+                whole[:at] + mutated(whole[at:end], random.Random(f"{kind} {seed}")) + whole[end:]
+            )
         return super().damaged(kind, whole, seed)
 
     def _make_today(self, folder: Path) -> None:

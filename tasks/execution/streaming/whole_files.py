@@ -18,6 +18,7 @@ from cache.errors import BlobLost, CacheError, FileChanged
 from cache.records.memos import Memos
 from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint
+from tasks.checkpoints.stored import Stored
 from tasks.core.errors import BuildError
 from tasks.execution.streaming.copies import Copies, Copy
 
@@ -93,24 +94,47 @@ class WholeFile:
             if parts is None and is_read(copy):
                 return
             self._take(self._read(self._at, stored.offset))
-            skip = self._at - stored.offset  # two tensors may have bytes in common
-            if parts is None:
-                state = xxhash.xxh3_128()
-                at = stored.offset
-                for data in self._read(at, at + stored.nbytes):
-                    state.update(data)
-                    self._take([memoryview(data)[max(0, self._at - at) :]])
-                    at += len(data)
-                self.digests[key] = state.hexdigest()
-            elif skip < stored.nbytes:
-                try:
-                    self._take(blobs.chunks(_behind(parts, skip)))
-                except (BlobLost, FileChanged, FileNotFoundError):  # dropped by another process
-                    self.incomplete = True
+            if parts is None or not self._take_copy(stored, blobs, copies, copy, parts):
+                read = self._read(stored.offset, stored.offset + stored.nbytes)
+                self.digests[key] = self._take_tensor(stored, read)
             self._left.pop()
         if not self.is_over:
             self._take(self._read(self._at, self.size))
             self.actual = self._state.hexdigest()
+
+    def _take_copy(
+        self, stored: Stored, blobs: Blobs, copies: Copies, copy: Copy, parts: Sequence[Part]
+    ) -> bool:
+        """Hash a copy's bytes; tell whether that is done.
+
+        What a power cut, say, left of it may be other bytes: they are forgotten, here and there.
+        """
+        before = self._state.copy(), self._at
+        digest = copies.digest(copy)
+        try:
+            if self._take_tensor(stored, blobs.chunks(parts)) == digest:
+                return True
+        except (BlobLost, FileChanged, FileNotFoundError):  # dropped by another process
+            self.incomplete = True
+            return True
+        self._state, self._at = before
+        copies.drop(copy)
+        blobs.drop_if_wrong(digest)
+        return False
+
+    def _take_tensor(self, stored: Stored, pieces: Iterator[bytes] | Iterator[memoryview]) -> str:
+        """Hash a tensor's bytes, but for those that it has in common with the one before it.
+
+        Returns:
+            Its digest.
+        """
+        state = xxhash.xxh3_128()
+        at = stored.offset
+        for data in pieces:
+            state.update(data)
+            self._take([memoryview(data)[max(0, self._at - at) :]])
+            at += len(data)
+        return state.hexdigest()
 
     def _read(self, start: int, stop: int) -> Iterator[bytes]:
         return self.checkpoint.source.read(self.name, start, max(0, stop - start))
@@ -201,14 +225,3 @@ def _table(checkpoint: Checkpoint, file: str, digests: Mapping[str, str]) -> str
     """Return the digest of a file's tensors' digests."""
     stored = checkpoint.stored.items()
     return digest_record([[k, digests[k]] for k, s in stored if s.file == file and s.nbytes])
-
-
-def _behind(parts: Sequence[Part], skip: int) -> list[Part]:
-    """Return the parts without their first bytes."""
-    left = []
-    for part in parts:
-        cut = min(skip, part.length)
-        skip -= cut
-        if cut < part.length:
-            left.append(part._replace(offset=part.offset + cut, length=part.length - cut))
-    return left

@@ -18,6 +18,7 @@ from tasks.checkpoints import loaders
 from tasks.checkpoints.folder import FolderSource
 from tasks.core.errors import ArchitectureError
 from tasks.layouts import architecture, array_graph, asking, probe
+from tasks.layouts.limited import Limits
 from tasks.layouts.model import Model
 
 
@@ -210,13 +211,41 @@ def test_a_model_of_no_sane_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """mlx-lm would make its layers until the machine is full."""
     sizes = {"n_ctx": 8, "n_embd": 8, "n_head": 2, "n_positions": 8, "layer_norm_epsilon": 1e-5}
     folder = checkpoints.make("llama", tmp_path / "c", model_type="gpt2", n_layer=10**9, **sizes)
-    monkeypatch.setattr(asking, "ASK_SECONDS", 2)
-    with pytest.raises(ArchitectureError, match=r"mlx-lm did not say within 2 s what it makes"):
+    monkeypatch.setattr(asking, "LARGE", Limits(2, 16 << 30))
+    with pytest.raises(
+        ArchitectureError, match=r"did not say within (2 s of a processor|10 s) what it"
+    ):
         architecture_of(folder, tmp_path / "cache")
-    monkeypatch.setattr(asking, "ASK_SECONDS", 600)
-    monkeypatch.setattr(asking, "ASK_BYTES", 256 << 20)
-    with pytest.raises(ArchitectureError, match=r"MemoryError|failed|bad_alloc|allocate|says"):
+    monkeypatch.setattr(asking, "LARGE", Limits(600, 256 << 20))
+    with pytest.raises(
+        ArchitectureError, match=r"cannot say in 0\.25 GiB|failed|bad_alloc|allocate"
+    ):
         architecture_of(folder, tmp_path / "cache")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Hypothesis' own
+def test_a_size_that_nobody_knows_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm makes so many modules, and is interrupted; what it replaced meanwhile is put back."""
+    text = {
+        "model_type": "gemma3n_text", "num_hidden_layers": 2, "hidden_size": 8,
+        "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8,
+        "rms_norm_eps": 1e-6, "vocab_size": 8, "num_kv_shared_layers": 0, "sliding_window": 8,
+        "vocab_size_per_layer_input": 8, "max_position_embeddings": 8, "rope_theta": 1.0,
+        "rope_local_base_freq": 1.0, "final_logit_softcapping": 1.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "hidden_size_per_layer_input": 8, "altup_num_inputs": 40_000, "altup_coef_clip": 1.0,
+        "altup_correct_scale": True, "altup_active_idx": 0, "laurel_rank": 1,
+    }  # fmt: skip
+    folder = checkpoints.make("llama", tmp_path / "c", model_type="gemma3n", text_config=text)
+    monkeypatch.setattr(asking, "SMALL_SECONDS", 0.1)
+    monkeypatch.setattr(asking, "SMALL", Limits(1, 4 << 30))
+    load = mx.load
+    with pytest.raises(
+        ArchitectureError, match=r"did not say within (1 s of a processor|5 s) what it"
+    ):
+        architecture_of(folder, tmp_path / "cache")
+    assert mx.load is load
 
 
 def test_what_is_small() -> None:
