@@ -36,5 +36,5 @@ def test_a_tokenizer_is_made(tmp_path: Path) -> None:
 
 def test_a_library_is_asked() -> None:
     question = {"files": {"config.json": "{}"}, "tensors": [], "light": False}
-    said = asking._ask_process(question, "mlx-lm", Path("checkpoint"))
+    said = asking._ask_process(question, "mlx-lm", Path("checkpoint"), asking.LARGE)
     assert "model_type" in said["error"]
