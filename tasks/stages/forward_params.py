@@ -11,7 +11,7 @@ from tasks.stages import quantize
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.stage import Params, TargetModel
 
-STATE = "state"
+STATE, GRADIENT = "state", "gradient"
 
 
 class ForwardParams(Params, frozen=True):
@@ -54,6 +54,11 @@ class ForwardParams(Params, frozen=True):
 def state_of(segment: str) -> str:
     """Return a name for a segment's state, where those of several segments are read."""
     return f"{segment}.{STATE}"
+
+
+def is_handed_on(name: str) -> bool:
+    """Tell by its name whether a segment's output is there for the next one to begin with."""
+    return name.rpartition(".")[2] in (STATE, GRADIENT)
 
 
 def skeleton_of(target: TargetModel, settings: Mapping[str, Setting]) -> Skeleton:

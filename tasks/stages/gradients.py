@@ -18,7 +18,7 @@ from cache.records.manifests import Tensor, TensorSpec
 from tasks.quality.calls import Call, Seen
 from tasks.quality.segments import LOGITS
 from tasks.stages.activations import Activations
-from tasks.stages.forward_params import STATE, ForwardParams
+from tasks.stages.forward_params import GRADIENT, STATE, ForwardParams
 from tasks.stages.running import UnquantizedStage, calls_of, plan_segments, specs_of, stored
 from tasks.stages.segment_runner import SegmentRunner
 from tasks.stages.stage import Context, Inputs, Key, Need, Output, Planned, Result, TargetModel
@@ -28,7 +28,7 @@ from tasks.tensors import mx
 if TYPE_CHECKING:
     import numpy as np
 
-GRADIENT, IMPORTANCE, ROW_IMPORTANCE = "gradient", "importance", "row_importance"
+IMPORTANCE, ROW_IMPORTANCE = "importance", "row_importance"
 
 
 def name_of(call: Call) -> str:

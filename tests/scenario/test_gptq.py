@@ -52,6 +52,7 @@ def test_the_model_changes_less_and_what_it_takes_is_made_once(tmp_path: Path) -
     assert not project.doit().computed
     assert "hessians:model up to date" in " ".join(project.doit("list").stdout.split())
     assert "rounded by gptq" in project.doit("verify:model").stdout
+    assert " are states between blocks" in project.doit("cache", "stats").stdout
     project.configure(quantize={**GPTQ, "bits": 3})
     done = project.doit()
     assert groups(done.computed) == {"quantize:model", "pack:model"}

@@ -17,6 +17,8 @@ from tasks.core.text import plural, size
 from tasks.core.workspace import STATE
 from tasks.execution.log import OUTCOMES, Log
 from tasks.stages import registry
+from tasks.stages.forward_params import is_handed_on
+from tasks.stages.running import ModelStage
 
 WIDTH = 80
 LARGEST = 5
@@ -84,6 +86,8 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     yield from aligned([_without(row, empty) for row in rows], WIDTH)
     if shared_bytes:
         yield f"What several targets share, {size(shared_bytes)}, is counted once in (all)."
+    if handed_on := sum(map(own.__getitem__, _handed_on(records) & own.keys())):
+        yield f"{size(handed_on)} are states between blocks, for runs that go on from there."
     # What lies in one container with something that is needed stays with it.
     needed = sum(map(own.__contains__, in_use)) + sum(
         not in_use.isdisjoint(survey.references.pinned(index))
@@ -93,6 +97,18 @@ def _targets(config: Config, survey: Survey, records: Sequence[Record]) -> Itera
     if count := len(own) - needed:
         removes = f"{COMMAND} cache gc removes such with a size cap"
         yield f"No current target needs {count} blobs; {removes}."
+
+
+def _handed_on(records: Iterable[Record]) -> set[str]:
+    """Return the digests of what a block of a model, as that was run, left for the next one."""
+    runs_models = {stage.name for stage in registry.stages() if isinstance(stage, ModelStage)}
+    return {
+        tensor.digest
+        for record in records
+        if record.manifest.action.stage in runs_models
+        for name, tensor in record.manifest.tensors.items()
+        if is_handed_on(name)
+    }
 
 
 def _without(row: Sequence[str], columns: Collection[int]) -> tuple[str, ...]:
