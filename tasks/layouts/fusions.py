@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -18,6 +18,7 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import CheckpointError
 from tasks.core.text import listed, plural
 from tasks.layouts.model import Model, Parameter
+from tasks.layouts.peft_experts import Experts
 
 PREFIX = "base_model.model."
 PARTS = re.compile(
@@ -33,7 +34,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     """What an adapter does to a weight, or to one expert's of a stack of them.
 
     Attributes:
-        kind: ``lora``, ``dora`` or ``replace``; with ``peft_`` before it, by PEFT's arithmetic.
+        kind: ``lora``, ``dora`` or ``replace``; with ``peft_`` before it, by PEFT's arithmetic, of
+            which some are of all experts of a stack (``peft_experts.OF_STACKS``).
         transposed: whether the factors make the transposed weight, as those of embeddings do not.
         scale: of the factors' product.
         expert: the first axis' index that it is for; None, all of the weight.
@@ -49,7 +51,14 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
 
 Deltas = dict[str, list[Delta]]
 Part = tuple[str, str, tuple[int, ...], str]
+MERGED = "Have PEFT merge it (merge_and_unload), and name the folder that this makes as source."
 FLOATS = ("float32", "bfloat16", "float16")
+OTHERS = (
+    "fan_in_fan_out", "trainable_token_indices", "layer_replication", "use_qalora", "use_bdlora",
+    "kasa_config", "monteclora_config", "arrow_config",
+)  # fmt: skip
+# Unless PEFT converted them as it saved them: then it says so no more.
+CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PATTERN_SECONDS = 5  # that an adapter's patterns may take in all
 MOST_PATTERNS, LONGEST_PATTERN = 10_000, 1000
 
@@ -66,12 +75,7 @@ def deltas(adapter: Adapter, model: Model, checkpoint: Checkpoint) -> Deltas:
         found = _of_peft(adapter, model, checkpoint)
     used = {part[0] for each in found.values() for delta in each for part in delta.tensors.values()}
     if left := [name for name in adapter.tensors if name not in used]:
-        quantized = [name for name in left if _is_packed(model, name)]
-        mend = (
-            "The model's own are quantized: add dequantize = true, and quantize = … for bits."
-            if quantized
-            else "Is it of another model, or of another version of it?"
-        )
+        mend = _mend(left, model, checkpoint)
         raise CheckpointError(
             f"adapter {adapter.source.location}: {plural(len(left), 'tensor')} of it fit nowhere "
             f"in the model ({listed(left)}). {mend}"
@@ -88,8 +92,22 @@ def deltas(adapter: Adapter, model: Model, checkpoint: Checkpoint) -> Deltas:
     return found
 
 
+def _mend(left: Sequence[str], model: Model, checkpoint: Checkpoint) -> str:
+    """Return what to do about tensors that fit nowhere."""
+    if any(_is_packed(model, name) for name in left):
+        return "The model's own are quantized: add dequantize = true, and quantize = … for bits."
+    modules = {match["path"] for name in left if (match := PARTS.fullmatch(_plain(name)))}
+    if any(f"{module}.weight" in checkpoint.tensors for module in modules):
+        return f"{model.library or 'The model'} makes others of these weights. {MERGED}"
+    return "Is it of another model, or of another version of it?"
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix(PREFIX)
+
+
 def _is_packed(model: Model, name: str) -> bool:
-    path, *_ = re.split(r"\.lora_[abAB]", name.removeprefix(PREFIX), maxsplit=1)
+    path, *_ = re.split(r"\.lora_[abAB]", _plain(name), maxsplit=1)
     path = path.removesuffix(".m")
     return f"{path}.scales" in model.parameters
 
@@ -188,13 +206,11 @@ def _of_peft(adapter: Adapter, model: Model, checkpoint: Checkpoint) -> Deltas:
     _refuse_others(adapter)
     scales = _Scales(adapter)
     places = _Places(model, checkpoint)
-    by_path: dict[str, dict[str, str]] = {}
+    experts = Experts(model)
     found: Deltas = {}
     for name in adapter.tensors:
-        plain = name.removeprefix(PREFIX)
-        if match := PARTS.fullmatch(plain):
-            by_path.setdefault(match["path"], {})[match["part"]] = name
-        else:  # modules_to_save, and biases that were trained
+        plain = _plain(name)
+        if not PARTS.fullmatch(plain):  # modules_to_save, and biases that were trained
             plain = plain.replace(".modules_to_save", "").replace(".base_layer", "")
             for parameter, expert in places.of(plain):
                 shape = parameter.shape if expert is None else parameter.shape[1:]
@@ -202,25 +218,42 @@ def _of_peft(adapter: Adapter, model: Model, checkpoint: Checkpoint) -> Deltas:
                 if shape == adapter.tensors[name].shape and _all_floats(part):
                     delta = Delta("replace", False, 1.0, expert, part)
                     found.setdefault(parameter.name, []).append(delta)
+    for path, tensors, embeds in _factors(adapter):
+        a, b = tensors["a"][2], tensors["b"][2]
+        made = (a[1], b[0]) if embeds else (b[0], a[1])
+        for parameter, expert in places.of(f"{path}.weight"):
+            if made == (parameter.shape if expert is None else parameter.shape[1:]):
+                scale = scales.of(path + ".weight" * _is_target(adapter, path), a[0])
+                kind = "peft_dora" if _has_magnitude(adapter, path, tensors) else "peft_lora"
+                delta = Delta(kind, embeds, scale, expert, tensors)
+                found.setdefault(parameter.name, []).append(delta)
+        module = path.replace(".base_layer", "")
+        for parameter, kind, named, rank in experts.of(module, a, b):
+            scale = scales.of(f"{module}.{named}", rank)
+            found.setdefault(parameter.name, []).append(Delta(kind, False, scale, None, tensors))
+    return found
+
+
+def _factors(adapter: Adapter) -> Iterator[tuple[str, dict[str, Part], bool]]:
+    """Yield each module's path, its factors by role, and whether they are an embedding's."""
+    by_path: dict[str, dict[str, str]] = {}
+    for name in adapter.tensors:
+        if match := PARTS.fullmatch(_plain(name)):
+            by_path.setdefault(match["path"], {})[match["part"]] = name
     for path, parts in by_path.items():
         tensors = {
             ROLES[part]: _part(adapter, name) for part, name in parts.items() if part in ROLES
         }
-        if not {"a", "b"} <= tensors.keys() or not _all_floats(tensors):
-            continue
-        a, b = tensors["a"][2], tensors["b"][2]
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            continue
-        for parameter, expert in places.of(f"{path}.weight"):
-            shape = parameter.shape if expert is None else parameter.shape[1:]
-            made = (b[0], a[1])
-            embeds = "lora_embedding_A" in parts
-            if (made[::-1] if embeds else made) == shape:
-                scale = scales.of(path, a[0])
-                kind = "peft_dora" if _has_magnitude(adapter, path, tensors) else "peft_lora"
-                delta = Delta(kind, embeds, scale, expert, tensors)
-                found.setdefault(parameter.name, []).append(delta)
-    return found
+        if {"a", "b"} <= tensors.keys() and _all_floats(tensors):
+            a, b = tensors["a"][2], tensors["b"][2]
+            if len(a) == len(b) == 2 and a[0] == b[1]:
+                yield path, tensors, "lora_embedding_A" in parts
+
+
+def _is_target(adapter: Adapter, path: str) -> bool:
+    """Tell whether PEFT adapted a module's weight as a parameter, by that name."""
+    targets = adapter.config.get("target_parameters") or ()
+    return any(f".{path}.weight".endswith(f".{target}") for target in targets)
 
 
 def _refuse_others(adapter: Adapter) -> None:
@@ -230,16 +263,13 @@ def _refuse_others(adapter: Adapter) -> None:
         CheckpointError: it is such.
     """
     config = adapter.config
-    way = "Have PEFT merge it (merge_and_unload), and name the folder that this makes as source."
     kind = str(config.get("peft_type", "LORA")).rpartition(".")[2]
     if kind != "LORA":
         what = f"peft_type = {kind!r}"
-    elif config.get("fan_in_fan_out"):
-        what = "fan_in_fan_out = true"
-    elif config.get("target_parameters"):
-        what = f"target_parameters = {config['target_parameters']!r}"
-    elif config.get("trainable_token_indices"):
-        what = "trainable_token_indices"
+    elif others := [key for key in OTHERS if config.get(key)]:
+        what = f"{others[0]} = {str(config[others[0]])[:100]}"
+    elif (begun := str(config.get("init_lora_weights"))).startswith(CHANGE_BASE):
+        what = f"init_lora_weights = {begun!r}, of a base model that PEFT changed with it"
     elif any(name.endswith("lora_B.bias") for name in adapter.tensors):
         what = "lora_bias = true"
     elif config.get("alora_invocation_tokens"):
@@ -247,7 +277,7 @@ def _refuse_others(adapter: Adapter) -> None:
     else:
         return
     raise CheckpointError(
-        f"adapter {adapter.source.location} has {what}, which is not fused here. {way}"
+        f"adapter {adapter.source.location} has {what}: that is not fused here. {MERGED}"
     )
 
 
@@ -331,10 +361,7 @@ class _Scales:
         return value_of
 
     def _odd(self, key: str, what: str) -> CheckpointError:
-        return CheckpointError(
-            f"adapter {self._adapter.source.location}: {key} {what}. Have PEFT merge it "
-            "(merge_and_unload), and name the folder that this makes as source."
-        )
+        return CheckpointError(f"adapter {self._adapter.source.location}: {key} {what}. {MERGED}")
 
 
 class _Places:
@@ -349,6 +376,8 @@ class _Places:
 
     def of(self, name: str) -> Iterator[tuple[Parameter, int | None]]:
         """Yield the parameters that a tensor is, and as which expert's of a stack."""
+        if name not in self._tensors:  # Mixtral's, which transformers 5 calls otherwise
+            name = name.replace(".mlp.", ".block_sparse_moe.")
         if name not in self._tensors:
             return
         key = self._tensors[name].inputs[0]

@@ -23,6 +23,7 @@ from cache.records.manifests import DTYPE_BYTES, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.layouts import fusions
 from tasks.layouts.fusions import Delta
+from tasks.layouts.peft_experts import OF_STACKS, of_expert
 from tasks.stages.reasons import Reason, changed_values
 from tasks.stages.stage import (
     Context,
@@ -144,6 +145,12 @@ class Fuse(Stage[FuseParams]):
                 role: _array(adapter.read(part), dtype, shape)
                 for role, (part, dtype, shape, _) in delta.tensors.items()
             }
+            if delta.kind in OF_STACKS:
+                count = source.shape[0]
+                for number in range(count):
+                    make = partial(_fuse_expert, delta, tensors, number, count)
+                    fused.setdefault(number, []).append(make)
+                continue
             fused.setdefault(delta.expert, []).append(partial(_fuse, delta, tensors, stream))
         dtype = params.dtype_of(name, TensorSpec(source.dtype, source.shape))
         return Fused(source, dtype, fused)
@@ -155,7 +162,7 @@ class Fuse(Stage[FuseParams]):
     def view_memory(self, params: FuseParams, checkpoint: Checkpoint) -> int:
         """Return the size of the largest piece, four times in float32."""
         sizes = [
-            prod(shape if params.deltas[name][0].expert is None else shape[1:])
+            prod(shape if _is_of_all(params.deltas[name][0]) else shape[1:])
             for name, shape in params.shapes.items()
         ]
         return 4 * DTYPE_BYTES["float32"] * max(sizes, default=0)
@@ -234,6 +241,18 @@ def _fuse(
     with _MULTIPLYING if stream.device.type == mx.gpu else nullcontext():
         mx.eval(weight)
     return weight
+
+
+def _is_of_all(delta: Delta) -> bool:
+    """Tell whether a weight is changed as a whole, and not expert by expert."""
+    return delta.expert is None and delta.kind not in OF_STACKS
+
+
+def _fuse_expert(
+    delta: Delta, tensors: Mapping[str, mx.array], number: int, count: int, weight: mx.array
+) -> mx.array:
+    """Return an expert's weight with what factors of all ``count`` do to it."""
+    return _fuse_peft(delta, of_expert(delta.kind, tensors, number, count), weight)
 
 
 def _fuse_peft(delta: Delta, tensors: Mapping[str, mx.array], weight: mx.array) -> mx.array:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters
@@ -109,6 +110,82 @@ def test_what_peft_trained(kind: str, tmp_path: Path) -> None:
         assert mx.allclose(array, expected, rtol=1e-5, atol=1e-6), name
     changed = {n for n in found if not mx.array_equal(found[n], plain[n].astype(mx.float32))}
     assert len(changed) >= 2
+
+
+def test_experts_that_peft_adapted_together(tmp_path: Path) -> None:
+    """As transformers 5 has them: of all experts at once, of which MLX has other stacks."""
+    source = checkpoints.make("qwen3-moe", tmp_path / "checkpoint")
+    config = json.loads((source / "config.json").read_text())
+    experts, hidden, wide = (
+        config[key] for key in ("num_experts", "moe_intermediate_size", "hidden_size")
+    )
+    layer = "model.layers.0.mlp"
+    path = f"base_model.model.{layer}.experts"
+    shapes = {
+        f"{path}.base_layer.lora_A.weight": (experts * 6, wide),
+        f"{path}.base_layer.lora_B.weight": (2 * hidden, experts * 6),
+        f"{path}.lora_A.weight": (experts * 2, hidden),
+        f"{path}.lora_B.weight": (wide, experts * 2),
+        f"base_model.model.{layer}.gate.lora_A.weight": (3, wide),
+        f"base_model.model.{layer}.gate.lora_B.weight": (experts, 3),
+    }
+    tensors = {n: checkpoints.random_array(n, s, dtype="float32") for n, s in shapes.items()}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    mx.save_safetensors(str(adapter / "adapter_model.safetensors"), tensors)
+    settings = {
+        "peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": [],
+        "target_parameters": ["gate.weight", "gate_up_proj", "down_proj"],
+        "rank_pattern": {r".*\.gate_up_proj": 6, r".*gate.weight": 3, "gate": 5},
+        "alpha_pattern": {r".*\.gate_up_proj": 12},
+    }  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    lines = '[models.model]\nsource = "checkpoint"\ndtype = "float32"\n'
+    (tmp_path / "models.toml").write_text(
+        f'{lines}[models.model.variants.adapted]\nadapter = "adapter"\n'
+    )
+    inside.doit(tmp_path)
+    plain, found = (
+        {n: np.array(a) for n, a in weights(tmp_path / "build" / name).items()}
+        for name in ("model", "model-adapted")
+    )
+    a, b, small_a, small_b, gate_a, gate_b = (np.array(each) for each in tensors.values())
+
+    def added(b: np.ndarray, a: np.ndarray) -> np.ndarray:  # PEFT's get_delta_weight
+        a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(len(b), -1, experts)
+        return np.einsum("ore,eri->eoi", b, a)
+
+    both = 2 * added(b, a)
+    expected = plain | {
+        f"{layer}.switch_mlp.{part}.weight": plain[f"{layer}.switch_mlp.{part}.weight"] + more
+        for part, more in (
+            ("gate_proj", both[:, :hidden]),
+            ("up_proj", both[:, hidden:]),
+            ("down_proj", 3 * added(small_b, small_a)),
+        )
+    }
+    expected[f"{layer}.gate.weight"] = plain[f"{layer}.gate.weight"] + 2 * gate_b @ gate_a
+    for name, array in found.items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_what_peft_changed_the_base_for(tmp_path: Path) -> None:
+    """Factors that stand for a part of the base, which PEFT takes off before it adds them."""
+    source = checkpoints.make("llama", tmp_path / "checkpoint")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{path}.lora_{each}.weight": mx.zeros((4, 4)) for each in "AB"}
+    mx.save_safetensors(str(adapter / "adapter_model.safetensors"), tensors)
+    (tmp_path / "models.toml").write_text(
+        f'[models.model]\nsource = "{source}"\nadapter = "adapter"\n'
+    )
+    for key, value in (("init_lora_weights", "pissa_niter_4"), ("layer_replication", [[0, 2]])):
+        settings = {"peft_type": "LORA", "r": 4, key: value}
+        (adapter / "adapter_config.json").write_text(json.dumps(settings))
+        said = " ".join(inside.doit(tmp_path, "plan", expect=3).stderr.split())
+        assert f"{key} = " in said
+        assert "merge_and_unload" in said
 
 
 def test_an_adapter_of_another_model(tmp_path: Path) -> None:
