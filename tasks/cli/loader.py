@@ -48,6 +48,18 @@ class SensitivitiesFirst(Exception):
         self.targets = targets
 
 
+class InParts(Exception):
+    """A run has more tasks than memory is to hold: see ``parts``.
+
+    Attributes:
+        parts: the targets that are to be built first, some at a time.
+    """
+
+    def __init__(self, parts: list[list[str]]) -> None:
+        super().__init__()
+        self.parts = parts
+
+
 class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
     """Calls the task creators of mlx-make's dodo.py with the task graph of a Session.
 
@@ -99,6 +111,7 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
     def load_tasks(self, cmd: Any, pos_args: list[str]) -> Any:
         """Plan the targets, and make doit's tasks for them."""
         if self._is_ours:
+            from tasks.cli import parts
             from tasks.cli.session import Session
             from tasks.cli.task_graph import TaskGraph
             from tasks.stages import registry
@@ -125,6 +138,9 @@ class _SessionLoader(NamespaceTaskLoader):  # type: ignore[misc]
             running = {stage.group for stage in registry.RUNNING}
             runs_models = any(group_of(name) in running for name in pos_args)
             graph = TaskGraph(self.session, cmd.dep_manager, runs_models)
+            if options.in_parts and (found := parts.parts(graph)):
+                self.session.close()
+                raise InParts(found)
             self.namespace = graph.stage_creators() | {
                 name: MethodType(creator, graph) if creator.__code__.co_argcount else creator
                 for name, creator in creators.items()

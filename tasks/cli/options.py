@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
+import uuid
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
-from msgspec import Struct, structs
+from msgspec import Struct, field, structs
 
 from tasks.core.task_names import (
     LOCK,
@@ -18,6 +20,10 @@ from tasks.core.task_names import (
     target_of,
     task_name,
 )
+
+
+def _new_run() -> str:
+    return f"{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
 
 
 class Options(Struct, frozen=True):
@@ -36,6 +42,8 @@ class Options(Struct, frozen=True):
         recovers: whether sensitivities that the cache has on record and lost are made again while
             targets are planned: in a run that saw to them just now.
         cleans: whether what was built is to be removed, for which nothing need be planned.
+        in_parts: whether a run of very many tasks may be run in ``parts``.
+        run: the id under which what it does is logged.
     """
 
     requested_tasks: tuple[str, ...] | None = None
@@ -46,6 +54,8 @@ class Options(Struct, frozen=True):
     read_only: bool = False
     recovers: bool = False
     cleans: bool = False
+    in_parts: bool = False
+    run: str = field(default_factory=_new_run)
 
     def requesting(self, tasks: Iterable[str]) -> Options:
         """Return these options with the tasks that a run names, if it is one."""

@@ -204,14 +204,14 @@ class Publisher:
         target, memos = plan.target, self.session.store.memos
         figures = Reader(self.session.builder).read(plan)
         own = target.files and (target.files / CARD).exists()
-        if own or figures is None or not (figures.errors or figures.quality):
+        if own or figures is None or not (figures.settings or figures.quality):
             return {}
         packed, _ = self._packed(target.name)
         tensors = {
             name: Tensor(dtype, tuple(shape), digest)
             for name, (dtype, shape, digest) in packed.action.inputs.items()
         }
-        error = figures.relative if figures.errors else None
+        error = figures.relative if figures.settings else None
         return model_card.render(plan, tensors, memos, error=error, quality=figures.quality)
 
     def forecast(self, plan: Plan) -> tuple[Difference, list[str]]:

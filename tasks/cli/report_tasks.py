@@ -173,11 +173,11 @@ def _compared(plan: Plan, measured: Collection[str]) -> list[str]:
 
 def _seen(session: Session, reader: Reader, plan: Plan, family: list[Plan]) -> str:
     """Return a digest of what a page shows besides the manifests that it depends on."""
-    stamps = [reader.stamps(other) for other in family if other is not plan]
-    stamps.append(reader.stamps(plan)[-1:])  # of its evaluation, which no report waits for
+    others = [reader.seen(other) for other in family if other is not plan]
+    evaluation = reader.evaluation(plan)  # which no report waits for
     source = session.lock.sources.get(plan.target.source_name)
     run = timeline.last_run(session.builder.log.path, plan.target.name)
-    return digest_record([stamps, source.json if source else None, run])
+    return digest_record([others, evaluation, source.json if source else None, run])
 
 
 def _write(path: Path, page: str) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 from doit.cmd_run import Run as DoitRun
 from doit.exceptions import InvalidCommand
+from doit.globals import Globals
 from msgspec import structs
 
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import is_given, models_file, our_control
-from tasks.cli.loader import SensitivitiesFirst
+from tasks.cli.loader import InParts, SensitivitiesFirst
 from tasks.cli.options import Options
+from tasks.cli.parts import tasks_of
 from tasks.cli.process import interruptible
 from tasks.cli.state_lock import alone
 from tasks.core import pytorch
@@ -62,17 +64,18 @@ class Run(Command, DoitRun):  # type: ignore[misc]
             skip_targets=not args and not params["always"],
             skip_layers=not params["always"],
             locked=params["locked"],
+            in_parts=not params["locked"] and not params["single"],
         )
         raise_file_limit()
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         kept = f"layers that are done are kept; run {COMMAND} again to go on"
         with interruptible(kept), alone(models_file()), our_control():
             try:
-                return self._run(params, args)
+                return self._run_in_parts(params, args)
             except SensitivitiesFirst as first:
                 tasks = [task_name(registry.SENSITIVITY.group, name) for name in first.targets]
-            options = self.options
-            self.options = Options(requested_tasks=tuple(tasks))  # what is locked is checked below
+            options = self.options  # what is locked is checked below
+            self.options = Options(requested_tasks=tuple(tasks), run=options.run)
             # All of them: doit's database may know of results that the cache has lost.
             always, params["always"] = params["always"], True
             status = self._run(params, tasks)
@@ -82,12 +85,44 @@ class Run(Command, DoitRun):  # type: ignore[misc]
             self.session.close()
             self.options = structs.replace(options, recovers=True)
             try:
-                return self._run(params, args)
+                return self._run_in_parts(params, args)
             except SensitivitiesFirst as first:
                 raise BuildError(
                     f"the sensitivities of {first} were worked out, and are not on record. See "
                     f"that the cache is written to, and kept: {COMMAND} cache stats."
                 ) from first
+
+    def _run_in_parts(self, params: Any, args: list[str]) -> int:
+        """Run tasks: if they are too many, those of a part of the targets after another's."""
+        try:
+            return self._run(params, args)
+        except InParts as many:
+            parts = many.parts
+        options = structs.replace(self.options, in_parts=False)
+        count, begun, status = sum(map(len, parts)), 0, 0
+        for part in parts:
+            self._forget()
+            print(f"{begun + 1} to {begun + len(part)} of {count} targets", flush=True)
+            begun += len(part)
+            tasks = tasks_of(part, options.requested_tasks or ())
+            named = {"requested_tasks": tuple(tasks), "skip_targets": False}
+            self.options = structs.replace(options, **named)
+            status = max(status, self._run(params, tasks))
+            self.session.close()
+            if status and not params["continue"]:
+                return status
+        self._forget()
+        self.options, params["always"] = options, False
+        return max(status, self._run(params, args))
+
+    def _forget(self) -> None:
+        """Let go of all tasks of a run, which stay else until those of the next are there."""
+        self.loader.session, self.loader.namespace = None, {}
+        self.task_list, self.control, self.dep_manager = [], None, None
+        Globals.dep_manager = None
+        gc.unfreeze()
+        gc.collect()
+        gc.disable()  # as at first
 
     def _run(self, params: Any, args: list[str]) -> int:
         """Run tasks."""

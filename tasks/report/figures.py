@@ -10,6 +10,7 @@ from math import hypot, inf, isfinite, log10, nan
 from pathlib import Path
 
 from cache.blobs import Blobs
+from cache.digest import digest_record
 from cache.errors import CacheError
 from cache.files.stamp import Stamp
 from cache.records.manifests import Manifest, Tensor
@@ -109,7 +110,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Figures:
-    """A target as it was last built.
+    """A target as it was last built, in a few numbers.
 
     Attributes:
         name: the target's.
@@ -118,7 +119,8 @@ class Figures:
         nbytes: size of all files.
         weight_bytes: size of the weight files.
         weights: how many the model has.
-        errors: by parameter, or None if they were not measured.
+        settings: how its weights are quantized, or None if that was not measured.
+        relative: relative error of all quantized weights together; None if it was not measured.
         quality: how good it is, or None if it was not evaluated.
     """
 
@@ -128,7 +130,8 @@ class Figures:
     nbytes: int
     weight_bytes: int
     weights: int
-    errors: dict[str, Error] | None
+    settings: tuple[Setting, ...] | None
+    relative: float | None
     quality: ModelQuality | None = None
 
     @property
@@ -136,17 +139,12 @@ class Figures:
         """Bits per weight, scales, biases and headers included."""
         return 8 * self.weight_bytes / self.weights if self.weights else nan
 
-    @cached_property
-    def relative(self) -> float | None:
-        """Relative error of all quantized weights together; None if it is not known."""
-        return None if self.errors is None else together(self.errors.values())
-
-    @cached_property
+    @property
     def scheme(self) -> str | None:
         """How it is quantized, in words; None if that is not known."""
-        if self.errors is None:
+        settings = self.settings
+        if settings is None:
             return None
-        settings = sorted({e.setting for e in self.errors.values()}, key=lambda s: (s.bits, s))
         if not settings:
             return "not quantized"
         if len(settings) > 1 and len({(s.group_size, s.mode) for s in settings}) == 1:
@@ -179,30 +177,45 @@ def together(errors: Iterable[Error]) -> float:
 
 
 class Reader:
-    """Reads targets' figures, once as long as their manifests stay the same. Safe in threads."""
+    """Reads targets' figures, once. Safe in threads.
+
+    To be asked once all is made that these are to be of: a thousand targets that are compared with
+    each other would have their manifests looked at a million times.
+    """
 
     def __init__(self, builder: Builder) -> None:
         self.builder = builder
-        self._known: dict[str, tuple[list[Stamp | None], Figures | None]] = {}
+        self._seen: dict[str, str] = {}
+        self._known: dict[str, Figures | None] = {}
 
-    def stamps(self, plan: Plan) -> list[Stamp | None]:
-        """Return the stamps of the manifests that a target's figures come of."""
-        paths = [str(self.builder.workspace.packed(plan.target.name))]
-        paths += [node.manifest_path(self.builder.workspace) for node in plan.measuring]
-        paths.append(_evaluation(self.builder.workspace, plan.target.name))
-        return [_stamp(path) for path in paths]
+    def seen(self, plan: Plan) -> str:
+        """Return a digest of which manifests a target's figures are of."""
+        name = plan.target.name
+        if name not in self._seen:
+            workspace = self.builder.workspace
+            paths = [str(workspace.packed(name)), _evaluation(workspace, name)]
+            paths += [node.manifest_path(workspace) for node in plan.measuring]
+            self._seen[name] = digest_record([_stamp(path) for path in paths])
+        return self._seen[name]
+
+    def evaluation(self, plan: Plan) -> Stamp | None:
+        """Return the stamp of a target's evaluation."""
+        return _stamp(_evaluation(self.builder.workspace, plan.target.name))
 
     def read(self, plan: Plan) -> Figures | None:
         """Return the figures of a target as it was last built, or None if it was not.
 
-        Nothing is built for it. ``errors`` is None where they are not known, or not of what was
-        last packed.
+        Nothing is built for it. What was measured is None where that is not of what was last
+        packed.
         """
-        stamps = self.stamps(plan)
-        known = self._known.get(plan.target.name)
-        if known is None or known[0] != stamps:
-            known = self._known[plan.target.name] = (stamps, _read(self.builder, plan))
-        return known[1]
+        name = plan.target.name
+        if name not in self._known:
+            self._known[name] = _read(self.builder, plan)
+        return self._known[name]
+
+    def errors(self, plan: Plan, packed: Manifest) -> dict[str, Error] | None:
+        """Return a target's errors by parameter; None if they are not of what is ``packed``."""
+        return _errors(self.builder, plan, packed)
 
 
 def _stamp(path: str) -> Stamp | None:
@@ -217,6 +230,8 @@ def _read(builder: Builder, plan: Plan) -> Figures | None:
     if packed is None:
         return None
     sizes = {name: tensor.nbytes for name, tensor in packed.tensors.items()}
+    errors = _errors(builder, plan, packed)
+    settings = None if errors is None else {error.setting for error in errors.values()}
     return Figures(
         plan.target.name,
         plan.target.source_name,
@@ -224,7 +239,8 @@ def _read(builder: Builder, plan: Plan) -> Figures | None:
         sum(sizes.values()),
         sum(sizes[name] for name in packed.action.params["weights"]),
         plan.weights,
-        _errors(builder, plan, packed),
+        None if settings is None else tuple(sorted(settings, key=lambda s: (s.bits, s))),
+        None if errors is None else together(errors.values()),
         evaluated(builder.store.blobs, builder.workspace, plan.target.name, packed),
     )
 

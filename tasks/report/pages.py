@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # imported where a page is written
     from jinja2 import Environment
 
 WORST = 10
+COMPARED = 50  # of the variants, on a target's page
 LAYERS_HEIGHT = 160.0  # of the chart of layers, in CSS pixels
 
 
@@ -63,17 +64,16 @@ def target(
     Raises:
         BuildError: its errors are not of what is packed.
     """
-    built = reader.read(plan)
-    if built is None or built.errors is None:
+    built, errors = reader.read(plan), reader.errors(plan, packed)
+    if built is None or errors is None:
         raise BuildError(
             f"{plan.target.name}: what was measured is not what was packed. Run {COMMAND} forget "
             f"{task_name(Measure.group, plan.target.name)}, then {COMMAND} "
             f"{task_name(REPORT, plan.target.name)}."
         )
-    pieces = figures.pieces(plan, packed, built.errors)
-    scale = charts.Scale.of(built.errors.values())
+    pieces = figures.pieces(plan, packed, errors)
+    scale = charts.Scale.of(errors.values())
     build = timeline.read(reader.builder.log.path, plan)
-    variants = [one for p in family if (one := reader.read(p))]
     measured = _worst_first(pieces)
     rows = charts.rows(build, plan) if build else []
     page = _environment().get_template("target.html").render(
@@ -89,8 +89,7 @@ def target(
         kinds=charts.kinds(pieces),
         bars=charts.bars(pieces, LAYERS_HEIGHT),
         layers_height=LAYERS_HEIGHT,
-        variants=variants,
-        plots=charts.plots(variants),
+        **_beside([one for each in family if (one := reader.read(each))], built),
         timeline=build,
         lanes=charts.lanes(build) if build else None,
         rows=rows,
@@ -143,12 +142,23 @@ def parameters(plan: Plan, packed: Manifest) -> list[tuple[str, str]]:
             said = [k if v is True else f"{k} = {v}" for k, v in of_rule.items() if v is not None]
             settings[f"rule {number}"] = f"{rule.match}: {', '.join(said)}"
     settings["max_shard_size"] = f"{target.max_shard_bytes:,} bytes"
-    library = plan.model.model.library
     settings |= {
-        {"mlx": "MLX", "sanitize": f"{library}'s sanitize"}.get(key, key): value
+        {"mlx": "MLX", "sanitize": "mlx-lm's sanitize"}.get(key, key): value
         for key, value in (plan.computer or {}).items()
     }
     return list(settings.items())
+
+
+def _beside(variants: Sequence[Figures], built: Figures) -> dict[str, Any]:
+    """Return the variants that a target's page compares it with, those of about its size.
+
+    Pages of a thousand targets that each had a thousand rows would have a million.
+    """
+    by_size = sorted(variants, key=lambda one: abs(one.weight_bytes - built.weight_bytes))
+    near = {one.name for one in by_size[:COMPARED]} | {built.name}
+    shown = [one for one in variants if one.name in near]
+    left_out = len(variants) - len(shown)
+    return {"variants": shown, "left_out": left_out, "plots": charts.plots(shown)}
 
 
 def _worst_first(pieces: Iterable[Piece]) -> list[Piece]:

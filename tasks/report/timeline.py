@@ -20,7 +20,8 @@ class Timeline:
 
     Attributes:
         target: the target's name.
-        entries: the log's lines of that run, whatever they are of.
+        entries: the log's lines of what was done in that run from when it began with the target,
+            whatever they are of.
         critical: the target's lines that had to follow one another, and took longest together.
         cut: whether the log may have lost the run's beginning.
     """
@@ -80,8 +81,7 @@ def read(log: Path, plan: Plan) -> Timeline | None:
     if last is None:
         return None
     stop, packed = last
-    lines = [line for line in data[:stop].splitlines() if packed.run.encode() in line]
-    entries = [entry for line in lines if (entry := parse(line)) and entry.run == packed.run]
+    entries = _meanwhile(data[:stop].splitlines(), packed)
     first = parse(data.partition(b"\n")[0])
     # A trimmed log begins in the middle of a run, and is still long.
     cut = first is not None and first.run == packed.run and len(data) > MAX_BYTES // 4
@@ -90,6 +90,28 @@ def read(log: Path, plan: Plan) -> Timeline | None:
         needs |= {node.name: [need.name for need in node.needs] for node in stage}
     mine = {entry.task: entry for entry in entries if entry.target == target}
     return Timeline(target, entries, critical_path(mine, needs, packed.task), cut)
+
+
+def _meanwhile(lines: Sequence[bytes], packed: Entry) -> list[Entry]:
+    """Return what was done in a run from when it began with a target to when that was packed.
+
+    Of a run of a thousand targets each one's is a small part, and no more of it is read.
+
+    Args:
+        lines: the log's, in the order in which what they are of ended; the last is ``packed``.
+        packed: how the target was packed.
+    """
+    of_run = [line for line in lines if packed.run.encode() in line]
+    own = json.dumps(f":{packed.target}", ensure_ascii=False)[1:-1].encode()
+    first = next(number for number, line in enumerate(of_run) if own in line)
+    entries = [e for line in of_run[first:] if (e := parse(line)) and e.run == packed.run]
+    start = min(entry.start for entry in entries if entry.target == packed.target)
+    for line in reversed(of_run[:first]):
+        if (entry := parse(line)) and entry.run == packed.run:
+            if end(entry) < start:
+                break
+            entries.insert(0, entry)
+    return entries
 
 
 def critical_path(

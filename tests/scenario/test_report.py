@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from cache.files.stamp import Stamp
 from support.projects import FOUR_BIT, LAYERS, Project, create, outcomes
+from tasks.report import figures
+from tasks.report import pages as report_pages
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -118,6 +122,41 @@ def test_a_report_builds_no_other_target_and_shows_it_once_it_is_built(tmp_path:
     project.doit("report")
     assert "Nothing is quantized" in _text(project, "plain")
     assert project.doit("report").entries == []
+
+
+def test_pages_of_many_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take what grows with them: no record is looked at for each page, or told of in each."""
+    looked: Counter[str] = Counter()
+    stamp = figures._stamp
+
+    def count(path: str) -> Stamp | None:
+        looked[path] += "evaluate" not in path
+        return stamp(path)
+
+    monkeypatch.setattr(figures, "_stamp", count)
+    monkeypatch.setattr(report_pages, "COMPARED", 2)
+    project = create(tmp_path, "huggingface", **FOUR_BIT)
+    for bits in (5, 6, 8):
+        project.configure(f"b{bits}", quantize={"bits": bits})
+    project.doit("-n", "1")  # one target after another
+    project.doit("report")
+    assert max(looked.values()) == 1
+    page = (project.folder / "reports" / "b6.html").read_text()
+    assert all(said in page for said in ("b5.html", ">2 more</a>"))
+    assert not any(said in page for said in ("b8.html", "model.html"))
+    traces = {t: _trace(project, t) for t in ("model", "b5", "b6", "b8")}
+    for target, tasks in traces.items():
+        assert {f"quantize:{target}:layers.0", f"pack:{target}"} <= tasks
+    assert sum(map(len, traces.values())) < 1.5 * sum(map(len, _of_targets(traces).values()))
+
+
+def _trace(project: Project, target: str) -> set[str]:
+    trace = json.loads((project.folder / "reports" / f"{target}.trace.json").read_bytes())
+    return {event["name"] for event in trace["traceEvents"] if event["ph"] == "X"}
+
+
+def _of_targets(traces: dict[str, set[str]]) -> dict[str, set[str]]:
+    return {t: {task for task in tasks if f":{t}" in task} for t, tasks in traces.items()}
 
 
 def test_a_page_that_was_touched_or_is_gone_is_made_again(tmp_path: Path) -> None:
