@@ -141,14 +141,24 @@ def fail(answer: Mapping[str, str], checkpoint: Checkpoint, library: str) -> Non
 
 def _having(model_type: object, but: str) -> list[str]:
     """Return the layouts whose libraries have a class for a model, and how to install these."""
+    return [
+        f'layout = "{name}"' + (f" ({install})" if install else "")
+        for name, install in layouts_of(model_type).items()
+        if name != but
+    ]
+
+
+def layouts_of(model_type: object) -> dict[str, str]:
+    """Return the layouts whose libraries have a class for a model, and how to install each.
+
+    "", it is installed.
+    """
     module = str(model_type).lower().replace("-", "_")
-    found = []
+    found = {}
     for name, library in LIBRARIES.items():
-        if name == but or module not in (types := model_types(library)):
-            continue
-        missed = types is library.KNOWS and library.EXTRA
-        install = f" (pip install 'mlx-make[{library.EXTRA}]')" if missed else ""
-        found.append(f'layout = "{name}"{install}')
+        if module in (types := model_types(library)):
+            missed = types is library.KNOWS and library.EXTRA
+            found[name] = f"pip install 'mlx-make[{library.EXTRA}]'" if missed else ""
     return found
 
 

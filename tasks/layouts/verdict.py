@@ -54,6 +54,7 @@ def explained(
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     first = f"config.json has quant_method = {method!r}. " if method else ""
     what = _shortened(text) if kind in ("ValueError", "SystemExit") else f"{kind}: {text}"
+    what = what.removesuffix(": ")
     another = another or _newer(distribution)
     if str(method).lower() in NOT_UNPACKED:
         return first + _not_unpacked(str(method).lower(), library)

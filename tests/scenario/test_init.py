@@ -100,3 +100,24 @@ def test_nothing_there(folder: Path, args: tuple[str, ...], told: str) -> None:
     refused = inside.doit(folder, "init", *args, expect=3).stderr
     assert refused.startswith(f"ERROR: {told}")
     assert not (folder / "models.toml").exists()
+
+
+def test_whose_library_has_the_model(folder: Path) -> None:
+    """By the names of its models: nothing is imported for it, and it need not be installed."""
+    for name, model_type in {"text": "llama", "hearer": "whisper", "embedder": "qwen3"}.items():
+        checkpoints.make("llama", folder / name, files=1)
+        config = json.loads((folder / name / "config.json").read_text())
+        config["model_type"] = model_type
+        (folder / name / "config.json").write_text(json.dumps(config))
+    (folder / "embedder" / "modules.json").write_text("[]")  # of sentence-transformers
+    inside.doit(folder, "init")
+    lines = (folder / "models.toml").read_text().splitlines()
+    of = {name: next(i for i, line in enumerate(lines) if line == f"[models.{name}]") for name in (
+        "embedder", "hearer", "text",
+    )}  # fmt: skip
+    said = {
+        name: next(line for line in lines[at:] if "layout = " in line) for name, at in of.items()
+    }
+    assert said["embedder"].startswith('layout = "mlx-embeddings"')
+    assert said["hearer"].startswith('layout = "mlx-audio"')
+    assert said["text"].startswith('# layout = "mlx-vlm"')

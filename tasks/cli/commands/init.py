@@ -21,6 +21,8 @@ from tasks.core.program import COMMAND
 from tasks.core.spec import Mistakes, SourceSpec
 from tasks.core.text import plural, toml
 from tasks.core.workspace import BUILD
+from tasks.layouts import asking
+from tasks.layouts.libraries import MLX_EMBEDDINGS, MLX_LM
 from tasks.layouts.registry import is_read
 
 MAX_DEPTH = 3  # of folders below the current one that are looked into
@@ -31,7 +33,9 @@ HEAD = f"""\
 """
 SETTINGS = """\
 # dtype = "bfloat16"  # Default: the checkpoint's own
-# layout = "mlx-examples"  # for mlx-examples' llama. Default: "mlx-lm"
+"""
+LAYOUT = """\
+# layout = "mlx-vlm"  # with what it sees and hears with, or another. Default: "mlx-lm"
 """
 QUANTIZE = """\
 quantize = { bits = 4 }  # or 3, 6, 8, …; without this line nothing is quantized
@@ -148,6 +152,7 @@ def _tables(checkpoints: Mapping[SourceSpec, ReadableSource], folder: Path) -> d
             f"[models.{key}]\nsource = {toml(sources.spelled(spec, folder))}\n"
             + (QUANTIZED if _is_quantized(opened) else QUANTIZE)
             + SETTINGS
+            + _layout(opened)
             + VARIANT.format(name=name, key=key)
         )
     return tables
@@ -166,8 +171,28 @@ def _name(folder: str, taken: Iterable[str]) -> str:
 
 def _is_quantized(source: ReadableSource) -> bool:
     """Tell whether a checkpoint's config.json says that its weights are quantized."""
+    return not {"quantization", "quantization_config"}.isdisjoint(_config(source))
+
+
+def _layout(source: ReadableSource) -> str:
+    """Return the line of a layout: a comment, or that of a library where mlx-lm has no such model.
+
+    Or it has, and the files are those of sentence-transformers.
+    """
+    having = asking.layouts_of(_config(source).get("model_type"))
+    if source.has(transformers.MODULES) and MLX_EMBEDDINGS in having:
+        having = {MLX_EMBEDDINGS: having[MLX_EMBEDDINGS]}
+    if not having or MLX_LM in having:
+        return LAYOUT
+    (name, install), *others = having.items()
+    words = [install, *(f'or "{other}"' for other, _ in others)]
+    said = ", ".join(word for word in words if word)
+    return f'layout = "{name}"' + (f"  # {said}" if said else "") + "\n"
+
+
+def _config(source: ReadableSource) -> dict[str, Any]:
+    """Return what a checkpoint's config.json says, nothing if there is none."""
     try:
-        config = read_json(source.small_files / "config.json", "what tells of its weights")
+        return read_json(source.small_files / "config.json", "what tells of its weights")
     except CheckpointError:
-        return False
-    return not {"quantization", "quantization_config"}.isdisjoint(config)
+        return {}
