@@ -65,6 +65,8 @@ def choose(
         why = _differences(plan, choice.record, built, lock)
         if not why and settings is None:
             why = f"what {lock.path.name} has of it is no choice of these candidates"
+        if not why and not built.is_chosen:
+            why = f"what {lock.path.name} has of it is not what was chosen"
         if not why and settings is not None:
             return _made(choice, budget, settings, Origin.LOCKED)
         choice = structs.replace(choice, anew=why)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
+from cache.digest import digest_record
 from cache.files import atomic
 from tasks.core.errors import ConfigError
 from tasks.core.program import COMMAND
@@ -77,6 +78,8 @@ class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             publishing worked it out.
         chosen: where a budget chose how modules are quantized: group size, bits and mode, by path.
         chosen_for: the budget, and what else of models.toml and the model that is a choice for.
+        choice: digest of ``chosen`` and ``chosen_for``: a digit of it that is another may be a
+            choice as well.
     """
 
     source: _256_BITS
@@ -88,12 +91,26 @@ class Built(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: dict[str, _256_BITS] | None = None
     chosen: dict[str, tuple[int, int, str]] | None = None
     chosen_for: dict[str, Any] | None = None
+    choice: _DIGEST | None = None
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether what is chosen is what was; of older files nothing tells."""
+        return self.choice is None or self.choice == self.sealed.choice
+
+    @property
+    def sealed(self) -> Built:
+        """It with the digest of what is chosen, if anything is."""
+        if self.chosen is None:
+            return msgspec.structs.replace(self, choice=None)
+        choice = digest_record([msgspec.to_builtins(self.chosen), self.chosen_for])
+        return msgspec.structs.replace(self, choice=choice)
 
     @property
     def json(self) -> dict[str, Any]:
         """It as the file has it."""
         record = msgspec.structs.asdict(self)
-        for name in ("sha256", "chosen", "chosen_for"):
+        for name in ("sha256", "chosen", "chosen_for", "choice"):
             if record[name] is None:
                 del record[name]
         return record

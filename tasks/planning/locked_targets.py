@@ -181,7 +181,7 @@ def check_output(
     built = Built(
         source.record, settings(plan), plan.computer, packed.action.key, packed.result, blake3,
         sha256, _chosen(plan), plan.choice.record if plan.choice else None,
-    )  # fmt: skip
+    ).sealed  # fmt: skip
     if locked and locked.output != built.output:
         fact = f"was built as {built.output}, and is {locked.output} in {lock.path.name}"
         if locked.action == built.action:  # else check_target said what differs

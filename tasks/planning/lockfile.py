@@ -93,7 +93,8 @@ class Lock:
         with self._writing:
             built = self.targets.get(target)
             if built and built.chosen is not None:
-                self.targets[target] = msgspec.structs.replace(built, chosen=None, chosen_for=None)
+                forgotten = msgspec.structs.replace(built, chosen=None, chosen_for=None)
+                self.targets[target] = forgotten.sealed
                 self._save(targets)
 
     def move(self, plan: Plan, now: LockedSource, targets: Mapping[str, Target]) -> str:

@@ -355,6 +355,15 @@ def test_what_is_locked_is_built(project: Project) -> None:
     assert "chosen" not in json.loads(lock.read_bytes())["targets"]["model"]
     assert groups(project.doit().computed) >= LOOKS
     assert project.built() == built
+    locked = json.loads(lock.read_bytes())["targets"]
+    record = json.loads(lock.read_bytes())
+    chosen = record["targets"]["model"]["chosen"]
+    chosen["lm_head"] = [32, 2 if chosen["lm_head"][1] > 2 else 3, "affine"]  # which would fit, too
+    lock.write_text(json.dumps(record))
+    assert "is not what was chosen" in project.doit("--locked", expect=3).stderr
+    project.doit()
+    assert project.built() == built
+    assert json.loads(lock.read_bytes())["targets"] == locked
 
     project.configure(quantize={**asked, "target_bpw": 4.5})
     sensitivities = project.manifest("sensitivity", "any").parent
