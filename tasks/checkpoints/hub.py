@@ -157,6 +157,9 @@ class HubSource(Struct, frozen=True, dict=True):
         where = f"the folder {subfolder} of " if subfolder else ""
         fact = f"it has {some([*self._files], 5)}" if self._files else "there is nothing"
         mend = loaders.no_checkpoint(self) or " Name a folder that does:"
+        folder, at, revision = subfolder.rpartition("@")
+        if at and not self._files:
+            mend = f" A revision stands before the folder: {HubName(repository, revision, folder)};"
         return CheckpointError(
             f"{where}{repository} holds no checkpoint at commit {self.revision}: {fact}, and no "
             f"config.json or params.json.{mend} {page(repository)} lists what is there."

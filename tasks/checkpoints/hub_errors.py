@@ -170,9 +170,15 @@ def _host(response: httpx2.Response) -> str:
 def _unreachable(
     error: Exception, repository: str, revision: str | None, name: str
 ) -> HubUnreachable:
+    import httpx2
     from huggingface_hub import errors
 
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+    if isinstance(cause, httpx2.UnsupportedProtocol):
+        return HubUnreachable(
+            f"HF_ENDPOINT is {endpoint()}, which is no address: {_cause(cause).rstrip('.')}. Write "
+            "one as https://huggingface.co is."
+        )
     if isinstance(cause, errors.OfflineModeIsEnabled):
         at = f" at {revision}" if revision else ""
         return HubUnreachable(

@@ -368,13 +368,19 @@ def refusal(source: HubSource) -> str:
     return str(refused.value)
 
 
-def test_what_is_not_to_be_had(hub: Hub, repository: Repository, open_source) -> None:
+def test_what_is_not_to_be_had(
+    hub: Hub, repository: Repository, open_source, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "there is no model org/other at" in refusal(open_source("org/other"))
     told = refusal(open_source("org/model@v9"))
     assert "has no branch, tag or commit v9" in told
     assert f"{hub.url}/org/model/commits/main lists" in told
     assert "has no branch, tag or commit" in refusal(open_source(f"org/model@{'ab' * 20}"))
     assert not open_source("org/model/nowhere").available
+    with pytest.raises(CheckpointError, match="before the folder: hf:org/model@v1/nowhere; http"):
+        open_source("org/model/nowhere@v1").small_files  # noqa: B018 - for what it raises
+    monkeypatch.setattr(constants, "ENDPOINT", "nonsense")
+    assert "HF_ENDPOINT is nonsense, which is no address" in refusal(open_source("org/unasked"))
 
 
 def test_what_is_private(
