@@ -37,7 +37,10 @@ BITS = (2, 3, 4, 8)
 
 def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | None:
     """Return the weights that have ``qweight``."""
-    symmetric = settings.get("sym") is True and not settings.get("dynamic")
+    dynamic = settings.get("dynamic")
+    own = [each for each in (dynamic or {}).values() if each] if isinstance(dynamic, dict) else []
+    symmetric = settings.get("sym") is True and all(each.get("sym", True) for each in own)
+    in_order = settings.get("desc_act") is False and not any(each.get("desc_act") for each in own)
     packed = {}
     for path in paths(tensors, ".qweight"):
         names = [f"{path}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")]
@@ -57,7 +60,7 @@ def found(settings: Mapping[str, Any], tensors: Tensors, read: Read) -> Found | 
         }
         held = repacking(
             width, how["group_size"], columns, tensors[names[2]].dtype, centred=symmetric,
-            order=names[3] in there and settings.get("desc_act") is not False,
+            order=names[3] in there and not in_order,
         )  # fmt: skip
         packed[f"{path}.weight"] = Packed((high, columns), there, how, held)
     return Found(NAME, packed) if packed else None

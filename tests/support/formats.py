@@ -113,6 +113,13 @@ KEPT = {
     "gptq-3": (
         packed.gptq(3, symmetric=True), gptq_settings(3, sym=True), (32, 3, "affine"),
     ),
+    "gptq-dynamic": (
+        packed.by_path(
+            {"down_proj": packed.gptq(8, symmetric=True), "": packed.gptq(4, symmetric=True)}
+        ),
+        gptq_settings(4, sym=True, dynamic={"+:.*down_proj": {"bits": 8}, "-:.*gate$": {}}),
+        (32, 8, "affine"),
+    ),
     "quanto": (packed.quanto(), {"quant_method": "quanto"}, (32, 4, "affine")),
     "mxfp4": (
         packed.mxfp4(), packed.compressed("mxfp4-pack-quantized", type="float"), (32, 4, "mxfp4"),
