@@ -87,6 +87,7 @@ def test_without_being_asked(tmp_path: Path) -> None:
     assert [*weight_differences(built, reference)] == []
 
 
+@pytest.mark.usefixtures("by_cpu")  # whose floats there are on any machine
 @pytest.mark.parametrize(
     ("arch", "made", "asked"),
     [
@@ -103,7 +104,9 @@ def test_dequantize(arch: str, made: dict, asked: dict, tmp_path: Path) -> None:
     again = peer.convert(floats, tmp_path / "again", quantize=True, q_bits=6, **asked)
     lines = "".join(f'{key} = "{value}"\n' for key, value in asked.items())
     variants = "[models.model.variants.six]\nquantize = { bits = 6 }"
-    built = build(tmp_path / "project", source, f"dequantize = true\n{lines}{variants}")
+    built = build(
+        tmp_path / "project", source, f'dequantize = true\ndevice = "cpu"\n{lines}{variants}'
+    )
     six = built.with_name("model-six")
     for ours, theirs in ((built, floats), (six, again)):
         assert [*weight_differences(ours, theirs)] == []

@@ -47,7 +47,8 @@ def run(
 @functools.cache
 def _server() -> subprocess.Popen:
     """The process, which ends with this one."""
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    own = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH")]
+    path = os.pathsep.join(filter(None, own))
     server = subprocess.Popen(
         [*_BEGINS, "support.warm"],
         stdin=PIPE,
