@@ -142,8 +142,9 @@ def parameters(plan: Plan, packed: Manifest) -> list[tuple[str, str]]:
             said = [k if v is True else f"{k} = {v}" for k, v in of_rule.items() if v is not None]
             settings[f"rule {number}"] = f"{rule.match}: {', '.join(said)}"
     settings["max_shard_size"] = f"{target.max_shard_bytes:,} bytes"
+    library = plan.model.model.library
     settings |= {
-        {"mlx": "MLX", "sanitize": "mlx-lm's sanitize"}.get(key, key): value
+        {"mlx": "MLX", "sanitize": f"{library}'s sanitize"}.get(key, key): value
         for key, value in (plan.computer or {}).items()
     }
     return list(settings.items())
