@@ -30,6 +30,7 @@ from tasks.execution.crew import Crew, Locate
 from tasks.execution.filling.draft import Drafts, WeightFileDraft
 from tasks.execution.log import Entry, Log, Trace
 from tasks.execution.node_context import NodeContext
+from tasks.execution.read_ahead import Made, ReadAhead
 from tasks.execution.resources import MemoryBudget
 from tasks.execution.streaming.hashed_files import HashedFiles
 from tasks.execution.streaming.streaming import Streaming
@@ -74,6 +75,7 @@ class Builder:
         once_lock: held while they do.
         lists: targets whose results a remote was asked for, all at once.
         lists_lock: held while it is.
+        ahead: what was made for nodes that have not run.
         threads: numbers of those that actions ran in, as the system has them.
     """
 
@@ -94,6 +96,11 @@ class Builder:
     lists: set[str] = field(default_factory=set)
     lists_lock: threading.Lock = field(default_factory=threading.Lock)
     threads: set[int] = field(default_factory=set)
+    ahead: ReadAhead = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing made ahead."""
+        self.ahead = ReadAhead(self.workspace, self.drafts.packs, self.store.blobs.meter)
 
     def context(self, plan: Plan, node: Node, inputs: Inputs) -> NodeContext:
         """Return what the node's stage may do."""
@@ -107,6 +114,7 @@ class Builder:
         """
         path = Path(node.manifest_path(self.workspace))
         with self.logged(node.name, why) as record:
+            record["made"] = self.ahead.take(node)
             manifest, record["outcome"] = self._run(plan, node, record)
             old = Manifest.at(path)
             explain = node.stage.explain
@@ -130,25 +138,28 @@ class Builder:
     def logged(self, task: str, why: str) -> Iterator[dict[str, Any]]:
         """Add a line to the build log for what the block does.
 
-        It sets ``outcome``; and ``trace``, if another machine did it.
+        It sets ``outcome``; and ``trace``, if another machine did it; and ``made``, what was made
+        for it before.
         """
         record: dict[str, Any] = {"outcome": "failed", "why": why}
-        start, tick = time.time(), time.perf_counter()
-        meter = self.store.blobs.meter
-        read, written = meter.read, meter.written
+        start, meter = time.time(), self.store.blobs.meter
+        read = meter.read
+        spent = self.ahead.watch()
         try:
             yield record
         except BaseException:
             record["outcome"] = "failed"
             raise
         finally:
+            made: Made = record.get("made") or Made()
+            own = spent().plus(made.spent)
             trace = record.get("trace") or Trace(
                 "",
                 threading.current_thread().name,
                 start,
-                time.perf_counter() - tick,
+                own.seconds,
                 meter.read - read,
-                meter.written - written,
+                own.written,
             )
             self._log(Entry.of(self.run_id, task, record["outcome"], record["why"], trace))
 
@@ -190,12 +201,13 @@ class Builder:
         made = self._made_elsewhere(plan, node, record)
         if made and made[0].action == action:
             return made
-        with self._working(plan, node, action.key):
+        nodes = [node, *self.ahead.nodes(plan, node)]
+        with self._working(plan, nodes, action.key):
             meanwhile = self.store.actions.get(action)
             if isinstance(meanwhile, Hit):
                 return meanwhile.manifest, "reused"
             self.fetch(plan, inputs, sizes.reads(node, self.kept(plan)))
-            manifest = self._make(plan, node, inputs)
+            manifest = self._make(plan, node, inputs, None if self.crew else record["made"])
             if isinstance(entry, Corrupt):
                 note = f"{entry.path} was corrupt ({entry.cause}); it is made again"
                 manifest = replace(manifest, notes=(*manifest.notes, note))
@@ -213,7 +225,7 @@ class Builder:
             if pinned and (made := self._made_elsewhere(plan, node, record)):
                 return made  # else only what is read here says which bytes are asked for
         self.hashed.begin(plan.checkpoint, node.outputs(), self.store.memos)
-        with self._working(plan, node, node.spec.digest):
+        with self._working(plan, [node], node.spec.digest):
             manifest = self._scan(plan, node, reread=False)
             is_known = isinstance(self.store.actions.get(manifest.action), Hit)
             if is_known or not plan.checkpoint.source.available:
@@ -244,13 +256,14 @@ class Builder:
         self.store.actions.put(manifest)
 
     @contextmanager
-    def _working(self, plan: Plan, node: Node, key: str) -> Iterator[None]:
-        """Hold the memory that a node's action takes, then the action.
+    def _working(self, plan: Plan, nodes: Iterable[Node], key: str) -> Iterator[None]:
+        """Hold the memory that the actions of nodes take, one inside the other, then one action.
 
         In this order: an action that finds a result lost has its maker run within its own memory,
         and so must never be waited for by who has that maker's action and waits for memory.
         """
-        with self.memory.reserve(self._memory(plan, node)), self.store.actions.running(key):
+        memory = max(self._memory(plan, node) for node in nodes)
+        with self.memory.reserve(memory), self.store.actions.running(key):
             yield
 
     def find(
@@ -285,7 +298,7 @@ class Builder:
                 if isinstance(entry := self.store.actions.get(action), Hit):
                     self.publish(Path(node.manifest_path(self.workspace)), entry.manifest)
                 continue
-            with self.logged(node.name, why) as record, self._working(plan, node, key):
+            with self.logged(node.name, why) as record, self._working(plan, [node], key):
                 manifest = self._make(plan, node, inputs)
                 self.store.actions.put(manifest)
                 record["outcome"] = "computed"
@@ -389,10 +402,18 @@ class Builder:
     def _manifest_of_leaf(node: Node, tensors: dict[str, Tensor] | None) -> Manifest | None:
         return None if tensors is None else Manifest(node.action(node.as_inputs(tensors)), tensors)
 
-    def _make(self, plan: Plan, node: Node, inputs: Inputs) -> Manifest:
+    def _make(self, plan: Plan, node: Node, inputs: Inputs, made: Made | None = None) -> Manifest:
+        """Run a node's action.
+
+        Args:
+            plan: the target.
+            node: the node.
+            inputs: what it reads.
+            made: what was made for it before; None, the nodes behind it make nothing meanwhile.
+        """
         self.threads.add(threading.get_native_id())
         for _ in range(MOST_LOST):
-            context = self.context(plan, node, inputs)
+            context = NodeContext(self, plan, node, inputs, made=made)
             try:
                 default_to_cpu()
                 with mx.stream(self.streams.get("cpu")):
@@ -544,7 +565,7 @@ class Builder:
                 self.remake(plan, maker, key.name, tensor, lost)
                 return
         # Whoever waits here holds actions of later stages alone, which this one never waits for.
-        with self._working(plan, node, node.action(inputs).key):
+        with self._working(plan, [node], node.action(inputs).key):
             if self.store.blobs.has(tensor.digest, tensor.nbytes):  # by another thread
                 return
             with self.logged(node.name, f"blob lost: {lost.cause}") as record:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
@@ -17,11 +18,12 @@ from cache.store import Store
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.spec import Target
 from tasks.execution.filling.draft import WeightFileDraft
+from tasks.execution.read_ahead import Made, ReadAhead, Reading
 from tasks.execution.streaming.streaming import Streaming
 from tasks.layouts.model import Model
-from tasks.planning.node import Inputs, Node
+from tasks.planning.node import Inputs, Known, Node
 from tasks.planning.plan import Plan
-from tasks.stages.stage import Key, Stage, TargetModel
+from tasks.stages.stage import Key, Result, Stage, TargetModel
 from tasks.tensors import arrays, rows
 from tasks.tensors.rows import Rows
 
@@ -33,6 +35,7 @@ class Maker(Protocol):
 
     store: Store
     streaming: Streaming
+    ahead: ReadAhead
     streams: arrays.Streams
     answers: dict[Hashable, Any]
     once_lock: threading.Lock
@@ -68,7 +71,20 @@ class NodeContext:
         node: Node,
         inputs: Inputs,
         makers: dict[Node, NodeContext] | None = None,
+        made: Made | None = None,
     ) -> None:
+        """Return the context of a node.
+
+        Args:
+            builder: runs it.
+            plan: the target.
+            node: the node.
+            inputs: what it reads.
+            makers: see ``Builder.rows``.
+            made: what was made for it before; None, nothing is to be made for others meanwhile.
+        """
+        self._made = made
+        self._known: Known = {}
         self._builder = builder
         self._plan = plan
         self._node = node
@@ -124,6 +140,37 @@ class NodeContext:
         if self.blobs.has(tensor.digest, tensor.nbytes):
             return tensor
         return rows.digest(self.blobs, self.rows(key), keep=True)
+
+    def made(self, key: Key) -> Result | None:
+        """Return what was made of an input while it was read before, if anything was."""
+        digest, result = self._made.results.get(key, ("", None)) if self._made else ("", None)
+        return result if digest == self._inputs[key].tensor.digest else None
+
+    def read(self, name: str, view: Rows) -> Tensor:
+        """Read all of an output that is made as it is read."""
+        if isinstance(view, rows.Stored):
+            return rows.digest(self.blobs, view, keep=self.keeps)
+        tensor = Tensor(view.dtype, view.shape, "")
+        writing = self.blobs.writing(tensor.nbytes) if self.keeps else nullcontext(Writer(None))
+        with writing as writer:
+            reading = Reading(view, writer.write, self._builder.ahead.watch)
+            note = self._make_ahead(name, reading)
+            reading.finish()
+        if note:
+            note(writer.digest)
+        return replace(tensor, digest=writer.digest)
+
+    def _make_ahead(self, name: str, reading: Reading) -> Callable[[str], None] | None:
+        """Have others make what they make of an output; return what takes note of that."""
+        ahead = self._builder.ahead
+        if self._made is None:
+            return None
+        reader = ahead.reader(self._plan, self._node, name, self._known)
+        if reader is None:
+            return None
+        node, key = reader
+        context = NodeContext(self._builder, self._plan, node, {}, made=Made())
+        return ahead.make(node, key, reading, context)
 
     def writer(self, name: str, nbytes: int) -> AbstractContextManager[Writer]:
         """Give a writer for an output: into its place in a weight file, where there is a draft."""

@@ -50,6 +50,8 @@ class AwqQuantizeParams(QuantizeParams, frozen=True, kw_only=True):
 class AwqQuantize(Quantize):
     """Quantize each layer, scaled and clipped."""
 
+    one_by_one = False
+
     def plan(self, target: TargetModel) -> Mapping[str, Planned[QuantizeParams]]:
         """Plan what the target's settings say, and what there is to scale.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from math import prod
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
-from cache.records.manifests import TensorSpec
+from cache.records.manifests import Tensor, TensorSpec
 from tasks.stages.reasons import Reason, changes
 from tasks.stages.stage import (
     Context,
@@ -94,10 +94,6 @@ def _count(mask: mx.array) -> int:
     return int(cast("int", mx.sum(mask).item()))
 
 
-def _narrows(view: Rows) -> TypeGuard[rows.Cast]:
-    return isinstance(view, rows.Cast) and view.dtype == Narrowed.dtype
-
-
 class Cast(Stage[CastParams]):
     """Cast each layer to the target's dtype."""
 
@@ -105,6 +101,7 @@ class Cast(Stage[CastParams]):
     version = 1
     keep = Keep.CONFIGURED
     params = CastParams
+    one_by_one = True
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[CastParams]]:
         """Plan to cast each parameter that is not of its dtype."""
@@ -130,17 +127,23 @@ class Cast(Stage[CastParams]):
 
     def run(self, params: CastParams, inputs: Inputs, context: Context) -> Result:
         """Cast a layer."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         notes: list[str] = []
         for key, tensor in inputs.items():
             if key.name in params.dtypes:
-                view = self.view(params, inputs, context, key.name)
-                narrow = Narrowed(view.source) if _narrows(view) else None
-                tensors[key.name] = rows.digest(context.blobs, narrow or view, keep=context.keeps)
-                notes += narrow.notes(key.name) if narrow else ()
+                made = context.made(key) or self.make(params, key, context.rows(key), context)
+                tensors |= made.tensors
+                notes += made.notes
             else:
                 tensors[key.name] = context.pass_on(key) if context.keeps else tensor
         return Result(tensors, tuple(notes))
+
+    def make(self, params: CastParams, key: Key, source: Rows, context: Context) -> Result:
+        """Cast a tensor."""
+        dtype = params.dtypes[key.name]
+        narrow = Narrowed(source) if dtype == Narrowed.dtype else None
+        tensor = context.read(key.name, narrow or rows.Cast(source, dtype))
+        return Result({key.name: tensor}, tuple(narrow.notes(key.name) if narrow else ()))
 
     def view(self, params: CastParams, inputs: Inputs, context: Context, name: str) -> Rows:
         """Return a tensor, cast as it is read."""

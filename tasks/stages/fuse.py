@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from cache.digest import digest_record
-from cache.records.manifests import DTYPE_BYTES, TensorSpec
+from cache.records.manifests import DTYPE_BYTES, Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.layouts import fusions
 from tasks.layouts.fusions import Delta
@@ -79,6 +79,7 @@ class Fuse(Stage[FuseParams]):
     version = 3
     keep = Keep.CONFIGURED
     params = FuseParams
+    one_by_one = True
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[FuseParams]]:
         """Plan what the target's adapter does; nothing if it has none.
@@ -121,21 +122,27 @@ class Fuse(Stage[FuseParams]):
 
     def run(self, params: FuseParams, inputs: Inputs, context: Context) -> Result:
         """Fuse a layer."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for key, tensor in inputs.items():
             if key.name in params.deltas:
-                view = self.view(params, inputs, context, key.name)
-                tensors[key.name] = rows.digest(context.blobs, view, keep=context.keeps)
+                made = context.made(key) or self.make(params, key, context.rows(key), context)
+                tensors |= made.tensors
             else:
                 tensors[key.name] = context.pass_on(key) if context.keeps else tensor
         return Result(tensors)
 
+    def make(self, params: FuseParams, key: Key, source: Rows, context: Context) -> Result:
+        """Fuse a weight."""
+        fused = self._fused(params, key.name, source, context)
+        return Result({key.name: context.read(key.name, fused)})
+
     def view(self, params: FuseParams, inputs: Inputs, context: Context, name: str) -> Rows:
         """Return a weight, fused as it is read."""
         source = context.rows(next(key for key in inputs if key.name == name))
-        deltas = params.deltas.get(name)
-        if not deltas:
-            return source
+        return self._fused(params, name, source, context) if name in params.deltas else source
+
+    def _fused(self, params: FuseParams, name: str, source: Rows, context: Context) -> Rows:
+        deltas = params.deltas[name]
         adapter = context.planned.adapter
         assert adapter is not None
         stream = context.streams.get(device_of(params.device))

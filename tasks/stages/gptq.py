@@ -49,6 +49,8 @@ class GptqParams(QuantizeParams, frozen=True, kw_only=True):
 class Gptq(Quantize):
     """Quantize each layer, errors made good."""
 
+    one_by_one = False
+
     def plan(self, target: TargetModel) -> Mapping[str, Planned[QuantizeParams]]:
         """Plan what the target's settings say, and the Hessians that there are.
 

@@ -78,6 +78,7 @@ class Quantize(Stage[QuantizeParams]):
     version = 1
     keep = Keep.ALWAYS
     params = QuantizeParams
+    one_by_one = True
 
     def plan(self, target: TargetModel) -> Mapping[str, Planned[QuantizeParams]]:
         """Plan what the target's settings say."""
@@ -110,27 +111,23 @@ class Quantize(Stage[QuantizeParams]):
     def run(self, params: QuantizeParams, inputs: Inputs, context: Context) -> Result:
         """Quantize a layer."""
         tensors: dict[str, Tensor] = {}
-        notes = []
+        notes: list[str] = []
         quantize = self.quantizer(params, context)
         for key in inputs:
             setting = params.settings.get(key.name)
             if setting is None:
                 tensors[key.name] = self.leave(key, params, context)
-                continue
-            packed, finite = quantize(key, setting)
-            if not finite:
-                notes.append(
-                    f"{key.name} holds NaN or infinity, which no quantized weight can show"
-                )
-            if setting.mode == "nvfp4" and _is_zero(
-                packed[quantize_scheme.parts(key.name, setting)[1]]
-            ):
-                notes.append(
-                    f"{key.name} is zero in nvfp4: all of its scales are, which have no number "
-                    'under 0.002. A rule with mode = "mxfp4" or "affine" holds small weights'
-                )
-            tensors |= packed
+            else:
+                made = context.made(key) or _with_notes(key, setting, *quantize(key, setting))
+                tensors |= made.tensors
+                notes += made.notes
         return Result(tensors, tuple(notes))
+
+    def make(self, params: QuantizeParams, key: Key, source: Rows, context: Context) -> Result:
+        """Quantize a weight."""
+        setting = params.settings[key.name]
+        blocks = _blocks(context, source, setting, params.device)
+        return _with_notes(key, setting, *write_parts(context, key.name, source, setting, blocks))
 
     def leave(self, key: Key, params: QuantizeParams, context: Context) -> Tensor:
         """Return a tensor that is not quantized: as it is."""
@@ -164,6 +161,19 @@ class Quantize(Stage[QuantizeParams]):
             changed.append(Reason(f"quantize.method {was} → {now}"))
         computer = {key: new[key] for key in COMPUTER if key in new}
         return changed + changed_values(old, computer)
+
+
+def _with_notes(key: Key, setting: Setting, packed: dict[str, Tensor], finite: bool) -> Result:
+    """Return the parts of a weight, and what people should know of them."""
+    notes = []
+    if not finite:
+        notes.append(f"{key.name} holds NaN or infinity, which no quantized weight can show")
+    if setting.mode == "nvfp4" and _is_zero(packed[quantize_scheme.parts(key.name, setting)[1]]):
+        notes.append(
+            f"{key.name} is zero in nvfp4: all of its scales are, which have no number "
+            'under 0.002. A rule with mode = "mxfp4" or "affine" holds small weights'
+        )
+    return Result(packed, tuple(notes))
 
 
 def words(settings: Mapping[str, Setting]) -> str:

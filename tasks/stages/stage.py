@@ -301,6 +301,18 @@ class Context(Protocol):
             NoRoom: the disk is full.
         """
 
+    def made(self, key: Key) -> Result | None:
+        """Return what ``Stage.make`` made of an input while it was read before, if it did."""
+
+    def read(self, name: str, view: Rows) -> Tensor:
+        """Read all of an output that is made as it is read; the cache has its bytes if it keeps it.
+
+        Whoever reads the output next may do so meanwhile, see ``Stage.make``.
+
+        Raises:
+            NoRoom: the disk is full.
+        """
+
     def writer(self, name: str, nbytes: int) -> AbstractContextManager[Writer]:
         """Give a writer for an output of ``nbytes`` bytes; it knows the digest at the end.
 
@@ -326,12 +338,14 @@ class Stage(ABC, Generic[P]):
         version: raised when it makes other bytes of the same inputs.
         keep: whether the cache keeps what it makes.
         params: the type of its parameters.
+        one_by_one: whether what it does not pass on is made of one input each, see ``make``.
     """
 
     name: str
     version: int
     keep: Keep
     params: type[P]
+    one_by_one: bool = False
 
     @property
     def group(self) -> str:
@@ -361,6 +375,14 @@ class Stage(ABC, Generic[P]):
         Raises:
             BuildError: they cannot be made.
         """
+
+    def make(self, params: P, key: Key, source: Rows, context: Context) -> Result:
+        """Make what is made of one input, reading it once, its rows in order.
+
+        ``run`` makes what ``Context.made`` has not. Only of a stage that works ``one_by_one``, and
+        an input that it does not pass on.
+        """
+        raise NotImplementedError(f"{self.name} does not work one by one")
 
     def view(self, params: P, inputs: Inputs, context: Context, name: str) -> Rows | None:
         """Return an output as rows that are made as they are read; None if it is stored."""

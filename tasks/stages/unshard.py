@@ -29,7 +29,7 @@ from tasks.stages.stage import (
     Stage,
     TargetModel,
 )  # fmt: skip
-from tasks.tensors import device, rows, steps
+from tasks.tensors import device, steps
 from tasks.tensors.rows import IN_FLIGHT_BYTES, Rows
 from tasks.tensors.steps import Same, Step
 from tasks.unpack import registry as unpack
@@ -160,7 +160,7 @@ class Unshard(Stage[UnshardParams]):
             else:
                 joined = _rows(recipe, keys, context)
                 try:
-                    tensors[name] = rows.digest(context.blobs, joined, keep=context.keeps)
+                    tensors[name] = context.read(name, joined)
                 except CheckpointError as error:
                     raise CheckpointError(
                         f"{context.checkpoint.folder}: {name}: {error}"

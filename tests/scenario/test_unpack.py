@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
 import pytest
 
-from support import checkpoints, formats, inside, packed, peer
+from support import checkpoints, formats, front_door, inside, packed, peer
 from support.differences import weight_differences
 from tasks.core.errors import CheckpointError
+from tasks.tensors import fp8
 from tasks.unpack import bitsandbytes
 
 
@@ -75,6 +77,56 @@ def test_a_block_that_would_be_memory() -> None:
     state = {"shape": [2, 2], "blocksize": 64, "nested_blocksize": 1 << 31}
     with pytest.raises(CheckpointError, match="blocks of 2147483648 numbers"):
         bitsandbytes._state("a", json.dumps(state).encode())
+
+
+def test_each_weight_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a build that casts and quantizes it; stages that run one by one make the same of it."""
+    source = tmp_path / "packed"
+    pack, settings = formats.FORMATS["block-fp8"]
+    packed.repack(checkpoints.make("qwen3-moe", tmp_path / "x"), source, pack, settings)
+    octets = [
+        tensor.size
+        for path in source.glob("*.safetensors")
+        for tensor in mx.load(str(path)).values()
+        if tensor.dtype == mx.uint8
+    ]
+    decoded: list[int] = []
+    scaled = fp8.scaled
+
+    def counted(octets: mx.array, *more: Any) -> mx.array:
+        decoded.append(octets.size)
+        return scaled(octets, *more)
+
+    monkeypatch.setattr(fp8, "scaled", counted)
+    text = 'dtype = "bfloat16"\nquantize = { bits = 4 }'
+    built = build(tmp_path / "project", source, text)
+    assert sum(decoded) == sum(octets) > 0
+    log = front_door.log(tmp_path / "project")
+    written = dict.fromkeys(("unshard", "cast", "quantize"), 0)
+    for entry in log:
+        group = entry["task"].partition(":")[0]
+        if group in written:
+            written[group] += entry["bytes_written"]
+            assert entry["outcome"] == "computed"
+            assert entry["seconds"] >= 0
+    assert written["unshard"] == written["cast"] == 0 < written["quantize"]  # by whom it is for
+
+    other = tmp_path / "one-by-one"
+    other.mkdir()
+    (other / "models.toml").write_text(f'[models.model]\nsource = "{source}"\n{text}\n')
+    for stage in ("unshard", "cast", "quantize", "pack"):
+        inside.doit(other, f"{stage}:model")
+    assert sum(decoded) == 4 * sum(octets)
+    assert [*weight_differences(built, other / "build" / "model")] == []
+    manifests = [
+        {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.glob(".mlx-make/manifests/**/*.json")
+        }
+        for folder in (tmp_path / "project", other)
+    ]
+    assert manifests[0] == manifests[1] != {}
+    assert "nothing to do" in inside.doit(tmp_path / "project").stdout
 
 
 def test_without_being_asked(tmp_path: Path) -> None:

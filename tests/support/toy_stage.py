@@ -24,7 +24,7 @@ from tasks.stages.stage import (
     Stage,
     TargetModel,
 )  # fmt: skip
-from tasks.tensors import mx, rows
+from tasks.tensors import mx
 from tasks.tensors.rows import Rows
 
 
@@ -96,7 +96,7 @@ class Scale(Stage[ScaleParams]):
         for key, tensor in inputs.items():
             if key.name in params.names:
                 whole = self.view(params, inputs, context, key.name)
-                outputs[key.name] = rows.digest(context.blobs, whole, keep=context.keeps)
+                outputs[key.name] = context.read(key.name, whole)
             else:
                 outputs[key.name] = context.pass_on(key) if context.keeps else tensor
         return Result(outputs)

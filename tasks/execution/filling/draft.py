@@ -152,7 +152,7 @@ class Drafts:
                 more than one.
         """
         self._blobs = blobs
-        self._packs = packs
+        self.packs = packs
         self._records = records
         self._lock = threading.Lock()
         self._drafts: dict[str, WeightFileDraft | None] = {}
@@ -174,7 +174,7 @@ class Drafts:
             NoRoom: the disk cannot take it.
         """
         target = plan.target.name
-        if not self._packs(target):
+        if not self.packs(target):
             return None
         with self._lock:
             if target not in self._drafts:
