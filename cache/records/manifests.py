@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from cache.digest import canonical, digest, digest_record
+from cache.digest import canonical, digest, plain
 from cache.errors import CacheError
 
 SCHEMA = 1
@@ -115,7 +115,8 @@ class Action:
     @cached_property
     def key(self) -> str:
         """The action cache's key."""
-        return digest_record([SCHEMA, self.stage, self.version, self.params, self.inputs])
+        head = canonical([SCHEMA, self.stage, self.version, self.params])
+        return digest(b"%s,%s]" % (head[:-1], plain(self.inputs)))
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,10 @@ class Manifest:
     @cached_property
     def result(self) -> str:
         """Digest of what was made, whoever made it: equal results stop a rebuild."""
-        return digest_record([[name, *tensor.record] for name, tensor in self.tensors.items()])
+        return digest(self._tensors())
+
+    def _tensors(self) -> bytes:
+        return plain([[name, *tensor.record] for name, tensor in self.tensors.items()])
 
     def to_bytes(self, *, sealed: bool = True) -> bytes:
         """Return the canonical bytes.
@@ -144,21 +148,18 @@ class Manifest:
             sealed: whether they hold a digest of themselves, its own place left empty. Those of
                 older versions do not.
         """
-        record: dict[str, Any] = {
-            "schema": SCHEMA,
-            "action": {
-                "stage": self.action.stage,
-                "version": self.action.version,
-                "params": self.action.params,
-                "inputs": self.action.inputs,
-            },
-            "tensors": [[name, *tensor.record] for name, tensor in self.tensors.items()],
-            "notes": list(self.notes),
-            "result": self.result,
-        }
+        action = {"params": self.action.params, "stage": self.action.stage}
+        made = {"notes": list(self.notes), "result": self.result, "schema": SCHEMA}
+        data = b'{"action":{"inputs":%s,%s,"version":%s},%s,%s"tensors":%s}' % (
+            plain(self.action.inputs),
+            canonical(action)[1:-1],
+            canonical(self.action.version),
+            canonical(made)[1:-1],
+            b'"seal":"",' if sealed else b"",
+            self._tensors(),
+        )
         if not sealed:
-            return canonical(record)
-        data = canonical({**record, "seal": ""})
+            return data
         at = data.rindex(_SEAL + _BEHIND_IT) + len(_SEAL)  # the last is this record's own
         return data[:at] + digest(data).encode() + data[at:]
 

@@ -296,19 +296,19 @@ def _try(
     It is given numbers for a few weights of each kind, of those that it neither joins nor renames.
     """
     trial = question["trial"]
+    weights = sorted(trial["weights"], key=lambda each: prod(each["shape"]))
+    for each in weights:  # numbers that are made only of those that are chosen
+        for number, name in enumerate(each["inputs"]):
+            given[name] = _numbers(mx, given[name], number)
     model, config = _load(question["files"], given, library, mx)
-    shapes = {name: tuple(array.shape) for name, array in _flat(model.parameters())}
+    parameters = dict(_flat(model.parameters()))
     chosen: dict[str, dict[str, Any]] = {}
-    for each in sorted(trial["weights"], key=lambda each: prod(each["shape"])):
-        if each["kind"] not in chosen and shapes.get(each["name"]) == tuple(each["shape"]):
+    for each in weights:
+        found = parameters.get(each["name"])
+        if each["kind"] not in chosen and found is not None and found.shape == tuple(each["shape"]):
             chosen[each["kind"]] = each
     dtypes = set()
-    if {each["kind"] for each in trial["weights"]} <= chosen.keys():
-        for each in chosen.values():
-            for number, name in enumerate(each["inputs"]):
-                given[name] = _numbers(mx, given[name], number)
-        model, config = _load(question["files"], given, library, mx)
-        parameters = dict(_flat(model.parameters()))
+    if {each["kind"] for each in weights} <= chosen.keys():
         for each in chosen.values():
             theirs = parameters[each["name"]]
             dtypes.add(str(theirs.dtype).removeprefix("mlx.core."))

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cache.digest import canonical, digest, digest_list, digest_record
+from cache.digest import canonical, digest, digest_list, digest_record, plain
 from support.strategies import records
 
 # On a busy machine any example may seem slow.
@@ -33,6 +33,16 @@ def test_canonical_bytes_know_no_order_of_keys(record: Any) -> None:
     assert json.loads(data) == record
     assert b"\n" not in data
     assert digest_record(turned(record)) == digest(data)
+
+
+WHOLE = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(st.characters())
+
+
+@calm
+@given(record=st.recursive(WHOLE, lambda r: st.lists(r) | st.dictionaries(st.text(), r)))
+@example(record={"\ud800": '\x00\x1f\x7f"\\/\u2028'})
+def test_plain_bytes_are_the_canonical_ones(record: Any) -> None:
+    assert plain(record) == canonical(record)
 
 
 @calm
