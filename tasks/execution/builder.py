@@ -26,6 +26,7 @@ from tasks.checkpoints.source import is_pinned
 from tasks.core.errors import BuildError
 from tasks.core.program import COMMAND
 from tasks.core.workspace import Workspace
+from tasks.execution.contents import Contents
 from tasks.execution.crew import Crew, Locate
 from tasks.execution.filling.draft import Drafts, WeightFileDraft
 from tasks.execution.log import Entry, Log, Trace
@@ -499,7 +500,8 @@ class Builder:
 
     def contents(self, plan: Plan, node: Node, manifest: Manifest) -> Mapping[str, bytes]:
         """Return the bytes of what a node made, by name, each read as it is asked for."""
-        return _Contents(self, plan, node.as_inputs(manifest.tensors))
+        inputs = node.as_inputs(manifest.tensors)
+        return Contents(self.store.blobs, inputs, lambda key: self.locate(plan, inputs, key))
 
     def rows(
         self,
@@ -601,26 +603,6 @@ class Builder:
         """Remember nothing of what a leaf found in the checkpoint."""
         _leaf(leaf).forget(*self._asked(plan, leaf))
         Path(leaf.manifest_path(self.workspace)).unlink(missing_ok=True)
-
-
-class _Contents(Mapping[str, bytes]):
-    """The bytes of tensors, fetched or made again if they are not here."""
-
-    def __init__(self, builder: Builder, plan: Plan, tensors: Inputs) -> None:
-        self._builder = builder
-        self._plan = plan
-        self._tensors = tensors
-        self._keys = {key.name: key for key in tensors}
-
-    def __getitem__(self, name: str) -> bytes:
-        parts = self._builder.locate(self._plan, self._tensors, self._keys[name])
-        return b"".join(map(bytes, self._builder.store.blobs.chunks(parts)))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 def _leaf(node: Node) -> LeafStage[Any]:
