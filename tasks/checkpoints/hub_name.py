@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
-from tasks.core.spec import Mistake, Mistakes
+from tasks.core.kinds import Mistake, Mistakes
 
 PREFIX = "hf:"
 _PART = r"[A-Za-z0-9][\w.-]*"

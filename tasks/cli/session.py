@@ -26,7 +26,8 @@ from tasks.cli.untouched import Untouched
 from tasks.config.reader import Config
 from tasks.core.errors import BuildError, CheckpointError
 from tasks.core.program import COMMAND
-from tasks.core.spec import Quantize, Target
+from tasks.core.quantization import Quantize
+from tasks.core.spec import Target
 from tasks.core.task_names import LOCK, PACK, task_name
 from tasks.core.text import plural
 from tasks.core.workspace import Workspace

@@ -11,7 +11,7 @@ from msgspec import NODEFAULT, Meta, Struct
 from msgspec.structs import FieldInfo, fields
 
 from tasks.config import tables, values
-from tasks.core import spec
+from tasks.core import kinds
 from tasks.core.text import toml
 
 Kind = Literal[
@@ -20,11 +20,11 @@ Kind = Literal[
 ]  # fmt: skip
 _KINDS: dict[Any, Kind] = {
     Path: "folder",
-    spec.SourceName: "folder",
-    spec.TextFile: "file",
-    spec.TextFiles: "files",
-    spec.RepositoryName: "repository",
-    spec.Size: "size",
+    kinds.SourceName: "folder",
+    kinds.TextFile: "file",
+    kinds.TextFiles: "files",
+    kinds.RepositoryName: "repository",
+    kinds.Size: "size",
     tables.RemoteURL: "URL",
     tables.ClusterAddress: "cluster",
     str: "text",
@@ -109,7 +109,7 @@ def _kind(declared: Any) -> tuple[Kind, tuple[str, ...] | type[Struct]]:
         return _LISTS[kind], detail
     if args:  # a union: all else in it is "not said"
         return _kind(next(a for a in args if a is not NoneType and False not in get_args(a)))
-    if issubclass(declared, spec.Word):
+    if issubclass(declared, kinds.Word):
         return "word", values.words(declared)
     if issubclass(declared, Struct):
         return "table", declared

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from tasks.core.spec import At
+from tasks.core.kinds import At
 
 BARE = r"[\w-]+"
 PART = rf"{BARE}|\"[^\"]*\"|'[^']*'"

@@ -12,7 +12,9 @@ from tasks.config.lines import Text, spelled
 from tasks.config.tables import Build, Cache, Document, Model
 from tasks.config.values import nearest, show
 from tasks.core.errors import ConfigError
-from tasks.core.spec import At, Candidate, Mistake, Mistakes, Quality, Quantize, Rule, Settings
+from tasks.core.kinds import At, Mistake, Mistakes
+from tasks.core.quantization import Candidate, Quantize, Rule
+from tasks.core.spec import Quality, Settings
 from tasks.core.text import toml
 
 MAX_MISTAKES = 20  # of one file

@@ -20,19 +20,10 @@ from tasks.config.lines import Text, Where, spelled
 from tasks.config.mistakes import MistakeList, is_split_name
 from tasks.config.tables import Build, Cache, ClusterAddress, Document, variable
 from tasks.core.errors import ConfigError
+from tasks.core.kinds import At, RepositoryName, Size, SourceName, TextFile, TextFiles
 from tasks.core.program import COMMAND
-from tasks.core.spec import (
-    At,
-    Quality,
-    Quantize,
-    RepositoryName,
-    Settings,
-    Size,
-    SourceName,
-    Target,
-    TextFile,
-    TextFiles,
-)
+from tasks.core.quantization import Quantize
+from tasks.core.spec import Quality, Settings, Target
 from tasks.core.workspace import BUILD
 from tasks.layouts.registry import LAYOUTS
 from tasks.stages import registry

@@ -15,20 +15,9 @@ from tasks.config.keys import Key, count_in_words, keys_of
 from tasks.config.reader import MAX_NAME_BYTES
 from tasks.config.tables import Build, Cache, ClusterAddress, Document, Matrix, Model, RemoteURL
 from tasks.config.values import CLUSTER, REMOTE, REMOTES, words
-from tasks.core.spec import (
-    MODES,
-    Candidate,
-    Quality,
-    Quantize,
-    RepositoryName,
-    Rule,
-    Settings,
-    Size,
-    SourceName,
-    TextFile,
-    TextFiles,
-    Word,
-)
+from tasks.core.kinds import RepositoryName, Size, SourceName, TextFile, TextFiles, Word
+from tasks.core.quantization import MODES, Candidate, Quantize, Rule
+from tasks.core.spec import Quality, Settings
 from tasks.core.text import NUMBER, UNITS, toml
 from tasks.layouts.registry import LAYOUTS
 from tasks.tensors import modes
@@ -297,7 +286,7 @@ def _modes() -> str:
 
 
 INTRODUCTION = """\
-<!-- Written by `python -m tasks.config.schema` from the structs in tasks/core/spec.py and
+<!-- Written by `python -m tasks.config.schema` from the structs in tasks/core/ and
 tasks/config/tables.py: change those. -->
 
 # models.toml

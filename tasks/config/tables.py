@@ -1,4 +1,4 @@
-"""The tables of models.toml; the keys of a model, and how keys are declared: ``core.spec``."""
+"""The tables of models.toml; the keys of a model are ``core.spec``'s, which ``kinds`` declares."""
 
 # Annotations are evaluated here, not left as text: msgspec would evaluate them in every run.
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
-from tasks.core.spec import Quality, Settings, Size, StageName, key
+from tasks.core.kinds import Size, StageName, key
+from tasks.core.spec import Quality, Settings
 from tasks.core.workspace import CACHE_DIR
 
 

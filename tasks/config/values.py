@@ -10,18 +10,13 @@ from typing import Any
 from tasks.checkpoints import sources
 from tasks.checkpoints.loaders import LOADERS
 from tasks.config.tables import ClusterAddress, RemoteURL
-from tasks.core.paths import path_of
-from tasks.core.spec import (
-    MODES,
+from tasks.core.kinds import (
     At,
-    Candidate,
     LayoutName,
     LoaderName,
     Mistake,
     Mistakes,
-    Quantize,
     RepositoryName,
-    Rule,
     Size,
     SourceName,
     StageName,
@@ -29,6 +24,8 @@ from tasks.core.spec import (
     TextFiles,
     Word,
 )
+from tasks.core.paths import path_of
+from tasks.core.quantization import MODES, Candidate, Quantize, Rule
 from tasks.core.text import SIZE, UNITS, size_bytes
 from tasks.layouts.registry import LAYOUTS
 from tasks.stages import registry

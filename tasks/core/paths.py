@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tasks.core.spec import Mistake, Mistakes
+from tasks.core.kinds import Mistake, Mistakes
 
 
 def path_of(text: str, what: str = "folder") -> Path:

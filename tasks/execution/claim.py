@@ -24,22 +24,9 @@ from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.hub_name import PREFIX
 from tasks.checkpoints.source import Opening
 from tasks.core.errors import ArchitectureError, BuildError, ConfigError
-from tasks.core.spec import (
-    Device,
-    Dtype,
-    LayoutName,
-    LoaderName,
-    Method,
-    Mistakes,
-    Mode,
-    Quality,
-    Quantize,
-    Rule,
-    Size,
-    SourceName,
-    SourceSpec,
-    Target,
-)
+from tasks.core.kinds import Dtype, LayoutName, LoaderName, Mistakes, Size, SourceName
+from tasks.core.quantization import Method, Mode, Quantize, Rule
+from tasks.core.spec import Device, Quality, SourceSpec, Target
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.model import Model
 from tasks.layouts.registry import LAYOUTS, is_read

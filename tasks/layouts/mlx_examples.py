@@ -10,7 +10,8 @@ from cache.records.memos import Memos
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.small_files import check_own, read_bytes
 from tasks.core.errors import CheckpointError, ConfigError
-from tasks.core.spec import RECIPES, Target
+from tasks.core.quantization import RECIPES
+from tasks.core.spec import Target
 from tasks.layouts import card, llama_tokenizer
 from tasks.layouts.llama_names import to_meta
 from tasks.layouts.model import Model, Module, Parameter

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core.errors import ArchitectureError
-from tasks.core.spec import RECIPES
+from tasks.core.quantization import RECIPES
 from tasks.layouts import mlx_vlm_library
 from tasks.layouts.model import Verdict
 

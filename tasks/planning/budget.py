@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cache.records.manifests import TensorSpec
 from tasks.core.errors import ConfigError
-from tasks.core.spec import Quantize
+from tasks.core.quantization import Quantize
 from tasks.core.text import size
 from tasks.layouts.model import Parameter
 from tasks.planning import knapsack

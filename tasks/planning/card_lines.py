@@ -20,7 +20,8 @@ from tasks.checkpoints import file_digests
 from tasks.checkpoints.hub_name import HubName
 from tasks.core import text
 from tasks.core.errors import ConfigError
-from tasks.core.spec import MODES, Mode, Quantize, Rule, Settings
+from tasks.core.quantization import MODES, Mode, Quantize, Rule
+from tasks.core.spec import Settings
 from tasks.layouts.registry import LAYOUTS
 from tasks.planning.plan import Plan
 from tasks.stages.quantize_scheme import Setting

@@ -15,7 +15,8 @@ from msgspec import structs, to_builtins
 from cache.digest import digest_record
 from tasks.core.errors import ConfigError
 from tasks.core.program import COMMAND
-from tasks.core.spec import Quality, Quantize, Rule
+from tasks.core.quantization import Quantize, Rule
+from tasks.core.spec import Quality
 from tasks.core.text import toml
 from tasks.planning.budget import Budget
 from tasks.planning.choice import Choice, Origin

@@ -15,7 +15,8 @@ from tasks.checkpoints.adapter import Adapter
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.checkpoints.source import ReadableSource
 from tasks.core.errors import ArchitectureError, BuildError, ConfigError
-from tasks.core.spec import Quality, Quantize, SourceSpec, Target
+from tasks.core.quantization import Quantize
+from tasks.core.spec import Quality, SourceSpec, Target
 from tasks.layouts import asking, keeping
 from tasks.layouts.model import Model, Parameter, layer_names
 from tasks.layouts.registry import LAYOUTS

@@ -12,7 +12,7 @@ from cache.digest import CHUNK_BYTES, digest, digest_parts
 from cache.records.manifests import Tensor, TensorSpec
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import BuildError
-from tasks.core.spec import MODES
+from tasks.core.quantization import MODES
 from tasks.stages import quantize_scheme
 from tasks.stages.quantize_scheme import Setting
 from tasks.stages.reasons import Reason, changed_values, changes, come_and_gone

@@ -11,7 +11,7 @@ from msgspec import Struct, convert, structs
 
 from cache.errors import printable
 from tasks.core.errors import CheckpointError, ConfigError
-from tasks.core.spec import MODES, Quantize, Rule
+from tasks.core.quantization import MODES, Quantize, Rule
 from tasks.core.text import listed, plural
 from tasks.layouts.model import Model, Module, Verdict
 from tasks.stages import rules

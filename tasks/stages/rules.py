@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from tasks.core.errors import ConfigError
-from tasks.core.spec import Rule
+from tasks.core.quantization import Rule
 from tasks.core.text import listed
 from tasks.layouts.model import Model, Parameter
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from tasks.core.spec import MODES
+from tasks.core.quantization import MODES
 from tasks.tensors import mx
 
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512)  # that any MLX might take

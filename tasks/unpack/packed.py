@@ -26,7 +26,7 @@ class Repacking(NamedTuple):
     Attributes:
         group_size: as ``mx.quantize`` has it, and so have the next two.
         bits: of a number.
-        mode: one of ``tasks.core.spec.MODES``.
+        mode: one of ``tasks.core.quantization.MODES``.
         scales: the dtype of the format's scales; "" in modes of floats.
         centred: whether the zero points are known to be half of the range: then no bias is rounded.
     """

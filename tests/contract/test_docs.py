@@ -15,7 +15,8 @@ from support.pages import DOCS, FENCE, PAGES, blocks
 from support.projects import Project
 from tasks.cli.commands import manual
 from tasks.config.keys import keys_of
-from tasks.core.spec import Quantize, Settings
+from tasks.core.quantization import Quantize
+from tasks.core.spec import Settings
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 

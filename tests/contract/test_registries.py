@@ -23,7 +23,8 @@ from tasks.checkpoints.loaders import LOADERS
 from tasks.checkpoints.source import Opening
 from tasks.checkpoints.sources import SOURCES
 from tasks.core.errors import ArchitectureError, CheckpointError
-from tasks.core.spec import Quantize, SourceSpec, Target
+from tasks.core.quantization import Quantize
+from tasks.core.spec import SourceSpec, Target
 from tasks.layouts import asking
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.registry import LAYOUTS, is_read

@@ -18,7 +18,7 @@ from tasks.config import reader, schema
 from tasks.config.keys import Key, keys_of, toml
 from tasks.config.tables import Model
 from tasks.core.errors import ConfigError
-from tasks.core.spec import Quantize, Rule
+from tasks.core.quantization import Quantize, Rule
 
 VALIDATOR = Draft202012Validator(schema.schema())
 BUDGETED = "[defaults.quantize]\ntarget_bpw = 4.5\n[[defaults.quantize.candidates]]"

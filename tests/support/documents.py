@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tasks.config.keys import Key, keys_of
 from tasks.config.tables import Build, Cache, Matrix
-from tasks.core import spec
-from tasks.core.spec import MODES
+from tasks.core import quantization, spec
+from tasks.core.quantization import MODES
 from tasks.tensors import modes
 
 Table = dict[str, Any]
@@ -22,9 +22,9 @@ CACHE = keys_of(Cache)
 BUILD = keys_of(Build)
 QUALITY = keys_of(spec.Quality)
 MODEL = keys_of(spec.Settings)
-QUANTIZE = keys_of(spec.Quantize)
-RULE = keys_of(spec.Rule)
-CANDIDATE = keys_of(spec.Candidate)
+QUANTIZE = keys_of(quantization.Quantize)
+RULE = keys_of(quantization.Rule)
+CANDIDATE = keys_of(quantization.Candidate)
 MATRIX = keys_of(Matrix)
 
 # With a key on each line.
@@ -106,7 +106,7 @@ def _quantize(draw: st.DrawFn) -> Table:
     if "bits" not in table and draw(st.booleans()):
         return table | draw(_budget(mode))
     if mode == "affine" and draw(st.booleans()):
-        table["recipe"] = draw(st.sampled_from(spec.RECIPES))
+        table["recipe"] = draw(st.sampled_from(quantization.RECIPES))
     return table
 
 
@@ -288,8 +288,8 @@ WORDS = (
     *MATRIX,
     "matrix",
     *(word for key in (*MODEL.values(), *CACHE.values()) for word in key.valid),
-    *spec.RECIPES,
-    *spec.MODES,
+    *quantization.RECIPES,
+    *quantization.MODES,
     *("5GiB", "0", "~", "~nobody-of-that-name", "*", "\0", "\x7f", "s3://b", "s3://u:p@b", "://"),
 )
 _texts = st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"]))

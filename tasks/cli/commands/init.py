@@ -17,8 +17,9 @@ from tasks.checkpoints.source import Opening, ReadableSource
 from tasks.cli.command import Command
 from tasks.cli.doit_adapter import models_file
 from tasks.core.errors import CheckpointError
+from tasks.core.kinds import Mistakes
 from tasks.core.program import COMMAND
-from tasks.core.spec import Mistakes, SourceSpec
+from tasks.core.spec import SourceSpec
 from tasks.core.text import plural, toml
 from tasks.core.workspace import BUILD
 from tasks.layouts import asking

@@ -23,8 +23,9 @@ from tasks.cli.doit_adapter import models_file
 from tasks.cli.failures import as_invalid_dodo_file
 from tasks.config import reader
 from tasks.core.errors import BuildError
+from tasks.core.kinds import Mistakes
 from tasks.core.program import COMMAND
-from tasks.core.spec import Mistakes, SourceSpec
+from tasks.core.spec import SourceSpec
 from tasks.core.workspace import Workspace
 from tasks.layouts import card
 from tasks.planning.lockfile import Lock

@@ -19,7 +19,8 @@ from tasks.config import reader
 from tasks.config.reader import Config
 from tasks.config.tables import Build, Cache
 from tasks.core.errors import ConfigError
-from tasks.core.spec import Quality, Quantize, Rule, SourceSpec, Target
+from tasks.core.quantization import Quantize, Rule
+from tasks.core.spec import Quality, SourceSpec, Target
 from tasks.tensors import modes
 
 # On a busy machine any example may seem slow.

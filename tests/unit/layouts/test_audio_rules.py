@@ -6,7 +6,8 @@ from typing import Any, cast
 import pytest
 
 from tasks.core.errors import ConfigError
-from tasks.core.spec import Quantize, Rule, Target
+from tasks.core.quantization import Quantize, Rule
+from tasks.core.spec import Target
 from tasks.layouts import mlx_audio
 from tasks.layouts.model import Model, Module, Parameter, Verdict
 from tasks.stages.quantize_scheme import Schemes

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any, cast
 
-from tasks.core.spec import Quantize, Rule
+from tasks.core.quantization import Quantize, Rule
 from tasks.layouts.model import Model, Module, Parameter
 from tasks.planning import card_lines
 from tasks.planning.plan import Plan

@@ -17,7 +17,7 @@ from support import checkpoints
 from tasks.checkpoints import loaders
 from tasks.checkpoints.folder import FolderSource
 from tasks.core.errors import CheckpointError, ConfigError
-from tasks.core.spec import Quantize, Rule
+from tasks.core.quantization import Quantize, Rule
 from tasks.layouts import architecture
 from tasks.layouts.model import Model
 from tasks.stages.quantize_scheme import Schemes

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.core.spec import MODES
+from tasks.core.quantization import MODES
 from tasks.stages.quantize import quantize_block
 from tasks.stages.quantize_scheme import Setting
 from tasks.tensors import kernels, modes

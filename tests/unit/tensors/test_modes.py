@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from tasks.core.spec import MODES
+from tasks.core.quantization import MODES
 from tasks.tensors import modes
 
 
