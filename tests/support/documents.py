@@ -112,7 +112,9 @@ def _quantize(draw: st.DrawFn) -> Table:
 
 @st.composite
 def _budget(draw: st.DrawFn, mode: str) -> Table:
-    candidates = st.lists(st.fixed_dictionaries({}, optional=_numbers(mode)), max_size=2)
+    candidates = st.lists(
+        st.fixed_dictionaries({}, optional=_numbers(mode)), min_size=1, max_size=2
+    )
     table = draw(
         st.fixed_dictionaries({}, optional={"candidates": candidates, "min_bits": st.just(3)})
     )
