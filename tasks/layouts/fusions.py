@@ -69,6 +69,7 @@ def deltas(adapter: Adapter, model: Model, checkpoint: Checkpoint) -> Deltas:
     Raises:
         CheckpointError: some of its tensors fit nowhere, or it is of a kind that is not fused.
     """
+    checkpoint = model.told or checkpoint  # by plain names, whatever they are packed as
     if adapter.file == adapters.MLX_LM:
         found = dict(_of_mlx_lm(adapter, model))
     else:

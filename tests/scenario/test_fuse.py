@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from support import adapters, checkpoints, hub_server, inside, peer, projects
+from support import adapters, checkpoints, formats, hub_server, inside, packed, peer, projects
 from support.differences import weight_differences
 from support.hub_server import Flipped
 
@@ -167,6 +167,33 @@ def test_experts_that_peft_adapted_together(tmp_path: Path) -> None:
     expected[f"{layer}.gate.weight"] = plain[f"{layer}.gate.weight"] + 2 * gate_b @ gate_a
     for name, array in found.items():
         np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_base_that_is_packed(tmp_path: Path) -> None:
+    """Under other names than its plain weights have, which the adapter was trained on."""
+    source = tmp_path / "packed"
+    plain = checkpoints.make("qwen3-moe", tmp_path / "checkpoint")
+    plain = packed.repack(plain, source, *formats.FORMATS["gptq-4"])
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    tensors = {}
+    for module in ("self_attn.q_proj", "mlp.experts.1.down_proj"):
+        path = f"model.layers.0.{module}"
+        rows, columns = weights(plain)[f"{path}.weight"].shape
+        for part, shape in (("A", (4, columns)), ("B", (rows, 4))):
+            name = f"base_model.model.{path}.lora_{part}.weight"
+            tensors[name] = checkpoints.random_array(name, shape, dtype="float32")
+    mx.save_safetensors(str(adapter / "adapter_model.safetensors"), tensors)
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    lines = "".join(
+        f'[models.{name}]\nsource = "{folder}"\nadapter = "adapter"\ndtype = "float32"\n'
+        for name, folder in (("plain", plain), ("packed", source))
+    )
+    (tmp_path / "models.toml").write_text(lines)
+    inside.doit(tmp_path)
+    built = tmp_path / "build"
+    assert [*weight_differences(built / "packed", built / "plain")] == []
 
 
 def test_what_peft_changed_the_base_for(tmp_path: Path) -> None:
