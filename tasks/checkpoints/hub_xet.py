@@ -35,7 +35,6 @@ SETTINGS = {
     "client.retry_base_delay": "500ms",
     "client.retry_max_duration": "10s",
     "client.connect_timeout": "10s",
-    "client.read_timeout": "30s",
     "telemetry.enabled": False,
 }
 _turns = threading.BoundedSemaphore(AT_ONCE)
@@ -117,4 +116,5 @@ def _is_here() -> bool:
 def _session() -> Any:
     from hf_xet import XetConfig, XetSession
 
-    return XetSession(XetConfig().with_config(SETTINGS))
+    silence = {"client.read_timeout": f"{1000 * silence_seconds():.0f}ms"}
+    return XetSession(XetConfig().with_config(SETTINGS | silence))
