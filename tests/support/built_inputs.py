@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -18,10 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from support import adapted, chats, checkpoints, formats, inside, packed, unpacked
-from support.inputs import OUTCOMES, Files, ask_here
+from support.inputs import OUTCOMES, Files, ask_here, call_here
 from support.mutations import mutated
 from tasks.layouts import asking, limited
-from tasks.layouts import chats as chats_module
 
 TINY = {"num_hidden_layers": 1, "head_dim": 16, "hidden_size": 64, "intermediate_size": 64}
 PACKED = (
@@ -129,24 +127,12 @@ def _doit(folder: Path, *tasks: str) -> str:
             shutil.rmtree(left)
     with (
         mock.patch.object(asking, "_ask_process", ask_here),
-        mock.patch.object(limited, "call", _call_here),
+        mock.patch.object(limited, "call", call_here),
     ):
         status, out, err = inside.run(folder, *tasks)
     if "Traceback" in out + err:
         return f"traceback\n{out}{err}"
     return f"{OUTCOMES[1]}\n{out}{err}" if status else ""
-
-
-def _call_here(module: str, files: dict[str, bytes], _: Any, given: Any = None) -> Any:
-    """Call what would be called in a process of its own, which takes a second to start."""
-    assert module == chats_module.__name__
-    with tempfile.TemporaryDirectory() as name:
-        for file, data in files.items():
-            (Path(name) / file).write_bytes(data)
-        try:
-            return chats_module._render(Path(name), json.loads(json.dumps(given)))
-        except Exception as error:
-            return limited.Refused(f"{type(error).__name__}: {error}")
 
 
 def _compared(folder: Path, expected: Callable[[], dict[str, torch.Tensor]]) -> str:

@@ -4,7 +4,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,10 +23,12 @@ from tasks.cli.options import Options
 from tasks.cli.session import Session
 from tasks.config import reader
 from tasks.core.errors import BuildError
-from tasks.layouts import asking, probe
+from tasks.layouts import asking, chats, limited, probe
 from tasks.layouts.libraries import LIBRARIES
 from tasks.layouts.registry import LAYOUTS
+from tasks.planning import card_template
 from tasks.planning.lockfile import Lock
+from tasks.quality import cutting
 
 OUTCOMES = ("read right", "refused")
 SECONDS = 20  # of the processor, that reading may take at most
@@ -222,3 +225,19 @@ def _plan(folder: Path) -> str:
 def ask_here(question: dict[str, Any], library: str, *_: object) -> Any:
     """Ask a library as a process of its own would be asked, which takes seconds to start."""
     return json.loads(json.dumps(probe.answer(question, LIBRARIES[library])))
+
+
+def call_here(module: str, files: Mapping[str, bytes], _: Any, given: Any = None) -> Any:
+    """Call what is called in a process of its own, which takes a second to start."""
+    function = {
+        chats.__name__: chats._render,
+        cutting.__name__: cutting._cut,
+        card_template.__name__: lambda *asked: [*card_template._fill_in(*asked)],
+    }[module]
+    with tempfile.TemporaryDirectory() as name:
+        for file, data in files.items():
+            (Path(name) / file).write_bytes(data)
+        try:
+            return json.loads(json.dumps(function(Path(name), json.loads(json.dumps(given)))))
+        except Exception as error:
+            return limited.Refused(f"{type(error).__name__}: {error}")

@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 
 from support import adapted, chats, checkpoints, hub_server, inside
-from support.inputs import OUTCOMES, Files, ask_here
+from support.inputs import OUTCOMES, Files, ask_here, call_here
 from support.mutations import mutated
 from support.servers import Answer
 from tasks.checkpoints import hub_requests
@@ -28,7 +28,7 @@ from tasks.cli.session import Session
 from tasks.config import reader
 from tasks.layouts import asking, limited
 from tasks.layouts.registry import LAYOUTS
-from tasks.planning import card_template, model_card
+from tasks.planning import model_card
 from tasks.quality import imatrix
 from tasks.quality.imatrix import Entry
 
@@ -269,7 +269,7 @@ class ProjectInputs(Files):
         config = reader.load(path.parent / "models.toml")
         with (
             mock.patch.object(asking, "_ask_process", ask_here),
-            mock.patch.object(limited, "call", _fill_in_here),
+            mock.patch.object(limited, "call", call_here),
         ):
             session = Session.open(config, Options(read_only=True))
             for plan in session.plans.values():
@@ -334,12 +334,6 @@ class ProjectInputs(Files):
         return "" if same else "another model than the hub's"
 
 
-def _fill_in_here(module: str, _: Any, __: Any, given: Any) -> Any:
-    """Fill in a card as a process of its own would, which takes a fraction of a second to start."""
-    assert module == card_template.__name__
-    return [*card_template._fill_in(Path(), json.loads(json.dumps(given)))]
-
-
 def _answer(request: hub_server.Request, bodies: dict[str, bytes], *, sizes: bool) -> Any:
     """The answer to a request, if it is one of those in the files; ``sizes``: the first has all."""
     kinds = {f"/api/models/{REPOSITORY}": INFO, f"/{REPOSITORY}.git/info/lfs/objects/batch": BATCH}
@@ -377,7 +371,10 @@ def _forget(folder: Path) -> None:
 
 def _doit(folder: Path, *tasks: str) -> str:
     """Run doit; return what went wrong."""
-    with mock.patch.object(asking, "_ask_process", ask_here):
+    with (
+        mock.patch.object(asking, "_ask_process", ask_here),
+        mock.patch.object(limited, "call", call_here),
+    ):
         status, out, err = inside.run(folder, *tasks)
     if "Traceback" in out + err:
         return f"traceback\n{out}{err}"
