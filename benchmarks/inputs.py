@@ -28,7 +28,7 @@ from support import built_inputs, inputs, project_inputs
 
 # torch refuses more than it must of an archive of which all that is read is whole.
 HARMLESS = (*inputs.OUTCOMES, "refused by torch alone")
-MANY = 1000  # attempts of a process, where most of them build nothing
+MANY = 500  # attempts of a process, where most of them build nothing
 
 
 def main() -> None:
