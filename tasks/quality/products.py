@@ -6,7 +6,7 @@ Each is given a module and what the module's own method is given, and returns wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from tasks.tensors import blas, mx
 
@@ -16,6 +16,27 @@ EXPERTS = ("mlx_lm.models.switch_layers", "SwitchLinear")
 
 Method = tuple[tuple[str, str], str]  # a class's module and name, and the method's name
 Products = Mapping[Method, Callable[..., "mx.array"]]  # a start does without MLX
+
+
+def linear(module: Any, x: mx.array) -> mx.array:
+    """Return what a linear layer makes, or an embedding that is used as one, by NumPy.
+
+    So is the gradient by what it is given. By its parameters there is none.
+
+    Args:
+        module: with a weight, (rows, columns), and perhaps a bias, (rows,).
+        x: (…, columns).
+    """
+
+    @mx.custom_function
+    def product(x: mx.array) -> mx.array:
+        return blas.linear(module, x)
+
+    @product.vjp
+    def gradient(x: mx.array, by_made: mx.array, made: mx.array) -> mx.array:
+        return blas.product(by_made, module.weight).astype(x.dtype)
+
+    return cast("mx.array", product(x))
 
 
 def experts(module: Any, x: mx.array, indices: mx.array, **named: Any) -> mx.array:
@@ -38,5 +59,5 @@ def experts(module: Any, x: mx.array, indices: mx.array, **named: Any) -> mx.arr
 ON_CPU: Products = {(EXPERTS, "__call__"): experts}
 # What looks into a model may differ in the last bits from what MLX would make.
 BY_NUMPY: Products = {
-    **ON_CPU, (LINEAR, "__call__"): blas.linear, (EMBEDDING, "as_linear"): blas.linear
+    **ON_CPU, (LINEAR, "__call__"): linear, (EMBEDDING, "as_linear"): linear
 }  # fmt: skip

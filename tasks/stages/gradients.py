@@ -19,7 +19,14 @@ from tasks.quality.calls import Call, Seen
 from tasks.quality.segments import LOGITS
 from tasks.stages.activations import Activations
 from tasks.stages.forward_params import GRADIENT, STATE, ForwardParams
-from tasks.stages.running import UnquantizedStage, calls_of, plan_segments, specs_of, stored
+from tasks.stages.running import (
+    UnquantizedStage,
+    by_numpy,
+    calls_of,
+    plan_segments,
+    specs_of,
+    stored,
+)
 from tasks.stages.segment_runner import SegmentRunner
 from tasks.stages.stage import Context, Inputs, Key, Need, Output, Planned, Result, TargetModel
 from tasks.stages.tokens import CALIBRATION_TEXT
@@ -55,7 +62,7 @@ class Gradients(UnquantizedStage):
             each = forward[name]
             after = [Need(self.name, next(reversed(planned)))] if planned else []
             planned[name] = Planned(
-                structs.replace(each.params, top_logits=0, calls=calls[name]),
+                structs.replace(by_numpy(each.params), top_logits=0, calls=calls[name]),
                 (*each.needs, *after),
                 (each.reads or frozenset()) | {GRADIENT},
             )

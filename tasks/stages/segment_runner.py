@@ -62,6 +62,7 @@ class SegmentRunner:
         self._device = device_of(params.device)
         self._params = params
         self._replaced = replaced
+        self._made: dict[int, tuple[tuple[int, ...], mx.Dtype]] = {}  # by the call's number
         maker = stage.maker(context.planned)
         self._weights = {key.name: key for key in inputs if key.stage == maker}
         self._rows = {key: context.rows(key) for key in inputs if key.stage != maker}
@@ -246,32 +247,34 @@ class SegmentRunner:
         self._model.train()  # some have kernels that have no gradient, and use others then
         calls = {call.number for call in self._params.calls}
         state = self._state_of(index)
-        zeros: dict[int, mx.array] = {}
         given: list[Seen] = []
 
         def note(number: int, made: mx.array) -> mx.array:
             if number in calls:
-                zeros[number] = mx.zeros(made.shape, made.dtype)
+                self._made[number] = made.shape, made.dtype
             return made
 
         def run(*primals: mx.array) -> mx.array:
             given.clear()
-            added = dict(zip(zeros, primals, strict=False))
+            added = dict(zip(self._made, primals, strict=False))
             before = None if state is None else primals[-1]
             with self._watch.seeing(given.append, lambda n, y: y + added[n] if n in added else y):
                 result = self._begin(index, before)
             return result if after is not None else _surprise(result, index)
 
         with self._computing():
-            with self._watch.seeing(given.append, note):
-                result = self._begin(index, state)
-            toward = mx.array(1.0) if after is None else after[None].astype(result.dtype)
-            primals = [*zeros.values(), *([] if state is None else [state])]
+            if not self._made:  # of each sequence the same
+                with self._watch.seeing(given.append, note):
+                    self._begin(index, state)
+            dtype = getattr(mx, self._params.dtype)
+            toward = mx.array(1.0) if after is None else after[None].astype(dtype)
+            zeros = (mx.zeros(shape, of) for shape, of in self._made.values())
+            primals = [*zeros, *([] if state is None else [state])]
             _, gradients = mx.vjp(run, primals, [toward])
             seen = {each.call.number: each for each in given}
             wanted = [
                 array
-                for number, gradient in zip(zeros, gradients, strict=False)
+                for number, gradient in zip(self._made, gradients, strict=False)
                 for array in see(seen[number], gradient)
             ]
             before = None if state is None else gradients[-1][0].astype(mx.float32)

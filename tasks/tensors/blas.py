@@ -62,15 +62,24 @@ def linear(module: Any, x: mx.array) -> mx.array:
         module: with a weight, (rows, columns), and perhaps a bias, (rows,).
         x: (…, columns).
     """
+    made = product(x, module.weight.T)
+    return made + module.bias if "bias" in module else made
+
+
+def product(x: mx.array, weight: mx.array) -> mx.array:
+    """Return a product, made in float32: of the type that MLX makes of both.
+
+    Args:
+        x: (…, rows).
+        weight: (rows, columns).
+    """
     import numpy as np
 
     one_thread()
-    wide = (each.astype(mx.float32) for each in (x, module.weight))
-    given, weight = (np.array(each, copy=False) for each in wide)
-    flat = given.reshape(-1, given.shape[-1]) @ weight.T
-    both = mx.result_type(x, module.weight)
-    made = mx.array(flat).reshape(*x.shape[:-1], -1).astype(both)
-    return made + module.bias if "bias" in module else made
+    wide = (each.astype(mx.float32) for each in (x, weight))
+    given, by = (np.array(each, copy=False) for each in wide)
+    made = given.reshape(-1, given.shape[-1]) @ by
+    return mx.array(made).reshape(*x.shape[:-1], -1).astype(mx.result_type(x, weight))
 
 
 def version() -> str:

@@ -24,7 +24,7 @@ MODELS = {
     "huggingface": {
         "dtype": "float32",
         "quantize": {
-            "target_bpw": 4.6,
+            "target_bpw": 4.1,
             "candidates": [{"bits": 3}, {"bits": 4}],
             "exact": True,
             "method": "gptq",
