@@ -1,15 +1,16 @@
 """cluster: builds on a Dask cluster: beside one process, at a simulated scale, and under kills.
 
     python benchmarks/cluster.py beside CHECKPOINT      # two workers of a core, a process of two
-    python benchmarks/cluster.py scale                  # 64 workers that sleep, four 671 B targets
+    python benchmarks/cluster.py scale                  # 64 workers that sleep, 12 of 671 B
     python benchmarks/cluster.py kills CHECKPOINT       # 100 kills over ten builds
 
 ``beside`` takes turns, ``--repeats`` times, each from nothing: wall, and processor time of all that
 takes part; a worker is pinned to a core of its own, and the coordinator to both. The bytes are
-compared. ``scale`` plans DeepSeek-V3 from headers, for each of four widths, and hands its units
-to workers that sleep for as long as such layers take at ``--rate``, and then hand back results of
-the right names, dtypes and shapes; no weights are moved. Linear is what all units take, divided by
-the workers. ``kills`` ends workers and coordinators by SIGKILL at random moments; a killed worker
+compared. ``scale`` has mlx-make itself quantize DeepSeek-V3 in twelve ways, of a hub that has its
+headers, on workers that sleep for as long as such layers take at ``--rate``, and then hand back
+digests; no weights are moved, and nothing is packed. Linear is what all units take, divided by the
+workers; no schedule is faster than the best one, which is near that of the longest first.
+``kills`` ends workers and coordinators by SIGKILL at random moments; a killed worker
 comes back, and a killed build is run again. What the workers say they computed is counted.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import heapq
 import os
 import pickle
 import random
@@ -29,7 +31,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support import cluster  # noqa: E402 - of the tests, which are no package
+from support import cluster, hub_server  # noqa: E402 - of the tests, which are no package
+from support.hub_repositories import OnDisk  # noqa: E402
 
-WORKERS = 64
-PROCESSES = 4  # that the simulated workers share
-WIDTHS = (3, 4, 6, 8)
+WORKERS = 64  # in one process: they sleep
+BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64)
 CANNED = "canned.pickle"
 
 
@@ -137,53 +138,63 @@ def beside(work: Path, checkpoint: Path, repeats: int) -> None:
 # At scale
 
 
-def planned(work: Path) -> Any:
-    """A session of four targets of DeepSeek-V3, by headers alone."""
+class _Sparse(OnDisk):  # type: ignore[misc]
+    """A file of which only the header is read: to digest its holes would take hours."""
+
+    @property
+    def sha256(self) -> str:
+        """Some digest."""
+        return hashlib.sha256(self.path.name.encode()).hexdigest()
+
+
+@contextmanager
+def hub(work: Path) -> Iterator[None]:
+    """A hub that has DeepSeek-V3's headers, for this process and those that it starts."""
     import packed
 
+    source = work / "source"
+    table = packed.headers(packed.deepseek(packed.DEEPSEEK), fp8=True)
+    packed.write(source, packed.DEEPSEEK, table, files=163, filled=False)
+    with hub_server.serve(work / "uploaded") as server, server.inside(work / "home"):
+        files = ((p, _Sparse if p.suffix == ".safetensors" else OnDisk) for p in source.iterdir())
+        server.repository("org/model").add({path.name: kind(path) for path, kind in files})
+        (work / "models.toml").write_text(
+            "".join(
+                f'[models.m{bits}-{size}]\nsource = "hf:org/model"\n'
+                f"quantize = {{ bits = {bits}, group_size = {size} }}\n"
+                for bits in BITS
+                for size in GROUP_SIZES
+            )
+        )
+        yield
+
+
+def planned(work: Path) -> list[Any]:
+    """The plans of the targets, by headers alone."""
     from tasks.cli.session import Session
     from tasks.config import reader
 
-    source = work / "source"
-    if not source.exists():
-        table = packed.headers(packed.deepseek(packed.DEEPSEEK), fp8=True)
-        packed.write(source, packed.DEEPSEEK, table, files=163, filled=False)
-    bits = ", ".join(map(str, WIDTHS))
-    text = f'[models.m]\nsource = "{source}"\nquantize = {{}}\nmatrix = {{ bits = [{bits}] }}\n'
-    (work / "models.toml").write_text(text)
-    session = Session.open(reader.load(work / "models.toml"))
-    return session, [plan for name, plan in session.plans.items() if name != "m"]
+    return [*Session.open(reader.load(work / "models.toml")).plans.values()]
 
 
 def can(work: Path, rate: float) -> None:
     """Write what the simulated workers hand back, and how long each takes."""
     from cache.digest import digest
-    from cache.records.manifests import Manifest, Tensor
     from tasks.execution.cluster.unit import Made, Result, signature, units
     from tasks.execution.log import Trace
 
-    _, plans = planned(work)
+    trace = Trace("simulated", "thread", 0.0, 1.0, 0, 0)
     canned = {}
-    for plan in plans:
+    for plan in planned(work):
         for unit in dict.fromkeys(units(plan).values()):
-            manifests: dict[Any, Manifest] = {}
-            results = []
-            for node in unit.nodes:
-                tensors = {
-                    name: Tensor(*spec, digest(f"{node.name} {name}".encode()))
-                    for name, spec in node.output_specs().items()
-                }
-                inputs = (
-                    node.as_inputs(tensors) if node.is_leaf
-                    else node.inputs({need: manifests[need] for need in node.needs})
-                )  # fmt: skip
-                manifests[node] = Manifest(node.action(inputs), tensors)
-                trace = Trace("simulated", "thread", 0.0, 1.0, 0, 0)
-                results.append(Result(manifests[node].to_bytes(), "computed", trace))
-            leaf = next(node for node in unit.nodes if node.is_leaf)
-            nbytes = sum(spec.nbytes for spec in leaf.output_specs().values())
+            known: dict[Any, Any] = {}
+            outputs = [[*node.outputs(known)] for node in unit.nodes]
+            results = [
+                Result("".join(digest(name.encode()) for name in names), (), "computed", trace)
+                for names in outputs
+            ]
             made = Made("", "simulated", results, True, signature(unit.key, results, None))
-            canned[unit.key] = nbytes / rate, pickle.dumps(made)
+            canned[unit.key] = unit.nbytes / rate, pickle.dumps(made)
     (work / CANNED).write_bytes(pickle.dumps(canned))
 
 
@@ -205,57 +216,65 @@ def _canned(path: Path, known: dict[Path, Any] = {}) -> Any:  # noqa: B006 - one
     return known[path]
 
 
-def coordinate(work: Path, scheduler: str) -> None:
-    """Hand all units out, as doit's threads would, and say what that took of this process."""
-    from functools import partial
-
+def coordinate(work: Path) -> None:
+    """Build, as mlx-make does but for the bytes, and say what that took of this process."""
+    from support import inside
+    from tasks.execution.builder import Builder
     from tasks.execution.cluster.coordinator import Cluster
-    from tasks.execution.cluster.unit import Request, Settings, units
-    from tasks.execution.resources import CLUSTER_THREADS
+    from tasks.execution.disk import DiskNeed
 
-    session, plans = planned(work)
-    settings = Settings(session.config.quality, None, None)
-    crew = Cluster(scheduler, partial(Request.of, lock=session.lock, settings=settings), stops=True)
-    recorder: Any = _Recorder(session.builder)
-    nodes = [
-        (plan, unit.nodes[0]) for plan in plans for unit in dict.fromkeys(units(plan).values())
-    ]
-    canned = _canned(work / CANNED)
-    each = [canned[unit.key][0] for plan in plans for unit in dict.fromkeys(units(plan).values())]
-    linear = sum(each) / WORKERS
-    begin, cpu = time.perf_counter(), time.process_time()
-    with ThreadPoolExecutor(CLUSTER_THREADS) as pool:
-        made = list(pool.map(lambda node: crew.make(recorder, *node), nodes))
-    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    crew.close()
-    assert all(made)
+    begun: list[tuple[float, float]] = []
+    spent: list[float] = []
+    make = Cluster.make
+
+    def noting(*args: Any) -> Any:
+        begun.append((time.perf_counter(), time.process_time()))
+        return make(*args)
+
+    setattr(Cluster, "make", noting)  # noqa: B010 - a method, to mypy
+    setattr(Builder, "shared", lambda *_: None)  # noqa: B010 - no bytes are wanted
+    taken = Cluster._taken
+
+    def metered(*args: Any) -> Any:
+        start = time.thread_time()
+        try:
+            return taken(*args)
+        finally:
+            spent.append(time.thread_time() - start)
+
+    setattr(Cluster, "_taken", metered)  # noqa: B010
+    setattr(DiskNeed, "check", lambda _: None)  # noqa: B010 - nor room for them
+    status, _, said = inside.run(work, "quantize")
+    assert not status, said
+    wall, cpu = time.perf_counter() - begun[0][0], time.process_time() - begun[0][1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    each = [seconds for seconds, _ in _canned(work / CANNED).values()]
+    linear, bound = sum(each) / WORKERS, scheduled(each)
     print(
-        f"{len(nodes)} units of {statistics.median(each):.1f} s: {wall:.1f} s, "
-        f"linear {linear:.1f} s ({linear / wall:.2f}); {cpu / wall:.2f} cores, "
-        f"{1000 * cpu / len(nodes):.1f} ms a layer, "
-        f"{peak:.2f} GiB with the plans"
+        f"{len(spent)} units of {statistics.median(each):.1f} s: {wall:.1f} s; linear "
+        f"{linear:.1f} s ({linear / wall:.2f}), scheduled by hand {bound:.1f} s "
+        f"({bound / wall:.2f})\ncoordinator: {cpu / wall:.2f} cores, {peak:.2f} GiB; "
+        f"{1000 * sum(spent) / len(spent):.1f} ms a unit to take its result over, "
+        f"{1000 * cpu / len(spent):.1f} ms with all that doit does"
     )
 
 
-class _Recorder:
-    """A builder that wants no bytes."""
-
-    def __init__(self, builder: Any) -> None:
-        self.store, self.take = builder.store, builder.take
-
-    def shared(self, *_: Any) -> None:
-        """Return None: no bytes are wanted."""
+def scheduled(each: Sequence[float]) -> float:
+    """When the last of these is done, the longest begun first, if nothing else takes time."""
+    ends = [0.0] * WORKERS
+    for seconds in sorted(each, reverse=True):
+        heapq.heapreplace(ends, ends[0] + seconds)
+    return max(ends)
 
 
 def scale(work: Path, rate: float) -> None:
     """64 workers that sleep."""
-    subprocess.run([sys.executable, __file__, "can", str(work), str(rate)], check=True)
-    os.environ |= {"CANNED": str(work / CANNED), "CLUSTER_SECONDS": "3600"}
-    kinds = ["sleeps"] * (WORKERS // PROCESSES)
-    with cluster.running(work, [], *[kinds] * PROCESSES) as (scheduler, _):
-        call = [sys.executable, __file__, "coordinate", str(work), str(scheduler)]
-        subprocess.run(call, check=True)
+    with hub(work):
+        subprocess.run([sys.executable, __file__, "can", str(work), str(rate)], check=True)
+        os.environ |= {"CANNED": str(work / CANNED), "CLUSTER_SECONDS": "3600"}
+        with cluster.running(work, [], ["sleeps"] * WORKERS) as (scheduler, _):
+            os.environ["MLX_MAKE_BUILD_CLUSTER"] = str(scheduler)
+            subprocess.run([sys.executable, __file__, "coordinate", str(work)], check=True)
 
 
 # Under kills
@@ -362,7 +381,7 @@ def main() -> None:
         can(Path(asked.arguments[0]), float(asked.arguments[1]))
         return
     if asked.what == "coordinate":
-        coordinate(Path(asked.arguments[0]), asked.arguments[1])
+        coordinate(Path(asked.arguments[0]))
         return
     with tempfile.TemporaryDirectory(dir=asked.scratch) as scratch:
         if asked.what == "beside":

@@ -37,18 +37,24 @@ _AWS_ELSEWHERE = (
 )
 
 
-def aws_unsigned(profile: Mapping[str, str], environ: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether what is put need not be hashed for its signature: TLS guards it on the way.
+def aws_unsigned(
+    profile: Mapping[str, str], environ: Mapping[str, str] = os.environ, *, blobs: bool
+) -> bool:
+    """Tell whether what is put need not be hashed for its signature.
 
-    SHA-256 takes as long as all else of an upload, and blobs have digests of their own. Over http
-    the signature is all that guards it. ``AWS_UNSIGNED_PAYLOAD`` says otherwise.
+    SHA-256 takes as long as all else of an upload. TLS guards what is on its way; of blobs, whoever
+    fetches them holds every byte against the BLAKE3 that they are named by. Over http the signature
+    is all that guards anything else. ``AWS_UNSIGNED_PAYLOAD`` says otherwise.
 
     Args:
         profile: as ``aws_profile`` returns it.
         environ: the environment.
+        blobs: whether only blobs are put.
     """
     if "AWS_UNSIGNED_PAYLOAD" in environ:
         return environ["AWS_UNSIGNED_PAYLOAD"].lower() in ("1", "true", "yes", "on")
+    if blobs:
+        return True
     said = [profile.get("endpoint"), *map(environ.get, _AWS_SETTINGS["endpoint_url"][1])]
     return not any(endpoint and not endpoint.startswith("https:") for endpoint in said)
 

@@ -44,7 +44,9 @@ class HttpTransport(Transport):
         self._made: set[str] = set()
         super().__init__(self._url, timeout=timeout, create=create)
 
-    def _open_remote(self, url: str, client: ClientConfig, retry: RetryConfig) -> ObjectStore:
+    def _open_remote(
+        self, url: str, client: ClientConfig, retry: RetryConfig, *, blobs: bool
+    ) -> ObjectStore:
         from obstore.store import HTTPStore
 
         if self._auth:

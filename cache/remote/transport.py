@@ -57,7 +57,7 @@ class Transport:
             self._reading_store = self._open(url, timeout, create=create)
             # Nothing is sent back while a piece is on its way.
             self._writing_store = self._open(url, 2 * timeout, create=create)
-            self._parts_store = self._open(url, 2 * timeout, create=create, repeats=True)
+            self._parts_store = self._open(url, 2 * timeout, create=create, blobs=True)
         except self._errors as error:
             raise faults.of_error(error, self._scheme, self._silence) from error
 
@@ -70,10 +70,11 @@ class Transport:
     def _store(self) -> ObjectStore:
         return self._reading_store if self.answered else self._first_store
 
-    def _open(
-        self, url: str, silence: float, *, create: bool, repeats: bool = False
-    ) -> ObjectStore:
-        """Open the store; a server may be silent for ``silence`` seconds."""
+    def _open(self, url: str, silence: float, *, create: bool, blobs: bool = False) -> ObjectStore:
+        """Open the store; a server may be silent for ``silence`` seconds.
+
+        Of ``blobs``, whose bytes their names vouch for, parts are put, which obstore repeats.
+        """
         from obstore.store import from_url
 
         if self._scheme == "file":
@@ -85,16 +86,18 @@ class Transport:
             "connect_timeout": timedelta(seconds=min(silence, CONNECT_SECONDS)),
         }
         retry: RetryConfig = {
-            "max_retries": 10 if repeats else 0,
+            "max_retries": 10 if blobs else 0,
             "retry_timeout": timedelta(seconds=PART_SECONDS),
         }
-        return self._open_remote(url, client, retry)
+        return self._open_remote(url, client, retry, blobs=blobs)
 
-    def _open_remote(self, url: str, client: ClientConfig, retry: RetryConfig) -> ObjectStore:
+    def _open_remote(
+        self, url: str, client: ClientConfig, retry: RetryConfig, *, blobs: bool
+    ) -> ObjectStore:
         from obstore.store import from_url
 
         config: Any = aws_profile() if self._scheme == "s3" else {}
-        if self._scheme == "s3" and aws_unsigned(config):
+        if self._scheme == "s3" and aws_unsigned(config, blobs=blobs):
             config["unsigned_payload"] = True
         return from_url(url, config=config, client_options=client, retry_config=retry)
 
@@ -215,10 +218,10 @@ class Transport:
             raise self._written(error) from error
 
     def stream(self, path: str, length: int, chunks: Iterator[memoryview]) -> None:
-        """Make an object of any size, or replace it; it is there when it is whole.
+        """Make a blob of any size, or replace it; it is there when it is whole.
 
         Args:
-            path: its name.
+            path: its name, which vouches for its bytes.
             length: bytes.
             chunks: the bytes. What this iterator raises comes out here, and nothing is made.
         """

@@ -189,15 +189,15 @@ class Builder:
         return node.inputs({need: self.manifest(plan, need) for need in node.needs})
 
     def _run(self, plan: Plan, node: Node, record: dict[str, Any]) -> tuple[Manifest, str]:
+        if self.crew and (brought := self.crew.delivered(node)):
+            record["trace"] = brought.trace
+            return brought.manifest, brought.outcome
         if node.is_leaf:
             return self._run_leaf(plan, node, record)
         inputs = self.inputs(plan, node)
         action = node.action(inputs)
         entry, outcome = self.find(plan, action, node.output_specs())
         if isinstance(entry, Hit):
-            brought = self.crew and self.crew.delivered(node)
-            if brought:
-                outcome, record["trace"] = brought.outcome, brought.trace
             return entry.manifest, outcome
         made = self._made_elsewhere(plan, node, record)
         if made and made[0].action == action:

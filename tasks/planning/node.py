@@ -123,16 +123,40 @@ class Node:
         return {Key(stage, name): Input(self, tensor) for name, tensor in tensors.items()}
 
     def action(self, inputs: Inputs) -> Action:
-        """Return its action, given what it reads.
+        """Return its action, given what it reads; of several stages, each name with its stage's."""
+        several = self._reads_several
+        return self._action(
+            {
+                f"{key.stage}:{key.name}" if several else key.name: tensor.record
+                for key, (_, tensor) in inputs.items()
+            }
+        )
 
-        Where that is of several stages, each name is prefixed with its stage: two of them may make
-        tensors of one name.
+    def action_on(self, records: Mapping[Node, dict[str, list[Any]]]) -> Action:
+        """Return its action, given the records of what the nodes that it needs make.
+
+        Of a leaf, of what it makes. A layer may have thousands: they are not copied where all that
+        one node makes is read.
         """
-        several = len({need.spec.stage.name for need in self.needs}) > 1
-        read = {
-            f"{key.stage}:{key.name}" if several else key.name: tensor.record
-            for key, (_, tensor) in inputs.items()
-        }
+        needs, reads = self.needs or (self,), self.spec.planned.reads
+        if len(needs) == 1 and (reads is None or reads >= records[needs[0]].keys()):
+            return self._action(records[needs[0]])
+        several = self._reads_several
+        return self._action(
+            {
+                f"{need.spec.stage.name}:{name}" if several else name: record
+                for need in needs
+                for name, record in records[need].items()
+                if reads is None or name in reads
+            }
+        )
+
+    @property
+    def _reads_several(self) -> bool:
+        """Whether it reads several stages, of which two may make tensors of one name."""
+        return len({need.spec.stage.name for need in self.needs}) > 1
+
+    def _action(self, read: dict[str, list[Any]]) -> Action:
         stage = self.spec.stage
         return Action(stage.name, stage.version, self.spec.params.record, read)
 

@@ -165,6 +165,11 @@ class ActionSpec(Struct, Generic[P], frozen=True, dict=True):
         return self.stage.outputs(self.params, {})
 
     @cached_property
+    def bytes_of_leaf(self) -> int:
+        """The size of what a leaf makes."""
+        return sum(output.spec.nbytes for output in self.outputs_of_leaf.values())
+
+    @cached_property
     def digest(self) -> str:
         """Digest of the stage's version, the parameters and the fingerprint."""
         params = msgspec.to_builtins(self.params)  # tuples: in JSON, lists

@@ -1014,7 +1014,9 @@ assert not {"obstore", "blake3", "httpx2"} & set(sys.modules)
         ({}, {"AWS_UNSIGNED_PAYLOAD": "true", "AWS_ENDPOINT_URL": "http://minio.lan"}, True),
     ],
 )
-def test_what_tls_guards_is_not_hashed_for_its_signature(
+def test_what_tls_or_its_name_guards_is_not_hashed_for_its_signature(
     profile: dict, environ: dict, unsigned: bool
 ) -> None:
-    assert credentials.aws_unsigned(profile, environ) is unsigned
+    assert credentials.aws_unsigned(profile, environ, blobs=False) is unsigned
+    refused = environ.get("AWS_UNSIGNED_PAYLOAD") == "false"
+    assert credentials.aws_unsigned(profile, environ, blobs=True) is not refused

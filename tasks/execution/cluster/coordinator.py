@@ -26,7 +26,7 @@ from tasks.core.errors import BuildError, Stopped
 from tasks.core.program import COMMAND
 from tasks.core.text import plural, some
 from tasks.execution.cluster import machine
-from tasks.execution.cluster.unit import Cannot, Made, Request, Unit, Unlike, check, units
+from tasks.execution.cluster.unit import Cannot, Made, Request, Unit, Unlike, manifests, units
 from tasks.execution.crew import Delivered, Recorder
 from tasks.planning.node import Node
 from tasks.planning.plan import Plan
@@ -219,7 +219,9 @@ class Cluster:
             of = digest_record([_identity(unit, known), settings])
             key = " ".join(["mlx-make", unit.key, of, *sorted(excluded), *["again"] * number])
             try:
-                future = connection.submit(key, arguments, resource, able if excluded else None)
+                future = connection.submit(
+                    key, arguments, resource, able if excluded else None, unit.nbytes
+                )
             except Gone:
                 self._await_news()
                 continue
@@ -287,16 +289,16 @@ class Cluster:
         connection = self._connected()
         now = time.time()
         try:
-            manifests = check(unit, made, known, machine.secret())
+            found = manifests(unit, made, known, machine.secret())
             for node in unit.nodes:
-                self._bring(connection, recorder, unit.plan, node, manifests[node], made)
+                self._bring(connection, recorder, unit.plan, node, found[node], made)
                 if node not in known:  # what was read here is on record, by what this machine read
-                    recorder.take(unit.plan, node, manifests[node])
+                    recorder.take(unit.plan, node, found[node])
         except (Unlike, Gone) as error:
             raise _Failed(made.worker, made.machine, str(error)) from error
         return {
             node: Delivered(
-                manifests[node],
+                found[node],
                 result.outcome,
                 result.trace._replace(start=result.trace.start + now),
             )

@@ -194,7 +194,12 @@ class Connection:
             raise _gone(error) from error
 
     def submit(
-        self, key: str, arguments: tuple[Any, ...], resource: str, workers: Sequence[str] | None
+        self,
+        key: str,
+        arguments: tuple[Any, ...],
+        resource: str,
+        workers: Sequence[str] | None,
+        priority: int,
     ) -> Future:
         """Have a unit made.
 
@@ -203,13 +208,20 @@ class Connection:
             arguments: of ``make``.
             resource: that a worker must offer.
             workers: those that may; None, any.
+            priority: the highest is begun first, of all that wait.
 
         Raises:
             Gone: the connection is closed.
         """
         try:
             return self.client.submit(
-                make, *arguments, key=key, resources={resource: 1}, workers=workers, pure=True
+                make,
+                *arguments,
+                key=key,
+                resources={resource: 1},
+                workers=workers,
+                priority=priority,
+                pure=True,
             )
         except Exception as error:  # of any kind: it is closed in the middle of it
             raise _gone(error) from error

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 from msgspec import structs
 
 from cache.digest import digest, digest_record
 from cache.errors import CacheError, Refused
-from cache.records.manifests import Manifest, ManifestError
+from cache.records.manifests import Manifest, Tensor
 from cache.remote.signing import check_signature, sign
 from tasks.checkpoints.source import is_pinned
 from tasks.core.spec import Quality, Target
@@ -24,6 +26,8 @@ from tasks.planning.plan import Plan
 from tasks.planning.source_record import LockedSource
 
 KIND = "units"  # of records that are signed
+DIGITS = 32  # of a digest
+_HEX = re.compile("[0-9a-f]*")
 
 
 class Remote(NamedTuple):
@@ -119,6 +123,11 @@ class Unit:
         """The nodes by stage and layer, as they travel."""
         return [(node.stage.name, node.layer) for node in self.nodes]
 
+    @property
+    def nbytes(self) -> int:
+        """What it reads of the checkpoint, which tells how long it takes."""
+        return sum(node.spec.bytes_of_leaf for node in self.nodes if node.is_leaf)
+
 
 def units(plan: Plan) -> dict[Node, Unit]:
     """Return the unit of each node that leads to the built model."""
@@ -171,15 +180,25 @@ def is_same_work(unit: Unit, key: str) -> bool:
 class Result(NamedTuple):
     """What a worker made of one node.
 
+    Its dtypes, shapes and action are what whoever asked has planned: only digests travel.
+
     Attributes:
-        manifest: its bytes.
+        digests: of its tensors, in the order of ``Node.outputs``, one after another.
+        notes: what people should know of them.
         outcome: one of ``log.OUTCOMES``.
         trace: how; its start is told from when the worker was done, back: clocks differ.
     """
 
-    manifest: bytes
+    digests: str
+    notes: tuple[str, ...]
     outcome: str
     trace: Trace
+
+    @classmethod
+    def of(cls, manifest: Manifest, outputs: Iterable[str], outcome: str, trace: Trace) -> Result:
+        """Return what travels of a manifest."""
+        digests = "".join([manifest.tensors[name].digest for name in outputs])
+        return cls(digests, manifest.notes, outcome, trace)
 
 
 class Made(NamedTuple):
@@ -190,7 +209,7 @@ class Made(NamedTuple):
         machine: its name.
         results: of the nodes, in order.
         shared: whether the remote has the bytes.
-        signature: of all manifests, by the signing key.
+        signature: of all digests and notes, by the signing key.
     """
 
     worker: str
@@ -220,16 +239,20 @@ class Unlike(CacheError):
 
 def signature(key: str, results: list[Result], secret: bytes | None) -> bytes:
     """Return what says that somebody with the signing key made a unit's results."""
-    return sign(KIND, key, [digest(result.manifest) for result in results], secret)
+    return sign(KIND, key, _signed(results), secret)
 
 
-def check(
+def _signed(results: list[Result]) -> list[list[Any]]:
+    return [[result.digests, [*result.notes]] for result in results]
+
+
+def manifests(
     unit: Unit, made: Made, leaves: Mapping[Node, Manifest], secret: bytes | None
 ) -> dict[Node, Manifest]:
-    """Return what was made, once it is known to be of the very actions that were asked for.
+    """Return what was made, as what was planned to be made of those digests.
 
-    As with what a remote store has: dtypes and shapes are held against the plan, bytes against
-    their digests as they come; that these are the right ones, a signing key vouches for.
+    As with what a remote store has, bytes are held against their digests as they come; that these
+    are the right ones, a signing key vouches for.
 
     Args:
         unit: what was asked for.
@@ -238,29 +261,27 @@ def check(
         secret: the signing key, if there is one.
 
     Raises:
-        Unlike: it is not.
+        Unlike: it is not what was planned.
     """
     try:
         signed = check_signature(KIND, unit.key, made.signature, secret)
-        if signed != [digest(result.manifest) for result in made.results]:
+        if signed != _signed(made.results) or len(made.results) != len(unit.nodes):
             raise Unlike("its results are not those that were signed")
-        manifests: dict[Node, Manifest] = {}
-        known: Known = {}  # a layer may have thousands of tensors
-        for node, result in zip(unit.nodes, made.results, strict=True):
-            manifest = Manifest.from_bytes(result.manifest)
-            manifests[node] = manifest
-            if node in leaves and manifest.tensors != leaves[node].tensors:
-                raise Unlike(f"{node.name} is of other bytes than the checkpoint has here")
-            inputs: Any = (
-                node.as_inputs(manifest.tensors)
-                if node.is_leaf
-                else node.inputs({need: manifests[need] for need in node.needs})
-            )
-            if manifest.action != node.action(inputs):
-                raise Unlike(f"{node.name} is of another action")
-            specs = {name: tensor.spec for name, tensor in manifest.tensors.items()}
-            if specs != {name: output.spec for name, output in node.outputs(known).items()}:
-                raise Unlike(f"{node.name} has other tensors, or of other dtypes or shapes")
-    except (ManifestError, Refused, ValueError) as error:
+    except Refused as error:
         raise Unlike(str(error)) from error
-    return manifests
+    known: Known = {}  # a layer may have thousands of tensors
+    records: dict[Node, dict[str, list[Any]]] = {}
+    found: dict[Node, Manifest] = {}
+    for node, result in zip(unit.nodes, made.results, strict=True):
+        specs, digests = node.output_specs(known), result.digests
+        if len(digests) != DIGITS * len(specs) or not _HEX.fullmatch(digests):
+            raise Unlike(f"{node.name} has other tensors than were planned")
+        tensors = {
+            name: Tensor(dtype, shape, digests[at : at + DIGITS])
+            for at, (name, (dtype, shape)) in zip(count(0, DIGITS), specs.items(), strict=False)
+        }
+        if node in leaves and tensors != leaves[node].tensors:
+            raise Unlike(f"{node.name} is of other bytes than the checkpoint has here")
+        records[node] = {name: tensor.record for name, tensor in tensors.items()}
+        found[node] = Manifest(node.action_on(records), tensors, result.notes)
+    return found

@@ -7,7 +7,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,7 +44,7 @@ from tasks.execution.streaming.streaming import Streaming
 from tasks.planning import locked_sources
 from tasks.planning.choice import Choice
 from tasks.planning.lockfile import Lock
-from tasks.planning.node import Node
+from tasks.planning.node import Known, Node
 from tasks.planning.plan import Plan, Planner
 
 if TYPE_CHECKING:
@@ -155,21 +155,27 @@ class Workbench:
                 for node in wanted:
                     self._keep(builder, plan, node, manifests[node])
         now = time.time()
+        known: Known = {}
         results = [
-            self._result(manifests[node].to_bytes(), builder.log.lines.get(node.name), now)
+            self._result(
+                manifests[node], node.outputs(known), builder.log.lines.get(node.name), now
+            )
             for node in nodes
         ]
         signed = signature(key, results, machine.secret())
         return Made(self.address, self.name, results, shared, signed)
 
-    def _result(self, manifest: bytes, entry: Entry | None, now: float) -> Result:
+    def _result(
+        self, manifest: Manifest, outputs: Iterable[str], entry: Entry | None, now: float
+    ) -> Result:
         if entry is None:
-            return Result(manifest, "reused", Trace(self.name, "", 0.0, 0.0, 0, 0))
+            trace = Trace(self.name, "", 0.0, 0.0, 0, 0)
+            return Result.of(manifest, outputs, "reused", trace)
         trace = Trace(
             self.name, threading.current_thread().name, entry.start - now, entry.seconds,
             entry.bytes_read, entry.bytes_written,
         )  # fmt: skip
-        return Result(manifest, entry.outcome, trace)
+        return Result.of(manifest, outputs, entry.outcome, trace)
 
     @contextmanager
     def _units_own(self, planned: _Planned, nodes: Sequence[Node]) -> Iterator[Builder]:
