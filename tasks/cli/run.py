@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from doit.cmd_run import Run as DoitRun
@@ -69,7 +71,7 @@ class Run(Command, DoitRun):  # type: ignore[misc]
         raise_file_limit()
         gc.disable()  # thousands of tasks are made, and none goes: half of the time would be its
         kept = f"layers that are done are kept; run {COMMAND} again to go on"
-        with interruptible(kept), alone(models_file()), our_control():
+        with interruptible(kept), alone(models_file()), our_control(), _one_file(params):
             try:
                 return self._run_in_parts(params, args)
             except SensitivitiesFirst as first:
@@ -136,3 +138,13 @@ class Run(Command, DoitRun):  # type: ignore[misc]
         if self.loader.session:
             self.loader.session.finish()
         return status
+
+
+@contextmanager
+def _one_file(params: Any) -> Iterator[None]:
+    """Have all runs of a command write into the file of ``-o``: doit begins it anew with each."""
+    if not isinstance(params["outfile"], str):
+        yield
+        return
+    with open(params["outfile"], "w", encoding="utf-8") as params["outfile"]:
+        yield
