@@ -24,7 +24,7 @@ from typing import Any
 from tasks.checkpoints.checkpoint import Checkpoint
 from tasks.core.errors import ArchitectureError, BuildError
 from tasks.layouts import verdict
-from tasks.layouts.libraries import LIBRARIES, MLX_LM, Library, missing
+from tasks.layouts.libraries import LIBRARIES, MLX_LM, Library, missing, packages
 from tasks.layouts.limited import PATIENCE, Limits, TooLong
 from tasks.layouts.llama_names import rope
 
@@ -45,12 +45,10 @@ def versions(library: str = MLX_LM) -> dict[str, str]:
     Raises:
         ArchitectureError: the library is not installed.
     """
-    asked = LIBRARIES[library]
     try:
-        others = [package.replace("_", "-") for package in asked.BUILDS_ON]
-        return {name: version(name) for name in ("mlx", asked.DISTRIBUTION, *others)}
+        return {name: version(name) for name in packages(library)}
     except PackageNotFoundError as error:
-        raise ArchitectureError(missing(asked)) from error
+        raise ArchitectureError(missing(LIBRARIES[library])) from error
 
 
 def question(

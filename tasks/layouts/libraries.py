@@ -103,6 +103,13 @@ LIBRARIES: dict[str, Library] = {
 }
 
 
+def packages(library: str) -> tuple[str, ...]:
+    """Return the packages whose versions a library's answers depend on."""
+    asked = LIBRARIES[library]
+    others = (package.replace("_", "-") for package in asked.BUILDS_ON)
+    return ("mlx", asked.DISTRIBUTION, *others)
+
+
 def missing(library: Library) -> str:
     """Return what to say of a library that is not installed."""
     install = f"'mlx-make[{library.EXTRA}]'" if library.EXTRA else library.DISTRIBUTION

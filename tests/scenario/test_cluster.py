@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -165,6 +166,22 @@ def test_workers_that_are_others_get_nothing(project: Project, tmp_path: Path) -
     assert "is not started by mlx-make worker" in refused
     assert "has another signing key" in refused
     assert "goes on alone" in alone
+
+
+def test_a_worker_gets_what_its_versions_of_libraries_do_not_concern(tmp_path: Path) -> None:
+    project = projects.create(tmp_path / "project", "meta", **projects.FOUR_BIT)
+    project.configure("plain", layout="mlx-examples", **projects.FOUR_BIT)
+    with cluster.running(tmp_path, ["other mlx-lm"]) as (scheduler, _):
+        done = build(project, scheduler)
+    by_target: dict[str, set[bool]] = {"model": set(), "plain": set()}
+    for entry in done.entries:
+        if entry["task"].startswith("quantize"):
+            by_target[entry["task"].split(":")[1]].add("machine" in entry)
+    assert by_target == {"model": {False}, "plain": {True}}
+    refused = f"has mlx-lm 0.0.1, and this machine {version('mlx-lm')}"
+    assert "1 worker gets no layers of some targets" in done.stderr
+    assert refused in done.stderr
+    assert project.built() == project.anew()
 
 
 def test_the_layer_of_who_is_killed_or_frozen_goes_to_another(

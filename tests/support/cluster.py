@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from support.front_door import REPOSITORY
 
@@ -205,8 +206,23 @@ KINDS: dict[str, Any] = {
     "says": _says_what_it_makes,
     "sleeps": _sleeps,
     "other key": lambda bench: None,
+    "other mlx-lm": lambda bench: None,
     "plain": None,
 }
+
+
+@contextmanager
+def _versions(others: dict[str, str]) -> Iterator[None]:
+    """Have packages other versions than they have."""
+    from importlib import metadata
+
+    found = metadata.version
+
+    def version(name: str) -> str:
+        return others.get(name) or found(name)
+
+    with mock.patch.object(metadata, "version", version):
+        yield
 
 
 async def _serve(file: Path, kinds: list[str]) -> None:
@@ -223,14 +239,15 @@ async def _serve(file: Path, kinds: list[str]) -> None:
             await asyncio.sleep(0.02)
         for number, kind in enumerate(kinds):
             os.environ["MLX_MAKE_SIGNING_KEY"] = "another" if kind == "other key" else ""
-            worker = await Worker(
-                scheduler_file=str(file),
-                nthreads=1,
-                host="127.0.0.1",
-                preload=["mlx_make.worker"] if KINDS[kind] else [],
-                local_directory=str(file.parent / f"{os.getpid()}-{number}"),
-                dashboard=False,
-            )
+            with _versions({"mlx-lm": "0.0.1"} if kind == "other mlx-lm" else {}):
+                worker = await Worker(
+                    scheduler_file=str(file),
+                    nthreads=1,
+                    host="127.0.0.1",
+                    preload=["mlx_make.worker"] if KINDS[kind] else [],
+                    local_directory=str(file.parent / f"{os.getpid()}-{number}"),
+                    dashboard=False,
+                )
             if KINDS[kind]:
                 KINDS[kind](worker.mlx_make)
             print("ready", flush=True)

@@ -94,10 +94,10 @@ class Cluster:
         self._empty: set[str] = set()  # resources that nobody offered for long
         self._units: dict[str, dict[Node, Unit]] = {}  # by target
         self._requests: dict[str, tuple[bytes, Any]] = {}  # the same
-        self._classes: set[str] = set()
+        self._kinds: set[machine.Kind] = set()
         self._asked: dict[Unit, _Asked] = {}
         self._futures: list[Future] = []
-        self._known: set[str] = set()  # addresses that were looked into
+        self._known: set[tuple[str, str]] = set()  # who was asked why it lacks which resource
         self._said: set[str] = set()
         self._failures: dict[frozenset[str], int] = {}  # units made here, by those who could not
 
@@ -210,7 +210,7 @@ class Cluster:
         from tasks.execution.cluster.scheduler import Gone
 
         connection = self._connected()
-        resource = machine.resource(self._facts, self._class_of(unit.plan))
+        resource = machine.resource(self._facts, self._kind_of(unit.plan))
         arguments, settings = self._arguments(unit)
         number = 0
         while True:
@@ -254,11 +254,11 @@ class Cluster:
             request_bytes, settings = self._requests[target]
         return (request_bytes, unit.key, unit.layers), settings
 
-    def _class_of(self, plan: Plan) -> str:
-        device_class = machine.class_of(plan)
+    def _kind_of(self, plan: Plan) -> machine.Kind:
+        kind = machine.Kind.of(plan)
         with self._lock:
-            self._classes.add(device_class)
-        return device_class
+            self._kinds.add(kind)
+        return kind
 
     def _awaited(self, future: Future, resource: str, excluded: Iterable[str]) -> Made | Cannot:
         """Return what a future becomes.
@@ -402,7 +402,7 @@ class Cluster:
                     return able
                 now = time.monotonic()
                 deadline = deadline or now + (SURVEY_SECONDS if excluded else EMPTY_SECONDS)
-                refused = self._known >= {member.address for member in self._members}
+                refused = self._known >= {(m.address, resource) for m in self._members}
                 if now >= deadline or (self._members and refused) or resource in self._empty:
                     if not excluded:
                         self._empty.add(resource)
@@ -443,29 +443,49 @@ class Cluster:
 
     def _look_at(self, connection: Connection, members: list[Member]) -> None:
         """Say once of workers that are new, all together, why they get no layers."""
-        ours = [machine.resource(self._facts, each) for each in self._classes]
-        others = [
-            member for member in members
-            if member.address not in self._known
-            and not any(resource in member.resources for resource in ours)
+        with self._lock:
+            wanted = {kind: machine.resource(self._facts, kind) for kind in self._kinds}
+        lacks = {
+            member.address: found for member in members
+            if (found := self._lacks(member, wanted))
+        }  # fmt: skip
+        asked = [m.address for m in members if m.address in lacks and not m.is_silent]
+        answers = connection.describe(asked, machine.PACKAGES) if asked else {}
+        refused: dict[bool, list[str]] = {False: [], True: []}  # by whether it gets others
+        for member in (each for each in members if each.address in lacks):
+            kinds, address = lacks[member.address], member.address
+            gets_others = not member.resources.keys().isdisjoint(wanted.values())
+            if cause := self._cause(member, answers.get(address), kinds, gets_others=gets_others):
+                refused[gets_others].append(cause)
+            self._known |= {(address, wanted[kind]) for kind in kinds}
+        for gets_others, causes in refused.items():
+            if causes:
+                count = plural(len(causes), "worker")
+                verb = "gets" if len(causes) == 1 else "get"
+                what = "no layers of some targets" if gets_others else "no layers"
+                listed = some(causes, MOST_NAMES, "; ")
+                self._warn(f"cluster {self.address}: {count} {verb} {what}: {listed}")
+
+    def _lacks(self, member: Member, wanted: Mapping[machine.Kind, str]) -> list[machine.Kind]:
+        return [
+            kind for kind, resource in wanted.items()
+            if resource not in member.resources and (member.address, resource) not in self._known
         ]  # fmt: skip
-        if not others or not self._classes:
-            return
-        refused = [f"{each.address} is silent" for each in others if each.is_silent]
-        asked = [each.address for each in others if not each.is_silent]
-        for address, answer in connection.describe(asked, machine.PACKAGES).items():
-            if isinstance(answer, Exception):
-                refused.append(f"{address} does not answer: {one_line(str(answer))}")
-                continue
-            name, facts, there = answer
-            if cause := machine.differences(self._facts, facts, self._classes, there):
-                refused.append(f"{name} ({address}) {cause}")
-        self._known |= {each.address for each in others}
-        if refused:
-            count = plural(len(refused), "worker")
-            listed = some(refused, MOST_NAMES, "; ")
-            verb = "gets" if len(refused) == 1 else "get"
-            self._warn(f"cluster {self.address}: {count} {verb} no layers: {listed}")
+
+    def _cause(
+        self, member: Member, answer: Any, kinds: list[machine.Kind], *, gets_others: bool
+    ) -> str:
+        """Say who gets no layers of some kinds, and why; "": there is nothing amiss."""
+        if member.is_silent:
+            return f"{member.address} is silent"
+        if isinstance(answer, Exception):
+            return f"{member.address} does not answer: {one_line(str(answer))}"
+        name, facts, there = answer
+        cause = machine.differences(self._facts, facts, kinds)
+        if not cause and not gets_others:  # else it is one of a mixed cluster
+            backends = [each for each in there if each != machine.ANY_CLASS]
+            cause = f"computes on {', '.join(backends)}"
+        return f"{name} ({member.address}) {cause}" if cause else ""
 
     def _warn(self, text: str) -> None:
         with self._lock:

@@ -1,7 +1,8 @@
 """machine: what must be alike on two machines for one to make the other's layers.
 
-A worker tells it to Dask's scheduler as *resources*, one for each class of device, and a unit asks
-for the one of its target. So a worker that is another never gets one, whenever it joins.
+A worker tells it to Dask's scheduler as *resources*, one for each library and class of device, and
+a unit asks for the one of its target. So a worker that is another never gets one, whenever it
+joins.
 """
 
 from __future__ import annotations
@@ -12,17 +13,46 @@ import platform
 import socket
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
 from cache.digest import digest_record
+from tasks.layouts.libraries import LIBRARIES, packages
 from tasks.planning.plan import Plan
 from tasks.stages import registry
 from tasks.tensors import mx
 
 SIGNING_KEY = "MLX_MAKE_SIGNING_KEY"
-PACKAGES = ("mlx-make", "mlx", "mlx-lm")
-KEY, STAGES = "signing key", "stages"  # beside the packages, in what is compared
+KEY, STAGES = "signing key", "stages"  # beside packages, in what is compared
+PACKAGES = tuple(dict.fromkeys(["mlx-make", *(p for each in LIBRARIES for p in packages(each))]))
+ALWAYS = ("mlx-make", "mlx", STAGES, KEY)  # of facts: what is compared for any target
 ANY_CLASS = "any"  # what no device computes: extracted, cast
 PREFIX = "mlx-make "
+
+
+class Kind(NamedTuple):
+    """What a target wants of those who make its layers.
+
+    Attributes:
+        library: of ``LIBRARIES``, whose classes make its model; "": none.
+        device: the class of device that computes it.
+    """
+
+    library: str
+    device: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> Kind:
+        """Return what a target wants: what is locked of it names the class of device."""
+        library = plan.shared.model.library
+        if plan.computer is None:
+            return cls(library, ANY_CLASS)
+        computer = plan.shared.computer
+        return cls(library, f"{computer.device} {computer.machine}")
+
+    @property
+    def facts(self) -> dict[str, None]:
+        """The names of the facts that must be alike."""
+        return dict.fromkeys([*ALWAYS, *(packages(self.library) if self.library else ())])
 
 
 def secret() -> bytes | None:
@@ -31,7 +61,7 @@ def secret() -> bytes | None:
 
 
 def facts() -> dict[str, str]:
-    """Return what must be alike, by what it is called."""
+    """Return what is compared, by what it is called."""
     stages = [[stage.name, stage.version] for stage in registry.stages()]
     return {
         **{package: _version(package) for package in PACKAGES},
@@ -47,23 +77,17 @@ def classes() -> list[str]:
     return [ANY_CLASS, *(f"{backend} {platform.machine()}" for backend in backends)]
 
 
-def class_of(plan: Plan) -> str:
-    """Return the class of device that a target is computed by: what is locked of it names it."""
-    if plan.computer is None:
-        return ANY_CLASS
-    computer = plan.shared.computer
-    return f"{computer.device} {computer.machine}"
-
-
-def resource(known: dict[str, str], device_class: str) -> str:
-    """Return the name of the resource of those who make the same bits."""
-    return f"{PREFIX}{digest_record(known)[:16]} {device_class}"
+def resource(known: dict[str, str], kind: Kind) -> str:
+    """Return the name of the resource of those who make the same bits of a kind of target."""
+    same = digest_record([[name, known[name]] for name in kind.facts])
+    return f"{PREFIX}{same[:16]} {kind.device}"
 
 
 def resources(threads: int) -> dict[str, float]:
     """Return what a worker here offers: a unit for each of its threads."""
     known = facts()
-    return {resource(known, each): threads for each in classes()}
+    kinds = [Kind(library, each) for library in ("", *LIBRARIES) for each in classes()]
+    return {resource(known, kind): threads for kind in kinds}
 
 
 def name() -> str:
@@ -71,25 +95,19 @@ def name() -> str:
     return socket.gethostname().split(".")[0]
 
 
-def differences(
-    ours: dict[str, str], theirs: dict[str, str] | None, needed: Iterable[str], there: Iterable[str]
-) -> str:
-    """Say why a worker gets no layers; "": it gets some.
+def differences(ours: dict[str, str], theirs: dict[str, str] | None, wanted: Iterable[Kind]) -> str:
+    """Say why a worker gets no layers of some kinds; "": by its class of device, if at all.
 
     Args:
         ours: the coordinator's facts.
         theirs: the worker's; None: it was not started by mlx-make.
-        needed: the classes of device of what is built.
-        there: the worker's.
+        wanted: what it does not offer.
     """
     if theirs is None:
         return "is not started by mlx-make worker"
-    if wrong := [name for name in ours if theirs.get(name) != ours[name]]:
-        said = [_difference(name, ours[name], theirs.get(name)) for name in wrong]
-        return ", ".join(dict.fromkeys(said))
-    if needed and not set(needed) & set(there):
-        return f"computes on {', '.join(each for each in there if each != ANY_CLASS)}"
-    return ""
+    names = dict.fromkeys(name for kind in wanted for name in kind.facts)
+    wrong = [name for name in names if theirs.get(name) != ours[name]]
+    return ", ".join(dict.fromkeys(_difference(n, ours[n], theirs.get(n)) for n in wrong))
 
 
 def _difference(name: str, ours: str, theirs: str | None) -> str:
