@@ -174,7 +174,8 @@ def _unreachable(
     from huggingface_hub import errors
 
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
-    if isinstance(cause, httpx2.UnsupportedProtocol):
+    own = not endpoint().startswith(("http://", "https://"))  # else a hub sent it elsewhere
+    if isinstance(cause, httpx2.UnsupportedProtocol) and own:
         return HubUnreachable(
             f"HF_ENDPOINT is {endpoint()}, which is no address: {_cause(cause).rstrip('.')}. Write "
             "one as https://huggingface.co is."
