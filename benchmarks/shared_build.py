@@ -8,9 +8,9 @@ Prints Markdown tables.
 The same build from nothing, to 4 bits, takes turns: without a remote, with an empty one that is
 only read, and with an empty one that is written to. The server is `rclone serve s3` on loopback, on
 the same cores; its folder is emptied before each build. The time is that of the whole command, all
-uploads included, CPU that of doit without the server; "uploads alone" is what doit says it waited
-for them at the end. Then a machine that has models.toml, models.lock and nothing else builds from
-what one of them uploaded, to a server that counts requests.
+uploads included, CPU that of doit without the server, whose own stands beside it; "uploads alone"
+is what doit says it waited for them at the end. Then a machine that has models.toml, models.lock
+and nothing else builds from what one of them uploaded, to a server that counts requests.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Row:
 
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    servers: list[float] = field(default_factory=list)
     alone: list[float] = field(default_factory=list)
     uploaded: float = 0.0
 
@@ -70,6 +71,12 @@ def _cpu() -> float:
     """Return the CPU seconds of all commands that have ended; the server is none of them."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def _cpu_of(pid: int) -> float:
+    """Return the CPU seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def second_machine(scratch: Path, checkpoint: Path) -> None:
@@ -116,23 +123,32 @@ def main() -> None:
                     "MLX_MAKE_CACHE_MODE": MODES[name],
                     **KEEPS[keep],
                 }
+                assert server.process
+                before = _cpu_of(server.process.pid)
                 seconds, cpu, said = build(Path(scratch) / "build", arguments.checkpoint, environ)
                 row.seconds.append(seconds)
                 row.cpu.append(cpu)
+                row.servers.append(_cpu_of(server.process.pid) - before)
                 if uploaded := re.search(r"uploaded, ([\d.,]+) MB; the last ([\d.]+) s", said):
                     row.uploaded = float(uploaded[1].replace(",", ""))
                     row.alone.append(float(uploaded[2]))
         second_machine(Path(scratch), arguments.checkpoint)
-    print("\n| keep | remote | wall, s | min–max | CPU, s | uploads alone, s | uploaded, MB |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| keep | remote | wall, s | min–max | CPU, s | server's CPU, s | uploads alone, s | "
+          "uploaded, MB |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
     for (keep, name), row in rows.items():
-        median = statistics.median(row.seconds)
-        ratio = median / statistics.median(rows[keep, "without a remote"].seconds)
+        beside = rows[keep, "without a remote"]
         span = f"{min(row.seconds):.2f}–{max(row.seconds):.2f}"
         alone = f"{statistics.median(row.alone):.1f}" if row.alone else "–"
-        print(f"| {keep} | {name} | {median:.2f} ({ratio:.2f}×) | {span} | "
-              f"{statistics.median(row.cpu):.1f} | {alone} | "
+        print(f"| {keep} | {name} | {_beside(row.seconds, beside.seconds)} | {span} | "
+              f"{_beside(row.cpu, beside.cpu)} | {statistics.median(row.servers):.1f} | {alone} | "
               f"{row.uploaded:,.0f} |")  # fmt: skip
+
+
+def _beside(ours: list[float], without: list[float]) -> str:
+    """Return a median, and how many times that of another side it is."""
+    median = statistics.median(ours)
+    return f"{median:.2f} ({median / statistics.median(without):.2f}×)"
 
 
 if __name__ == "__main__":

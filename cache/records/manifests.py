@@ -139,7 +139,7 @@ class Manifest:
         return digest(self._tensors())
 
     def _tensors(self) -> bytes:
-        return plain([[name, *tensor.record] for name, tensor in self.tensors.items()])
+        return plain([(name, t.dtype, t.shape, t.digest) for name, t in self.tensors.items()])
 
     def to_bytes(self, *, sealed: bool = True) -> bytes:
         """Return the canonical bytes.

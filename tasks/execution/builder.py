@@ -17,7 +17,6 @@ from typing import Any
 
 from cache.blobs import Part
 from cache.errors import BlobLost, FileChanged
-from cache.files import atomic
 from cache.records.actions import Corrupt, Hit, Miss
 from cache.records.manifests import Action, Manifest, ManifestError, Tensor, TensorSpec
 from cache.store import Store
@@ -30,6 +29,7 @@ from tasks.execution.contents import Contents
 from tasks.execution.crew import Crew, Locate
 from tasks.execution.filling.draft import Drafts, WeightFileDraft
 from tasks.execution.log import Entry, Log, Trace
+from tasks.execution.manifest_files import ManifestFiles
 from tasks.execution.node_context import NodeContext
 from tasks.execution.read_ahead import Made, ReadAhead
 from tasks.execution.resources import MemoryBudget
@@ -78,6 +78,7 @@ class Builder:
         lists_lock: held while it is.
         ahead: what was made for nodes that have not run.
         threads: numbers of those that actions ran in, as the system has them.
+        files: manifests of the workspace.
     """
 
     store: Store
@@ -97,6 +98,7 @@ class Builder:
     lists: set[str] = field(default_factory=set)
     lists_lock: threading.Lock = field(default_factory=threading.Lock)
     threads: set[int] = field(default_factory=set)
+    files: ManifestFiles = field(default_factory=ManifestFiles)
     ahead: ReadAhead = field(init=False)
 
     def __post_init__(self) -> None:
@@ -122,18 +124,8 @@ class Builder:
             if old and (changes := reasons.between(old.action, manifest.action, explain)):
                 first = [why] if node.is_leaf else []  # which file changed
                 record["why"] = "; ".join([*first, reasons.joined(changes)])
-            self.publish(path, manifest)
+            self.files.write(path, manifest)
         return manifest
-
-    def publish(self, path: Path, manifest: Manifest, *, durable: bool = False) -> None:
-        """Write a manifest to ``path``, unless it is there; ``durable``: see ``atomic.write``."""
-        data = manifest.to_bytes()
-        try:
-            if path.read_bytes() == data:
-                return
-        except FileNotFoundError:
-            pass
-        atomic.write(path, data, durable=durable)
 
     @contextmanager
     def logged(self, task: str, why: str) -> Iterator[dict[str, Any]]:
@@ -172,10 +164,9 @@ class Builder:
 
     def manifest(self, plan: Plan, node: Node) -> Manifest:
         """Return what a node made; it is made again if its record is lost or damaged."""
-        path = Path(node.manifest_path(self.workspace))
         wanted = (node.stage.name, node.stage.version, node.params.record)
         try:
-            manifest = Manifest.from_bytes(path.read_bytes())
+            manifest = self.files.read(node.manifest_path(self.workspace))
             action = manifest.action
             if (action.stage, action.version, action.params) == wanted:
                 return manifest
@@ -297,13 +288,13 @@ class Builder:
             key = action.key
             if key in self.computed:  # for another target, of which only that one's manifest tells
                 if isinstance(entry := self.store.actions.get(action), Hit):
-                    self.publish(Path(node.manifest_path(self.workspace)), entry.manifest)
+                    self.files.write(Path(node.manifest_path(self.workspace)), entry.manifest)
                 continue
             with self.logged(node.name, why) as record, self._working(plan, [node], key):
                 manifest = self._make(plan, node, inputs)
                 self.store.actions.put(manifest)
                 record["outcome"] = "computed"
-            self.publish(Path(node.manifest_path(self.workspace)), manifest)
+            self.files.write(Path(node.manifest_path(self.workspace)), manifest)
             if self.store.sharing and not self.store.sharing.agrees(manifest):
                 self.store.sharing.push(manifest, self.shared(plan, node))
 
@@ -585,7 +576,7 @@ class Builder:
                 self.forget_checkpoint(plan)
             else:
                 self.store.actions.put(remade)
-                self.publish(path, remade)
+                self.files.write(path, remade)
             raise BuildError(
                 f"{node.name}: {name} is lost ({lost.cause}) and comes out differently now. "
                 f"Run {COMMAND} again: what depends on it is then built anew."

@@ -144,8 +144,8 @@ class Packing:
                     record["outcome"] = "reused" if last else "fetched" if shared else "computed"
                 before = Manifest.at(path)
                 if before and before.result != result.result:
-                    builder.publish(builder.workspace.packed_before(plan.target.name), before)
-                builder.publish(path, result, durable=True)
+                    builder.files.write(builder.workspace.packed_before(plan.target.name), before)
+                builder.files.write(path, result, durable=True)
                 self._pending_path.unlink(missing_ok=True)
                 return result
         finally:
@@ -221,7 +221,7 @@ class Packing:
             changed_files.check_unchanged(builder, self.plan)
             self.notes.extend(place.keep(self._there(filled.files), new, self._loaded))
             # Lest a kill makes it nobody's, and a power cut leaves neither the old nor the new.
-            builder.publish(self._pending_path, result, durable=True)
+            builder.files.write(self._pending_path, result, durable=True)
             sync_tree(new)
             _exchange(new, self.folder)
             sync(self.folder.parent)
