@@ -37,8 +37,10 @@ def params(plan: Plan) -> str:
     """Return a digest of what a target's card says, but for what its tensors say."""
     if not LAYOUTS[plan.target.layout].loading:
         return ""
-    template = digest(_template(plan.target).encode())
-    return digest_record([VERSION, template, _facts(plan), plan.target.tags])
+    template, facts = digest(_template(plan.target).encode()), _facts(plan)
+    if plan.target.card is None:  # targets of any name share what is packed
+        del facts["name"]
+    return digest_record([VERSION, template, facts, plan.target.tags])
 
 
 @cache
@@ -124,7 +126,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         counts[words] = counts.get(words, 0) + 1
     repository = target.repository
     return {
-        "name": target.name,  # not in our own template: targets of any name share what is packed
+        "name": target.name,  # not in our own template
         "repository": repository,
         "base": base and base.repository,
         "commit": base and base.revision,

@@ -16,6 +16,7 @@ from mlx_lm.perplexity import eval_ppl
 from mlx_lm.utils import load_model
 from transformers import AutoTokenizer
 
+from cache.records.manifests import Manifest
 from support import inside, projects, toy_stage
 from support.front_door import Finished
 from support.projects import Project
@@ -310,10 +311,13 @@ def test_what_is_told_is_of_what_is_packed(project: Project) -> None:
             said = numbers(done, name)
             assert said["perplexity"] == pytest.approx(expected, rel=1e-5)
             assert said["perplexity"] != said["teacher"]
-            shown = Reader(session.builder).read(plan)
+            reader = Reader(session.builder)
+            shown = reader.read(plan)
             assert shown.quality is not None
-            assert bool(shown.errors) == (name == "model")
-            for error in shown.errors.values():  # of the model that is twice what it was
+            packed = Manifest.at(session.builder.workspace.packed(name))
+            errors = reader.errors(plan, packed)
+            assert bool(errors) == (name == "model")
+            for error in errors.values():  # of the model that is twice what it was
                 assert error.norm == pytest.approx(error.error_norm, rel=0.2)
 
 
