@@ -98,8 +98,7 @@ def _absent(quality: Quality, was: Mapping[str, Any]) -> tuple[str, ...]:
     if quality.imatrix is not None and "imatrix" in was:
         files: tuple[str, ...] = (quality.imatrix,)
     elif "text" in was:
-        held_out = (quality.evaluate_text,) if quality.evaluate_text else ()
-        files = (*(quality.text or ()), *held_out)
+        files = quality.text or ()
     else:
         files = ()
     return tuple(file for file in files if not Path(file).exists())
@@ -142,7 +141,7 @@ def _calibration(quality: Quality, was: Mapping[str, Any], *, exact: bool) -> di
         return {"imatrix": was.get("imatrix") or imatrix.content(Path(quality.imatrix))}
     own = "default"
     if quality.text is not None:
-        own = was.get("text") or text.digest(text.calibration(quality))
+        own = was.get("text") or text.digest(text.own(quality))
     return {
         "text": own,
         "samples": quality.samples,

@@ -23,10 +23,7 @@ def calibration(quality: Quality) -> list[Document]:
     Raises:
         BuildError: it cannot be read, or has a document in common with what they are evaluated on.
     """
-    if quality.text is None:
-        documents = _python_topics()[0]
-    else:
-        documents = [each for name in quality.text for each in _read(name, "text")]
+    documents = own(quality)
     held_out = {digest([each]) for each in evaluation(quality)}
     if both := [each for each in documents if digest([each]) in held_out]:
         raise BuildError(
@@ -36,6 +33,17 @@ def calibration(quality: Quality) -> list[Document]:
             "another text."
         )
     return documents
+
+
+def own(quality: Quality) -> list[Document]:
+    """Return that text, whatever models are evaluated on.
+
+    Raises:
+        BuildError: it cannot be read.
+    """
+    if quality.text is None:
+        return _python_topics()[0]
+    return [each for name in quality.text for each in _read(name, "text")]
 
 
 def evaluation(quality: Quality) -> list[Document]:

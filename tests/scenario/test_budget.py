@@ -373,3 +373,25 @@ def test_what_is_locked_is_built(project: Project) -> None:
     assert "modules are each given one of" in " ".join(plan.stdout.split())
     assert not plan.entries
     assert groups(project.doit().computed) <= LOOKS | {"quantize", "pack"}
+
+
+def test_a_text_that_is_another_while_what_is_held_out_is_gone(tmp_path: Path) -> None:
+    project = projects.create(
+        tmp_path, "huggingface", quantize={"target_bpw": 5.0, "group_size": 32}
+    )
+    words = {"a.txt": "one two three " * 60, "b.txt": "four five six " * 60}
+    for name, said in words.items():
+        (project.folder / name).write_text(said)
+    models = project.folder / "models.toml"
+    models.write_text(
+        '[quality]\ntext = "a.txt"\nevaluate_text = "b.txt"\nsamples = 2\nsequence_length = 16\n'
+        + models.read_text()
+    )
+    project.doit()
+    (project.folder / "b.txt").unlink()
+    assert project.doit("--locked").computed == set()
+    (project.folder / "a.txt").write_text("seven eight nine " * 60)
+    said = project.doit("--locked", expect=3).stderr
+    assert "the text to calibrate on is not what is locked" in said
+    (project.folder / "a.txt").unlink()
+    assert project.doit("--locked").computed == set()  # nothing tells that it is another
