@@ -104,7 +104,9 @@ class Run(Command, DoitRun):  # type: ignore[misc]
         count, begun, status = sum(map(len, parts)), 0, 0
         for part in parts:
             self._forget()
-            print(f"{begun + 1} to {begun + len(part)} of {count} targets", flush=True)
+            if params["reporter"] != "json":
+                said = f"{begun + 1} to {begun + len(part)} of {count} targets"
+                print(said, file=params["outfile"], flush=True)
             begun += len(part)
             tasks = tasks_of(part, options.requested_tasks or ())
             named = {"requested_tasks": tuple(tasks), "skip_targets": False}
