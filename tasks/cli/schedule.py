@@ -42,7 +42,7 @@ class StreamingSchedule:
         """Return the tasks of layers that are fetched, in their order, and then those selected.
 
         Of targets that read the same layer one fetches it: the others begin when it is there, lest
-        threads wait for each other.
+        threads wait for each other. What a crew fetches, it is asked for at once.
 
         Raises:
             InvalidDodoFile: the disk is too small.
@@ -61,8 +61,10 @@ class StreamingSchedule:
             need.check()
         streaming.set_limit(need.room)
         first: dict[str, str] = {}
+        plans = {node: plan for plan, node in nodes}
+        crew = self.builder.crew
         for node in streaming.order:
-            if node.is_leaf:
+            if node.is_leaf and not (crew and crew.takes(plans[node], node)):
                 fetches = first.setdefault(node.spec.digest, node.name)
                 if fetches != node.name:
                     tasks[node.name].task_dep.append(fetches)

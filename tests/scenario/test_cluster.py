@@ -230,7 +230,7 @@ def test_two_builds_of_a_hub_s_checkpoint_make_each_layer_once(
     bits: int, remotes: tuple[str, ...], workers: Workers, tmp_path: Path
 ) -> None:
     """For both, unless their results go to two places; then each place has all."""
-    before = len(workers.process.log.read_text())
+    before, asked = len(workers.process.log.read_text()), len(workers.hub.requests)
     keys = {"dtype": "float16", "quantize": {"bits": bits}}
     ours = [projects.create(tmp_path / name, "huggingface", **keys) for name in "ab"]
     expected = ours[0].anew()
@@ -253,6 +253,9 @@ def test_two_builds_of_a_hub_s_checkpoint_make_each_layer_once(
     assert len({*made}) >= len(projects.LAYERS["huggingface"]) - 1, said  # norm has no bits
     if len({*remotes}) < 2:
         assert len(made) == len({*made})
+        size = sum(path.stat().st_size for path in ours[0].checkpoint.iterdir())
+        read = sum(request.sent for request in workers.hub.requests[asked:])
+        assert read < 1.8 * size  # each layer once; it is small, and each who plans reads headers
     for project, remote in zip(ours, where, strict=True):
         assert {**project.built(), "README.md": ""} == {**expected, "README.md": ""}
         assert not any((project.store / "blobs" / "packs").glob("*.part"))

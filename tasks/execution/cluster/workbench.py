@@ -183,7 +183,7 @@ class Workbench:
         plan, store = planned.plan, planned.builder.store
         streaming = Streaming(store, DiskBudget(), drops=planned.builder.passes(plan))
         streaming.arrange([(plan, node) for node in nodes])
-        streaming.begin(())
+        streaming.begin((), parts=True)
         try:
             yield replace(planned.builder, log=_Lines(), streaming=streaming)
         finally:

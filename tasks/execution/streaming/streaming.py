@@ -101,17 +101,20 @@ class Streaming:
         others = [group.nbytes for group in groups if not group.stays]
         return max(others, default=0) + sum(group.nbytes for group in groups if group.stays)
 
-    def begin(self, recorded: Collection[str]) -> int:
+    def begin(self, recorded: Collection[str], *, parts: bool = False) -> int:
         """Begin the run, and return how many bytes are here that a killed one had fetched.
 
         Args:
             recorded: names of tasks whose results are on record: what only they read is dropped.
+            parts: whether other machines read other parts of the files: none is read for its hash
+                alone.
         """
         locations = {copy.place[0] for copy in self._all_copies}
         alone = {location for location in locations if self._copies.is_alone(location)}
         adopted = 0
         for copy in self._all_copies:
-            self._files.watch(copy)
+            if not parts:
+                self._files.watch(copy)
             size = self._copies.size(copy) if copy.place[0] in alone else None
             group = self._groups[copy.name]
             if size is None:
