@@ -63,6 +63,7 @@ class SegmentRunner:
         self._params = params
         self._replaced = replaced
         self._made: dict[int, tuple[tuple[int, ...], mx.Dtype]] = {}  # by the call's number
+        self._result_dtype = mx.float32
         maker = stage.maker(context.planned)
         self._weights = {key.name: key for key in inputs if key.stage == maker}
         self._rows = {key: context.rows(key) for key in inputs if key.stage != maker}
@@ -265,9 +266,8 @@ class SegmentRunner:
         with self._computing():
             if not self._made:  # of each sequence the same
                 with self._watch.seeing(given.append, note):
-                    self._begin(index, state)
-            dtype = getattr(mx, self._params.dtype)
-            toward = mx.array(1.0) if after is None else after[None].astype(dtype)
+                    self._result_dtype = self._begin(index, state).dtype
+            toward = mx.array(1.0) if after is None else after[None].astype(self._result_dtype)
             zeros = (mx.zeros(shape, of) for shape, of in self._made.values())
             primals = [*zeros, *([] if state is None else [state])]
             _, gradients = mx.vjp(run, primals, [toward])
