@@ -1,12 +1,12 @@
 """cluster: builds on a Dask cluster: beside one process, at a simulated scale, and under kills.
 
     python benchmarks/cluster.py beside CHECKPOINT      # two workers of a core, a process of two
-    python benchmarks/cluster.py scale                  # 64 workers that sleep, 4 of 671 B
+    python benchmarks/cluster.py scale                  # 64 workers that sleep, 6 of 671 B
     python benchmarks/cluster.py kills CHECKPOINT       # 100 kills over ten builds
 
 ``beside`` takes turns, ``--repeats`` times, each from nothing: wall, and processor time of all that
 takes part; a worker is pinned to a core of its own, and the coordinator to both. The bytes are
-compared. ``scale`` has mlx-make itself quantize DeepSeek-V3 in four ways, of a hub that has its
+compared. ``scale`` has mlx-make itself quantize DeepSeek-V3 in six ways, of a hub that has its
 headers, on workers that sleep for as long as such layers take at ``--rate``, and then hand back
 digests; no weights are moved, and nothing is packed. Linear is what all units take, divided by the
 workers; no schedule is faster than the best one, which is near that of the longest first.
@@ -42,7 +42,7 @@ from support import cluster, hub_server  # noqa: E402 - of the tests, which are 
 from support.hub_repositories import OnDisk  # noqa: E402
 
 WORKERS = 64  # in one process: they sleep
-BITS, GROUP_SIZES = (2, 4), (32, 64)
+BITS, GROUP_SIZES = (2, 4, 8), (32, 64)
 CANNED = "canned.pickle"
 
 
