@@ -50,10 +50,6 @@ class Checker(FileChangedChecker):  # type: ignore[misc]
             return None
         return [*now, self._digest(path, now)]
 
-    def note(self, path: str, stamp: Stamp, manifest: Manifest) -> None:
-        """Take note of a manifest that lies at a path: it need not be read to be compared."""
-        self._known[path, stamp] = manifest.result
-
     def _digest(self, path: str, stamp: Stamp) -> str:
         if (path, stamp) not in self._known:
             self._known[path, stamp] = _content_digest(Path(path))

@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 from cache.errors import one_line, printable
-from cache.files.stamp import Stamp
 from tasks.cli.failures import as_invalid_dodo_file, values_or_failure
 from tasks.cli.look import Look
 from tasks.cli.refused_tasks import fails, refused_tasks
@@ -233,10 +232,7 @@ class TaskGraph:
             lines = [f"{node.target}: {summary}"]
             lines += [f"note: {node.target}: {printable(note)}" for note in manifest.notes]
             values["summary"] = "\n".join(lines)
-        path = node.manifest_path(session.workspace)
-        left = manifest_state(path)
-        self.database.checker.note(path, Stamp(*left[:-1]), manifest)
-        return {**values, "left": left}
+        return {**values, "left": manifest_state(node.manifest_path(session.workspace))}
 
     def _pack_task(self, plan: Plan) -> dict[str, Any]:
         target = plan.target.name
