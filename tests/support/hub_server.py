@@ -536,12 +536,19 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command != "HEAD":
             for piece in self._spoilt(content.read(start, nbytes)):
                 self.hub.pace(len(piece))
-                self.wfile.write(piece)
-                self.request_.sent += len(piece)
-            self.wfile.write(more)
-            self.request_.sent += len(more)
+                self._write(piece)
+            self._write(more)
             if isinstance(self.wrong, Cut):
                 self._reset()
+
+    def _write(self, piece: bytes) -> None:
+        """Send a piece, counted before whoever reads it can ask for the count."""
+        self.request_.sent += len(piece)
+        try:
+            self.wfile.write(piece)
+        except OSError:
+            self.request_.sent -= len(piece)
+            raise
 
     def _hand_over(self, spans: Iterator[Span]) -> None:
         """Send bytes of open files, from where the system has them."""
