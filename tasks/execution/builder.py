@@ -193,13 +193,14 @@ class Builder:
         made = self._made_elsewhere(plan, node, record)
         if made and made[0].action == action:
             return made
-        nodes = [node, *self.ahead.nodes(plan, node)]
+        ahead: Made | None = None if self.crew else record["made"]
+        nodes = [node] if ahead is None else [node, *self.ahead.nodes(plan, node)]
         with self._working(plan, nodes, action.key):
             meanwhile = self.store.actions.get(action)
             if isinstance(meanwhile, Hit):
                 return meanwhile.manifest, "reused"
             self.fetch(plan, inputs, sizes.reads(node, self.kept(plan)))
-            manifest = self._make(plan, node, inputs, None if self.crew else record["made"])
+            manifest = self._make(plan, node, inputs, ahead)
             if isinstance(entry, Corrupt):
                 note = f"{entry.path} was corrupt ({entry.cause}); it is made again"
                 manifest = replace(manifest, notes=(*manifest.notes, note))
